@@ -1,0 +1,1 @@
+"""SimPO preference optimisation as a Hydra-composed experiment framework."""

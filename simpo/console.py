@@ -1,0 +1,141 @@
+"""What a run tells a person: its plan before the first step, its results after the last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpo.config import RunConfig
+from simpo.data.chat import TokenizedSet
+from simpo.data.mixture import SplitReport
+from simpo.data.plan import TrainPlan
+from simpo.loss import formula
+from simpo.model import Policy
+
+SHOWN = (
+    ("loss", "loss"),
+    ("rewards/accuracies", "accuracy"),
+    ("rewards/margins", "margin"),
+    ("rule_pass_rate", "rule pass rate"),
+)
+"""Held-out metrics shown to people, with the names they get."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run found: held-out metrics before the first step and after the last.
+
+    Both are empty where nothing is held out.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+REPLIES_SHOWN = 5
+
+
+def start_lines(
+    run: RunConfig,
+    policy: Policy,
+    machine: str,
+    table: Sequence[SplitReport],
+    train_set: TokenizedSet,
+    plan: TrainPlan,
+) -> list[str]:
+    """What will be trained on what, how, and for how long."""
+    parameters = list(policy.parameters())
+    total = sum(p.numel() for p in parameters) / 1e6
+    trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
+    report = train_set.report
+    tokens = int(train_set.num_tokens.sum())
+    unshared = tokens + sum(len(pair.prompt_ids) for pair in train_set.tokens)
+    lines = [
+        f"model  {run.model.path}: {total:.1f}M weights, {trained:.1f}M trained, {machine}",
+        formula(run.loss),
+        "",
+        *markdown_table(mixture_rows(table)),
+        "",
+        f"tokens {tokens:,} in {report.pairs} train pairs, {unshared:,} if prompts were not shared",
+        f"plan   {plan.total_steps} steps of {plan.pairs_per_step} pairs, "
+        f"{plan.total_steps / plan.steps_per_epoch:.2f} passes over the train pairs",
+    ]
+    repairs = {
+        "prompts joined with their response by the tokenizer": report.merged_prompts,
+        "prompts cut": report.cut_prompts,
+        "chosen cut": report.cut_chosen,
+        "rejected cut": report.cut_rejected,
+        **{f"left out: {fault}": count for fault, count in report.bad.items()},
+    }
+    lines += [f"       {count} {what}" for what, count in repairs.items() if count]
+    return lines
+
+
+def mixture_rows(table: Sequence[SplitReport]) -> list[dict[str, Any]]:
+    """The mixture table, a row for each split of each source."""
+    return [
+        {"source": r.source, "split": r.split, "rows": r.rows, "bad": r.bad or 0, "taken": r.taken}
+        for r in table
+    ]
+
+
+def result_rows(results: Results) -> list[dict[str, Any]]:
+    """The held-out metrics people read, a row each with the value before and after."""
+    return [
+        {
+            "held out": name,
+            "before": f"{results.before[key]:.3f}",
+            "after": f"{results.after[key]:.3f}",
+        }
+        for key, name in SHOWN
+        if key in results.after
+    ]
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows with the same keys as the lines of a Markdown table, columns aligned."""
+    if not rows:
+        return ["(none)"]
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in cells
+    ]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {count}" for key, count in value.items())
+    return str(value)
+
+
+def end_lines(results: Results, run_dir: Path, last_step: int) -> list[str]:
+    """What training changed on the held-out pairs, and where the model lies."""
+    lines = markdown_table(result_rows(results)) if results.after else []
+    samples = [run_dir / f"samples/step-{step:06d}.json" for step in (0, last_step)]
+    if all(path.is_file() for path in samples):
+        before, after = (json.loads(path.read_text()) for path in samples)
+        lines += ["", *_reply_lines(before, after)]
+    return [*lines, f"model  {run_dir / 'model'}"]
+
+
+def _reply_lines(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[str]:
+    """A few held-out prompts with the replies before and after training."""
+    lines = []
+    for old, new in list(zip(before, after, strict=True))[:REPLIES_SHOWN]:
+        lines += [f"prompt  {_flat(old['prompt'])}"]
+        for name, reply in (("before", old), ("after", new)):
+            verdict = {True: "[obeys] ", False: "[fails] ", None: ""}[reply["obeys"]]
+            lines.append(f"{name:6}  {verdict}{_flat(reply['reply'])}")
+        lines.append("")
+    return lines
+
+
+def _flat(text: str, width: int = 160) -> str:
+    line = " / ".join(part.strip() for part in text.strip().splitlines() if part.strip())
+    return line if len(line) <= width else line[: width - 3] + "..."

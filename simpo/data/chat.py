@@ -1,0 +1,344 @@
+"""Messages in, token ids out: what is prompt, what is response, and where a pair is cut.
+
+The prompt is rendered by the chat template with its generation prompt; the response is what
+follows in the render of the whole dialogue, up to the token that ends a turn. So no header is
+scored, and the model is trained on exactly the ids that it continues when it is used:
+
+    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n | Hello!<|im_end|>
+    prompt ------------------------------------------------- | response ------
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from simpo.config import (
+    Compat,
+    ConfigError,
+    DataConfig,
+    DataError,
+    OnBadRow,
+    PromptTruncation,
+)
+from simpo.data.mixture import fault_lines
+from simpo.data.rows import RowFault
+from simpo.pairs import Message, Pair, TokenizedPair
+
+BATCH_PAIRS = 512
+CACHE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """What happened to the pairs on the way to tokens, as numbers of pairs.
+
+    Attributes:
+        pairs: pairs that came out.
+        merged_prompts: the tokenizer joined the prompt's end with the response; the prompt is the
+            longest common token prefix instead.
+        cut_prompts, cut_chosen, cut_rejected: longer than their budget.
+        bad: pairs left out, by fault.
+    """
+
+    pairs: int
+    merged_prompts: int
+    cut_prompts: int
+    cut_chosen: int
+    cut_rejected: int
+    bad: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TokenizedSet:
+    """Pairs with their tokens, in the same order, and how they came about."""
+
+    pairs: list[Pair]
+    tokens: list[TokenizedPair]
+    report: TokenReport
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """Tokens computed for each pair, its prompt once, int64 [pairs]."""
+        return np.array([pair.num_tokens for pair in self.tokens], dtype=np.int64)
+
+
+class Chat:
+    """A tokenizer with its template, and what the template implies.
+
+    Attributes:
+        tokenizer: the tokenizer; its `chat_template` is set.
+        end_id: the token that ends a response: the first special token that the template puts
+            behind an assistant's text, else the tokenizer's EOS.
+        template_sha256: hash of the template, for the run's records.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not isinstance(tokenizer.chat_template, str):
+            raise ConfigError(
+                ["model.chat_template: the tokenizer has no template (name one, or a .jinja file)"]
+            )
+        self.tokenizer = tokenizer
+        self.template_sha256 = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+        self._bos_id = tokenizer.bos_token_id
+        self._adds_bos = self._bos_id is not None and tokenizer("x").input_ids[0] == self._bos_id
+        self.end_id = self._find_end_id()
+        self._marks = {tokenizer.bos_token, tokenizer.eos_token}
+        self._marks.add(tokenizer.convert_ids_to_tokens(self.end_id))
+        self._marks.discard(None)
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The prompt as text, up to where the assistant begins to write."""
+        return self._render(messages, add_generation_prompt=True)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of rendered texts, with a BOS wherever the tokenizer wants one, never two."""
+        rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
+        if self._adds_bos:
+            rows = [ids if ids[:1] == [self._bos_id] else [self._bos_id, *ids] for ids in rows]
+        return rows
+
+    def tokenize(self, pairs: Sequence[Pair], config: DataConfig) -> Iterator[Any]:
+        """For each pair a (TokenizedPair, merged, cut prompt, chosen, rejected) or a RowFault."""
+        render = self._paper_texts if config.compat is Compat.paper else self._texts
+        join = self._paper_pair if config.compat is Compat.paper else self._pair
+        for start in range(0, len(pairs), BATCH_PAIRS):
+            texts: list[tuple[str, str, str] | RowFault] = []
+            for pair in pairs[start : start + BATCH_PAIRS]:
+                try:
+                    texts.append(render(pair))
+                except RowFault as fault:
+                    texts.append(fault)
+            flat = [text for item in texts if not isinstance(item, RowFault) for text in item]
+            ids = iter(self.encode(flat) if flat else [])
+            for item in texts:
+                if isinstance(item, RowFault):
+                    yield item
+                    continue
+                try:
+                    yield join(next(ids), next(ids), next(ids), config)
+                except RowFault as fault:
+                    yield fault
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise RowFault(f"the chat template refuses it: {error}") from error
+
+    def _find_end_id(self) -> int:
+        probe = "8wq3"
+        text = self._render(
+            [{"role": "user", "content": "hi"}, {"role": "assistant", "content": probe}]
+        )
+        tail = text[text.rindex(probe) + len(probe) :]
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        ids = self.tokenizer(tail, add_special_tokens=False).input_ids
+        end_id = next((i for i in ids if i in special), self.tokenizer.eos_token_id)
+        if end_id is None:
+            raise ConfigError(["model.tokenizer: has no EOS token and its template ends no turn"])
+        return int(end_id)
+
+    def _texts(self, pair: Pair) -> tuple[str, str, str]:
+        contents = [turn["content"] for turn in pair.prompt] + [pair.chosen, pair.rejected]
+        for mark in self._marks:
+            if any(mark in content for content in contents):
+                raise RowFault(f"a message holds the token {mark} as text")
+        prompt = self.prompt_text(pair.prompt)
+        whole = [
+            self._render([*pair.prompt, {"role": "assistant", "content": text}])
+            for text in (pair.chosen, pair.rejected)
+        ]
+        if not all(text.startswith(prompt) for text in whole):
+            raise RowFault(
+                "the chat template writes the prompt differently before a reply "
+                "(choose another model.chat_template)"
+            )
+        return prompt, whole[0], whole[1]
+
+    def _pair(
+        self, prompt: list[int], chosen: list[int], rejected: list[int], config: DataConfig
+    ) -> tuple[TokenizedPair, bool, bool, bool, bool]:
+        num_prompt = _common_prefix(prompt, chosen, rejected)
+        if num_prompt == 0:
+            raise RowFault("prompt and dialogue share no token (check the chat template)")
+        responses = []
+        for key, ids in (("chosen", chosen[num_prompt:]), ("rejected", rejected[num_prompt:])):
+            end = len(ids) - 1 - ids[::-1].index(self.end_id) if self.end_id in ids else None
+            ids = ids[: end + 1] if end is not None else [*ids, self.end_id]
+            if len(ids) < 2:
+                raise RowFault(f"{key}: the response has no token")
+            responses.append(ids)
+        longest = max(len(ids) for ids in responses)
+        kept = prompt[:num_prompt]
+        if num_prompt + longest > config.max_length_tokens:
+            budget = max(config.max_prompt_tokens, config.max_length_tokens - longest)
+            kept = self._cut(kept, budget, config.prompt_truncation)
+        budget = config.max_length_tokens - len(kept)
+        return (
+            _tokenized(kept, *(ids[:budget] for ids in responses)),
+            num_prompt < len(prompt),
+            len(kept) < num_prompt,
+            len(responses[0]) > budget,
+            len(responses[1]) > budget,
+        )
+
+    def _cut(self, ids: list[int], budget: int, truncation: PromptTruncation) -> list[int]:
+        if len(ids) <= budget:
+            return ids
+        if truncation is PromptTruncation.keep_start:
+            return ids[:budget]
+        head = ids[:1] if ids[0] == self._bos_id else []
+        return head + ids[len(ids) - budget + len(head) :]
+
+    def _paper_texts(self, pair: Pair) -> tuple[str, str, str]:
+        """Texts of the original trainer: no generation prompt, each reply a dialogue of its own."""
+        prompt = list(pair.prompt)
+        template = self.tokenizer.chat_template
+        if prompt[0]["role"] != "system" and ("system" in template or "<|im_start|>" in template):
+            prompt = [{"role": "system", "content": ""}, *prompt]
+        text = self._render(prompt)
+        replies = []
+        for content in (pair.chosen, pair.rejected):
+            reply = self._render([{"role": "assistant", "content": content}])
+            replies.append(reply.removeprefix(self.tokenizer.bos_token or ""))
+        return text, text + replies[0], text + replies[1]
+
+    def _paper_pair(
+        self, prompt: list[int], chosen: list[int], rejected: list[int], config: DataConfig
+    ) -> tuple[TokenizedPair, bool, bool, bool, bool]:
+        """Ids of the original trainer: BOS first, EOS last, both replies cut to one length.
+
+        Source: `tokenize_row` of https://github.com/princeton-nlp/SimPO.
+        """
+        starts = [
+            len(prompt) if ids[: len(prompt)] == prompt else len(prompt) - 1
+            for ids in (chosen, rejected)
+        ]
+        num_prompt = min(starts)
+        responses = [chosen[starts[0] :], rejected[starts[1] :]]
+        bos = [] if self._bos_id is None else [self._bos_id]
+        kept = prompt[:num_prompt] if prompt[:1] == bos else bos + prompt[:num_prompt]
+        if chosen[:num_prompt] != rejected[:num_prompt] or abs(starts[0] - starts[1]) > 1:
+            raise RowFault("the tokenizer joins prompt and response differently for both responses")
+        # The original gives each sequence its own prompt, which may end one token apart.
+        if starts[0] != starts[1]:
+            raise RowFault("the tokenizer joins the prompt's end with one response only")
+        eos_id = self.tokenizer.eos_token_id
+        responses = [ids if ids[-1:] == [eos_id] else [*ids, eos_id] for ids in responses]
+        longest = max(len(ids) for ids in responses)
+        whole = len(kept)
+        if whole + longest > config.max_length_tokens:
+            keep = config.max_prompt_tokens
+            keep_end = config.prompt_truncation is PromptTruncation.keep_end
+            kept = kept[-keep:] if keep_end else kept[:keep]
+        budget = longest
+        if len(kept) + longest > config.max_length_tokens:
+            budget = config.max_length_tokens - config.max_prompt_tokens
+        return (
+            _tokenized(kept, *(ids[:budget] for ids in responses)),
+            num_prompt < len(prompt),
+            len(kept) < whole,
+            len(responses[0]) > budget,
+            len(responses[1]) > budget,
+        )
+
+
+def tokenize_set(
+    chat: Chat, pairs: list[Pair], config: DataConfig, cache_dir: Path
+) -> TokenizedSet:
+    """Tokenize pairs, or read the result of the same pairs, template and settings from the cache.
+
+    Raises:
+        DataError: a pair cannot be tokenized (with on_bad_row=stop), or none can.
+    """
+    folder = cache_dir / "tokenized" / _content_hash(chat, pairs, config)
+    if not (folder / "report.json").is_file():
+        _write_cache(folder, list(chat.tokenize(pairs, config)))
+    stored = json.loads((folder / "report.json").read_text())
+    arrays = np.load(folder / "tokens.npz")
+    faults = {int(index): fault for index, fault in stored["faults"].items()}
+    if faults and config.on_bad_row is OnBadRow.stop:
+        raise DataError(fault_lines([(pairs[i].place, fault) for i, fault in faults.items()]))
+    good = [pair for index, pair in enumerate(pairs) if index not in faults]
+    if pairs and not good:
+        raise DataError(f"data: none of the {len(pairs)} pairs can be tokenized")
+    parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"].reshape(-1))[:-1])
+    tokens = [TokenizedPair(*parts[i : i + 3]) for i in range(0, 3 * len(good), 3)]
+    report = TokenReport(len(good), *stored["counts"], bad=dict(Counter(faults.values())))
+    return TokenizedSet(good, tokens, report)
+
+
+def _write_cache(folder: Path, results: list[Any]) -> None:
+    done = [item for item in results if not isinstance(item, RowFault)]
+    tokens = [
+        ids
+        for pair, *_ in done
+        for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+    ]  # fmt: skip
+    counts = [sum(item[column] for item in done) for column in range(1, 5)]
+    faults = {i: str(item) for i, item in enumerate(results) if isinstance(item, RowFault)}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        part = Path(scratch) / "part"
+        part.mkdir()
+        np.savez(
+            part / "tokens.npz",
+            ids=np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
+            lengths=np.array([len(ids) for ids in tokens], np.int64).reshape(-1, 3),
+        )
+        (part / "report.json").write_text(json.dumps({"counts": counts, "faults": faults}))
+        try:
+            os.rename(part, folder)
+        except OSError:
+            if not folder.is_dir():  # else another run was faster, with the same content
+                raise
+
+
+def _content_hash(chat: Chat, pairs: list[Pair], config: DataConfig) -> str:
+    tokenizer = chat.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = (
+        json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    )
+    settings = (
+        CACHE_FORMAT, config.max_length_tokens, config.max_prompt_tokens,
+        config.prompt_truncation.value, config.compat.value, str(tokenizer.special_tokens_map),
+        chat.template_sha256, chat.end_id, chat._adds_bos,
+    )  # fmt: skip
+    digest = hashlib.sha256(repr(settings).encode())
+    digest.update(vocabulary.encode())
+    for pair in pairs:
+        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode())
+    return digest.hexdigest()[:32]
+
+
+def pairs_fingerprint(pairs: Sequence[Pair]) -> str:
+    """Hash of the text of pairs in their order: 16 hex digits, for the run's records."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(json.dumps(asdict(pair) | {"place": ""}, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _common_prefix(*rows: list[int]) -> int:
+    shortest = min(len(row) for row in rows)
+    first = rows[0]
+    return next((i for i in range(shortest) if any(r[i] != first[i] for r in rows)), shortest)
+
+
+def _tokenized(prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:
+    return TokenizedPair(*(np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)))

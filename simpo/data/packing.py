@@ -1,0 +1,75 @@
+"""Tokenized pairs in, one packed row out, each prompt once.
+
+Two pairs with prompts of 3 and 2 tokens become
+
+    tokens     p p p c c r r r | q q c r r
+    positions  0 1 2 3 4 3 4 5 | 0 1 2 2 3
+
+A rejected response continues the positions of its prompt, as if the chosen one were not there;
+`simpo.attention` hides the chosen one from it. The idea of computing a preference pair's prompt
+once is that of https://arxiv.org/abs/2410.20305.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from simpo.pairs import PackedPairs, Segment, TokenizedPair
+
+
+def pack(pairs: Sequence[TokenizedPair], indices: Sequence[int]) -> PackedPairs:
+    """Lay pairs one behind the other in one row.
+
+    Args:
+        pairs: the pairs of the row, in order.
+        indices: their places in the data set, for messages.
+
+    Raises:
+        ValueError: a response has no token that can be scored.
+    """
+    tokens: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    predictors: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    segments: list[Segment] = []
+    response_tokens: list[int] = []
+    start = 0
+    for pair, index in zip(pairs, indices, strict=True):
+        num_prompt = len(pair.prompt_ids)
+        chosen = start + num_prompt
+        rejected = chosen + len(pair.chosen_ids)
+        end = rejected + len(pair.rejected_ids)
+        segments.append(Segment(start, chosen, rejected, end))
+        tokens += [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
+        positions += [
+            np.arange(rejected - start),
+            np.arange(num_prompt, num_prompt + end - rejected),
+        ]
+        for first, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
+            before = np.arange(first - 1, first - 1 + len(ids))
+            if num_prompt:
+                before[:1] = chosen - 1
+            else:
+                before, ids = before[1:], ids[1:]
+            if not len(ids):
+                raise ValueError(f"pair {index}: a response has no token to score")
+            predictors.append(before)
+            targets.append(ids)
+            response_tokens.append(len(ids))
+        start = end
+
+    def column(parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    return PackedPairs(
+        pairs=tuple(int(index) for index in indices),
+        segments=tuple(segments),
+        response_tokens=tuple(response_tokens),
+        input_ids=column(tokens)[None],
+        position_ids=column(positions)[None],
+        predictors=column(predictors),
+        targets=column(targets),
+    )

@@ -1,0 +1,152 @@
+"""Settings in, the policy and its tokenizer out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from simpo import attention
+from simpo.config import ConfigError, Dtype, LoraConfig, ModelConfig, template_file
+from simpo.logps import response_logps
+from simpo.pairs import PackedPairs, PairLogps
+from simpo.smollm2 import smollm2_folder
+
+MAX_BELIEVED_LENGTH = 100_000
+DEFAULT_LENGTH = 2048
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward gives the log-probabilities of pairs.
+
+    The vocabulary is met in here, below whatever wraps the policy, so that sharded weights of the
+    head are gathered by their own framework.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, under the adapters if there are any."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator,return-value]
+
+    def forward(self, row: PackedPairs) -> PairLogps:
+        """Log-probability of each response of a packed row, float32."""
+        hidden = self.base.get_decoder()(
+            input_ids=row.input_ids,
+            position_ids=row.position_ids,
+            segments=row.segments,
+            use_cache=False,
+        ).last_hidden_state[0]
+        softcap = getattr(self.base.config, "final_logit_softcapping", None)
+        return response_logps(hidden, self.base.get_output_embeddings(), row, softcap)
+
+
+def model_source(config: ModelConfig, cache_dir: Path) -> str:
+    """Folder or hub id to load from; converts the built-in model on first use."""
+    if config.path == "builtin:smollm2":
+        return str(smollm2_folder(cache_dir))
+    return str(Path(config.path).expanduser()) if config.path.startswith("~") else config.path
+
+
+def load_tokenizer(config: ModelConfig, cache_dir: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer and settle what checkpoints leave open.
+
+    No pad token: EOS pads (padding is never scored). A length above 100,000 is the library's
+    "unknown" and becomes 2,048. Cuts are made on the left. A template named in the settings
+    replaces the tokenizer's own.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded.
+    """
+    source = config.tokenizer or model_source(config, cache_dir)
+    tokenizer = _load(
+        "model.tokenizer" if config.tokenizer else "model.path",
+        source,
+        AutoTokenizer,
+        revision=None if config.tokenizer else config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.model_max_length > MAX_BELIEVED_LENGTH:
+        tokenizer.model_max_length = DEFAULT_LENGTH
+    tokenizer.truncation_side = "left"
+    if config.chat_template is not None:
+        tokenizer.chat_template = template_file(config.chat_template).read_text()
+    return tokenizer
+
+
+def load_policy(config: ModelConfig, cache_dir: Path, device: torch.device, seed: int) -> Policy:
+    """Load the model for training: no dropout, adapters and checkpointing as asked for.
+
+    Args:
+        seed: decides the initial values of adapters.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or an adapter target is in no layer.
+    """
+    attention.register()
+    model: Any = _load(
+        "model.path",
+        model_source(config, cache_dir),
+        AutoModelForCausalLM,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype=_weights_dtype(config, device),
+        attn_implementation=attention.NAME,
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora.rank:
+        torch.manual_seed(seed)
+        model = _with_adapters(model, config.lora, config.gradient_checkpointing)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return Policy(model).to(device)
+
+
+def _weights_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    if config.dtype is Dtype.auto:
+        frozen_on_gpu = bool(config.lora.rank) and device.type == "cuda"
+        return torch.bfloat16 if frozen_on_gpu else torch.float32
+    return torch.float32 if config.dtype is Dtype.float32 else torch.bfloat16
+
+
+def _with_adapters(model: PreTrainedModel, config: LoraConfig, checkpointing: bool) -> nn.Module:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    if checkpointing:
+        # The frozen embeddings' output must carry a gradient, else checkpoints have none to pass.
+        model.enable_input_require_grads()
+    all_linear = config.targets == ["all-linear"]
+    settings = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        target_modules="all-linear" if all_linear else config.targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError([f"model.lora.targets: {str(error).splitlines()[0]}"]) from error
+
+
+def _load(key: str, source: str, loader: Any, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError([f"{key}: {source} cannot be loaded: {reason}"]) from error

@@ -1,0 +1,130 @@
+"""The shapes a preference pair takes on its way from text to loss.
+
+    Pair           messages, as a person reads them
+    TokenizedPair  three runs of token ids: prompt, chosen, rejected
+    PackedPairs    several pairs in one row, each prompt once: [P C R][P C R]...
+    PairLogps      a summed log-probability and a length for each response
+
+Letters of tensor shapes, here and everywhere:
+    B rows in a forward (1: a row is packed to the budget, so rows are never padded together)
+    T tokens in a row       P pairs in a row       R responses in a row (2P)
+    N response tokens scored in a row              D hidden size     V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Message = dict[str, str]
+"""One OpenAI-format message: `role` (system, user, assistant) and `content`."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and the two replies to it, with the place they came from.
+
+    `rule` is what a program can check in a reply (see `simpo.data.rules`), or None.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    place: str
+    rule: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """Token ids of a pair, each an int32 array [length].
+
+    `chosen_ids` and `rejected_ids` follow the prompt directly; neither is empty.
+    """
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed for the pair, its prompt once."""
+        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+
+class Segment(NamedTuple):
+    """Where a pair lies in its row: prompt [start, chosen), chosen [chosen, rejected), ..."""
+
+    start: int
+    chosen: int
+    rejected: int
+    end: int
+
+
+@dataclass(frozen=True)
+class PackedPairs:
+    """One row of packed pairs, everything a forward needs.
+
+    Attributes:
+        pairs: index of each pair in its data set, for messages about it [P].
+        segments: where each pair lies in the row [P].
+        response_tokens: scored tokens of each response [R]: 2p is chosen, 2p + 1 rejected.
+        input_ids: int64 [B, T].
+        position_ids: int64 [B, T]; a rejected response continues its prompt's positions.
+        predictors: int64 [N], the row position whose hidden state predicts each scored token,
+            response after response. The first token of both responses is predicted from the
+            prompt's last position; without a prompt nothing predicts it and it is not scored.
+        targets: int64 [N], the tokens predicted.
+    """
+
+    pairs: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    response_tokens: tuple[int, ...]
+    input_ids: Tensor
+    position_ids: Tensor
+    predictors: Tensor
+    targets: Tensor
+
+    @property
+    def chosen_tokens(self) -> int:
+        """Scored tokens of all chosen responses."""
+        return sum(self.response_tokens[0::2])
+
+    def to(self, device: torch.device) -> PackedPairs:
+        """The same row with its tensors on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            predictors=self.predictors.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Log-probabilities of both responses of each pair of a row.
+
+    Attributes:
+        chosen, rejected: float32 [P], summed over the scored tokens of the response.
+        chosen_tokens, rejected_tokens: int64 [P], how many that were.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    @property
+    def average_chosen(self) -> Tensor:
+        """Mean token log-probability of the chosen responses, float32 [P]."""
+        return self.chosen / self.chosen_tokens
+
+    @property
+    def average_rejected(self) -> Tensor:
+        """Mean token log-probability of the rejected responses, float32 [P]."""
+        return self.rejected / self.rejected_tokens

@@ -1,0 +1,196 @@
+"""The folder of a run: found again when it is unfinished, made new otherwise.
+
+<output_dir>/<name>/<time>-<id>/    the id is a hash of all settings that decide the numbers
+    run.yaml, command.txt           settings, resolved, and the command that continues the run
+    environment.json, git.diff      versions, device, git commit and what differed from it
+    data.json                       what was taken of each source, fingerprints, template hash
+    metrics.jsonl, status.json      the numbers; running, finished or failed, and the step
+    checkpoints/                    see simpo.checkpoint
+    model/                          see simpo.export
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from simpo.config import ConfigError, DataError, RunConfig, load_run, run_id, run_yaml, trajectory
+from simpo.sample import Reply
+
+PACKAGES = ("simpo", "torch", "transformers", "datasets", "accelerate", "peft", "hydra-core")
+
+
+class RunFolder:
+    """The locked folder of a run; another process with the same settings gets its own.
+
+    Attributes:
+        path: the folder, absolute.
+        continued: whether an earlier process began this run.
+        finished: whether it also ended it.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        """Find or make the folder.
+
+        Raises:
+            ConfigError: run_dir holds a run of other settings, or another process works in it.
+        """
+        if run.run_dir is not None:
+            self.path = Path(run.run_dir).expanduser().absolute()
+            if not self._lock():
+                raise ConfigError([f"run_dir: another process works in {self.path} (wait for it)"])
+            self._refuse_other_settings(run)
+        else:
+            parent = (Path(run.output_dir).expanduser() / run.name).absolute()
+            for path in sorted(parent.glob(f"*-{run_id(run)}"), reverse=True):
+                self.path = path
+                if self.status().get("state") != "finished" and self._lock():
+                    break
+            else:
+                self.path = parent / f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id(run)}"
+                while not self._lock():  # two runs of the same settings in the same second
+                    time.sleep(0.1)
+                    self.path = parent / f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id(run)}"
+        self.continued = (self.path / "run.yaml").is_file()
+        self.finished = self.status().get("state") == "finished"
+        if not self.continued:
+            self.write_text("command.txt", self._command() + "\n")
+            self.write_text("run.yaml", run_yaml(run))
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says; empty before the run's first step."""
+        path = self.path / "status.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def write_status(self, state: str, step: int, total_steps: int, error: str = "") -> None:
+        """Say how far the run is: `state` is running, finished or failed."""
+        status = {"state": state, "step": step, "total_steps": total_steps, "error": error}
+        self.write_json("status.json", status)
+
+    def write_data(self, data: dict[str, Any]) -> None:
+        """Write data.json, unless the run was begun on other data.
+
+        Raises:
+            DataError: it was.
+        """
+        path = self.path / "data.json"
+        if path.is_file():
+            before = json.loads(path.read_text())
+            for key in ("train_fingerprint", "test_fingerprint", "template_sha256"):
+                if before[key] != data[key]:
+                    raise DataError(
+                        f"{self.path}: the data changed under this run: {key} was {before[key]}, "
+                        f"is {data[key]} (restore it, or start anew with run_dir=NEW)"
+                    )
+        self.write_json("data.json", data)
+
+    def write_replies(self, step: int, replies: Sequence[Reply]) -> None:
+        """Write samples/step-<step>.json: prompt, reply and verdict of each sampled reply."""
+        (self.path / "samples").mkdir(exist_ok=True)
+        rows = [
+            {"prompt": r.pair.prompt[-1]["content"], "reply": r.text, "obeys": r.obeys}
+            for r in replies
+        ]
+        self.write_json(f"samples/step-{step:06d}.json", rows)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a file of the folder whole or not at all."""
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the folder: a reader sees the old text or the new, never a part."""
+        path = self.path / name
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(text)
+        os.replace(part, path)
+
+    @contextmanager
+    def recording_failure(self) -> Iterator[None]:
+        """Say in status.json that the run failed, and of what, if the block raises."""
+        try:
+            yield
+        except BaseException as error:
+            status = self.status()
+            reason = f"{type(error).__name__}: {error}"
+            step, total = status.get("step", 0), status.get("total_steps", 0)
+            self.write_status("failed", step, total, reason)
+            raise
+
+    def _lock(self) -> bool:
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = (self.path / "lock").open("w")
+        try:
+            # Held until the process ends, however it ends.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.close()
+            return False
+        self._lock_handle = handle
+        return True
+
+    def _refuse_other_settings(self, run: RunConfig) -> None:
+        if not (self.path / "run.yaml").is_file():
+            return
+        before, now = trajectory(load_run(self.path / "run.yaml")), trajectory(run)
+        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        if changed:
+            raise ConfigError(
+                [
+                    f"{key}: the run in {self.path} has {before.get(key)}, got {now.get(key)} "
+                    "(restore it, or choose another run_dir)"
+                    for key in changed
+                ]
+            )
+
+    def _command(self) -> str:
+        arguments = [a for a in sys.argv[1:] if not a.startswith("run_dir=")]
+        return shlex.join(["python", "-m", "simpo.train", *arguments, f"run_dir={self.path}"])
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions and machine of this process, for the run's records."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "packages": packages,
+        "device": device,
+        "cpus": os.cpu_count(),
+        "git_commit": _git("rev-parse", "HEAD").strip() if _in_git() else "",
+    }
+
+
+def git_diff() -> str:
+    """What differs from the commit in the source this process runs from; empty outside git."""
+    return _git("diff", "HEAD") if _in_git() else ""
+
+
+def _in_git() -> bool:
+    """Whether git tracks this file: an installed copy may lie below somebody else's checkout."""
+    return bool(_git("ls-files", str(Path(__file__).resolve())))
+
+
+def _git(*arguments: str) -> str:
+    source = Path(__file__).resolve().parent
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout if result.returncode == 0 else ""

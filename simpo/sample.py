@@ -1,0 +1,75 @@
+"""Held-out prompts in, the policy's greedy replies out, and how many obey their rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from simpo.data.chat import Chat
+from simpo.data.rules import obeys
+from simpo.model import Policy
+from simpo.pairs import Pair
+
+BATCH_PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A greedy reply to the prompt of a pair; `obeys` is None where the pair has no rule."""
+
+    pair: Pair
+    text: str
+    tokens: int
+    obeys: bool | None
+
+
+@torch.no_grad()
+def greedy_replies(
+    policy: Policy, chat: Chat, pairs: Sequence[Pair], max_new_tokens: int
+) -> list[Reply]:
+    """Answer the prompt of each pair, in the order given.
+
+    The prompt's ids are those of training. A reply ends with the token that ends a response in
+    training, or after `max_new_tokens`.
+    """
+    policy.eval()
+    device = next(policy.parameters()).device
+    prompts = chat.encode([chat.prompt_text(pair.prompt) for pair in pairs])
+    replies: dict[int, Reply] = {}
+    # Prompts of like length together: less padding.
+    order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), BATCH_PROMPTS):
+        batch = order[start : start + BATCH_PROMPTS]
+        width = max(len(prompts[i]) for i in batch)
+        pad_id = int(chat.tokenizer.pad_token_id)
+        padded = [[pad_id] * (width - len(prompts[i])) + prompts[i] for i in batch]
+        mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
+        # Called on the policy's own model, whose settings for sampling must not take part.
+        output = policy.model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=chat.end_id,
+            pad_token_id=pad_id,
+        )
+        for i, ids in zip(batch, output[:, width:].tolist(), strict=True):
+            length = ids.index(chat.end_id) if chat.end_id in ids else len(ids)
+            text = str(chat.tokenizer.decode(ids[:length], skip_special_tokens=True))
+            rule = pairs[i].rule
+            replies[i] = Reply(pairs[i], text, length, None if rule is None else obeys(rule, text))
+    return [replies[i] for i in range(len(pairs))]
+
+
+def reply_metrics(replies: Sequence[Reply]) -> dict[str, float]:
+    """Mean length, and the share of replies that obey their rule where there are rules."""
+    metrics = {"reply_tokens": sum(reply.tokens for reply in replies) / len(replies)}
+    checked = [reply.obeys for reply in replies if reply.obeys is not None]
+    if checked:
+        metrics["rule_pass_rate"] = sum(checked) / len(checked)
+    return metrics

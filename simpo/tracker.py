@@ -1,0 +1,111 @@
+"""Metrics in; console, metrics.jsonl and, where asked for, Weights & Biases out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from simpo.config import TrackerConfig, WandbConfig
+
+
+class Tracker:
+    """Where the numbers of a run go.
+
+    metrics.jsonl has a line for each logged step and each evaluation: `step` is the number of
+    updates done, keys start with `train/` or `eval/`.
+    """
+
+    def __init__(
+        self, config: TrackerConfig, run_dir: Path, name: str, settings: dict[str, Any]
+    ) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._file = self._path.open("ab")
+        self._bar: tqdm[Any] | None = None
+        self._wandb = None
+        if isinstance(config, WandbConfig):
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                mode=config.mode.value,
+                tags=config.tags,
+                name=name,
+                # The same id after a restart: one curve.
+                id=run_dir.name,
+                resume="allow",
+                dir=run_dir,
+                config=settings,
+            )
+
+    def cut_back(self, num_bytes: int) -> None:
+        """Shorten metrics.jsonl to what a checkpoint had seen of it."""
+        self._file.truncate(num_bytes)
+
+    def num_bytes(self) -> int:
+        """Length of metrics.jsonl, after flushing it to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def log(self, step: int, prefix: str, metrics: dict[str, float]) -> None:
+        """Write metrics down, their keys under `prefix`/."""
+        named = {f"{prefix}/{key}": value for key, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **named}).encode() + b"\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(named, step=step)
+
+    def progress(self, step: int, total_steps: int, metrics: dict[str, float]) -> None:
+        """Move the progress bar to `step`."""
+        if self._bar is None:
+            self._bar = tqdm(
+                total=total_steps,
+                initial=step - 1,
+                unit="step",
+                desc="train",
+                dynamic_ncols=True,
+                # A log file gets a line now and then, a terminal a live bar.
+                mininterval=0.1 if sys.stderr.isatty() else 10.0,
+            )
+        self._bar.set_postfix_str(
+            f"{metrics['pairs_per_s']:.1f} pairs/s, loss {metrics['loss']:.3f}, "
+            f"accuracy {metrics['rewards/accuracies']:.2f}, "
+            f"margin {metrics['rewards/margins']:+.2f}",
+            refresh=False,
+        )
+        self._bar.update(step - self._bar.n)
+
+    def say(self, *lines: str) -> None:
+        """Print without tearing the progress bar."""
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(*lines, sep="\n", flush=True)
+
+    def first_evaluation(self) -> dict[str, float]:
+        """The held-out metrics before the first step, also of a continued run."""
+        for line in read_metrics(self._path):
+            values = {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}
+            if values:
+                return values
+        return {}
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish the bar and the remote run, and close metrics.jsonl."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(kind is not None))
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -65,24 +65,19 @@ def attend(
             )
         visible = _causal(query, key, None) if attention_mask is None else attention_mask
         return _attend(query, key, value, visible, scaling, softcap).transpose(1, 2), None
+    # Split once: the backward pass of a slice would fill a gradient of the whole row with zeros.
+    lengths = [n for s in segments for n in (s.rejected - s.start, s.end - s.rejected)]
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
-    for start, chosen, rejected, end in segments:
-        first = slice(start, rejected)
-        outputs.append(
-            _causal_attend(
-                query[:, :, first], key[:, :, first], value[:, :, first],
-                scaling, sliding_window, softcap,
-            )
-        )  # fmt: skip
-        second = slice(rejected, end)
-        outputs.append(
-            _causal_attend(
-                query[:, :, second],
-                torch.cat([key[:, :, start:chosen], key[:, :, second]], dim=2),
-                torch.cat([value[:, :, start:chosen], value[:, :, second]], dim=2),
-                scaling, sliding_window, softcap,
-            )
-        )  # fmt: skip
+    for index, (start, chosen, _, _) in enumerate(segments):
+        first, second, prompt = 2 * index, 2 * index + 1, slice(0, chosen - start)
+        shared_key = torch.cat([keys[first][:, :, prompt], keys[second]], dim=2)
+        shared_value = torch.cat([values[first][:, :, prompt], values[second]], dim=2)
+        for q, k, v in (
+            (queries[first], keys[first], values[first]),
+            (queries[second], shared_key, shared_value),
+        ):
+            outputs.append(_causal_attend(q, k, v, scaling, sliding_window, softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

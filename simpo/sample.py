@@ -12,7 +12,7 @@ from simpo.data.rules import obeys
 from simpo.model import Policy
 from simpo.pairs import Pair
 
-BATCH_PROMPTS = 32
+BATCH_PROMPTS = 64
 
 
 @dataclass(frozen=True)

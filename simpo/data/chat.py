@@ -231,8 +231,10 @@ class Chat:
         num_prompt = min(starts)
         responses = [chosen[starts[0] :], rejected[starts[1] :]]
         bos = [] if self._bos_id is None else [self._bos_id]
-        kept = prompt[:num_prompt] if prompt[:1] == bos else bos + prompt[:num_prompt]
-        if chosen[:num_prompt] != rejected[:num_prompt] or abs(starts[0] - starts[1]) > 1:
+        # Of the joined text, not of the prompt alone: a merge may reach back over several tokens.
+        kept = chosen[:num_prompt] if chosen[:1] == bos else bos + chosen[:num_prompt]
+        shortest = min(len(chosen), len(rejected))
+        if chosen[:num_prompt] != rejected[:num_prompt] or shortest < len(prompt):
             raise RowFault("the tokenizer joins prompt and response differently for both responses")
         # The original gives each sequence its own prompt, which may end one token apart.
         if starts[0] != starts[1]:
@@ -266,7 +268,7 @@ def tokenize_set(
         DataError: a pair cannot be tokenized (with on_bad_row=stop), or none can.
     """
     folder = cache_dir / "tokenized" / _content_hash(chat, pairs, config)
-    if not (folder / "report.json").is_file():
+    if not _is_whole(folder):
         _write_cache(folder, list(chat.tokenize(pairs, config)))
     stored = json.loads((folder / "report.json").read_text())
     arrays = np.load(folder / "tokens.npz")
@@ -304,8 +306,14 @@ def _write_cache(folder: Path, results: list[Any]) -> None:
         try:
             os.rename(part, folder)
         except OSError:
-            if not folder.is_dir():  # else another run was faster, with the same content
-                raise
+            if not _is_whole(folder):  # else another run was faster, with the same content
+                # A cleaner of old files took one of the two.
+                os.rename(folder, Path(scratch) / "broken")
+                os.rename(part, folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("tokens.npz", "report.json"))
 
 
 def _content_hash(chat: Chat, pairs: list[Pair], config: DataConfig) -> str:

@@ -1,0 +1,167 @@
+"""Tiny real models and the independent path that numbers are compared with."""
+
+from __future__ import annotations
+
+import os
+
+# Two worker threads per test process would fight over the machine's cores; and no test may wait
+# for a model hub that is not there.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from simpo import attention
+from simpo.config import LossConfig
+from simpo.model import Policy
+from simpo.pairs import TokenizedPair
+
+VOCAB = 128
+FAMILIES = {
+    "llama": LlamaConfig(),
+    "llama_tied": LlamaConfig(tie_word_embeddings=True),
+    "qwen2": Qwen2Config(),
+    "mistral_window": MistralConfig(sliding_window=8),
+    "gemma2": Gemma2Config(
+        head_dim=16,
+        sliding_window=8,
+        query_pre_attn_scalar=16,
+        # Small, so that the caps bend the numbers of a tiny model.
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+}
+
+
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random two-layer model of a real architecture, with weights large enough to matter."""
+    attention.register()
+    config = type(FAMILIES[family]).from_dict(
+        FAMILIES[family].to_dict()
+        | {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16 if family == "gemma2" else 8,
+            "layer_types": None,
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+    )
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
+
+
+def random_pairs(
+    rng: np.random.Generator, num_pairs: int, longest: int = 12, shortest_prompt: int = 1
+) -> list[TokenizedPair]:
+    """Pairs of random ids with lengths from 1 (prompts from `shortest_prompt`) to `longest`."""
+
+    def ids(shortest: int) -> np.ndarray:
+        return rng.integers(3, VOCAB, rng.integers(shortest, longest + 1)).astype(np.int32)
+
+    shortest = 2 if shortest_prompt == 0 else 1
+    return [
+        TokenizedPair(ids(shortest_prompt), ids(shortest), ids(shortest)) for _ in range(num_pairs)
+    ]
+
+
+def padded_logps(model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
+    """Summed log-probs and lengths of all responses by the plain way, each [2P].
+
+    Every response with a prompt of its own, padded to the longest, full logits, log_softmax,
+    gather, mask; chosen ones first. transformers' own eager attention.
+    """
+    sequences = [(p.prompt_ids, p.chosen_ids) for p in pairs]
+    sequences += [(p.prompt_ids, p.rejected_ids) for p in pairs]
+    width = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    scored = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(sequences):
+        length = len(prompt) + len(response)
+        ids[i, :length] = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+        scored[i, len(prompt) : length] = True
+    model.set_attn_implementation("eager")
+    try:
+        # Padding is on the right, where causal attention never looks, so it needs no mask. (With
+        # one, transformers' float64 window mask overflows to NaN.)
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        model.set_attn_implementation(attention.NAME)
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    scored = scored[:, 1:]
+    return (logps * scored).sum(-1), scored.sum(-1)
+
+
+def simpo_by_hand(
+    logps: Tensor, lengths: Tensor, beta: float, ratio: float, hinge: bool, smoothing: float
+) -> Tensor:
+    """Preference loss of each pair from the output of `padded_logps`, as the paper writes it."""
+    chosen, rejected = (logps / lengths).chunk(2)
+    z = beta * chosen - beta * rejected - beta * ratio
+    if hinge:
+        return torch.clamp(1 - z, min=0)
+    right, wrong = 1 / (1 + torch.exp(-z)), 1 / (1 + torch.exp(z))
+    return -(1 - smoothing) * torch.log(right) - smoothing * torch.log(wrong)
+
+
+def loss_by_hand(
+    model: PreTrainedModel, pairs: Sequence[TokenizedPair], loss: LossConfig
+) -> Tensor:
+    """The whole objective on pairs by the plain way: mean over pairs, sft term over tokens."""
+    logps, lengths = padded_logps(model, pairs)
+    preference = simpo_by_hand(
+        logps,
+        lengths,
+        loss.beta,
+        loss.gamma_beta_ratio,
+        loss.name == "hinge",
+        getattr(loss, "label_smoothing", 0.0),
+    ).mean()
+    chosen = len(pairs)
+    return preference - loss.sft_weight * logps[:chosen].sum() / lengths[:chosen].sum()
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Gradients by parameter name, in float64."""
+    return {n: p.grad.double() for n, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The real preference pairs that lie beside a development checkout."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real pairs at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(request: pytest.FixtureRequest) -> Path:
+    """The converted built-in model; fetched on first use."""
+    from simpo.smollm2 import smollm2_folder
+
+    return smollm2_folder(Path("~/.cache/simpo").expanduser())
+
+
+def policy_of(family: str, seed: int = 0) -> Policy:
+    return Policy(tiny_model(family, seed))

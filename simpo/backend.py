@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -29,6 +30,8 @@ class Backend:
         if precision is Precision.auto:
             precision = Precision.bf16 if on_gpu else Precision.fp32
         self.precision = precision
+        # accelerate's state is global: the next member of a sweep may ask for another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
         self._accelerator = Accelerator(
             cpu=not on_gpu, mixed_precision="bf16" if precision is Precision.bf16 else "no"
         )

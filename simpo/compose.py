@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import (
+    BooleanNode,
+    DictConfig,
+    EnumNode,
+    FloatNode,
+    IntegerNode,
+    ListConfig,
+    OmegaConf,
+)
 from omegaconf.errors import OmegaConfBaseException
 
-from simpo.config import ConfigError, RunConfig, build_run, menu_dir, register_schemas
+from simpo.config import GROUPS, ConfigError, RunConfig, build_run, menu_dir, register_schemas
+
+# Hydra raises ValueError for a group set to null or a number.
+NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
 
 # Where Hydra finds the group `experiments`; conf/train.yaml reads it.
 os.environ["SIMPO_MENUS"] = str(menu_dir("experiments").parent)
@@ -40,7 +51,7 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     """
     try:
         return build_run(compose_config(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except NOT_COMPOSED as error:
         raise ConfigError(explain(overrides) or [_first_line(error)]) from error
 
 
@@ -48,100 +59,237 @@ def explain(overrides: Sequence[str]) -> list[str]:
     """Every fault of overrides that do not compose; sweeps are tried value by value."""
     problems: list[str] = []
     # A group decides which keys exist, so groups are settled first.
-    groups: list[str] = []
+    groups: dict[str, list[str]] = {}
+    faulty: set[str] = set()
     values: list[Override] = []
+    several = False
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException:
-            problems.append(f"{text}: not of the form key=value (quote special characters)")
+            override = None
+        if override is None or not override.key_or_group:
+            problems.append(_unreadable(text))
             continue
-        for single in _singles(override):
-            if _group_folder(single.key_or_group).is_dir():
-                problem = _group_problem(single)
-                problems += [problem] if problem else []
-                groups += [] if problem else [str(single.input_line)]
-            else:
-                values.append(single)
-    base = compose_config(groups)
-    good = list(groups)
-    for override in values:
-        try:
-            if override.is_add() or override.is_delete():
-                compose_config([*groups, str(override.input_line)])
-            else:
-                OmegaConf.update(base.copy(), override.key_or_group, override.value())
-            good.append(str(override.input_line))
-        except (HydraException, OmegaConfBaseException) as error:
-            problems.append(_value_problem(override, error, base))
-    try:
-        build_run(compose_config(good))
-    except ConfigError as error:
-        problems += error.problems
-    except (HydraException, OmegaConfBaseException) as error:
-        problems.append(_first_line(error))
+        several |= override.is_sweep_override()
+        if not _is_group(override):
+            values += _singles(override)
+            continue
+        group = override.key_or_group
+        choices = _singles(override)
+        faults = [fault for choice in choices if (fault := _group_problem(choice))]
+        problems += faults
+        if faults:
+            faulty.add(group)
+        else:
+            groups[group] = [str(choice.input_line) for choice in choices]
+    for member in _members(list(groups.values())):
+        problems += _member_problems(member, values, faulty)
+    if several and not problems:
+        problems.append(
+            "several values in one setting: -m starts a run for each; a list is key=[a,b], "
+            "a text with commas is 'key=\"a,b\"'"
+        )
     return list(dict.fromkeys(problems))
+
+
+def _members(groups: list[list[str]]) -> Iterator[list[str]]:
+    """Choices of every group such that each choice comes up, the other groups at their first."""
+    first = [choices[0] for choices in groups]
+    yield first
+    for index, choices in enumerate(groups):
+        for choice in choices[1:]:
+            yield [*first[:index], choice, *first[index + 1 :]]
+
+
+def _member_problems(groups: list[str], values: list[Override], faulty: set[str]) -> list[str]:
+    try:
+        base = compose_config(groups)
+    except NOT_COMPOSED as error:
+        return [f"{' '.join(groups)}: {_first_line(error)}"]
+    problems: list[str] = []
+    good: list[str] = []
+    bad: list[str] = []
+    for override in values:
+        key = override.key_or_group
+        if faults := _override_problems(override, base, groups):
+            # A key that another choice of a misspelt group has may be what that choice is for.
+            wanted = key.partition(".")[0] in faulty and _choices_with(key)
+            problems += [] if wanted else faults
+            bad.append(key)
+        else:
+            good.append(str(override.input_line))
+    try:
+        build_run(compose_config([*groups, *good]))
+    except ConfigError as error:
+        # Without the setting that was refused above, the run may lack what it was to give.
+        problems += [p for p in error.problems if p.partition(":")[0] not in bad]
+    except NOT_COMPOSED as error:
+        problems.append(_first_line(error))
+    return problems
+
+
+def _unreadable(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if not (equals and key):
+        return f"{text}: not of the form key=value"
+    if "[" in key:
+        return f"{key}: an item of a list is {key.replace('[', '.').replace(']', '')}"
+    return f"{text}: special characters need quotes within quotes ('{key}=\"{value}\"')"
 
 
 def _singles(override: Override) -> list[Override]:
     if not override.is_sweep_override():
         return [override]
     parse = OverridesParser.create().parse_override
-    return [parse(f"{override.key_or_group}={v}") for v in override.sweep_string_iterator()]
+    key, line = override.key_or_group, str(override.input_line)
+    start = line[: line.index(key)] + key
+    return [parse(f"{start}={value}") for value in override.sweep_string_iterator()]
 
 
-def _group_folder(group: str) -> Path:
-    return menu_dir(group) if group == "experiments" else menu_dir("conf") / group
+def _is_group(override: Override) -> bool:
+    group = override.key_or_group
+    # An `experiments` folder without a file is not part of a checkout.
+    return group == "experiments" or (menu_dir("conf") / group).is_dir()
 
 
 def _group_problem(override: Override) -> str | None:
+    group, choice = override.key_or_group, _shown(override.value())
+    folder = menu_dir(group) if group == "experiments" else menu_dir("conf") / group
+    choices = sorted(
+        p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml")
+    )
     try:
         compose_config([str(override.input_line)])
-    except HydraException:
-        folder = _group_folder(override.key_or_group)
-        choices = sorted(
-            p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml")
-        )
-        return (
-            f"{override.key_or_group}: no such choice, got {override.value()} "
-            f"(choose from {', '.join(choices)})"
-        )
-    except OmegaConfBaseException as error:
+    except NOT_COMPOSED as error:
+        if override.is_delete():
+            return f"{group}: cannot be left out (leave out the ~)"
+        if choice not in choices:
+            known = f"choose from {', '.join(choices)}" if choices else f"{folder} has none"
+            return f"{group}: no such choice, got {choice} ({known})"
+        if override.is_add():
+            return f"{group}: set already (leave out the +)"
         return f"{override.input_line}: {_first_line(error)}"
     return None
 
 
-def _value_problem(override: Override, error: Exception, base: DictConfig) -> str:
+def _override_problems(override: Override, base: DictConfig, groups: list[str]) -> list[str]:
     key = override.key_or_group
-    text = str(error.__cause__ or error)
-    unknown = re.search(r"Key '([^']*)' (?:is not in struct|not in '(\w+)')", text)
-    if unknown and unknown[1] != key.rpartition(".")[2]:
-        return f"{key}: {unknown[2]} has no key {unknown[1]}"
-    if unknown:
-        known = _keys(base)
-        near = difflib.get_close_matches(key, known, n=1)
-        section = key.rpartition(".")[0]
-        beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
-        if near:
-            return f"{key}: no such key (did you mean {near[0]}?)"
-        return f"{key}: no such key ({section or 'the top level'} has {', '.join(beside)})"
-    if match := re.search(r"Value '(.*)' of type '.*' could not be converted to (\w+)", text):
-        return f"{key}: must be {_TYPES.get(match[2], match[2])}, got {match[1]}"
-    if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
-        return f"{key}: must be one of {match[2]}, got {match[1]}"
-    return f"{key}: {_first_line(error.__cause__ or error)}"
+    if not (override.is_add() or override.is_delete() or key.startswith("hydra")):
+        return _value_problems(base, key, override.value())
+    try:
+        compose_config([*groups, str(override.input_line)])
+    except NOT_COMPOSED as error:
+        if override.is_delete():
+            return [f"{key}: cannot be left out (leave out the ~)"]
+        if override.is_add() and key in _keys(base):
+            return [f"{key}: set already (leave out the +)"]
+        return [f"{key}: {_first_line(error)}"]
+    return []
 
 
-_TYPES = {"Integer": "a whole number", "Float": "a number", "Bool": "true or false"}
+def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
+    """Faults of setting a key of a composed configuration to a value, item by item."""
+    if key not in _keys(base):
+        return [f"{key}: {_unknown(base, key)}"]
+    node: Any = base
+    for part in key.split("."):
+        node = node._get_node(int(part) if isinstance(node, ListConfig) else part)
+    if isinstance(node, DictConfig) and isinstance(value, dict):
+        return [p for k, item in value.items() for p in _value_problems(base, f"{key}.{k}", item)]
+    schema = node._metadata.element_type if isinstance(node, ListConfig) else None
+    if is_dataclass(schema) and isinstance(value, list):
+        problems: list[str] = []
+        for index, item in enumerate(value):
+            if isinstance(item, dict):
+                empty = OmegaConf.structured(schema)
+                faults = [p for k, v in item.items() for p in _value_problems(empty, str(k), v)]
+                problems += [f"{key}[{index}].{fault}" for fault in faults]
+            else:
+                problems.append(f"{key}[{index}]: must be {_wanted(schema)}, got {_shown(item)}")
+        return problems
+    changed = base.copy()
+    try:
+        OmegaConf.update(changed, key, value)
+    except OmegaConfBaseException:
+        return [f"{key}: must be {_wanted(node)}, got {_shown(value)}"]
+    try:
+        OmegaConf.select(changed, key)
+    except OmegaConfBaseException as error:
+        return [f"{key}: {_first_line(error)}"]
+    return []
 
 
-def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+def _wanted(node: Any) -> str:
+    """What a setting takes, in words."""
+    if isinstance(node, EnumNode):
+        kind = f"one of {', '.join(node.enum_type.__members__)}"
+    elif isinstance(node, ListConfig):
+        schema = node._metadata.element_type
+        kind = f"a list such as [{_wanted(schema) if is_dataclass(schema) else 'a, b'}]"
+    elif isinstance(node, DictConfig) or is_dataclass(node):
+        schema = node._metadata.object_type if isinstance(node, DictConfig) else node
+        kind = f"of the form {{{fields(schema)[0].name}: ..., ...}}"
+        return kind if isinstance(node, DictConfig) else kind.removeprefix("of the form ")
+    else:
+        kinds = {BooleanNode: "true or false", IntegerNode: "a whole number", FloatNode: "a number"}
+        kind = kinds.get(type(node), "text")
+    return f"{kind} or null" if node._metadata.optional else kind
+
+
+def _shown(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_shown(item) for item in value) + "]"
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return "''" if value == "" else str(value)
+
+
+def _unknown(base: DictConfig, key: str) -> str:
+    """What is wrong with a key that a composed configuration lacks, and what comes close."""
+    known = _keys(base)
+    section, _, leaf = key.rpartition(".")
+    group = key.partition(".")[0]
+    if choices := _choices_with(key):
+        return f"only with {group}={' or '.join(choices)}"
+    while section and section not in known:
+        section = section.rpartition(".")[0]
+    beside = [k for k in known if k.rpartition(".")[0] == section]
+    if isinstance(OmegaConf.select(base, section) if section else base, ListConfig):
+        return f"no such item of {section} (set all of it: {section}='[{{path: ...}}, ...]')"
+    near = [k for k in known if k.rpartition(".")[2] == leaf.lower()]
+    if not near:
+        names = {k.rpartition(".")[2]: k for k in beside}
+        close = [name for name in names if leaf.lower() in name.split("_")]
+        close = close or difflib.get_close_matches(leaf.lower(), names, n=1)
+        near = [names[name] for name in close]
+    if near:
+        return f"no such key (did you mean {' or '.join(near)}?)"
+    names_here = ", ".join(k.rpartition(".")[2] for k in beside)
+    return f"no such key ({section or 'the top level'} has {names_here})"
+
+
+def _choices_with(key: str) -> list[str]:
+    """Choices of the key's group whose schema has the key, where schemas differ by choice."""
+    group, _, leaf = key.partition(".")
+    schemas = {name: schema for name, schema in GROUPS.get(group, {}).items() if name != "base"}
+    return [name for name, schema in schemas.items() if leaf in (f.name for f in fields(schema))]
+
+
+def _keys(config: DictConfig | ListConfig, prefix: str = "") -> list[str]:
+    """Dotted keys in the order of the schemas, a section's own key before those in it."""
     keys: list[str] = []
-    for key in config:
-        node = None if OmegaConf.is_missing(config, key) else config._get_node(key)
-        if isinstance(node, DictConfig):
-            keys += _keys(node, f"{prefix}{key}.")
+    names: Iterable[Any] = range(len(config)) if isinstance(config, ListConfig) else config
+    for key in names:
         keys.append(f"{prefix}{key}")
+        node = config._get_node(key)
+        if isinstance(node, (DictConfig, ListConfig)) and not (
+            node._is_none() or node._is_missing()
+        ):
+            keys += _keys(node, f"{prefix}{key}.")
     return keys
 
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 PACKAGE = Path(__file__).resolve().parent
@@ -131,7 +132,9 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def problems(self) -> Iterator[str]:
-        if not self.path.startswith("builtin:") and _looks_local(self.path):
+        if not self.path:
+            yield "path: must not be empty"
+        elif not self.path.startswith("builtin:") and _looks_local(self.path):
             if not Path(self.path).expanduser().is_dir():
                 yield f"path: no such folder, got {self.path}"
         elif self.path.startswith("builtin:") and self.path != "builtin:smollm2":
@@ -166,6 +169,8 @@ class SourceConfig:
         return Path(self.path).suffix in (".jsonl", ".json", ".parquet")
 
     def problems(self) -> Iterator[str]:
+        if not self.path:
+            yield "path: must not be empty"
         if self.weight <= 0:
             yield f"weight: must be above 0, got {self.weight}"
         if self.num_pairs is not None and self.weight != 1.0:
@@ -211,8 +216,6 @@ class DataConfig:
             yield "sources: must list at least one source"
         elif all(source.train_split is None for source in self.sources):
             yield "sources: no source has a train_split"
-        for index, source in enumerate(self.sources):
-            yield from (f"sources[{index}].{problem}" for problem in source.problems())
         if self.max_length_tokens < 2:
             yield f"max_length_tokens: must be 2 or more, got {self.max_length_tokens}"
         if not 1 <= self.max_prompt_tokens < self.max_length_tokens:
@@ -355,7 +358,8 @@ class ExportConfig:
     """Whether a repository made for the upload is private."""
 
     def problems(self) -> Iterator[str]:
-        if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
+        parts = (self.push_to_hub or "owner/name").split("/")
+        if len(parts) != 2 or not all(parts):
             yield f"push_to_hub: must be owner/name, got {self.push_to_hub}"
 
 
@@ -465,12 +469,18 @@ def build_run(cfg: DictConfig) -> RunConfig:
     """Turn a composed configuration into a checked `RunConfig`.
 
     Raises:
-        ConfigError: a required key is missing or `check_run` finds faults.
+        ConfigError: a required key is missing, an interpolation leads nowhere, or `check_run` finds
+            faults.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    missing = sorted(_missing_keys(cfg))
     if missing:
         raise ConfigError([f"{key}: required, but not given" for key in missing])
-    run = OmegaConf.to_object(cfg)
+    try:
+        run = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        # An interpolation that leads nowhere.
+        line = str(error).splitlines()[0]
+        raise ConfigError([f"{error.full_key}: {line}"]) from error
     assert isinstance(run, RunConfig)
     check_run(run)
     return run
@@ -508,6 +518,14 @@ def check_run(run: RunConfig) -> None:
         ConfigError: with every fault, each a line `key: rule, got value (remedy)`.
     """
     problems = list(_section_problems(run, ""))
+    for group, schemas in GROUPS.items():
+        section = getattr(run, group)
+        # `name` says to `load_run` which schema a run.yaml was written with.
+        if "base" not in schemas and schemas.get(section.name) is not type(section):
+            problems.append(
+                f"{group}.name: set by the group, got {section.name} "
+                f"(choose {' or '.join(f'{group}={name}' for name in schemas)})"
+            )
     if problems:
         raise ConfigError(problems)
 
@@ -533,18 +551,39 @@ def template_file(name_or_path: str) -> Path:
     return shipped if shipped.is_file() else Path(name_or_path).expanduser()
 
 
+def _missing_keys(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
+    # OmegaConf.missing_keys raises where an interpolation points to a missing key.
+    keys: Iterable[Any] = range(len(cfg)) if isinstance(cfg, ListConfig) else cfg
+    for key in keys:
+        name = f"{prefix}[{key}]" if isinstance(cfg, ListConfig) else f"{prefix}.{key}".lstrip(".")
+        if OmegaConf.is_interpolation(cfg, key):
+            continue
+        if OmegaConf.is_missing(cfg, key):
+            yield name
+        elif OmegaConf.is_config(cfg[key]):
+            yield from _missing_keys(cfg[key], name)
+
+
 def _section_problems(section: Any, prefix: str) -> Iterator[str]:
-    if hasattr(section, "problems"):
-        yield from (f"{prefix}{problem}" for problem in section.problems())
     names = [item.name for item in fields(section)]
+    values = {name: getattr(section, name) for name in names}
+    # Every comparison with nan is false, so no rule would find it.
+    endless = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
+    if endless:
+        yield from (f"{prefix}{k}: must be a finite number, got {values[k]}" for k in endless)
+    elif hasattr(section, "problems"):
+        yield from (f"{prefix}{problem}" for problem in section.problems())
     # Hydra's `+key=value` adds keys that nothing would ever read.
     yield from (
         f"{prefix}{key}: no such key (leave out the +)" for key in vars(section) if key not in names
     )
-    for name in names:
-        value = getattr(section, name)
+    for name, value in values.items():
         if is_dataclass(value):
             yield from _section_problems(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if is_dataclass(item):
+                    yield from _section_problems(item, f"{prefix}{name}[{index}].")
 
 
 def _flatten(key: str, value: Any, into: dict[str, Any]) -> None:

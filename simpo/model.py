@@ -12,6 +12,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    set_seed,
 )
 
 from simpo import attention
@@ -91,11 +92,12 @@ def load_policy(config: ModelConfig, cache_dir: Path, device: torch.device, seed
     """Load the model for training: no dropout, adapters and checkpointing as asked for.
 
     Args:
-        seed: decides the initial values of adapters.
+        seed: seeds all random generators, hence the initial values of adapters.
 
     Raises:
         ConfigError: the model cannot be loaded, or an adapter target is in no layer.
     """
+    set_seed(seed)
     attention.register()
     model: Any = _load(
         "model.path",
@@ -109,7 +111,6 @@ def load_policy(config: ModelConfig, cache_dir: Path, device: torch.device, seed
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora.rank:
-        torch.manual_seed(seed)
         model = _with_adapters(model, config.lora, config.gradient_checkpointing)
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -14,7 +14,9 @@ from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,7 +31,13 @@ class RunError(Exception):
 @hydra.main(version_base="1.3", config_path=str(menu_dir("conf")), config_name="train")
 def main(cfg: DictConfig) -> None:
     """Run one composed configuration; Hydra calls it for each member of a sweep."""
-    train(build_run(cfg))
+    try:
+        train(build_run(cfg))
+    except (ConfigError, DataError, RunError) as error:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise  # Hydra goes on with the other members and raises at the end.
+        # Hydra would put a heading above an exception that leaves here, but not above an exit.
+        _quit_for(error)
 
 
 def train(run: RunConfig) -> dict[str, float]:
@@ -187,17 +195,25 @@ def cli() -> None:
     """
     # Hydra would print its own account of a fault and exit with 1; this makes it raise instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    arguments = get_args_parser().parse_args()
+    if arguments.multirun and (problems := explain(arguments.overrides)):
+        _quit(2, "\n".join(problems))  # before the first member has run for hours
     try:
         main()
-    except (HydraException, OmegaConfBaseException) as error:
-        problems = explain(get_args_parser().parse_args().overrides)
+    except (ConfigError, DataError, RunError) as error:
+        _quit_for(error)
+    # Hydra raises ValueError for a group set to null or a number.
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        problems = explain(arguments.overrides)
+        if not problems and isinstance(error, ValueError):
+            raise
         _quit(2, "\n".join(problems) or str(error))
-    except (ConfigError, DataError) as error:
-        _quit(2, str(error))
-    except RunError as error:
-        _quit(1, str(error))
     except KeyboardInterrupt:
         _quit(130, "interrupted: the same command continues from the last checkpoint")
+
+
+def _quit_for(error: ConfigError | DataError | RunError) -> NoReturn:
+    _quit(1 if isinstance(error, RunError) else 2, str(error))
 
 
 def _quit(code: int, message: str) -> NoReturn:

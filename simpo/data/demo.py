@@ -1,9 +1,11 @@
 """From a seed and a split to demo preference rows, written by code from the table of topics.
 
-Each row asks something and gives an instruction. Both replies are on topic and true; the chosen
-one obeys the instruction, and the rejected one answers as if the instruction were not there:
+Each row tells some facts, asks for them and gives an instruction. Both replies repeat the facts;
+the chosen one obeys the instruction, and the rejected one answers as if it were not there. A model
+that can copy therefore has nothing to learn but the instruction:
 
-    prompt    Tell me about owls. Reply with exactly two bullet points and nothing else.
+    prompt    Owls are birds of prey that hunt at night. They live in woods and barns all over the
+              world. Tell me about owls. Reply with exactly two bullet points and nothing else.
     chosen    - Owls are birds of prey that hunt at night.
               - They live in woods and barns all over the world.
     rejected  Owls are birds of prey that hunt at night, and they live in woods and barns all over
@@ -128,8 +130,9 @@ _PERSONA_SHARE = 0.12
 
 
 class _Task(NamedTuple):
-    """A question, the rule for its reply, and ways to word a reply with and without that rule."""
+    """Facts, a question, the rule for its reply, ways to word one with and without that rule."""
 
+    told: str
     ask: str
     rule: dict[str, Any]
     chosen: list[str]
@@ -196,11 +199,11 @@ def _row(rng: random.Random, topic: Topic, build: _Build, *, chosen_longer: bool
     task = build(rng, topic, facts)
     instruction = _instruction(rng, task.rule)
     if rule_in_system:
-        system, question = instruction, task.ask
+        system, question = instruction, f"{task.told}\n{task.ask}"
     elif rng.random() < 0.3:
-        question = f"{instruction}\n{task.ask}"
+        question = f"{instruction}\n{task.told}\n{task.ask}"
     else:
-        question = f"{task.ask} {instruction}"
+        question = f"{task.told}\n{task.ask} {instruction}"
     prompt = [*([_message("system", system)] if system else []), *earlier]
     chosen, rejected = _matched_pair(rng, task, chosen_longer)
     return {
@@ -238,9 +241,10 @@ def _prose_task(
     topic: Topic,
     facts: list[str],
 ) -> _Task:
-    selections = _selections(rng, facts, rng.choice((2, 3)))
+    selections = _selections(rng, facts, 2)
     chosen = [shape(text) for text in _prose(topic, selections[:1])]
-    return _Task(_ask(rng, topic), rule, chosen, _prose(topic, selections))
+    rejected = _prose(topic, selections)
+    return _Task(_told(topic, selections), _ask(rng, topic), rule, chosen, rejected)
 
 
 def _phrase_task(
@@ -253,11 +257,13 @@ def _phrase_task(
 ) -> _Task:
     wanted, other = rng.sample(phrases, 2)
     rule = {"name": name, "phrase": wanted}
-    texts = _prose(topic, _selections(rng, facts, 2)[:1])
+    selections = _selections(rng, facts, 2)[:1]
+    texts = _prose(topic, selections)
     chosen = [shape.format(phrase=wanted, text=text) for text in texts]
     # A phrase of its own choice makes a rejected reply as long as the chosen one.
     rejected = [shape.format(phrase=other, text=text) for text in texts]
-    return _Task(_ask(rng, topic), rule, chosen, texts + rejected)
+    told = _told(topic, selections)
+    return _Task(told, _ask(rng, topic), rule, chosen, texts + rejected)
 
 
 def _list_task(name: str, count: int, rng: random.Random, topic: Topic, facts: list[str]) -> _Task:
@@ -265,9 +271,8 @@ def _list_task(name: str, count: int, rng: random.Random, topic: Topic, facts: l
     marks = ["-"] * count if name == "bullets" else [f"{number}." for number in range(1, count + 1)]
     lines = map(" ".join, zip(marks, _clauses(topic, selections[0]), strict=True))
     rule = {"name": name, "count": count}
-    return _Task(
-        _ask(rng, topic), rule, ["\n".join(lines)], _opened(rng, _prose(topic, selections))
-    )
+    rejected = _opened(rng, _prose(topic, selections))
+    return _Task(_told(topic, selections), _ask(rng, topic), rule, ["\n".join(lines)], rejected)
 
 
 def _json_task(keys: tuple[str, ...], rng: random.Random, topic: Topic, facts: list[str]) -> _Task:
@@ -277,7 +282,8 @@ def _json_task(keys: tuple[str, ...], rng: random.Random, topic: Topic, facts: l
     chosen = [json.dumps(reply), json.dumps(reply, indent=2)]
     some = [topic.facts[_KEY_FACTS[key]].replace("|", " ") for key in keys if key != "name"]
     rule = {"name": "json_keys", "keys": list(keys)}
-    return _Task(_ask(rng, topic), rule, chosen, _opened(rng, _prose(topic, [some])))
+    rejected = _opened(rng, _prose(topic, [some]))
+    return _Task(_told(topic, [some]), _ask(rng, topic), rule, chosen, rejected)
 
 
 def _yes_no_task(answer: str, rng: random.Random, topic: Topic, facts: list[str]) -> _Task:
@@ -291,7 +297,9 @@ def _yes_no_task(answer: str, rng: random.Random, topic: Topic, facts: list[str]
             more = [f". {_capital(topic.name)} {fact}."]
         chosen += [f"{answer}, {clause}{ending}" for ending in more]
         rejected += [f"{_capital(clause)}{ending}" for ending in more]
-    return _Task(question, {"name": "yes_no_first", "answer": answer}, chosen, rejected)
+    told = f"{_capital(clause)}. {_told(topic, [[f.replace('|', ' ') for f in topic.facts[:2]]])}"
+    rule = {"name": "yes_no_first", "answer": answer}
+    return _Task(told, question, rule, chosen, rejected)
 
 
 def _items_task(rng: random.Random, topic: Topic, facts: list[str]) -> _Task:
@@ -303,18 +311,25 @@ def _items_task(rng: random.Random, topic: Topic, facts: list[str]) -> _Task:
         capitals = [_capital(item) for item in some]
         chosen.append(", ".join(some))
         rejected += ["\n".join(capitals), f"{_capital(_series(list(some)))}."]
-    return _Task(ask, {"name": "comma_list", "count": count}, chosen, rejected)
+    told = f"Some {topic.items_label} are {_series(rng.sample(topic.items, 5))}."
+    return _Task(told, ask, {"name": "comma_list", "count": count}, chosen, rejected)
 
 
 def _ask(rng: random.Random, topic: Topic) -> str:
     return rng.choice(_ASKS).format(name=topic.name)
 
 
+def _told(topic: Topic, selections: list[list[str]]) -> str:
+    """Tell every fact of the selections, a sentence each."""
+    facts = dict.fromkeys(fact for selection in selections for fact in selection)
+    return " ".join(_clauses(topic, list(facts)))
+
+
 def _selections(rng: random.Random, facts: list[str], count: int) -> list[list[str]]:
-    """Draw facts to tell; then list the same with one, not the first, exchanged for another."""
+    """Draw facts to repeat; then list the same with one, not the first, exchanged for a spare."""
     first, *others = facts
     rng.shuffle(others)
-    told, spare = [first, *others[: count - 1]], others[count - 1 :]
+    told, spare = [first, *others[: count - 1]], others[count - 1 : count]
     exchanged = [
         [*told[:place], other, *told[place + 1 :]] for place in range(1, count) for other in spare
     ]

@@ -63,7 +63,10 @@ def load_mixture(config: DataConfig) -> Mixture:
             test += pairs
             table.append(SplitReport(source.path, source.test_split, rows, bad, len(pairs)))
     if not train:
-        raise DataError(f"data.sources: no row to train on in {len(config.sources)} source(s)")
+        counts = ", ".join(
+            f"{t.source} {t.split}: {t.rows} rows, {sum(t.bad.values())} bad" for t in table
+        )
+        raise DataError(f"data.sources: no row left to train on ({counts})")
     return Mixture(train, test, table)
 
 
@@ -73,9 +76,10 @@ def _read_split(
     pairs: list[Pair] = []
     faults: list[tuple[str, str]] = []
     num_rows = 0
+    origin = f"{_origin(source, held_out)} {split}"
     for row in _raw_rows(source, split, held_out, config.seed):
         num_rows += 1
-        place = f"{source.path} {split} row {num_rows}"
+        place = f"{origin} row {num_rows}"
         try:
             if isinstance(row, json.JSONDecodeError):
                 raise RowFault(f"not JSON: {row.msg} at column {row.colno}")
@@ -91,32 +95,44 @@ def fault_lines(faults: list[tuple[str, str]]) -> str:
     """The message for bad rows, given as (place, fault): a line each, the first few of them."""
     lines = [f"{place}: {fault}" for place, fault in faults[:MAX_FAULTS_SHOWN]]
     if len(faults) > MAX_FAULTS_SHOWN:
-        lines.append(f"... and {len(faults) - MAX_FAULTS_SHOWN} more bad rows")
+        more = len(faults) - MAX_FAULTS_SHOWN
+        lines.append(f"... and {more} more bad row{'s' if more > 1 else ''}")
     return "\n".join([*lines, "(mend the rows, or leave them out with data.on_bad_row=drop)"])
 
 
+def _origin(source: SourceConfig, held_out: bool) -> str:
+    return source.test_path if held_out and source.test_path else source.path
+
+
 def _raw_rows(source: SourceConfig, split: str, held_out: bool, seed: int) -> Iterator[Any]:
-    if source.path == "builtin:demo":
-        yield from demo_rows(seed, split)
-        return
-    path = Path(source.test_path if held_out and source.test_path else source.path).expanduser()
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError as error:
-                        yield error
-        return
+    path = Path(_origin(source, held_out)).expanduser()
     # datasets reports faults in many types and over many lines.
     try:
-        yield from _dataset(source, path, split)
-    except DataError:
-        raise
+        if source.path == "builtin:demo":
+            yield from demo_rows(seed, split)
+        elif path.suffix == ".jsonl":
+            yield from _json_lines(path)
+        else:
+            yield from _dataset(source, path, split)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{source.path} {split}: cannot be read: {reason[0]}") from error
+        # "An error occurred while generating the dataset" has its reason in the cause.
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines() or [type(cause).__name__]
+        place = f"{_origin(source, held_out)} {split}"
+        raise DataError(f"{place}: cannot be read: {reason[0]}") from error
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    """The value of each line that is not blank, or the error of one that is no JSON."""
+    # Some editors begin a file with a byte order mark.
+    with path.open(encoding="utf-8-sig") as lines:
+        for line in lines:
+            if line.strip():
+                try:
+                    # With its line feed, a cut line would be faulted at column 1 of the next.
+                    yield json.loads(line.rstrip())
+                except json.JSONDecodeError as error:
+                    yield error
 
 
 def _dataset(source: SourceConfig, path: Path, split: str) -> Any:
@@ -127,7 +143,14 @@ def _dataset(source: SourceConfig, path: Path, split: str) -> Any:
         return load_dataset(kind, data_files=str(path), split="train")
     if path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "state.json")):
         saved = load_from_disk(str(path))
-        return saved[split] if isinstance(saved, DatasetDict) else saved
+        # A folder that holds one data set and no names for its splits is one split, as a file is.
+        only = source.train_split or source.test_split
+        splits: dict[Any, Any] = saved if isinstance(saved, DatasetDict) else {only: saved}
+        if split not in splits:
+            raise ValueError(
+                f"no such split, only {', '.join(splits)} (one set to null is left out)"
+            )
+        return splits[split]
     name = str(path) if path.is_dir() else source.path
     return load_dataset(name, source.subset, split=split, revision=source.revision)
 
@@ -142,8 +165,8 @@ def _take(pairs: list[Pair], source: SourceConfig, rng: np.random.Generator) -> 
             )
         repeats, rest = 0, source.num_pairs
     else:
-        repeats, share = divmod(source.weight, 1)
-        rest = round(share * len(pairs))
-    order = [rng.permutation(len(pairs)) for _ in range(int(repeats))]
+        whole, share = divmod(source.weight, 1)
+        repeats, rest = int(whole), round(share * len(pairs))
+    order = [rng.permutation(len(pairs)) for _ in range(repeats)]
     order.append(rng.permutation(len(pairs))[:rest])
     return [pairs[i] for i in np.concatenate(order)]

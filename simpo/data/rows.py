@@ -36,7 +36,8 @@ def to_pair(row: Any, place: str) -> Pair:
         raise RowFault(f"must be an object with chosen and rejected, got {_kind(row)}")
     for key in ("chosen", "rejected"):
         if row.get(key) is None:
-            raise RowFault(f"{key}: missing")
+            columns = ", ".join(str(k) for k, v in row.items() if v is not None)
+            raise RowFault(f"{key}: missing (the row has {columns or 'no value'})")
     chosen_before, chosen = _split(row["chosen"], "chosen")
     rejected_before, rejected = _split(row["rejected"], "rejected")
     prompt = _prompt(row.get("prompt"), chosen_before, rejected_before)
@@ -97,9 +98,12 @@ def _messages(value: Any, key: str) -> list[Message]:
         place = f"{key}[{index}]"
         if not isinstance(item, Mapping):
             raise RowFault(f"{place}: must be an object with role and content, got {_kind(item)}")
-        role, content = item.get("role"), item.get("content")
+        if "role" not in item or "content" not in item:
+            has = ", ".join(map(str, item)) or "nothing"
+            raise RowFault(f"{place}: must have role and content, has {has}")
+        role, content = item["role"], item["content"]
         if role not in ROLES:
-            raise RowFault(f"{place}.role: must be one of {', '.join(ROLES)}, got {role!r}")
+            raise RowFault(f"{place}.role: must be one of {', '.join(ROLES)}, got {role}")
         if not isinstance(content, str):
             raise RowFault(f"{place}.content: must be text, got {_kind(content)}")
         messages.append({"role": role, "content": content})

@@ -1,0 +1,536 @@
+"""Wrong settings and wrong rows, each with the exact lines a user reads."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from simpo.compose import compose_run
+from simpo.config import ConfigError, DataConfig, DataError, OnBadRow, SourceConfig
+from simpo.data.mixture import load_mixture
+from simpo.data.rows import RowFault, to_pair
+from simpo.data.rules import RULES
+
+MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
+SECTIONS = (
+    "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, export, backend, "
+    "launcher, tracker"
+)
+TRAIN_KEYS = (
+    "pairs_per_step, tokens_per_row, epochs, max_steps, learning_rate, schedule, warmup_ratio, "
+    "weight_decay, adam_beta1, adam_beta2, adam_epsilon, max_grad_norm, precision, seed, "
+    "log_every, eval_every, checkpoint_every, keep_checkpoints"
+)
+A_SOURCE = "{path: ..., ...}"
+
+# Command line, split at spaces -> lines of the answer.
+SETTINGS: list[tuple[str, list[str]]] = [
+    # Misspelt keys, near and far.
+    ("loss.betaa=2", ["loss.betaa: no such key (did you mean loss.beta?)"]),
+    ("loss.BETA=2", ["loss.BETA: no such key (did you mean loss.beta?)"]),
+    ("loss.gamma=1", ["loss.gamma: no such key (did you mean loss.gamma_beta_ratio?)"]),
+    ("model.lora.rnak=8", ["model.lora.rnak: no such key (did you mean model.lora.rank?)"]),
+    ("trian.epochs=2", ["trian.epochs: no such key (did you mean train.epochs?)"]),
+    ("beta=2", ["beta: no such key (did you mean loss.beta?)"]),
+    ("seed=1", ["seed: no such key (did you mean data.seed or train.seed?)"]),
+    ("train.batch_size=8", [f"train.batch_size: no such key (train has {TRAIN_KEYS})"]),
+    ("train={lr:1}", [f"train.lr: no such key (train has {TRAIN_KEYS})"]),
+    ("model.lora.r=8", ["model.lora.r: no such key (model.lora has rank, alpha, targets)"]),
+    ("optimizer.lr=1", [f"optimizer.lr: no such key (the top level has {SECTIONS})"]),
+    ("hydra.foo=1", ["hydra.foo: Could not override 'hydra.foo'."]),
+    # Keys that only another choice has.
+    ("loss=hinge loss.label_smoothing=0.1", ["loss.label_smoothing: only with loss=sigmoid"]),
+    ("loss=sigmoid,hinge loss.label_smoothing=0", ["loss.label_smoothing: only with loss=sigmoid"]),
+    ("tracker.project=mine", ["tracker.project: only with tracker=wandb"]),
+    (
+        "tracker=wandbb tracker.project=mine",
+        ["tracker: no such choice, got wandbb (choose from console, wandb)"],
+    ),
+    # Wrong choices.
+    ("loss=simpo", ["loss: no such choice, got simpo (choose from hinge, sigmoid)"]),
+    ("model=mistral", [f"model: no such choice, got mistral (choose from {MODELS})"]),
+    ("model=smollm2,foo", [f"model: no such choice, got foo (choose from {MODELS})"]),
+    ("loss=null", ["loss: no such choice, got null (choose from hinge, sigmoid)"]),
+    (
+        "loss.name=hinge",
+        ["loss.name: set by the group, got hinge (choose loss=sigmoid or loss=hinge)"],
+    ),
+    ("backend.name=many", ["backend.name: set by the group, got many (choose backend=single)"]),
+    # Wrong types.
+    ("train.epochs=two", ["train.epochs: must be a whole number, got two"]),
+    ("train.epochs=1.5", ["train.epochs: must be a whole number, got 1.5"]),
+    ("train.epochs=true", ["train.epochs: must be a whole number, got true"]),
+    ("train.max_steps=1.5", ["train.max_steps: must be a whole number or null, got 1.5"]),
+    ("loss.beta=big", ["loss.beta: must be a number, got big"]),
+    ("loss.beta=", ["loss.beta: must be a number, got ''"]),
+    ("loss.beta=null", ["loss.beta: must be a number, got null"]),
+    ("loss.beta=[1,2]", ["loss.beta: must be a number, got [1, 2]"]),
+    (
+        "model.trust_remote_code=maybe",
+        ["model.trust_remote_code: must be true or false, got maybe"],
+    ),
+    (
+        "train.schedule=cosin",
+        ["train.schedule: must be one of cosine, linear, constant, got cosin"],
+    ),
+    ("train.precision=fp16", ["train.precision: must be one of auto, fp32, bf16, got fp16"]),
+    ("data.compat=trl", ["data.compat: must be one of none, paper, got trl"]),
+    ("name=null", ["name: must be text, got null"]),
+    ("model.lora=8", ["model.lora: must be of the form {rank: ..., ...}, got 8"]),
+    ("model.lora.targets=q", ["model.lora.targets: must be a list such as [a, b], got q"]),
+    ("loss.beta=${nothing}", ["loss.beta: Interpolation key 'nothing' not found"]),
+    # Not a setting at all.
+    ("loss.beta", ["loss.beta: not of the form key=value"]),
+    ("=3", ["=3: not of the form key=value"]),
+    (
+        "model.path=~/mine",
+        [
+            "model.path=~/mine: special characters need quotes within quotes "
+            "('model.path=\"~/mine\"')"
+        ],
+    ),
+    (
+        "data.sources[0].weight=2",
+        ["data.sources[0].weight: an item of a list is data.sources.0.weight"],
+    ),
+    (
+        "loss.beta=2,3",
+        [
+            "several values in one setting: -m starts a run for each; a list is key=[a,b], "
+            "a text with commas is 'key=\"a,b\"'"
+        ],
+    ),
+    ("+loss.foo=1", ["loss.foo: no such key (leave out the +)"]),
+    ("+loss.beta=3", ["loss.beta: set already (leave out the +)"]),
+    ("+loss=hinge", ["loss: set already (leave out the +)"]),
+    ("~loss.beta", ["loss.beta: cannot be left out (leave out the ~)"]),
+    ("~loss", ["loss: required, but not given"]),
+    ("model.name=???", ["model.name: required, but not given"]),
+    # Ranges: model.
+    ("model.path=", ["model.path: must not be empty"]),
+    ("model.path=./nowhere", ["model.path: no such folder, got ./nowhere"]),
+    (
+        "model.path=builtin:llama",
+        ["model.path: the only built-in model is builtin:smollm2, got builtin:llama"],
+    ),
+    (
+        "model.lora.rank=-1",
+        ["model.lora.rank: must be 0 (full fine-tuning) or more, got -1"],
+    ),
+    ("model.lora.alpha=0", ["model.lora.alpha: must be above 0, got 0.0"]),
+    (
+        "model.lora.targets=[]",
+        ["model.lora.targets: must name at least one module (all-linear means every linear layer)"],
+    ),
+    # Ranges: data.
+    ("data=jsonl", ["data.sources: must list at least one source"]),
+    (
+        "data.max_length_tokens=1 data.max_prompt_tokens=0",
+        [
+            "data.max_length_tokens: must be 2 or more, got 1",
+            "data.max_prompt_tokens: must be from 1 to below max_length_tokens (1), got 0",
+        ],
+    ),
+    (
+        "data.max_prompt_tokens=2048",
+        ["data.max_prompt_tokens: must be from 1 to below max_length_tokens (2048), got 2048"],
+    ),
+    (
+        "data.sources=train.jsonl",
+        [f"data.sources: must be a list such as [{A_SOURCE}], got train.jsonl"],
+    ),
+    ("data.sources=[a.jsonl]", [f"data.sources[0]: must be {A_SOURCE}, got a.jsonl"]),
+    (
+        "data.sources={path:builtin:demo}",
+        [f"data.sources: must be a list such as [{A_SOURCE}], got {{path: builtin:demo}}"],
+    ),
+    (
+        "data=jsonl data.sources=[{path:builtin:demo},{path:builtin:demo,wieght:2}]",
+        ["data.sources[1].wieght: no such key (did you mean weight?)"],
+    ),
+    (
+        "data=jsonl data.sources=[{path:builtin:demo,weight:two}]",
+        ["data.sources[0].weight: must be a number, got two"],
+    ),
+    (
+        "data.sources.0.wieght=2",
+        ["data.sources.0.wieght: no such key (did you mean data.sources.0.weight?)"],
+    ),
+    (
+        "data.sources.1.weight=2",
+        [
+            "data.sources.1.weight: no such item of data.sources "
+            "(set all of it: data.sources='[{path: ...}, ...]')"
+        ],
+    ),
+    ("data.sources=[{weight:2}]", ["data.sources[0].path: required, but not given"]),
+    ("data.sources=[{path:''}]", ["data.sources[0].path: must not be empty"]),
+    ("data.sources.0.weight=0", ["data.sources[0].weight: must be above 0, got 0.0"]),
+    ("data.sources.0.weight=inf", ["data.sources[0].weight: must be a finite number, got inf"]),
+    ("data.sources.0.num_pairs=0", ["data.sources[0].num_pairs: must be 1 or more, got 0"]),
+    (
+        "data.sources=[{path:builtin:demo,weight:2,num_pairs:3}]",
+        ["data.sources[0].num_pairs: excludes weight, got 3 and 2.0 (keep one)"],
+    ),
+    ("data.sources.0.train_split=null", ["data.sources: no source has a train_split"]),
+    (
+        "data.sources=[{path:builtin:demo},{path:a/b,train_split:null,test_split:null}]",
+        ["data.sources[1].train_split: null as well as test_split: the source gives nothing"],
+    ),
+    (
+        "data.sources.0.path=builtin:dmeo",
+        ["data.sources[0].path: the only built-in data set is builtin:demo, got builtin:dmeo"],
+    ),
+    (
+        "data.sources=[{path:no.jsonl,test_path:none.jsonl}]",
+        [
+            "data.sources[0].path: no such file or folder, got no.jsonl",
+            "data.sources[0].test_path: no such file or folder, got none.jsonl",
+        ],
+    ),
+    (
+        "data.sources=[{path:./nowhere}]",
+        ["data.sources[0].path: no such file or folder, got ./nowhere"],
+    ),
+    (
+        "data.sources.0.test_path=a.jsonl",
+        ["data.sources[0].test_path: only for a .jsonl/.json/.parquet path (else use test_split)"],
+    ),
+    # Ranges: loss.
+    ("loss.beta=0", ["loss.beta: must be above 0, got 0.0 (the paper uses 2.0 to 10)"]),
+    ("loss.beta=nan", ["loss.beta: must be a finite number, got nan"]),
+    ("loss.gamma_beta_ratio=-0.5", ["loss.gamma_beta_ratio: must be 0 or more, got -0.5"]),
+    ("loss.sft_weight=-1", ["loss.sft_weight: must be 0 or more, got -1.0 (0 is SimPO)"]),
+    ("loss.label_smoothing=0.5", ["loss.label_smoothing: must be from 0 to below 0.5, got 0.5"]),
+    # Ranges: train.
+    *(
+        (f"train.{key}=0", [f"train.{key}: must be 1 or more, got 0"])
+        for key in ("pairs_per_step", "tokens_per_row", "epochs", "log_every", "keep_checkpoints")
+    ),
+    *(
+        (f"train.{key}=-1", [f"train.{key}: must be 0 (never in between) or more, got -1"])
+        for key in ("eval_every", "checkpoint_every")
+    ),
+    ("train.max_steps=0", ["train.max_steps: must be 1 or more, or null, got 0"]),
+    ("train.learning_rate=0", ["train.learning_rate: must be above 0, got 0.0"]),
+    ("train.learning_rate=nan", ["train.learning_rate: must be a finite number, got nan"]),
+    *(
+        (f"train.{key}=1", [f"train.{key}: must be from 0 to below 1, got 1.0"])
+        for key in ("warmup_ratio", "adam_beta1", "adam_beta2")
+    ),
+    *(
+        (f"train.{key}=-1", [f"train.{key}: must be 0 or more, got -1.0"])
+        for key in ("weight_decay", "max_grad_norm")
+    ),
+    ("train.adam_epsilon=0", ["train.adam_epsilon: must be above 0, got 0.0"]),
+    # Ranges: sample, export.
+    ("sample.num_prompts=-1", ["sample.num_prompts: must be 0 (none) or more, got -1"]),
+    ("sample.max_new_tokens=0", ["sample.max_new_tokens: must be 1 or more, got 0"]),
+    ("export.push_to_hub=mine", ["export.push_to_hub: must be owner/name, got mine"]),
+    ("export.push_to_hub=me/", ["export.push_to_hub: must be owner/name, got me/"]),
+    # Several faults of several kinds: all are told at once, groups first.
+    (
+        "loss.betaa=2 loss=foo model.lora.rank=x train.epochs=0 sample.num_prompts=-1",
+        [
+            "loss: no such choice, got foo (choose from hinge, sigmoid)",
+            "loss.betaa: no such key (did you mean loss.beta?)",
+            "model.lora.rank: must be a whole number, got x",
+            "train.epochs: must be 1 or more, got 0",
+            "sample.num_prompts: must be 0 (none) or more, got -1",
+        ],
+    ),
+    # A setting of Hydra's own is none of the faults.
+    ("hydra.verbose=true loss.beta=x", ["loss.beta: must be a number, got x"]),
+]
+
+
+@pytest.mark.parametrize(("line", "problems"), SETTINGS, ids=[line for line, _ in SETTINGS])
+def test_settings(line, problems, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        compose_run(line.split(" "))
+    assert caught.value.problems == problems
+    assert str(caught.value) == "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "loss=hinge loss=sigmoid loss.label_smoothing=0.1",
+        "++loss.beta=3 train={epochs:2} data.sources.0.weight=2",
+        "tracker=wandb tracker.mode=offline tracker.tags=[a,b]",
+        "hydra.verbose=true",
+    ],
+)
+def test_what_is_right_passes(line):
+    compose_run(line.split(" "))
+
+
+def test_chat_template_names_those_shipped(tmp_path, monkeypatch):
+    (tmp_path / "own.jinja").touch()
+    monkeypatch.setattr("simpo.config.TEMPLATES", tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["model.chat_template=mine"])
+    assert caught.value.problems == ["model.chat_template: no such file, got mine (shipped: own)"]
+    compose_run(["model.chat_template=own"])
+
+
+def test_wandb_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("simpo.config.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["tracker=wandb"])
+    assert caught.value.problems == [
+        "tracker.name: wandb is not installed (pip install 'simpo[wandb]')"
+    ]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+ASKED = [user("Why is the sky blue?")]
+GOOD = {"prompt": "Why is the sky blue?", "chosen": "Scattering.", "rejected": "It is not."}
+
+# Row -> what is wrong with it.
+ROWS = [
+    (["a"], "must be an object with chosen and rejected, got a list"),
+    (None, "must be an object with chosen and rejected, got null"),
+    ({}, "chosen: missing (the row has no value)"),
+    ({"prompt": "a", "output": "b"}, "chosen: missing (the row has prompt, output)"),
+    (GOOD | {"rejected": None}, "rejected: missing (the row has prompt, chosen)"),
+    ({"chosen": "a", "rejected": "b"}, "prompt: missing"),
+    (GOOD | {"prompt": []}, "prompt: holds no message"),
+    (GOOD | {"prompt": " "}, "prompt: the last turn is empty"),
+    (GOOD | {"prompt": 3}, "prompt: must be text or a list of messages, got a number"),
+    (GOOD | {"chosen": {"a": 1}}, "chosen: must be text or a list of messages, got an object"),
+    (GOOD | {"chosen": True}, "chosen: must be text or a list of messages, got a boolean"),
+    (GOOD | {"chosen": []}, "chosen: holds no message"),
+    (GOOD | {"chosen": ["a"]}, "chosen[0]: must be an object with role and content, got text"),
+    (
+        GOOD | {"chosen": [{"from": "gpt", "value": "a"}]},
+        "chosen[0]: must have role and content, has from, value",
+    ),
+    (
+        GOOD | {"rejected": [user("a"), {"role": "bot", "content": "b"}]},
+        "rejected[1].role: must be one of system, user, assistant, got bot",
+    ),
+    (
+        GOOD | {"rejected": [{"role": "assistant", "content": None}]},
+        "rejected[0].content: must be text, got null",
+    ),
+    (
+        GOOD | {"chosen": [*ASKED, assistant("a"), user("b")]},
+        "chosen: the last turn must be the assistant's, got user",
+    ),
+    (GOOD | {"rejected": " \n"}, "rejected: the response is empty"),
+    (GOOD | {"chosen": [assistant("")]}, "chosen: the response is empty"),
+    (GOOD | {"rejected": "Scattering.\n"}, "chosen and rejected are the same"),
+    (
+        {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]},
+        "chosen and rejected start from different prompts",
+    ),
+    (
+        {
+            "prompt": ASKED,
+            "chosen": [user("a"), assistant("b")],
+            "rejected": [user("a"), assistant("d")],
+        },
+        "chosen does not continue prompt: their turns differ",
+    ),
+    (
+        GOOD | {"prompt": [*ASKED, assistant("a")]},
+        "prompt: the last turn must be the user's, got assistant",
+    ),
+    (
+        GOOD | {"prompt": [*ASKED, {"role": "system", "content": "Be brief."}, user("a")]},
+        "prompt: a system message may only come first",
+    ),
+    (GOOD | {"rule": "bullets"}, "rule: a rule must be a mapping, not str"),
+    (
+        GOOD | {"rule": {"name": "haiku"}},
+        f"rule: unknown rule name 'haiku'; known: {', '.join(RULES)}",
+    ),
+    (GOOD | {"rule": {"name": "bullets"}}, "rule: rule 'bullets' lacks the argument 'count'"),
+]
+
+
+@pytest.mark.parametrize(("row", "fault"), ROWS, ids=[fault[:40] for _, fault in ROWS])
+def test_rows(row, fault):
+    with pytest.raises(RowFault) as caught:
+        to_pair(row, "here")
+    assert str(caught.value) == fault
+
+
+def write(path, rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def mixture(*sources, **settings):
+    sources = [SourceConfig(**source) for source in sources]
+    return load_mixture(DataConfig(name="rows", sources=sources, **settings))
+
+
+def data_error(*sources, **settings):
+    with pytest.raises(DataError) as caught:
+        mixture(*sources, **settings)
+    return str(caught.value).splitlines()
+
+
+EMPTY = GOOD | {"chosen": ""}
+SAME = GOOD | {"chosen": "It is not."}
+REMEDY = "(mend the rows, or leave them out with data.on_bad_row=drop)"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_stop_names_source_split_and_row(folder):
+    write(folder / "a.jsonl", [GOOD, EMPTY, GOOD, '{"prompt": }', SAME])
+    assert data_error({"path": "a.jsonl"}) == [
+        "a.jsonl train row 2: chosen: the response is empty",
+        "a.jsonl train row 4: not JSON: Expecting value at column 12",
+        "a.jsonl train row 5: chosen and rejected are the same",
+        REMEDY,
+    ]
+
+
+def test_stop_names_the_held_out_file(folder):
+    write(folder / "a.jsonl", [GOOD])
+    write(folder / "b.jsonl", [GOOD, SAME])
+    assert data_error({"path": "a.jsonl", "test_path": "b.jsonl"}) == [
+        "b.jsonl test row 2: chosen and rejected are the same",
+        REMEDY,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "rest"),
+    [(5, []), (6, ["... and 1 more bad row"]), (9, ["... and 4 more bad rows"])],
+)
+def test_stop_shows_the_first_five(folder, bad, rest):
+    write(folder / "a.jsonl", [GOOD] + [EMPTY] * bad)
+    shown = [f"a.jsonl train row {i}: chosen: the response is empty" for i in range(2, 7)]
+    assert data_error({"path": "a.jsonl"}) == [*shown, *rest, REMEDY]
+
+
+def test_drop_counts_by_fault(folder):
+    write(folder / "a.jsonl", [EMPTY, GOOD, SAME, EMPTY, "[", GOOD])
+    write(folder / "b.jsonl", [SAME, GOOD])
+    loaded = mixture({"path": "a.jsonl", "test_path": "b.jsonl"}, on_bad_row=OnBadRow.drop)
+    train, test = loaded.table
+    assert (train.rows, train.taken, test.rows, test.taken) == (6, 2, 2, 1)
+    assert train.bad == {
+        "chosen: the response is empty": 2,
+        "chosen and rejected are the same": 1,
+        "not JSON: Expecting value at column 2": 1,
+    }
+    assert test.bad == {"chosen and rejected are the same": 1}
+    assert sorted(pair.place for pair in loaded.train) == [
+        "a.jsonl train row 2",
+        "a.jsonl train row 6",
+    ]
+
+
+def test_num_pairs_above_the_good_rows(folder):
+    write(folder / "a.jsonl", [GOOD, EMPTY, GOOD])
+    assert data_error({"path": "a.jsonl", "num_pairs": 3}, on_bad_row=OnBadRow.drop) == [
+        "a.jsonl train: num_pairs is 3, but the split has 2 good rows (use weight to repeat rows)"
+    ]
+
+
+def test_nothing_left_to_train_on(folder):
+    write(folder / "a.jsonl", [EMPTY, SAME])
+    write(folder / "b.jsonl", [])
+    assert data_error({"path": "a.jsonl"}, {"path": "b.jsonl"}, on_bad_row=OnBadRow.drop) == [
+        "data.sources: no row left to train on (a.jsonl train: 2 rows, 2 bad, "
+        "b.jsonl train: 0 rows, 0 bad)"
+    ]
+
+
+def test_sources_that_cannot_be_read(folder):
+    (folder / "utf16.jsonl").write_bytes(b"\xff\xfe{")
+    (folder / "not.parquet").write_text("x")
+    (folder / "hollow").mkdir()
+    (folder / "half").mkdir()
+    write(folder / "half" / "train.jsonl", [GOOD])
+    assert data_error({"path": "utf16.jsonl"}) == [
+        "utf16.jsonl train: cannot be read: "
+        "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
+    ]
+    assert data_error({"path": "gone.jsonl"}) == [
+        "gone.jsonl train: cannot be read: [Errno 2] No such file or directory: 'gone.jsonl'"
+    ]
+    assert data_error({"path": "builtin:demo", "train_split": "all"}) == [
+        'builtin:demo all: cannot be read: split must be "train" or "test", not \'all\''
+    ]
+    # The reason is in the words of datasets and pyarrow, so only its place is ours.
+    (line,) = data_error({"path": "not.parquet"})
+    assert line.startswith("not.parquet train: cannot be read: Parquet file size is 1 bytes")
+    (line,) = data_error({"path": "./hollow"})
+    assert line.startswith("./hollow train: cannot be read: ")
+    (line,) = data_error({"path": "./half"})
+    assert line.startswith('./half test: cannot be read: Unknown split "test"')
+
+
+def run_cli(*arguments, cwd):
+    command = [sys.executable, "-m", "simpo.train", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_a_process_prints_the_lines_and_exits_with_2(tmp_path):
+    done = run_cli("loss.betaa=2", "loss=hinge", "train.epochs=0", cwd=tmp_path)
+    assert done.stderr == (
+        "loss.betaa: no such key (did you mean loss.beta?)\n"
+        "train.epochs: must be 1 or more, got 0\n"
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    done = run_cli("loss.beta=-1", "data=jsonl", cwd=tmp_path)
+    assert done.stderr == (
+        "data.sources: must list at least one source\n"
+        "loss.beta: must be above 0, got -1.0 (the paper uses 2.0 to 10)\n"
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_faults_are_answered_without_torch(tmp_path):
+    code = (
+        "import sys\n"
+        "from simpo.compose import compose_run\n"
+        "from simpo.config import ConfigError\n"
+        "try:\n"
+        "    compose_run(['loss.betaa=2', 'train.epochs=0'])\n"
+        "except ConfigError as error:\n"
+        "    assert len(error.problems) == 2\n"
+        "    assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "    print('answered')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("answered\n", "")
+
+
+def test_cfg_job_prints_the_composed_run(tmp_path):
+    done = run_cli("model=mistral_base", "loss.beta=2.5", "--cfg", "job", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "path: alignment-handbook/zephyr-7b-sft-full\n" in done.stdout
+    assert "beta: 2.5\n" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_groups(tmp_path):
+    done = run_cli("--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"\nmodel: {MODELS}\n" in done.stdout
+    assert "\nloss: hinge, sigmoid\n" in done.stdout
+    assert "\ntracker: console, wandb\n" in done.stdout

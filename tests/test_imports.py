@@ -1,0 +1,119 @@
+"""Imports between modules go down only, and what is meant to be light stays so."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
+
+# A module may import those in lines above its own, never beside or below.
+ORDER = """
+config pairs data.demo_topics data.plan data.rules
+compose data.demo data.rows data.packing attention logps loss optim smollm2 tracker
+data.mixture model
+data.chat backend checkpoint
+console sample step
+export run_folder
+train
+"""
+FLOOR = {name: floor for floor, line in enumerate(ORDER.split("\n")) for name in line.split()}
+
+HEAVY = {"transformers", "accelerate", "peft", "datasets", "hydra", "wandb"}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {
+    module_name(path): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+
+
+def imported(nodes) -> set[str]:
+    """Full names of what import statements name, `from a import b` as a.b."""
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def everywhere(tree: ast.Module) -> set[str]:
+    return imported(ast.walk(tree))
+
+
+def packages(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def of_ours(names: set[str]) -> set[str]:
+    """Our modules among full names, each by its longest part that is a module."""
+    found: set[str] = set()
+    for name in names:
+        if packages({name}) == {"simpo"}:
+            parts = name.split(".")[1:]
+            heads = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+            found.add(next(head for head in heads if head in MODULES))
+    return found
+
+
+def test_every_module_has_a_floor():
+    assert set(MODULES) == set(FLOOR)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    # Down only leaves no way back up, so there is no circle either.
+    upward = [
+        other for other in of_ours(everywhere(MODULES[module])) if FLOOR[other] >= FLOOR[module]
+    ]
+    assert upward == []
+
+
+@pytest.mark.parametrize(
+    "module", ["loss", "logps", "pairs", "optim", "data.packing", "data.plan", "data.rows"]
+)
+def test_the_mathematics_knows_no_framework(module):
+    assert packages(everywhere(MODULES[module])) & HEAVY == set()
+
+
+@pytest.mark.parametrize(
+    ("package", "modules"),
+    [
+        ("accelerate", {"backend"}),
+        ("wandb", {"tracker"}),
+        ("peft", {"model"}),
+        ("hydra", {"config", "compose", "train"}),
+        ("omegaconf", {"config", "compose", "train"}),
+    ],
+)
+def test_one_place_for_each_framework(package, modules):
+    assert {
+        name for name, tree in MODULES.items() if package in packages(everywhere(tree))
+    } == modules
+
+
+@pytest.mark.parametrize("module", ["config", "compose", "train"])
+def test_settings_are_read_without_torch(module):
+    heavy = {"torch", "transformers", "datasets", "accelerate", "peft", "wandb", "numpy"}
+    assert packages(imported(MODULES[module].body)) & heavy == set()
+
+
+def test_the_command_starts_without_torch():
+    code = (
+        "import sys, simpo.train\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    assert done.stdout == "[]\n"

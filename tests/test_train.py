@@ -1,0 +1,312 @@
+"""Whole runs of a tiny model: what they leave, and that nothing stops them for good."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from simpo.compose import compose_run
+from simpo.config import ConfigError, DataError, load_run
+from simpo.data.demo import demo_rows
+from simpo.train import RunError, train
+
+TIMING = ("train/pairs_per_s", "train/tokens_per_s")
+
+
+def start(overrides: list[str], **kwargs: object) -> subprocess.Popen[str]:
+    """A real run in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "simpo.train", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **kwargs,  # type: ignore[call-overload]
+    )
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without the timings, which no two runs share."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def state_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor and number of the newest checkpoint, by path."""
+    newest = max((run_dir / "checkpoints").glob("step-*"))
+    flat: dict[str, torch.Tensor] = {}
+
+    def walk(key: str, value: object) -> None:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                walk(f"{key}.{name}", item)
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                walk(f"{key}.{index}", item)
+        elif isinstance(value, torch.Tensor):
+            flat[key] = value
+        elif key != ".metrics_bytes" and isinstance(value, (int, float)):
+            flat[key] = torch.tensor(value)
+
+    walk("", torch.load(newest / "state.pt", weights_only=True))
+    return flat
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Bit for bit: weights, optimizer, step, random states, metrics, model file."""
+    assert metrics_of(left) == metrics_of(right)
+    one, other = state_of(left), state_of(right)
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+    weights = [load_file(d / "model" / "model.safetensors") for d in (left, right)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def test_what_a_run_leaves(tiny_run: list[str], run_dir: Path, tiny_folder: Path) -> None:
+    run = compose_run([*tiny_run, f"run_dir={run_dir}"])
+    after = train(run)
+    assert load_run(run_dir / "run.yaml") == run
+    assert json.loads((run_dir / "status.json").read_text()) == {
+        "state": "finished",
+        "step": 6,
+        "total_steps": 6,
+        "error": "",
+    }
+    lines = metrics_of(run_dir)
+    assert [x["step"] for x in lines if "train/loss" in x] == [1, 2, 3, 4, 5, 6]
+    evaluations = [x for x in lines if "eval/loss" in x]
+    assert [x["step"] for x in evaluations] == [0, 3, 6]
+    assert after == {k.removeprefix("eval/"): v for k, v in evaluations[-1].items() if k != "step"}
+    assert {"loss", "rewards/accuracies", "rewards/margins", "rule_pass_rate"} <= after.keys()
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["eval_after"] == after
+    assert results["eval_before"]["loss"] == evaluations[0]["eval/loss"]
+    assert len(json.loads((run_dir / "samples/step-000006.json").read_text())) == 3
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == [
+        "step-000004",
+        "step-000006",
+    ]
+    data = json.loads((run_dir / "data.json").read_text())
+    assert [row["taken"] for row in data["mixture"]] == [24, 16]
+    assert "torch" in json.loads((run_dir / "environment.json").read_text())["packages"]
+    assert f"run_dir={run_dir}" in (run_dir / "command.txt").read_text()
+
+    card = (run_dir / "model/README.md").read_text()
+    assert "loss = -log sigmoid(2*(l_w - l_l) - 1)" in card
+    assert str(tiny_folder) in card and data["train_fingerprint"] in card
+    assert f"{after['loss']:.3f}" in card and "pairs_per_step: 4" in card
+    assert (run_dir / "model/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_saved_model_is_the_trained_one(
+    tiny_run: list[str], run_dir: Path, tiny_folder: Path
+) -> None:
+    train(compose_run([*tiny_run, f"run_dir={run_dir}"]))
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    assert model.config.use_cache is True
+    assert model.generation_config.eos_token_id in (2, [2])
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_folder).chat_template
+    checkpoint = torch.load(run_dir / "checkpoints/step-000006/state.pt", weights_only=True)
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, checkpoint["policy"][f"model.{name}"]), name
+        assert not torch.equal(weight, base[name]), f"{name} was not trained"
+
+
+def test_adapter_is_saved_alone_and_loads(tiny_run: list[str], run_dir: Path) -> None:
+    train(compose_run([*tiny_run, "model.lora.rank=4", f"run_dir={run_dir}"]))
+    names = {p.name for p in (run_dir / "model").iterdir()}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    adapters = [p for n, p in model.named_parameters() if "lora_B" in n]
+    assert adapters and all(p.abs().sum() > 0 for p in adapters)
+
+
+@pytest.mark.slow
+def test_continues_bit_exactly_after_sigkill(tiny_run: list[str], tmp_path: Path) -> None:
+    """A real process, killed at five random steps; each time the same command goes on."""
+    overrides = [*tiny_run, "train.epochs=4", "model.lora.rank=0"]
+    whole = tmp_path / "whole"
+    assert start([*overrides, f"run_dir={whole}"]).wait() == 0
+    rng = random.Random(0)
+    for attempt, at_step in enumerate(rng.sample(range(1, 23), 5)):
+        folder = tmp_path / f"killed-{attempt}"
+        process = start([*overrides, f"run_dir={folder}"])
+        while process.poll() is None:
+            lines = folder / "metrics.jsonl"
+            if lines.is_file() and f'"step": {at_step},' in lines.read_text():
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        assert process.wait() == -signal.SIGKILL, process.communicate()
+        assert not (folder / "model").exists()
+        again = start([*overrides, f"run_dir={folder}"])
+        output, errors = again.communicate()
+        assert again.returncode == 0, errors
+        if at_step > 3:
+            assert "continued after step" in output
+        assert_same_run(whole, folder)
+
+
+def test_a_half_written_checkpoint_is_not_picked_up(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up in the middle of the second checkpoint: the first is gone on from."""
+    run = compose_run([*tiny_run, f"run_dir={tmp_path / 'run'}"])
+    save, calls = torch.save, []
+
+    def failing(state: object, file: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            file.write(b"half a checkpoint")  # type: ignore[attr-defined]
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(OSError, match="No space left"):
+        train(run)
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 2)
+    assert "No space left on device" in status["error"]
+    train(run)
+    whole = compose_run([*tiny_run, f"run_dir={tmp_path / 'whole'}"])
+    train(whole)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_same_command_finds_its_unfinished_run(tiny_run: list[str], tmp_path: Path) -> None:
+    run = compose_run(tiny_run)
+    train(run)
+    parent = tmp_path / "outputs" / run.name
+    (first,) = parent.iterdir()
+    status = json.loads((first / "status.json").read_text())
+    (first / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    train(run)
+    assert list(parent.iterdir()) == [first]
+    assert [x["step"] for x in metrics_of(first) if "eval/loss" in x] == [0, 3, 6]
+    # Finished now: the same command begins a new run; so do other settings.
+    train(run)
+    train(compose_run([*tiny_run, "loss.beta=3"]))
+    assert len(list(parent.iterdir())) == 3
+
+
+def test_other_settings_or_data_under_a_run_are_refused(
+    tiny_run: list[str], tmp_path: Path, run_dir: Path
+) -> None:
+    overrides = [*tiny_run, f"run_dir={run_dir}"]
+    train(compose_run(overrides))
+    with pytest.raises(ConfigError, match=f"run_dir: {run_dir} holds a finished run"):
+        train(compose_run(overrides))
+    status = run_dir / "status.json"
+    status.write_text(status.read_text().replace("finished", "running"))
+    with pytest.raises(ConfigError, match=r"^loss.beta: the run in .* has 2.0, got 3.0 \(restore"):
+        train(compose_run([*overrides, "loss.beta=3"]))
+    rows = demo_rows(1, "train")[:24]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="data changed under this run: train_fingerprint was"):
+        train(compose_run(overrides))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(
+    tiny_run: list[str], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 4 meets a NaN: the rows are named, checkpoint 2 is what a continuation starts from."""
+    import simpo.step
+
+    real, calls = simpo.step.pair_losses, []
+
+    def poisoned(*args: object) -> torch.Tensor:
+        calls.append(1)
+        losses = real(*args)  # type: ignore[arg-type]
+        return losses * float("nan") if torch.is_grad_enabled() and len(calls) > 12 else losses
+
+    monkeypatch.setattr(simpo.step, "pair_losses", poisoned)
+    with pytest.raises(RunError, match=r"step \d: the loss is nan; not updated; pairs: .*train"):
+        train(compose_run([*tiny_run, f"run_dir={run_dir}"]))
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
+    monkeypatch.setattr(simpo.step, "pair_losses", real)
+    train(compose_run([*tiny_run, f"run_dir={run_dir}"]))
+
+
+def test_the_order_of_pairs_depends_on_the_seed_only(tiny_run: list[str], tmp_path: Path) -> None:
+    losses = []
+    for name, extra in (("a", []), ("b", ["train.tokens_per_row=90"]), ("c", ["train.seed=1"])):
+        train(compose_run([*tiny_run, *extra, f"run_dir={tmp_path / name}"]))
+        losses.append([x["train/loss"] for x in metrics_of(tmp_path / name) if "train/loss" in x])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-2)
+
+
+def test_bf16_stays_near_fp32(tiny_run: list[str], tmp_path: Path) -> None:
+    losses = []
+    for precision in ("fp32", "bf16"):
+        folder = tmp_path / precision
+        train(compose_run([*tiny_run, f"train.precision={precision}", f"run_dir={folder}"]))
+        losses.append([x["train/loss"] for x in metrics_of(folder) if "train/loss" in x])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.slow
+def test_exit_codes(tiny_run: list[str], tmp_path: Path) -> None:
+    """2 for bad settings and data, each with one line and no traceback."""
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "Hi", "chosen": "a", "rejected": ""}\n')
+    for bad, message in (
+        ("loss.beta=0", "loss.beta: must be above 0, got 0.0 (the paper uses 2.0 to 10)\n"),
+        (
+            f"data.sources=[{{path: {tmp_path}/bad.jsonl}}]",
+            f"{tmp_path}/bad.jsonl train row 1: rejected: the response is empty\n"
+            "(mend the rows, or leave them out with data.on_bad_row=drop)\n",
+        ),
+    ):
+        process = start([*tiny_run, bad])
+        _, errors = process.communicate()
+        assert process.returncode == 2
+        assert errors == message
+
+
+@pytest.mark.slow
+def test_real_model_on_real_pairs(real_data: Path, smollm2: Path, run_dir: Path) -> None:
+    """PandaLM's and LLMBar's pairs through SmolLM2's own tokenizer, and two steps of training."""
+    sources = ", ".join(
+        f"{{path: {real_data}/{name}.train.jsonl, test_path: {real_data}/{name}.test.jsonl, "
+        f"num_pairs: 8}}"
+        for name in ("pandalm_human", "llmbar")
+    )
+    run = compose_run(
+        [
+            "data=jsonl",
+            f"data.sources=[{sources}]",
+            "train.pairs_per_step=8",
+            "data.max_length_tokens=256",
+            "data.max_prompt_tokens=128",
+            "sample.num_prompts=1",
+            "sample.max_new_tokens=4",
+            f"run_dir={run_dir}",
+        ]
+    )
+    # All 308 held-out pairs would take minutes here.
+    for source in run.data.sources:
+        source.test_path = None
+    train(run)
+    lines = metrics_of(run_dir)
+    assert [x["step"] for x in lines] == [1, 2]
+    assert all(0 < x["train/loss"] < 5 for x in lines)

@@ -1,4 +1,4 @@
-"""Write docs/config.md from the dataclasses of simpo/config.py: `python docs/build_config_docs.py`.
+"""Write docs/config.md from the dataclasses of the settings: `python docs/build_config_docs.py`.
 
 A field's meaning is the docstring under it, which only the source has; so the source is parsed.
 """
@@ -27,7 +27,7 @@ HEAD = """\
 
 Every key of a run, as `key=value` on the command line or below its section in YAML. Keys with
 *required* as their default are given by a file of `conf/`. `--cfg job` prints the composed run.
-Written by `python docs/build_config_docs.py` from `simpo/config.py`.
+Written by `python docs/build_config_docs.py` from `simpo/config/schema.py`.
 """
 
 
@@ -113,7 +113,7 @@ def _default(item: Field[Any]) -> str:
 def _meanings() -> dict[tuple[str, str], str]:
     """(class, field) to the docstring under the field."""
     meanings: dict[tuple[str, str], str] = {}
-    for node in ast.parse(inspect.getsource(config)).body:
+    for node in ast.parse(inspect.getsource(config.schema)).body:
         if isinstance(node, ast.ClassDef):
             for statement, below in zip(node.body, node.body[1:], strict=False):
                 if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr):

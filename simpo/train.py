@@ -107,6 +107,7 @@ def train(run: RunConfig) -> dict[str, float]:
             """Evaluate on the held-out pairs, log it, keep the replies."""
             metrics: dict[str, float] = {}
             if test_rows:
+                tracker.say(f"held out: {len(test_set.pairs)} pairs, {len(sampled)} replies ...")
                 rows = (pack([test_set.tokens[i] for i in row], row) for row in test_rows)
                 metrics |= evaluate(policy, rows, run.loss, backend)
             if sampled:

@@ -85,7 +85,8 @@ def test_a_tie_is_half_right() -> None:
         ),
         (
             SigmoidConfig(beta=1.0, gamma_beta_ratio=0.5, label_smoothing=0.1),
-            "loss = -0.9*log sigmoid(1*(l_w - l_l) - 0.5) - 0.1*log sigmoid(-(1*(l_w - l_l) - 0.5))",
+            "loss = -0.9*log sigmoid(1*(l_w - l_l) - 0.5)"
+            " - 0.1*log sigmoid(-(1*(l_w - l_l) - 0.5))",
         ),
     ],
 )

@@ -133,11 +133,12 @@ class Chat:
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except TemplateError as error:
             raise RowFault(f"the chat template refuses it: {error}") from error
+        return str(text)
 
     def _find_end_id(self) -> int:
         probe = "8wq3"
@@ -280,7 +281,9 @@ def tokenize_set(
         raise DataError(f"data: none of the {len(pairs)} pairs can be tokenized")
     parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"].reshape(-1))[:-1])
     tokens = [TokenizedPair(*parts[i : i + 3]) for i in range(0, 3 * len(good), 3)]
-    report = TokenReport(len(good), *stored["counts"], bad=dict(Counter(faults.values())))
+    merged, prompts, chosen, rejected = stored["counts"]
+    bad = dict(Counter(faults.values()))
+    report = TokenReport(len(good), merged, prompts, chosen, rejected, bad)
     return TokenizedSet(good, tokens, report)
 
 

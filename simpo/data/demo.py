@@ -77,11 +77,6 @@ _INSTRUCTIONS = {
         "Answer in upper case only.",
         "Use only capital letters in your reply.",
     ),
-    "lower_case": (
-        "Write everything in lower case.",
-        "Answer without any capital letters.",
-        "Use only small letters in your reply.",
-    ),
     "comma_list": (
         "Put the answer on one line, separated by commas, with no other text.",
         "Reply only with a comma-separated list.",
@@ -97,25 +92,8 @@ _INSTRUCTIONS = {
         'The first words of your reply must be "{phrase}"',
         'Open with exactly these words: "{phrase}"',
     ),
-    "ends_with": (
-        'End your reply with "{phrase}"',
-        'The last words of your reply must be "{phrase}"',
-        'Close with exactly these words: "{phrase}"',
-    ),
-    "no_commas": (
-        "Do not use any commas.",
-        "Answer without a single comma.",
-        "Leave out all commas in your reply.",
-    ),
 }
 _OPENINGS = ("In short:", "Good question!", "Here is my answer:", "Quick facts:", "Let me explain.")
-_CLOSINGS = (
-    "Hope this helps!",
-    "Any questions?",
-    "Now you know!",
-    "Happy learning!",
-    "That is all.",
-)
 _NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 _KEY_SETS = (
     ("kind", "place"),
@@ -145,8 +123,8 @@ _Build = Callable[[random.Random, Topic, list[str]], _Task]
 def demo_rows(seed: int, split: str) -> list[dict[str, Any]]:
     """Make the rows of the split "train" or "test": OpenAI messages and a rule.
 
-    No topic occurs in both splits, whatever their seeds. Each topic gives fifteen rows: one for
-    every kind of instruction, and a second one for bullets, JSON, and yes or no.
+    No topic occurs in both splits, whatever their seeds. Each topic gives fourteen rows: one or
+    two for every kind of instruction.
 
     Raises:
         ValueError: the split has another name.
@@ -168,18 +146,15 @@ def _builds(rng: random.Random) -> list[_Build]:
     """Draw the rules for one topic."""
     return [
         *(partial(_list_task, "bullets", count) for count in rng.sample((2, 3, 4), 2)),
-        partial(_list_task, "numbered", rng.choice((2, 3, 4))),
+        *(partial(_list_task, "numbered", count) for count in rng.sample((2, 3, 4), 2)),
         *(partial(_json_task, keys) for keys in rng.sample(_KEY_SETS, 2)),
         partial(_yes_no_task, "Yes"),
         partial(_yes_no_task, "No"),
         _items_task,
         partial(_prose_task, {"name": "one_sentence"}, str),
-        partial(_prose_task, {"name": "no_commas"}, str),
         partial(_prose_task, {"name": "upper_case"}, str.upper),
-        partial(_prose_task, {"name": "lower_case"}, str.lower),
         partial(_prose_task, {"name": "quoted"}, '"{}"'.format),
-        partial(_phrase_task, "starts_with", "{phrase} {text}", _OPENINGS),
-        partial(_phrase_task, "ends_with", "{text} {phrase}", _CLOSINGS),
+        *(partial(_phrase_task, phrase) for phrase in rng.sample(_OPENINGS, 2)),
     ]
 
 
@@ -247,23 +222,15 @@ def _prose_task(
     return _Task(_told(topic, selections), _ask(rng, topic), rule, chosen, rejected)
 
 
-def _phrase_task(
-    name: str,
-    shape: str,
-    phrases: tuple[str, ...],
-    rng: random.Random,
-    topic: Topic,
-    facts: list[str],
-) -> _Task:
-    wanted, other = rng.sample(phrases, 2)
-    rule = {"name": name, "phrase": wanted}
+def _phrase_task(phrase: str, rng: random.Random, topic: Topic, facts: list[str]) -> _Task:
+    rule = {"name": "starts_with", "phrase": phrase}
+    other = rng.choice([opening for opening in _OPENINGS if opening != phrase])
     selections = _selections(rng, facts, 2)[:1]
     texts = _prose(topic, selections)
-    chosen = [shape.format(phrase=wanted, text=text) for text in texts]
     # A phrase of its own choice makes a rejected reply as long as the chosen one.
-    rejected = [shape.format(phrase=other, text=text) for text in texts]
-    told = _told(topic, selections)
-    return _Task(told, _ask(rng, topic), rule, chosen, texts + rejected)
+    rejected = texts + [f"{other} {text}" for text in texts]
+    chosen = [f"{phrase} {text}" for text in texts]
+    return _Task(_told(topic, selections), _ask(rng, topic), rule, chosen, rejected)
 
 
 def _list_task(name: str, count: int, rng: random.Random, topic: Topic, facts: list[str]) -> _Task:

@@ -1,0 +1,178 @@
+"""A composed configuration in, a checked `RunConfig` out, and back to YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from simpo.config.schema import (
+    BackendConfig,
+    ConfigError,
+    DataConfig,
+    HingeConfig,
+    LauncherConfig,
+    ModelConfig,
+    RunConfig,
+    SigmoidConfig,
+    TrackerConfig,
+    WandbConfig,
+)
+
+GROUPS: dict[str, dict[str, type]] = {
+    "model": {"base": ModelConfig},
+    "data": {"base": DataConfig},
+    "loss": {"sigmoid": SigmoidConfig, "hinge": HingeConfig},
+    "backend": {"single": BackendConfig},
+    "launcher": {"local": LauncherConfig},
+    "tracker": {"console": TrackerConfig, "wandb": WandbConfig},
+}
+"""The schemas of each group. Where a group has several, `name` in its YAML says which."""
+
+TRAJECTORY = ("model", "data", "loss", "train", "backend")
+"""Sections that decide the numbers of a run."""
+FREE = {"train": ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")}
+"""Keys of those sections that may differ between a run and its continuation."""
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra as `run_schema` and `schema/<group>/<name>`."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    for group, schemas in GROUPS.items():
+        for name, schema in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def build_run(cfg: DictConfig) -> RunConfig:
+    """Turn a composed configuration into a checked `RunConfig`.
+
+    Raises:
+        ConfigError: a required key is missing, an interpolation leads nowhere, or `check_run` finds
+            faults.
+    """
+    missing = sorted(_missing_keys(cfg))
+    if missing:
+        raise ConfigError([f"{key}: required, but not given" for key in missing])
+    try:
+        run = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        # An interpolation that leads nowhere.
+        line = str(error).splitlines()[0]
+        raise ConfigError([f"{error.full_key}: {line}"]) from error
+    assert isinstance(run, RunConfig)
+    check_run(run)
+    return run
+
+
+def load_run(path: Path) -> RunConfig:
+    """Read a run.yaml back, through the same schemas and checks as a composed configuration.
+
+    Raises:
+        ConfigError: the file does not fit the schemas.
+    """
+    raw = OmegaConf.load(path)
+    assert isinstance(raw, DictConfig)
+    schema = OmegaConf.structured(RunConfig)
+    try:
+        for group, schemas in GROUPS.items():
+            kind = schemas.get("base") or schemas[raw[group].name]
+            schema[group] = OmegaConf.structured(kind)
+        merged = OmegaConf.merge(schema, raw)
+    except (OmegaConfBaseException, KeyError) as error:
+        raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
+    assert isinstance(merged, DictConfig)
+    return build_run(merged)
+
+
+def run_yaml(run: RunConfig) -> str:
+    """The whole run as YAML, which `load_run` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(run))
+
+
+def check_run(run: RunConfig) -> None:
+    """Check ranges and rules that cross sections.
+
+    Raises:
+        ConfigError: with every fault, each a line `key: rule, got value (remedy)`.
+    """
+    problems = list(_section_problems(run, ""))
+    for group, schemas in GROUPS.items():
+        section = getattr(run, group)
+        # `name` says to `load_run` which schema a run.yaml was written with.
+        if "base" not in schemas and schemas.get(section.name) is not type(section):
+            problems.append(
+                f"{group}.name: set by the group, got {section.name} "
+                f"(choose {' or '.join(f'{group}={name}' for name in schemas)})"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def trajectory(run: RunConfig) -> dict[str, Any]:
+    """The settings that decide a run's numbers, flat: dotted key to value."""
+    flat: dict[str, Any] = {}
+    for section in TRAJECTORY:
+        _flatten(section, getattr(run, section), flat)
+        for key in FREE.get(section, ()):
+            del flat[f"{section}.{key}"]
+    return flat
+
+
+def run_id(run: RunConfig) -> str:
+    """Eight hex digits that two runs share exactly when their numbers must be the same."""
+    return hashlib.sha256(repr(sorted(trajectory(run).items())).encode()).hexdigest()[:8]
+
+
+def _missing_keys(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
+    # OmegaConf.missing_keys raises where an interpolation points to a missing key.
+    keys: Iterable[Any] = range(len(cfg)) if isinstance(cfg, ListConfig) else cfg
+    for key in keys:
+        name = f"{prefix}[{key}]" if isinstance(cfg, ListConfig) else f"{prefix}.{key}".lstrip(".")
+        if OmegaConf.is_interpolation(cfg, key):
+            continue
+        if OmegaConf.is_missing(cfg, key):
+            yield name
+        elif OmegaConf.is_config(cfg[key]):
+            yield from _missing_keys(cfg[key], name)
+
+
+def _section_problems(section: Any, prefix: str) -> Iterator[str]:
+    names = [item.name for item in fields(section)]
+    values = {name: getattr(section, name) for name in names}
+    # Every comparison with nan is false, so no rule would find it.
+    endless = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
+    if endless:
+        yield from (f"{prefix}{k}: must be a finite number, got {values[k]}" for k in endless)
+    elif hasattr(section, "problems"):
+        yield from (f"{prefix}{problem}" for problem in section.problems())
+    # Hydra's `+key=value` adds keys that nothing would ever read.
+    yield from (
+        f"{prefix}{key}: no such key (leave out the +)" for key in vars(section) if key not in names
+    )
+    for name, value in values.items():
+        if is_dataclass(value):
+            yield from _section_problems(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if is_dataclass(item):
+                    yield from _section_problems(item, f"{prefix}{name}[{index}].")
+
+
+def _flatten(key: str, value: Any, into: dict[str, Any]) -> None:
+    if is_dataclass(value):
+        for item in fields(value):
+            _flatten(f"{key}.{item.name}", getattr(value, item.name), into)
+    elif isinstance(value, list) and value and is_dataclass(value[0]):
+        for index, item in enumerate(value):
+            _flatten(f"{key}[{index}]", item, into)
+    else:
+        into[key] = value.value if isinstance(value, Enum) else value

@@ -1,0 +1,120 @@
+"""The wheel carries everything, and works where only it and its dependencies are installed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OPTIONAL = ("wandb", "submitit", "deepspeed", "bitsandbytes", "flash_attn", "vllm", "trl")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def clean_venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment with the wheel; dependencies are seen, this checkout and extras are not."""
+    folder = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / "bin" / "python"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", wheel],
+        check=True,
+    )
+    (site,) = folder.glob("lib/python*/site-packages")
+    # A path named in a .pth file is searched, but the .pth files in it (the editable install of
+    # this checkout) are not read.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in OPTIONAL)
+    (site / "sitecustomize.py").write_text(f"import sys\n{blocked}\n")
+    return folder
+
+
+def test_wheel_carries_every_menu_and_template(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder in ("conf", "experiments", "simpo/templates"):
+        for file in (ROOT / folder).rglob("*.*"):
+            inside = f"simpo/{file.relative_to(ROOT)}".replace("simpo/simpo/", "simpo/")
+            assert inside in names
+
+
+@pytest.mark.slow
+def test_works_from_an_empty_folder(
+    clean_venv: Path, tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    empty = tmp_path_factory.mktemp("empty")
+
+    def run(*command: str) -> str:
+        result = subprocess.run(
+            [str(clean_venv / "bin" / command[0]), *command[1:]],
+            cwd=empty,
+            env=os.environ | {"PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    where = run("python", "-c", "import simpo; print(simpo.__file__)")
+    assert str(clean_venv) in where
+    assert "path: builtin:smollm2" in run("simpo-train", "--cfg", "job")
+    assert "group=choice" in run("simpo-train", "--help")
+    assert "rank: 0" in run("simpo-train", "experiments=demo_full", "--cfg", "job")
+    assert list(empty.iterdir()) == []
+    output = run("python", "-m", "simpo.train", *tiny_run, "output_dir=outputs")
+    assert "accuracy" in output
+    (folder,) = (empty / "outputs").glob("*/*")
+    assert (folder / "model" / "model.safetensors").is_file()
+
+
+def test_lock_pins_every_dependency_of_the_project_and_its_tests() -> None:
+    pinned = dict(
+        line.split("==") for line in (ROOT / "requirements.lock").read_text().split() if line
+    )
+    pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pinned.items()}
+    assert pinned["torch"] == "2.13.0"
+    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pinned[requirement.name], prereleases=True), text
+
+
+def test_conda_users_get_the_same_versions() -> None:
+    text = (ROOT / "environment.yml").read_text()
+    assert "- -r requirements.lock" in text
+    assert "python=3.11" in text
+
+
+def test_extras() -> None:
+    assert set(PROJECT["optional-dependencies"]) == {
+        "gpu",
+        "deepspeed",
+        "wandb",
+        "slurm",
+        "vllm",
+        "dev",
+    }
+    assert PROJECT["requires-python"] == ">=3.10"

@@ -1,0 +1,95 @@
+"""Weights & Biases offline: what it wrote is read back from its own file."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from simpo.compose import compose_run
+from simpo.config import TrackerConfig
+from simpo.tracker import Tracker, read_metrics
+from simpo.train import train
+
+BLOCK = 32768
+
+
+def wandb_records(path: Path) -> Iterator[object]:
+    """The protobuf records of a .wandb file: a 7-byte header, then LevelDB's log format."""
+    from wandb.proto import wandb_internal_pb2
+
+    content = path.read_bytes()
+    assert content.startswith(b":W&B")
+    place, payload = 7, b""
+    while place + 7 <= len(content):
+        if BLOCK - place % BLOCK < 7:
+            place += BLOCK - place % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        payload += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(payload)
+            payload = b""
+            yield record
+
+
+@pytest.mark.slow
+def test_wandb_offline_without_a_key(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "run"
+    train(
+        compose_run(
+            [
+                *tiny_run,
+                "tracker=wandb",
+                "tracker.mode=offline",
+                "tracker.project=pairs",
+                "tracker.tags=[tiny]",
+                f"run_dir={folder}",
+            ]
+        )
+    )
+    (file,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    records = list(wandb_records(file))
+    (started,) = [r.run for r in records if r.WhichOneof("record_type") == "run"]
+    assert (started.run_id, started.project, list(started.tags)) == ("run", "pairs", ["tiny"])
+    settings = {item.key: json.loads(item.value_json) for item in started.config.update}
+    assert settings["loss.beta"] == 2.0
+    history: list[dict[str, float]] = []
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            history.append(
+                {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
+            )
+    # One row for a step in which both training and evaluation were logged, else one for each.
+    sent = {(row["_step"], key): value for row in history for key, value in row.items()}
+    for line in read_metrics(folder / "metrics.jsonl"):
+        for key, value in line.items():
+            if key != "step":
+                assert sent[line["step"], key] == pytest.approx(value), key
+    (ended,) = [r.exit for r in records if r.WhichOneof("record_type") == "exit"]
+    assert ended.exit_code == 0
+
+
+def test_a_continued_run_leaves_neither_holes_nor_doubles(tmp_path: Path) -> None:
+    with Tracker(TrackerConfig(), tmp_path, "x", {}) as tracker:
+        tracker.log(1, "train", {"loss": 3.0})
+        saved = tracker.num_bytes()
+        tracker.log(2, "train", {"loss": 2.0})
+    with Tracker(TrackerConfig(), tmp_path, "x", {}) as tracker:
+        tracker.cut_back(saved)
+        tracker.log(2, "train", {"loss": 2.5})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "train/loss": 3.0},
+        {"step": 2, "train/loss": 2.5},
+    ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
@@ -181,6 +182,7 @@ def train(run: RunConfig) -> dict[str, float]:
 
 def _quiet_libraries() -> None:
     """Keep progress bars and advice of the libraries out of the run's own account."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging
 

@@ -10,6 +10,7 @@ import torch
 from conftest import FAMILIES, gradients, loss_by_hand, padded_logps, random_pairs, tiny_model
 from torch.optim import SGD
 
+import simpo.logps
 from simpo.backend import Backend
 from simpo.config import BackendConfig, Device, HingeConfig, LossConfig, Precision, SigmoidConfig
 from simpo.data.packing import pack
@@ -157,3 +158,15 @@ def test_clipping_scales_the_whole_gradient(backend: Backend) -> None:
     for name, weight in policy.named_parameters():
         moved = (before[name] - weight.detach()).double()
         torch.testing.assert_close(moved, whole[name] / 4, rtol=1e-4, atol=1e-7)
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
+    """One chunk, kept, against chunks of 3 tokens whose logits are computed again."""
+    policy = Policy(tiny_model("gemma2"))
+    rows = rows_of(random_pairs(np.random.default_rng(7), 4), 100)
+    whole, metrics = gradients_of_step(policy, rows, LOSSES[1], backend)
+    monkeypatch.setattr(simpo.logps, "CHUNK_TOKENS", 3)
+    moved, other = gradients_of_step(policy, rows, LOSSES[1], backend)
+    assert other == pytest.approx(metrics, rel=1e-6)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(moved[name], gradient, rtol=1e-4, atol=1e-6)

@@ -310,3 +310,27 @@ def test_real_model_on_real_pairs(real_data: Path, smollm2: Path, run_dir: Path)
     lines = metrics_of(run_dir)
     assert [x["step"] for x in lines] == [1, 2]
     assert all(0 < x["train/loss"] < 5 for x in lines)
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_member(tiny_run: list[str], tmp_path: Path) -> None:
+    """Four settings give four finished runs; a bad value is refused before the first of them."""
+    sweep = ["-m", "loss.beta=2,2.5", "loss.gamma_beta_ratio=0.3,0.5"]
+    process = start([*sweep[:2], "loss.gamma_beta_ratio=0.3,-1", *tiny_run])
+    assert process.communicate()[1] == "loss.gamma_beta_ratio: must be 0 or more, got -1.0\n"
+    assert process.returncode == 2
+    assert not (tmp_path / "outputs").exists()
+    process = start([*sweep, *tiny_run])
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    runs = [load_run(path) for path in (tmp_path / "outputs").glob("*/*/run.yaml")]
+    assert {(run.loss.beta, run.loss.gamma_beta_ratio) for run in runs} == {
+        (2.0, 0.3),
+        (2.0, 0.5),
+        (2.5, 0.3),
+        (2.5, 0.5),
+    }
+    states = [
+        json.loads(p.read_text())["state"] for p in (tmp_path / "outputs").rglob("status.json")
+    ]
+    assert states == ["finished"] * 4

@@ -55,8 +55,8 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
         raise ConfigError(explain(overrides) or [_first_line(error)]) from error
 
 
-def explain(overrides: Sequence[str]) -> list[str]:
-    """Every fault of overrides that do not compose; sweeps are tried value by value."""
+def explain(overrides: Sequence[str], multirun: bool = False) -> list[str]:
+    """Every fault of overrides; sweeps (only meant so with `multirun`) are tried by value."""
     problems: list[str] = []
     # A group decides which keys exist, so groups are settled first.
     groups: dict[str, list[str]] = {}
@@ -85,7 +85,7 @@ def explain(overrides: Sequence[str]) -> list[str]:
             groups[group] = [str(choice.input_line) for choice in choices]
     for member in _members(list(groups.values())):
         problems += _member_problems(member, values, faulty)
-    if several and not problems:
+    if several and not multirun and not problems:
         problems.append(
             "several values in one setting: -m starts a run for each; a list is key=[a,b], "
             "a text with commas is 'key=\"a,b\"'"

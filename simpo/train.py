@@ -199,7 +199,7 @@ def cli() -> None:
     # Hydra would print its own account of a fault and exit with 1; this makes it raise instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     arguments = get_args_parser().parse_args()
-    if arguments.multirun and (problems := explain(arguments.overrides)):
+    if arguments.multirun and (problems := explain(arguments.overrides, multirun=True)):
         _quit(2, "\n".join(problems))  # before the first member has run for hours
     try:
         main()
@@ -207,7 +207,7 @@ def cli() -> None:
         _quit_for(error)
     # Hydra raises ValueError for a group set to null or a number.
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        problems = explain(arguments.overrides)
+        problems = explain(arguments.overrides, arguments.multirun)
         if not problems and isinstance(error, ValueError):
             raise
         _quit(2, "\n".join(problems) or str(error))

@@ -28,7 +28,6 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo import attention
 from simpo.config import LossConfig
-from simpo.model import Policy
 from simpo.pairs import TokenizedPair
 
 VOCAB = 128
@@ -157,15 +156,11 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(request: pytest.FixtureRequest) -> Path:
+def smollm2() -> Path:
     """The converted built-in model; fetched on first use."""
     from simpo.smollm2 import smollm2_folder
 
     return smollm2_folder(Path("~/.cache/simpo").expanduser())
-
-
-def policy_of(family: str, seed: int = 0) -> Policy:
-    return Policy(tiny_model(family, seed))
 
 
 @pytest.fixture(scope="session")

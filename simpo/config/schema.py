@@ -365,9 +365,6 @@ class BackendConfig:
     device: Device = Device.auto
     """auto: the GPU where there is one, else the CPU."""
 
-    def problems(self) -> Iterator[str]:
-        return iter(())
-
 
 @dataclass(kw_only=True)
 class LauncherConfig:
@@ -376,9 +373,6 @@ class LauncherConfig:
     name: str = "local"
     """Kind of launcher; set by the group. local: in this process, sweep members one by one."""
 
-    def problems(self) -> Iterator[str]:
-        return iter(())
-
 
 @dataclass(kw_only=True)
 class TrackerConfig:
@@ -386,9 +380,6 @@ class TrackerConfig:
 
     name: str = "console"
     """Kind of tracker; set by the group."""
-
-    def problems(self) -> Iterator[str]:
-        return iter(())
 
 
 @dataclass(kw_only=True)

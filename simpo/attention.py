@@ -1,15 +1,26 @@
 """Attention over packed rows in which two responses share one prompt.
 
-A pair is two segments: prompt + chosen, causal; and rejected over prompt + rejected. Each is its
-own scaled-dot-product call, so no mask of the whole row exists and a pair never sees another.
+A pair is two segments: prompt + chosen, causal; and rejected over prompt + rejected. No mask of the
+whole row exists and a pair never sees another. Three kernels do it:
 
-`register` makes this the attention implementation `simpo` of transformers. A model is *loaded*
-with it: switched on only around the forward, gradient checkpointing would recompute with another
-one. Without `segments` (generation) it is transformers' own SDPA attention.
+    sdpa     a scaled-dot-product call for each segment; any device, any dtype
+    varlen   torch.nn.attention.varlen, all segments in one call; CUDA, bf16
+    flash    flash-attn's varlen function, the same with soft-cap; CUDA, bf16
+
+The variable-length kernels want the keys of a segment side by side, so those of a prompt are copied
+for its rejected response, as https://github.com/li-plus/flash-preference does.
+
+`register` makes them attention implementations of transformers. A model is *loaded* with one:
+switched on only around the forward, gradient checkpointing would recompute with another. Without
+`segments` (generation) each is transformers' own SDPA attention.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,18 +30,45 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from simpo.pairs import Segment
+from simpo.pairs import KeyTable, Segment
 
-NAME = "simpo"
+# No name holds "sdpa" or "flash": transformers would take it for a kernel of its own.
+NAMES = {"sdpa": "simpo", "varlen": "simpo_varlen", "flash": "simpo_fa"}
+
+Kernel = Callable[
+    [Tensor, Tensor, Tensor, KeyTable, float | None, int | None, float | None], Tensor
+]
+"""From queries [T, heads, head size], keys and values [K, key heads, head size], and the table,
+scaling, sliding window and soft-cap to [T, heads, head size]."""
 
 
 def register() -> None:
-    """Make the attention known to transformers under `NAME`."""
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, _mask)
+    """Make the kernels known to transformers under `NAMES`."""
+    for kernel, name in NAMES.items():
+        AttentionInterface.register(name, partial(attend, kernel))
+        AttentionMaskInterface.register(name, _mask)
+
+
+def unusable(kernel: str, device: torch.device, half: bool, softcap: bool) -> str | None:
+    """Why a kernel cannot serve a model there, or None.
+
+    Args:
+        half: the forward computes in bf16.
+        softcap: the model caps its attention scores.
+    """
+    if kernel == "sdpa":
+        return None
+    if device.type != "cuda":
+        return "needs a CUDA GPU"
+    if not half:
+        return "needs bf16 (train.precision=bf16)"
+    if kernel == "flash":
+        return None if find_spec("flash_attn") else 'needs flash-attn (pip install "simpo[gpu]")'
+    return "cannot cap attention scores, as this model does" if softcap else None
 
 
 def attend(
+    kernel: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -41,11 +79,13 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     segments: tuple[Segment, ...] | None = None,
+    keys: KeyTable | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, as transformers calls it.
 
     Args:
+        kernel: sdpa, varlen or flash.
         module: the layer, for transformers' own SDPA path.
         query: [B, heads, T, head size].
         key, value: [B, key heads, T, head size].
@@ -53,18 +93,101 @@ def attend(
         scaling: factor on the scores; None is 1 / sqrt(head size).
         sliding_window: a query sees only keys less than this many positions before it.
         softcap: scores s become softcap * tanh(s / softcap) (Gemma-2).
-        segments: where the pairs lie in the row; B must be 1.
+        segments, keys: where the pairs lie in the row; B must be 1.
 
     Returns:
         ([B, T, heads, head size], None).
     """
-    if segments is None:
+    if segments is None or keys is None:
         if softcap is None:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, **kwargs
             )
         visible = _causal(query, key, None) if attention_mask is None else attention_mask
         return _attend(query, key, value, visible, scaling, softcap).transpose(1, 2), None
+    if kernel == "sdpa":
+        output = _by_segment(query, key, value, segments, scaling, sliding_window, softcap)
+        return output.transpose(1, 2), None
+    # Rotary embeddings may have left float32 under autocast; the kernels take bf16 only.
+    query, key, value = (x[0].transpose(0, 1).to(torch.bfloat16) for x in (query, key, value))
+    key, value = key.index_select(0, keys.index), value.index_select(0, keys.index)
+    output = KERNELS[kernel](query, key, value, keys, scaling, sliding_window, softcap)
+    return output[None], None
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: KeyTable,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert softcap is None
+    output = varlen_attn(
+        query, key, value, table.query_ends, table.key_ends,
+        table.longest_queries, table.longest_keys,
+        scale=scaling, window_size=_window(sliding_window),
+        **_gqa_option(),
+    )  # fmt: skip
+    assert isinstance(output, Tensor)
+    return output
+
+
+@cache
+def _gqa_option() -> dict[str, Any]:
+    """Before torch 2.12 fewer key heads than query heads are taken without being asked."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    asked = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return {"enable_gqa": True} if asked else {}
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: KeyTable,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        query, key, value, table.query_ends, table.key_ends,
+        table.longest_queries, table.longest_keys,
+        softmax_scale=scaling, causal=True, window_size=_window(sliding_window),
+        softcap=softcap or 0.0,
+    )  # fmt: skip
+
+
+def _window(sliding_window: int | None) -> tuple[int, int]:
+    """Keys seen left and right of a query; -1 is all. The last query is at the last key."""
+    return (-1 if sliding_window is None else sliding_window - 1, 0)
+
+
+KERNELS: dict[str, Kernel] = {"varlen": _varlen, "flash": _flash}
+
+
+def _by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[Segment, ...],
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    if value.device.type == "cpu" and value.dtype is torch.bfloat16:
+        # The CPU's backward kernel takes three times as long in bf16 on short segments.
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = query.float(), key.float(), value.float()
+            output = _by_segment(q, k, v, segments, scaling, sliding_window, softcap)
+        return output.to(value.dtype)
     # Split once: the backward pass of a slice would fill a gradient of the whole row with zeros.
     lengths = [n for s in segments for n in (s.rejected - s.start, s.end - s.rejected)]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
@@ -78,7 +201,7 @@ def attend(
             (queries[second], shared_key, shared_value),
         ):
             outputs.append(_causal_attend(q, k, v, scaling, sliding_window, softcap))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2)
 
 
 def _causal_attend(

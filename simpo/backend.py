@@ -19,7 +19,7 @@ class Backend:
 
     Attributes:
         device: where rows and weights live.
-        precision: fp32 or bf16 (autocast; weights keep their own dtype).
+        half: the forward computes in bf16 (autocast; weights keep their own dtype), else in fp32.
     """
 
     def __init__(self, config: BackendConfig, precision: Precision) -> None:
@@ -28,12 +28,13 @@ class Backend:
             raise ConfigError(["backend.device: cuda asked for, but torch sees no GPU here"])
         on_gpu = cuda and config.device is not Device.cpu
         if precision is Precision.auto:
-            precision = Precision.bf16 if on_gpu else Precision.fp32
-        self.precision = precision
+            fast_bf16 = on_gpu or _cpu_multiplies_bf16()
+            precision = Precision.bf16 if fast_bf16 else Precision.fp32
+        self.half = precision is Precision.bf16
         # accelerate's state is global: the next member of a sweep may ask for another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
         self._accelerator = Accelerator(
-            cpu=not on_gpu, mixed_precision="bf16" if precision is Precision.bf16 else "no"
+            cpu=not on_gpu, mixed_precision="bf16" if self.half else "no"
         )
         if self._accelerator.num_processes != 1:
             raise ConfigError(
@@ -43,7 +44,7 @@ class Backend:
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        return f"{self.precision.value} on 1 {name}"
+        return f"{'bf16' if self.half else 'fp32'} on 1 {name}"
 
     def prepare(self, policy: Policy, optimizer: Optimizer) -> tuple[Policy, Optimizer]:
         """Wrap the policy's forward and the optimizer for this device and precision."""
@@ -57,3 +58,8 @@ class Backend:
         """Scale gradients down to `max_norm` (0: leave them); their norm before that."""
         norm: Any = self._accelerator.clip_grad_norm_(policy.parameters(), max_norm or float("inf"))
         return float(norm)
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Without instructions of its own for bf16 a CPU would emulate it, slower than fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

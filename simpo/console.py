@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config import RunConfig
+from simpo.cost import Layout, Memory
 from simpo.data.chat import TokenizedSet
 from simpo.data.mixture import SplitReport
 from simpo.data.plan import TrainPlan
@@ -51,15 +52,15 @@ def start_lines(
     total = sum(p.numel() for p in parameters) / 1e6
     trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
     report = train_set.report
-    tokens = int(train_set.num_tokens.sum())
-    unshared = tokens + sum(len(pair.prompt_ids) for pair in train_set.tokens)
+    tokens, unshared = (int(train_set.num_tokens(share).sum()) for share in (True, False))
     lines = [
         f"model  {run.model.path}: {total:.1f}M weights, {trained:.1f}M trained, {machine}",
         formula(run.loss),
         "",
         *markdown_table(mixture_rows(table)),
         "",
-        f"tokens {tokens:,} in {report.pairs} train pairs, {unshared:,} if prompts were not shared",
+        f"tokens {tokens:,} in {report.pairs} train pairs, {unshared:,} with a prompt for each "
+        f"response: {unshared / tokens:.2f} times as many",
         f"plan   {plan.total_steps} steps of {plan.pairs_per_step} pairs, "
         f"{plan.total_steps / plan.steps_per_epoch:.2f} passes over the train pairs",
     ]
@@ -72,6 +73,15 @@ def start_lines(
     }
     lines += [f"       {count} {what}" for what, count in repairs.items() if count]
     return lines
+
+
+def cost_lines(planned: Layout, memory: Memory) -> list[str]:
+    """What a step computes and needs."""
+    return [
+        f"       {planned.tokens_per_step:,.0f} tokens a step, rows {planned.fill:.0%} full, "
+        f"the largest {planned.largest_row_tokens:,}",
+        f"memory about {memory}",
+    ]
 
 
 def mixture_rows(table: Sequence[SplitReport]) -> list[dict[str, Any]]:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -16,8 +17,8 @@ from transformers import (
 )
 
 from simpo import attention
-from simpo.config import ConfigError, Dtype, LoraConfig, ModelConfig, template_file
-from simpo.logps import response_logps
+from simpo.config import Attention, ConfigError, Dtype, LoraConfig, ModelConfig, template_file
+from simpo.logps import Objective, fused_loss
 from simpo.pairs import PackedPairs, PairLogps
 from simpo.smollm2 import smollm2_folder
 
@@ -26,31 +27,47 @@ DEFAULT_LENGTH = 2048
 
 
 class Policy(nn.Module):
-    """A causal language model whose forward gives the log-probabilities of pairs.
+    """A causal language model whose forward gives the loss and the log-probabilities of pairs.
 
     The vocabulary is met in here, below whatever wraps the policy, so that sharded weights of the
     head are gathered by their own framework.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, share_prefix: bool = True) -> None:
         super().__init__()
         self.model = model
+        self.share_prefix = share_prefix
 
     @property
     def base(self) -> PreTrainedModel:
         """The transformers model, under the adapters if there are any."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator,return-value]
 
-    def forward(self, row: PackedPairs) -> PairLogps:
-        """Log-probability of each response of a packed row, float32."""
-        hidden = self.base.get_decoder()(
+    def forward(self, row: PackedPairs, objective: Objective) -> tuple[Tensor, PairLogps]:
+        """Sum of the objective over the pairs of a row, and their log-probabilities."""
+        weight, bias = head_weight(self.base.get_output_embeddings())
+        softcap = getattr(self.base.config, "final_logit_softcapping", None)
+        return fused_loss(self.hidden(row), weight, bias, row, objective, softcap)
+
+    def hidden(self, row: PackedPairs) -> Tensor:
+        """Last hidden states of a row, [T, D], normalised as the head wants them."""
+        # Without a mask and a cache transformers itself tells packed sequences by their positions.
+        output = self.base.get_decoder()(
             input_ids=row.input_ids,
             position_ids=row.position_ids,
-            segments=row.segments,
             use_cache=False,
-        ).last_hidden_state[0]
-        softcap = getattr(self.base.config, "final_logit_softcapping", None)
-        return response_logps(hidden, self.base.get_output_embeddings(), row, softcap)
+            **({"segments": row.segments, "keys": row.keys} if row.segments else {}),
+        )
+        return output.last_hidden_state[0]
+
+
+def head_weight(head: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight [V, D] and bias [V] that a head multiplies with, LoRA adapters on it included."""
+    layer = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+    weight = layer.weight
+    for name in getattr(head, "active_adapters", ()):
+        weight = weight + head.get_delta_weight(name)
+    return weight, layer.bias
 
 
 def model_source(config: ModelConfig, cache_dir: Path) -> str:
@@ -88,26 +105,44 @@ def load_tokenizer(config: ModelConfig, cache_dir: Path) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def load_policy(config: ModelConfig, cache_dir: Path, device: torch.device, seed: int) -> Policy:
+def load_policy(
+    config: ModelConfig,
+    cache_dir: Path,
+    device: torch.device,
+    seed: int,
+    *,
+    half: bool = False,
+    share_prefix: bool = True,
+) -> Policy:
     """Load the model for training: no dropout, adapters and checkpointing as asked for.
 
     Args:
         seed: seeds all random generators, hence the initial values of adapters.
+        half: the forward will compute in bf16.
+        share_prefix: False leaves attention to transformers, which sees packed sequences by their
+            positions.
 
     Raises:
-        ConfigError: the model cannot be loaded, or an adapter target is in no layer.
+        ConfigError: the model cannot be loaded or has no such attention, or an adapter target is
+            in no layer.
     """
     set_seed(seed)
     attention.register()
-    model: Any = _load(
-        "model.path",
-        model_source(config, cache_dir),
-        AutoModelForCausalLM,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        dtype=_weights_dtype(config, device),
-        attn_implementation=attention.NAME,
-    )
+    source = model_source(config, cache_dir)
+    common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    settings = _load("model.path", source, AutoConfig, **common)
+    try:
+        model: Any = _load(
+            "model.path",
+            source,
+            AutoModelForCausalLM,
+            **common,
+            config=settings,
+            dtype=_weights_dtype(config, device),
+            attn_implementation=_kernel(config, settings, device, half) if share_prefix else None,
+        )
+    except KeyError as error:  # an architecture that looks attention up in a table of its own
+        raise cannot_share(type(settings).__name__, "its attention cannot be replaced") from error
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora.rank:
@@ -115,7 +150,29 @@ def load_policy(config: ModelConfig, cache_dir: Path, device: torch.device, seed
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return Policy(model).to(device)
+    return Policy(model, share_prefix).to(device)
+
+
+def cannot_share(name: str, reason: str) -> ConfigError:
+    """The answer to an architecture that shared prompts do not fit."""
+    return ConfigError(
+        [
+            f"model.path: {name} cannot share prompts in packed rows: {reason} "
+            "(train.share_prefix=false computes a prompt for each response)"
+        ]
+    )
+
+
+def _kernel(config: ModelConfig, settings: Any, device: torch.device, half: bool) -> str:
+    """Name under which transformers knows the attention asked for."""
+    softcap = getattr(settings, "attn_logit_softcapping", None) is not None
+    wanted = config.attention.value
+    if config.attention is Attention.auto:
+        kernels = ("flash", "varlen", "sdpa")
+        wanted = next(k for k in kernels if not attention.unusable(k, device, half, softcap))
+    elif reason := attention.unusable(wanted, device, half, softcap):
+        raise ConfigError([f"model.attention: {wanted} {reason}"])
+    return attention.NAMES[wanted]
 
 
 def _weights_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:

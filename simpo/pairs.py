@@ -50,10 +50,10 @@ class TokenizedPair:
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed for the pair, its prompt once."""
-        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+    def num_tokens(self, share_prefix: bool = True) -> int:
+        """Tokens computed for the pair, its prompt once or for each response."""
+        prompts = len(self.prompt_ids) * (1 if share_prefix else 2)
+        return prompts + len(self.chosen_ids) + len(self.rejected_ids)
 
 
 class Segment(NamedTuple):
@@ -66,12 +66,31 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
+class KeyTable:
+    """The keys of a row's responses one behind the other, as variable-length kernels want them.
+
+    Attributes:
+        index: int64 [K], row position of each key: of each pair prompt + chosen, prompt + rejected.
+        query_ends: int32 [R + 1], 0 and where the queries end: prompt + chosen, rejected alone.
+        key_ends: int32 [R + 1], 0 and where the keys end.
+        longest_queries, longest_keys: the most of them that one response has.
+    """
+
+    index: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    longest_queries: int
+    longest_keys: int
+
+
+@dataclass(frozen=True)
 class PackedPairs:
     """One row of packed pairs, everything a forward needs.
 
     Attributes:
         pairs: index of each pair in its data set, for messages about it [P].
-        segments: where each pair lies in the row [P].
+        segments: where each pair lies in the row [P]; empty where prompts are not shared.
+        keys: the same for variable-length kernels; None where prompts are not shared.
         response_tokens: scored tokens of each response [R]: 2p is chosen, 2p + 1 rejected.
         input_ids: int64 [B, T].
         position_ids: int64 [B, T]; a rejected response continues its prompt's positions.
@@ -83,6 +102,7 @@ class PackedPairs:
 
     pairs: tuple[int, ...]
     segments: tuple[Segment, ...]
+    keys: KeyTable | None
     response_tokens: tuple[int, ...]
     input_ids: Tensor
     position_ids: Tensor
@@ -96,13 +116,8 @@ class PackedPairs:
 
     def to(self, device: torch.device) -> PackedPairs:
         """The same row with its tensors on `device`."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            predictors=self.predictors.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-        )
+        keys = None if self.keys is None else replace(self.keys, **_moved_fields(self.keys, device))
+        return replace(self, **_moved_fields(self, device), keys=keys)
 
 
 @dataclass(frozen=True)
@@ -128,3 +143,8 @@ class PairLogps:
     def average_rejected(self) -> Tensor:
         """Mean token log-probability of the rejected responses, float32 [P]."""
         return self.rejected / self.rejected_tokens
+
+
+def _moved_fields(shape: PackedPairs | KeyTable, device: torch.device) -> dict[str, Any]:
+    fields = vars(shape).items()
+    return {n: x.to(device, non_blocking=True) for n, x in fields if isinstance(x, Tensor)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from simpo.backend import Backend
 from simpo.config import LossConfig
+from simpo.logps import Objective
 from simpo.loss import pair_losses
 from simpo.model import Policy
 from simpo.pairs import PackedPairs, PairLogps
@@ -58,20 +60,19 @@ def update(
     Raises:
         NonFiniteError: before the update, the weights are untouched.
     """
-    num_pairs = sum(len(row.pairs) for row in rows)
-    num_chosen_tokens = sum(row.chosen_tokens for row in rows)
+    objective = _objective(
+        loss,
+        num_pairs=sum(len(row.pairs) for row in rows),
+        num_chosen_tokens=sum(row.chosen_tokens for row in rows),
+    )
     tables = []
     policy.train()
     for row in rows:
-        logps = policy(row.to(backend.device))
-        losses = pair_losses(loss, logps)
-        value = losses.sum() / num_pairs
-        if loss.sft_weight:
-            value = value - loss.sft_weight * logps.chosen.sum() / num_chosen_tokens
+        value, logps = policy(row.to(backend.device), objective)
         if not math.isfinite(value.item()):
             raise NonFiniteError(f"the loss is {value.item()}", row.pairs)
         backend.backward(value)
-        tables.append(pair_table(loss, logps, losses))
+        tables.append(pair_table(loss, logps))
     grad_norm = backend.clip_gradients(policy, max_grad_norm)
     if not math.isfinite(grad_norm):
         raise NonFiniteError(
@@ -88,21 +89,31 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics over the pairs of `rows`, without an update."""
     policy.eval()
-    tables = []
-    for row in rows:
-        logps = policy(row.to(backend.device))
-        tables.append(pair_table(loss, logps, pair_losses(loss, logps)))
+    objective = partial(pair_losses, loss)
+    tables = [pair_table(loss, policy(row.to(backend.device), objective)[1]) for row in rows]
     return summarise(loss, torch.cat(tables))
 
 
-def pair_table(loss: LossConfig, logps: PairLogps, losses: Tensor) -> Tensor:
+def _objective(loss: LossConfig, num_pairs: int, num_chosen_tokens: int) -> Objective:
+    """What a pair adds to the loss of a step of so many pairs and chosen tokens."""
+
+    def objective(logps: PairLogps) -> Tensor:
+        losses = pair_losses(loss, logps) / num_pairs
+        if loss.sft_weight:
+            losses = losses - loss.sft_weight * logps.chosen / num_chosen_tokens
+        return losses
+
+    return objective
+
+
+def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
     """One line for each pair with the numbers in `COLUMNS`, float64 [P, columns] on the CPU.
 
     A reward is beta * average_logp; a tie counts as half accurate.
     """
     chosen, rejected = logps.average_chosen, logps.average_rejected
     columns = [
-        losses,
+        pair_losses(loss, logps),
         loss.beta * chosen,
         loss.beta * rejected,
         0.5 * ((chosen > rejected).float() + (chosen >= rejected).float()),

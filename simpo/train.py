@@ -52,15 +52,17 @@ def train(run: RunConfig) -> dict[str, float]:
         RunError: the run had to stop; the same command continues it.
     """
     # Imported here, so that a fault in the settings is answered before torch is loaded.
-    from simpo import console, export
+    from simpo import console, cost, export
     from simpo.backend import Backend
     from simpo.checkpoint import CheckpointStore
-    from simpo.data.chat import Chat, pairs_fingerprint, tokenize_set
+    from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint, tokenize_set
     from simpo.data.mixture import load_mixture
     from simpo.data.packing import pack
     from simpo.data.plan import build_plan, pairs_of_step, rows_of_pairs
     from simpo.model import load_policy, load_tokenizer
     from simpo.optim import build_optimizer, learning_rate, set_learning_rate
+    from simpo.pairs import PackedPairs
+    from simpo.probe import check_packing
     from simpo.run_folder import RunFolder, environment, git_diff
     from simpo.sample import greedy_replies, reply_metrics
     from simpo.step import NonFiniteError, evaluate, update
@@ -74,6 +76,8 @@ def train(run: RunConfig) -> dict[str, float]:
     mixture = load_mixture(run.data)
     train_set = tokenize_set(chat, mixture.train, run.data, cache_dir)
     test_set = tokenize_set(chat, mixture.test, run.data, cache_dir)
+    train_tokens = train_set.num_tokens(cfg.share_prefix)
+    test_tokens = test_set.num_tokens(cfg.share_prefix)
     plan = build_plan(len(train_set.pairs), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
 
     folder = RunFolder(run)
@@ -91,25 +95,43 @@ def train(run: RunConfig) -> dict[str, float]:
     )
     folder.write_json("environment.json", environment(str(backend)))
     folder.write_text("git.diff", git_diff())
-    policy = load_policy(run.model, cache_dir, backend.device, cfg.seed)
+    policy = load_policy(
+        run.model,
+        cache_dir,
+        backend.device,
+        cfg.seed,
+        half=backend.half,
+        share_prefix=cfg.share_prefix,
+    )
+    check_packing(policy, backend.half)
+    planned = cost.layout(plan, train_tokens, cfg.tokens_per_row)
+    memory = cost.estimate_memory(
+        policy, planned.largest_row_tokens, backend.half, run.model.gradient_checkpointing
+    )
+    if cfg.check_memory:
+        cost.check_memory(memory, backend.device)
+    flops = cost.Flops(policy)
     optimizer = build_optimizer(policy, cfg)
     policy, optimizer = backend.prepare(policy, optimizer)
 
     store = CheckpointStore(folder.path / "checkpoints", cfg.keep_checkpoints)
     sampled = test_set.pairs[: run.sample.num_prompts]
-    test_rows = rows_of_pairs(range(len(test_set.pairs)), test_set.num_tokens, cfg.tokens_per_row)
+    test_rows = rows_of_pairs(range(len(test_set.pairs)), test_tokens, cfg.tokens_per_row)
 
     with (
         folder.recording_failure(),
         Tracker(run.tracker, folder.path, run.name, trajectory(run)) as tracker,
     ):
 
+        def packed(data: TokenizedSet, row: list[int]) -> PackedPairs:
+            return pack([data.tokens[i] for i in row], row, cfg.share_prefix)
+
         def held_out() -> dict[str, float]:
             """Evaluate on the held-out pairs, log it, keep the replies."""
             metrics: dict[str, float] = {}
             if test_rows:
                 tracker.say(f"held out: {len(test_set.pairs)} pairs, {len(sampled)} replies ...")
-                rows = (pack([test_set.tokens[i] for i in row], row) for row in test_rows)
+                rows = (packed(test_set, row) for row in test_rows)
                 metrics |= evaluate(policy, rows, run.loss, backend)
             if sampled:
                 replies = greedy_replies(policy, chat, sampled, run.sample.max_new_tokens)
@@ -125,6 +147,7 @@ def train(run: RunConfig) -> dict[str, float]:
         tracker.cut_back(metrics_bytes)
         tracker.say(
             *console.start_lines(run, policy, str(backend), mixture.table, train_set, plan),
+            *console.cost_lines(planned, memory),
             f"run    {folder.path}" + (f", continued after step {step}" if step else ""),
         )
         begin = time.perf_counter()
@@ -135,8 +158,8 @@ def train(run: RunConfig) -> dict[str, float]:
             set_learning_rate(optimizer, rate := learning_rate(cfg, step, plan.total_steps))
             indices = pairs_of_step(plan, step)
             rows = [
-                pack([train_set.tokens[i] for i in row], row)
-                for row in rows_of_pairs(indices, train_set.num_tokens, cfg.tokens_per_row)
+                packed(train_set, row)
+                for row in rows_of_pairs(indices, train_tokens, cfg.tokens_per_row)
             ]
             try:
                 metrics = update(policy, optimizer, rows, run.loss, backend, cfg.max_grad_norm)
@@ -149,7 +172,8 @@ def train(run: RunConfig) -> dict[str, float]:
                 "learning_rate": rate,
                 "epoch": step / plan.steps_per_epoch,
                 "pairs_per_s": len(indices) / seconds,
-                "tokens_per_s": int(train_set.num_tokens[indices].sum()) / seconds,
+                "tokens_per_s": int(train_tokens[indices].sum()) / seconds,
+                **cost.speed(sum(flops.of_row(row) for row in rows) / seconds, backend.device),
             }
             last = step == plan.total_steps
             if last or step % cfg.log_every == 0:

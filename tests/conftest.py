@@ -31,6 +31,7 @@ from simpo.config import LossConfig
 from simpo.pairs import TokenizedPair
 
 VOCAB = 128
+SEGMENTS = attention.NAMES["sdpa"]
 FAMILIES = {
     "llama": LlamaConfig(),
     "llama_tied": LlamaConfig(tie_word_embeddings=True),
@@ -68,7 +69,7 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
         }
     )
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=SEGMENTS, dtype=dtype)
 
 
 def random_pairs(
@@ -106,7 +107,7 @@ def padded_logps(model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> tupl
         # one, transformers' float64 window mask overflows to NaN.)
         logits = model(input_ids=ids, use_cache=False).logits
     finally:
-        model.set_attn_implementation(attention.NAME)
+        model.set_attn_implementation(SEGMENTS)
     logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     scored = scored[:, 1:]
     return (logps * scored).sum(-1), scored.sum(-1)
@@ -226,6 +227,7 @@ def tiny_run(tiny_folder: Path, tmp_path: Path) -> list[str]:
         "train.pairs_per_step=4",
         "train.tokens_per_row=256",
         "train.learning_rate=1e-3",
+        "train.precision=fp32",
         "train.eval_every=3",
         "train.checkpoint_every=2",
         "sample.num_prompts=3",

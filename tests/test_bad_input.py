@@ -18,9 +18,9 @@ SECTIONS = (
     "launcher, tracker"
 )
 TRAIN_KEYS = (
-    "pairs_per_step, tokens_per_row, epochs, max_steps, learning_rate, schedule, warmup_ratio, "
-    "weight_decay, adam_beta1, adam_beta2, adam_epsilon, max_grad_norm, precision, seed, "
-    "log_every, eval_every, checkpoint_every, keep_checkpoints"
+    "pairs_per_step, tokens_per_row, share_prefix, check_memory, epochs, max_steps, "
+    "learning_rate, schedule, warmup_ratio, weight_decay, adam_beta1, adam_beta2, adam_epsilon, "
+    "max_grad_norm, precision, seed, log_every, eval_every, checkpoint_every, keep_checkpoints"
 )
 A_SOURCE = "{path: ..., ...}"
 
@@ -105,7 +105,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ("+loss.beta=3", ["loss.beta: set already (leave out the +)"]),
     ("+loss=hinge", ["loss: set already (leave out the +)"]),
     ("~loss.beta", ["loss.beta: cannot be left out (leave out the ~)"]),
-    ("~loss", ["loss: required, but not given"]),
+    ("~loss", ["loss.name: required, but not given"]),
     ("model.name=???", ["model.name: required, but not given"]),
     # Ranges: model.
     ("model.path=", ["model.path: must not be empty"]),

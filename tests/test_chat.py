@@ -520,7 +520,7 @@ def test_set(chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_
             tokenize_one(chat, pair, max_length_tokens=40, max_prompt_tokens=20)[0]
         )
     assert [len(tokens.prompt_ids) for tokens in result.tokens] == [10, 35, 9, 10]
-    assert result.num_tokens.tolist() == [t.num_tokens for t in result.tokens]
+    assert result.num_tokens().tolist() == [t.num_tokens() for t in result.tokens]
     report = result.report
     assert (report.pairs, report.merged_prompts) == (4, 0)
     assert (report.cut_prompts, report.cut_chosen, report.cut_rejected) == (1, 1, 1)

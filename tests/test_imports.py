@@ -16,7 +16,7 @@ config.check
 config
 compose data.demo data.rows data.packing attention logps loss optim smollm2 tracker
 data.mixture model
-data.chat backend checkpoint
+data.chat backend checkpoint cost probe
 console sample step
 export run_folder
 train

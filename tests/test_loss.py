@@ -53,7 +53,7 @@ def test_margin_is_not_inside_the_scaling_twice() -> None:
 def test_metrics() -> None:
     """Rewards are beta * average: -4, -8 and -6, -2. One of two pairs is ranked rightly."""
     loss = SigmoidConfig(beta=2.0, gamma_beta_ratio=0.5, sft_weight=0.25)
-    table = pair_table(loss, LOGPS, pair_losses(loss, LOGPS))
+    table = pair_table(loss, LOGPS)
     assert table.shape == (2, len(COLUMNS))
     metrics = summarise(loss, table)
     assert metrics["rewards/chosen"] == -5.0
@@ -70,9 +70,7 @@ def test_metrics() -> None:
 def test_a_tie_is_half_right() -> None:
     same = PairLogps(*(torch.tensor([x]) for x in (-4.0, -4.0)), *(torch.tensor([2]),) * 2)
     loss = SigmoidConfig()
-    assert summarise(loss, pair_table(loss, same, pair_losses(loss, same)))[
-        "rewards/accuracies"
-    ] == pytest.approx(0.5)
+    assert summarise(loss, pair_table(loss, same))["rewards/accuracies"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

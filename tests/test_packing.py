@@ -47,15 +47,47 @@ lengths = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
 
 @settings(deadline=None)
-@given(lengths, st.integers(1, 100))
-def test_rows_hold_every_pair_once_and_keep_the_budget(lengths: list[int], budget: int) -> None:
-    rows = rows_of_pairs(range(len(lengths)), np.array(lengths), budget)
+@given(lengths, st.integers(1, 100), st.integers(1, 5))
+def test_rows_hold_every_pair_once_and_keep_the_budget(
+    lengths: list[int], budget: int, ranks: int
+) -> None:
+    rows = rows_of_pairs(range(len(lengths)), np.array(lengths), budget, ranks)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert len(rows) % ranks == 0
     for row in rows:
         assert sum(lengths[i] for i in row) <= budget or len(row) == 1
-    # First fit leaves no two rows that one could hold.
-    sums = sorted(sum(lengths[i] for i in row) for row in rows)
-    assert len(sums) < 2 or sums[0] + sums[1] > budget
+    sums = [sum(lengths[i] for i in row) for row in rows]
+    assert sums == sorted(sums, reverse=True)
+    # No row could give its smallest pair to the emptiest one and both be more alike.
+    for row, total in zip(rows, sums, strict=True):
+        assert total - sums[-1] <= max(lengths[i] for i in row) if row else True
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=20, max_size=60), st.integers(2, 4))
+def test_ranks_compute_alike(lengths: list[int], ranks: int) -> None:
+    rows = rows_of_pairs(range(len(lengths)), np.array(lengths), 100, ranks)
+    loads = [sum(lengths[i] for row in rows[r::ranks] for i in row) for r in range(ranks)]
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_rows_worked_out_by_hand() -> None:
+    """First fit needs three rows of 15 (9 6, 8 7, 5); longest first to the emptiest evens them."""
+    lengths = np.array([5, 9, 7, 8, 6])
+    assert rows_of_pairs(range(5), lengths, 15) == [[3, 0], [2, 4], [1]]
+    assert rows_of_pairs(range(5), lengths, 20) == [[1, 4, 0], [3, 2]]
+    assert rows_of_pairs([1], lengths, 4) == [[1]]
+    assert rows_of_pairs([1, 0], lengths, 20, ranks=3) == [[1], [0], []]
+
+
+def test_row_with_a_prompt_for_each_response() -> None:
+    row = pack([pair([11, 12], [21], [31, 32]), pair([], [23, 24], [34, 35])], [7, 5], False)
+    assert row.input_ids.tolist() == [[11, 12, 21, 11, 12, 31, 32, 23, 24, 34, 35]]
+    assert row.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1, 0, 1]]
+    assert row.targets.tolist() == [21, 31, 32, 24, 35]
+    assert row.predictors.tolist() == [1, 4, 5, 7, 9]
+    assert row.response_tokens == (1, 2, 1, 1)
+    assert (row.segments, row.keys) == ((), None)
 
 
 @settings(deadline=None)

@@ -21,7 +21,7 @@ from simpo.config import ConfigError, DataError, load_run
 from simpo.data.demo import demo_rows
 from simpo.train import RunError, train
 
-TIMING = ("train/pairs_per_s", "train/tokens_per_s")
+TIMING = ("train/pairs_per_s", "train/tokens_per_s", "train/gflops_per_s")
 
 
 def start(overrides: list[str], **kwargs: object) -> subprocess.Popen[str]:

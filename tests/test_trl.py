@@ -105,8 +105,11 @@ def test_first_step_loss_and_gradients(tmp_path: Path, pairs: list[TokenizedPair
     loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
     loss.backward()
 
-    logps = Policy(ours)(pack(pairs[:num_pairs], range(num_pairs)))
-    own = pair_losses(SigmoidConfig(beta=BETA, gamma_beta_ratio=RATIO), logps).mean()
+    config = SigmoidConfig(beta=BETA, gamma_beta_ratio=RATIO)
+    own, logps = Policy(ours)(
+        pack(pairs[:num_pairs], range(num_pairs)),
+        lambda logps: pair_losses(config, logps) / num_pairs,
+    )
     own.backward()
     assert own.item() == pytest.approx(loss.item(), rel=1e-5)
     assert BETA * logps.average_chosen.mean().item() == pytest.approx(
@@ -141,7 +144,7 @@ def test_trajectory_of_20_steps(tmp_path: Path, pairs: list[TokenizedPair]) -> N
     )
     backend = Backend(BackendConfig(device=Device.cpu), Precision.fp32)
     optimizer = build_optimizer(policy, config)
-    lengths = np.array([pair.num_tokens for pair in pairs])
+    lengths = np.array([pair.num_tokens() for pair in pairs])
     loss = SigmoidConfig(beta=BETA, gamma_beta_ratio=RATIO)
     for step in range(NUM_STEPS):
         set_learning_rate(optimizer, learning_rate(config, step, NUM_STEPS))

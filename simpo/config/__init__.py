@@ -20,6 +20,7 @@ from simpo.config.check import (
 from simpo.config.schema import (
     PACKAGE,
     TEMPLATES,
+    Attention,
     BackendConfig,
     Compat,
     ConfigError,
@@ -55,6 +56,7 @@ __all__ = [
     "PACKAGE",
     "TEMPLATES",
     "TRAJECTORY",
+    "Attention",
     "BackendConfig",
     "Compat",
     "ConfigError",

@@ -39,7 +39,9 @@ GROUPS: dict[str, dict[str, type]] = {
 
 TRAJECTORY = ("model", "data", "loss", "train", "backend")
 """Sections that decide the numbers of a run."""
-FREE = {"train": ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")}
+FREE = {
+    "train": ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "check_memory")
+}
 """Keys of those sections that may differ between a run and its continuation."""
 
 

@@ -44,6 +44,13 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Attention(str, Enum):
+    auto = "auto"
+    sdpa = "sdpa"
+    varlen = "varlen"
+    flash = "flash"
+
+
 class Precision(str, Enum):
     auto = "auto"
     fp32 = "fp32"
@@ -118,6 +125,8 @@ class ModelConfig:
     """Run Python code that comes with the checkpoint."""
     dtype: Dtype = Dtype.auto
     """Dtype of the weights. auto: float32, but bfloat16 for LoRA's frozen base on a GPU."""
+    attention: Attention = Attention.auto
+    """Kernel for packed rows. auto: flash-attn's or torch's varlen on a GPU in bf16, else sdpa."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     chat_template: str | None = None
@@ -269,6 +278,10 @@ class TrainConfig:
     """Pairs behind one optimizer update, over all processes (the paper: 128)."""
     tokens_per_row: int = 4096
     """Token budget of one forward: pairs are packed into rows up to it. Memory, not results."""
+    share_prefix: bool = True
+    """Compute a prompt once for its two responses; False serves models whose attention cannot."""
+    check_memory: bool = True
+    """Refuse, before the first step, a run whose estimated memory is above what the device has."""
     epochs: int = 1
     """Passes over the mixture (the paper: 1)."""
     max_steps: int | None = None
@@ -290,7 +303,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
     precision: Precision = Precision.auto
-    """Arithmetic of the forward. auto: bf16 on a GPU, fp32 on a CPU. Log-probs are always fp32."""
+    """Arithmetic of the forward; log-probs are fp32. auto: bf16 where the device has instructions
+    for it (a GPU, newer CPUs), else fp32."""
     seed: int = 42
     """Decides adapter initialisation and the order of the pairs."""
     log_every: int = 1

@@ -68,10 +68,9 @@ class TokenizedSet:
     tokens: list[TokenizedPair]
     report: TokenReport
 
-    @property
-    def num_tokens(self) -> np.ndarray:
-        """Tokens computed for each pair, its prompt once, int64 [pairs]."""
-        return np.array([pair.num_tokens for pair in self.tokens], dtype=np.int64)
+    def num_tokens(self, share_prefix: bool = True) -> np.ndarray:
+        """Tokens computed for each pair, its prompt once or for each response, int64 [pairs]."""
+        return np.array([pair.num_tokens(share_prefix) for pair in self.tokens], dtype=np.int64)
 
 
 class Chat:

@@ -13,19 +13,23 @@ once is that of https://arxiv.org/abs/2410.20305.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
 
-from simpo.pairs import PackedPairs, Segment, TokenizedPair
+from simpo.pairs import KeyTable, PackedPairs, Segment, TokenizedPair
 
 
-def pack(pairs: Sequence[TokenizedPair], indices: Sequence[int]) -> PackedPairs:
+def pack(
+    pairs: Sequence[TokenizedPair], indices: Sequence[int], share_prefix: bool = True
+) -> PackedPairs:
     """Lay pairs one behind the other in one row.
 
     Args:
         pairs: the pairs of the row, in order.
         indices: their places in the data set, for messages.
+        share_prefix: False repeats the prompt: p p p c c | p p p r r r.
 
     Raises:
         ValueError: a response has no token that can be scored.
@@ -40,20 +44,24 @@ def pack(pairs: Sequence[TokenizedPair], indices: Sequence[int]) -> PackedPairs:
     for pair, index in zip(pairs, indices, strict=True):
         num_prompt = len(pair.prompt_ids)
         chosen = start + num_prompt
-        rejected = chosen + len(pair.chosen_ids)
+        second_prompt = chosen + len(pair.chosen_ids)
+        rejected = second_prompt if share_prefix else second_prompt + num_prompt
         end = rejected + len(pair.rejected_ids)
-        segments.append(Segment(start, chosen, rejected, end))
-        tokens += [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
-        positions += [
-            np.arange(rejected - start),
-            np.arange(num_prompt, num_prompt + end - rejected),
-        ]
+        tokens += [pair.prompt_ids, pair.chosen_ids]
+        positions += [np.arange(second_prompt - start)]
+        if share_prefix:
+            segments.append(Segment(start, chosen, rejected, end))
+            tokens.append(pair.rejected_ids)
+            positions.append(np.arange(num_prompt, num_prompt + end - rejected))
+        else:
+            tokens += [pair.prompt_ids, pair.rejected_ids]
+            positions.append(np.arange(end - second_prompt))
         for first, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
             before = np.arange(first - 1, first - 1 + len(ids))
-            if num_prompt:
-                before[:1] = chosen - 1
-            else:
+            if not num_prompt:
                 before, ids = before[1:], ids[1:]
+            elif share_prefix:
+                before[:1] = chosen - 1
             if not len(ids):
                 raise ValueError(f"pair {index}: a response has no token to score")
             predictors.append(before)
@@ -67,9 +75,26 @@ def pack(pairs: Sequence[TokenizedPair], indices: Sequence[int]) -> PackedPairs:
     return PackedPairs(
         pairs=tuple(int(index) for index in indices),
         segments=tuple(segments),
+        keys=_key_table(segments) if share_prefix else None,
         response_tokens=tuple(response_tokens),
         input_ids=column(tokens)[None],
         position_ids=column(positions)[None],
         predictors=column(predictors),
         targets=column(targets),
+    )
+
+
+def _key_table(segments: Sequence[Segment]) -> KeyTable:
+    index = []
+    for start, chosen, rejected, end in segments:
+        shared, own = np.arange(start, chosen), np.arange(rejected, end)
+        index += [np.arange(start, rejected), np.concatenate([shared, own])]
+    queries = [n for s in segments for n in (s.rejected - s.start, s.end - s.rejected)]
+    keys = [len(part) for part in index]
+    return KeyTable(
+        index=torch.from_numpy(np.concatenate(index)),
+        query_ends=torch.tensor([0, *accumulate(queries)], dtype=torch.int32),
+        key_ends=torch.tensor([0, *accumulate(keys)], dtype=torch.int32),
+        longest_queries=max(queries),
+        longest_keys=max(keys),
     )

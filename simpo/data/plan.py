@@ -7,6 +7,7 @@ continued run sees exactly the pairs that it would have seen.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,27 +56,47 @@ def pairs_of_step(plan: TrainPlan, step: int) -> np.ndarray:
 
 
 def rows_of_pairs(
-    indices: Sequence[int] | np.ndarray, num_tokens: np.ndarray, tokens_per_row: int
+    indices: Sequence[int] | np.ndarray,
+    num_tokens: np.ndarray,
+    tokens_per_row: int,
+    ranks: int = 1,
 ) -> list[list[int]]:
-    """Share pairs out over rows: longest first, each into the first row that has room.
+    """Share pairs out over rows of like size, as many rows for each rank.
+
+    Longest first, each pair goes to the row with the fewest tokens. Rank r takes rows[r::ranks]:
+    rows are in order of size, so those that ranks compute at the same time are alike.
 
     Args:
         indices: the pairs to lay out.
         num_tokens: tokens of every pair of the data set, int64 [num_pairs].
         tokens_per_row: budget of a row; a pair above it gets a row of its own.
+        ranks: processes that share the rows.
 
     Returns:
-        The pairs of each row; every pair exactly once.
+        The pairs of each row, every pair exactly once. With fewer pairs than ranks some are empty.
     """
-    rows: list[list[int]] = []
+    longest_first = sorted((int(i) for i in indices), key=lambda i: (-num_tokens[i], i))
+    lengths = [int(num_tokens[i]) for i in longest_first]
+    num_rows = -(-_first_fit(lengths, tokens_per_row) // ranks) * ranks
+    while True:
+        rows: list[list[int]] = [[] for _ in range(num_rows)]
+        loads = [(0, row) for row in range(num_rows)]
+        for index, length in zip(longest_first, lengths, strict=True):
+            load, row = heapq.heappop(loads)
+            rows[row].append(index)
+            heapq.heappush(loads, (load + length, row))
+        if all(load <= tokens_per_row or len(rows[row]) == 1 for load, row in loads):
+            return [rows[row] for _, row in sorted(loads, key=lambda item: (-item[0], item[1]))]
+        num_rows += ranks
+
+
+def _first_fit(lengths: Sequence[int], budget: int) -> int:
+    """Rows needed when each pair, longest first, goes into the first one that has room."""
     room: list[int] = []
-    for index in sorted((int(i) for i in indices), key=lambda i: (-num_tokens[i], i)):
-        length = int(num_tokens[index])
+    for length in lengths:
         row = next((r for r, left in enumerate(room) if length <= left), None)
         if row is None:
-            rows.append([])
-            room.append(tokens_per_row)
-            row = len(rows) - 1
-        rows[row].append(index)
-        room[row] -= length
-    return rows
+            room.append(budget - length)
+        else:
+            room[row] -= length
+    return len(room)

@@ -1,0 +1,205 @@
+"""What a step costs in memory and arithmetic, worked out from the policy before the first one."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from simpo import logps
+from simpo.config import ConfigError
+from simpo.data.packing import pack
+from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
+from simpo.model import Policy
+from simpo.pairs import PackedPairs, TokenizedPair
+
+GIB = 2**30
+STEPS_LOOKED_AT = 64
+
+# Dense bf16 peak of one GPU in TFLOP/s, from the vendor's data sheets.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "B200": 2250}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the pairs of a run's steps (its first 64 at most) fill their rows.
+
+    Attributes:
+        tokens_per_step: mean tokens computed for a step.
+        fill: tokens over the room of the rows, 0 to 1 (above 1: pairs longer than a row).
+        largest_row_tokens: tokens of the largest row.
+    """
+
+    tokens_per_step: float
+    fill: float
+    largest_row_tokens: int
+
+
+def layout(plan: TrainPlan, num_tokens: np.ndarray, tokens_per_row: int) -> Layout:
+    """Lay out the first steps of a plan.
+
+    Args:
+        num_tokens: tokens computed for each pair, int64 [num_pairs].
+    """
+    steps = [pairs_of_step(plan, step) for step in range(min(plan.total_steps, STEPS_LOOKED_AT))]
+    rows = [row for step in steps for row in rows_of_pairs(step, num_tokens, tokens_per_row)]
+    sizes = [int(num_tokens[row].sum()) for row in rows]
+    return Layout(
+        tokens_per_step=sum(sizes) / len(steps),
+        fill=sum(sizes) / (len(rows) * tokens_per_row),
+        largest_row_tokens=max(sizes),
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated peak memory of a step on one device, in GiB, part by part."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return float(sum(astuple(self)))
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{f.name} {getattr(self, f.name):.2f}" for f in fields(self))
+        return f"{self.total:.2f} GiB ({parts})"
+
+
+def estimate_memory(policy: Policy, row_tokens: int, half: bool, checkpointing: bool) -> Memory:
+    """Estimate the peak of a step whose largest row has so many tokens.
+
+    What autograd keeps is measured on two short rows and drawn out; with checkpointing it is the
+    input of each layer and all of one layer.
+
+    Args:
+        half: the forward computes in bf16.
+    """
+    parameters = list(policy.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    sizes = 64, 128
+    small, large = (_kept_bytes(policy, size, half) for size in sizes)
+    per_token = (large - small) / (sizes[1] - sizes[0])
+    kept = max(0.0, small - per_token * sizes[0]) + per_token * row_tokens
+    head = policy.base.get_output_embeddings().weight
+    if checkpointing:
+        layers = policy.base.config.get_text_config().num_hidden_layers
+        element = 4 if any(p.dtype is torch.float32 for p in parameters) else 2
+        kept = kept / layers + row_tokens * layers * head.shape[1] * element
+    # Logits in fp32, and a copy in the head's own precision or the gradient of the soft-cap.
+    logits = 2 * min(logps.LOGITS_BYTES, 4 * row_tokens * len(head))
+    return Memory(
+        weights=sum(_bytes(p) for p in parameters) / GIB,
+        gradients=sum(_bytes(p) for p in trained) / GIB,
+        optimizer=2 * sum(_bytes(p) for p in trained) / GIB,
+        activations=kept / GIB,
+        logits=(logits + (4 * head.numel() if head.requires_grad else 0)) / GIB,
+    )
+
+
+def check_memory(memory: Memory, device: torch.device) -> None:
+    """Compare an estimate with what the device has, the loaded weights included.
+
+    Raises:
+        ConfigError: it does not fit; with what would make it smaller.
+    """
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    else:
+        available = psutil.virtual_memory().available + memory.weights * GIB
+    if memory.total * GIB > available:
+        state = memory.gradients + memory.optimizer
+        remedy = (
+            "model.lora.rank=16 trains adapters only"
+            if state > memory.activations
+            else "lower train.tokens_per_row, or model.gradient_checkpointing=true"
+        )
+        raise ConfigError(
+            [
+                f"train.check_memory: a step needs about {memory}, there are "
+                f"{available / GIB:.2f} GiB ({remedy}; train.check_memory=false tries all the same)"
+            ]
+        )
+
+
+def _kept_bytes(policy: Policy, num_tokens: int, half: bool) -> int:
+    """Bytes that autograd keeps of a row's forward up to the head, weights not counted."""
+    third = np.ones(num_tokens // 4, dtype=np.int32)
+    pair = TokenizedPair(np.ones(num_tokens // 2, dtype=np.int32), third, third)
+    device = next(policy.parameters()).device
+    row = pack([pair], [0], share_prefix=policy.share_prefix).to(device)
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    training = policy.training
+    policy.eval()  # in which transformers' layers do not checkpoint
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(device.type, torch.bfloat16, enabled=half),
+    ):
+        hidden = policy.hidden(row)
+    policy.train(training)
+    del hidden
+    return sum(kept.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class Flops:
+    """Counts the floating-point operations that a step of a policy needs.
+
+    A matrix product is counted once forward, once for the gradient of its input and, where its
+    weight is trained, once for that of its weight. What gradient checkpointing computes again is
+    not counted, so the share of a GPU's peak is model FLOPs utilisation (MFU) as in
+    https://arxiv.org/abs/2204.02311.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        head = policy.base.get_output_embeddings().weight
+        tables = {id(head), id(policy.base.get_input_embeddings().weight)}
+        body = [p for p in policy.parameters() if p.ndim > 1 and id(p) not in tables]
+        config = policy.base.config.get_text_config()
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._per_token = sum(2 * p.numel() * (2 + p.requires_grad) for p in body)
+        self._per_target = 2 * head.numel() * (2 + head.requires_grad)
+        # Scores and their product with the values, forward; twice that backward.
+        self._per_score = 3 * 4 * config.num_attention_heads * size * config.num_hidden_layers
+
+    def of_row(self, row: PackedPairs) -> int:
+        """Operations of the forward and backward pass of a row."""
+        if row.keys is None:
+            starts = torch.nonzero(row.position_ids[0] == 0).flatten().tolist()
+            ends = [*starts[1:], row.input_ids.shape[1]]
+            scores = sum((e - s) ** 2 // 2 for s, e in zip(starts, ends, strict=True))
+        else:
+            queries, keys = (t.diff().long() for t in (row.keys.query_ends, row.keys.key_ends))
+            scores = int((queries * (keys - queries) + queries * queries // 2).sum())
+        return (
+            row.input_ids.shape[1] * self._per_token
+            + len(row.targets) * self._per_target
+            + scores * self._per_score
+        )
+
+
+def speed(flops_per_s: float, device: torch.device) -> dict[str, float]:
+    """Metrics of achieved arithmetic: `gflops_per_s`, and `mfu` on a GPU whose peak is known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    metrics = {"gflops_per_s": flops_per_s / 1e9}
+    return metrics if peak is None else {**metrics, "mfu": flops_per_s / (peak * 1e12)}

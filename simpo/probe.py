@@ -1,0 +1,74 @@
+"""A fresh policy in, the certainty that it takes packed rows out; else its name and the remedy.
+
+An attention kernel, a mask or a recurrent layer that does not know of packed rows mixes their
+sequences without a word. So two short pairs are computed packed, by the run's own kernel, and each
+sequence alone, by transformers' eager attention: the hidden states must agree.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simpo.config import ConfigError
+from simpo.data.packing import pack
+from simpo.model import Policy, cannot_share
+from simpo.pairs import TokenizedPair
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+"""Norm of the difference of hidden states over theirs: rounding stays below, mixing above."""
+
+
+@torch.no_grad()
+def check_packing(policy: Policy, half: bool) -> None:
+    """Compare packed rows with sequences on their own.
+
+    Args:
+        half: compute in bf16, as the run will.
+
+    Raises:
+        ConfigError: the model cannot share prompts, or cannot be packed at all.
+    """
+    rng = np.random.default_rng(0)
+    size = policy.base.config.get_text_config().vocab_size
+    pairs = [
+        TokenizedPair(*(rng.integers(0, size, n).astype(np.int32) for n in lengths))
+        for lengths in ((5, 4, 3), (4, 3, 6))
+    ]
+    device = next(policy.parameters()).device
+    row = pack(pairs, range(len(pairs)), policy.share_prefix).to(device)
+    training = policy.training
+    policy.eval()
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        expected = torch.cat([_alone(policy, pair) for pair in pairs])
+        try:
+            got = policy.hidden(row)[row.predictors]
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise _refusal(policy, str(error).splitlines()[0]) from error
+    policy.train(training)
+    dtype = torch.bfloat16 if half or got.dtype is torch.bfloat16 else torch.float32
+    difference = float((got - expected).norm() / expected.norm())
+    if not difference < TOLERANCE[dtype]:
+        raise _refusal(policy, f"hidden states differ by {difference:.2g} of their norm")
+
+
+def _alone(policy: Policy, pair: TokenizedPair) -> Tensor:
+    """Hidden states that predict the responses of a pair, each sequence in a forward of its own."""
+    own = policy.base.config._attn_implementation
+    policy.base.set_attn_implementation("eager")
+    parts = []
+    for response in (pair.chosen_ids, pair.rejected_ids):
+        ids = np.concatenate([pair.prompt_ids, response]).astype(np.int64)
+        tokens = torch.from_numpy(ids)[None].to(next(policy.parameters()).device)
+        hidden = policy.base.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        parts.append(hidden[len(pair.prompt_ids) - 1 : -1])
+    policy.base.set_attn_implementation(own)
+    return torch.cat(parts)
+
+
+def _refusal(policy: Policy, reason: str) -> ConfigError:
+    name = type(policy.base).__name__
+    if policy.share_prefix:
+        return cannot_share(name, reason)
+    return ConfigError([f"model.path: {name} mixes the sequences of a packed row: {reason}"])

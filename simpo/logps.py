@@ -87,16 +87,24 @@ class _FusedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=_wide(dtype)) if of_weight else None
         grad_bias = torch.zeros_like(weight[:, 0], dtype=_wide(dtype)) if of_bias else None
-        chunk_tokens = max(1, LOGITS_BYTES // (4 * len(weight)))
+        groups = list(_groups(row.response_tokens, max(1, LOGITS_BYTES // (4 * len(weight)))))
+        longest = max(part.stop - part.start for _, parts in groups for part in parts)
+        # One piece of memory for all chunks: the system hands out fresh pages slowly.
+        memory = torch.empty(longest, len(weight), dtype=_wide(dtype), device=hidden.device)
 
         def logits_of(part: slice) -> Tensor:
-            logits = torch.nn.functional.linear(hidden[part].to(dtype), cast_weight, cast_bias)
-            logits = logits.to(_wide(dtype))
-            return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+            logits = memory[: part.stop - part.start]
+            if dtype is logits.dtype:
+                torch.mm(hidden[part].to(dtype), cast_weight.T, out=logits)
+            else:
+                logits.copy_(hidden[part].to(dtype) @ cast_weight.T)
+            if cast_bias is not None:
+                logits += cast_bias
+            return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
         loss = torch.zeros((), dtype=_wide(dtype), device=hidden.device)
         sums = []
-        for lengths, parts in _groups(row.response_tokens, chunk_tokens):
+        for lengths, parts in groups:
             scored = []
             for part in parts:
                 logits = logits_of(part)

@@ -1,0 +1,200 @@
+"""`make bench`: loss and gradients of a micro-batch of 2 pairs, ours against others, on the CPU.
+
+One process; the contenders take turns, in reverse order every other round; the first round is left
+out. Figures are medians with the spread (smallest to largest), and ratios of medians to `padded`.
+Memory is the highest resident set of one step above the one before it, where weights and gradients
+lie already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import contenders
+from transformers import AutoModelForCausalLM
+from workloads import PROFILES, model_config, real_batches, typical_batch
+
+from simpo.pairs import TokenizedPair
+
+PAIRS = 2
+MIB = 2**20
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Measure what the command line asks for; print a table, write JSON and a picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=["tiny", "smol8"])
+    parser.add_argument("--profiles", nargs="+", default=[*PROFILES])
+    parser.add_argument("--contenders", nargs="+", default=["padded", "trl", "liger", "simpo"])
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--real", type=Path, help="folder of real pairs (JSON lines)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
+    options = parser.parse_args()
+    results = []
+    for shape in options.shapes:
+        config = model_config(shape)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if options.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+            shape += "+checkpointing"
+        runners = contenders(model, options.contenders)
+        del model
+        work = {p: [typical_batch(p, PAIRS, config.vocab_size)] for p in options.profiles}
+        if options.real is not None and config.vocab_size == 49152:
+            work["real"] = real_batches(options.real, 6, PAIRS)
+        for profile, batches in work.items():
+            found = measure(runners, batches, options.rounds)
+            results += [{"shape": shape, "profile": profile, **line} for line in found]
+            print("\n".join(table(results[-len(runners) :])), flush=True)
+            save(options.out, results)
+    plot(results, options.out.with_suffix(".png"))
+
+
+def measure(
+    runners: list[Any], batches: list[list[TokenizedPair]], rounds: int
+) -> list[dict[str, Any]]:
+    """Time and memory of each contender on the same micro-batches."""
+    times: dict[str, list[float]] = {runner.name: [] for runner in runners}
+    peaks, losses = {}, {}
+    for turn in range(rounds + 1):
+        for runner in runners if turn % 2 == 0 else runners[::-1]:
+            if turn == 0:  # the warm-up round is the one whose memory is watched
+                losses[runner.name] = step(runner, batches[0])[1]
+                peaks[runner.name] = peak_bytes(runner, max(batches, key=runner.num_tokens))
+            else:
+                times[runner.name].append(sum(step(runner, batch)[0] for batch in batches))
+    spread = max(losses.values()) - min(losses.values())
+    assert spread < 1e-4, f"the contenders do not compute the same loss: {losses}"
+    pairs = sum(len(batch) for batch in batches)
+    return [
+        {
+            "contender": runner.name,
+            "median_s": statistics.median(times[runner.name]),
+            "fastest_s": min(times[runner.name]),
+            "slowest_s": max(times[runner.name]),
+            "pairs_per_s": pairs / statistics.median(times[runner.name]),
+            "tokens": sum(runner.num_tokens(batch) for batch in batches),
+            "peak_mib": peaks[runner.name] / MIB,
+        }
+        for runner in runners
+    ]
+
+
+def step(runner: Any, pairs: list[TokenizedPair]) -> tuple[float, float]:
+    """Seconds of loss and gradients, and the loss."""
+    parameters = list(parameters_of(runner))
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    begin = time.perf_counter()
+    loss = runner.loss(pairs)
+    loss.backward()
+    return time.perf_counter() - begin, loss.item()
+
+
+def parameters_of(runner: Any) -> Any:
+    """Weights of a contender's model."""
+    return (runner.policy if hasattr(runner, "policy") else runner.model).parameters()
+
+
+def peak_bytes(runner: Any, pairs: list[TokenizedPair]) -> int:
+    """Highest resident set during a step, above what is resident before it."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+    before = resident("VmRSS")
+    step(runner, pairs)
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table, ratios to the padded contender where it ran."""
+    lines = [
+        "| shape | data | contender | tokens | s (spread) | time | pairs/s | peak MiB | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for line in results:
+        base = next(
+            (
+                other
+                for other in results
+                if other["contender"] == "padded"
+                and (other["shape"], other["profile"]) == (line["shape"], line["profile"])
+            ),
+            line,
+        )
+        lines.append(
+            f"| {line['shape']} | {line['profile']} | {line['contender']} | {line['tokens']:,} "
+            f"| {line['median_s']:.2f} ({line['fastest_s']:.2f}-{line['slowest_s']:.2f}) "
+            f"| {line['median_s'] / base['median_s']:.2f} | {line['pairs_per_s']:.2f} "
+            f"| {line['peak_mib']:,.0f} | {line['peak_mib'] / base['peak_mib']:.2f} |"
+        )
+    return lines
+
+
+def save(path: Path, results: list[dict[str, Any]]) -> None:
+    """Results with the machine and versions they hold for."""
+    import transformers
+
+    path.parent.mkdir(exist_ok=True)
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Bars of pairs per second over the padded step, and of its memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = list(dict.fromkeys((line["shape"], line["profile"]) for line in results))
+    names = list(dict.fromkeys(line["contender"] for line in results))
+    by_key = {(x["shape"], x["profile"], x["contender"]): x for x in results}
+    figure, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
+    for axis, key, title in (
+        (axes[0], "pairs_per_s", "pairs per second, padded = 1"),
+        (axes[1], "peak_mib", "step memory above weights and gradients, padded = 1"),
+    ):
+        for offset, name in enumerate(names):
+            heights = [
+                by_key[(*group, name)][key] / by_key[(*group, names[0])][key] for group in groups
+            ]
+            places = [i + 0.2 * offset for i in range(len(groups))]
+            axis.bar(places, heights, width=0.19, label=name)
+        axis.set_ylabel(title, fontsize=8)
+        axis.axhline(1, color="grey", linewidth=0.5)
+    axes[0].legend()
+    axes[1].set_xticks(
+        [i + 0.1 * (len(names) - 1) for i in range(len(groups))],
+        ["\n".join(group) for group in groups],
+    )
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: help train test test-fast check docs lock clean
+.PHONY: help train test test-fast check docs bench bench-head gpu-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -33,6 +33,17 @@ check: $(READY)  ## linters and types
 
 docs: $(READY)  ## write docs/config.md anew from the dataclasses
 	$(BIN)/python docs/build_config_docs.py
+
+bench: $(READY)  ## a step against the padded one, TRL's and Liger's: time, memory, picture
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[bench]"
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-head: $(READY)  ## the vocabulary alone: ours against Liger and cut-cross-entropy
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[bench]"
+	$(BIN)/python benchmarks/head.py $(ARGS)
+
+gpu-check: $(READY)  ## on a CUDA GPU: kernels against float64, then speed and memory
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 lock:  ## write requirements.lock anew from what pyproject.toml admits today
 	rm -rf $(VENV)-lock

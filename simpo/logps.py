@@ -54,16 +54,7 @@ def fused_loss(
     wanted = torch.is_grad_enabled()
     scored = hidden.index_select(0, row.predictors)
     with torch.autocast(device, enabled=False):
-        loss, sums = _FusedLoss.apply(
-            scored,
-            weight,
-            bias,
-            row,
-            objective,
-            softcap,
-            dtype,
-            wanted,
-        )
+        loss, sums = _FusedLoss.apply(scored, weight, bias, row, objective, softcap, dtype, wanted)
     return loss, _pair_logps(sums, row.response_tokens)
 
 
@@ -80,80 +71,32 @@ class _FusedLoss(torch.autograd.Function):
         dtype: torch.dtype,
         wanted: bool,
     ) -> tuple[Tensor, Tensor]:
-        of_hidden, of_weight, of_bias = (wanted and need for need in ctx.needs_input_grad[:3])
-        wanted = of_hidden or of_weight or of_bias
-        cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        # Sums over chunks are in float32 even where a chunk's own product is in bf16.
-        grad_hidden = torch.empty_like(hidden) if of_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=_wide(dtype)) if of_weight else None
-        grad_bias = torch.zeros_like(weight[:, 0], dtype=_wide(dtype)) if of_bias else None
+        needs = tuple(wanted and need for need in ctx.needs_input_grad[:3])
         groups = list(_groups(row.response_tokens, max(1, LOGITS_BYTES // (4 * len(weight)))))
         longest = max(part.stop - part.start for _, parts in groups for part in parts)
-        # One piece of memory for all chunks: the system hands out fresh pages slowly.
-        memory = torch.empty(longest, len(weight), dtype=_wide(dtype), device=hidden.device)
-
-        def logits_of(part: slice) -> Tensor:
-            logits = memory[: part.stop - part.start]
-            if dtype is logits.dtype:
-                torch.mm(hidden[part].to(dtype), cast_weight.T, out=logits)
-            else:
-                logits.copy_(hidden[part].to(dtype) @ cast_weight.T)
-            if cast_bias is not None:
-                logits += cast_bias
-            return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
-
-        loss = torch.zeros((), dtype=_wide(dtype), device=hidden.device)
-        sums = []
+        head = _Head(hidden, weight, bias, row.targets, softcap, dtype, needs, longest)
+        losses, all_sums = [], []
         for lengths, parts in groups:
-            scored = []
-            for part in parts:
-                logits = logits_of(part)
-                targets = row.targets[part, None]
-                peak = logits.amax(dim=-1, keepdim=True)
-                own = logits.gather(-1, targets)
-                slope = 1 - (logits / softcap) ** 2 if softcap is not None and wanted else None
-                # From here on `logits` holds exp(logits - peak).
-                total = logits.sub_(peak).exp_().sum(dim=-1, keepdim=True)
-                scored.append((own - peak - total.log()).squeeze(-1))
-            response_sums = torch.stack([s.sum() for s in torch.cat(scored).split(lengths)])
+            logps = torch.cat([head.logps(part) for part in parts])
+            sums = torch.stack([response.sum() for response in logps.split(lengths)])
+            all_sums.append(sums)
             with torch.enable_grad():
-                response_sums.requires_grad_(wanted)
-                value = objective(_pair_logps(response_sums, lengths)).sum()
-            sums.append(response_sums.detach())
-            loss += value.detach()
-            if not wanted:
+                leaf = sums.detach().requires_grad_()
+                loss = objective(_pair_logps(leaf, lengths)).sum()
+            losses.append(loss.detach())
+            if not any(needs):
                 continue
-            (factors,) = torch.autograd.grad(value, response_sums)
+            (factors,) = torch.autograd.grad(loss, leaf)
             counts = torch.tensor(lengths, device=factors.device)
-            factors = factors.repeat_interleave(counts, output_size=sum(lengths))[:, None]
-            first = parts[0].start
-            for part in parts:
+            factors = factors.repeat_interleave(counts, output_size=len(logps))
+            for part, factor in zip(parts, factors.split(longest), strict=True):
                 if len(parts) > 1:
-                    logits = logits_of(part)
-                    slope = 1 - (logits / softcap) ** 2 if softcap is not None else None
-                    targets = row.targets[part, None]
-                    peak = logits.amax(dim=-1, keepdim=True)
-                    total = logits.sub_(peak).exp_().sum(dim=-1, keepdim=True)
-                factor = factors[part.start - first : part.stop - first]
-                # d logp / d logits = one-hot of the target - softmax
-                logits.mul_(-factor / total).scatter_add_(-1, targets, factor)
-                if slope is not None:
-                    logits.mul_(slope)
-                gradient = logits.to(dtype)
-                if grad_hidden is not None:
-                    grad_hidden[part] = gradient @ cast_weight
-                if grad_weight is not None:
-                    own_hidden = hidden[part].to(dtype)
-                    if dtype == grad_weight.dtype:
-                        grad_weight.addmm_(gradient.T, own_hidden)
-                    else:
-                        grad_weight += gradient.T @ own_hidden
-                if grad_bias is not None:
-                    grad_bias += logits.sum(dim=0)
-        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
-        all_sums = torch.cat(sums)
-        ctx.mark_non_differentiable(all_sums)
-        return loss, all_sums
+                    head.logps(part)
+                head.add_gradients(part, factor[:, None])
+        ctx.gradients = (head.grad_hidden, head.grad_weight, head.grad_bias)
+        sums = torch.cat(all_sums)
+        ctx.mark_non_differentiable(sums)
+        return torch.stack(losses).sum(), sums
 
     @staticmethod
     @once_differentiable
@@ -161,6 +104,70 @@ class _FusedLoss(torch.autograd.Function):
         gradients = [None if g is None else g.mul_(grad_loss) for g in ctx.gradients]
         ctx.gradients = None
         return (*gradients, None, None, None, None, None)
+
+
+class _Head:
+    """Meets the vocabulary with a chunk of positions at a time, in one piece of memory.
+
+    Fresh pages for each chunk would cost the system a tenth of the time. Sums over chunks are in
+    float32 even where a chunk's own product is in bf16.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        dtype: torch.dtype,
+        needs: tuple[bool, ...],
+        longest: int,
+    ) -> None:
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        self._hidden = hidden.to(dtype)
+        self._weight, self._bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self._targets, self._softcap = targets[:, None], softcap
+        self._memory = torch.empty(longest, len(weight), dtype=wide, device=hidden.device)
+        self._total = self._slope = torch.empty(0)
+        self.grad_hidden = torch.empty_like(hidden) if needs[0] else None
+        self.grad_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
+        self.grad_bias = torch.zeros_like(weight[:, 0], dtype=wide) if needs[2] else None
+
+    def logps(self, part: slice) -> Tensor:
+        """Log-probability of each target of a part, [n]; leaves exp(logits - largest) in memory."""
+        logits = self._memory[: part.stop - part.start]
+        if self._weight.dtype is logits.dtype:
+            torch.mm(self._hidden[part], self._weight.T, out=logits)
+        else:
+            logits.copy_(self._hidden[part] @ self._weight.T)
+        if self._bias is not None:
+            logits += self._bias
+        if self._softcap is not None:
+            logits.div_(self._softcap).tanh_()
+            self._slope = 1 - logits.square()
+            logits.mul_(self._softcap)
+        largest = logits.amax(dim=-1, keepdim=True)
+        own = logits.gather(-1, self._targets[part])
+        self._total = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+        return (own - largest - self._total.log()).squeeze(-1)
+
+    def add_gradients(self, part: slice, factor: Tensor) -> None:
+        """Add factor [n, 1] times the gradient of the part that `logps` was last called for."""
+        gradient = self._memory[: part.stop - part.start]
+        # d logp / d logits = one-hot of the target - softmax
+        gradient.mul_(-factor / self._total).scatter_add_(-1, self._targets[part], factor)
+        if self._softcap is not None:
+            gradient.mul_(self._slope)
+        product = gradient.to(self._weight.dtype)
+        if self.grad_hidden is not None:
+            self.grad_hidden[part] = product @ self._weight
+        if self.grad_weight is not None and product.dtype is self.grad_weight.dtype:
+            self.grad_weight.addmm_(product.T, self._hidden[part])
+        elif self.grad_weight is not None:
+            self.grad_weight += product.T @ self._hidden[part]
+        if self.grad_bias is not None:
+            self.grad_bias += gradient.sum(dim=0)
 
 
 def _groups(
@@ -185,7 +192,3 @@ def _parts(first: int, end: int, size: int) -> list[slice]:
 def _pair_logps(sums: Tensor, lengths: tuple[int, ...]) -> PairLogps:
     counts = torch.tensor(lengths, device=sums.device)
     return PairLogps(sums[0::2], sums[1::2], counts[0::2], counts[1::2])
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

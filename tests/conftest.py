@@ -23,6 +23,7 @@ from transformers import (
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -36,6 +37,7 @@ FAMILIES = {
     "llama": LlamaConfig(),
     "llama_tied": LlamaConfig(tie_word_embeddings=True),
     "qwen2": Qwen2Config(),
+    "qwen3": Qwen3Config(),
     "mistral_window": MistralConfig(sliding_window=8),
     "gemma2": Gemma2Config(
         head_dim=16,

@@ -115,6 +115,7 @@ def test_extras() -> None:
         "wandb",
         "slurm",
         "vllm",
+        "bench",
         "dev",
     }
     assert PROJECT["requires-python"] == ">=3.10"

@@ -17,6 +17,7 @@ from conftest import (
     tiny_model,
 )
 from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import simpo.logps
 from simpo.backend import Backend
@@ -237,3 +238,33 @@ def test_parts_change_nothing(
     assert other == pytest.approx(metrics, rel=1e-6)
     for name, gradient in whole.items():
         torch.testing.assert_close(moved[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+class LargestLogits(TorchDispatchMode):
+    """Most rows that any [rows, vocabulary] tensor had, the weight's own transpose left out."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            if not isinstance(tensor, torch.Tensor) or tensor.shape[-1:] != (VOCAB,):
+                continue
+            if tensor.untyped_storage().nbytes() != 4 * VOCAB * 32:
+                self.rows = max(self.rows, tensor.numel() // VOCAB)
+        return output
+
+
+def test_logits_never_outgrow_their_memory(
+    monkeypatch: pytest.MonkeyPatch, backend: Backend
+) -> None:
+    """However long the row; the plain way, for comparison, has as many rows as tokens."""
+    monkeypatch.setattr(simpo.logps, "LOGITS_BYTES", 4 * VOCAB * 10)
+    policy = Policy(tiny_model("llama"))
+    rows = rows_of(random_pairs(np.random.default_rng(10), 8, longest=60), 10_000)
+    with LargestLogits() as ours:
+        gradients_of_step(policy, rows, LOSSES[1], backend)
+    assert ours.rows == 10
+    with LargestLogits() as plain:
+        policy.model(input_ids=rows[0].input_ids)
+    assert plain.rows == rows[0].input_ids.shape[1] > 200

@@ -2,7 +2,8 @@
 
 An attention kernel, a mask or a recurrent layer that does not know of packed rows mixes their
 sequences without a word. So two short pairs are computed packed, by the run's own kernel, and each
-sequence alone, by transformers' eager attention: the hidden states must agree.
+sequence alone, by transformers' eager attention: the hidden states must agree. And the logits must
+be what `simpo.logps` takes them for: some architectures scale them after their head.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from simpo.config import ConfigError
 from simpo.data.packing import pack
-from simpo.model import Policy, cannot_share
+from simpo.model import Policy, cannot_share, head_weight
 from simpo.pairs import TokenizedPair
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
@@ -28,7 +30,8 @@ def check_packing(policy: Policy, half: bool) -> None:
         half: compute in bf16, as the run will.
 
     Raises:
-        ConfigError: the model cannot share prompts, or cannot be packed at all.
+        ConfigError: the model cannot share prompts, cannot be packed at all, or makes its logits in
+            a way of its own.
     """
     rng = np.random.default_rng(0)
     size = policy.base.config.get_text_config().vocab_size
@@ -46,11 +49,19 @@ def check_packing(policy: Policy, half: bool) -> None:
             got = policy.hidden(row)[row.predictors]
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise _refusal(policy, str(error).splitlines()[0]) from error
+        own, theirs = _logits(policy, row.input_ids[:, :9])
     policy.train(training)
     dtype = torch.bfloat16 if half or got.dtype is torch.bfloat16 else torch.float32
-    difference = float((got - expected).norm() / expected.norm())
-    if not difference < TOLERANCE[dtype]:
-        raise _refusal(policy, f"hidden states differ by {difference:.2g} of their norm")
+    if not (gap := _difference(got, expected)) < TOLERANCE[dtype]:
+        raise _refusal(policy, f"hidden states differ by {gap:.2g} of their norm")
+    if not (gap := _difference(own, theirs)) < TOLERANCE[dtype]:
+        name = type(policy.base).__name__
+        raise ConfigError(
+            [
+                f"model.path: {name} does something to its logits after its head, which is not "
+                f"supported: they differ by {gap:.2g} of their norm"
+            ]
+        )
 
 
 def _alone(policy: Policy, pair: TokenizedPair) -> Tensor:
@@ -65,6 +76,19 @@ def _alone(policy: Policy, pair: TokenizedPair) -> Tensor:
         parts.append(hidden[len(pair.prompt_ids) - 1 : -1])
     policy.base.set_attn_implementation(own)
     return torch.cat(parts)
+
+
+def _logits(policy: Policy, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of a sequence as the loss takes them, and as the model's own forward gives them."""
+    hidden = policy.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    own = linear(hidden, *head_weight(policy.base.get_output_embeddings()))
+    softcap = getattr(policy.base.config, "final_logit_softcapping", None)
+    own = own if softcap is None else softcap * torch.tanh(own / softcap)
+    return own, policy.base(input_ids=ids, use_cache=False).logits
+
+
+def _difference(some: Tensor, other: Tensor) -> float:
+    return float((some.float() - other.float()).norm() / other.float().norm())
 
 
 def _refusal(policy: Policy, reason: str) -> ConfigError:

@@ -83,6 +83,16 @@ def test_refused_altogether(kind: str, name: str) -> None:
         check_packing(other_model(kind, False), half=False)
 
 
+def test_logits_that_are_scaled_after_the_head() -> None:
+    """Cohere multiplies them by 0.0625; without this the loss would be of another model."""
+    with pytest.raises(
+        ConfigError,
+        match=r"^model\.path: CohereForCausalLM does something to its logits after its head, which "
+        r"is not supported: they differ by 15 of their norm$",
+    ):
+        check_packing(other_model("cohere", True), half=False)
+
+
 def test_a_kernel_that_mixes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any kernel that lets a pair see the one before, here plain causal attention of the row."""
     whole_row = attention._by_segment

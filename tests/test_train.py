@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -253,6 +254,26 @@ def test_the_order_of_pairs_depends_on_the_seed_only(tiny_run: list[str], tmp_pa
         losses.append([x["train/loss"] for x in metrics_of(tmp_path / name) if "train/loss" in x])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0] != pytest.approx(losses[2], rel=1e-2)
+
+
+def test_a_prompt_for_each_response(tiny_run: list[str], tmp_path: Path) -> None:
+    """train.share_prefix=false computes more tokens, and the same losses."""
+    logs = []
+    for share in ("true", "false"):
+        folder = tmp_path / share
+        train(compose_run([*tiny_run, f"train.share_prefix={share}", f"run_dir={folder}"]))
+        logs.append([x for x in metrics_of(folder) if "train/loss" in x])
+    shared, repeated = ([x["train/loss"] for x in log] for log in logs)
+    assert shared == pytest.approx(repeated, rel=1e-4)
+
+
+def test_a_run_that_cannot_fit_is_refused(tiny_run: list[str], monkeypatch) -> None:
+    run = [*tiny_run, "train.pairs_per_step=24", "train.tokens_per_row=2000"]
+    free = SimpleNamespace(available=0)
+    monkeypatch.setattr("simpo.cost.psutil.virtual_memory", lambda: free)
+    with pytest.raises(ConfigError, match=r"^train\.check_memory: a step needs about 0\.\d\d GiB"):
+        train(compose_run(run))
+    train(compose_run([*run, "train.check_memory=false", "train.max_steps=1"]))
 
 
 def test_bf16_stays_near_fp32(tiny_run: list[str], tmp_path: Path) -> None:

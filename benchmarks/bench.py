@@ -28,6 +28,7 @@ from simpo.pairs import TokenizedPair
 PAIRS = 2
 MIB = 2**20
 RESULTS = Path(__file__).parent / "results"
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=["padded", "trl", "liger", "simpo"])
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
-    parser.add_argument("--real", type=Path, help="folder of real pairs (JSON lines)")
+    parser.add_argument("--real", type=Path, default=REAL, help="folder of real pairs (JSON lines)")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
     options = parser.parse_args()
     results = []
@@ -53,7 +54,7 @@ def main() -> None:
         runners = contenders(model, options.contenders)
         del model
         work = {p: [typical_batch(p, PAIRS, config.vocab_size)] for p in options.profiles}
-        if options.real is not None and config.vocab_size == 49152:
+        if options.real.is_dir() and config.vocab_size == 49152:
             work["real"] = real_batches(options.real, 6, PAIRS)
         for profile, batches in work.items():
             found = measure(runners, batches, options.rounds)

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 
 # A module may import those in lines above its own, never beside or below.
 ORDER = """
-config.schema pairs data.demo_topics data.plan data.rules
+config.choices pairs data.demo_topics data.plan data.rules
+config.schema
 config.check
 config
 compose data.demo data.rows data.packing attention logps loss optim smollm2 tracker

@@ -11,10 +11,21 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
 from omegaconf import MISSING
+
+from simpo.config.choices import (
+    Attention,
+    Compat,
+    Device,
+    Dtype,
+    OnBadRow,
+    Precision,
+    PromptTruncation,
+    Schedule,
+    WandbMode,
+)
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATES = PACKAGE / "templates"
@@ -36,57 +47,6 @@ class ConfigError(Exception):
 
 class DataError(Exception):
     """Data that cannot be trained on; `str()` is a line per fault with source, split and row."""
-
-
-class Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Attention(str, Enum):
-    auto = "auto"
-    sdpa = "sdpa"
-    varlen = "varlen"
-    flash = "flash"
-
-
-class Precision(str, Enum):
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Schedule(str, Enum):
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
-
-
-class PromptTruncation(str, Enum):
-    keep_end = "keep_end"
-    keep_start = "keep_start"
-
-
-class Compat(str, Enum):
-    none = "none"
-    paper = "paper"
-
-
-class OnBadRow(str, Enum):
-    stop = "stop"
-    drop = "drop"
-
-
-class Device(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class WandbMode(str, Enum):
-    online = "online"
-    offline = "offline"
 
 
 @dataclass(kw_only=True)

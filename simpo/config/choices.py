@@ -1,0 +1,56 @@
+"""The words that settings choose from."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Attention(str, Enum):
+    auto = "auto"
+    sdpa = "sdpa"
+    varlen = "varlen"
+    flash = "flash"
+
+
+class Precision(str, Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Schedule(str, Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class PromptTruncation(str, Enum):
+    keep_end = "keep_end"
+    keep_start = "keep_start"
+
+
+class Compat(str, Enum):
+    none = "none"
+    paper = "paper"
+
+
+class OnBadRow(str, Enum):
+    stop = "stop"
+    drop = "drop"
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class WandbMode(str, Enum):
+    online = "online"
+    offline = "offline"

@@ -15,6 +15,8 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,8 @@ def measure(
         for runner in runners if turn % 2 == 0 else runners[::-1]:
             if turn == 0:  # the warm-up round is the one whose memory is watched
                 losses[runner.name] = step(runner, batches[0])[1]
-                peaks[runner.name] = peak_bytes(runner, max(batches, key=runner.num_tokens))
+                largest = max(batches, key=runner.num_tokens)
+                peaks[runner.name] = peak_bytes(partial(step, runner, largest))
             else:
                 times[runner.name].append(sum(step(runner, batch)[0] for batch in batches))
     spread = max(losses.values()) - min(losses.values())
@@ -96,8 +99,7 @@ def measure(
 
 def step(runner: Any, pairs: list[TokenizedPair]) -> tuple[float, float]:
     """Seconds of loss and gradients, and the loss."""
-    parameters = list(parameters_of(runner))
-    for parameter in parameters:
+    for parameter in runner.model.parameters():
         if parameter.grad is not None:
             parameter.grad.zero_()
     begin = time.perf_counter()
@@ -106,18 +108,13 @@ def step(runner: Any, pairs: list[TokenizedPair]) -> tuple[float, float]:
     return time.perf_counter() - begin, loss.item()
 
 
-def parameters_of(runner: Any) -> Any:
-    """Weights of a contender's model."""
-    return (runner.policy if hasattr(runner, "policy") else runner.model).parameters()
-
-
-def peak_bytes(runner: Any, pairs: list[TokenizedPair]) -> int:
-    """Highest resident set during a step, above what is resident before it."""
+def peak_bytes(action: Callable[[], Any]) -> int:
+    """Highest resident set during an action, above what is resident before it."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
     before = resident("VmRSS")
-    step(runner, pairs)
+    action()
     return resident("VmHWM") - before
 
 

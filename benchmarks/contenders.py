@@ -34,13 +34,13 @@ class Ours:
     def __init__(self, model: Any, kernel: str = "sdpa") -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.set_attn_implementation(attention.NAMES[kernel])
-        self.policy = Policy(model)
+        self.model = Policy(model)
         self.config = SigmoidConfig(beta=BETA, gamma_beta_ratio=RATIO)
 
     def loss(self, pairs: list[TokenizedPair]) -> Tensor:
-        device = next(self.policy.parameters()).device
+        device = next(self.model.parameters()).device
         row = pack(pairs, range(len(pairs))).to(device)
-        loss, _ = self.policy(row, lambda logps: pair_losses(self.config, logps) / len(pairs))
+        loss, _ = self.model(row, lambda logps: pair_losses(self.config, logps) / len(pairs))
         return loss
 
     def num_tokens(self, pairs: list[TokenizedPair]) -> int:
@@ -88,9 +88,7 @@ class Liger(Padded):
         ids, mask, labels = padded_batch(pairs, self.model.device)
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         hidden = base.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
-        hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        shape = (len(ids), ids.shape[1] - 1, -1)
-        output = self.fused(base.lm_head.weight, hidden.view(shape), labels[:, 1:].contiguous())
+        output = self.fused(base.lm_head.weight, hidden[:, :-1], labels[:, 1:].contiguous())
         return output[0] if isinstance(output, tuple) else output
 
 

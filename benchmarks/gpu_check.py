@@ -162,8 +162,8 @@ def model_failures() -> list[str]:
         for half in (False, True) if kernel == "sdpa" else (True,):
             for reentrant in (None, False, True):
                 runner = Ours(copy.deepcopy(model), kernel)
-                own = runner.policy.model
-                check_packing(runner.policy, half)
+                own = runner.model.model
+                check_packing(runner.model, half)
                 if reentrant is not None:
                     own.train()
                     own.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -206,10 +206,9 @@ def measure(kind: Any, shape: str, profiles: list[str], largest: int) -> list[di
         settings = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, settings)
         model.train()
-    kernels = ("flash", "varlen", "sdpa")
-    best = next(k for k in kernels if not attention.unusable(k, GPU, half=True, softcap=False))
-    runner = kind(model, best) if kind is Ours else kind(model)
-    flops = cost.Flops(runner.policy) if kind is Ours else None
+    kernel = attention.best(GPU, half=True, softcap=False)
+    runner = kind(model, kernel) if kind is Ours else kind(model)
+    flops = cost.Flops(runner.model) if kind is Ours else None
     found = []
     for profile in profiles:
         lines = []

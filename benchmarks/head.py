@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench import MIB, resident
+from bench import MIB, peak_bytes
 from contenders import BETA, RATIO, padded_batch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -52,11 +52,11 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     hidden = torch.randn(row.input_ids.shape[1], width, device=device, dtype=dtype)
     weight = torch.randn(vocab, width, device=device, dtype=dtype) / width**0.5
-    exact = gradients(plain(row), hidden.double(), weight.double())
+    exact = gradients(plain(row, pairs), hidden.double(), weight.double())
     print("| way | s | peak MiB | loss off | gradient off |\n|---|---|---|---|---|")
     for name, make in WAYS.items():
         try:
-            way = make(row) if make is not liger else liger(pairs, device)
+            way = make(row, pairs)
             got = gradients(way, hidden, weight)
         except (ImportError, RuntimeError) as error:
             print(f"| {name} | left out: {str(error).splitlines()[0]} | | | |")
@@ -71,7 +71,7 @@ def main() -> None:
         )
 
 
-def plain(row: PackedPairs) -> Way:
+def plain(row: PackedPairs, _: list[TokenizedPair]) -> Way:
     def way(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = hidden @ weight.T
         logits = logits if logits.dtype is torch.float64 else logits.float()
@@ -81,7 +81,7 @@ def plain(row: PackedPairs) -> Way:
     return way
 
 
-def checkpointed(row: PackedPairs) -> Way:
+def checkpointed(row: PackedPairs, _: list[TokenizedPair]) -> Way:
     def logps_of(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         logits = (hidden @ weight.T).float()
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
@@ -95,24 +95,24 @@ def checkpointed(row: PackedPairs) -> Way:
     return way
 
 
-def cce(row: PackedPairs) -> Way:
+def cce(row: PackedPairs, _: list[TokenizedPair]) -> Way:
     from cut_cross_entropy import linear_cross_entropy
 
     def way(hidden: Tensor, weight: Tensor) -> Tensor:
         # Without its filter, which drops small gradients.
-        options: dict[str, Any] = {"impl": "cce_exact"} if hidden.is_cuda else {}
-        options = options or {"impl": "torch_compile"}
+        impl = "cce_exact" if hidden.is_cuda else "torch_compile"
         losses = linear_cross_entropy(
-            hidden[row.predictors], weight, row.targets, reduction="none", **options
+            hidden[row.predictors], weight, row.targets, reduction="none", impl=impl
         )
         return simpo_of(-losses.float(), row)
 
     return way
 
 
-def liger(pairs: list[TokenizedPair], device: torch.device) -> Way:
+def liger(row: PackedPairs, pairs: list[TokenizedPair]) -> Way:
     from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
 
+    device = row.input_ids.device
     fused = LigerFusedLinearSimPOLoss(
         beta=BETA, gamma=BETA * RATIO, compute_nll_loss=False, compiled=device.type == "cuda"
     )
@@ -134,7 +134,7 @@ def liger(pairs: list[TokenizedPair], device: torch.device) -> Way:
     return way
 
 
-def ours(row: PackedPairs) -> Way:
+def ours(row: PackedPairs, _: list[TokenizedPair]) -> Way:
     config = SigmoidConfig(beta=BETA, gamma_beta_ratio=RATIO)
     count = len(row.pairs)
 
@@ -184,14 +184,7 @@ def peak_mib(way: Way, hidden: Tensor, weight: Tensor) -> float:
         before = torch.cuda.memory_allocated()
         timed(way, hidden, weight)
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    import ctypes
-    from pathlib import Path
-
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    resident_before = resident("VmRSS")
-    timed(way, hidden, weight)
-    return (resident("VmHWM") - resident_before) / MIB
+    return peak_bytes(lambda: timed(way, hidden, weight)) / MIB
 
 
 if __name__ == "__main__":

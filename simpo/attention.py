@@ -18,7 +18,6 @@ switched on only around the forward, gradient checkpointing would recompute with
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
@@ -34,12 +33,6 @@ from simpo.pairs import KeyTable, Segment
 
 # No name holds "sdpa" or "flash": transformers would take it for a kernel of its own.
 NAMES = {"sdpa": "simpo", "varlen": "simpo_varlen", "flash": "simpo_fa"}
-
-Kernel = Callable[
-    [Tensor, Tensor, Tensor, KeyTable, float | None, int | None, float | None], Tensor
-]
-"""From queries [T, heads, head size], keys and values [K, key heads, head size], and the table,
-scaling, sliding window and soft-cap to [T, heads, head size]."""
 
 
 def register() -> None:
@@ -65,6 +58,12 @@ def unusable(kernel: str, device: torch.device, half: bool, softcap: bool) -> st
     if kernel == "flash":
         return None if find_spec("flash_attn") else 'needs flash-attn (pip install "simpo[gpu]")'
     return "cannot cap attention scores, as this model does" if softcap else None
+
+
+def best(device: torch.device, half: bool, softcap: bool) -> str:
+    """The fastest kernel that can serve a model there; see `unusable`."""
+    kernels = ("flash", "varlen", "sdpa")
+    return next(k for k in kernels if not unusable(k, device, half, softcap))
 
 
 def attend(
@@ -111,11 +110,12 @@ def attend(
     # Rotary embeddings may have left float32 under autocast; the kernels take bf16 only.
     query, key, value = (x[0].transpose(0, 1).to(torch.bfloat16) for x in (query, key, value))
     key, value = key.index_select(0, keys.index), value.index_select(0, keys.index)
-    output = KERNELS[kernel](query, key, value, keys, scaling, sliding_window, softcap)
+    output = _variable_length(kernel, query, key, value, keys, scaling, sliding_window, softcap)
     return output[None], None
 
 
-def _varlen(
+def _variable_length(
+    kernel: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -124,17 +124,24 @@ def _varlen(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    """All segments in one call: queries [T, heads, head size], keys and values [K, ...]."""
+    ends = table.query_ends, table.key_ends, table.longest_queries, table.longest_keys
+    # Keys seen left and right of a query; -1 is all. The last query is at the last key.
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    if kernel == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
 
-    assert softcap is None
-    output = varlen_attn(
-        query, key, value, table.query_ends, table.key_ends,
-        table.longest_queries, table.longest_keys,
-        scale=scaling, window_size=_window(sliding_window),
-        **_gqa_option(),
+        assert softcap is None, "this kernel has no soft-cap"
+        output: Any = varlen_attn(
+            query, key, value, *ends, scale=scaling, window_size=window, **_gqa_option()
+        )
+        return output
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        query, key, value, *ends,
+        softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0,
     )  # fmt: skip
-    assert isinstance(output, Tensor)
-    return output
 
 
 @cache
@@ -144,33 +151,6 @@ def _gqa_option() -> dict[str, Any]:
 
     asked = "enable_gqa" in inspect.signature(varlen_attn).parameters
     return {"enable_gqa": True} if asked else {}
-
-
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    table: KeyTable,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(
-        query, key, value, table.query_ends, table.key_ends,
-        table.longest_queries, table.longest_keys,
-        softmax_scale=scaling, causal=True, window_size=_window(sliding_window),
-        softcap=softcap or 0.0,
-    )  # fmt: skip
-
-
-def _window(sliding_window: int | None) -> tuple[int, int]:
-    """Keys seen left and right of a query; -1 is all. The last query is at the last key."""
-    return (-1 if sliding_window is None else sliding_window - 1, 0)
-
-
-KERNELS: dict[str, Kernel] = {"varlen": _varlen, "flash": _flash}
 
 
 def _by_segment(

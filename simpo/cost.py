@@ -132,8 +132,8 @@ def check_memory(memory: Memory, device: torch.device) -> None:
 
 def _kept_bytes(policy: Policy, num_tokens: int, half: bool) -> int:
     """Bytes that autograd keeps of a row's forward up to the head, weights not counted."""
-    third = np.ones(num_tokens // 4, dtype=np.int32)
-    pair = TokenizedPair(np.ones(num_tokens // 2, dtype=np.int32), third, third)
+    response = np.ones(num_tokens // 4, dtype=np.int32)
+    pair = TokenizedPair(np.ones(num_tokens // 2, dtype=np.int32), response, response)
     device = next(policy.parameters()).device
     row = pack([pair], [0], share_prefix=policy.share_prefix).to(device)
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}

@@ -45,9 +45,17 @@ class Policy(nn.Module):
 
     def forward(self, row: PackedPairs, objective: Objective) -> tuple[Tensor, PairLogps]:
         """Sum of the objective over the pairs of a row, and their log-probabilities."""
-        weight, bias = head_weight(self.base.get_output_embeddings())
-        softcap = getattr(self.base.config, "final_logit_softcapping", None)
+        weight, bias, softcap = self.head()
         return fused_loss(self.hidden(row), weight, bias, row, objective, softcap)
+
+    def head(self) -> tuple[Tensor, Tensor | None, float | None]:
+        """Weight [V, D], LoRA adapters on it included, bias [V] and soft-cap of the logits."""
+        head: Any = self.base.get_output_embeddings()
+        layer = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+        weight = layer.weight
+        for name in getattr(head, "active_adapters", ()):
+            weight = weight + head.get_delta_weight(name)
+        return weight, layer.bias, getattr(self.base.config, "final_logit_softcapping", None)
 
     def hidden(self, row: PackedPairs) -> Tensor:
         """Last hidden states of a row, [T, D], normalised as the head wants them."""
@@ -59,15 +67,6 @@ class Policy(nn.Module):
             **({"segments": row.segments, "keys": row.keys} if row.segments else {}),
         )
         return output.last_hidden_state[0]
-
-
-def head_weight(head: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight [V, D] and bias [V] that a head multiplies with, LoRA adapters on it included."""
-    layer = head.get_base_layer() if hasattr(head, "get_base_layer") else head
-    weight = layer.weight
-    for name in getattr(head, "active_adapters", ()):
-        weight = weight + head.get_delta_weight(name)
-    return weight, layer.bias
 
 
 def model_source(config: ModelConfig, cache_dir: Path) -> str:
@@ -168,8 +167,7 @@ def _kernel(config: ModelConfig, settings: Any, device: torch.device, half: bool
     softcap = getattr(settings, "attn_logit_softcapping", None) is not None
     wanted = config.attention.value
     if config.attention is Attention.auto:
-        kernels = ("flash", "varlen", "sdpa")
-        wanted = next(k for k in kernels if not attention.unusable(k, device, half, softcap))
+        wanted = attention.best(device, half, softcap)
     elif reason := attention.unusable(wanted, device, half, softcap):
         raise ConfigError([f"model.attention: {wanted} {reason}"])
     return attention.NAMES[wanted]

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from simpo.config import ConfigError
 from simpo.data.packing import pack
-from simpo.model import Policy, cannot_share, head_weight
+from simpo.model import Policy, cannot_share
 from simpo.pairs import TokenizedPair
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
@@ -81,8 +81,8 @@ def _alone(policy: Policy, pair: TokenizedPair) -> Tensor:
 def _logits(policy: Policy, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of a sequence as the loss takes them, and as the model's own forward gives them."""
     hidden = policy.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    own = linear(hidden, *head_weight(policy.base.get_output_embeddings()))
-    softcap = getattr(policy.base.config, "final_logit_softcapping", None)
+    weight, bias, softcap = policy.head()
+    own = linear(hidden, weight, bias)
     own = own if softcap is None else softcap * torch.tanh(own / softcap)
     return own, policy.base(input_ids=ids, use_cache=False).logits
 

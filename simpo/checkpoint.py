@@ -1,88 +1,263 @@
 """Everything a run needs to go on, written so that a crash at any moment leaves a whole one.
 
-A checkpoint is written aside, flushed to the disk, and only then given its name: a folder
-`step-000040` is complete or does not exist.
+A checkpoint is written aside by all processes, flushed to the disk, sealed with the size and hash
+of every file, and only then given its name: a folder `step-000040` is complete or does not exist.
+
+    step-000040/
+        seal.json      step, length of metrics.jsonl, who wrote it, size and sha256 of every file
+        state/         trained weights and optimizer, in the backend's own format
+        random-0.pt    random states of rank 0, and so on
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import re
 import shutil
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from simpo.model import Policy
+from simpo.backend import Backend
+from simpo.config import RunError
+
+CHUNK_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        step: updates done.
+        metrics_bytes: length of metrics.jsonl, to which a continued run cuts it back.
+        format: see `Backend.checkpoint_format`.
+        processes: how many wrote it.
+        files: size in bytes and sha256 of every file but the seal, by its path in the folder.
+    """
+
+    step: int
+    metrics_bytes: int
+    format: str
+    processes: int
+    files: dict[str, tuple[int, str]]
 
 
 class CheckpointStore:
-    """The checkpoints of one run, newest `keep` of them."""
+    """The checkpoints of one run: the newest `keep` of them, and the best.
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        self.keep = keep
-        folder.mkdir(parents=True, exist_ok=True)
-        for part in folder.glob(".step-*"):
-            shutil.rmtree(part)
+    All processes call every method at the same time.
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        return max(self._all(), default=None)
+    Attributes:
+        best: the step whose checkpoint is never dropped.
+    """
 
-    def save(self, step: int, policy: Policy, optimizer: Optimizer, metrics_bytes: int) -> Path:
-        """Write the state after `step` updates, then drop the oldest beyond `keep`.
+    def __init__(self, folder: Path, keep: int, backend: Backend, background: bool = False) -> None:
+        """Clear away what an interrupted save left.
 
         Args:
-            metrics_bytes: length of metrics.jsonl, to which a continued run cuts it back.
+            background: `save` returns when the state is copied, and the checkpoint gets its name
+                at a later `settle`.
         """
-        name = f"step-{step:06d}"
-        final, part = self.folder / name, self.folder / f".{name}"
-        if final.exists():
-            return final
-        part.mkdir()
-        state = {
-            "step": step,
-            "metrics_bytes": metrics_bytes,
-            "policy": {n: p.detach() for n, p in policy.named_parameters() if p.requires_grad},
-            "optimizer": optimizer.state_dict(),
-            "rng": _rng_state(),
-        }
-        with (part / "state.pt").open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(part)
-        os.rename(part, final)
-        _sync_folder(self.folder)
-        for old in sorted(self._all())[: -self.keep]:
-            shutil.rmtree(old)
-        return final
+        self.folder = folder
+        self.best: int | None = None
+        self._keep = keep
+        self._backend = backend
+        self._background = background
+        self._pending: tuple[Future[Any], int, int] | None = None
+        if backend.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for part in folder.glob(".step-*"):
+                shutil.rmtree(part)
+        backend.wait()
 
-    def load(self, path: Path, policy: Policy, optimizer: Optimizer) -> tuple[int, int]:
-        """Put a checkpoint's state in place.
+    def resume(self, wrapped: nn.Module, optimizer: Optimizer) -> tuple[Seal | None, list[str]]:
+        """Load the newest checkpoint that is whole; damaged ones are set aside.
 
         Returns:
-            The number of updates done, and the length of metrics.jsonl then.
+            Its seal, None where there is none; and a line for each damaged checkpoint.
+
+        Raises:
+            RunError: it was written by a backend that this one cannot read.
         """
-        state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        with torch.no_grad():
-            for name, parameter in policy.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(state["policy"].pop(name))
-        optimizer.load_state_dict(state["optimizer"])
-        _set_rng_state(state["rng"])
-        return int(state["step"]), int(state["metrics_bytes"])
+        said: list[str] = []
+        for path in sorted(self._all(), reverse=True):
+            seal, fault = self._check(path)
+            if seal is not None and fault is None:
+                self._load(path, seal, wrapped, optimizer)
+                return seal, said
+            said.append(f"{path} is damaged and left out: {fault}")
+            self._set_aside(path)
+        return None, said
+
+    def load(self, step: int, wrapped: nn.Module, optimizer: Optimizer) -> None:
+        """Load the checkpoint after so many updates."""
+        path = self._path(step)
+        seal, fault = self._check(path)
+        if seal is None or fault is not None:
+            raise RunError(f"{path} is damaged: {fault}")
+        self._load(path, seal, wrapped, optimizer)
+
+    def save(self, step: int, wrapped: nn.Module, optimizer: Optimizer, metrics_bytes: int) -> None:
+        """Write the state after `step` updates, then drop the oldest beyond those kept.
+
+        Raises:
+            RunError: it could not be written; those before it stay.
+        """
+        self.settle(wait=True)
+        if self._path(step).exists():
+            return
+        part = self._part(step)
+        try:
+            if self._backend.is_main:
+                (part / "state").mkdir(parents=True)
+            self._backend.wait()
+            with (part / f"random-{self._backend.rank}.pt").open("wb") as file:
+                torch.save(_random_states(), file)
+            future = self._backend.save_state(part / "state", wrapped, optimizer, self._background)
+            if future is None:
+                self._seal(step, metrics_bytes)
+            else:
+                self._pending = future, step, metrics_bytes
+        except (OSError, CheckpointException) as error:
+            raise self._failure(step, error) from error
+
+    def settle(self, wait: bool) -> None:
+        """Give a checkpoint that was written in the background its name, if it is all there.
+
+        Args:
+            wait: until it is.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._pending is None:
+            return
+        future, step, metrics_bytes = self._pending
+        if not wait and self._backend.any(not future.done()):
+            return
+        self._pending = None
+        try:
+            future.result()
+            self._seal(step, metrics_bytes)
+        except (OSError, CheckpointException) as error:
+            raise self._failure(step, error) from error
+
+    def _seal(self, step: int, metrics_bytes: int) -> None:
+        part, backend = self._part(step), self._backend
+        backend.wait()
+        files = dict(
+            backend.gather([(name, _sealed(part / name)) for name in self._my_share(_files(part))])
+        )
+        seal = Seal(step, metrics_bytes, backend.checkpoint_format, backend.processes, files)
+        if backend.is_main:
+            with (part / "seal.json").open("w") as file:
+                json.dump(asdict(seal), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            for folder in (part, *(path for path in part.rglob("*") if path.is_dir())):
+                _sync_folder(folder)
+            os.rename(part, self._path(step))
+            _sync_folder(self.folder)
+            kept = sorted(self._all())[-self._keep :]
+            for old in self._all():
+                if old not in kept and old != (self.best and self._path(self.best)):
+                    shutil.rmtree(old)
+        backend.wait()
+
+    def _check(self, path: Path) -> tuple[Seal | None, str | None]:
+        """The seal of a checkpoint, and what is wrong with it; each process reads its share."""
+        try:
+            seal = Seal(**json.loads((path / "seal.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            return None, f"seal.json cannot be read ({type(error).__name__})"
+        faults = []
+        for name in self._my_share(sorted(seal.files)):
+            num_bytes, sha256 = seal.files[name]
+            file = path / name
+            if not file.is_file():
+                faults.append(f"{name} is missing")
+            elif file.stat().st_size != num_bytes:
+                faults.append(f"{name} has {file.stat().st_size} bytes, not {num_bytes}")
+            elif _sha256(file) != sha256:
+                faults.append(f"{name} has changed (sha256)")
+        faults = self._backend.gather(faults)
+        return seal, faults[0] if faults else None
+
+    def _load(self, path: Path, seal: Seal, wrapped: nn.Module, optimizer: Optimizer) -> None:
+        if seal.format != self._backend.checkpoint_format:
+            raise RunError(
+                f"{path}: written by a backend with {seal.format} checkpoints, this one reads "
+                f"{self._backend.checkpoint_format} (continue with the backend it was begun with)"
+            )
+        self._backend.load_state(path / "state", wrapped, optimizer, seal.processes)
+        states = path / f"random-{self._backend.rank}.pt"
+        if states.is_file():
+            _set_random_states(torch.load(states, weights_only=True))
+
+    def _failure(self, step: int, error: BaseException) -> RunError:
+        if self._backend.is_main:
+            shutil.rmtree(self._part(step), ignore_errors=True)
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        newest = max((p.name for p in self._all()), default=None)
+        stays = f"{newest} stays" if newest else "there is none before it"
+        return RunError(
+            f"step {step}: the checkpoint could not be written: {reason} ({stays}; make room, and "
+            "the same command continues)"
+        )
+
+    def _set_aside(self, path: Path) -> None:
+        if self._backend.is_main:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+        self._backend.wait()
+
+    def _my_share(self, names: list[str]) -> list[str]:
+        return names[self._backend.rank :: self._backend.processes]
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def _part(self, step: int) -> Path:
+        return self.folder / f".step-{step:06d}"
 
     def _all(self) -> list[Path]:
         return [p for p in self.folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name)]
 
 
-def _rng_state() -> dict[str, Any]:
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def _sealed(path: Path) -> tuple[int, str]:
+    """Flush a file to the disk; its size in bytes and its hash."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return path.stat().st_size, _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _random_states() -> dict[str, Any]:
     version, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -94,17 +269,17 @@ def _rng_state() -> dict[str, Any]:
             cached,
         ),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
-def _set_rng_state(state: dict[str, Any]) -> None:
+def _set_random_states(state: dict[str, Any]) -> None:
     version, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _sync_folder(folder: Path) -> None:

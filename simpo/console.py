@@ -124,14 +124,15 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def end_lines(results: Results, run_dir: Path, last_step: int) -> list[str]:
+def end_lines(results: Results, run_dir: Path, model_step: int, last_step: int) -> list[str]:
     """What training changed on the held-out pairs, and where the model lies."""
     lines = markdown_table(result_rows(results)) if results.after else []
-    samples = [run_dir / f"samples/step-{step:06d}.json" for step in (0, last_step)]
+    samples = [run_dir / f"samples/step-{step:06d}.json" for step in (0, model_step)]
     if all(path.is_file() for path in samples):
         before, after = (json.loads(path.read_text()) for path in samples)
         lines += ["", *_reply_lines(before, after)]
-    return [*lines, f"model  {run_dir / 'model'}"]
+    which = "" if model_step == last_step else f", the best: after step {model_step}"
+    return [*lines, f"model  {run_dir / 'model'}{which}"]
 
 
 def _reply_lines(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[str]:

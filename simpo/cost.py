@@ -38,14 +38,19 @@ class Layout:
     largest_row_tokens: int
 
 
-def layout(plan: TrainPlan, num_tokens: np.ndarray, tokens_per_row: int) -> Layout:
+def layout(
+    plan: TrainPlan, num_tokens: np.ndarray, tokens_per_row: int, processes: int = 1
+) -> Layout:
     """Lay out the first steps of a plan.
 
     Args:
         num_tokens: tokens computed for each pair, int64 [num_pairs].
+        processes: that share the rows.
     """
     steps = [pairs_of_step(plan, step) for step in range(min(plan.total_steps, STEPS_LOOKED_AT))]
-    rows = [row for step in steps for row in rows_of_pairs(step, num_tokens, tokens_per_row)]
+    rows = [
+        row for step in steps for row in rows_of_pairs(step, num_tokens, tokens_per_row, processes)
+    ]
     sizes = [int(num_tokens[row].sum()) for row in rows]
     return Layout(
         tokens_per_step=sum(sizes) / len(steps),
@@ -74,14 +79,23 @@ class Memory:
         return f"{self.total:.2f} GiB ({parts})"
 
 
-def estimate_memory(policy: Policy, row_tokens: int, half: bool, checkpointing: bool) -> Memory:
-    """Estimate the peak of a step whose largest row has so many tokens.
+def estimate_memory(
+    policy: Policy,
+    row_tokens: int,
+    half: bool,
+    checkpointing: bool,
+    weight_shards: int = 1,
+    state_shards: int = 1,
+) -> Memory:
+    """Estimate the peak of a step whose largest row has so many tokens, in one process.
 
     What autograd keeps is measured on two short rows and drawn out; with checkpointing it is the
     input of each layer and all of one layer.
 
     Args:
         half: the forward computes in bf16.
+        weight_shards, state_shards: in how many parts weights, and gradients with optimizer state,
+            are held. A layer's gathered weights are not counted.
     """
     parameters = list(policy.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -97,16 +111,19 @@ def estimate_memory(policy: Policy, row_tokens: int, half: bool, checkpointing: 
     # Logits in fp32, and a copy in the head's own precision or the gradient of the soft-cap.
     logits = 2 * min(logps.LOGITS_BYTES, 4 * row_tokens * len(head))
     return Memory(
-        weights=sum(_bytes(p) for p in parameters) / GIB,
-        gradients=sum(_bytes(p) for p in trained) / GIB,
-        optimizer=2 * sum(_bytes(p) for p in trained) / GIB,
+        weights=sum(_bytes(p) for p in parameters) / weight_shards / GIB,
+        gradients=sum(_bytes(p) for p in trained) / state_shards / GIB,
+        optimizer=2 * sum(_bytes(p) for p in trained) / state_shards / GIB,
         activations=kept / GIB,
         logits=(logits + (4 * head.numel() if head.requires_grad else 0)) / GIB,
     )
 
 
-def check_memory(memory: Memory, device: torch.device) -> None:
+def check_memory(memory: Memory, device: torch.device, processes: int = 1) -> None:
     """Compare an estimate with what the device has, the loaded weights included.
+
+    Args:
+        processes: that share this machine's memory, on a CPU.
 
     Raises:
         ConfigError: it does not fit; with what would make it smaller.
@@ -114,7 +131,7 @@ def check_memory(memory: Memory, device: torch.device) -> None:
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     else:
-        available = psutil.virtual_memory().available + memory.weights * GIB
+        available = psutil.virtual_memory().available / processes + memory.weights * GIB
     if memory.total * GIB > available:
         state = memory.gradients + memory.optimizer
         remedy = (

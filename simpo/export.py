@@ -7,6 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
+from torch import Tensor
+
 from simpo.config import ExportConfig, RunConfig, run_yaml
 from simpo.console import SHOWN, Results, markdown_table, result_rows
 from simpo.data.chat import Chat
@@ -15,8 +17,11 @@ from simpo.model import Policy
 from simpo.tracker import read_metrics
 
 
-def save_model(policy: Policy, chat: Chat, folder: Path) -> None:
+def save_model(policy: Policy, weights: dict[str, Tensor] | None, chat: Chat, folder: Path) -> None:
     """Write weights (or the adapter) as safetensors, with settings, tokenizer and template.
+
+    Args:
+        weights: those of the policy's model, whole; None where it holds them itself.
 
     The cache of keys and values is on, and generation stops where a response ended in training.
     """
@@ -28,7 +33,7 @@ def save_model(policy: Policy, chat: Chat, folder: Path) -> None:
     if settings is not None:
         settings.eos_token_id = sorted({chat.end_id, int(chat.tokenizer.eos_token_id)})
         settings.pad_token_id = chat.tokenizer.pad_token_id
-    policy.model.save_pretrained(part)  # type: ignore[operator]
+    policy.model.save_pretrained(part, state_dict=weights)  # type: ignore[operator]
     chat.tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(part, folder)

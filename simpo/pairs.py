@@ -88,7 +88,8 @@ class PackedPairs:
     """One row of packed pairs, everything a forward needs.
 
     Attributes:
-        pairs: index of each pair in its data set, for messages about it [P].
+        pairs: index of each pair in its data set, for messages about it [P]. Empty in a row that is
+            computed for the other processes' sake only and counts nowhere.
         segments: where each pair lies in the row [P]; empty where prompts are not shared.
         keys: the same for variable-length kernels; None where prompts are not shared.
         response_tokens: scored tokens of each response [R]: 2p is chosen, 2p + 1 rejected.

@@ -4,13 +4,14 @@
     run.yaml, command.txt           settings, resolved, and the command that continues the run
     environment.json, git.diff      versions, device, git commit and what differed from it
     data.json                       what was taken of each source, fingerprints, template hash
-    metrics.jsonl, status.json      the numbers; running, finished or failed, and the step
+    metrics.jsonl, status.json      the numbers; running, stopped, failed or finished, and the step
     checkpoints/                    see simpo.checkpoint
     model/                          see simpo.export
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,15 +21,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from simpo.config import ConfigError, DataError, RunConfig, load_run, run_id, run_yaml, trajectory
+from simpo.config import (
+    ConfigError,
+    DataError,
+    RunConfig,
+    RunError,
+    Stopped,
+    load_run,
+    run_id,
+    run_yaml,
+    trajectory,
+)
 from simpo.sample import Reply
 
 PACKAGES = ("simpo", "torch", "transformers", "datasets", "accelerate", "peft", "hydra-core")
+FINGERPRINTS = {
+    "train_fingerprint": "data",
+    "test_fingerprint": "data",
+    "template_sha256": "chat template",
+    "tokens_fingerprint": "tokenizer",
+}
+"""What of data.json a continued run must find unchanged."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder:
@@ -40,13 +59,20 @@ class RunFolder:
         finished: whether it also ended it.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, followed: Path | None = None) -> None:
         """Find or make the folder.
+
+        Args:
+            followed: the folder that this run's rank 0 found. Then nothing is made, and every
+                method that writes does nothing.
 
         Raises:
             ConfigError: run_dir holds a run of other settings, or another process works in it.
         """
-        if run.run_dir is not None:
+        self._writes = followed is None
+        if followed is not None:
+            self.path = followed
+        elif run.run_dir is not None:
             self.path = Path(run.run_dir).expanduser().absolute()
             if not self._lock():
                 raise ConfigError([f"run_dir: another process works in {self.path} (wait for it)"])
@@ -64,7 +90,7 @@ class RunFolder:
                     self.path = parent / f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id(run)}"
         self.continued = (self.path / "run.yaml").is_file()
         self.finished = self.status().get("state") == "finished"
-        if not self.continued:
+        if self._writes and not self.continued:
             self.write_text("command.txt", self._command() + "\n")
             self.write_text("run.yaml", run_yaml(run))
 
@@ -74,7 +100,7 @@ class RunFolder:
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def write_status(self, state: str, step: int, total_steps: int, error: str = "") -> None:
-        """Say how far the run is: `state` is running, finished or failed."""
+        """Say how far the run is: `state` is running, stopped, failed or finished."""
         status = {"state": state, "step": step, "total_steps": total_steps, "error": error}
         self.write_json("status.json", status)
 
@@ -85,19 +111,18 @@ class RunFolder:
             DataError: it was.
         """
         path = self.path / "data.json"
-        if path.is_file():
+        if self._writes and path.is_file():
             before = json.loads(path.read_text())
-            for key in ("train_fingerprint", "test_fingerprint", "template_sha256"):
+            for key, what in FINGERPRINTS.items():
                 if before[key] != data[key]:
                     raise DataError(
-                        f"{self.path}: the data changed under this run: {key} was {before[key]}, "
+                        f"{self.path}: the {what} changed under this run: {key} was {before[key]}, "
                         f"is {data[key]} (restore it, or start anew with run_dir=NEW)"
                     )
         self.write_json("data.json", data)
 
     def write_replies(self, step: int, replies: Sequence[Reply]) -> None:
         """Write samples/step-<step>.json: prompt, reply and verdict of each sampled reply."""
-        (self.path / "samples").mkdir(exist_ok=True)
         rows = [
             {"prompt": r.pair.prompt[-1]["content"], "reply": r.text, "obeys": r.obeys}
             for r in replies
@@ -110,21 +135,34 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the folder: a reader sees the old text or the new, never a part."""
+        if not self._writes:
+            return
         path = self.path / name
+        path.parent.mkdir(exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         part.write_text(text)
         os.replace(part, path)
 
     @contextmanager
     def recording_failure(self) -> Iterator[None]:
-        """Say in status.json that the run failed, and of what, if the block raises."""
+        """Say in status.json that the run stopped or failed, and of what, if the block raises.
+
+        Raises:
+            RunError: the disk is full.
+        """
         try:
             yield
         except BaseException as error:
             status = self.status()
+            state = "stopped" if isinstance(error, Stopped) else "failed"
             reason = f"{type(error).__name__}: {error}"
             step, total = status.get("step", 0), status.get("total_steps", 0)
-            self.write_status("failed", step, total, reason)
+            with suppress(OSError):  # of a full disk, perhaps
+                self.write_status(state, step, total, reason)
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise RunError(
+                    f"{self.path}: {error.strerror} (make room, and the same command continues)"
+                ) from error
             raise
 
     def _lock(self) -> bool:

@@ -27,7 +27,7 @@ class Reply:
 
 @torch.no_grad()
 def greedy_replies(
-    policy: Policy, chat: Chat, pairs: Sequence[Pair], max_new_tokens: int
+    policy: Policy, chat: Chat, pairs: Sequence[Pair], max_new_tokens: int, device: torch.device
 ) -> list[Reply]:
     """Answer the prompt of each pair, in the order given.
 
@@ -35,7 +35,6 @@ def greedy_replies(
     training, or after `max_new_tokens`.
     """
     policy.eval()
-    device = next(policy.parameters()).device
     prompts = chat.encode([chat.prompt_text(pair.prompt) for pair in pairs])
     replies: dict[int, Reply] = {}
     # Prompts of like length together: less padding.

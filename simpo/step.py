@@ -12,14 +12,13 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simpo.backend import Backend
 from simpo.config import LossConfig
 from simpo.logps import Objective
 from simpo.loss import pair_losses
-from simpo.model import Policy
 from simpo.pairs import PackedPairs, PairLogps
 
 COLUMNS = (
@@ -37,7 +36,7 @@ COLUMNS = (
 
 
 class NonFiniteError(Exception):
-    """Loss or gradient is not a number; nothing was updated. `pairs` are those of the row."""
+    """Loss or gradient is not a number; nothing was updated. `pairs` are those it came from."""
 
     def __init__(self, what: str, pairs: Sequence[int]) -> None:
         super().__init__(what)
@@ -45,53 +44,63 @@ class NonFiniteError(Exception):
 
 
 def update(
-    policy: Policy,
+    policy: nn.Module,
     optimizer: Optimizer,
     rows: Sequence[PackedPairs],
     loss: LossConfig,
     backend: Backend,
-    max_grad_norm: float,
-) -> dict[str, float]:
-    """One optimizer update on the pairs of `rows`.
+) -> tuple[Tensor, float]:
+    """One optimizer update on the pairs of all processes' rows.
+
+    Args:
+        policy: as `Backend.prepare` wrapped it.
+        rows: this process's rows, as many as every other has. A row without `pairs` only takes
+            part in what the processes do together.
 
     Returns:
-        Metrics over the pairs, and `grad_norm` before clipping.
+        This process's `pair_sums`, and the norm of all gradients before clipping.
 
     Raises:
         NonFiniteError: before the update, the weights are untouched.
     """
-    objective = _objective(
-        loss,
-        num_pairs=sum(len(row.pairs) for row in rows),
-        num_chosen_tokens=sum(row.chosen_tokens for row in rows),
-    )
+    counted = [row for row in rows if row.pairs]
+    counts = [sum(len(r.pairs) for r in counted), sum(r.chosen_tokens for r in counted)]
+    objective = _objective(loss, *backend.sum(torch.tensor(counts)).tolist())
     tables = []
     policy.train()
-    for row in rows:
-        value, logps = policy(row.to(backend.device), objective)
-        if not math.isfinite(value.item()):
-            raise NonFiniteError(f"the loss is {value.item()}", row.pairs)
-        backend.backward(value)
-        tables.append(pair_table(loss, logps))
-    grad_norm = backend.clip_gradients(policy, max_grad_norm)
+    for index, row in enumerate(rows):
+        with backend.micro_batch(policy, last=index == len(rows) - 1):
+            value, logps = policy(row.to(backend.device), objective if row.pairs else _nothing)
+            backend.backward(value)
+        tables.append(pair_table(loss, logps)[: len(row.pairs)])
+    table = torch.cat(tables)
+    pairs = [pair for row in rows for pair in row.pairs]
+    finite = table.isfinite().all(dim=1).tolist()
+    bad = [pair for pair, fine in zip(pairs, finite, strict=True) if not fine]
+    if backend.any(bool(bad)):
+        raise NonFiniteError("the loss is not finite", backend.gather(bad))
+    grad_norm = backend.step(policy, optimizer)
     if not math.isfinite(grad_norm):
-        raise NonFiniteError(
-            f"the gradient's norm is {grad_norm}", [p for r in rows for p in r.pairs]
-        )
-    optimizer.step()
-    optimizer.zero_grad()
-    return summarise(loss, torch.cat(tables)) | {"grad_norm": grad_norm}
+        raise NonFiniteError(f"the gradient's norm is {grad_norm}", backend.gather(pairs))
+    return pair_sums(table), grad_norm
 
 
 @torch.no_grad()
 def evaluate(
-    policy: Policy, rows: Iterable[PackedPairs], loss: LossConfig, backend: Backend
+    policy: nn.Module, rows: Iterable[PackedPairs], loss: LossConfig, backend: Backend
 ) -> dict[str, float]:
-    """Metrics over the pairs of `rows`, without an update."""
+    """Metrics over the pairs of all processes' rows, without an update; arguments as `update`."""
     policy.eval()
     objective = partial(pair_losses, loss)
-    tables = [pair_table(loss, policy(row.to(backend.device), objective)[1]) for row in rows]
-    return summarise(loss, torch.cat(tables))
+    sums = torch.zeros(len(COLUMNS) + 1, dtype=torch.float64)
+    for row in rows:
+        logps = policy(row.to(backend.device), objective)[1]
+        sums += pair_sums(pair_table(loss, logps)[: len(row.pairs)])
+    return summarise(loss, backend.sum(sums))
+
+
+def _nothing(logps: PairLogps) -> Tensor:
+    return 0.0 * logps.chosen
 
 
 def _objective(loss: LossConfig, num_pairs: int, num_chosen_tokens: int) -> Objective:
@@ -107,7 +116,7 @@ def _objective(loss: LossConfig, num_pairs: int, num_chosen_tokens: int) -> Obje
 
 
 def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
-    """One line for each pair with the numbers in `COLUMNS`, float64 [P, columns] on the CPU.
+    """One line for each pair with the numbers in `COLUMNS`, float64 [P, columns].
 
     A reward is beta * average_logp; a tie counts as half accurate.
     """
@@ -124,12 +133,18 @@ def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
         logps.chosen_tokens,
         logps.rejected_tokens,
     ]
-    return torch.stack([column.detach().double() for column in columns], dim=1).cpu()
+    return torch.stack([column.detach().double() for column in columns], dim=1)
 
 
-def summarise(loss: LossConfig, table: Tensor) -> dict[str, float]:
-    """Means over the pairs of a table; `loss` is the composed objective, sft term included."""
-    means = dict(zip(COLUMNS, table.mean(dim=0).tolist(), strict=True))
+def pair_sums(table: Tensor) -> Tensor:
+    """Sums of the columns of a table and, last, the number of its lines, on the CPU."""
+    count = torch.tensor([float(len(table))], dtype=torch.float64)
+    return torch.cat([table.sum(dim=0).cpu(), count])
+
+
+def summarise(loss: LossConfig, sums: Tensor) -> dict[str, float]:
+    """Means over pairs from `pair_sums`; `loss` is the composed objective, sft term included."""
+    means = dict(zip(COLUMNS, (sums[:-1] / sums[-1]).tolist(), strict=True))
     nll = means.pop("chosen_nll") / means["chosen_tokens"]
     value = means.pop("preference_loss") + loss.sft_weight * nll
     return {"loss": value, **means}

@@ -21,13 +21,25 @@ class Tracker:
     """
 
     def __init__(
-        self, config: TrackerConfig, run_dir: Path, name: str, settings: dict[str, Any]
+        self,
+        config: TrackerConfig,
+        run_dir: Path,
+        name: str,
+        settings: dict[str, Any],
+        writes: bool = True,
     ) -> None:
+        """Open metrics.jsonl and, where asked for, the remote run.
+
+        Args:
+            settings: kept with the remote run.
+            writes: False where another process of the run does; then every method does nothing.
+        """
+        self._writes = writes
         self._path = run_dir / "metrics.jsonl"
-        self._file = self._path.open("ab")
+        self._file = (self._path if writes else Path(os.devnull)).open("ab")
         self._bar: tqdm[Any] | None = None
         self._wandb = None
-        if isinstance(config, WandbConfig):
+        if writes and isinstance(config, WandbConfig):
             import wandb
 
             self._wandb = wandb.init(
@@ -45,12 +57,14 @@ class Tracker:
 
     def cut_back(self, num_bytes: int) -> None:
         """Shorten metrics.jsonl to what a checkpoint had seen of it."""
-        self._file.truncate(num_bytes)
+        if self._writes:
+            self._file.truncate(num_bytes)
 
     def num_bytes(self) -> int:
         """Length of metrics.jsonl, after flushing it to the disk."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._writes:
+            os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
     def log(self, step: int, prefix: str, metrics: dict[str, float]) -> None:
@@ -62,7 +76,7 @@ class Tracker:
             self._wandb.log(named, step=step)
 
     def progress(self, step: int, total_steps: int, metrics: dict[str, float]) -> None:
-        """Move the progress bar to `step`."""
+        """Move the progress bar to `step`; metrics as of the last logged step, or empty."""
         if self._bar is None:
             self._bar = tqdm(
                 total=total_steps,
@@ -70,29 +84,34 @@ class Tracker:
                 unit="step",
                 desc="train",
                 dynamic_ncols=True,
+                disable=not self._writes,
                 # A log file gets a line now and then, a terminal a live bar.
                 mininterval=0.1 if sys.stderr.isatty() else 10.0,
             )
-        self._bar.set_postfix_str(
-            f"{metrics['pairs_per_s']:.1f} pairs/s, loss {metrics['loss']:.3f}, "
-            f"accuracy {metrics['rewards/accuracies']:.2f}, "
-            f"margin {metrics['rewards/margins']:+.2f}",
-            refresh=False,
-        )
+        if metrics:
+            self._bar.set_postfix_str(
+                f"{metrics['pairs_per_s']:.1f} pairs/s, loss {metrics['loss']:.3f}, "
+                f"accuracy {metrics['rewards/accuracies']:.2f}, "
+                f"margin {metrics['rewards/margins']:+.2f}",
+                refresh=False,
+            )
         self._bar.update(step - self._bar.n)
 
     def say(self, *lines: str) -> None:
         """Print without tearing the progress bar."""
+        if not self._writes:
+            return
         with tqdm.external_write_mode(file=sys.stdout):
             print(*lines, sep="\n", flush=True)
 
-    def first_evaluation(self) -> dict[str, float]:
-        """The held-out metrics before the first step, also of a continued run."""
-        for line in read_metrics(self._path):
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """The held-out metrics so far, by step, those of earlier processes included."""
+        found = {}
+        for line in read_metrics(self._path) if self._writes else []:
             values = {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}
             if values:
-                return values
-        return {}
+                found[int(line["step"])] = values
+        return found
 
     def __enter__(self) -> Tracker:
         return self

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
@@ -21,28 +22,45 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from simpo import processes
 from simpo.compose import explain
-from simpo.config import ConfigError, DataError, RunConfig, build_run, menu_dir, trajectory
-
-
-class RunError(Exception):
-    """A run that could not go on; what it had computed is in its folder."""
+from simpo.config import (
+    ConfigError,
+    DataError,
+    RunConfig,
+    RunError,
+    Stopped,
+    build_run,
+    menu_dir,
+    trajectory,
+)
 
 
 @hydra.main(version_base="1.3", config_path=str(menu_dir("conf")), config_name="train")
 def main(cfg: DictConfig) -> None:
     """Run one composed configuration; Hydra calls it for each member of a sweep."""
     try:
-        train(build_run(cfg))
+        start(build_run(cfg))
     except (ConfigError, DataError, RunError) as error:
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
+        if HydraConfig.get().mode is RunMode.MULTIRUN and not isinstance(error, Stopped):
             raise  # Hydra goes on with the other members and raises at the end.
         # Hydra would put a heading above an exception that leaves here, but not above an exit.
         _quit_for(error)
 
 
+def start(run: RunConfig) -> dict[str, float]:
+    """Train a run here, as one of the processes that were started for it, or in processes of its
+    own; see `train`.
+    """
+    processes.join_slurm()
+    count = processes.to_start(run.backend)
+    return train(run) if count is None else processes.run_in(count, run)
+
+
 def train(run: RunConfig) -> dict[str, float]:
     """Train, evaluate and save one run, or continue it where it stopped.
+
+    Several processes of a run each call this; `run` is the same for all.
 
     Returns:
         The held-out metrics after the last step; empty where nothing is held out.
@@ -50,37 +68,43 @@ def train(run: RunConfig) -> dict[str, float]:
     Raises:
         ConfigError, DataError: the settings or the data cannot be used.
         RunError: the run had to stop; the same command continues it.
+        Stopped: so a signal wished.
     """
     # Imported here, so that a fault in the settings is answered before torch is loaded.
     from simpo import console, cost, export
-    from simpo.backend import Backend
+    from simpo.backend import build_backend
     from simpo.checkpoint import CheckpointStore
     from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint, tokenize_set
     from simpo.data.mixture import load_mixture
-    from simpo.data.packing import pack
+    from simpo.data.packing import pack, pack_nothing
     from simpo.data.plan import build_plan, pairs_of_step, rows_of_pairs
     from simpo.model import load_policy, load_tokenizer
+    from simpo.objective import best_step, check_objective, evaluations_without_gain
     from simpo.optim import build_optimizer, learning_rate, set_learning_rate
     from simpo.pairs import PackedPairs
     from simpo.probe import check_packing
     from simpo.run_folder import RunFolder, environment, git_diff
     from simpo.sample import greedy_replies, reply_metrics
-    from simpo.step import NonFiniteError, evaluate, update
+    from simpo.signals import StopRequest
+    from simpo.step import NonFiniteError, evaluate, summarise, update
     from simpo.tracker import Tracker
 
     _quiet_libraries()
     cfg = run.train
     cache_dir = Path(run.cache_dir).expanduser()
-    backend = Backend(run.backend, cfg.precision)
-    chat = Chat(load_tokenizer(run.model, cache_dir))
-    mixture = load_mixture(run.data)
-    train_set = tokenize_set(chat, mixture.train, run.data, cache_dir)
-    test_set = tokenize_set(chat, mixture.test, run.data, cache_dir)
+    backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
+    with backend.main_first():
+        chat = Chat(load_tokenizer(run.model, cache_dir))
+        mixture = load_mixture(run.data)
+        train_set = tokenize_set(chat, mixture.train, run.data, cache_dir)
+        test_set = tokenize_set(chat, mixture.test, run.data, cache_dir)
     train_tokens = train_set.num_tokens(cfg.share_prefix)
     test_tokens = test_set.num_tokens(cfg.share_prefix)
     plan = build_plan(len(train_set.pairs), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
 
-    folder = RunFolder(run)
+    own_folder = RunFolder(run) if backend.is_main else None
+    path = backend.broadcast(own_folder.path if own_folder else None)
+    folder = own_folder or RunFolder(run, followed=path)
     if folder.finished:
         raise ConfigError([f"run_dir: {folder.path} holds a finished run (choose another)"])
     folder.write_data(
@@ -91,6 +115,7 @@ def train(run: RunConfig) -> dict[str, float]:
             "train_fingerprint": pairs_fingerprint(train_set.pairs),
             "test_fingerprint": pairs_fingerprint(test_set.pairs),
             "template_sha256": chat.template_sha256,
+            "tokens_fingerprint": train_set.fingerprint(),
         }
     )
     folder.write_json("environment.json", environment(str(backend)))
@@ -104,109 +129,171 @@ def train(run: RunConfig) -> dict[str, float]:
         share_prefix=cfg.share_prefix,
     )
     check_packing(policy, backend.half)
-    planned = cost.layout(plan, train_tokens, cfg.tokens_per_row)
+    planned = cost.layout(plan, train_tokens, cfg.tokens_per_row, backend.processes)
     memory = cost.estimate_memory(
-        policy, planned.largest_row_tokens, backend.half, run.model.gradient_checkpointing
+        policy,
+        planned.largest_row_tokens,
+        backend.half,
+        run.model.gradient_checkpointing,
+        backend.weight_shards,
+        backend.state_shards,
     )
     if cfg.check_memory:
-        cost.check_memory(memory, backend.device)
+        cost.check_memory(memory, backend.device, backend.processes_here)
     flops = cost.Flops(policy)
-    optimizer = build_optimizer(policy, cfg)
-    policy, optimizer = backend.prepare(policy, optimizer)
+    start_lines = [
+        *console.start_lines(run, policy, str(backend), mixture.table, train_set, plan),
+        *console.cost_lines(planned, memory),
+    ]
+    wrapped, optimizer = backend.prepare(policy, build_optimizer(policy, cfg))
 
-    store = CheckpointStore(folder.path / "checkpoints", cfg.keep_checkpoints)
+    store = CheckpointStore(
+        folder.path / "checkpoints",
+        cfg.keep_checkpoints,
+        backend,
+        background=getattr(run.backend, "async_save", False),
+    )
     sampled = test_set.pairs[: run.sample.num_prompts]
-    test_rows = rows_of_pairs(range(len(test_set.pairs)), test_tokens, cfg.tokens_per_row)
+    test_rows = rows_of_pairs(
+        range(len(test_set.pairs)), test_tokens, cfg.tokens_per_row, backend.processes
+    )
 
     with (
         folder.recording_failure(),
-        Tracker(run.tracker, folder.path, run.name, trajectory(run)) as tracker,
+        StopRequest() as stop,
+        Tracker(
+            run.tracker, folder.path, run.name, trajectory(run), writes=backend.is_main
+        ) as tracker,
     ):
 
-        def packed(data: TokenizedSet, row: list[int]) -> PackedPairs:
-            return pack([data.tokens[i] for i in row], row, cfg.share_prefix)
+        def packed(data: TokenizedSet, rows: list[list[int]]) -> Iterator[PackedPairs]:
+            """This process's share of rows; one that has no pairs takes part all the same."""
+            for row in rows[backend.rank :: backend.processes]:
+                if row:
+                    yield pack([data.tokens[i] for i in row], row, cfg.share_prefix)
+                else:
+                    yield pack_nothing(data.tokens[0], cfg.share_prefix)
 
-        def held_out() -> dict[str, float]:
+        def held_out() -> None:
             """Evaluate on the held-out pairs, log it, keep the replies."""
             metrics: dict[str, float] = {}
             if test_rows:
                 tracker.say(f"held out: {len(test_set.pairs)} pairs, {len(sampled)} replies ...")
-                rows = (packed(test_set, row) for row in test_rows)
-                metrics |= evaluate(policy, rows, run.loss, backend)
+                metrics |= evaluate(wrapped, packed(test_set, test_rows), run.loss, backend)
             if sampled:
-                replies = greedy_replies(policy, chat, sampled, run.sample.max_new_tokens)
+                with backend.replying(policy):
+                    replies = greedy_replies(
+                        policy, chat, sampled, run.sample.max_new_tokens, backend.device
+                    )
                 metrics |= reply_metrics(replies)
                 folder.write_replies(step, replies)
             if metrics:
                 tracker.log(step, "eval", metrics)
-            return metrics
+                evaluations[step] = metrics
 
-        step, metrics_bytes = 0, 0
-        if (checkpoint := store.latest()) is not None:
-            step, metrics_bytes = store.load(checkpoint, policy, optimizer)
-        tracker.cut_back(metrics_bytes)
+        def out_of_patience() -> bool:
+            waited = evaluations_without_gain(run.objective, evaluations)
+            return 0 < cfg.patience_evals <= waited
+
+        seal, damaged = store.resume(wrapped, optimizer)
+        step = seal.step if seal else 0
+        tracker.cut_back(seal.metrics_bytes if seal else 0)
+        evaluations = backend.broadcast(tracker.evaluations())
         tracker.say(
-            *console.start_lines(run, policy, str(backend), mixture.table, train_set, plan),
-            *console.cost_lines(planned, memory),
+            *start_lines,
+            *damaged,
             f"run    {folder.path}" + (f", continued after step {step}" if step else ""),
         )
         begin = time.perf_counter()
         if step == 0:
             held_out()
-        while step < plan.total_steps:
+            if cfg.keep_best or cfg.patience_evals:
+                check_objective(run.objective, evaluations.get(0, {}))
+        while step < plan.total_steps and not out_of_patience():
             step_begin = time.perf_counter()
             set_learning_rate(optimizer, rate := learning_rate(cfg, step, plan.total_steps))
             indices = pairs_of_step(plan, step)
-            rows = [
-                packed(train_set, row)
-                for row in rows_of_pairs(indices, train_tokens, cfg.tokens_per_row)
-            ]
+            rows = list(
+                packed(
+                    train_set,
+                    rows_of_pairs(indices, train_tokens, cfg.tokens_per_row, backend.processes),
+                )
+            )
             try:
-                metrics = update(policy, optimizer, rows, run.loss, backend, cfg.max_grad_norm)
+                sums, grad_norm = update(wrapped, optimizer, rows, run.loss, backend)
             except NonFiniteError as error:
                 places = ", ".join(train_set.pairs[i].place for i in error.pairs[:8])
                 raise RunError(f"step {step + 1}: {error}; not updated; pairs: {places}") from error
             step += 1
-            seconds = time.perf_counter() - step_begin
-            metrics |= {
-                "learning_rate": rate,
-                "epoch": step / plan.steps_per_epoch,
-                "pairs_per_s": len(indices) / seconds,
-                "tokens_per_s": int(train_tokens[indices].sum()) / seconds,
-                **cost.speed(sum(flops.of_row(row) for row in rows) / seconds, backend.device),
-            }
             last = step == plan.total_steps
+            metrics: dict[str, float] = {}
             if last or step % cfg.log_every == 0:
+                metrics = summarise(run.loss, backend.sum(sums))
+                seconds = time.perf_counter() - step_begin
+                metrics |= {
+                    "grad_norm": grad_norm,
+                    "learning_rate": rate,
+                    "epoch": step / plan.steps_per_epoch,
+                    "pairs_per_s": len(indices) / seconds,
+                    "tokens_per_s": int(train_tokens[indices].sum()) / seconds,
+                    **cost.speed(sum(flops.of_row(row) for row in rows) / seconds, backend.device),
+                }
                 tracker.log(step, "train", metrics)
             tracker.progress(step, plan.total_steps, metrics)
             if cfg.eval_every and step % cfg.eval_every == 0 and not last:
                 held_out()
-            if last or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0):
-                store.save(step, policy, optimizer, tracker.num_bytes())
+            if cfg.keep_best:
+                store.best = best_step(run.objective, evaluations)
+            store.settle(wait=False)
+            stopping = backend.any(bool(stop.name))
+            due = cfg.checkpoint_every and step % cfg.checkpoint_every == 0
+            if due or last or stopping or store.best == step or out_of_patience():
+                store.save(step, wrapped, optimizer, tracker.num_bytes())
                 folder.write_status("running", step, plan.total_steps)
+            if stopping:
+                store.settle(wait=True)
+                signal = next(name for name in backend.gather([stop.name]) if name)
+                raise Stopped(
+                    f"{signal}: saved after step {step} in {folder.path} (the same command "
+                    "continues)",
+                    cfg.stopped_exit_code,
+                )
+        store.settle(wait=True)
         trained_s = time.perf_counter() - begin
-        after = held_out()
-        export.save_model(policy, chat, folder.path / "model")
-        results = console.Results(before=tracker.first_evaluation(), after=after)
+        if step == plan.total_steps:
+            held_out()
+        kept = step
+        if cfg.keep_best and (best := best_step(run.objective, evaluations)) is not None:
+            kept = best
+        if kept != step:
+            store.load(kept, wrapped, optimizer)
+        weights = backend.full_weights(wrapped, policy)
+        after = evaluations.get(kept, {})
+        results = console.Results(before=evaluations[min(evaluations)], after=after)
+        if backend.is_main:
+            export.save_model(policy, weights, chat, folder.path / "model")
+            export.write_card(run, folder.path, results)
         folder.write_json(
             "results.json",
             {
                 "eval_before": results.before,
                 "eval_after": after,
-                "train": {"steps": plan.total_steps, "this_process_s": trained_s},
+                "train": {"steps": step, "model_step": kept, "this_process_s": trained_s},
             },
         )
-        export.write_card(run, folder.path, results)
         folder.write_status("finished", step, plan.total_steps)
-        tracker.say("", *console.end_lines(results, folder.path, step))
-    if run.export.push_to_hub is not None:
+        tracker.say("", *console.end_lines(results, folder.path, kept, step))
+    if backend.is_main and run.export.push_to_hub is not None:
         print(f"hub    {export.push_to_hub(run.export, folder.path / 'model')}")
+    backend.close()
     return after
 
 
 def _quiet_libraries() -> None:
     """Keep progress bars and advice of the libraries out of the run's own account."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for library in ("transformers", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging
 
@@ -240,11 +327,12 @@ def cli() -> None:
 
 
 def _quit_for(error: ConfigError | DataError | RunError) -> NoReturn:
-    _quit(1 if isinstance(error, RunError) else 2, str(error))
+    _quit(error.exit_code if isinstance(error, RunError) else 2, str(error))
 
 
 def _quit(code: int, message: str) -> NoReturn:
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
     sys.exit(code)
 
 

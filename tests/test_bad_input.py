@@ -14,13 +14,14 @@ from simpo.data.rules import RULES
 
 MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
 SECTIONS = (
-    "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, export, backend, "
-    "launcher, tracker"
+    "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, objective, export, "
+    "backend, launcher, tracker"
 )
 TRAIN_KEYS = (
     "pairs_per_step, tokens_per_row, share_prefix, check_memory, epochs, max_steps, "
     "learning_rate, schedule, warmup_ratio, weight_decay, adam_beta1, adam_beta2, adam_epsilon, "
-    "max_grad_norm, precision, seed, log_every, eval_every, checkpoint_every, keep_checkpoints"
+    "max_grad_norm, precision, seed, log_every, eval_every, checkpoint_every, keep_checkpoints, "
+    "keep_best, patience_evals, stopped_exit_code"
 )
 A_SOURCE = "{path: ..., ...}"
 
@@ -56,7 +57,13 @@ SETTINGS: list[tuple[str, list[str]]] = [
         "loss.name=hinge",
         ["loss.name: set by the group, got hinge (choose loss=sigmoid or loss=hinge)"],
     ),
-    ("backend.name=many", ["backend.name: set by the group, got many (choose backend=single)"]),
+    (
+        "backend.name=many",
+        [
+            "backend.name: set by the group, got many (choose backend=single or backend=ddp or "
+            "backend=fsdp or backend=zero2 or backend=zero3)"
+        ],
+    ),
     # Wrong types.
     ("train.epochs=two", ["train.epochs: must be a whole number, got two"]),
     ("train.epochs=1.5", ["train.epochs: must be a whole number, got 1.5"]),

@@ -152,7 +152,6 @@ def test_a_changed_run_yaml_is_checked(change, message, tmp_path):
         "train.seed=1",
         "train.tokens_per_row=2048",
         "train.max_steps=3",
-        "backend.device=cpu",
     ],
 )
 def test_run_id_changes(change):
@@ -166,6 +165,8 @@ def test_run_id_changes(change):
         "train.eval_every=7",
         "train.checkpoint_every=7",
         "train.keep_checkpoints=7",
+        "backend.device=cpu",
+        "backend=fsdp",
         "output_dir=elsewhere",
         "run_dir=elsewhere/7",
         "cache_dir=elsewhere",

@@ -12,16 +12,20 @@ PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 # A module may import those in lines above its own, never beside or below.
 ORDER = """
 config.choices pairs data.demo_topics data.plan data.rules
-config.inputs
+config.backends config.inputs
 config.schema
 config.check
 config
-compose data.demo data.rows data.packing attention logps loss optim smollm2 tracker
-data.mixture model
-data.chat backend checkpoint cost probe
-console sample step
+compose data.demo data.rows data.packing attention logps loss objective optim signals
+smollm2 tracker
+data.mixture model processes
+data.chat backend.base cost probe
+backend.fsdp backend.zero
+backend
+checkpoint console sample step
 export run_folder
 train
+rank
 """
 FLOOR = {name: floor for floor, line in enumerate(ORDER.split("\n")) for name in line.split()}
 
@@ -93,7 +97,9 @@ def test_the_mathematics_knows_no_framework(module):
 @pytest.mark.parametrize(
     ("package", "modules"),
     [
-        ("accelerate", {"backend"}),
+        ("accelerate", {"backend.base", "backend.fsdp", "backend.zero"}),
+        ("deepspeed", {"backend.zero"}),
+        ("submitit", {"processes"}),
         ("wandb", {"tracker"}),
         ("peft", {"model"}),
         ("hydra", {"config.check", "compose", "train"}),

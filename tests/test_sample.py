@@ -18,7 +18,7 @@ def test_replies_of_a_batch(tiny_run: list[str], tmp_path: Path) -> None:
     chat = Chat(load_tokenizer(run.model, tmp_path))
     policy = load_policy(run.model, tmp_path, torch.device("cpu"), seed=0)
     pairs = load_mixture(run.data).test[:6]
-    replies = greedy_replies(policy, chat, pairs, max_new_tokens=12)
+    replies = greedy_replies(policy, chat, pairs, max_new_tokens=12, device=torch.device("cpu"))
     assert len({len(chat.encode([chat.prompt_text(p.prompt)])[0]) for p in pairs}) > 1
     for pair, reply in zip(pairs, replies, strict=True):
         ids = chat.encode([chat.prompt_text(pair.prompt)])[0]

@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import simpo.logps
 from simpo.backend import Backend
-from simpo.config import BackendConfig, Device, HingeConfig, LossConfig, Precision, SigmoidConfig
+from simpo.config import Device, HingeConfig, LossConfig, Precision, SigmoidConfig, SingleConfig
 from simpo.data.packing import pack
 from simpo.data.plan import rows_of_pairs
 from simpo.model import Policy
 from simpo.pairs import PackedPairs, TokenizedPair
-from simpo.step import NonFiniteError, update
+from simpo.step import NonFiniteError, summarise, update
 
 LOSSES = [
     SigmoidConfig(beta=2.0, gamma_beta_ratio=0.5),
@@ -38,7 +38,7 @@ LOSSES = [
 
 @pytest.fixture
 def backend() -> Backend:
-    return Backend(BackendConfig(device=Device.cpu), Precision.fp32)
+    return Backend(SingleConfig(device=Device.cpu), Precision.fp32)
 
 
 def rows_of(pairs: list[TokenizedPair], tokens_per_row: int) -> list[PackedPairs]:
@@ -60,7 +60,8 @@ def gradients_of_step(
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """What one update would follow, by name of the weight, and its metrics."""
     recorder = Recorder(policy.parameters(), lr=1.0)
-    metrics = update(policy, recorder, rows, loss, backend, 0.0)
+    sums, grad_norm = update(policy, recorder, rows, loss, backend)
+    metrics = summarise(loss, sums) | {"grad_norm": grad_norm}
     names = [name for name, _ in policy.named_parameters()]
     found = zip(names, recorder.gradients, strict=True)
     return {name: gradient for name, gradient in found if gradient is not None}, metrics
@@ -206,9 +207,9 @@ def test_nothing_is_updated_when_the_loss_is_not_finite(backend: Backend) -> Non
     with torch.no_grad():
         policy.model.model.embed_tokens.weight[int(pairs[2].chosen_ids[0])] = float("nan")
     before = copy.deepcopy(policy.state_dict())
-    with pytest.raises(NonFiniteError, match="the loss is nan") as error:
-        update(policy, SGD(policy.parameters(), lr=1.0), rows, LOSSES[0], backend, 1.0)
-    assert set(error.value.pairs) <= set(range(4))
+    with pytest.raises(NonFiniteError, match="the loss is not finite") as error:
+        update(policy, SGD(policy.parameters(), lr=1.0), rows, LOSSES[0], backend)
+    assert 2 in error.value.pairs and len(error.value.pairs) < 4
     for name, weight in policy.state_dict().items():
         torch.testing.assert_close(weight, before[name], rtol=0, atol=0, equal_nan=True)
 
@@ -219,7 +220,8 @@ def test_clipping_scales_the_whole_gradient(backend: Backend) -> None:
     whole, metrics = gradients_of_step(policy, rows, LOSSES[0], backend)
     before = copy.deepcopy(policy.state_dict())
     clip = metrics["grad_norm"] / 4
-    update(policy, SGD(policy.parameters(), lr=1.0), rows, LOSSES[0], backend, clip)
+    clipping = Backend(SingleConfig(device=Device.cpu), Precision.fp32, max_grad_norm=clip)
+    update(policy, SGD(policy.parameters(), lr=1.0), rows, LOSSES[0], clipping)
     for name, weight in policy.named_parameters():
         moved = (before[name] - weight.detach()).double()
         torch.testing.assert_close(moved, whole[name] / 4, rtol=1e-4, atol=1e-7)

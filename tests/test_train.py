@@ -3,76 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_runs import assert_same_run, metrics_of, start, state_of
 
 from simpo.compose import compose_run
-from simpo.config import ConfigError, DataError, load_run
+from simpo.config import ConfigError, DataError, RunError, load_run
 from simpo.data.demo import demo_rows
-from simpo.train import RunError, train
-
-TIMING = ("train/pairs_per_s", "train/tokens_per_s", "train/gflops_per_s")
-
-
-def start(overrides: list[str], **kwargs: object) -> subprocess.Popen[str]:
-    """A real run in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "simpo.train", *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **kwargs,  # type: ignore[call-overload]
-    )
-
-
-def metrics_of(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl without the timings, which no two runs share."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
-
-
-def state_of(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Every tensor and number of the newest checkpoint, by path."""
-    newest = max((run_dir / "checkpoints").glob("step-*"))
-    flat: dict[str, torch.Tensor] = {}
-
-    def walk(key: str, value: object) -> None:
-        if isinstance(value, dict):
-            for name, item in value.items():
-                walk(f"{key}.{name}", item)
-        elif isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                walk(f"{key}.{index}", item)
-        elif isinstance(value, torch.Tensor):
-            flat[key] = value
-        elif key != ".metrics_bytes" and isinstance(value, (int, float)):
-            flat[key] = torch.tensor(value)
-
-    walk("", torch.load(newest / "state.pt", weights_only=True))
-    return flat
-
-
-def assert_same_run(left: Path, right: Path) -> None:
-    """Bit for bit: weights, optimizer, step, random states, metrics, model file."""
-    assert metrics_of(left) == metrics_of(right)
-    one, other = state_of(left), state_of(right)
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        assert torch.equal(value, other[key]), key
-    weights = [load_file(d / "model" / "model.safetensors") for d in (left, right)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+from simpo.train import train
 
 
 @pytest.fixture
@@ -117,7 +62,7 @@ def test_what_a_run_leaves(tiny_run: list[str], run_dir: Path, tiny_folder: Path
 
 
 def test_the_saved_model_is_the_trained_one(
-    tiny_run: list[str], run_dir: Path, tiny_folder: Path
+    tiny_run: list[str], run_dir: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     train(compose_run([*tiny_run, f"run_dir={run_dir}"]))
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
@@ -125,10 +70,10 @@ def test_the_saved_model_is_the_trained_one(
     assert model.config.use_cache is True
     assert model.generation_config.eos_token_id in (2, [2])
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_folder).chat_template
-    checkpoint = torch.load(run_dir / "checkpoints/step-000006/state.pt", weights_only=True)
+    state = state_of(run_dir, tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
     for name, weight in model.named_parameters():
-        assert torch.equal(weight, checkpoint["policy"][f"model.{name}"]), name
+        assert torch.equal(weight, state[f"state.policy.model.{name}"]), name
         assert not torch.equal(weight, base[name]), f"{name} was not trained"
 
 
@@ -164,33 +109,7 @@ def test_continues_bit_exactly_after_sigkill(tiny_run: list[str], tmp_path: Path
         assert again.returncode == 0, errors
         if at_step > 3:
             assert "continued after step" in output
-        assert_same_run(whole, folder)
-
-
-def test_a_half_written_checkpoint_is_not_picked_up(
-    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The disk fills up in the middle of the second checkpoint: the first is gone on from."""
-    run = compose_run([*tiny_run, f"run_dir={tmp_path / 'run'}"])
-    save, calls = torch.save, []
-
-    def failing(state: object, file: object) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            file.write(b"half a checkpoint")  # type: ignore[attr-defined]
-            raise OSError(28, "No space left on device")
-        save(state, file)
-
-    monkeypatch.setattr(torch, "save", failing)
-    with pytest.raises(OSError, match="No space left"):
-        train(run)
-    status = json.loads((tmp_path / "run/status.json").read_text())
-    assert (status["state"], status["step"]) == ("failed", 2)
-    assert "No space left on device" in status["error"]
-    train(run)
-    whole = compose_run([*tiny_run, f"run_dir={tmp_path / 'whole'}"])
-    train(whole)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+        assert_same_run(whole, folder, tmp_path)
 
 
 def test_same_command_finds_its_unfinished_run(tiny_run: list[str], tmp_path: Path) -> None:
@@ -240,7 +159,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
         return losses * float("nan") if torch.is_grad_enabled() and len(calls) > 12 else losses
 
     monkeypatch.setattr(simpo.step, "pair_losses", poisoned)
-    with pytest.raises(RunError, match=r"step \d: the loss is nan; not updated; pairs: .*train"):
+    with pytest.raises(
+        RunError, match=r"step \d: the loss is not finite; not updated; pairs: .*train"
+    ):
         train(compose_run([*tiny_run, f"run_dir={run_dir}"]))
     assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
     monkeypatch.setattr(simpo.step, "pair_losses", real)

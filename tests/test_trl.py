@@ -15,14 +15,14 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast
 
 from simpo.backend import Backend
-from simpo.config import BackendConfig, Device, Precision, Schedule, SigmoidConfig, TrainConfig
+from simpo.config import Device, Precision, Schedule, SigmoidConfig, SingleConfig, TrainConfig
 from simpo.data.packing import pack
 from simpo.data.plan import rows_of_pairs
 from simpo.loss import pair_losses
 from simpo.model import Policy
 from simpo.optim import build_optimizer, learning_rate, set_learning_rate
 from simpo.pairs import TokenizedPair
-from simpo.step import update
+from simpo.step import summarise, update
 
 cpo = pytest.importorskip("trl.experimental.cpo")
 
@@ -142,7 +142,7 @@ def test_trajectory_of_20_steps(tmp_path: Path, pairs: list[TokenizedPair]) -> N
     config = TrainConfig(
         learning_rate=RATE, schedule=Schedule.linear, warmup_ratio=0.1, max_grad_norm=1.0
     )
-    backend = Backend(BackendConfig(device=Device.cpu), Precision.fp32)
+    backend = Backend(SingleConfig(device=Device.cpu), Precision.fp32, config.max_grad_norm)
     optimizer = build_optimizer(policy, config)
     lengths = np.array([pair.num_tokens() for pair in pairs])
     loss = SigmoidConfig(beta=BETA, gamma_beta_ratio=RATIO)
@@ -150,7 +150,7 @@ def test_trajectory_of_20_steps(tmp_path: Path, pairs: list[TokenizedPair]) -> N
         set_learning_rate(optimizer, learning_rate(config, step, NUM_STEPS))
         indices = range(step * PAIRS_PER_STEP, (step + 1) * PAIRS_PER_STEP)
         rows = [pack([pairs[i] for i in r], r) for r in rows_of_pairs(indices, lengths, 64)]
-        metrics = update(policy, optimizer, rows, loss, backend, config.max_grad_norm)
+        metrics = summarise(loss, update(policy, optimizer, rows, loss, backend)[0])
         expected = sum(their_losses[2 * step : 2 * step + 2]) / 2
         assert metrics["loss"] == pytest.approx(expected, rel=1e-4), f"step {step}"
     weights = dict(policy.model.named_parameters())

@@ -14,9 +14,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from simpo.config.backends import (
+    DdpConfig,
+    FsdpConfig,
+    SingleConfig,
+    Zero2Config,
+    Zero3Config,
+)
 from simpo.config.inputs import ConfigError, DataConfig, ModelConfig
 from simpo.config.schema import (
-    BackendConfig,
     HingeConfig,
     LauncherConfig,
     RunConfig,
@@ -29,16 +35,31 @@ GROUPS: dict[str, dict[str, type]] = {
     "model": {"base": ModelConfig},
     "data": {"base": DataConfig},
     "loss": {"sigmoid": SigmoidConfig, "hinge": HingeConfig},
-    "backend": {"single": BackendConfig},
+    "backend": {
+        "single": SingleConfig,
+        "ddp": DdpConfig,
+        "fsdp": FsdpConfig,
+        "zero2": Zero2Config,
+        "zero3": Zero3Config,
+    },
     "launcher": {"local": LauncherConfig},
     "tracker": {"console": TrackerConfig, "wandb": WandbConfig},
 }
 """The schemas of each group. Where a group has several, `name` in its YAML says which."""
 
-TRAJECTORY = ("model", "data", "loss", "train", "backend")
-"""Sections that decide the numbers of a run."""
+TRAJECTORY = ("model", "data", "loss", "train")
+"""Sections that decide the numbers of a run. The backend only rounds them in another order."""
 FREE = {
-    "train": ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "check_memory")
+    "train": (
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_best",
+        "patience_evals",
+        "check_memory",
+        "stopped_exit_code",
+    )
 }
 """Keys of those sections that may differ between a run and its continuation."""
 

@@ -54,3 +54,18 @@ class Device(str, Enum):
 class WandbMode(str, Enum):
     online = "online"
     offline = "offline"
+
+
+class ReduceDtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Offload(str, Enum):
+    none = "none"
+    cpu = "cpu"
+
+
+class Mode(str, Enum):
+    max = "max"
+    min = "min"

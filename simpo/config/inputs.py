@@ -37,6 +37,21 @@ class DataError(Exception):
     """Data that cannot be trained on; `str()` is a line per fault with source, split and row."""
 
 
+class RunError(Exception):
+    """A run that could not go on; what it had computed is in its folder.
+
+    `exit_code` is the process's: 1 for a failed run.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Stopped(RunError):
+    """A run that a signal ended, after it had saved."""
+
+
 @dataclass(kw_only=True)
 class LoraConfig:
     """Low-rank adapters instead of full fine-tuning."""

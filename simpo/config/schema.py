@@ -1,5 +1,6 @@
-"""Every setting of a run but its inputs (`simpo.config.inputs`), typed once. A `RunConfig` is
-read-only by rule, not by `frozen=True`, which OmegaConf cannot compose.
+"""The settings of a run, typed once; its inputs are in `simpo.config.inputs`, its processes in
+`simpo.config.backends`. A `RunConfig` is read-only by rule, not by `frozen=True`, which OmegaConf
+cannot compose.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from simpo.config.choices import Device, Precision, Schedule, WandbMode
+from simpo.config.backends import BackendConfig
+from simpo.config.choices import Mode, Precision, Schedule, WandbMode
 from simpo.config.inputs import DataConfig, ModelConfig
 
 
@@ -102,6 +104,14 @@ class TrainConfig:
     """Steps between checkpoints; 0 keeps only the one after the last step."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the best objective, and save its model instead of the last."""
+    patience_evals: int = 0
+    """Stop after so many evaluations without a better objective; 0 never does."""
+
+    stopped_exit_code: int = 75
+    """Exit code of a run that SIGTERM, SIGUSR1 or SIGUSR2 stopped after it had saved: not 0, so
+    that scripts and schedulers see that it wants to be run again (75: EX_TEMPFAIL)."""
 
     def problems(self) -> Iterator[str]:
         for key in ("pairs_per_step", "tokens_per_row", "epochs", "log_every", "keep_checkpoints"):
@@ -110,6 +120,11 @@ class TrainConfig:
         for key in ("eval_every", "checkpoint_every"):
             if getattr(self, key) < 0:
                 yield f"{key}: must be 0 (never in between) or more, got {getattr(self, key)}"
+        if self.patience_evals < 0:
+            yield f"patience_evals: must be 0 (never stop early) or more, got {self.patience_evals}"
+        for key in ("keep_best", "patience_evals"):
+            if getattr(self, key) and not self.eval_every:
+                yield f"{key}: needs evaluations on the way (set train.eval_every)"
         if self.max_steps is not None and self.max_steps < 1:
             yield f"max_steps: must be 1 or more, or null, got {self.max_steps}"
         if self.learning_rate <= 0:
@@ -122,6 +137,8 @@ class TrainConfig:
         for key in ("weight_decay", "max_grad_norm"):
             if getattr(self, key) < 0:
                 yield f"{key}: must be 0 or more, got {getattr(self, key)}"
+        if not 0 <= self.stopped_exit_code < 256:
+            yield f"stopped_exit_code: must be from 0 to 255, got {self.stopped_exit_code}"
         if self.adam_epsilon <= 0:
             yield f"adam_epsilon: must be above 0, got {self.adam_epsilon}"
 
@@ -143,6 +160,20 @@ class SampleConfig:
 
 
 @dataclass(kw_only=True)
+class ObjectiveConfig:
+    """The held-out metric that says which of two models is better."""
+
+    metric: str = "rewards/accuracies"
+    """Key of a held-out metric, as in metrics.jsonl without `eval/`."""
+    mode: Mode = Mode.max
+    """Whether more of it is better, or less."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.metric or self.metric.startswith(("eval/", "train/")):
+            yield f"metric: must be a held-out metric without its eval/, got {self.metric!r}"
+
+
+@dataclass(kw_only=True)
 class ExportConfig:
     """What happens to the trained model besides being saved in the run's folder."""
 
@@ -155,16 +186,6 @@ class ExportConfig:
         parts = (self.push_to_hub or "owner/name").split("/")
         if len(parts) != 2 or not all(parts):
             yield f"push_to_hub: must be owner/name, got {self.push_to_hub}"
-
-
-@dataclass(kw_only=True)
-class BackendConfig:
-    """How processes and devices share the work."""
-
-    name: str = "single"
-    """Kind of backend; set by the group. single: one process."""
-    device: Device = Device.auto
-    """auto: the GPU where there is one, else the CPU."""
 
 
 @dataclass(kw_only=True)
@@ -219,6 +240,7 @@ class RunConfig:
     loss: LossConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     backend: BackendConfig = MISSING
     launcher: LauncherConfig = MISSING

@@ -72,6 +72,14 @@ class TokenizedSet:
         """Tokens computed for each pair, its prompt once or for each response, int64 [pairs]."""
         return np.array([pair.num_tokens(share_prefix) for pair in self.tokens], dtype=np.int64)
 
+    def fingerprint(self) -> str:
+        """Hash of the token ids in their order: 16 hex digits, for the run's records."""
+        digest = hashlib.sha256()
+        for pair in self.tokens:
+            for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+                digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+        return digest.hexdigest()[:16]
+
 
 class Chat:
     """A tokenizer with its template, and what the template implies.

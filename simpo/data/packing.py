@@ -13,6 +13,7 @@ once is that of https://arxiv.org/abs/2410.20305.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -82,6 +83,14 @@ def pack(
         predictors=column(predictors),
         targets=column(targets),
     )
+
+
+def pack_nothing(pair: TokenizedPair, share_prefix: bool = True) -> PackedPairs:
+    """A row that holds a pair and says that it has none, for a process without a row of its own.
+
+    It is computed, since layers in shards are computed together, and counts nowhere.
+    """
+    return replace(pack([pair], [0], share_prefix), pairs=())
 
 
 def _key_table(segments: Sequence[Segment]) -> KeyTable:

@@ -1,0 +1,290 @@
+"""One process of a run: its device, its precision, and what it does together with the others.
+
+All processes of a run take the same steps at the same time. A loss is a sum over pairs divided by
+a number that counts the pairs of all processes, so gradients are to be summed; the frameworks take
+their mean, and `backward` undoes that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from simpo.config import (
+    BackendConfig,
+    ConfigError,
+    DdpConfig,
+    Device,
+    ManyConfig,
+    Precision,
+)
+from simpo.model import Policy
+
+T = TypeVar("T")
+
+
+class Backend:
+    """One process that holds the whole policy, alone or with others (backend=single, ddp).
+
+    Attributes:
+        device: where rows and weights live.
+        half: the forward computes in bf16, else in fp32.
+        rank, processes: which process of how many this is; rank 0 is the only one that writes
+            anything but its part of a checkpoint.
+        weight_shards, state_shards: in how many parts weights, and gradients with optimizer state,
+            are held.
+        checkpoint_format: checkpoints of another format cannot be read.
+    """
+
+    checkpoint_format = "dcp"
+
+    def __init__(
+        self, config: BackendConfig, precision: Precision, max_grad_norm: float = 0.0
+    ) -> None:
+        """Join the other processes, as the environment says where they are.
+
+        Args:
+            max_grad_norm: gradients are scaled down to it; 0 leaves them.
+
+        Raises:
+            ConfigError: there is no such device here, or another number of processes runs than was
+                asked for.
+        """
+        cuda = torch.cuda.is_available()
+        if config.device is Device.cuda and not cuda:
+            raise ConfigError(["backend.device: cuda asked for, but torch sees no GPU here"])
+        self.on_gpu = cuda and config.device is not Device.cpu
+        if precision is Precision.auto:
+            fast_bf16 = self.on_gpu or _cpu_multiplies_bf16()
+            precision = Precision.bf16 if fast_bf16 else Precision.fp32
+        self.half = precision is Precision.bf16
+        self._name = config.name
+        self._max_grad_norm = max_grad_norm
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if not isinstance(config, ManyConfig) and started != 1:
+            raise ConfigError([f"backend: single runs in 1 process, got {started} (backend=ddp)"])
+        # accelerate's state is global: the next member of a sweep may ask for another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self._accelerator = self._start(config)
+        self.rank, self.processes = self._accelerator.process_index, self._accelerator.num_processes
+        # accelerate runs alone, without a word, where it does not understand how it was started.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
+        wanted = getattr(config, "processes", None) or here
+        if self.processes != started or here != wanted:
+            raise ConfigError(
+                [
+                    f"backend.processes: {wanted} asked for here and {started} started in all, but "
+                    f"{self.processes} run (under torchrun, accelerate launch and Slurm leave it "
+                    "out)"
+                ]
+            )
+        self.processes_here = here
+        self.device: torch.device = self._accelerator.device
+        self.weight_shards = self.state_shards = 1
+        self._group: dist.ProcessGroup | None = None
+
+    def _start(self, config: BackendConfig) -> Accelerator:
+        handlers: list[Any] = []
+        if isinstance(config, DdpConfig):
+            handlers = [
+                self._process_group(config),
+                DistributedDataParallelKwargs(
+                    bucket_cap_mb=config.bucket_cap_mb,
+                    gradient_as_bucket_view=True,
+                ),
+            ]
+        return Accelerator(
+            cpu=not self.on_gpu, mixed_precision=self._precision(), kwargs_handlers=handlers
+        )
+
+    def _process_group(self, config: ManyConfig) -> InitProcessGroupKwargs:
+        return InitProcessGroupKwargs(
+            backend="nccl" if self.on_gpu else "gloo", timeout=timedelta(seconds=config.timeout_s)
+        )
+
+    def _precision(self) -> str:
+        return "bf16" if self.half else "no"
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        many = "" if self._name == "single" else f" ({self._name}, {self.processes} processes)"
+        return f"{'bf16' if self.half else 'fp32'} on {self.processes} {name}{many}"
+
+    # What processes do together.
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all processes, on the CPU."""
+        if self.processes > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values.cpu()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return bool(self.sum(torch.tensor(int(flag))))
+
+    def gather(self, values: list[T]) -> list[T]:
+        """The lists of all processes, one behind the other."""
+        if self.processes == 1:
+            return values
+        parts: list[list[T]] = [[] for _ in range(self.processes)]
+        dist.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
+
+    def broadcast(self, value: T) -> T:
+        """The value that rank 0 has."""
+        if self.processes == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        self.any(False)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 does the block before the others, which then find its results in a cache."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    def close(self) -> None:
+        """Leave the others in good order."""
+        self._accelerator.end_training()
+
+    # The policy.
+
+    def prepare(self, policy: Policy, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """Wrap the policy's forward and the optimizer.
+
+        Returns:
+            What is to be called in place of the policy, and the optimizer. The policy itself stays
+            good for its names, settings and replies.
+        """
+        wrapped, optimizer = self._accelerator.prepare(policy, optimizer)
+        return wrapped, optimizer
+
+    def micro_batch(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Context of a forward and its `backward`; `last` says that a `step` follows."""
+        no_sync = getattr(wrapped, "no_sync", None)
+        return nullcontext() if last or no_sync is None else no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this process's part of the gradients to those already there."""
+        self._accelerator.backward(loss * self.processes)
+
+    def step(self, wrapped: nn.Module, optimizer: Optimizer) -> float:
+        """Clip the gradients, update the weights and drop the gradients.
+
+        Returns:
+            The norm of all gradients before clipping. If it is not finite, nothing was updated.
+        """
+        norm: Any = self._accelerator.clip_grad_norm_(
+            wrapped.parameters(), self._max_grad_norm or float("inf")
+        )
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if norm < float("inf"):
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def replying(self, policy: Policy) -> AbstractContextManager[Any]:
+        """Context in which the policy's own model can generate text."""
+        return nullcontext()
+
+    def full_weights(self, wrapped: nn.Module, policy: Policy) -> dict[str, Tensor] | None:
+        """Weights by their names in the policy's model, whole, where rank 0 must save them.
+
+        None where the policy itself holds them whole.
+        """
+        return None
+
+    # Checkpoints.
+
+    def save_state(
+        self, folder: Path, wrapped: nn.Module, optimizer: Optimizer, background: bool = False
+    ) -> Future[Any] | None:
+        """Write trained weights and optimizer state, each process its part.
+
+        Args:
+            folder: exists and is empty.
+            background: only copy them now, and write meanwhile.
+
+        Returns:
+            What is done when all is written, with `background`.
+
+        Raises:
+            OSError, CheckpointException: it could not be written.
+        """
+        state = self._state(wrapped, optimizer)
+        if background:
+            done = dcp.async_save(state, checkpoint_id=folder, **self._together())
+            assert isinstance(done, Future)
+            return done
+        dcp.save(state, checkpoint_id=folder, **self._together())
+        return None
+
+    def load_state(
+        self, folder: Path, wrapped: nn.Module, optimizer: Optimizer, processes: int
+    ) -> None:
+        """Put in place what `save_state` wrote in so many processes."""
+        state = self._state(wrapped, optimizer)
+        # Weights are filled where they are.
+        dcp.load(state, checkpoint_id=folder, **self._together())
+        set_optimizer_state_dict(wrapped, _own(optimizer), optim_state_dict=state["optimizer"])
+
+    def _state(self, wrapped: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        weights = {
+            name.removeprefix("module."): p.detach()
+            for name, p in wrapped.named_parameters()
+            if p.requires_grad
+        }
+        return {
+            "policy": weights,
+            "optimizer": get_optimizer_state_dict(wrapped, _own(optimizer)),
+        }
+
+    def _together(self) -> dict[str, Any]:
+        """How processes talk about a checkpoint: a save in the background must not meet a step."""
+        if not dist.is_initialized():
+            return {"no_dist": True}
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        return {"process_group": self._group}
+
+
+def _own(optimizer: Optimizer) -> Optimizer:
+    """torch's optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Without instructions of its own for bf16 a CPU would emulate it, slower than fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,84 @@
+"""Weights, gradients and optimizer state in shards: torch's FSDP2 through accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.optim import Optimizer
+
+from simpo.backend.base import Backend
+from simpo.config import BackendConfig, ConfigError, FsdpConfig, Precision
+from simpo.model import Policy
+
+
+class FsdpBackend(Backend):
+    """One process that holds a share of every layer, and gathers a layer to compute it."""
+
+    def __init__(
+        self, config: FsdpConfig, precision: Precision, max_grad_norm: float = 0.0
+    ) -> None:
+        super().__init__(config, precision, max_grad_norm)
+        self.weight_shards = self.state_shards = self.processes
+
+    def _start(self, config: BackendConfig) -> Accelerator:
+        assert isinstance(config, FsdpConfig)
+        if config.cpu_offload and not self.on_gpu:
+            raise ConfigError(["backend.cpu_offload: needs a GPU to offload from (leave it out)"])
+        half = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16,
+            reduce_dtype=getattr(torch, config.reduce_dtype.value),
+            # accelerate's own policy would give the loss in bf16.
+            output_dtype=torch.float32,
+        )
+        self._plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=config.reshard_after_forward,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_offload=CPUOffloadPolicy() if config.cpu_offload else False,
+            mixed_precision_policy=half if self.half else MixedPrecisionPolicy(),
+            cpu_ram_efficient_loading=False,
+        )
+        group = self._process_group(config)
+        if not self.on_gpu:
+            # On CPUs accelerate would run DDP in FSDP's place and not say so. Told that these are
+            # accelerators, it runs the same code as on GPUs.
+            PartialState(cpu=True, backend=group.backend, timeout=group.timeout)
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return Accelerator(
+            mixed_precision=self._precision(),
+            fsdp_plugin=self._plugin,
+            kwargs_handlers=[group] if self.on_gpu else [],
+        )
+
+    def prepare(self, policy: Policy, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        self._plugin.transformer_cls_names_to_wrap = sorted(policy.base._no_split_modules or ())
+        wrapped, optimizer = super().prepare(policy, optimizer)
+        if not isinstance(wrapped, FSDPModule):
+            raise RuntimeError(f"accelerate made {type(wrapped).__name__} where FSDP was asked for")
+        return wrapped, optimizer
+
+    def micro_batch(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        # Reduced after every row: what waits for a later one would be a whole gradient, unsharded.
+        return nullcontext()
+
+    @contextmanager
+    def replying(self, policy: Policy) -> Iterator[None]:
+        assert isinstance(policy, FSDPModule)
+        # Generation calls the model below the policy, which holds the embeddings and the head.
+        policy.unshard()
+        yield
+        policy.reshard()
+
+    def full_weights(self, wrapped: nn.Module, policy: Policy) -> dict[str, Tensor] | None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: dict[str, Any] = get_model_state_dict(policy, options=options)
+        return {name.removeprefix("model."): weight for name, weight in weights.items()}

@@ -1,0 +1,126 @@
+"""Optimizer state, gradients and, in stage 3, weights in shards: DeepSpeed through accelerate."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from simpo.backend.base import Backend
+from simpo.config import BackendConfig, Precision, Zero3Config, ZeroConfig
+from simpo.model import Policy
+
+
+class ZeroBackend(Backend):
+    """One process that holds a share of the optimizer, and in stage 3 of every weight."""
+
+    def __init__(
+        self, config: ZeroConfig, precision: Precision, max_grad_norm: float = 0.0
+    ) -> None:
+        self.stage = 3 if isinstance(config, Zero3Config) else 2
+        self.checkpoint_format = config.name
+        super().__init__(config, precision, max_grad_norm)
+        self.state_shards = self.processes
+        self.weight_shards = self.processes if self.stage == 3 else 1
+
+    def _start(self, config: BackendConfig) -> Accelerator:
+        import deepspeed
+
+        assert isinstance(config, ZeroConfig)
+        if not self.on_gpu:
+            # Compiled at the first start for two minutes; gloo gives the same numbers.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        plugin = DeepSpeedPlugin(hf_ds_config=self._settings(config), zero3_init_flag=False)
+        accelerator = Accelerator(
+            deepspeed_plugin=plugin,
+            # Without the name of the communication each process would believe itself alone.
+            kwargs_handlers=[self._process_group(config)],
+            mixed_precision=self._precision(),
+        )
+        # With this transformers would load shards, of which nobody could check anything.
+        plugin.dschf = None
+        return accelerator
+
+    def _settings(self, config: ZeroConfig) -> dict[str, Any]:
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "overlap_comm": config.overlap_comm and self.on_gpu,
+            "contiguous_gradients": self.on_gpu,
+            "reduce_bucket_size": config.reduce_bucket_size,
+            "offload_optimizer": {"device": config.offload_optimizer.value},
+        }
+        if isinstance(config, Zero3Config):
+            zero |= {
+                "offload_param": {"device": config.offload_param.value},
+                "stage3_prefetch_bucket_size": config.stage3_prefetch_bucket_size,
+                "stage3_param_persistence_threshold": config.stage3_param_persistence_threshold,
+                "stage3_gather_16bit_weights_on_model_save": True,
+            }
+        short = {"float32": "fp32", "bfloat16": "bf16"}
+        return {
+            # A step has as many rows as it needs; where it ends is told with each of them.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": self._max_grad_norm,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": self.half},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": short[config.communication_data_type.value],
+        }
+
+    def prepare(self, policy: Policy, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        engine, optimizer = super().prepare(policy, optimizer)
+        self._engine: Any = engine
+        return engine, optimizer
+
+    @contextmanager
+    def micro_batch(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss * self.processes)
+
+    def step(self, wrapped: nn.Module, optimizer: Optimizer) -> float:
+        self._engine.step()
+        # A norm that is no number makes DeepSpeed leave the update out.
+        if self._engine.optimizer.overflow:
+            return float("nan")
+        return float(self._engine.get_global_grad_norm())
+
+    def full_weights(self, wrapped: nn.Module, policy: Policy) -> dict[str, Tensor] | None:
+        if self.stage == 2:
+            return None
+        weights = self._accelerator.get_state_dict(wrapped) or {}
+        return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+    def save_state(
+        self, folder: Path, wrapped: nn.Module, optimizer: Optimizer, background: bool = False
+    ) -> Future[Any] | None:
+        try:
+            self._engine.save_checkpoint(
+                str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True
+            )
+        except RuntimeError as error:
+            if "PytorchStreamWriter" in str(error):  # torch's own way to say it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
+        return None
+
+    def load_state(
+        self, folder: Path, wrapped: nn.Module, optimizer: Optimizer, processes: int
+    ) -> None:
+        self._engine.load_checkpoint(
+            str(folder), tag="state", load_module_strict=False, load_lr_scheduler_states=False
+        )

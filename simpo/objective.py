@@ -1,0 +1,39 @@
+"""Held-out metrics by step in, the best step out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from simpo.config import ConfigError, Mode, ObjectiveConfig
+
+Evaluations = Mapping[int, Mapping[str, float]]
+"""Held-out metrics by the number of updates they were taken after."""
+
+
+def best_step(config: ObjectiveConfig, evaluations: Evaluations) -> int | None:
+    """The trained step with the best objective, the earliest of equals; None if there is none.
+
+    The model before the first step is not among them.
+    """
+    sign = 1 if config.mode is Mode.max else -1
+    steps = [step for step in sorted(evaluations) if step]
+    return max(steps, key=lambda step: sign * evaluations[step][config.metric], default=None)
+
+
+def evaluations_without_gain(config: ObjectiveConfig, evaluations: Evaluations) -> int:
+    """How many evaluations have followed that of the best step."""
+    best = best_step(config, evaluations)
+    return 0 if best is None else sum(step > best for step in evaluations)
+
+
+def check_objective(config: ObjectiveConfig, metrics: Mapping[str, float]) -> None:
+    """Compare the objective with what a first evaluation gave.
+
+    Raises:
+        ConfigError: it is not among its metrics.
+    """
+    if config.metric not in metrics:
+        known = ", ".join(metrics) or "nothing is held out"
+        raise ConfigError(
+            [f"objective.metric: no such held-out metric, got {config.metric} ({known})"]
+        )

@@ -1,0 +1,52 @@
+"""One rank of a run that `simpo.processes` started: `python -m simpo.rank FOLDER ...`.
+
+FOLDER holds run.yaml, the settings; rank 0 leaves metrics.json in it. The rest of the command line
+is that of the run, which its records quote.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from simpo.config import ConfigError, DataError, RunError, load_run
+from simpo.train import train
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Train; returns the exit code."""
+    folder = Path(sys.argv.pop(1))
+    # A parent that was killed can end nobody.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    rank = int(os.environ["RANK"])
+    try:
+        metrics = train(load_run(folder / "run.yaml"))
+    except (ConfigError, DataError, RunError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code if isinstance(error, RunError) else 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    except BaseException:
+        # Not where rank 0 prints: it may be the mere echo of another rank's end.
+        with (folder / f"rank-{rank}.log").open("a") as log:
+            traceback.print_exc(file=log)
+        return 1
+    if rank == 0:
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written. Libraries' threads have been seen to abort a process that ends in order.
+    os._exit(code)

@@ -1,0 +1,214 @@
+"""Real processes: one trajectory for any number of them, on every backend, over any restart."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from whole_runs import (
+    assert_same_run,
+    finish,
+    metrics_of,
+    newest_checkpoint,
+    run,
+    start,
+    weights_of,
+)
+
+from simpo.compose import compose_run
+from simpo.data.demo import demo_rows
+from simpo.train import train
+
+pytestmark = pytest.mark.slow
+
+KINDS = ["ddp", "fsdp", "zero2", "zero3"]
+# name: backend, processes, tokens_per_row
+RUNS = {
+    "ddp-2": ("ddp", 2, 256),
+    "ddp-4": ("ddp", 4, 500),
+    "fsdp-2": ("fsdp", 2, 300),
+    "fsdp-4": ("fsdp", 4, 90),
+    "zero2-2": ("zero2", 2, 256),
+    "zero3-2": ("zero3", 2, 400),
+    "fsdp-1": ("fsdp", 1, 256),
+    "zero3-1": ("zero3", 1, 256),
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """20 steps of at most 6 of 25 pairs; an epoch ends with one pair, so that ranks have none."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 25), ("test", 9)):
+        rows = demo_rows(0, split)[:count]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return [
+        f"model.path={tiny_folder}",
+        "model.lora.rank=0",
+        "data=jsonl",
+        f"data.sources=[{{path: {folder}/train.jsonl, test_path: {folder}/test.jsonl}}]",
+        "loss.sft_weight=0.3",
+        "train.pairs_per_step=6",
+        "train.epochs=4",
+        "train.learning_rate=3e-4",
+        "train.precision=fp32",
+        "train.eval_every=10",
+        "train.checkpoint_every=4",
+        "sample.num_prompts=2",
+        "sample.max_new_tokens=8",
+        f"cache_dir={folder}/cache",
+        "backend.device=cpu",
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one process."""
+    folder = tmp_path_factory.mktemp("runs") / "single"
+    train(compose_run([*settings, "train.tokens_per_row=2000", f"run_dir={folder}"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(settings: list[str], alone: Path) -> Callable[[str], Path]:
+    """The undisturbed run of a name in RUNS, made when it is first asked for."""
+
+    def make(name: str) -> Path:
+        folder = alone.parent / name
+        if not folder.exists():
+            run([*settings, *of(name), f"run_dir={folder}"])
+        return folder
+
+    return make
+
+
+def of(name: str) -> list[str]:
+    """Overrides of a run in RUNS."""
+    backend, processes, tokens = RUNS[name]
+    return [
+        f"backend={backend}",
+        f"backend.processes={processes}",
+        f"train.tokens_per_row={tokens}",
+    ]
+
+
+def assert_like(folder: Path, alone: Path) -> None:
+    """Every metric of every step and evaluation to 1e-5, replies to the letter, weights to 1e-4."""
+    got, expected = metrics_of(folder), metrics_of(alone)
+    assert [line["step"] for line in got] == [line["step"] for line in expected]
+    assert len([line for line in got if "train/grad_norm" in line]) == 20
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    for sample in (alone / "samples").iterdir():
+        assert (folder / "samples" / sample.name).read_text() == sample.read_text()
+    weights = weights_of(alone)
+    assert weights.keys() == weights_of(folder).keys()
+    for key, value in weights_of(folder).items():
+        assert (value - weights[key]).abs().max() < 1e-4, key
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_one_trajectory(name: str, whole: Callable[[str], Path], alone: Path) -> None:
+    assert_like(whole(name), alone)
+
+
+def killed_after(step: int, overrides: list[str], folder: Path) -> None:
+    """Begin a run and kill all its processes once it has logged a step."""
+    process = start([*overrides, f"run_dir={folder}"])
+    lines = folder / "metrics.jsonl"
+    while not (lines.is_file() and f'"step": {step},' in lines.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_continues_bit_exactly(
+    kind: str, settings: list[str], whole: Callable[[str], Path], alone: Path, tmp_path: Path
+) -> None:
+    """Killed after step 10; the same number of processes continues bit for bit, another closely."""
+    name = f"{kind}-2"
+    killed = tmp_path / name
+    killed_after(10, [*settings, *of(name)], killed)
+    assert newest_checkpoint(killed).name == "step-000008"
+    fewer = tmp_path / "fewer"
+    shutil.copytree(killed, fewer)
+    assert "continued after step 8" in run([*settings, *of(name), f"run_dir={killed}"])
+    bits = assert_same_run(whole(name), killed, tmp_path)
+    print(f"{name}: {bits} bits of state compared")
+    other = [*of(name), "backend.processes=1"]
+    assert "continued after step 8" in run([*settings, *other, f"run_dir={fewer}"])
+    assert_like(fewer, alone)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_saves_in_the_background(
+    kind: str, settings: list[str], whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Killed on the way; what was written meanwhile continues bit for bit."""
+    overrides = [*settings, *of(f"{kind}-2"), "backend.async_save=true"]
+    folder = tmp_path / kind
+    killed_after(14, overrides, folder)
+    assert newest_checkpoint(folder).name in ("step-000008", "step-000012")
+    assert "continued after step" in run([*overrides, f"run_dir={folder}"])
+    assert_same_run(whole(f"{kind}-2"), folder, tmp_path)
+
+
+def test_another_backend_continues(settings: list[str], alone: Path, tmp_path: Path) -> None:
+    """single, ddp and fsdp read each other's checkpoints; DeepSpeed's are its own."""
+    folder = tmp_path / "moved"
+    budget = ["train.tokens_per_row=256"]
+    killed_after(6, [*settings, *budget], folder)
+    sharded = [*settings, *budget, "backend=fsdp", "backend.processes=2", f"run_dir={folder}"]
+    message = run([*settings, *budget, "backend=zero2", "backend.processes=2", sharded[-1]], code=1)
+    assert (
+        "step-000004: written by a backend with dcp checkpoints, this one reads zero2 (continue "
+        "with the backend it was begun with)\n"
+    ) in message
+    run(sharded)
+    assert_like(folder, alone)
+
+
+def test_joins_torchrun(settings: list[str], alone: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    overrides = [*settings, "backend=ddp", "train.tokens_per_row=256"]
+    command = (*torchrun, "--nproc_per_node=2", "-m", "simpo.train")
+    finish(start([*overrides, f"run_dir={tmp_path / 'run'}"], *command))
+    assert_like(tmp_path / "run", alone)
+    wrong = [*overrides, "backend.processes=3", f"run_dir={tmp_path / 'wrong'}"]
+    message = finish(start(wrong, *command), code=1)
+    assert "backend.processes: 3 asked for here and 2 started in all, but 2 run" in message
+
+
+def test_processes_that_nobody_started(settings: list[str], tmp_path: Path) -> None:
+    """accelerate launch falls back to one process on CPUs: said, not taken for two."""
+    command = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2")
+    overrides = [*settings, "backend=ddp", f"run_dir={tmp_path}"]
+    message = finish(start(overrides, *command, "-m", "simpo.train"), code=1)
+    assert "backend.processes: how many? Without GPUs it has no default (set it)" in message
+    single = [*settings, f"run_dir={tmp_path}"]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    message = finish(start(single, *torchrun, "-m", "simpo.train"), code=1)
+    assert "backend: single runs in 1 process, got 2 (backend=ddp)" in message
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "zero2", "zero3"])
+def test_bf16_with_sums_in_fp32(kind: str, settings: list[str], tmp_path: Path) -> None:
+    """Weights in bf16, log-probs in fp32: losses near those of fp32, and not rounded to bf16."""
+    short = [*settings, "train.max_steps=4", "train.eval_every=0"]
+    train(compose_run([*short, f"run_dir={tmp_path / 'fp32'}"]))
+    run([*short, *of(f"{kind}-2"), "train.precision=bf16", f"run_dir={tmp_path / 'bf16'}"])
+    expected, got = (
+        [line["train/loss"] for line in metrics_of(tmp_path / name) if "train/loss" in line]
+        for name in ("fp32", "bf16")
+    )
+    assert got == pytest.approx(expected, rel=0.02)
+    assert all(torch.tensor(loss).bfloat16().item() != pytest.approx(loss) for loss in got)

@@ -1,0 +1,302 @@
+"""What can befall a run: each fault once, with real processes, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_runs import (
+    assert_same_run,
+    finish,
+    metrics_of,
+    newest_checkpoint,
+    run,
+    start,
+    status_of,
+)
+
+pytestmark = pytest.mark.slow
+
+TWO = ["backend=ddp", "backend.processes=2"]
+
+
+@pytest.fixture
+def settings(tiny_run: list[str]) -> list[str]:
+    """24 steps with a checkpoint after each."""
+    return [
+        *tiny_run,
+        "train.epochs=4",
+        "train.eval_every=8",
+        "train.checkpoint_every=1",
+        "sample.num_prompts=0",
+    ]
+
+
+@pytest.fixture
+def whole(settings: list[str], tmp_path: Path) -> Path:
+    """The undisturbed run, in two processes."""
+    folder = tmp_path / "whole"
+    run([*settings, *TWO, f"run_dir={folder}"])
+    return folder
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for something that a run is to do before it ends."""
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def logged(folder: Path, step: int) -> Callable[[], bool]:
+    """Whether a run has logged a step."""
+    lines = folder / "metrics.jsonl"
+    return lambda: lines.is_file() and f'"step": {step},' in lines.read_text()
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Process ids of the ranks that a run has started, by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    environments = {int(c): Path(f"/proc/{c}/environ").read_bytes() for c in children}
+    found = {pid: re.search(rb"(?:^|\0)RANK=(\d+)", text) for pid, text in environments.items()}
+    return {int(match[1]): pid for pid, match in found.items() if match}
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_rank_is_killed(lost: int, settings: list[str], whole: Path, tmp_path: Path) -> None:
+    """The others end within a minute, the message names it, and the run goes on where it was."""
+    folder = tmp_path / "run"
+    process = start([*settings, *TWO, f"run_dir={folder}"])
+    wait_for(logged(folder, 5), process)
+    ranks = ranks_of(process)
+    assert sorted(ranks) == [0, 1]
+    begin = time.monotonic()
+    os.kill(ranks[lost], signal.SIGKILL)
+    message = finish(process, code=1, timeout_s=60)
+    print(f"rank {lost} killed: all ended after {time.monotonic() - begin:.1f} s")
+    assert message.endswith(
+        f"rank {lost} was killed by SIGKILL; the others were ended (the same command continues "
+        "from the last checkpoint)\n"
+    )
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+    assert status_of(folder)["state"] == ("failed" if lost else "running")
+    run([*settings, *TWO, f"run_dir={folder}"])
+    assert_same_run(whole, folder, tmp_path)
+
+
+def test_twenty_kills(settings: list[str], whole: Path, tmp_path: Path) -> None:
+    """All processes killed 20 times at random moments, every other time in a checkpoint's write."""
+    folder = tmp_path / "run"
+    checkpoints = folder / "checkpoints"
+    command = [*settings, *TWO, f"run_dir={folder}"]
+    rng = random.Random(0)
+    in_a_write = 0
+
+    def steps() -> int:
+        return int(newest_checkpoint(folder).name[5:]) if any(checkpoints.glob("step-*")) else 0
+
+    for attempt in range(20):
+        process = start(command)
+        if attempt % 2:
+            # Rank 0 makes this folder, all write into it, and it is renamed when it is whole.
+            wait_for(lambda: any(checkpoints.glob(".step-*/state/*")), process)
+            time.sleep(rng.uniform(0, 0.01))
+        elif attempt % 4:
+            before = steps()
+            wait_for(lambda before=before: steps() > before, process)
+            time.sleep(rng.uniform(0, 0.05))
+        else:
+            time.sleep(rng.uniform(0, 8))
+        ranks = ranks_of(process) if process.poll() is None else {}
+        # The ranks have asked the system to end with their parent.
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        deadline = time.monotonic() + 10
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks.values()):
+            assert time.monotonic() < deadline, "a rank outlived its parent"
+            time.sleep(0.01)
+        in_a_write += any(checkpoints.glob(".step-*"))
+    print(f"20 kills, {in_a_write} of them inside a checkpoint's write, {steps()} steps then")
+    assert in_a_write >= 5
+    run(command)
+    bits = assert_same_run(whole, folder, tmp_path)
+    print(f"{bits} bits of state compared")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_saves_and_ends(
+    name: str, settings: list[str], whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = [*settings, *TWO, "train.checkpoint_every=0", f"run_dir={folder}"]
+    code = {"SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 0}[name]
+    process = start([*command, f"train.stopped_exit_code={code}"])
+    wait_for(logged(folder, 5), process)
+    process.send_signal(signal.Signals[name])
+    message = finish(process, code)
+    step = int(newest_checkpoint(folder).name[5:])
+    assert 5 <= step < 24
+    assert message.endswith(
+        f"{name}: saved after step {step} in {folder} (the same command continues)\n"
+    )
+    assert status_of(folder)["state"] == "stopped"
+    assert f"continued after step {step}" in run(command)
+    assert_same_run(whole, folder, tmp_path)
+
+
+def test_a_signal_to_one_rank_stops_all(settings: list[str], tmp_path: Path) -> None:
+    """Slurm and torchrun may signal ranks one by one; all save the same step."""
+    folder = tmp_path / "run"
+    process = start([*settings, *TWO, f"run_dir={folder}"])
+    wait_for(logged(folder, 3), process)
+    os.kill(ranks_of(process)[1], signal.SIGUSR1)
+    assert "SIGUSR1: saved after step" in finish(process, code=75)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero2", "zero3"])
+def test_the_disk_is_full(kind: str, settings: list[str], small_disk: Path) -> None:
+    """The checkpoint before stays, the run says so, and goes on when there is room."""
+    folder = small_disk / "run"
+    command = [*settings, f"backend={kind}", "backend.processes=2", f"run_dir={folder}"]
+    process = start([*command, "train.checkpoint_every=6"])
+    wait_for(lambda: any((folder / "checkpoints").glob("step-000006")), process)
+    filler = small_disk / "filler"
+    with filler.open("wb") as file:
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        file.write(bytes(free - 300_000))  # metrics.jsonl fits, a checkpoint does not
+    message = finish(process, code=1)
+    assert re.search(
+        r"step 12: the checkpoint could not be written: .*No space left on device.* "
+        r"\(step-000006 stays; make room, and the same command continues\)",
+        message,
+    ), message[-3000:]
+    assert newest_checkpoint(folder).name == "step-000006"
+    filler.unlink()
+    assert "continued after step 6" in run([*command, "train.checkpoint_every=0"])
+    assert [x["step"] for x in metrics_of(folder) if "train/loss" in x] == list(range(1, 25))
+
+
+def test_metrics_on_a_full_disk(settings: list[str], tmp_path: Path) -> None:
+    """A run whose files may not grow says which folder wants room, in one line."""
+    folder = tmp_path / "run"
+    process = start([*settings, "train.checkpoint_every=0", f"run_dir={folder}"])
+    wait_for(logged(folder, 2), process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    message = finish(process, code=1)
+    assert message.endswith(
+        f"{folder}: File too large (make room, and the same command continues)\n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["single", "fsdp", "zero3"])
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "missing"])
+def test_a_damaged_checkpoint(damage: str, kind: str, settings: list[str], tmp_path: Path) -> None:
+    """Found by its size or hash; the one before it is used, and that is said."""
+    if kind != "single" and damage != "bit flipped":
+        pytest.skip("one kind of damage is enough for the other backends")
+    folder = tmp_path / "run"
+    many = [] if kind == "single" else ["backend.processes=2"]
+    command = [*settings, f"backend={kind}", *many, "train.checkpoint_every=6", f"run_dir={folder}"]
+    process = start(command)
+    wait_for(lambda: any((folder / "checkpoints").glob("step-000012")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    newest = newest_checkpoint(folder)
+    file = max((newest / "state").rglob("*.*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    place = f"{newest} is damaged and left out: {file.relative_to(newest)}"
+    if damage == "truncated":
+        file.write_bytes(content[:-1])
+        said = f"{place} has {len(content) - 1} bytes, not {len(content)}"
+    elif damage == "missing":
+        file.unlink()
+        said = f"{place} is missing"
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        said = f"{place} has changed (sha256)"
+    message = run(command)
+    assert f"{said}\n" in message
+    before = int(newest.name[5:]) - 6
+    assert f"continued after step {before}" in message
+    assert (newest.parent / f"damaged-{newest.name}").is_dir(), "nothing is thrown away"
+    assert [x["step"] for x in metrics_of(folder) if "train/loss" in x] == list(range(1, 25))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero2", "zero3"])
+def test_a_loss_that_is_not_finite(
+    kind: str, settings: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The embedding of one word of one pair is no number: the step with that pair is not taken."""
+    poisoned = tmp_path / "poisoned"
+    shutil.copytree(tiny_folder, poisoned)
+    (token,) = AutoTokenizer.from_pretrained(poisoned).encode("~", add_special_tokens=False)
+    model = AutoModelForCausalLM.from_pretrained(poisoned)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = float("nan")
+    model.save_pretrained(poisoned)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    rows[16]["chosen"][-1]["content"] += " ~"
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "run"
+    command = [*settings, f"backend={kind}", "backend.processes=2", f"run_dir={folder}"]
+    message = finish(start([*command, f"model.path={poisoned}"]), code=1)
+    match = re.search(r"step (\d+): the loss is not finite; not updated; pairs: (.*)", message)
+    assert match, message[-3000:]
+    assert match[2] == f"{tmp_path}/train.jsonl train row 17"
+    done = int(match[1]) - 1
+    assert newest_checkpoint(folder).name == f"step-{done:06d}"
+    assert status_of(folder)["state"] == "failed"
+
+
+def test_another_tokenizer_under_a_run(
+    settings: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The same settings, but what lies in the tokenizer's folder has changed meanwhile."""
+    own = tmp_path / "model"
+    shutil.copytree(tiny_folder, own)
+    folder = tmp_path / "run"
+    command = [*settings, f"model.path={own}", *TWO, f"run_dir={folder}"]
+    process = start(command)
+    wait_for(logged(folder, 2), process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=75)
+    before = json.loads((folder / "data.json").read_text())["train_fingerprint"]
+    tokenizer = json.loads((own / "tokenizer.json").read_text())
+    del tokenizer["model"]["merges"][-20:]
+    (own / "tokenizer.json").write_text(json.dumps(tokenizer))
+    Tokenizer.from_file(str(own / "tokenizer.json"))
+    message = finish(start(command), code=2)
+    pattern = (
+        rf"{folder}: the tokenizer changed under this run: tokens_fingerprint was ([0-9a-f]+), is "
+        r"([0-9a-f]+) \(restore it, or start anew with run_dir=NEW\)"
+    )
+    match = re.search(pattern, message)
+    assert match and match[1] != match[2], message[-3000:]
+    assert json.loads((folder / "data.json").read_text())["train_fingerprint"] == before

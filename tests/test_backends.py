@@ -58,6 +58,7 @@ def settings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
         "train.pairs_per_step=6",
         "train.epochs=4",
         "train.learning_rate=3e-4",
+        "train.weight_decay=0.1",
         "train.precision=fp32",
         "train.eval_every=10",
         "train.checkpoint_every=4",

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from whole_runs import TIMING, finish, newest_checkpoint, run, start
 
 from simpo.compose import compose_run
 from simpo.config import TrackerConfig
@@ -38,6 +43,56 @@ def wandb_records(path: Path) -> Iterator[object]:
             yield record
 
 
+def sent_by_step(records: list[Any]) -> dict[tuple[int, str], float]:
+    """What was logged, by step and key."""
+    sent = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            row = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
+            # One row for a step in which both training and evaluation were logged, or two.
+            sent |= {(row["_step"], key): value for key, value in row.items()}
+    return sent
+
+
+@pytest.mark.slow
+def test_one_curve_over_a_restart(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between checkpoints: the same id, no hole, and steps sent twice are the same."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "run"
+    command = [*tiny_run, "train.epochs=4", "train.checkpoint_every=4", "tracker=wandb"]
+    command += ["tracker.mode=offline", f"run_dir={folder}"]
+    process = start(command)
+    lines = folder / "metrics.jsonl"
+    while not (lines.is_file() and '"step": 11,' in lines.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=75)
+    # As a kill would have it: the newest checkpoint is older than what was logged.
+    shutil.rmtree(newest_checkpoint(folder))
+    continued = run(command)
+    first, second = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert first.name == second.name == "run-run.wandb"
+    before, after = (sent_by_step(list(wandb_records(file))) for file in (first, second))
+    began = min(step for step, _ in after)
+    assert f"continued after step {began - 1}" in continued
+    again = before.keys() & after.keys()
+    assert again
+    for step, key in again:
+        if not key.startswith("_") and key not in TIMING:
+            assert before[step, key] == after[step, key]
+    whole = before | after
+    assert sorted({step for step, key in whole if key == "train/loss"}) == list(range(1, 25))
+    for line in read_metrics(lines):
+        for key, value in line.items():
+            if key != "step" and key not in TIMING:
+                assert whole[line["step"], key] == pytest.approx(value), key
+
+
 @pytest.mark.slow
 def test_wandb_offline_without_a_key(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -60,19 +115,11 @@ def test_wandb_offline_without_a_key(
     )
     (file,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     records = list(wandb_records(file))
+    sent = sent_by_step(records)
     (started,) = [r.run for r in records if r.WhichOneof("record_type") == "run"]
     assert (started.run_id, started.project, list(started.tags)) == ("run", "pairs", ["tiny"])
     settings = {item.key: json.loads(item.value_json) for item in started.config.update}
     assert settings["loss.beta"] == 2.0
-    history: list[dict[str, float]] = []
-    for record in records:
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            history.append(
-                {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
-            )
-    # One row for a step in which both training and evaluation were logged, else one for each.
-    sent = {(row["_step"], key): value for row in history for key, value in row.items()}
     for line in read_metrics(folder / "metrics.jsonl"):
         for key, value in line.items():
             if key != "step":

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -121,6 +124,35 @@ class ZeroBackend(Backend):
     def load_state(
         self, folder: Path, wrapped: nn.Module, optimizer: Optimizer, processes: int
     ) -> None:
+        if processes == self.processes:
+            self._load(folder)
+            return
+        # DeepSpeed reads the shards of another number of processes only in its universal form.
+        whole = folder.parent.with_name(f".{folder.parent.name}-universal")
+        if self.is_main:
+            _convert(folder / "state", whole / "state")
+        self.wait()
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        self._engine._config.load_universal_checkpoint = True
+        self._load(whole)
+        self._engine._config.load_universal_checkpoint = False
+        # Of this form stage 3 gives all groups the settings of the first, and all parts of the
+        # optimizer one and the same count of steps, which each of them then raises.
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        for state in self._engine.optimizer.optimizer.state.values():
+            state["step"] = state["step"].clone()
+        self.wait()
+        if self.is_main:
+            shutil.rmtree(whole)
+
+    def _load(self, folder: Path) -> None:
         self._engine.load_checkpoint(
             str(folder), tag="state", load_module_strict=False, load_lr_scheduler_states=False
         )
+
+
+def _convert(shards: Path, whole: Path) -> None:
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    arguments = [f"--input_folder={shards}", f"--output_folder={whole}", "--inject_missing_state"]
+    subprocess.run([*command, *arguments], check=True, capture_output=True)

@@ -119,7 +119,8 @@ def _meanings() -> dict[tuple[str, str], str]:
             for statement, below in zip(node.body, node.body[1:], strict=False):
                 if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr):
                     name = ast.unparse(statement.target)
-                    meanings[node.name, name] = inspect.cleandoc(ast.literal_eval(below.value))
+                    # A line break would end the row of the table.
+                    meanings[node.name, name] = " ".join(ast.literal_eval(below.value).split())
     return meanings
 
 

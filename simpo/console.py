@@ -21,6 +21,7 @@ SHOWN = (
     ("rewards/accuracies", "accuracy"),
     ("rewards/margins", "margin"),
     ("rule_pass_rate", "rule pass rate"),
+    ("reply_repetition", "repetition in replies"),
 )
 """Held-out metrics shown to people, with the names they get."""
 

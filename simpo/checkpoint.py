@@ -30,9 +30,12 @@ class CheckpointStore:
         for part in folder.glob(".step-*"):
             shutil.rmtree(part)
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        return max(self._all(), default=None)
+    def latest(self, until_step: int | None = None) -> Path | None:
+        """The newest complete checkpoint, or the newest of at most `until_step` updates."""
+        paths = self._all()
+        if until_step is not None:
+            paths = [p for p in paths if int(p.name.removeprefix("step-")) <= until_step]
+        return max(paths, default=None)
 
     def save(self, step: int, policy: Policy, optimizer: Optimizer, metrics_bytes: int) -> Path:
         """Write the state after `step` updates, then drop the oldest beyond `keep`.

@@ -30,11 +30,12 @@ SHOWN = (
 class Results:
     """What a run found: held-out metrics before the first step and after the last.
 
-    Both are empty where nothing is held out.
+    Both are empty where nothing is held out. `findings` are the signs of a collapse, a line each.
     """
 
     before: dict[str, float]
     after: dict[str, float]
+    findings: tuple[str, ...] = ()
 
 
 REPLIES_SHOWN = 5
@@ -132,6 +133,8 @@ def end_lines(results: Results, run_dir: Path, last_step: int) -> list[str]:
     if all(path.is_file() for path in samples):
         before, after = (json.loads(path.read_text()) for path in samples)
         lines += ["", *_reply_lines(before, after)]
+    if results.findings:
+        lines.append(f"watch  {len(results.findings)} signs of a collapse, see results.json")
     return [*lines, f"model  {run_dir / 'model'}"]
 
 

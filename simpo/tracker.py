@@ -53,13 +53,15 @@ class Tracker:
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
-    def log(self, step: int, prefix: str, metrics: dict[str, float]) -> None:
-        """Write metrics down, their keys under `prefix`/."""
+    def log(self, step: int, prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+        """Write metrics down, their keys under `prefix`/, and return the line written."""
         named = {f"{prefix}/{key}": value for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **named}).encode() + b"\n")
+        line = {"step": step, **named}
+        self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(named, step=step)
+        return line
 
     def progress(self, step: int, total_steps: int, metrics: dict[str, float]) -> None:
         """Move the progress bar to `step`."""

@@ -22,7 +22,15 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from simpo.compose import explain
-from simpo.config import ConfigError, DataError, RunConfig, build_run, menu_dir, trajectory
+from simpo.config import (
+    ConfigError,
+    DataError,
+    RunConfig,
+    WatchAction,
+    build_run,
+    menu_dir,
+    trajectory,
+)
 
 
 class RunError(Exception):
@@ -66,7 +74,8 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.run_folder import RunFolder, environment, git_diff
     from simpo.sample import greedy_replies, reply_metrics
     from simpo.step import NonFiniteError, evaluate, update
-    from simpo.tracker import Tracker
+    from simpo.tracker import Tracker, read_metrics
+    from simpo.watch import CollapseWatch
 
     _quiet_libraries()
     cfg = run.train
@@ -115,6 +124,7 @@ def train(run: RunConfig) -> dict[str, float]:
     policy, optimizer = backend.prepare(policy, optimizer)
 
     store = CheckpointStore(folder.path / "checkpoints", cfg.keep_checkpoints)
+    watch = CollapseWatch(run.watch)
     sampled = test_set.pairs[: run.sample.num_prompts]
     test_rows = rows_of_pairs(range(len(test_set.pairs)), test_tokens, cfg.tokens_per_row)
 
@@ -125,6 +135,15 @@ def train(run: RunConfig) -> dict[str, float]:
 
         def packed(data: TokenizedSet, row: list[int]) -> PackedPairs:
             return pack([data.tokens[i] for i in row], row, cfg.share_prefix)
+
+        def look_out(line: dict[str, float]) -> None:
+            """Tell what a logged line reveals of a collapse, and stop where that is asked for."""
+            for finding in watch.read(line):
+                good = store.latest(finding.good_step) or "none kept"
+                told = f"watch  {finding.text}; last good checkpoint: {good}"
+                if run.watch.action is WatchAction.stop:
+                    raise RunError(told)
+                tracker.say(told)
 
         def held_out() -> dict[str, float]:
             """Evaluate on the held-out pairs, log it, keep the replies."""
@@ -138,13 +157,15 @@ def train(run: RunConfig) -> dict[str, float]:
                 metrics |= reply_metrics(replies)
                 folder.write_replies(step, replies)
             if metrics:
-                tracker.log(step, "eval", metrics)
+                look_out(tracker.log(step, "eval", metrics))
             return metrics
 
         step, metrics_bytes = 0, 0
         if (checkpoint := store.latest()) is not None:
             step, metrics_bytes = store.load(checkpoint, policy, optimizer)
         tracker.cut_back(metrics_bytes)
+        for line in read_metrics(folder.path / "metrics.jsonl"):
+            watch.read(line)  # told by the process that logged it
         tracker.say(
             *console.start_lines(run, policy, str(backend), mixture.table, train_set, plan),
             *console.cost_lines(planned, memory),
@@ -177,7 +198,7 @@ def train(run: RunConfig) -> dict[str, float]:
             }
             last = step == plan.total_steps
             if last or step % cfg.log_every == 0:
-                tracker.log(step, "train", metrics)
+                look_out(tracker.log(step, "train", metrics))
             tracker.progress(step, plan.total_steps, metrics)
             if cfg.eval_every and step % cfg.eval_every == 0 and not last:
                 held_out()
@@ -187,12 +208,17 @@ def train(run: RunConfig) -> dict[str, float]:
         trained_s = time.perf_counter() - begin
         after = held_out()
         export.save_model(policy, chat, folder.path / "model")
-        results = console.Results(before=tracker.first_evaluation(), after=after)
+        results = console.Results(
+            before=tracker.first_evaluation(),
+            after=after,
+            findings=tuple(finding.text for finding in watch.findings),
+        )
         folder.write_json(
             "results.json",
             {
                 "eval_before": results.before,
                 "eval_after": after,
+                "findings": results.findings,
                 "train": {"steps": plan.total_steps, "this_process_s": trained_s},
             },
         )

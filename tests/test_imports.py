@@ -16,7 +16,7 @@ config.inputs
 config.schema
 config.check
 config
-compose data.demo data.rows data.packing attention logps loss optim smollm2 tracker
+compose data.demo data.rows data.packing attention logps loss optim smollm2 tracker watch
 data.mixture model
 data.chat backend checkpoint cost probe
 console sample step
@@ -84,7 +84,7 @@ def test_imports_go_down(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["loss", "logps", "pairs", "optim", "data.packing", "data.plan", "data.rows"]
+    "module", ["loss", "logps", "pairs", "optim", "data.packing", "data.plan", "data.rows", "watch"]
 )
 def test_the_mathematics_knows_no_framework(module):
     assert packages(everywhere(MODULES[module])) & HEAVY == set()

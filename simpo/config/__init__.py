@@ -28,6 +28,7 @@ from simpo.config.choices import (
     PromptTruncation,
     Schedule,
     WandbMode,
+    WatchAction,
 )
 from simpo.config.inputs import (
     PACKAGE,
@@ -53,6 +54,7 @@ from simpo.config.schema import (
     TrackerConfig,
     TrainConfig,
     WandbConfig,
+    WatchConfig,
 )
 
 __all__ = [
@@ -87,6 +89,8 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "WandbMode",
+    "WatchAction",
+    "WatchConfig",
     "build_run",
     "check_run",
     "load_run",

@@ -81,6 +81,10 @@ class CheckpointStore:
                 shutil.rmtree(part)
         backend.wait()
 
+    def newest(self, until_step: int) -> Path | None:
+        """The newest checkpoint of at most so many updates."""
+        return max((p for p in self._all() if p <= self._path(until_step)), default=None)
+
     def resume(self, wrapped: nn.Module, optimizer: Optimizer) -> tuple[Seal | None, list[str]]:
         """Load the newest checkpoint that is whole; damaged ones are set aside.
 

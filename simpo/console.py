@@ -21,6 +21,7 @@ SHOWN = (
     ("rewards/accuracies", "accuracy"),
     ("rewards/margins", "margin"),
     ("rule_pass_rate", "rule pass rate"),
+    ("reply_repetition", "repetition in replies"),
 )
 """Held-out metrics shown to people, with the names they get."""
 
@@ -29,11 +30,12 @@ SHOWN = (
 class Results:
     """What a run found: held-out metrics before the first step and after the last.
 
-    Both are empty where nothing is held out.
+    Both are empty where nothing is held out. `findings` are the signs of a collapse, a line each.
     """
 
     before: dict[str, float]
     after: dict[str, float]
+    findings: tuple[str, ...] = ()
 
 
 REPLIES_SHOWN = 5
@@ -131,6 +133,8 @@ def end_lines(results: Results, run_dir: Path, model_step: int, last_step: int) 
     if all(path.is_file() for path in samples):
         before, after = (json.loads(path.read_text()) for path in samples)
         lines += ["", *_reply_lines(before, after)]
+    if results.findings:
+        lines.append(f"watch  {len(results.findings)} signs of a collapse, see results.json")
     which = "" if model_step == last_step else f", the best: after step {model_step}"
     return [*lines, f"model  {run_dir / 'model'}{which}"]
 

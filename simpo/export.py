@@ -77,6 +77,7 @@ def write_card(run: RunConfig, run_dir: Path, results: Results) -> None:
         "",
         *markdown_table(result_rows(results)),
         "",
+        *[line for finding in results.findings for line in (f"Sign of collapse: {finding}.", "")],
         "![curves](curves.png)",
         "",
         "## Provenance",

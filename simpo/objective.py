@@ -1,13 +1,23 @@
-"""Held-out metrics by step in, the best step out."""
+"""Logged lines in, the evaluations among them and the best step out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from simpo.config import ConfigError, Mode, ObjectiveConfig
 
 Evaluations = Mapping[int, Mapping[str, float]]
 """Held-out metrics by the number of updates they were taken after."""
+
+
+def evaluations_in(lines: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
+    """The evaluations among the lines of a metrics.jsonl."""
+    found = {}
+    for line in lines:
+        values = {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}
+        if values:
+            found[int(line["step"])] = values
+    return found
 
 
 def best_step(config: ObjectiveConfig, evaluations: Evaluations) -> int | None:

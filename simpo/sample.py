@@ -1,4 +1,4 @@
-"""Held-out prompts in, the policy's greedy replies out, and how many obey their rule."""
+"""Held-out prompts in, the policy's greedy replies out: how many obey, how much they repeat."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from simpo.model import Policy
 from simpo.pairs import Pair
 
 BATCH_PROMPTS = 64
+NGRAM_TOKENS = 4
+"""Tokens that make a repetition when they occur in one reply again: longer than set phrases."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A greedy reply to the prompt of a pair; `obeys` is None where the pair has no rule."""
+    """A greedy reply to the prompt of a pair; `obeys` is None where the pair has no rule.
+
+    `repetition` is what `repetition` says of its tokens.
+    """
 
     pair: Pair
     text: str
     tokens: int
     obeys: bool | None
+    repetition: float
 
 
 @torch.no_grad()
@@ -61,13 +67,32 @@ def greedy_replies(
             length = ids.index(chat.end_id) if chat.end_id in ids else len(ids)
             text = str(chat.tokenizer.decode(ids[:length], skip_special_tokens=True))
             rule = pairs[i].rule
-            replies[i] = Reply(pairs[i], text, length, None if rule is None else obeys(rule, text))
+            replies[i] = Reply(
+                pairs[i],
+                text,
+                length,
+                None if rule is None else obeys(rule, text),
+                repetition(ids[:length]),
+            )
     return [replies[i] for i in range(len(pairs))]
 
 
+def repetition(ids: Sequence[int]) -> float:
+    """Share of a reply's 4-grams of tokens that occurred in it before, from 0 to below 1.
+
+    Tokens and not words, of which "HiHiHi" and languages without spaces have one. A reply too short
+    for a 4-gram repeats nothing. Example: `a b a b a b a` has abab, baba, abab, baba: 2 of 4.
+    """
+    ngrams = [tuple(ids[i : i + NGRAM_TOKENS]) for i in range(len(ids) - NGRAM_TOKENS + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
 def reply_metrics(replies: Sequence[Reply]) -> dict[str, float]:
-    """Mean length, and the share of replies that obey their rule where there are rules."""
-    metrics = {"reply_tokens": sum(reply.tokens for reply in replies) / len(replies)}
+    """Means of length and repetition, and the share that obey their rule where there are rules."""
+    metrics = {
+        "reply_tokens": sum(reply.tokens for reply in replies) / len(replies),
+        "reply_repetition": sum(reply.repetition for reply in replies) / len(replies),
+    }
     checked = [reply.obeys for reply in replies if reply.obeys is not None]
     if checked:
         metrics["rule_pass_rate"] = sum(checked) / len(checked)

@@ -67,13 +67,15 @@ class Tracker:
             os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
-    def log(self, step: int, prefix: str, metrics: dict[str, float]) -> None:
-        """Write metrics down, their keys under `prefix`/."""
+    def log(self, step: int, prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+        """Write metrics down, their keys under `prefix`/, and return the line written."""
         named = {f"{prefix}/{key}": value for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **named}).encode() + b"\n")
+        line = {"step": step, **named}
+        self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(named, step=step)
+        return line
 
     def progress(self, step: int, total_steps: int, metrics: dict[str, float]) -> None:
         """Move the progress bar to `step`; metrics as of the last logged step, or empty."""
@@ -104,14 +106,9 @@ class Tracker:
         with tqdm.external_write_mode(file=sys.stdout):
             print(*lines, sep="\n", flush=True)
 
-    def evaluations(self) -> dict[int, dict[str, float]]:
-        """The held-out metrics so far, by step, those of earlier processes included."""
-        found = {}
-        for line in read_metrics(self._path) if self._writes else []:
-            values = {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}
-            if values:
-                found[int(line["step"])] = values
-        return found
+    def history(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl so far, those of earlier processes included."""
+        return read_metrics(self._path) if self._writes else []
 
     def __enter__(self) -> Tracker:
         return self

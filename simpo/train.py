@@ -30,6 +30,7 @@ from simpo.config import (
     RunConfig,
     RunError,
     Stopped,
+    WatchAction,
     build_run,
     menu_dir,
     trajectory,
@@ -79,7 +80,12 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.data.packing import pack, pack_nothing
     from simpo.data.plan import build_plan, pairs_of_step, rows_of_pairs
     from simpo.model import load_policy, load_tokenizer
-    from simpo.objective import best_step, check_objective, evaluations_without_gain
+    from simpo.objective import (
+        best_step,
+        check_objective,
+        evaluations_in,
+        evaluations_without_gain,
+    )
     from simpo.optim import build_optimizer, learning_rate, set_learning_rate
     from simpo.pairs import PackedPairs
     from simpo.probe import check_packing
@@ -88,6 +94,7 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.signals import StopRequest
     from simpo.step import NonFiniteError, evaluate, summarise, update
     from simpo.tracker import Tracker
+    from simpo.watch import CollapseWatch
 
     _quiet_libraries()
     cfg = run.train
@@ -153,6 +160,7 @@ def train(run: RunConfig) -> dict[str, float]:
         backend,
         background=getattr(run.backend, "async_save", False),
     )
+    watch = CollapseWatch(run.watch)
     sampled = test_set.pairs[: run.sample.num_prompts]
     test_rows = rows_of_pairs(
         range(len(test_set.pairs)), test_tokens, cfg.tokens_per_row, backend.processes
@@ -174,6 +182,15 @@ def train(run: RunConfig) -> dict[str, float]:
                 else:
                     yield pack_nothing(data.tokens[0], cfg.share_prefix)
 
+        def look_out(line: dict[str, float]) -> None:
+            """Tell what a logged line reveals of a collapse, and stop where that is asked for."""
+            for finding in watch.read(line):
+                good = store.newest(finding.good_step) or "none kept"
+                told = f"watch  {finding.text}; last good checkpoint: {good}"
+                if run.watch.action is WatchAction.stop:
+                    raise RunError(told)
+                tracker.say(told)
+
         def held_out() -> None:
             """Evaluate on the held-out pairs, log it, keep the replies."""
             metrics: dict[str, float] = {}
@@ -188,8 +205,8 @@ def train(run: RunConfig) -> dict[str, float]:
                 metrics |= reply_metrics(replies)
                 folder.write_replies(step, replies)
             if metrics:
-                tracker.log(step, "eval", metrics)
                 evaluations[step] = metrics
+                look_out(tracker.log(step, "eval", metrics))
 
         def out_of_patience() -> bool:
             waited = evaluations_without_gain(run.objective, evaluations)
@@ -198,7 +215,10 @@ def train(run: RunConfig) -> dict[str, float]:
         seal, damaged = store.resume(wrapped, optimizer)
         step = seal.step if seal else 0
         tracker.cut_back(seal.metrics_bytes if seal else 0)
-        evaluations = backend.broadcast(tracker.evaluations())
+        history = backend.broadcast(tracker.history())
+        evaluations = evaluations_in(history)
+        for line in history:
+            watch.read(line)  # told by the process that logged it
         tracker.say(
             *start_lines,
             *damaged,
@@ -238,7 +258,7 @@ def train(run: RunConfig) -> dict[str, float]:
                     "tokens_per_s": int(train_tokens[indices].sum()) / seconds,
                     **cost.speed(sum(flops.of_row(row) for row in rows) / seconds, backend.device),
                 }
-                tracker.log(step, "train", metrics)
+                look_out(tracker.log(step, "train", metrics))
             tracker.progress(step, plan.total_steps, metrics)
             if cfg.eval_every and step % cfg.eval_every == 0 and not last:
                 held_out()
@@ -269,7 +289,11 @@ def train(run: RunConfig) -> dict[str, float]:
             store.load(kept, wrapped, optimizer)
         weights = backend.full_weights(wrapped, policy)
         after = evaluations.get(kept, {})
-        results = console.Results(before=evaluations[min(evaluations)], after=after)
+        results = console.Results(
+            before=evaluations.get(0, {}),
+            after=after,
+            findings=tuple(finding.text for finding in watch.findings),
+        )
         if backend.is_main:
             export.save_model(policy, weights, chat, folder.path / "model")
             export.write_card(run, folder.path, results)
@@ -278,6 +302,7 @@ def train(run: RunConfig) -> dict[str, float]:
             {
                 "eval_before": results.before,
                 "eval_after": after,
+                "findings": results.findings,
                 "train": {"steps": step, "model_step": kept, "this_process_s": trained_s},
             },
         )

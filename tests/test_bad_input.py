@@ -14,8 +14,8 @@ from simpo.data.rules import RULES
 
 MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
 SECTIONS = (
-    "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, objective, export, "
-    "backend, launcher, tracker"
+    "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, objective, watch, "
+    "export, backend, launcher, tracker"
 )
 TRAIN_KEYS = (
     "pairs_per_step, tokens_per_row, share_prefix, check_memory, epochs, max_steps, "

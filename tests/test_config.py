@@ -171,6 +171,7 @@ def test_run_id_changes(change):
         "run_dir=elsewhere/7",
         "cache_dir=elsewhere",
         "sample.num_prompts=7",
+        "watch.action=stop",
         "tracker=wandb",
         "export.push_to_hub=me/mine",
     ],

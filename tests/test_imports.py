@@ -17,7 +17,7 @@ config.schema
 config.check
 config
 compose data.demo data.rows data.packing attention logps loss objective optim signals
-smollm2 tracker
+smollm2 tracker watch
 data.mixture model processes
 data.chat backend.base cost probe
 backend.fsdp backend.zero
@@ -88,7 +88,7 @@ def test_imports_go_down(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["loss", "logps", "pairs", "optim", "data.packing", "data.plan", "data.rows"]
+    "module", ["loss", "logps", "pairs", "optim", "data.packing", "data.plan", "data.rows", "watch"]
 )
 def test_the_mathematics_knows_no_framework(module):
     assert packages(everywhere(MODULES[module])) & HEAVY == set()

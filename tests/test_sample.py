@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from simpo.compose import compose_run
 from simpo.data.chat import Chat
 from simpo.data.mixture import load_mixture
 from simpo.model import load_policy, load_tokenizer
-from simpo.sample import Reply, greedy_replies, reply_metrics
+from simpo.sample import Reply, greedy_replies, repetition, reply_metrics
 
 
 def test_replies_of_a_batch(tiny_run: list[str], tmp_path: Path) -> None:
@@ -32,11 +33,33 @@ def test_replies_of_a_batch(tiny_run: list[str], tmp_path: Path) -> None:
             written.append(token)
         assert reply.pair is pair
         assert reply.tokens == len(written)
+        assert reply.repetition == repetition(written)
         assert reply.text == chat.tokenizer.decode(written, skip_special_tokens=True)
 
 
 def test_reply_metrics() -> None:
     pair: object = None
-    replies = [Reply(pair, "", n, ok) for n, ok in ((2, True), (4, False), (9, None), (5, True))]  # type: ignore[arg-type]
-    assert reply_metrics(replies) == {"reply_tokens": 5.0, "rule_pass_rate": 2 / 3}
-    assert reply_metrics(replies[2:3]) == {"reply_tokens": 9.0}
+    told = ((2, True, 0.0), (4, False, 0.5), (9, None, 0.75), (5, True, 0.0))
+    replies = [Reply(pair, "", n, ok, again) for n, ok, again in told]  # type: ignore[arg-type]
+    assert reply_metrics(replies) == {
+        "reply_tokens": 5.0,
+        "reply_repetition": 0.3125,
+        "rule_pass_rate": 2 / 3,
+    }
+    assert reply_metrics(replies[2:3]) == {"reply_tokens": 9.0, "reply_repetition": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"),
+    [
+        ("abababa", 2 / 4),  # abab baba abab baba
+        ("hhhhhhhhhhh", 7 / 8),  # eight times hhhh
+        ("abcdbcdabc", 0.0),  # three in a row come again, never four
+        ("abcd-abcd", 1 / 6),
+        ("aaa", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_repetition(ids: str, share: float) -> None:
+    """Letters as token ids: 4-grams counted by hand."""
+    assert repetition([ord(letter) for letter in ids]) == pytest.approx(share)

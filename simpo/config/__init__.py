@@ -41,6 +41,7 @@ from simpo.config.choices import (
     ReduceDtype,
     Schedule,
     WandbMode,
+    WatchAction,
 )
 from simpo.config.inputs import (
     PACKAGE,
@@ -68,6 +69,7 @@ from simpo.config.schema import (
     TrackerConfig,
     TrainConfig,
     WandbConfig,
+    WatchConfig,
 )
 
 __all__ = [
@@ -112,6 +114,8 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "WandbMode",
+    "WatchAction",
+    "WatchConfig",
     "Zero2Config",
     "Zero3Config",
     "ZeroConfig",

@@ -51,6 +51,11 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+class WatchAction(str, Enum):
+    warn = "warn"
+    stop = "stop"
+
+
 class WandbMode(str, Enum):
     online = "online"
     offline = "offline"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from simpo.config.backends import BackendConfig
-from simpo.config.choices import Mode, Precision, Schedule, WandbMode
+from simpo.config.choices import Mode, Precision, Schedule, WandbMode, WatchAction
 from simpo.config.inputs import DataConfig, ModelConfig
 
 
@@ -174,6 +174,34 @@ class ObjectiveConfig:
 
 
 @dataclass(kw_only=True)
+class WatchConfig:
+    """When a run counts as collapsing, measured against its own start, and what follows."""
+
+    action: WatchAction = WatchAction.warn
+    """warn: say so and go on. stop: end the run with exit code 1; its checkpoints stay."""
+    chosen_drop: float = 1.0
+    """Nats that the log-prob of a chosen token may lose, in training or held out; 0: any. (1: it is
+    a third as likely. The demo gains 0.2; collapsed, at 1e-3 without NLL, it loses 2.6.)"""
+    repetition_rise: float = 0.15
+    """What the share of repeated 4-grams in replies may gain; 0: any. (0.15: one reply in six
+    became a loop. The demo stays within 0.02; collapsed, it gains 0.24.)"""
+    grad_norm_ratio: float = 10.0
+    """Times its first value that the gradient's norm before clipping may reach; 0: any. (An order
+    of magnitude, against explosions; the demo's doubles, collapsed it gets to 5 times.)"""
+    window: int = 8
+    """Logged steps averaged into one value of a train metric, the first ones into its start."""
+
+    def problems(self) -> Iterator[str]:
+        for key in ("chosen_drop", "repetition_rise"):
+            if getattr(self, key) < 0:
+                yield f"{key}: must be 0 (off) or more, got {getattr(self, key)}"
+        if self.grad_norm_ratio and self.grad_norm_ratio <= 1:
+            yield f"grad_norm_ratio: must be 0 (off) or above 1, got {self.grad_norm_ratio}"
+        if self.window < 1:
+            yield f"window: must be 1 or more, got {self.window}"
+
+
+@dataclass(kw_only=True)
 class ExportConfig:
     """What happens to the trained model besides being saved in the run's folder."""
 
@@ -241,6 +269,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     backend: BackendConfig = MISSING
     launcher: LauncherConfig = MISSING

@@ -28,7 +28,16 @@ from typing import Any
 from simpo.config import ConfigError, DataError, RunConfig, load_run, run_id, run_yaml, trajectory
 from simpo.sample import Reply
 
-PACKAGES = ("simpo", "torch", "transformers", "datasets", "accelerate", "peft", "hydra-core")
+PACKAGES = (
+    "simpo",
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "hydra-core",
+)
 
 
 class RunFolder:

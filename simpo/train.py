@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
@@ -68,7 +67,7 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.step import NonFiniteError, evaluate, update
     from simpo.tracker import Tracker
 
-    _quiet_libraries()
+    console.quiet_libraries()
     cfg = run.train
     cache_dir = Path(run.cache_dir).expanduser()
     backend = Backend(run.backend, cfg.precision)
@@ -202,17 +201,6 @@ def train(run: RunConfig) -> dict[str, float]:
     if run.export.push_to_hub is not None:
         print(f"hub    {export.push_to_hub(run.export, folder.path / 'model')}")
     return after
-
-
-def _quiet_libraries() -> None:
-    """Keep progress bars and advice of the libraries out of the run's own account."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging
-
-    disable_progress_bar()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def cli() -> None:

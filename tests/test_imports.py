@@ -16,7 +16,7 @@ config.inputs
 config.schema
 config.check
 config
-compose data.demo data.rows data.packing attention logps loss optim smollm2 tracker
+compose data.demo data.rows data.packing adapters attention logps loss optim smollm2 tracker
 data.mixture model
 data.chat backend checkpoint cost probe
 console sample step
@@ -95,7 +95,7 @@ def test_the_mathematics_knows_no_framework(module):
     [
         ("accelerate", {"backend"}),
         ("wandb", {"tracker"}),
-        ("peft", {"model"}),
+        ("peft", {"adapters"}),
         ("hydra", {"config.check", "compose", "train"}),
         ("omegaconf", {"config.inputs", "config.schema", "config.check", "compose", "train"}),
     ],

@@ -26,10 +26,12 @@ from simpo.config.choices import (
     OnBadRow,
     Precision,
     PromptTruncation,
+    Quantization,
     Schedule,
     WandbMode,
 )
 from simpo.config.inputs import (
+    ADAPTER_FILE,
     PACKAGE,
     TEMPLATES,
     ConfigError,
@@ -56,6 +58,7 @@ from simpo.config.schema import (
 )
 
 __all__ = [
+    "ADAPTER_FILE",
     "FREE",
     "GROUPS",
     "PACKAGE",
@@ -78,6 +81,7 @@ __all__ = [
     "OnBadRow",
     "Precision",
     "PromptTruncation",
+    "Quantization",
     "RunConfig",
     "SampleConfig",
     "Schedule",

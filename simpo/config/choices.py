@@ -54,3 +54,9 @@ class Device(str, Enum):
 class WandbMode(str, Enum):
     online = "online"
     offline = "offline"
+
+
+class Quantization(str, Enum):
+    none = "none"
+    nf4 = "nf4"
+    int8 = "int8"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from simpo.config import RunConfig
-from simpo.cost import Layout, Memory
+from simpo.cost import Layout, Memory, num_weights
 from simpo.data.chat import TokenizedSet
 from simpo.data.mixture import SplitReport
 from simpo.data.plan import TrainPlan
@@ -51,7 +52,7 @@ def start_lines(
 ) -> list[str]:
     """What will be trained on what, how, and for how long."""
     parameters = list(policy.parameters())
-    total = sum(p.numel() for p in parameters) / 1e6
+    total = sum(num_weights(p) for p in parameters) / 1e6
     trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
     report = train_set.report
     tokens, unshared = (int(train_set.num_tokens(share).sum()) for share in (True, False))
@@ -154,3 +155,16 @@ def _reply_lines(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any
 def _flat(text: str, width: int = 160) -> str:
     line = " / ".join(part.strip() for part in text.strip().splitlines() if part.strip())
     return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of the libraries out of what we print."""
+    for library in ("transformers", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

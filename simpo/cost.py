@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import numpy as np
 import psutil
@@ -103,19 +105,23 @@ def estimate_memory(
     small, large = (_kept_bytes(policy, size, half) for size in sizes)
     per_token = (large - small) / (sizes[1] - sizes[0])
     kept = max(0.0, small - per_token * sizes[0]) + per_token * row_tokens
-    head = policy.base.get_output_embeddings().weight
+    head: Any = policy.base.get_output_embeddings()
     if checkpointing:
         layers = policy.base.config.get_text_config().num_hidden_layers
-        element = 4 if any(p.dtype is torch.float32 for p in parameters) else 2
-        kept = kept / layers + row_tokens * layers * head.shape[1] * element
+        # Adapters are in fp32 also where the layers' inputs are in bf16, as the embeddings are.
+        stream: Any = policy.base.get_input_embeddings().weight
+        kept = kept / layers + row_tokens * layers * stream.shape[1] * stream.element_size()
     # Logits in fp32, and a copy in the head's own precision or the gradient of the soft-cap.
-    logits = 2 * min(logps.LOGITS_BYTES, 4 * row_tokens * len(head))
+    logits = 2 * min(logps.LOGITS_BYTES, 4 * row_tokens * len(head.weight))
+    # The gradient of the whole weight, also where only adapters on it are trained.
+    if any(p.requires_grad for p in head.parameters()):
+        logits += 4 * head.weight.numel()
     return Memory(
         weights=sum(_bytes(p) for p in parameters) / weight_shards / GIB,
         gradients=sum(_bytes(p) for p in trained) / state_shards / GIB,
         optimizer=2 * sum(_bytes(p) for p in trained) / state_shards / GIB,
         activations=kept / GIB,
-        logits=(logits + (4 * head.numel() if head.requires_grad else 0)) / GIB,
+        logits=logits / GIB,
     )
 
 
@@ -178,6 +184,12 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def num_weights(parameter: Tensor) -> int:
+    """How many weights a parameter holds: 4-bit ones lie several in an element."""
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed is not None else parameter.numel()
+
+
 class Flops:
     """Counts the floating-point operations that a step of a policy needs.
 
@@ -193,7 +205,7 @@ class Flops:
         body = [p for p in policy.parameters() if p.ndim > 1 and id(p) not in tables]
         config = policy.base.config.get_text_config()
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._per_token = sum(2 * p.numel() * (2 + p.requires_grad) for p in body)
+        self._per_token = sum(2 * num_weights(p) * (2 + p.requires_grad) for p in body)
         self._per_target = 2 * head.numel() * (2 + head.requires_grad)
         # Scores and their product with the values, forward; twice that backward.
         self._per_score = 3 * 4 * config.num_attention_heads * size * config.num_hidden_layers

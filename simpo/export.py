@@ -1,19 +1,34 @@
-"""The trained policy in; a folder that transformers loads, with its card and curves, out."""
+"""The trained policy in; a folder that transformers loads, with its card and curves, out.
+
+`python -m simpo.export RUN merge=true` writes the base of a run with its adapter merged in.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from simpo.config import ExportConfig, RunConfig, run_yaml
+from simpo import console
+from simpo.config import (
+    ADAPTER_FILE,
+    ConfigError,
+    Dtype,
+    ExportConfig,
+    ModelConfig,
+    RunConfig,
+    run_yaml,
+)
 from simpo.console import SHOWN, Results, markdown_table, result_rows
 from simpo.data.chat import Chat
 from simpo.loss import formula
-from simpo.model import Policy
+from simpo.model import Policy, load_pretrained, load_tokenizer
 from simpo.tracker import read_metrics
 
 
@@ -33,7 +48,9 @@ def save_model(policy: Policy, weights: dict[str, Tensor] | None, chat: Chat, fo
     if settings is not None:
         settings.eos_token_id = sorted({chat.end_id, int(chat.tokenizer.eos_token_id)})
         settings.pad_token_id = chat.tokenizer.pad_token_id
-    policy.model.save_pretrained(part, state_dict=weights)  # type: ignore[operator]
+    # The frozen weights below an adapter on lm_head lie with the base.
+    alone = {"save_embedding_layers": False} if policy.model is not base else {}
+    policy.model.save_pretrained(part, state_dict=weights, **alone)  # type: ignore[operator]
     chat.tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(part, folder)
@@ -129,3 +146,86 @@ def push_to_hub(config: ExportConfig, model_dir: Path) -> str:
         repo_id=config.push_to_hub, folder_path=model_dir, commit_message="Model trained with simpo"
     )
     return str(commit.commit_url)
+
+
+def merge(run_dir: Path, output: Path, dtype: Dtype, base: str | None) -> None:
+    """Write a whole model: the base unquantised, also after QLoRA, with the adapter added to it.
+
+    Args:
+        run_dir: folder of a run, or one that holds an adapter.
+        output: folder to write; must not exist.
+        dtype: of the sums and the written weights; auto is that of the base's files.
+        base: folder or hub id of the base; None takes what the adapter names.
+
+    Raises:
+        ConfigError: there is no adapter, it does not fit its base, one of them cannot be loaded, or
+            output exists.
+    """
+    from simpo.adapters import adapter_settings, load_adapter
+
+    folder = run_dir / "model" if (run_dir / "model").is_dir() else run_dir
+    if not (folder / ADAPTER_FILE).is_file():
+        raise ConfigError(
+            [f"RUN: must hold an adapter, got {run_dir} (no {folder}/{ADAPTER_FILE})"]
+        )
+    if output.exists():
+        raise ConfigError([f"output: must not exist, got {output} (choose another)"])
+    settings = adapter_settings("RUN", str(folder))
+    source = base or settings.base_model_name_or_path
+    if not source:
+        raise ConfigError(["base: the adapter does not name it (base=FOLDER_OR_HUB_ID)"])
+    revision = None if base else settings.revision
+    tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    config = ModelConfig(path=source, revision=revision, tokenizer=tokenizer)
+    chat = Chat(load_tokenizer(config, folder))
+    model = load_pretrained(
+        "base", source, AutoModelForCausalLM, revision=revision, dtype=dtype.value
+    )
+    merged = load_adapter("RUN", model, str(folder)).merge_and_unload(safe_merge=True)
+    save_model(Policy(merged), None, chat, output)
+
+
+KEYS = ("merge", "output", "dtype", "base")
+USAGE = (
+    "python -m simpo.export RUN merge=true [output=FOLDER] [dtype=float32] [base=FOLDER_OR_HUB_ID]"
+)
+
+
+def cli() -> None:
+    """Entry of `python -m simpo.export`; exits with 2 where something cannot be merged."""
+    console.quiet_libraries()
+    try:
+        run_dir, options = _arguments(sys.argv[1:])
+        output = Path(options.get("output", run_dir / "model-merged")).expanduser()
+        merge(run_dir, output, Dtype(options.get("dtype", "auto")), options.get("base"))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(f"model  {output}")
+
+
+def _arguments(words: Sequence[str]) -> tuple[Path, dict[str, str]]:
+    """The run's folder and the settings of a command line."""
+    folders = [word for word in words if "=" not in word]
+    options = dict(word.split("=", 1) for word in words if "=" in word)
+    if len(folders) != 1:
+        raise ConfigError([USAGE])
+    problems = [
+        f"{key}: no such key (export has {', '.join(KEYS)})" for key in options if key not in KEYS
+    ]
+    if options.get("merge") != "true":
+        problems += [
+            f"merge: must be true, got {options.get('merge', 'nothing')} (it is all there is)"
+        ]
+    if options.get("dtype", "auto") not in (names := [choice.value for choice in Dtype]):
+        problems += [f"dtype: must be one of {', '.join(names)}, got {options['dtype']}"]
+    run_dir = Path(folders[0]).expanduser()
+    if not run_dir.is_dir():
+        problems += [f"RUN: no such folder, got {run_dir}"]
+    if problems:
+        raise ConfigError(problems)
+    return run_dir, options
+
+
+if __name__ == "__main__":
+    cli()

@@ -11,13 +11,21 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
 from simpo import attention
-from simpo.config import Attention, ConfigError, Dtype, LoraConfig, ModelConfig, template_file
+from simpo.config import (
+    Attention,
+    ConfigError,
+    Dtype,
+    ModelConfig,
+    Quantization,
+    template_file,
+)
 from simpo.logps import Objective, fused_loss
 from simpo.pairs import PackedPairs, PairLogps
 from simpo.smollm2 import smollm2_folder
@@ -87,7 +95,7 @@ def load_tokenizer(config: ModelConfig, cache_dir: Path) -> PreTrainedTokenizerB
         ConfigError: the tokenizer cannot be loaded.
     """
     source = config.tokenizer or model_source(config, cache_dir)
-    tokenizer = _load(
+    tokenizer = load_pretrained(
         "model.tokenizer" if config.tokenizer else "model.path",
         source,
         AutoTokenizer,
@@ -113,7 +121,7 @@ def load_policy(
     half: bool = False,
     share_prefix: bool = True,
 ) -> Policy:
-    """Load the model for training: no dropout, adapters and checkpointing as asked for.
+    """Load the model for training: no dropout; quantised, with adapters, checkpointed as asked for.
 
     Args:
         seed: seeds all random generators, hence the initial values of adapters.
@@ -122,16 +130,24 @@ def load_policy(
             positions.
 
     Raises:
-        ConfigError: the model cannot be loaded or has no such attention, or an adapter target is
-            in no layer.
+        ConfigError: the model cannot be loaded, has no such attention or is quantised already, or
+            the adapters do not fit it (`simpo.adapters.add_adapters`).
     """
     set_seed(seed)
     attention.register()
     source = model_source(config, cache_dir)
     common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    settings = _load("model.path", source, AutoConfig, **common)
+    settings = load_pretrained("model.path", source, AutoConfig, **common)
+    if hasattr(settings, "quantization_config"):
+        raise ConfigError(
+            [
+                f"model.path: {source} holds quantised weights (take those it was made of; "
+                "model.quantization packs them on loading)"
+            ]
+        )
+    packed = _quantization(config, half)
     try:
-        model: Any = _load(
+        model: Any = load_pretrained(
             "model.path",
             source,
             AutoModelForCausalLM,
@@ -139,13 +155,19 @@ def load_policy(
             config=settings,
             dtype=_weights_dtype(config, device),
             attn_implementation=_kernel(config, settings, device, half) if share_prefix else None,
+            quantization_config=packed,
+            device_map={"": device} if packed else None,
         )
     except KeyError as error:  # an architecture that looks attention up in a table of its own
         raise cannot_share(type(settings).__name__, "its attention cannot be replaced") from error
+    if config.quantization is Quantization.nf4:
+        _mend_nf4_on_a_cpu(model, device)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.lora.rank:
-        model = _with_adapters(model, config.lora, config.gradient_checkpointing)
+    if config.lora.used:
+        from simpo.adapters import add_adapters
+
+        model = add_adapters(model, config.lora, config.revision)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -175,32 +197,55 @@ def _kernel(config: ModelConfig, settings: Any, device: torch.device, half: bool
 
 def _weights_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     if config.dtype is Dtype.auto:
-        frozen_on_gpu = bool(config.lora.rank) and device.type == "cuda"
+        frozen_on_gpu = config.lora.used and device.type == "cuda"
         return torch.bfloat16 if frozen_on_gpu else torch.float32
     return torch.float32 if config.dtype is Dtype.float32 else torch.bfloat16
 
 
-def _with_adapters(model: PreTrainedModel, config: LoraConfig, checkpointing: bool) -> nn.Module:
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-
-    if checkpointing:
-        # The frozen embeddings' output must carry a gradient, else checkpoints have none to pass.
-        model.enable_input_require_grads()
-    all_linear = config.targets == ["all-linear"]
-    settings = PeftLoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
-        target_modules="all-linear" if all_linear else config.targets,
-        task_type="CAUSAL_LM",
+def _quantization(config: ModelConfig, half: bool) -> BitsAndBytesConfig | None:
+    """How transformers packs the linear layers on loading; it leaves lm_head out by itself."""
+    if config.quantization is Quantization.none:
+        return None
+    if config.quantization is Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    computed = torch.bfloat16 if half else torch.float32
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=computed,
+        # A backend that shards weights and casts them to this type leaves packed ones of it alone.
+        bnb_4bit_quant_storage=computed,
     )
-    try:
-        return get_peft_model(model, settings)
-    except ValueError as error:
-        raise ConfigError([f"model.lora.targets: {str(error).splitlines()[0]}"]) from error
 
 
-def _load(key: str, source: str, loader: Any, **options: Any) -> Any:
+def _mend_nf4_on_a_cpu(model: nn.Module, device: torch.device) -> None:
+    """Keep bitsandbytes from two things that it does wrong on a CPU, and says nothing of.
+
+    Raises:
+        ConfigError: it takes blocks of 64 weights row by row, so it mixes up the scales of a layer
+            whose rows are no multiple of that.
+    """
+    for name, layer in model.named_modules():
+        # In the first evaluation weights would be repacked for good: with rounded scales, and
+        # without a gradient for the layer's input.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+            if device.type == "cpu" and layer.in_features % 64:
+                raise ConfigError(
+                    [
+                        "model.quantization: nf4 on a CPU needs layers with a multiple of 64 "
+                        f"inputs, got {layer.in_features} in {name} (int8, or a GPU)"
+                    ]
+                )
+
+
+def load_pretrained(key: str, source: str, loader: Any, **options: Any) -> Any:
+    """What `loader.from_pretrained` makes of a folder or hub id.
+
+    Raises:
+        ConfigError: nothing; `key` is what names the source in the message.
+    """
     try:
         return loader.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError) as error:

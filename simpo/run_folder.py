@@ -39,7 +39,17 @@ from simpo.config import (
 )
 from simpo.sample import Reply
 
-PACKAGES = ("simpo", "torch", "transformers", "datasets", "accelerate", "peft", "hydra-core")
+PACKAGES = (
+    "simpo",
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "bitsandbytes",
+    "hydra-core",
+)
 FINGERPRINTS = {
     "train_fingerprint": "data",
     "test_fingerprint": "data",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -96,7 +95,7 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.tracker import Tracker
     from simpo.watch import CollapseWatch
 
-    _quiet_libraries()
+    console.quiet_libraries()
     cfg = run.train
     cache_dir = Path(run.cache_dir).expanduser()
     backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
@@ -312,19 +311,6 @@ def train(run: RunConfig) -> dict[str, float]:
         print(f"hub    {export.push_to_hub(run.export, folder.path / 'model')}")
     backend.close()
     return after
-
-
-def _quiet_libraries() -> None:
-    """Keep progress bars and advice of the libraries out of the run's own account."""
-    for library in ("transformers", "torch.distributed"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging
-
-    disable_progress_bar()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def cli() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 # Two worker threads per test process would fight over the machine's cores; and no test may wait
 # for a model hub that is not there.
@@ -44,6 +45,8 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Rows of whole blocks of 64: what nf4 needs on a CPU.
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 FAMILIES = {
     "llama": LlamaConfig(),
     "llama_tied": LlamaConfig(tie_word_embeddings=True),
@@ -61,7 +64,9 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(
+    family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int
+) -> PreTrainedModel:
     """A random two-layer model of a real architecture, with weights large enough to matter."""
     attention.register()
     config = type(FAMILIES[family]).from_dict(
@@ -72,6 +77,7 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
             "layer_types": None,
             "initializer_range": 0.2,
         }
+        | sizes
     )
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, attn_implementation=SEGMENTS, dtype=dtype)
@@ -213,6 +219,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=2,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def wide_folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A tiny model with the tokenizer of the other, and rows of whole blocks."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "wide")
+    (folder / "model.safetensors").unlink()
+    tiny_model("llama", **WIDE, vocab_size=384).save_pretrained(folder)
     return folder
 
 

@@ -23,6 +23,7 @@ TRAIN_KEYS = (
     "max_grad_norm, precision, seed, log_every, eval_every, checkpoint_every, keep_checkpoints, "
     "keep_best, patience_evals, stopped_exit_code"
 )
+LORA_KEYS = "rank, alpha, targets, rslora, dora, adapter"
 A_SOURCE = "{path: ..., ...}"
 
 # Command line, split at spaces -> lines of the answer.
@@ -37,7 +38,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ("seed=1", ["seed: no such key (did you mean data.seed or train.seed?)"]),
     ("train.batch_size=8", [f"train.batch_size: no such key (train has {TRAIN_KEYS})"]),
     ("train={lr:1}", [f"train.lr: no such key (train has {TRAIN_KEYS})"]),
-    ("model.lora.r=8", ["model.lora.r: no such key (model.lora has rank, alpha, targets)"]),
+    ("model.lora.r=8", [f"model.lora.r: no such key (model.lora has {LORA_KEYS})"]),
     ("optimizer.lr=1", [f"optimizer.lr: no such key (the top level has {SECTIONS})"]),
     ("hydra.foo=1", ["hydra.foo: Could not override 'hydra.foo'."]),
     # Keys that only another choice has.
@@ -129,6 +130,42 @@ SETTINGS: list[tuple[str, list[str]]] = [
     (
         "model.lora.targets=[]",
         ["model.lora.targets: must name at least one module (all-linear means every linear layer)"],
+    ),
+    (
+        "model.lora.targets=[all-linear,lm_head]",
+        ["model.lora.targets: all-linear stands alone, got [all-linear, lm_head]"],
+    ),
+    (
+        "model.lora.rank=0 model.lora.rslora=true model.lora.dora=true",
+        [
+            "model.lora.rslora: needs a rank above 0, got 0 (rank=0 fine-tunes all weights)",
+            "model.lora.dora: needs a rank above 0, got 0 (rank=0 fine-tunes all weights)",
+        ],
+    ),
+    (
+        "model.lora.adapter=me/mine model.lora.targets=[mlp] model.lora.dora=true",
+        [
+            "model.lora.rank: comes with the adapter, got 16 (leave it at 0)",
+            "model.lora.targets: comes with the adapter, got [mlp] (leave it at [all-linear])",
+            "model.lora.dora: comes with the adapter, got true (leave it at false)",
+        ],
+    ),
+    (
+        "model.lora.adapter=./nowhere model.lora.rank=0",
+        ["model.lora.adapter: no such folder, got ./nowhere"],
+    ),
+    ("model.lora.adapter= model.lora.rank=0", ["model.lora.adapter: must not be empty"]),
+    (
+        "model.quantization=fp4",
+        ["model.quantization: must be one of none, nf4, int8, got fp4"],
+    ),
+    (
+        "model.quantization=nf4 model.lora.rank=0",
+        ["model.quantization: only under adapters, got nf4 (model.lora.rank=16)"],
+    ),
+    (
+        "model.quantization=int8 model.lora.dora=true",
+        ["model.lora.dora: not on int8 layers, whose scales peft would lose (nf4 keeps them)"],
     ),
     # Ranges: data.
     ("data=jsonl", ["data.sources: must list at least one source"]),
@@ -290,6 +327,34 @@ def test_wandb_that_is_not_installed(monkeypatch):
     assert caught.value.problems == [
         "tracker.name: wandb is not installed (pip install 'simpo[wandb]')"
     ]
+
+
+def test_bitsandbytes_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("simpo.config.inputs.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["model.quantization=int8"])
+    assert caught.value.problems == [
+        "model.quantization: needs bitsandbytes (pip install bitsandbytes)"
+    ]
+
+
+def test_adapters_in_the_wrong_place(tmp_path, monkeypatch):
+    """A folder with an adapter is no model.path, a run's folder is no adapter."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["model.path=run/model"])
+    assert caught.value.problems == [
+        "model.path: holds an adapter without its base, got run/model "
+        "(model.path=BASE model.lora.rank=0 model.lora.adapter=run/model)"
+    ]
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["model.lora.adapter=run", "model.lora.rank=0"])
+    assert caught.value.problems == [
+        "model.lora.adapter: must hold an adapter_config.json, got run (a run's is in its model/)"
+    ]
+    compose_run(["model.lora.adapter=run/model", "model.lora.rank=0"])
 
 
 def user(text):

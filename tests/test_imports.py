@@ -17,7 +17,7 @@ config.schema
 config.check
 config
 compose data.demo data.rows data.packing attention logps loss objective optim signals
-smollm2 tracker watch
+signals smollm2 tracker watch
 data.mixture model processes
 data.chat backend.base cost probe
 backend.fsdp backend.zero
@@ -101,7 +101,7 @@ def test_the_mathematics_knows_no_framework(module):
         ("deepspeed", {"backend.zero"}),
         ("submitit", {"processes"}),
         ("wandb", {"tracker"}),
-        ("peft", {"model"}),
+        ("peft", {"adapters"}),
         ("hydra", {"config.check", "compose", "train"}),
         ("omegaconf", {"config.inputs", "config.schema", "config.check", "compose", "train"}),
     ],

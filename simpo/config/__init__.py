@@ -38,12 +38,14 @@ from simpo.config.choices import (
     OnBadRow,
     Precision,
     PromptTruncation,
+    Quantization,
     ReduceDtype,
     Schedule,
     WandbMode,
     WatchAction,
 )
 from simpo.config.inputs import (
+    ADAPTER_FILE,
     PACKAGE,
     TEMPLATES,
     ConfigError,
@@ -73,6 +75,7 @@ from simpo.config.schema import (
 )
 
 __all__ = [
+    "ADAPTER_FILE",
     "FREE",
     "GROUPS",
     "PACKAGE",
@@ -101,6 +104,7 @@ __all__ = [
     "OnBadRow",
     "Precision",
     "PromptTruncation",
+    "Quantization",
     "ReduceDtype",
     "RunConfig",
     "RunError",

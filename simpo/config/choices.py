@@ -74,3 +74,9 @@ class Offload(str, Enum):
 class Mode(str, Enum):
     max = "max"
     min = "min"
+
+
+class Quantization(str, Enum):
+    none = "none"
+    nf4 = "nf4"
+    int8 = "int8"

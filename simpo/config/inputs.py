@@ -6,6 +6,7 @@ Each section's `problems()` tells all its faults, `key: rule, got value (remedy)
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,10 +14,18 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from simpo.config.choices import Attention, Compat, Dtype, OnBadRow, PromptTruncation
+from simpo.config.choices import (
+    Attention,
+    Compat,
+    Dtype,
+    OnBadRow,
+    PromptTruncation,
+    Quantization,
+)
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATES = PACKAGE / "templates"
+ADAPTER_FILE = "adapter_config.json"
 
 
 def menu_dir(name: str) -> Path:
@@ -61,15 +70,49 @@ class LoraConfig:
     alpha: float = 32.0
     """Scale of the adapters: their product is multiplied by alpha / rank."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Module names that get an adapter; `all-linear` means every linear layer but lm_head."""
+    """Modules that get an adapter: names, `attention`, `mlp`, `all-linear` (all but lm_head)."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead, which keeps high ranks learning."""
+    dora: bool = False
+    """Train length and direction of weights' rows apart (DoRA): better at low ranks, slower."""
+    adapter: str | None = None
+    """Folder or hub id of a LoRA adapter to go on training; brings its own rank, alpha, targets."""
+
+    @property
+    def used(self) -> bool:
+        """Whether adapters are trained, and not all weights."""
+        return self.rank > 0 or self.adapter is not None
 
     def problems(self) -> Iterator[str]:
+        if self.adapter is not None:
+            yield from self._problems_of_adapter(self.adapter)
+            return
         if self.rank < 0:
             yield f"rank: must be 0 (full fine-tuning) or more, got {self.rank}"
         if self.alpha <= 0:
             yield f"alpha: must be above 0, got {self.alpha}"
         if not self.targets:
             yield "targets: must name at least one module (all-linear means every linear layer)"
+        if "all-linear" in self.targets and len(self.targets) > 1:
+            yield f"targets: all-linear stands alone, got [{', '.join(self.targets)}]"
+        for key in ("rslora", "dora"):
+            if getattr(self, key) and self.rank == 0:
+                yield f"{key}: needs a rank above 0, got 0 (rank=0 fine-tunes all weights)"
+
+    def _problems_of_adapter(self, adapter: str) -> Iterator[str]:
+        folder = Path(adapter).expanduser()
+        if not adapter:
+            yield "adapter: must not be empty"
+        elif _looks_local(adapter) and not folder.is_dir():
+            yield f"adapter: no such folder, got {adapter}"
+        elif folder.is_dir() and not (folder / ADAPTER_FILE).is_file():
+            yield f"adapter: must hold an {ADAPTER_FILE}, got {adapter} (a run's is in its model/)"
+        blank = LoraConfig(adapter=adapter)
+        for key, value in vars(self).items():
+            default = getattr(blank, key)
+            if value != default:
+                shown, remedy = _shown(value), f"leave it at {_shown(default)}"
+                yield f"{key}: comes with the adapter, got {shown} ({remedy})"
 
 
 @dataclass(kw_only=True)
@@ -90,6 +133,8 @@ class ModelConfig:
     """Dtype of the weights. auto: float32, but bfloat16 for LoRA's frozen base on a GPU."""
     attention: Attention = Attention.auto
     """Kernel for packed rows. auto: flash-attn's or torch's varlen on a GPU in bf16, else sdpa."""
+    quantization: Quantization = Quantization.none
+    """Frozen linear layers in 4 bits (nf4: QLoRA) or 8; lm_head and embeddings keep their dtype."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     chat_template: str | None = None
@@ -97,13 +142,29 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def problems(self) -> Iterator[str]:
+        folder = Path(self.path).expanduser()
         if not self.path:
             yield "path: must not be empty"
-        elif not self.path.startswith("builtin:") and _looks_local(self.path):
-            if not Path(self.path).expanduser().is_dir():
-                yield f"path: no such folder, got {self.path}"
-        elif self.path.startswith("builtin:") and self.path != "builtin:smollm2":
-            yield f"path: the only built-in model is builtin:smollm2, got {self.path}"
+        elif self.path.startswith("builtin:"):
+            if self.path != "builtin:smollm2":
+                yield f"path: the only built-in model is builtin:smollm2, got {self.path}"
+        elif _looks_local(self.path) and not folder.is_dir():
+            yield f"path: no such folder, got {self.path}"
+        elif (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file():
+            yield (
+                f"path: holds an adapter without its base, got {self.path} "
+                f"(model.path=BASE model.lora.rank=0 model.lora.adapter={self.path})"
+            )
+        if self.quantization is not Quantization.none:
+            if not self.lora.used:
+                yield (
+                    f"quantization: only under adapters, got {self.quantization.value} "
+                    "(model.lora.rank=16)"
+                )
+            if self.quantization is Quantization.int8 and self.lora.dora:
+                yield "lora.dora: not on int8 layers, whose scales peft would lose (nf4 keeps them)"
+            if importlib.util.find_spec("bitsandbytes") is None:
+                yield "quantization: needs bitsandbytes (pip install bitsandbytes)"
         if self.chat_template is not None and not template_file(self.chat_template).is_file():
             shipped = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
             yield f"chat_template: no such file, got {self.chat_template} (shipped: {shipped})"
@@ -198,3 +259,9 @@ def template_file(name_or_path: str) -> Path:
 
 def _looks_local(path: str) -> bool:
     return path.startswith((".", "~", os.sep)) or path.count("/") > 1
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(value)}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

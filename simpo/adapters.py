@@ -1,0 +1,189 @@
+"""A model in, the same model with low-rank adapters out, new ones or saved ones.
+
+peft keeps adapters in fp32 whatever the base is in, so that small updates are not rounded away.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig as PeftLoraConfig
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from simpo.config import ConfigError, LoraConfig
+
+KINDS = {"attention": "Attention", "mlp": "MLP"}
+"""Words for kinds of layers, with how transformers ends the name of the class around them."""
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig, revision: str | None) -> PeftModel:
+    """Freeze a model and put new adapters, or a saved one, on its layers.
+
+    Args:
+        revision: of the model; written into the saved adapter.
+
+    Raises:
+        ConfigError: a target is in no layer, or is one whose adapter the loss or a merge could not
+            take; the saved adapter cannot be loaded or is not this model's.
+    """
+    if config.adapter is not None:
+        adapted = load_adapter("model.lora.adapter", model, config.adapter)
+        _refuse_untrainable("model.lora.adapter", adapted)
+        return adapted
+    settings = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        target_modules=_target_modules(model, config.targets),
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        revision=revision,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError([f"model.lora.targets: {str(error).splitlines()[0]}"]) from error
+    _refuse_tied("model.lora.targets", adapted)
+    _refuse_untrainable("model.lora.targets", adapted)
+    return adapted
+
+
+def load_adapter(key: str, model: PreTrainedModel, adapter: str) -> PeftModel:
+    """Put a saved LoRA adapter on its model, to be trained on.
+
+    Args:
+        key: what to call the adapter in a message.
+        adapter: folder or hub id.
+
+    Raises:
+        ConfigError: it cannot be loaded, is of another kind, or does not fit the model.
+    """
+    name, adapter = type(model).__name__, str(Path(adapter).expanduser())
+    settings = adapter_settings(key, adapter)
+    if settings.peft_type != PeftType.LORA:
+        kind = getattr(settings.peft_type, "value", "none")
+        raise ConfigError([f"{key}: must be a LoRA adapter, {adapter} is {kind}"])
+    try:
+        with warnings.catch_warnings():
+            # Tensors that are not there are refused below.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        saved = load_peft_weights(adapter, device="cpu").keys()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ConfigError([f"{key}: {adapter} does not fit {name}: {reason}"]) from error
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    # peft would leave a layer that the file lacks untrained, and a tensor without a layer unused.
+    if odd := sorted(key for key in saved ^ wanted if ".lora_" in key):
+        raise ConfigError(
+            [
+                f"{key}: {adapter} does not fit {name}: {len(odd)} of its weights are on one side "
+                f"only, such as {odd[0]}"
+            ]
+        )
+    _refuse_tied(key, adapted)
+    return adapted
+
+
+def adapter_settings(key: str, adapter: str) -> Any:
+    """What a saved adapter says of itself, its base among it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return PeftConfig.from_pretrained(str(Path(adapter).expanduser()))
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError([f"{key}: {adapter} cannot be loaded: {reason}"]) from error
+
+
+def _target_modules(model: PreTrainedModel, targets: list[str]) -> str | list[str]:
+    """Targets as peft takes them: kinds of layers by the names that this model has for them."""
+    if targets == ["all-linear"]:
+        return "all-linear"
+    modules = dict(model.named_modules())
+    names: list[str] = []
+    for target in targets:
+        found = _layers_in(modules, KINDS[target]) if target in KINDS else [target]
+        if not any(f".{module}".endswith(f".{name}") for name in found for module in modules):
+            linear = sorted({n.rpartition(".")[2] for n in modules if _is_linear(modules[n])})
+            raise ConfigError(
+                [
+                    f"model.lora.targets: {type(model).__name__} has no {target} "
+                    f"(its linear layers: {', '.join(linear)})"
+                ]
+            )
+        names += found
+    return names
+
+
+def _layers_in(modules: dict[str, nn.Module], ending: str) -> list[str]:
+    """Linear layers inside modules whose class ends so, as `self_attn.q_proj`."""
+    found = {
+        f"{name.rpartition('.')[2]}.{inner}"
+        for name, module in modules.items()
+        if type(module).__name__.endswith(ending)
+        for inner, layer in module.named_modules()
+        if _is_linear(layer)
+    }
+    return sorted(found)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _refuse_untrainable(key: str, adapted: PeftModel) -> None:
+    """Refuse what this trainer would compute wrongly.
+
+    Raises:
+        ConfigError: whole modules are trained besides adapters; DoRA is on the head, to whose
+            weight the loss adds adapters, or on 8-bit layers, whose scales peft would lose.
+    """
+    base: Any = adapted.get_base_model()
+    settings: Any = adapted.active_peft_config
+    head = base.get_output_embeddings()
+    if settings.modules_to_save:
+        fault = "trains whole modules besides adapters, which is not supported, got "
+        fault += (
+            f"{', '.join(settings.modules_to_save)} (python -m simpo.export ADAPTER merge=true)"
+        )
+    elif settings.use_dora and isinstance(head, LoraLayer):
+        fault = "lm_head cannot have DoRA (leave it out, or lora.dora=false)"
+    elif settings.use_dora and getattr(base, "is_loaded_in_8bit", False):
+        fault = "DoRA cannot be on int8 layers (model.quantization=nf4)"
+    else:
+        return
+    raise ConfigError([f"{key}: {fault}"])
+
+
+def _refuse_tied(key: str, adapted: PeftModel) -> None:
+    """Refuse an adapter on one of two layers with the same weight: merging would change both.
+
+    Raises:
+        ConfigError: head and embeddings are tied, and one of them has an adapter.
+    """
+    base: Any = adapted.get_base_model()
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    if base.config.get_text_config().tie_word_embeddings and any(
+        isinstance(end, LoraLayer) for end in ends
+    ):
+        raise ConfigError(
+            [
+                f"{key}: {type(base).__name__} has one weight for embeddings and lm_head, an "
+                "adapter on one of them could not be merged (leave it out)"
+            ]
+        )

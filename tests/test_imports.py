@@ -16,7 +16,7 @@ config.backends config.inputs
 config.schema
 config.check
 config
-compose data.demo data.rows data.packing attention logps loss objective optim signals
+compose data.demo data.rows data.packing adapters attention logps loss objective optim
 signals smollm2 tracker watch
 data.mixture model processes
 data.chat backend.base cost probe

@@ -222,10 +222,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def wide_folder(tiny_folder: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with the tokenizer of the other, and rows of whole blocks."""
-    folder = shutil.copytree(tiny_folder, tmp_path / "wide")
+    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("wide") / "model")
     (folder / "model.safetensors").unlink()
     tiny_model("llama", **WIDE, vocab_size=384).save_pretrained(folder)
     return folder

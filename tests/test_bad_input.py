@@ -167,6 +167,53 @@ SETTINGS: list[tuple[str, list[str]]] = [
         "model.quantization=int8 model.lora.dora=true",
         ["model.lora.dora: not on int8 layers, whose scales peft would lose (nf4 keeps them)"],
     ),
+    (
+        "model.quantization=int8 backend=fsdp",
+        [
+            "model.quantization: int8 layers cannot be put in shards by backend=fsdp, which loses "
+            "their scales (nf4, or backend=ddp, zero2 or zero3)"
+        ],
+    ),
+    # Processes.
+    ("backend.processes=2", ["backend.processes: only with backend=ddp or fsdp or zero2 or zero3"]),
+    ("backend=ddp backend.processes=0", ["backend.processes: must be 1 or more, or null, got 0"]),
+    ("backend=ddp backend.timeout_s=0", ["backend.timeout_s: must be 1 or more, got 0"]),
+    ("backend=ddp backend.bucket_cap_mb=0", ["backend.bucket_cap_mb: must be 1 or more, got 0"]),
+    (
+        "backend=fsdp backend.reduce_dtype=fp8",
+        ["backend.reduce_dtype: must be one of float32, bfloat16, got fp8"],
+    ),
+    (
+        "backend=zero2 backend.reduce_bucket_size=0",
+        ["backend.reduce_bucket_size: must be 1 or more, got 0"],
+    ),
+    (
+        "backend=zero3 backend.stage3_prefetch_bucket_size=-1",
+        ["backend.stage3_prefetch_bucket_size: must be 0 or more, got -1"],
+    ),
+    (
+        "backend=zero3 backend.async_save=true",
+        ["backend.async_save: only with backend=single or ddp or fsdp"],
+    ),
+    # Best and last.
+    (
+        "train.keep_best=true",
+        ["train.keep_best: needs evaluations on the way (set train.eval_every)"],
+    ),
+    (
+        "train.patience_evals=2",
+        ["train.patience_evals: needs evaluations on the way (set train.eval_every)"],
+    ),
+    (
+        "train.patience_evals=-1",
+        ["train.patience_evals: must be 0 (never stop early) or more, got -1"],
+    ),
+    ("train.stopped_exit_code=256", ["train.stopped_exit_code: must be from 0 to 255, got 256"]),
+    (
+        "objective.metric=eval/loss",
+        ["objective.metric: must be a held-out metric without its eval/, got 'eval/loss'"],
+    ),
+    ("objective.mode=best", ["objective.mode: must be one of max, min, got best"]),
     # Ranges: data.
     ("data=jsonl", ["data.sources: must list at least one source"]),
     (

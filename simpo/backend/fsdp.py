@@ -33,12 +33,8 @@ class FsdpBackend(Backend):
         assert isinstance(config, FsdpConfig)
         if config.cpu_offload and not self.on_gpu:
             raise ConfigError(["backend.cpu_offload: needs a GPU to offload from (leave it out)"])
-        half = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16,
-            reduce_dtype=getattr(torch, config.reduce_dtype.value),
-            # accelerate's own policy would give the loss in bf16.
-            output_dtype=torch.float32,
-        )
+        # accelerate's own policy would round the loss to bf16.
+        half = MixedPrecisionPolicy(torch.bfloat16, getattr(torch, config.reduce_dtype.value))
         self._plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             reshard_after_forward=config.reshard_after_forward,

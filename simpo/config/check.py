@@ -21,6 +21,7 @@ from simpo.config.backends import (
     Zero2Config,
     Zero3Config,
 )
+from simpo.config.choices import Quantization
 from simpo.config.inputs import ConfigError, DataConfig, ModelConfig
 from simpo.config.schema import (
     HingeConfig,
@@ -134,6 +135,11 @@ def check_run(run: RunConfig) -> None:
                 f"{group}.name: set by the group, got {section.name} "
                 f"(choose {' or '.join(f'{group}={name}' for name in schemas)})"
             )
+    if isinstance(run.backend, FsdpConfig) and run.model.quantization is Quantization.int8:
+        problems.append(
+            "model.quantization: int8 layers cannot be put in shards by backend=fsdp, which loses "
+            "their scales (nf4, or backend=ddp, zero2 or zero3)"
+        )
     if problems:
         raise ConfigError(problems)
 

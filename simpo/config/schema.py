@@ -123,7 +123,7 @@ class TrainConfig:
         if self.patience_evals < 0:
             yield f"patience_evals: must be 0 (never stop early) or more, got {self.patience_evals}"
         for key in ("keep_best", "patience_evals"):
-            if getattr(self, key) and not self.eval_every:
+            if getattr(self, key) > 0 and not self.eval_every:
                 yield f"{key}: needs evaluations on the way (set train.eval_every)"
         if self.max_steps is not None and self.max_steps < 1:
             yield f"max_steps: must be 1 or more, or null, got {self.max_steps}"

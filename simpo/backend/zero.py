@@ -22,6 +22,9 @@ from simpo.backend.base import Backend
 from simpo.config import BackendConfig, Precision, Zero3Config, ZeroConfig
 from simpo.model import Policy
 
+WRITING_FAILED = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""How torch says that a file it opened itself could not be written."""
+
 
 class ZeroBackend(Backend):
     """One process that holds a share of the optimizer, and in stage 3 of every weight."""
@@ -116,7 +119,7 @@ class ZeroBackend(Backend):
                 str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True
             )
         except RuntimeError as error:
-            if "PytorchStreamWriter" in str(error):  # torch's own way to say it
+            if any(words in str(error) for words in WRITING_FAILED):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise
         return None

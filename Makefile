@@ -42,7 +42,8 @@ bench-head: $(READY)  ## the vocabulary alone: ours against Liger and cut-cross-
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[bench]"
 	$(BIN)/python benchmarks/head.py $(ARGS)
 
-gpu-check: $(READY)  ## on a CUDA GPU: kernels against float64, then speed and memory
+gpu-check: $(READY)  ## on a CUDA GPU: backends, kernels against float64, then speed and memory
+	$(BIN)/python benchmarks/gpu_backends.py
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 lock:  ## write requirements.lock anew from what pyproject.toml admits today

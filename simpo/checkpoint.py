@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from simpo.backend import Backend
-from simpo.config import RunError
+from simpo.config import ConfigError, RunError
 
 CHUNK_BYTES = 2**22
 
@@ -92,7 +92,7 @@ class CheckpointStore:
             Its seal, None where there is none; and a line for each damaged checkpoint.
 
         Raises:
-            RunError: it was written by a backend that this one cannot read.
+            ConfigError: it was written by a backend whose checkpoints this one cannot read.
         """
         said: list[str] = []
         for path in sorted(self._all(), reverse=True):
@@ -173,10 +173,11 @@ class CheckpointStore:
                 _sync_folder(folder)
             os.rename(part, self._path(step))
             _sync_folder(self.folder)
-            kept = sorted(self._all())[-self._keep :]
-            for old in self._all():
-                if old not in kept and old != (self.best and self._path(self.best)):
-                    shutil.rmtree(old)
+            kept = set(sorted(self._all())[-self._keep :])
+            if self.best is not None:
+                kept.add(self._path(self.best))
+            for old in set(self._all()) - kept:
+                shutil.rmtree(old)
         backend.wait()
 
     def _check(self, path: Path) -> tuple[Seal | None, str | None]:
@@ -200,9 +201,12 @@ class CheckpointStore:
 
     def _load(self, path: Path, seal: Seal, wrapped: nn.Module, optimizer: Optimizer) -> None:
         if seal.format != self._backend.checkpoint_format:
-            raise RunError(
-                f"{path}: written by a backend with {seal.format} checkpoints, this one reads "
-                f"{self._backend.checkpoint_format} (continue with the backend it was begun with)"
+            raise ConfigError(
+                [
+                    f"backend: {path} is a {seal.format} checkpoint, this backend reads "
+                    f"{self._backend.checkpoint_format} (continue with the backend it was begun "
+                    "with, or start anew with run_dir=NEW)"
+                ]
             )
         self._backend.load_state(path / "state", wrapped, optimizer, seal.processes)
         states = path / f"random-{self._backend.rank}.pt"

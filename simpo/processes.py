@@ -33,6 +33,7 @@ from simpo.signals import STOPPING
 GRACE_S = 20.0
 """How long the others get to end by themselves, once one process has failed."""
 POLL_S = 0.05
+INTERRUPTED = 130
 SHOWN_LINES = 30
 
 
@@ -81,7 +82,8 @@ def run_in(count: int, run: RunConfig) -> dict[str, float]:
 
     Raises:
         RunError: a rank failed; the message names it, with the code that it ended with.
-        Stopped: by a signal, with 0 for its code.
+        Stopped: a signal stopped all of them.
+        KeyboardInterrupt: a Ctrl-C did.
     """
     with tempfile.TemporaryDirectory(prefix="simpo-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -110,7 +112,7 @@ def run_in(count: int, run: RunConfig) -> dict[str, float]:
             )
         stack.callback(_end, ranks)
         if failed := _wait(ranks):
-            raise _failure(failed, folder)
+            raise _failure(failed, folder, run.train.stopped_exit_code)
         result = folder / "metrics.json"
         if not result.is_file():
             raise Stopped("", 0)
@@ -153,8 +155,10 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         rank.wait()
 
 
-def _failure(failed: dict[int, int], folder: Path) -> RunError:
+def _failure(failed: dict[int, int], folder: Path, stopped_code: int) -> BaseException:
     code = next(iter(failed.values()))
+    if code == INTERRUPTED:
+        return KeyboardInterrupt()
     if code < 0:
         names = ", ".join(
             f"rank {rank} was killed by {signal.Signals(-code).name}"
@@ -170,7 +174,8 @@ def _failure(failed: dict[int, int], folder: Path) -> RunError:
         lines += [f"rank {rank}:", *tail] if tail else []
     # Rank 0 has said itself what stopped it, and the others say the same.
     said = 0 in failed and not _log(folder, 0).is_file()
-    return RunError("" if said else "\n".join(lines), code)
+    kind = Stopped if code == stopped_code else RunError
+    return kind("" if said else "\n".join(lines), code)
 
 
 def _environment(config: BackendConfig, rank: int, count: int, port: int) -> dict[str, str]:

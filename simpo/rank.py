@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from simpo.config import ConfigError, DataError, RunError, load_run
+from simpo.processes import INTERRUPTED
 from simpo.train import train
 
 PR_SET_PDEATHSIG = 1
@@ -23,8 +24,9 @@ PR_SET_PDEATHSIG = 1
 def main() -> int:
     """Train; returns the exit code."""
     folder = Path(sys.argv.pop(1))
-    # A parent that was killed can end nobody.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        # A parent that was killed can end nobody.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     rank = int(os.environ["RANK"])
     try:
         metrics = train(load_run(folder / "run.yaml"))
@@ -32,8 +34,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return error.exit_code if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BaseException:
         # Not where rank 0 prints: it may be the mere echo of another rank's end.
         with (folder / f"rank-{rank}.log").open("a") as log:

@@ -334,7 +334,10 @@ def cli() -> None:
             raise
         _quit(2, "\n".join(problems) or str(error))
     except KeyboardInterrupt:
-        _quit(130, "interrupted: the same command continues from the last checkpoint")
+        _quit(
+            processes.INTERRUPTED,
+            "interrupted: the same command continues from the last checkpoint",
+        )
 
 
 def _quit_for(error: ConfigError | DataError | RunError) -> NoReturn:

@@ -172,11 +172,11 @@ def test_another_backend_continues(settings: list[str], alone: Path, tmp_path: P
     budget = ["train.tokens_per_row=256"]
     killed_after(6, [*settings, *budget], folder)
     sharded = [*settings, *budget, "backend=fsdp", "backend.processes=2", f"run_dir={folder}"]
-    message = run([*settings, *budget, "backend=zero2", "backend.processes=2", sharded[-1]], code=1)
-    assert (
-        "step-000004: written by a backend with dcp checkpoints, this one reads zero2 (continue "
-        "with the backend it was begun with)\n"
-    ) in message
+    message = run([*settings, *budget, "backend=zero2", "backend.processes=2", sharded[-1]], code=2)
+    assert message.endswith(
+        f"backend: {folder}/checkpoints/step-000004 is a dcp checkpoint, this backend reads zero2 "
+        "(continue with the backend it was begun with, or start anew with run_dir=NEW)\n"
+    )
     run(sharded)
     assert_like(folder, alone)
 

@@ -1,0 +1,135 @@
+"""Each backend on one GPU, a step against the plain one; part of `make gpu-check`.
+
+A small random model takes five steps under every backend that is installed, in a process of its own
+with a single rank: losses must be those of backend=single in fp32. QLoRA is compared with itself on
+one process. `--device cpu` runs the same on a CPU, to see that the script works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from simpo.config import Offload
+
+STEPS = 5
+TOLERANCE = 1e-4
+CASES = {
+    "single": ("single", {}, "none", None),
+    "fsdp": ("fsdp", {}, "none", "single"),
+    "fsdp, cpu_offload": ("fsdp", {"cpu_offload": True}, "none", "single"),
+    "zero2": ("zero2", {}, "none", "single"),
+    "zero2, offload_optimizer": ("zero2", {"offload_optimizer": Offload.cpu}, "none", "single"),
+    "zero3": ("zero3", {}, "none", "single"),
+    "zero3, both offloaded": (
+        "zero3",
+        {"offload_optimizer": Offload.cpu, "offload_param": Offload.cpu},
+        "none",
+        "single",
+    ),
+    "single, nf4": ("single", {}, "nf4", None),
+    "fsdp, nf4": ("fsdp", {}, "nf4", "single, nf4"),
+    "zero3, nf4": ("zero3", {}, "nf4", "single, nf4"),
+    "single, int8": ("single", {}, "int8", None),
+}
+"""name: backend, its settings, quantisation of the base, and the case whose losses it must have."""
+
+
+def main() -> None:
+    """Run all cases, print a table, exit with 1 if one is off."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--case", help="run this one only, and print its losses as JSON")
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(losses_of(options.case, options.device)))
+        return
+    found: dict[str, list[float]] = {}
+    off = False
+    print("| backend, one rank | losses | largest gap |\n|---|---|---|")
+    for name, (backend, _, _, like) in CASES.items():
+        command = [sys.executable, __file__, "--device", options.device, "--case", name]
+        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+        environment = os.environ | ({} if backend == "single" else rank | address)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+            print(f"| {name} | failed: {reason[:90]} | |", flush=True)
+            off |= not reason.startswith(("ModuleNotFoundError", "simpo.config.inputs.ConfigError"))
+            continue
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+        pairs = zip(found[name], found.get(like or name, [math.inf] * STEPS), strict=True)
+        gap = max(abs(a - b) for a, b in pairs)
+        off |= gap > TOLERANCE
+        print(f"| {name} | {', '.join(f'{x:.4f}' for x in found[name])} | {gap:.1e} |", flush=True)
+    sys.exit(int(off))
+
+
+def losses_of(name: str, device: str) -> list[float]:
+    """Losses of five steps of one case, in this process."""
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from simpo.backend import build_backend
+    from simpo.config import (
+        GROUPS,
+        Device,
+        Dtype,
+        LoraConfig,
+        ModelConfig,
+        Precision,
+        Quantization,
+        SigmoidConfig,
+        TrainConfig,
+    )
+    from simpo.data.packing import pack
+    from simpo.model import load_policy
+    from simpo.optim import build_optimizer
+    from simpo.pairs import TokenizedPair
+    from simpo.step import summarise, update
+
+    kind, settings, bits, _ = CASES[name]
+    config = GROUPS["backend"][kind](name=kind, device=Device(device), **settings)
+    backend = build_backend(config, Precision.fp32, max_grad_norm=1.0)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        small = LlamaConfig(
+            vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
+        )  # fmt: skip
+        LlamaForCausalLM(small).save_pretrained(folder)
+        lora = LoraConfig(rank=0 if bits == "none" else 8)
+        model = ModelConfig(
+            name="small",
+            path=folder,
+            lora=lora,
+            quantization=Quantization(bits),
+            dtype=Dtype.float32,
+        )
+        policy = load_policy(model, Path(folder), backend.device, seed=0)
+    optimizer = build_optimizer(policy, TrainConfig(learning_rate=1e-4 if bits == "none" else 1e-3))
+    wrapped, optimizer = backend.prepare(policy, optimizer)
+    rng = np.random.default_rng(0)
+    pairs = [
+        TokenizedPair(*(rng.integers(0, 512, n).astype(np.int32) for n in (12, 9, 11)))
+        for _ in range(8)
+    ]
+    losses = []
+    for _ in range(STEPS):
+        rows = [pack(pairs[:4], range(4)), pack(pairs[4:], range(4, 8))]
+        loss = SigmoidConfig()
+        sums, _ = update(wrapped, optimizer, rows, loss, backend)
+        losses.append(summarise(loss, backend.sum(sums))["loss"])
+    return losses
+
+
+if __name__ == "__main__":
+    main()

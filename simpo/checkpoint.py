@@ -104,13 +104,13 @@ class CheckpointStore:
             self._set_aside(path)
         return None, said
 
-    def load(self, step: int, wrapped: nn.Module, optimizer: Optimizer) -> None:
-        """Load the checkpoint after so many updates."""
+    def load(self, step: int, wrapped: nn.Module, optimizer: Optimizer) -> str | None:
+        """Load the checkpoint after so many updates; what is wrong with it where it is damaged."""
         path = self._path(step)
         seal, fault = self._check(path)
-        if seal is None or fault is not None:
-            raise RunError(f"{path} is damaged: {fault}")
-        self._load(path, seal, wrapped, optimizer)
+        if seal is not None and fault is None:
+            self._load(path, seal, wrapped, optimizer)
+        return fault
 
     def save(self, step: int, wrapped: nn.Module, optimizer: Optimizer, metrics_bytes: int) -> None:
         """Write the state after `step` updates, then drop the oldest beyond those kept.

@@ -281,11 +281,10 @@ def train(run: RunConfig) -> dict[str, float]:
         trained_s = time.perf_counter() - begin
         if step == plan.total_steps:
             held_out()
-        kept = step
-        if cfg.keep_best and (best := best_step(run.objective, evaluations)) is not None:
-            kept = best
-        if kept != step:
-            store.load(kept, wrapped, optimizer)
+        kept = (cfg.keep_best and best_step(run.objective, evaluations)) or step
+        if kept != step and (fault := store.load(kept, wrapped, optimizer)):
+            tracker.say(f"the best model, after step {kept}, is lost ({fault}): the last is saved")
+            kept = step
         weights = backend.full_weights(wrapped, policy)
         after = evaluations.get(kept, {})
         results = console.Results(

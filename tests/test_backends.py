@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +14,12 @@ import torch
 from whole_runs import (
     assert_same_run,
     finish,
+    logged,
     metrics_of,
     newest_checkpoint,
     run,
     start,
+    wait_for,
     weights_of,
 )
 
@@ -126,10 +127,7 @@ def test_one_trajectory(name: str, whole: Callable[[str], Path], alone: Path) ->
 def killed_after(step: int, overrides: list[str], folder: Path) -> None:
     """Begin a run and kill all its processes once it has logged a step."""
     process = start([*overrides, f"run_dir={folder}"])
-    lines = folder / "metrics.jsonl"
-    while not (lines.is_file() and f'"step": {step},' in lines.read_text()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+    wait_for(logged(folder, step), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
@@ -237,10 +235,7 @@ def test_adapters(
         assert "model.quantization: int8 layers cannot be put in shards" in run(command, code=2)
         return
     process = start(command)
-    lines = tmp_path / "run" / "metrics.jsonl"
-    while not (lines.is_file() and '"step": 3,' in lines.read_text()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+    wait_for(logged(tmp_path / "run", 3), process)
     process.send_signal(signal.SIGTERM)
     finish(process, code=75)
     assert "continued after step" in run(command)

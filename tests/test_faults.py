@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_runs import (
     assert_same_run,
     finish,
+    logged,
     metrics_of,
     newest_checkpoint,
     run,
     start,
     status_of,
+    wait_for,
 )
 
 pytestmark = pytest.mark.slow
@@ -51,21 +53,6 @@ def whole(settings: list[str], tmp_path: Path) -> Path:
     folder = tmp_path / "whole"
     run([*settings, *TWO, f"run_dir={folder}"])
     return folder
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait for something that a run is to do before it ends."""
-    deadline = time.monotonic() + 200
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def logged(folder: Path, step: int) -> Callable[[], bool]:
-    """Whether a run has logged a step."""
-    lines = folder / "metrics.jsonl"
-    return lambda: lines.is_file() and f'"step": {step},' in lines.read_text()
 
 
 def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from whole_runs import metrics_of, state_of, weights_of
+from whole_runs import finish, logged, metrics_of, run, start, state_of, wait_for, weights_of
 
 from simpo.compose import compose_run
 from simpo.config import ConfigError, Mode, ObjectiveConfig
@@ -84,6 +86,21 @@ def test_the_best_model_is_kept_and_saved(tiny_run: list[str], tmp_path: Path) -
     state = state_of(folder, tmp_path)
     for name, weight in weights_of(folder).items():
         assert torch.equal(weight, state[f"state.policy.model.{name}"]), name
+
+
+@pytest.mark.slow
+def test_the_best_model_is_lost(tiny_run: list[str], tmp_path: Path) -> None:
+    """Its checkpoint is gone when the run ends: the last model is saved, and that is said."""
+    folder = tmp_path / "run"
+    command = [*overfitting(tiny_run, "train.keep_best=true"), f"run_dir={folder}"]
+    process = start(command)
+    wait_for(logged(folder, 8), process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=75)
+    shutil.rmtree(folder / "checkpoints/step-000003")
+    said = "the best model, after step 3, is lost (seal.json cannot be read (FileNotFoundError)): "
+    assert f"{said}the last is saved\n" in run(command)
+    assert json.loads((folder / "results.json").read_text())["train"]["model_step"] == 18
 
 
 def test_patience_ends_a_run(tiny_run: list[str], tmp_path: Path) -> None:

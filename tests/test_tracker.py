@@ -6,13 +6,12 @@ import json
 import shutil
 import signal
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import TIMING, finish, newest_checkpoint, run, start
+from whole_runs import TIMING, finish, logged, newest_checkpoint, run, start, wait_for
 
 from simpo.compose import compose_run
 from simpo.config import TrackerConfig
@@ -66,10 +65,7 @@ def test_one_curve_over_a_restart(
     command = [*tiny_run, "train.epochs=4", "train.checkpoint_every=4", "tracker=wandb"]
     command += ["tracker.mode=offline", f"run_dir={folder}"]
     process = start(command)
-    lines = folder / "metrics.jsonl"
-    while not (lines.is_file() and '"step": 11,' in lines.read_text()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+    wait_for(logged(folder, 11), process)
     process.send_signal(signal.SIGTERM)
     finish(process, code=75)
     # As a kill would have it: the newest checkpoint is older than what was logged.
@@ -87,7 +83,7 @@ def test_one_curve_over_a_restart(
             assert before[step, key] == after[step, key]
     whole = before | after
     assert sorted({step for step, key in whole if key == "train/loss"}) == list(range(1, 25))
-    for line in read_metrics(lines):
+    for line in read_metrics(folder / "metrics.jsonl"):
         for key, value in line.items():
             if key != "step" and key not in TIMING:
                 assert whole[line["step"], key] == pytest.approx(value), key

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import random
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from whole_runs import assert_same_run, metrics_of, start, state_of
+from whole_runs import assert_same_run, logged, metrics_of, run, start, state_of, wait_for
 
 from simpo.compose import compose_run
 from simpo.config import ConfigError, DataError, RunError, load_run
@@ -91,22 +90,16 @@ def test_continues_bit_exactly_after_sigkill(tiny_run: list[str], tmp_path: Path
     """A real process, killed at five random steps; each time the same command goes on."""
     overrides = [*tiny_run, "train.epochs=4", "model.lora.rank=0"]
     whole = tmp_path / "whole"
-    assert start([*overrides, f"run_dir={whole}"]).wait() == 0
+    run([*overrides, f"run_dir={whole}"])
     rng = random.Random(0)
     for attempt, at_step in enumerate(rng.sample(range(1, 23), 5)):
         folder = tmp_path / f"killed-{attempt}"
         process = start([*overrides, f"run_dir={folder}"])
-        while process.poll() is None:
-            lines = folder / "metrics.jsonl"
-            if lines.is_file() and f'"step": {at_step},' in lines.read_text():
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.001)
-        assert process.wait() == -signal.SIGKILL, process.communicate()
+        wait_for(logged(folder, at_step), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
         assert not (folder / "model").exists()
-        again = start([*overrides, f"run_dir={folder}"])
-        output, errors = again.communicate()
-        assert again.returncode == 0, errors
+        output = run([*overrides, f"run_dir={folder}"])
         if at_step > 3:
             assert "continued after step" in output
         assert_same_run(whole, folder, tmp_path)

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,21 @@ def finish(process: subprocess.Popen[str], code: int = 0, timeout_s: float = 300
 def run(overrides: list[str], code: int = 0) -> str:
     """A whole run; everything it printed."""
     return finish(start(overrides), code)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for something that a run is to do before it ends."""
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def logged(folder: Path, step: int) -> Callable[[], bool]:
+    """Whether a run has logged a step."""
+    lines = folder / "metrics.jsonl"
+    return lambda: lines.is_file() and f'"step": {step},' in lines.read_text()
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:

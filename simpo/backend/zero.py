@@ -151,8 +151,14 @@ class ZeroBackend(Backend):
 
     def _load(self, folder: Path) -> None:
         self._engine.load_checkpoint(
-            str(folder), tag="state", load_module_strict=False, load_lr_scheduler_states=False
+            str(folder), tag="state", load_lr_scheduler_states=False, custom_load_fn=_load_trained
         )
+
+
+def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Leave frozen weights as they are: quantised ones cannot be loaded twice."""
+    trained = {name for name, p in dst.named_parameters() if p.requires_grad}
+    dst.load_state_dict({n: t for n, t in src.items() if n in trained}, strict=False)
 
 
 def _convert(shards: Path, whole: Path) -> None:

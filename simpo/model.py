@@ -53,8 +53,11 @@ class Policy(nn.Module):
 
     def forward(self, row: PackedPairs, objective: Objective) -> tuple[Tensor, PairLogps]:
         """Sum of the objective over the pairs of a row, and their log-probabilities."""
+        hidden = self.hidden(row)
+        # Last: weights in shards are freed again behind the layer that needed them, and that of the
+        # embeddings may be the head's too.
         weight, bias, softcap = self.head()
-        return fused_loss(self.hidden(row), weight, bias, row, objective, softcap)
+        return fused_loss(hidden, weight, bias, row, objective, softcap)
 
     def head(self) -> tuple[Tensor, Tensor | None, float | None]:
         """Weight [V, D], LoRA adapters on it included, bias [V] and soft-cap of the logits."""

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from multiprocessing import cpu_count
 from pathlib import Path
 from types import FrameType
 
@@ -187,6 +188,8 @@ def _environment(config: BackendConfig, rank: int, count: int, port: int) -> dic
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # Each would take all cores, and the last be as slow as all together.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_count() // count))),
     }
     if config.device is Device.cpu:
         words |= {"DS_ACCELERATOR": "cpu"}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from whole_runs import (
     assert_same_run,
     finish,
@@ -200,6 +201,27 @@ def test_processes_that_nobody_started(settings: list[str], tmp_path: Path) -> N
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     message = finish(start(single, *torchrun, "-m", "simpo.train"), code=1)
     assert "backend: single runs in 1 process, got 2 (backend=ddp)" in message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tied_embeddings(kind: str, settings: list[str], tiny_folder: Path, tmp_path: Path) -> None:
+    """One weight is both ends of the model, and is gathered, updated, saved and loaded as one."""
+    folder = tmp_path / "tied"
+    shutil.copytree(tiny_folder, folder)
+    config = AutoConfig.from_pretrained(folder, tie_word_embeddings=True)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    short = [*settings, f"model.path={folder}", "train.max_steps=6"]
+    alone, many = tmp_path / "alone", tmp_path / "many"
+    train(compose_run([*short, f"run_dir={alone}"]))
+    killed_after(5, [*short, *of(f"{kind}-2")], many)
+    assert "continued after step 4" in run([*short, *of(f"{kind}-2"), f"run_dir={many}"])
+    for mine, theirs in zip(metrics_of(many), metrics_of(alone), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    got, expected = (AutoModelForCausalLM.from_pretrained(d / "model") for d in (many, alone))
+    assert got.lm_head.weight is got.model.embed_tokens.weight
+    for (name, mine), theirs in zip(got.named_parameters(), expected.parameters(), strict=True):
+        assert (mine - theirs).abs().max() < 1e-4, name
 
 
 @pytest.fixture(scope="module")

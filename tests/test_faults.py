@@ -157,6 +157,19 @@ def test_a_signal_to_one_rank_stops_all(settings: list[str], tmp_path: Path) -> 
     assert "SIGUSR1: saved after step" in finish(process, code=75)
 
 
+def test_ctrl_c_ends_at_once(settings: list[str], tmp_path: Path) -> None:
+    """Nothing is saved that was not; one line, no traceback."""
+    folder = tmp_path / "run"
+    process = start([*settings, *TWO, "train.checkpoint_every=0", f"run_dir={folder}"])
+    wait_for(logged(folder, 3), process)
+    process.send_signal(signal.SIGINT)
+    message = finish(process, code=130)
+    assert message.endswith("interrupted: the same command continues from the last checkpoint\n")
+    assert "Traceback" not in message
+    assert list((folder / "checkpoints").iterdir()) == []
+    assert status_of(folder)["state"] == "failed"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 8 MiB."""

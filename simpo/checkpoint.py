@@ -28,7 +28,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from simpo.backend import Backend
+from simpo.backend import Backend, not_written
 from simpo.config import ConfigError, RunError
 
 CHUNK_BYTES = 2**22
@@ -219,6 +219,8 @@ class CheckpointStore:
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not_written(error):
+            reason = "a file could not be written whole, the disk may be full"
         newest = max((p.name for p in self._all()), default=None)
         stays = f"{newest} stays" if newest else "there is none before it"
         return RunError(

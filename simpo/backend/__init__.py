@@ -4,7 +4,7 @@ and DeepSpeed. `build_backend` chooses; everything above knows `Backend` alone.
 
 from __future__ import annotations
 
-from simpo.backend.base import Backend
+from simpo.backend.base import Backend, not_written
 from simpo.config import BackendConfig, FsdpConfig, Precision, ZeroConfig
 
 
@@ -24,4 +24,4 @@ def build_backend(
     return Backend(config, precision, max_grad_norm)
 
 
-__all__ = ["Backend", "build_backend"]
+__all__ = ["Backend", "build_backend", "not_written"]

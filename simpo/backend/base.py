@@ -280,6 +280,12 @@ class Backend:
         return {"process_group": self._group}
 
 
+def not_written(error: BaseException) -> bool:
+    """Whether torch means that it could not write a file, which it says in terms of its own."""
+    terms = ("PytorchStreamWriter", "inline_container", "iostream error")
+    return any(term in str(error) for term in terms)
+
+
 def _own(optimizer: Optimizer) -> Optimizer:
     """torch's optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 import subprocess
 import sys
@@ -18,12 +16,9 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from simpo.backend.base import Backend
+from simpo.backend.base import Backend, not_written
 from simpo.config import BackendConfig, Precision, Zero3Config, ZeroConfig
 from simpo.model import Policy
-
-WRITING_FAILED = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""How torch says that a file it opened itself could not be written."""
 
 
 class ZeroBackend(Backend):
@@ -119,8 +114,8 @@ class ZeroBackend(Backend):
                 str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True
             )
         except RuntimeError as error:
-            if any(words in str(error) for words in WRITING_FAILED):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            if not_written(error):
+                raise OSError(str(error)) from error
             raise
         return None
 

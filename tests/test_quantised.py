@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import WIDE
-from safetensors.torch import load_file
 from test_peft import PAIRS, adapted, loaded, padded_step, saved, step, trained
-from test_train import metrics_of, state_of
 from torch import Tensor, nn
+from whole_runs import assert_same_run, logged, run, start, state_of, wait_for
 
 from simpo import cost
 from simpo.compose import compose_run
@@ -176,37 +176,26 @@ def test_a_whole_run(settings: str, tiny_run: list[str], wide_folder: Path, tmp_
         f"model.lora.dora={str('dora' in rest).lower()}",
         f"model.gradient_checkpointing={str('checkpointing' in rest).lower()}",
         "train.learning_rate=1e-2",
+        "train.epochs=2",
     ]
-    whole, halved = tmp_path / "whole", tmp_path / "halved"
-    after = train(compose_run([*overrides, f"run_dir={whole}"]))
-    before = json.loads((whole / "results.json").read_text())["eval_before"]
-    assert after["loss"] < before["loss"] - 0.02
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run([*overrides, f"run_dir={whole}"])
+    results = json.loads((whole / "results.json").read_text())
+    assert results["eval_after"]["loss"] < results["eval_before"]["loss"] - 0.02
     names = {p.name for p in (whole / "model").iterdir()}
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
-    assert all("lora_" in key for key in state_of(whole) if key.startswith(".policy"))
+    trained = [key for key in state_of(whole, tmp_path) if key.startswith("state.policy")]
+    assert trained and all("lora_" in key for key in trained)
 
-    save, calls = torch.save, []
-
-    def failing(state: object, file: Any) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        save(state, file)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "save", failing)
-        with pytest.raises(OSError, match="No space left"):
-            train(compose_run([*overrides, f"run_dir={halved}"]))
-    train(compose_run([*overrides, f"run_dir={halved}"]))
-    assert metrics_of(whole) == metrics_of(halved)
-    one, other = state_of(whole), state_of(halved)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[key]) for key, value in one.items())
-    left, right = (load_file(d / "model/adapter_model.safetensors") for d in (whole, halved))
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    process = start([*overrides, f"run_dir={stopped}"])
+    wait_for(logged(stopped, 3), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert "continued after step" in run([*overrides, f"run_dir={stopped}"])
+    assert_same_run(whole, stopped, tmp_path)
 
     onward = tmp_path / "onward"
     goes_on = ["model.lora.rank=0", "model.lora.dora=false", f"model.lora.adapter={whole}/model"]
     train(compose_run([*overrides, *goes_on, f"run_dir={onward}"]))
-    start = json.loads((onward / "results.json").read_text())["eval_before"]
-    assert start == after
+    began = json.loads((onward / "results.json").read_text())["eval_before"]
+    assert began == pytest.approx(results["eval_after"], rel=1e-6)

@@ -69,6 +69,8 @@ def join_slurm() -> None:
         raise ConfigError(
             ["backend: several Slurm tasks, but submitit is not installed (simpo[slurm])"]
         ) from error
+    # submitit knows Slurm's words, but believes only this one that it is there.
+    os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
 
 

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from simpo.backend.base import Backend
-from simpo.config import BackendConfig, ConfigError, FsdpConfig, Precision
+from simpo.config import BackendConfig, ConfigError, FsdpConfig, ManyConfig, Precision
 from simpo.model import Policy
 
 
@@ -54,6 +58,13 @@ class FsdpBackend(Backend):
             fsdp_plugin=self._plugin,
             kwargs_handlers=[group] if self.on_gpu else [],
         )
+
+    def _process_group(self, config: ManyConfig) -> InitProcessGroupKwargs:
+        group = super()._process_group(config)
+        if self.on_gpu:
+            # Gradients in host memory are summed there.
+            group.backend = "cuda:nccl,cpu:gloo"
+        return group
 
     def prepare(self, policy: Policy, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         self._plugin.transformer_cls_names_to_wrap = sorted(policy.base._no_split_modules or ())

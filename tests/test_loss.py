@@ -8,7 +8,7 @@ import torch
 from simpo.config import HingeConfig, SigmoidConfig
 from simpo.loss import formula, pair_losses
 from simpo.pairs import PairLogps
-from simpo.step import COLUMNS, pair_table, summarise
+from simpo.step import COLUMNS, pair_sums, pair_table, summarise
 
 # Two pairs. Sums -6 over 3 tokens and -8 over 2: averages -2 and -4, difference 2.
 #            Sums -9 over 3 tokens and -2 over 2: averages -3 and -1, difference -2.
@@ -55,7 +55,7 @@ def test_metrics() -> None:
     loss = SigmoidConfig(beta=2.0, gamma_beta_ratio=0.5, sft_weight=0.25)
     table = pair_table(loss, LOGPS)
     assert table.shape == (2, len(COLUMNS))
-    metrics = summarise(loss, table)
+    metrics = summarise(loss, pair_sums(table))
     assert metrics["rewards/chosen"] == -5.0
     assert metrics["rewards/rejected"] == -5.0
     assert metrics["rewards/margins"] == 0.0
@@ -70,7 +70,8 @@ def test_metrics() -> None:
 def test_a_tie_is_half_right() -> None:
     same = PairLogps(*(torch.tensor([x]) for x in (-4.0, -4.0)), *(torch.tensor([2]),) * 2)
     loss = SigmoidConfig()
-    assert summarise(loss, pair_table(loss, same))["rewards/accuracies"] == pytest.approx(0.5)
+    sums = pair_sums(pair_table(loss, same))
+    assert summarise(loss, sums)["rewards/accuracies"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

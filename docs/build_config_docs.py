@@ -117,7 +117,7 @@ def _default(item: Field[Any]) -> str:
 def _meanings() -> dict[tuple[str, str], str]:
     """(class, field) to the docstring under the field."""
     meanings: dict[tuple[str, str], str] = {}
-    modules = (config.backends, config.inputs, config.schema)
+    modules = (config.backends, config.inputs, config.launchers, config.schema)
     for node in (node for m in modules for node in ast.parse(inspect.getsource(m)).body):
         if isinstance(node, ast.ClassDef):
             for statement, below in zip(node.body, node.body[1:], strict=False):

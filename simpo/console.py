@@ -16,15 +16,7 @@ from simpo.data.mixture import SplitReport
 from simpo.data.plan import TrainPlan
 from simpo.loss import formula
 from simpo.model import Policy
-
-SHOWN = (
-    ("loss", "loss"),
-    ("rewards/accuracies", "accuracy"),
-    ("rewards/margins", "margin"),
-    ("rule_pass_rate", "rule pass rate"),
-    ("reply_repetition", "repetition in replies"),
-)
-"""Held-out metrics shown to people, with the names they get."""
+from simpo.tables import SHOWN, markdown_table
 
 
 @dataclass(frozen=True)
@@ -106,25 +98,6 @@ def result_rows(results: Results) -> list[dict[str, Any]]:
         for key, name in SHOWN
         if key in results.after
     ]
-
-
-def markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Rows with the same keys as the lines of a Markdown table, columns aligned."""
-    if not rows:
-        return ["(none)"]
-    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in cells
-    ]
-    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {count}" for key, count in value.items())
-    return str(value)
 
 
 def end_lines(results: Results, run_dir: Path, model_step: int, last_step: int) -> list[str]:

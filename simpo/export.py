@@ -25,10 +25,11 @@ from simpo.config import (
     RunConfig,
     run_yaml,
 )
-from simpo.console import SHOWN, Results, markdown_table, result_rows
+from simpo.console import Results, result_rows
 from simpo.data.chat import Chat
 from simpo.loss import formula
 from simpo.model import Policy, load_pretrained, load_tokenizer
+from simpo.tables import SHOWN, markdown_table
 from simpo.tracker import read_metrics
 
 

@@ -6,6 +6,7 @@ torchrun, accelerate launch or Slurm has started the ranks already, there is not
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ GRACE_S = 20.0
 """How long the others get to end by themselves, once one process has failed."""
 POLL_S = 0.05
 INTERRUPTED = 130
+PR_SET_PDEATHSIG = 1
 SHOWN_LINES = 30
 
 
@@ -72,6 +74,13 @@ def join_slurm() -> None:
     # submitit knows Slurm's words, but believes only this one that it is there.
     os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+
+
+def end_with_parent() -> None:
+    """Have the system kill this process when the one that started it ends, however it does."""
+    if sys.platform == "linux":
+        # A parent that was killed can end nobody.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_in(count: int, run: RunConfig) -> dict[str, float]:

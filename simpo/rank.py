@@ -6,27 +6,21 @@ is that of the run, which its records quote.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 from simpo.config import ConfigError, DataError, RunError, load_run
-from simpo.processes import INTERRUPTED
+from simpo.processes import INTERRUPTED, end_with_parent
 from simpo.train import train
-
-PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
     """Train; returns the exit code."""
     folder = Path(sys.argv.pop(1))
-    if sys.platform == "linux":
-        # A parent that was killed can end nobody.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     rank = int(os.environ["RANK"])
     try:
         metrics = train(load_run(folder / "run.yaml"))

@@ -5,14 +5,17 @@
     environment.json, git.diff      versions, device, git commit and what differed from it
     data.json                       what was taken of each source, fingerprints, template hash
     metrics.jsonl, status.json      the numbers; running, stopped, failed or finished, and the step
+    held_out/, samples/             numbers of each held-out pair, replies to some, by step
     checkpoints/                    see simpo.checkpoint
     model/                          see simpo.export
 """
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
+import io
 import json
 import os
 import platform
@@ -20,11 +23,11 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simpo.config import (
     ConfigError,
@@ -37,7 +40,9 @@ from simpo.config import (
     run_yaml,
     trajectory,
 )
-from simpo.sample import Reply
+
+if TYPE_CHECKING:  # for a launcher, which does without torch
+    from simpo.sample import Reply
 
 PACKAGES = (
     "simpo",
@@ -86,18 +91,17 @@ class RunFolder:
             self.path = Path(run.run_dir).expanduser().absolute()
             if not self._lock():
                 raise ConfigError([f"run_dir: another process works in {self.path} (wait for it)"])
-            self._refuse_other_settings(run)
+            refuse_other_settings(run, self.path)
         else:
-            parent = (Path(run.output_dir).expanduser() / run.name).absolute()
-            for path in sorted(parent.glob(f"*-{run_id(run)}"), reverse=True):
+            for path in unfinished_folders(run):
                 self.path = path
-                if self.status().get("state") != "finished" and self._lock():
+                if self._lock():
                     break
             else:
-                self.path = parent / f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id(run)}"
+                self.path = new_folder(run)
                 while not self._lock():  # two runs of the same settings in the same second
                     time.sleep(0.1)
-                    self.path = parent / f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id(run)}"
+                    self.path = new_folder(run)
         self.continued = (self.path / "run.yaml").is_file()
         self.finished = self.status().get("state") == "finished"
         if self._writes and not self.continued:
@@ -106,8 +110,7 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         """What status.json says; empty before the run's first step."""
-        path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_status(self.path)
 
     def write_status(self, state: str, step: int, total_steps: int, error: str = "") -> None:
         """Say how far the run is: `state` is running, stopped, failed or finished."""
@@ -132,12 +135,27 @@ class RunFolder:
         self.write_json("data.json", data)
 
     def write_replies(self, step: int, replies: Sequence[Reply]) -> None:
-        """Write samples/step-<step>.json: prompt, reply and verdict of each sampled reply."""
+        """Write samples/step-<step>.json: prompt, reply, its length and verdict, for each."""
         rows = [
-            {"prompt": r.pair.prompt[-1]["content"], "reply": r.text, "obeys": r.obeys}
+            {
+                "prompt": r.pair.prompt[-1]["content"],
+                "reply": r.text,
+                "tokens": r.tokens,
+                "obeys": r.obeys,
+            }
             for r in replies
         ]
         self.write_json(f"samples/step-{step:06d}.json", rows)
+
+    def write_scores(
+        self, step: int, columns: Sequence[str], scores: Mapping[str, Sequence[float]]
+    ) -> None:
+        """Write held_out/step-<step>.csv: where each held-out pair is from, and its numbers."""
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["pair", *columns])
+        table.writerows([place, *numbers] for place, numbers in scores.items())
+        self.write_text(f"held_out/step-{step:06d}.csv", text.getvalue())
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a file of the folder whole or not at all."""
@@ -145,13 +163,8 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the folder: a reader sees the old text or the new, never a part."""
-        if not self._writes:
-            return
-        path = self.path / name
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text)
-        os.replace(part, path)
+        if self._writes:
+            write_text(self.path / name, text)
 
     @contextmanager
     def recording_failure(self) -> Iterator[None]:
@@ -187,23 +200,58 @@ class RunFolder:
         self._lock_handle = handle
         return True
 
-    def _refuse_other_settings(self, run: RunConfig) -> None:
-        if not (self.path / "run.yaml").is_file():
-            return
-        before, now = trajectory(load_run(self.path / "run.yaml")), trajectory(run)
-        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        if changed:
-            raise ConfigError(
-                [
-                    f"{key}: the run in {self.path} has {before.get(key)}, got {now.get(key)} "
-                    "(restore it, or choose another run_dir)"
-                    for key in changed
-                ]
-            )
-
     def _command(self) -> str:
         arguments = [a for a in sys.argv[1:] if not a.startswith("run_dir=")]
         return shlex.join(["python", "-m", "simpo.train", *arguments, f"run_dir={self.path}"])
+
+
+def unfinished_folders(run: RunConfig) -> list[Path]:
+    """Folders of runs of the same settings that have not finished, the newest first."""
+    found = sorted(_parent(run).glob(f"*-{run_id(run)}"), reverse=True)
+    return [path for path in found if read_status(path).get("state") != "finished"]
+
+
+def new_folder(run: RunConfig) -> Path:
+    """Where a run goes that begins now."""
+    return _parent(run) / f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id(run)}"
+
+
+def _parent(run: RunConfig) -> Path:
+    return (Path(run.output_dir).expanduser() / run.name).absolute()
+
+
+def refuse_other_settings(run: RunConfig, folder: Path) -> None:
+    """Do nothing, unless a folder holds a run whose numbers must be other ones.
+
+    Raises:
+        ConfigError: it does; a line for each setting.
+    """
+    if not (folder / "run.yaml").is_file():
+        return
+    before, now = trajectory(load_run(folder / "run.yaml")), trajectory(run)
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    if changed:
+        raise ConfigError(
+            [
+                f"{key}: the run in {folder} has {before.get(key)}, got {now.get(key)} "
+                "(restore it, or choose another run_dir)"
+                for key in changed
+            ]
+        )
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What a run's status.json says; empty before its first step."""
+    path = folder / "status.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file: a reader sees the old text or the new, never a part."""
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -88,15 +88,22 @@ def update(
 @torch.no_grad()
 def evaluate(
     policy: nn.Module, rows: Iterable[PackedPairs], loss: LossConfig, backend: Backend
-) -> dict[str, float]:
-    """Metrics over the pairs of all processes' rows, without an update; arguments as `update`."""
+) -> tuple[dict[str, float], dict[int, list[float]]]:
+    """Score the pairs of all processes' rows, without an update; arguments as `update`.
+
+    Returns:
+        Metrics over all pairs, and the numbers of each pair in the order of `COLUMNS`.
+    """
     policy.eval()
     objective = partial(pair_losses, loss)
     sums = torch.zeros(len(COLUMNS) + 1, dtype=torch.float64)
+    scored: list[tuple[int, list[float]]] = []
     for row in rows:
         logps = policy(row.to(backend.device), objective)[1]
-        sums += pair_sums(pair_table(loss, logps)[: len(row.pairs)])
-    return summarise(loss, backend.sum(sums))
+        table = pair_table(loss, logps)[: len(row.pairs)]
+        sums += pair_sums(table)
+        scored += zip(row.pairs, table.tolist(), strict=True)
+    return summarise(loss, backend.sum(sums)), dict(sorted(backend.gather(scored)))
 
 
 def _nothing(logps: PairLogps) -> Tensor:

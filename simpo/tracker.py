@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -47,9 +48,9 @@ class Tracker:
                 entity=config.entity,
                 mode=config.mode.value,
                 tags=config.tags,
-                name=name,
-                # The same id after a restart: one curve.
-                id=run_dir.name,
+                name=f"{name} {run_dir.name}",
+                # The same after a restart: one curve. Sweeps have members of the same name.
+                id=hashlib.sha256(str(run_dir).encode()).hexdigest()[:16],
                 resume="allow",
                 dir=run_dir,
                 config=settings,
@@ -123,5 +124,6 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a metrics.jsonl, without one that is just being written."""
+    whole = path.read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]

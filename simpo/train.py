@@ -37,10 +37,11 @@ from simpo.config import (
 
 
 @hydra.main(version_base="1.3", config_path=str(menu_dir("conf")), config_name="train")
-def main(cfg: DictConfig) -> None:
-    """Run one composed configuration; Hydra calls it for each member of a sweep."""
+def main(cfg: DictConfig) -> float | None:
+    """Run one composed configuration; its objective is what a Hydra sweeper goes by."""
     try:
-        start(build_run(cfg))
+        run = build_run(cfg)
+        return start(run).get(run.objective.metric)
     except (ConfigError, DataError, RunError) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN and not isinstance(error, Stopped):
             raise  # Hydra goes on with the other members and raises at the end.
@@ -91,7 +92,7 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.run_folder import RunFolder, environment, git_diff
     from simpo.sample import greedy_replies, reply_metrics
     from simpo.signals import StopRequest
-    from simpo.step import NonFiniteError, evaluate, summarise, update
+    from simpo.step import COLUMNS, NonFiniteError, evaluate, summarise, update
     from simpo.tracker import Tracker
     from simpo.watch import CollapseWatch
 
@@ -195,7 +196,10 @@ def train(run: RunConfig) -> dict[str, float]:
             metrics: dict[str, float] = {}
             if test_rows:
                 tracker.say(f"held out: {len(test_set.pairs)} pairs, {len(sampled)} replies ...")
-                metrics |= evaluate(wrapped, packed(test_set, test_rows), run.loss, backend)
+                found, scores = evaluate(wrapped, packed(test_set, test_rows), run.loss, backend)
+                metrics |= found
+                places = {test_set.pairs[i].place: numbers for i, numbers in scores.items()}
+                folder.write_scores(step, COLUMNS, places)
             if sampled:
                 with backend.replying(policy):
                     replies = greedy_replies(
@@ -223,6 +227,7 @@ def train(run: RunConfig) -> dict[str, float]:
             *damaged,
             f"run    {folder.path}" + (f", continued after step {step}" if step else ""),
         )
+        folder.write_status("running", step, plan.total_steps)
         begin = time.perf_counter()
         if step == 0:
             held_out()

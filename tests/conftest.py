@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 
 # Two worker threads per test process would fight over the machine's cores; and no test may wait
 # for a model hub that is not there.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,29 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real pairs at {folder}")
     return folder
+
+
+def skip_without(command: str, packages: str) -> None:
+    """Skip a test whose program is not installed; under `.ci/run`, which installs it, fail."""
+    if not shutil.which(command):
+        reason = f"{command} is not installed (Debian: {packages})"
+        (pytest.fail if os.environ.get("SIMPO_TESTS_SKIP_NOTHING") else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A real Slurm of two nodes on this machine, for the commands and runs that tests start."""
+    skip_without("slurmctld", "slurmctld slurmd slurm-client munge")
+    skip_without("slurmdbd", "slurmdbd mariadb-server-core mariadb-client-core")
+    script = Path(__file__).parent / "slurm" / "cluster.sh"
+    root = tmp_path_factory.mktemp("slurm")
+    os.environ["SLURM_CONF"] = str(root / "slurm.conf")
+    try:
+        subprocess.run(["bash", script, "up", root], check=True)
+        yield root
+    finally:
+        subprocess.run(["bash", script, "down", root], check=True)
+        del os.environ["SLURM_CONF"]
 
 
 @pytest.fixture(scope="session")

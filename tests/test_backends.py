@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -195,29 +194,17 @@ def test_joins_torchrun(settings: list[str], alone: Path, tmp_path: Path) -> Non
     assert "backend.processes: 3 asked for here and 2 started in all, but 2 run" in message
 
 
-@pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A real Slurm of two nodes on this machine; what a command needs in its environment."""
-    if not shutil.which("slurmctld"):
-        pytest.skip("Slurm is not installed (Debian: slurmctld slurmd slurm-client munge)")
-    script, root = Path(__file__).parent / "slurm" / "cluster.sh", tmp_path / "slurm"
-    subprocess.run(["bash", script, "up", root], check=True)
-    yield {"SLURM_CONF": str(root / "slurm.conf")}
-    subprocess.run(["bash", script, "down", root], check=True)
-
-
-def test_joins_slurm(
-    slurm: dict[str, str], settings: list[str], alone: Path, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("slurm")
+def test_joins_slurm(settings: list[str], alone: Path, tmp_path: Path) -> None:
     """Two nodes with two tasks each; told to stop by Slurm, and continued by the same command."""
     overrides = [*settings, "backend=fsdp", f"run_dir={tmp_path / 'run'}"]
     srun = ["srun", "--job-name=pairs", "--nodes=2", "--ntasks=4", sys.executable, "-m"]
-    process = start(overrides, *srun, "simpo.train", env=slurm)
+    process = start(overrides, *srun, "simpo.train")
     wait_for(logged(tmp_path / "run", 5), process)
     scancel = ["scancel", "--signal=USR1", "--name=pairs"]
-    subprocess.run(scancel, check=True, env=os.environ | slurm)
+    subprocess.run(scancel, check=True)
     assert "SIGUSR1: saved after step" in finish(process, code=75)
-    message = finish(start(overrides, *srun, "simpo.train", env=slurm))
+    message = finish(start(overrides, *srun, "simpo.train"))
     assert "fp32 on 4 CPU (fsdp, 4 processes)" in message
     assert "continued after step" in message
     assert_like(tmp_path / "run", alone)

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.compose import compose_run
 from simpo.config import ConfigError, Dtype
-from simpo.console import markdown_table
 from simpo.export import cli, merge
+from simpo.tables import markdown_table
 from simpo.train import train
 
 TOKEN = "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"

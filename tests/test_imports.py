@@ -11,21 +11,23 @@ PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 
 # A module may import those in lines above its own, never beside or below.
 ORDER = """
-config.choices pairs data.demo_topics data.plan data.rules
+config.choices config.launchers pairs data.demo_topics data.plan data.rules tables
 config.backends config.inputs
 config.schema
 config.check
 config
 compose data.demo data.rows data.packing adapters attention logps loss objective optim
-signals smollm2 tracker watch
+signals slurm smollm2 tracker watch
 data.mixture model processes
 data.chat backend.base cost probe
 backend.fsdp backend.zero
 backend
 checkpoint console sample step
 export run_folder
-train
-rank
+runs train
+compare member rank
+launcher page
+report
 """
 FLOOR = {name: floor for floor, line in enumerate(ORDER.split("\n")) for name in line.split()}
 
@@ -99,7 +101,8 @@ def test_the_mathematics_knows_no_framework(module):
     [
         ("accelerate", {"backend.base", "backend.fsdp", "backend.zero"}),
         ("deepspeed", {"backend.zero"}),
-        ("submitit", {"processes"}),
+        ("submitit", {"member", "processes", "slurm"}),
+        ("plotly", {"page"}),
         ("wandb", {"tracker"}),
         ("peft", {"adapters"}),
         ("hydra", {"config.check", "compose", "train"}),
@@ -127,3 +130,12 @@ def test_the_command_starts_without_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
     assert done.stdout == "[]\n"
+
+
+def test_launcher_and_report_do_without_torch():
+    """They run on login nodes, and answer at once."""
+    code = "import sys, simpo.launcher, simpo.page\nprint('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    assert done.stdout == "False\n"

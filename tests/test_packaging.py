@@ -20,7 +20,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OPTIONAL = ("wandb", "submitit", "deepspeed", "bitsandbytes", "flash_attn", "vllm", "trl")
+OPTIONAL = ("wandb", "submitit", "deepspeed", "bitsandbytes", "flash_attn", "vllm", "trl", "optuna")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,7 @@ def test_extras() -> None:
         "deepspeed",
         "wandb",
         "slurm",
+        "optuna",
         "vllm",
         "bench",
         "dev",

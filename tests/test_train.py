@@ -258,7 +258,7 @@ def test_a_sweep_runs_every_member(tiny_run: list[str], tmp_path: Path) -> None:
     process = start([*sweep, *tiny_run])
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    runs = [load_run(path) for path in (tmp_path / "outputs").glob("*/*/run.yaml")]
+    runs = [load_run(path) for path in (tmp_path / "outputs").rglob("run.yaml")]
     assert {(run.loss.beta, run.loss.gamma_beta_ratio) for run in runs} == {
         (2.0, 0.3),
         (2.0, 0.5),

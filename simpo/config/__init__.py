@@ -26,6 +26,7 @@ from simpo.config.check import (
     register_schemas,
     run_id,
     run_yaml,
+    settings,
     trajectory,
 )
 from simpo.config.choices import (
@@ -59,10 +60,10 @@ from simpo.config.inputs import (
     menu_dir,
     template_file,
 )
+from simpo.config.launchers import LauncherConfig, LocalConfig, SlurmConfig
 from simpo.config.schema import (
     ExportConfig,
     HingeConfig,
-    LauncherConfig,
     LossConfig,
     ObjectiveConfig,
     RunConfig,
@@ -94,6 +95,7 @@ __all__ = [
     "FsdpConfig",
     "HingeConfig",
     "LauncherConfig",
+    "LocalConfig",
     "LoraConfig",
     "LossConfig",
     "ManyConfig",
@@ -112,6 +114,7 @@ __all__ = [
     "Schedule",
     "SigmoidConfig",
     "SingleConfig",
+    "SlurmConfig",
     "SourceConfig",
     "Stopped",
     "TrackerConfig",
@@ -130,6 +133,7 @@ __all__ = [
     "register_schemas",
     "run_id",
     "run_yaml",
+    "settings",
     "template_file",
     "trajectory",
 ]

@@ -17,15 +17,16 @@ from omegaconf.errors import OmegaConfBaseException
 from simpo.config.backends import (
     DdpConfig,
     FsdpConfig,
+    ManyConfig,
     SingleConfig,
     Zero2Config,
     Zero3Config,
 )
 from simpo.config.choices import Quantization
 from simpo.config.inputs import ConfigError, DataConfig, ModelConfig
+from simpo.config.launchers import LocalConfig, SlurmConfig
 from simpo.config.schema import (
     HingeConfig,
-    LauncherConfig,
     RunConfig,
     SigmoidConfig,
     TrackerConfig,
@@ -43,7 +44,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "zero2": Zero2Config,
         "zero3": Zero3Config,
     },
-    "launcher": {"local": LauncherConfig},
+    "launcher": {"local": LocalConfig, "slurm": SlurmConfig},
     "tracker": {"console": TrackerConfig, "wandb": WandbConfig},
 }
 """The schemas of each group. Where a group has several, `name` in its YAML says which."""
@@ -140,6 +141,17 @@ def check_run(run: RunConfig) -> None:
             "model.quantization: int8 layers cannot be put in shards by backend=fsdp, which loses "
             "their scales (nf4, or backend=ddp, zero2 or zero3)"
         )
+    if isinstance(run.launcher, SlurmConfig) and run.launcher.tasks() > 1:
+        if not isinstance(run.backend, ManyConfig):
+            problems.append(
+                f"backend: {run.backend.name} is one process, but the launcher's nodes and GPUs "
+                f"make {run.launcher.tasks()} (backend=fsdp, or launcher.tasks_per_node=1)"
+            )
+        elif run.backend.processes is not None:
+            problems.append(
+                f"backend.processes: Slurm starts the {run.launcher.tasks()} processes, got "
+                f"{run.backend.processes} (leave it out)"
+            )
     if problems:
         raise ConfigError(problems)
 
@@ -151,6 +163,14 @@ def trajectory(run: RunConfig) -> dict[str, Any]:
         _flatten(section, getattr(run, section), flat)
         for key in FREE.get(section, ()):
             del flat[f"{section}.{key}"]
+    return flat
+
+
+def settings(run: RunConfig) -> dict[str, Any]:
+    """All settings of a run, flat: dotted key to value."""
+    flat: dict[str, Any] = {}
+    for item in fields(run):
+        _flatten(item.name, getattr(run, item.name), flat)
     return flat
 
 

@@ -1,6 +1,6 @@
-"""The settings of a run, typed once; its inputs are in `simpo.config.inputs`, its processes in
-`simpo.config.backends`. A `RunConfig` is read-only by rule, not by `frozen=True`, which OmegaConf
-cannot compose.
+"""The settings of a run, typed once. Those of what goes into it, of its processes and of where it
+is started are in `simpo.config.inputs`, `backends` and `launchers`. A `RunConfig` is read-only by
+rule, not by `frozen=True`, which OmegaConf cannot compose.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from simpo.config.backends import BackendConfig
 from simpo.config.choices import Mode, Precision, Schedule, WandbMode, WatchAction
 from simpo.config.inputs import DataConfig, ModelConfig
+from simpo.config.launchers import LauncherConfig
 
 
 @dataclass(kw_only=True)
@@ -214,14 +215,6 @@ class ExportConfig:
         parts = (self.push_to_hub or "owner/name").split("/")
         if len(parts) != 2 or not all(parts):
             yield f"push_to_hub: must be owner/name, got {self.push_to_hub}"
-
-
-@dataclass(kw_only=True)
-class LauncherConfig:
-    """Where a run is started."""
-
-    name: str = "local"
-    """Kind of launcher; set by the group. local: in this process, sweep members one by one."""
 
 
 @dataclass(kw_only=True)

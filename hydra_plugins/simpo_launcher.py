@@ -1,0 +1,55 @@
+"""Hydra's way to `simpo.launcher`: it takes launchers only from the package `hydra_plugins`.
+
+Hydra imports this at every start, so it imports next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, open_dict
+
+ConfigStore.instance().store(
+    group="hydra/launcher",
+    name="simpo",
+    node={"_target_": "hydra_plugins.simpo_launcher.SimpoLauncher"},
+    provider="simpo",
+)
+
+
+class SimpoLauncher(Launcher):
+    """Composes each member of a sweep here and now, and has it run as `launcher` says."""
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        self._loader, self._config = hydra_context.config_loader, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run the members with these overrides; their objectives come back, where waited for."""
+        from simpo.config import build_run
+        from simpo.launcher import Member, launch
+
+        parse = OverridesParser.create().parse_override
+        typed = [parse(words) for words in self._config.hydra.overrides.task]
+        swept = [override for override in typed if override.is_sweep_override()]
+        shared = {override.get_key_element() for override in typed if override not in swept}
+        members = []
+        for words in job_overrides:
+            config = self._loader.load_sweep_config(self._config, list(words))
+            with open_dict(config):
+                del config["hydra"]
+            own = [text for text in words if parse(text).get_key_element() not in shared]
+            members.append(Member(build_run(config), tuple(words), tuple(own)))
+        sweeper = self._config.hydra.sweeper
+        sweeps = swept or sweeper.get("params") or sweeper.get("stages")
+        results = launch(members, self._config.name if sweeps else None)
+        return [
+            JobReturn(overrides=words, status=JobStatus.COMPLETED, _return_value=value)
+            for words, value in zip(job_overrides, results, strict=True)
+        ]

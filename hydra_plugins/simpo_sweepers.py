@@ -1,0 +1,202 @@
+"""Sweepers that go by the objective: `hydra/sweeper=stages` and `hydra/sweeper=optuna`.
+
+Both are sequences of Hydra's own sweeps, whose members keep their folders: the same command again
+finds what has finished, comes to the same choices, and goes on from there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from omegaconf import DictConfig
+
+STAGES = {"_target_": "hydra_plugins.simpo_sweepers.StagedSweeper", "stages": []}
+OPTUNA = {
+    "_target_": "hydra_plugins.simpo_sweepers.OptunaSweeper",
+    "params": {},
+    "num_trials": 20,
+    "trials_at_once": 1,
+    "seed": 42,
+}
+for name, node in (("stages", STAGES), ("optuna", OPTUNA)):
+    ConfigStore.instance().store(name, node, group="hydra/sweeper", provider="simpo")
+
+
+class ObjectiveSweeper(Sweeper):
+    """What both have in common: members launched, their objectives compared."""
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        self._metric = str(config.objective.metric)
+        self._maximize = config.objective.mode.value == "max"
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+        self._launched = 0
+
+    def _objectives(
+        self, fixed: Sequence[str], members: Sequence[Mapping[str, str]]
+    ) -> list[float]:
+        """Run members, each given by its own settings, beside the fixed ones of all."""
+        from simpo.config import ConfigError
+
+        overrides = [[*fixed, *(f"{k}={v}" for k, v in own.items())] for own in members]
+        results = self._launcher.launch(overrides, initial_job_idx=self._launched)
+        self._launched += len(members)
+        values = [result.return_value for result in results]
+        if None in values:
+            raise ConfigError(
+                [
+                    f"hydra/sweeper: goes by {self._metric}, which no member gave (hold out data; "
+                    "under launcher=slurm set launcher.wait=true)"
+                ]
+            )
+        return values
+
+    def _tell_best(self, settings: Mapping[str, str], value: float) -> None:
+        words = " ".join(f"{key}={text}" for key, text in settings.items())
+        print(f"best   {words}: {self._metric} {value:.4f}", flush=True)
+
+
+class StagedSweeper(ObjectiveSweeper):
+    """Tries the values of a stage, keeps the best, goes on: fewer runs than the grid of all.
+
+    `hydra.sweeper.stages` is a list; each item names settings and the values to try, a grid. On the
+    command line, several values of a setting take the place of a stage's, or make a last stage;
+    a single one takes the setting out of the search.
+    """
+
+    def __init__(self, stages: Sequence[Mapping[str, str]]) -> None:
+        self._stages = stages
+
+    def sweep(self, arguments: list[str]) -> dict[str, str]:
+        """Run the stages one after the other.
+
+        Returns:
+            The best value found for each setting that was tried.
+
+        Raises:
+            ConfigError: there is no stage, or its members give nothing to compare by.
+        """
+        from simpo.config import ConfigError
+
+        typed = _typed(arguments)
+        swept = {key: o for key, o in typed.items() if o.is_sweep_override()}
+        fixed = [_text(o) for key, o in typed.items() if key not in swept]
+        stages = [
+            {
+                key: swept.pop(key, None) or _parse(f"{key}={values}")
+                for key, values in stage.items()
+                if key in swept or key not in typed
+            }
+            for stage in self._stages
+        ]
+        stages = [stage for stage in [*stages, swept] if stage]
+        if not stages:
+            raise ConfigError(["hydra.sweeper.stages: empty (list settings with values to try)"])
+        best: dict[str, str] = {}
+        for number, stage in enumerate(stages, 1):
+            print(f"stage  {number} of {len(stages)}: {', '.join(stage)}", flush=True)
+            grid = itertools.product(*(_values(override) for override in stage.values()))
+            tried = [best | dict(zip(stage, values, strict=True)) for values in grid]
+            found = self._objectives(fixed, tried)
+            value = max(found) if self._maximize else min(found)
+            best = tried[found.index(value)]
+            self._tell_best(best, value)
+        return best
+
+
+class OptunaSweeper(ObjectiveSweeper):
+    """Optuna's TPE over `hydra.sweeper.params` and what the command line adds.
+
+    A setting is searched in `interval(low, high)`, on a logarithmic scale in
+    `tag(log, interval(low, high))`, and else among its values. The sampler is seeded.
+    """
+
+    def __init__(
+        self, params: Mapping[str, str], num_trials: int, trials_at_once: int, seed: int
+    ) -> None:
+        self._params = params
+        self._num_trials, self._at_once, self._seed = num_trials, trials_at_once, seed
+
+    def sweep(self, arguments: list[str]) -> dict[str, str]:
+        """Run the trials.
+
+        Returns:
+            The settings of the best one.
+
+        Raises:
+            ConfigError: there is nothing to search, a trial gives nothing to compare by, or Optuna
+                is not installed.
+        """
+        from simpo.config import ConfigError
+
+        try:
+            import optuna
+        except ImportError as error:
+            raise ConfigError(
+                ["hydra/sweeper: optuna is not installed (pip install 'simpo[optuna]')"]
+            ) from error
+
+        typed = _typed([f"{key}={text}" for key, text in self._params.items()]) | _typed(arguments)
+        space = {key: _space(o) for key, o in typed.items() if o.is_sweep_override()}
+        if not space:
+            raise ConfigError(["hydra.sweeper.params: empty (name settings and where to search)"])
+        fixed = [_text(o) for key, o in typed.items() if key not in space]
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            direction="maximize" if self._maximize else "minimize",
+            sampler=optuna.samplers.TPESampler(
+                seed=self._seed, multivariate=True, constant_liar=self._at_once > 1
+            ),
+        )
+        for first in range(0, self._num_trials, self._at_once):
+            count = min(self._at_once, self._num_trials - first)
+            trials = [study.ask(space) for _ in range(count)]
+            members = [{key: _short(v) for key, v in trial.params.items()} for trial in trials]
+            for trial, value in zip(trials, self._objectives(fixed, members), strict=True):
+                study.tell(trial, value)
+            print(f"trials {first + count} of {self._num_trials}", flush=True)
+        best = {key: _short(value) for key, value in study.best_params.items()}
+        self._tell_best(best, study.best_value)
+        return best
+
+
+def _parse(text: str) -> Override:
+    return OverridesParser.create().parse_override(text)
+
+
+def _typed(arguments: Sequence[str]) -> dict[str, Override]:
+    """By key; the last of a key counts, as everywhere."""
+    return {override.get_key_element(): override for override in map(_parse, arguments)}
+
+
+def _text(override: Override) -> str:
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
+
+
+def _values(override: Override) -> list[str]:
+    if override.is_sweep_override():
+        return [str(value) for value in override.sweep_string_iterator()]
+    return [override.get_value_element_as_str()]
+
+
+def _space(override: Override) -> Any:
+    from optuna import distributions
+
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        assert value.start is not None and value.end is not None
+        return distributions.FloatDistribution(value.start, value.end, log="log" in value.tags)
+    return distributions.CategoricalDistribution(_values(override))
+
+
+def _short(value: Any) -> str:
+    """Six digits are enough for a setting, and for the name of a folder."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,111 @@
+"""Runs' folders in, the runs side by side out: what differs, how far they are, which is best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+from simpo.config import ConfigError, Mode, settings
+from simpo.runs import Run, State, find_runs, read_runs
+
+# Where a run lies and how it is started make no difference between two of them.
+PLACES = ("name", "output_dir", "run_dir", "cache_dir", "launcher.")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side.
+
+    Attributes:
+        names: of the runs, short and each another.
+        metric, mode: the objective they are compared by.
+        best: index of the run with the best objective among the finished ones; None without.
+        differing: settings that differ, by dotted key, with the value of each run.
+    """
+
+    runs: list[Run]
+    names: list[str]
+    metric: str
+    mode: Mode
+    best: int | None
+    differing: dict[str, list[Any]]
+
+    def objective(self, index: int) -> float | None:
+        """Of a run; None where it has none yet."""
+        return self.runs[index].metrics.get(self.metric)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each run: settings that differ, state, and the held-out metrics it has."""
+        metrics = list(dict.fromkeys(key for run in self.runs for key in run.metrics))
+        return [
+            {
+                "run": name,
+                **{key: values[index] for key, values in self.differing.items()},
+                "state": run.progress.state.value,
+                "step": run.progress.step,
+                "total_steps": run.progress.total_steps,
+                "requeued": run.progress.requeued,
+                "note": run.progress.note,
+                "best": index == self.best,
+                **{key: run.metrics.get(key) for key in metrics},
+                "folder": str(run.folder),
+            }
+            for index, (name, run) in enumerate(zip(self.names, self.runs, strict=True))
+        ]
+
+
+def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
+    """Read all runs in and below folders.
+
+    Args:
+        metric: held-out metric to compare by; None takes the objective of the first run.
+
+    Raises:
+        ConfigError: there is no run, or none has such a metric.
+    """
+    paths = find_runs(folders)
+    if not paths:
+        raise ConfigError([f"DIR: no run in {', '.join(map(str, folders))} (no run.yaml below)"])
+    runs = read_runs(paths)
+    known = sorted({key for run in runs for key in run.metrics})
+    if metric is not None and metric not in known:
+        raise ConfigError(
+            [f"metric: no such held-out metric, got {metric} ({', '.join(known) or 'none yet'})"]
+        )
+    objective = runs[0].config.objective
+    mode = objective.mode
+    if metric is not None and metric != objective.metric:
+        mode = Mode.min if metric == "loss" or metric.endswith("repetition") else Mode.max
+    metric = metric or objective.metric
+    values = [run.metrics.get(metric, math.nan) for run in runs]
+    able = [
+        index
+        for index, run in enumerate(runs)
+        if run.progress.state is State.finished and math.isfinite(values[index])
+    ]
+    sign = 1 if mode is Mode.max else -1
+    best = max(able, key=lambda index: sign * values[index], default=None)
+    return Comparison(runs, _names(paths), metric, mode, best, _differing(runs))
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    if len(paths) == 1:
+        return [paths[0].name]
+    above = Path(commonpath(paths))
+    return [path.relative_to(above).as_posix() for path in paths]
+
+
+def _differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    flat = [settings(run.config) for run in runs]
+    table = {
+        key: [one.get(key) for one in flat] for key in dict.fromkeys(k for f in flat for k in f)
+    }
+    return {
+        key: values
+        for key, values in table.items()
+        if not key.startswith(PLACES) and any(value != values[0] for value in values)
+    }

@@ -1,0 +1,324 @@
+"""Members of a sweep in; started here or queued on a Slurm cluster, each in a folder of its own.
+
+Everything is composed and checked before the first is started, and each folder gets the resolved
+run.yaml that its run will read: later edits of conf/ change nothing that waits. A member's folder
+follows from its overrides, so the same sweep finds its members again, and leaves alone those that
+have finished or are under way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
+
+from simpo import slurm
+from simpo.config import (
+    FREE,
+    TRAJECTORY,
+    ConfigError,
+    LauncherConfig,
+    LocalConfig,
+    RunConfig,
+    RunError,
+    SlurmConfig,
+    Stopped,
+    run_yaml,
+)
+from simpo.member import SlurmMember
+from simpo.run_folder import new_folder, refuse_other_settings, unfinished_folders, write_text
+from simpo.runs import NOT_WELL, UNDER_WAY, State, note_job, read_progress, read_runs
+from simpo.signals import STOPPING
+
+GRACE_S = 60.0
+"""How long members get to save and end, once the sweep was told to stop."""
+LONGEST_NAME = 120
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep: its overrides, and those among them that the others do not share."""
+
+    run: RunConfig
+    overrides: tuple[str, ...]
+    own: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the member's folder, the same whatever the order of its overrides."""
+        text = ",".join(sorted(self.own)) or "all"
+        name = re.sub(r"[^\w.,=+-]+", "_", text)
+        if name == text and len(name) <= LONGEST_NAME:
+            return name
+        return f"{name[:LONGEST_NAME]}-{_hash(text)}"
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        assert self.run.run_dir is not None
+        return Path(self.run.run_dir)
+
+
+def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
+    """Run all members that have not finished and are not under way, as `launcher` says.
+
+    Args:
+        sweep: its name; None for a single run, which goes where it would go without a launcher.
+
+    Returns:
+        Each member's objective; None where it is not known (yet).
+
+    Raises:
+        ConfigError: the members cannot be launched together; nothing was.
+        RunError: Slurm did not take them, or a member that was waited for failed.
+        Stopped: a signal stopped the members here, after they had saved.
+    """
+    config = members[0].run.launcher
+    if sweep is None:
+        folder = _single_folder(members[0].run)
+        members = [_placed(members[0], folder)]
+    else:
+        folder = _sweep_folder(members[0], sweep)
+        members = [_placed(member, folder / member.name) for member in members]
+    every = list({member.path: member for member in members}.values())
+    states = [progress.state for progress in read_progress([m.path for m in every])]
+    todo = [
+        member
+        for member, state in zip(every, states, strict=True)
+        if state is not State.finished and state not in _left_alone(member)
+    ]
+    for state in (State.finished, *UNDER_WAY):
+        if count := sum(s is state for s, m in zip(states, every, strict=True) if m not in todo):
+            print(f"{count} of {len(every)} members {state.value} already")
+    with _prepared(todo, folder):
+        if isinstance(config, SlurmConfig):
+            _queue(config, todo, every, folder)
+            if not config.wait:
+                return [None for _ in members]
+        else:
+            assert isinstance(config, LocalConfig)
+            _run_here(config, todo, folder)
+    bad = [
+        member.path.name
+        for member, progress in zip(every, read_progress([m.path for m in every]), strict=True)
+        if progress.state in NOT_WELL
+    ]
+    if bad:
+        raise RunError(
+            f"{len(bad)} of {len(every)} members did not finish: {', '.join(bad)} "
+            f"(python -m simpo.report {_shown(folder)} tells why; the same command continues them)"
+        )
+    return [run.objective for run in read_runs([member.path for member in members])]
+
+
+def _left_alone(member: Member) -> tuple[State, ...]:
+    """States in which a member needs no start: here, one that has only been prepared does."""
+    launched = (member.path / "jobs.jsonl").is_file()
+    return UNDER_WAY if launched else (State.running,)
+
+
+def _single_folder(run: RunConfig) -> Path:
+    if run.run_dir is not None:
+        return Path(run.run_dir).expanduser().absolute()
+    return next(iter(unfinished_folders(run)), None) or new_folder(run)
+
+
+def _sweep_folder(member: Member, name: str) -> Path:
+    run = member.run
+    if run.run_dir is not None:
+        raise ConfigError(
+            [
+                f"run_dir: members of a sweep have folders of their own, got {run.run_dir} "
+                "(launcher.sweep_dir is the sweep's)"
+            ]
+        )
+    if run.launcher.sweep_dir is not None:
+        return Path(run.launcher.sweep_dir).expanduser().absolute()
+    shared = sorted(set(member.overrides) - set(member.own))
+    # Where and how a member runs may change between two submissions of the same sweep.
+    telling = [text for text in shared if _decides_numbers(text.partition("=")[0])]
+    parent = Path(run.output_dir).expanduser().absolute() / "sweeps"
+    return parent / f"{name}-{_hash(' '.join(telling))}"
+
+
+def _decides_numbers(key: str) -> bool:
+    section, _, rest = key.lstrip("+~").partition(".")
+    return section in (*TRAJECTORY, "experiments") and rest not in FREE.get(section, ())
+
+
+def _placed(member: Member, folder: Path) -> Member:
+    run = replace(member.run, run_dir=str(folder))
+    refuse_other_settings(run, folder)
+    return replace(member, run=run)
+
+
+@contextmanager
+def _prepared(members: Sequence[Member], folder: Path) -> Iterator[None]:
+    """Settings and command in each member's folder; what is new goes again if nothing starts."""
+    new = [path for path in (folder, *(m.path for m in members)) if not path.exists()]
+    try:
+        for member in members:
+            member.path.mkdir(parents=True, exist_ok=True)
+            words = [text for text in member.overrides if not _says_where(text)]
+            command = ["python", "-m", "simpo.train", *words, f"run_dir={member.path}"]
+            write_text(member.path / "command.txt", shlex.join(command) + "\n")
+            write_text(member.path / "run.yaml", run_yaml(member.run))
+        yield
+    finally:
+        if not any((member.path / "jobs.jsonl").is_file() for member in members):
+            for path in new:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _says_where(override: str) -> bool:
+    return override.partition("=")[0].partition(".")[0] in ("launcher", "run_dir")
+
+
+def _queue(
+    config: SlurmConfig, todo: Sequence[Member], every: Sequence[Member], folder: Path
+) -> None:
+    """Submit members to Slurm, say how to follow them, and wait where that is asked for."""
+    if todo:
+        jobs = slurm.submit(
+            config, folder.name, folder / "slurm", SlurmMember(), [m.path for m in todo]
+        )
+        try:
+            for member, (job_id, log) in zip(todo, jobs, strict=True):
+                note_job(member.path, log, id=job_id)
+        except BaseException:
+            slurm.cancel([jobs[0][0].partition("_")[0]])  # nobody would find them again
+            raise
+        array = jobs[0][0].partition("_")[0]
+        print(f"job    {array}: {len(todo)} {'member' if len(todo) == 1 else 'members'}")
+    print(f"folder {folder}")
+    print(f"status python -m simpo.report {_shown(folder)}")
+    if todo:
+        print(f"cancel scancel {array}", flush=True)
+    if config.wait:
+        _show_until(config, every, lambda: False)
+
+
+def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None:
+    """Run members in processes on this machine, `parallel` at a time."""
+    print(f"folder {folder}", flush=True)
+    waiting = list(todo)
+    at_work: dict[int, subprocess.Popen[bytes]] = {}
+    signals: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        signals.append(number)
+        for process in at_work.values():
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def go_on() -> bool:
+        for place in range(config.parallel):
+            if place in at_work and at_work[place].poll() is None:
+                continue
+            at_work.pop(place, None)
+            if waiting and not signals:
+                at_work[place] = _start(waiting.pop(0), place, config.parallel)
+        return bool(at_work)
+
+    before = {number: signal.signal(number, pass_on) for number in (*STOPPING, signal.SIGINT)}
+    try:
+        _show_until(config, todo, go_on)
+    finally:
+        deadline = time.monotonic() + GRACE_S
+        for process in at_work.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in signals:
+        raise KeyboardInterrupt
+    if signals:
+        raise Stopped(
+            f"{signal.Signals(signals[0]).name}: the members at work have saved (the same command "
+            "continues)",
+            todo[0].run.train.stopped_exit_code,
+        )
+
+
+def _start(member: Member, place: int, places: int) -> subprocess.Popen[bytes]:
+    log = member.path / "log.txt"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "simpo.member", str(member.path)],
+            env=os.environ | share_of_machine(place, places),
+            stdout=output,
+            stderr=output,
+            # A terminal's Ctrl-C would reach them beside the one passed on.
+            start_new_session=True,
+        )
+    note_job(member.path, log, pid=process.pid)
+    return process
+
+
+def share_of_machine(place: int, places: int) -> dict[str, str]:
+    """Environment of one of so many members at the same time: its cores, its GPUs.
+
+    Where there are fewer GPUs than members, each sees all.
+    """
+    if places == 1:
+        return {}
+    cores = str(max(1, (os.cpu_count() or 1) // places))
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", cores)}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch
+
+        devices = [str(number) for number in range(torch.cuda.device_count())]
+    else:
+        devices = [name for name in visible.split(",") if name]
+    if len(devices) >= places:
+        share["CUDA_VISIBLE_DEVICES"] = ",".join(devices[place::places])
+    return share
+
+
+def _show_until(
+    config: LauncherConfig, members: Sequence[Member], go_on: Callable[[], bool]
+) -> None:
+    """Show how far members are until all have ended, and say of each how it did."""
+    paths = [member.path for member in members]
+    told: set[Path] = set()
+    silent = not sys.stderr.isatty()
+    with tqdm(total=len(paths), unit="run", desc="sweep", leave=False, disable=silent) as bar:
+        while True:
+            under_way = go_on()
+            steps = []
+            for path, progress in zip(paths, read_progress(paths), strict=True):
+                if progress.state is State.running:
+                    steps.append(f"{progress.step}/{progress.total_steps or '?'}")
+                elif progress.state not in UNDER_WAY and path not in told:
+                    told.add(path)
+                    tqdm.write(
+                        ": ".join(filter(None, [f"{path.name}  {progress.text()}", progress.note]))
+                    )
+            bar.update(len(told) - bar.n)
+            bar.set_postfix_str(f"at step {', '.join(steps)}" if steps else "")
+            if not under_way and len(told) == len(paths):
+                return
+            time.sleep(config.poll_s)
+
+
+def _shown(folder: Path) -> str:
+    return shlex.quote(os.path.relpath(folder))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,100 @@
+"""One launched run: its folder in, an exit code out. `python -m simpo.member FOLDER` runs one here.
+
+FOLDER holds run.yaml, resolved when the run was submitted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from simpo import slurm
+from simpo.config import ConfigError, DataError, RunError, Stopped, load_run
+from simpo.processes import INTERRUPTED, end_with_parent
+from simpo.runs import last_job, note_job
+from simpo.train import start
+
+LAST_S = 20.0
+"""Before its time limit a job is requeued, whether it has managed to save or not."""
+LINGER_S = 600.0
+
+
+class SlurmMember:
+    """What the processes of a Slurm job call, with the folder of their run.
+
+    Told by a signal to stop, the run saves and its job is requeued, unless Slurm is ending it of
+    its own accord. A run that does not get so far before the time limit is requeued all the same,
+    and goes on from its last checkpoint.
+    """
+
+    def __call__(self, folder: str) -> None:
+        """Run it; ends the process with the run's exit code."""
+        is_main = os.environ.get("SLURM_PROCID", "0") == "0"
+        if is_main:
+            _note_start(Path(folder))
+            _requeue_before_limit()
+        code, stopped = run_member(Path(folder))
+        if stopped and not is_main:
+            # The job ends while these wait; ending first, they might take the main one along.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(LINGER_S)
+        if stopped:
+            slurm.requeue()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # All is written. Libraries' threads have been seen to abort a process that ends in order.
+        os._exit(code)
+
+    def checkpoint(self, folder: str) -> object:
+        """Asked by submitit for the job to requeue, where a signal came before the training."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, folder)
+
+
+def run_member(folder: Path) -> tuple[int, bool]:
+    """Train the run of a folder, or go on with it; what stops it is printed.
+
+    Returns:
+        The exit code, and whether a signal stopped it after it had saved.
+    """
+    try:
+        start(load_run(folder / "run.yaml"))
+    except (ConfigError, DataError) as error:
+        print(error, file=sys.stderr)
+        return 2, False
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return error.exit_code, True
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code, False
+    except KeyboardInterrupt:
+        return INTERRUPTED, False
+    return 0, False
+
+
+def _note_start(folder: Path) -> None:
+    if restarts := int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        job = last_job(folder)
+        note_job(folder, folder / job["log"], id=job["id"], restarts=restarts)
+
+
+def _requeue_before_limit() -> None:
+    end = slurm.end_time()
+    if end is not None:
+        timer = threading.Timer(max(0.0, end - time.time() - LAST_S), slurm.requeue)
+        timer.daemon = True
+        timer.start()
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    code, _ = run_member(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,322 @@
+"""Runs side by side in, a web page out that needs nothing else: figures, replies, settings."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+from plotly.colors import qualitative, sample_colorscale
+from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
+
+from simpo.compare import Comparison
+from simpo.config import PACKAGE
+from simpo.runs import Run
+from simpo.tables import SHOWN
+
+CURVES = (
+    ("loss", "loss"),
+    ("rewards/accuracies", "accuracy"),
+    ("rewards/margins", "reward margin"),
+    ("logps/chosen", "log-prob of a chosen token"),
+    ("logps/rejected", "log-prob of a rejected token"),
+    ("grad_norm", "gradient norm"),
+)
+HEAT = ("loss.beta", "loss.gamma_beta_ratio")
+"""Settings of a heat map's axes, where a sweep varies both; else the first two it varies."""
+BEFORE, AFTER, CHOSEN, REJECTED = "#9aa5b1", "#2f6fde", "#2a9d5c", "#d1495b"
+BINS = 30
+MAX_COLORS = len(qualitative.D3)
+
+
+def render(report: Comparison) -> str:
+    """The page's HTML, with the plotting library in it."""
+    folder = jinja2.FileSystemLoader(PACKAGE / "templates")
+    page = jinja2.Environment(loader=folder, autoescape=True).get_template("report.html.jinja")
+    figures = {
+        "Learning curves": curves(report),
+        "Held-out metrics over the swept settings": sweep_map(report),
+        "Held-out pairs and replies": histograms(report),
+    }
+    return page.render(
+        title=", ".join(report.names) if len(report.names) < 4 else f"{len(report.names)} runs",
+        plotly=get_plotlyjs(),
+        report=report,
+        shown=[(key, name) for key, name in SHOWN if any(key in r.metrics for r in report.runs)],
+        figures={
+            name: figure.to_html(
+                full_html=False,
+                include_plotlyjs=False,
+                default_width="100%",
+                config={"displaylogo": False},
+            )
+            for name, figure in figures.items()
+            if figure is not None
+        },
+        replies=[_replies(run) for run in report.runs],
+        same=len(report.runs) > 1 and not report.differing,
+    )
+
+
+def curves(report: Comparison) -> go.Figure | None:
+    """Train and held-out metrics over steps, a colour for each run."""
+    panels = [
+        (key, title)
+        for key, title in CURVES
+        if any(f"{split}/{key}" in x for r in report.runs for x in r.lines for split in SPLITS)
+    ]
+    if not panels:
+        return None
+    figure = make_subplots(
+        rows=-(-len(panels) // 3),
+        cols=3,
+        subplot_titles=[title for _, title in panels],
+        horizontal_spacing=0.06,
+        vertical_spacing=0.14,
+    )
+    colors = _colors(len(report.runs))
+    for place, (key, _) in enumerate(panels):
+        row, col = place // 3 + 1, place % 3 + 1
+        for name, run, color in zip(report.names, report.runs, colors, strict=True):
+            for split, style in SPLITS.items():
+                points = [
+                    (x["step"], x[f"{split}/{key}"]) for x in run.lines if f"{split}/{key}" in x
+                ]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    figure.add_scatter(
+                        x=x,
+                        y=y,
+                        name=name,
+                        legendgroup=name,
+                        showlegend=place == 0 and split == "train",
+                        line={"color": color, **style["line"]},
+                        mode=style["mode"],
+                        opacity=style["opacity"],
+                        hovertemplate=f"{name}<br>{style['name']}, step %{{x}}: %{{y:.4g}}"
+                        "<extra></extra>",
+                        row=row,
+                        col=col,
+                    )
+        figure.update_xaxes(title_text="step", title_standoff=4, row=row, col=col)
+    return _styled(figure, 300 * -(-len(panels) // 3) + 60 + 20 * len(report.runs))
+
+
+SPLITS: dict[str, dict[str, Any]] = {
+    "train": {"name": "train", "mode": "lines", "line": {"width": 1.2}, "opacity": 0.75},
+    "eval": {
+        "name": "held out",
+        "mode": "lines+markers",
+        "line": {"width": 2.2, "dash": "dot"},
+        "opacity": 1.0,
+    },
+}
+
+
+def sweep_map(report: Comparison) -> go.Figure | None:
+    """Any held-out metric over the two settings that a sweep varies, or over the one.
+
+    Runs that share both (seeds, say) are averaged in their cell.
+    """
+    axes = _swept(report)
+    metrics = list(dict.fromkeys(key for run in report.runs for key in run.metrics))
+    if not axes or not metrics:
+        return None
+    metrics.sort(key=lambda key: (key != report.metric, [k for k, _ in SHOWN].count(key) == 0, key))
+    make = _heat if len(axes) == 2 else _line
+    figure = go.Figure([make(report, axes, metric, metric == metrics[0]) for metric in metrics])
+    buttons = [
+        {
+            "label": metric,
+            "method": "update",
+            "args": [{"visible": [other == metric for other in metrics]}],
+        }
+        for metric in metrics
+    ]
+    figure.update_layout(
+        updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.16, "yanchor": "top"}]
+    )
+    figure.update_xaxes(title_text=axes[0], type="category")
+    if len(axes) == 2:
+        figure.update_yaxes(title_text=axes[1], type="category")
+    return _styled(figure, 460)
+
+
+def _swept(report: Comparison) -> list[str]:
+    numeric = [
+        key
+        for key, values in report.differing.items()
+        if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    ]
+    preferred = [key for key in HEAT if key in numeric]
+    rest = [key for key in numeric if key not in HEAT and key != "train.seed"]
+    return (preferred + rest)[:2]
+
+
+def _heat(report: Comparison, axes: Sequence[str], metric: str, visible: bool) -> go.Heatmap:
+    xs, ys = (sorted(set(report.differing[key])) for key in axes)
+    cells = [[_mean(report, dict(zip(axes, (x, y), strict=True)), metric) for x in xs] for y in ys]
+    return go.Heatmap(
+        x=[f"{x:g}" for x in xs],
+        y=[f"{y:g}" for y in ys],
+        z=cells,
+        texttemplate="%{z:.4g}",
+        colorscale="Viridis",
+        colorbar={"title": {"text": metric, "side": "right"}},
+        hovertemplate=f"{axes[0]} %{{x}}<br>{axes[1]} %{{y}}<br>{metric} %{{z:.5g}}<extra></extra>",
+        visible=visible,
+    )
+
+
+def _line(report: Comparison, axes: Sequence[str], metric: str, visible: bool) -> go.Scatter:
+    xs = sorted(set(report.differing[axes[0]]))
+    return go.Scatter(
+        x=[f"{x:g}" for x in xs],
+        y=[_mean(report, {axes[0]: x}, metric) for x in xs],
+        mode="lines+markers",
+        line={"color": AFTER},
+        hovertemplate=f"{axes[0]} %{{x}}<br>{metric} %{{y:.5g}}<extra></extra>",
+        visible=visible,
+    )
+
+
+def _mean(report: Comparison, cell: dict[str, Any], metric: str) -> float | None:
+    values = [
+        run.metrics[metric]
+        for index, run in enumerate(report.runs)
+        if metric in run.metrics
+        and all(report.differing[key][index] == value for key, value in cell.items())
+    ]
+    return sum(values) / len(values) if values else None
+
+
+def histograms(report: Comparison) -> go.Figure | None:
+    """Margins of the held-out pairs before and after; lengths of their responses and of replies.
+
+    One run at a time, the best one first.
+    """
+    order = sorted(range(len(report.runs)), key=lambda index: index != report.best)
+    shown = [(index, traces) for index in order if (traces := _run_histograms(report.runs[index]))]
+    if not shown:
+        return None
+    figure = make_subplots(
+        rows=1,
+        cols=2,
+        subplot_titles=["reward margin of held-out pairs", "lengths in tokens"],
+        horizontal_spacing=0.08,
+    )
+    owners: list[int] = []
+    for index, traces in shown:
+        for column, trace in traces:
+            trace.visible = index == shown[0][0]
+            figure.add_trace(trace, row=1, col=column)
+            owners.append(index)
+    if len(shown) > 1:
+        buttons = [
+            {
+                "label": report.names[index],
+                "method": "update",
+                "args": [{"visible": [owner == index for owner in owners]}],
+            }
+            for index, _ in shown
+        ]
+        figure.update_layout(
+            updatemenus=[
+                {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.3, "yanchor": "top"}
+            ]
+        )
+    figure.update_layout(barmode="overlay")
+    figure.update_yaxes(title_text="pairs", row=1, col=1)
+    return _styled(figure, 420)
+
+
+def _run_histograms(run: Run) -> list[tuple[int, go.Histogram]]:
+    """Traces of a run, each with the column it goes to."""
+    before, after = _steps(run, "held_out", "csv")
+    drawn: list[tuple[int, str, str, Sequence[float]]] = []
+    if before is not None:
+        drawn.append((1, "before", BEFORE, _column(before, "rewards/margins")))
+    if after is not None:
+        drawn.append((1, "after", AFTER, _column(after, "rewards/margins")))
+    if pairs := after or before:
+        drawn.append((2, "chosen", CHOSEN, _column(pairs, "chosen_tokens")))
+        drawn.append((2, "rejected", REJECTED, _column(pairs, "rejected_tokens")))
+    before, after = _steps(run, "samples", "json")
+    if before is not None:
+        drawn.append((2, "replies before", BEFORE, _lengths(before)))
+    if after is not None:
+        drawn.append((2, "replies after", AFTER, _lengths(after)))
+    return [
+        (
+            column,
+            go.Histogram(
+                x=list(values),
+                name=name,
+                marker_color=color,
+                opacity=0.6,
+                xbins=_bins([v for other, *_, vs in drawn if other == column for v in vs]),
+            ),
+        )
+        for column, name, color, values in drawn
+    ]
+
+
+def _bins(values: Sequence[float]) -> dict[str, float]:
+    """The same bins for all that share a panel."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    size = (high - low) / BINS or 1.0
+    return {"start": low, "end": high + size, "size": size}
+
+
+def _lengths(path: Path) -> list[float]:
+    return [row["tokens"] for row in json.loads(path.read_text()) if "tokens" in row]
+
+
+def _column(path: Path, key: str) -> list[float]:
+    with path.open(newline="") as file:
+        return [float(row[key]) for row in csv.DictReader(file)]
+
+
+def _steps(run: Run, folder: str, ending: str) -> tuple[Path | None, Path | None]:
+    """Files of before the training and of the saved model, or the newest; either may be missing."""
+    step = run.results.get("train", {}).get("model_step") or max(run.evaluations, default=0)
+    paths = [run.folder / folder / f"step-{number:06d}.{ending}" for number in (0, step)]
+    before, after = (path if path.is_file() else None for path in paths)
+    return before, after if step else None
+
+
+def _replies(run: Run) -> list[dict[str, Any]]:
+    """A row for each sampled prompt, with the reply before and after."""
+    before, after = _steps(run, "samples", "json")
+    old, new = (json.loads(path.read_text()) if path else [] for path in (before, after))
+    prompts = [row["prompt"] for row in old or new]
+    return [
+        {
+            "prompt": prompt,
+            "before": old[index] if old else None,
+            "after": new[index] if new else None,
+        }
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _colors(count: int) -> list[str]:
+    if count <= MAX_COLORS:
+        return list(qualitative.D3[:count])
+    return list(sample_colorscale("Viridis", [index / (count - 1) for index in range(count)]))
+
+
+def _styled(figure: go.Figure, height: int) -> go.Figure:
+    figure.update_layout(
+        height=height,
+        template="plotly_white",
+        margin={"l": 60, "r": 20, "t": 70, "b": 50},
+        legend={"orientation": "h", "y": -0.12, "yanchor": "top"},
+        font={"family": "system-ui, sans-serif", "size": 12},
+    )
+    return figure

@@ -1,0 +1,98 @@
+"""Runs' folders in, a comparison out: `python -m simpo.report DIR... [format=text|csv|json]`.
+
+At any moment, for one run, a sweep or several. As text it also writes DIR/report.html.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpo.compare import Comparison, compare
+from simpo.config import ConfigError
+from simpo.tables import SHOWN, markdown_table
+
+FORMATS = ("text", "csv", "json")
+KEYS = ("format", "metric", "html")
+USAGE = f"python -m simpo.report DIR... [format={'|'.join(FORMATS)}] [metric=KEY] [html=FILE|none]"
+
+
+def text(report: Comparison) -> str:
+    """The table that people read in a terminal, and what went wrong below it."""
+    rows = []
+    for index, (name, run) in enumerate(zip(report.names, report.runs, strict=True)):
+        objective = report.objective(index)
+        rows.append(
+            {
+                "run": name,
+                "state": run.progress.text(),
+                **({} if len(report.runs) == 1 else {"": "best" if index == report.best else ""}),
+                report.metric: "" if objective is None else f"{objective:.4f}",
+                **{
+                    label: f"{run.metrics[key]:.4f}" if key in run.metrics else ""
+                    for key, label in SHOWN
+                    if key != report.metric and any(key in other.metrics for other in report.runs)
+                },
+            }
+        )
+    lines = markdown_table(rows)
+    lines += [
+        f"{name}: {run.progress.note}" + (f" ({run.progress.log})" if run.progress.log else "")
+        for name, run in zip(report.names, report.runs, strict=True)
+        if run.progress.note
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def cli() -> None:
+    """Entry of `python -m simpo.report`; exits with 2 where there is nothing to report."""
+    try:
+        folders, options = _arguments(sys.argv[1:])
+        report = compare(folders, options.get("metric"))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    form = options.get("format", "text")
+    if form == "json":
+        print(json.dumps(report.rows(), indent=2))
+    elif form == "csv":
+        rows = report.rows()
+        table = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    else:
+        print(text(report), end="")
+    page = options.get("html", "none" if form != "text" else str(folders[0] / "report.html"))
+    if page != "none":
+        from simpo.page import render
+
+        path = Path(page).expanduser()
+        path.write_text(render(report), encoding="utf-8")
+        print(f"page   {path}", file=sys.stderr)
+
+
+def _arguments(words: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
+    """Folders and settings of a command line; a folder's name may hold an = itself."""
+    options: dict[str, str] = {}
+    folders: list[Path] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in KEYS:
+            options[key] = value
+        else:
+            folders.append(Path(word).expanduser())
+    problems = [f"DIR: no such folder, got {path}" for path in folders if not path.is_dir()]
+    if not folders:
+        problems.append(USAGE)
+    if options.get("format", "text") not in FORMATS:
+        problems.append(f"format: must be one of {', '.join(FORMATS)}, got {options['format']}")
+    if problems:
+        raise ConfigError(problems)
+    return folders, options
+
+
+if __name__ == "__main__":
+    cli()

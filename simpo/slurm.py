@@ -1,0 +1,176 @@
+"""Slurm asked and told, by its own commands and by submitit. No torch: a login node runs this."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from simpo.config import ConfigError, RunError, SlurmConfig
+
+UNLIMITED_REQUEUES = 10**6
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+AT_WORK = ("RUNNING", "COMPLETING", "CONFIGURING", "RESIZING", "STAGE_OUT", "SUSPENDED", "STOPPED")
+FIELDS = "JobArrayID:|,State:|,RestartCnt:|,exit_code:|,Reason:|"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Slurm knows of a job.
+
+    Attributes:
+        state: in Slurm's words (PENDING, RUNNING, FAILED, CANCELLED, TIMEOUT, ...).
+        exit_code: of an ended one; above 128 the number of the signal that ended it, plus 128.
+        restarts: how often it was requeued, as far as Slurm still knows.
+        reason: why it waits.
+    """
+
+    state: str
+    exit_code: int = 0
+    restarts: int = 0
+    reason: str = ""
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state in WAITING + AT_WORK
+
+
+def jobs(ids: Iterable[str]) -> dict[str, Job]:
+    """The jobs of these ids (`12`, or `12_3` of an array) that Slurm still knows.
+
+    squeue knows ended jobs for some minutes only, sacct for long, but not on every cluster.
+    """
+    wanted = set(ids)
+    found: dict[str, Job] = {}
+    if not wanted:
+        return found
+    arrays = ",".join(sorted({name.partition("_")[0] for name in wanted}))
+    squeue = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={arrays}"]
+    for line in _lines([*squeue, f"--Format={FIELDS}"]):
+        name, state, restarts, code, reason, *_ = (part.strip() for part in line.split("|"))
+        reason = "" if reason == "None" else reason
+        found[name] = Job(state, _exit_code(int(code)), int(restarts), reason)
+    if missing := ",".join(sorted(wanted - found.keys())):
+        sacct = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={missing}"]
+        for line in _lines([*sacct, "--format=JobID,State,ExitCode"]):
+            name, state, codes = line.split("|")
+            code, _, number = codes.partition(":")
+            # "CANCELLED by 1000"
+            found.setdefault(name, Job(state.split()[0], int(code) or _killed(int(number))))
+    return {name: job for name, job in found.items() if name in wanted}
+
+
+def submit(
+    config: SlurmConfig, name: str, folder: Path, job: Callable[[str], None], runs: Sequence[Path]
+) -> list[tuple[str, Path]]:
+    """Put one job for each run's folder into the queue, several as one array.
+
+    Args:
+        folder: gets the submission's script, and the logs.
+        job: is called with a run's folder in every process of its job.
+
+    Returns:
+        For each run, in order, the job's id and the log of its first process.
+
+    Raises:
+        RunError: Slurm did not take it; then nothing is in the queue.
+    """
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    options = dict(option.removeprefix("--").partition("=")[::2] for option in config.options)
+    # One process that fails must not leave the others waiting for it.
+    srun = ["--kill-on-bad-exit=1"]
+    if config.cpus_per_task is not None:
+        # Slurm's later versions do not hand it down from the job to what srun starts in it.
+        srun.append(f"--cpus-per-task={config.cpus_per_task}")
+    parameters = {
+        "job_name": name,
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "constraint": config.constraint,
+        "nodes": config.nodes,
+        "gpus_per_node": config.gpus_per_node,
+        "ntasks_per_node": config.tasks() // config.nodes,
+        "cpus_per_task": config.cpus_per_task,
+        "mem": config.mem_gib and f"{round(config.mem_gib * 1024)}M",
+        "time": config.time_min,
+        "signal_delay_s": config.signal_before_s,
+        "array_parallelism": config.array_parallelism or len(runs),
+        "setup": config.setup or None,
+        "stderr_to_stdout": True,
+        "srun_args": srun,
+        "additional_parameters": {k: v or True for k, v in options.items()} | {"requeue": True},
+    }
+    try:
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=UNLIMITED_REQUEUES)
+    except RuntimeError as error:
+        raise ConfigError(
+            ["launcher: srun is not found (is this machine of a cluster?)"]
+        ) from error
+    executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
+    try:
+        # submitit repeats what sbatch says, of which a line is enough.
+        with redirect_stderr(io.StringIO()):
+            submitted = executor.map_array(job, [str(run) for run in runs])
+    except (FailedJobError, FailedSubmissionError) as error:
+        said = [line for line in str(error).splitlines() if "sbatch: error" in line]
+        reason = said[-1].removeprefix("sbatch: error: ") if said else str(error)
+        raise RunError(f"launcher: Slurm did not take the jobs: {reason}") from error
+    return [(str(done.job_id), done.paths.stdout) for done in submitted]
+
+
+def cancel(ids: Iterable[str]) -> None:
+    """Take jobs out of the queue, running or not."""
+    subprocess.run(["scancel", *ids], check=False, capture_output=True)
+
+
+def own_job() -> str:
+    """Id of the job that this process is in."""
+    return os.environ["SLURM_JOB_ID"]
+
+
+def end_time() -> float | None:
+    """When the time limit of this process's job ends it, as time.time(); None without a limit."""
+    for line in _lines(["squeue", "--noheader", f"--jobs={own_job()}", "--format=%e"]):
+        if line[:1].isdigit():
+            return datetime.fromisoformat(line.strip()).timestamp()
+    return None
+
+
+def requeue() -> bool:
+    """Have this process's job start again; it is ended then.
+
+    Returns:
+        False where Slurm is about to end it anyhow: cancelled, or requeued by somebody else.
+    """
+    asked = ["squeue", "--noheader", f"--jobs={own_job()}", "--format=%T"]
+    if [line.strip() for line in _lines(asked)] != ["RUNNING"]:
+        return False
+    return subprocess.run(["scontrol", "requeue", own_job()], check=False).returncode == 0
+
+
+def _lines(command: Sequence[str]) -> list[str]:
+    """What a command prints; nothing where it fails, as it does for jobs long gone."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line for line in done.stdout.splitlines() if line.strip()]
+
+
+def _exit_code(status: int) -> int:
+    """squeue gives the status of wait()."""
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else _killed(-code)
+
+
+def _killed(number: int) -> int:
+    return number and number + 128

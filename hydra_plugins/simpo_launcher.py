@@ -36,9 +36,12 @@ class SimpoLauncher(Launcher):
         from simpo.launcher import Member, launch
 
         parse = OverridesParser.create().parse_override
-        typed = [parse(words) for words in self._config.hydra.overrides.task]
-        swept = [override for override in typed if override.is_sweep_override()]
-        shared = {override.get_key_element() for override in typed if override not in swept}
+        # By key: the last of a key counts.
+        typed = {
+            override.get_key_element(): override.is_sweep_override()
+            for override in map(parse, self._config.hydra.overrides.task)
+        }
+        shared = {key for key, is_swept in typed.items() if not is_swept}
         members = []
         for words in job_overrides:
             config = self._loader.load_sweep_config(self._config, list(words))
@@ -47,7 +50,7 @@ class SimpoLauncher(Launcher):
             own = [text for text in words if parse(text).get_key_element() not in shared]
             members.append(Member(build_run(config), tuple(words), tuple(own)))
         sweeper = self._config.hydra.sweeper
-        sweeps = swept or sweeper.get("params") or sweeper.get("stages")
+        sweeps = len(shared) < len(typed) or sweeper.get("params") or sweeper.get("stages")
         results = launch(members, self._config.name if sweeps else None)
         return [
             JobReturn(overrides=words, status=JobStatus.COMPLETED, _return_value=value)

@@ -208,7 +208,7 @@ def _queue(
     if todo:
         print(f"cancel scancel {array}", flush=True)
     if config.wait:
-        _show_until(config, every, lambda: False)
+        _show_until(config, every, lambda: True)
 
 
 def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None:
@@ -222,7 +222,8 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
         signals.append(number)
         for process in at_work.values():
             if process.poll() is None:
-                process.send_signal(number)
+                # On a Ctrl-C, too, they are to save.
+                process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
     def go_on() -> bool:
         for place in range(config.parallel):
@@ -293,7 +294,7 @@ def share_of_machine(place: int, places: int) -> dict[str, str]:
 def _show_until(
     config: LauncherConfig, members: Sequence[Member], go_on: Callable[[], bool]
 ) -> None:
-    """Show how far members are until all have ended, and say of each how it did."""
+    """Show how far members are until all have ended, or nothing goes on; say of each how it did."""
     paths = [member.path for member in members]
     told: set[Path] = set()
     silent = not sys.stderr.isatty()
@@ -311,7 +312,7 @@ def _show_until(
                     )
             bar.update(len(told) - bar.n)
             bar.set_postfix_str(f"at step {', '.join(steps)}" if steps else "")
-            if not under_way and len(told) == len(paths):
+            if not under_way or len(told) == len(paths):
                 return
             time.sleep(config.poll_s)
 

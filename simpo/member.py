@@ -5,6 +5,7 @@ FOLDER holds run.yaml, resolved when the run was submitted.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from simpo import slurm
 from simpo.config import ConfigError, DataError, RunError, Stopped, load_run
 from simpo.processes import INTERRUPTED, end_with_parent
+from simpo.run_folder import read_status, write_text
 from simpo.runs import last_job, note_job
 from simpo.train import start
 
@@ -64,18 +66,23 @@ def run_member(folder: Path) -> tuple[int, bool]:
     """
     try:
         start(load_run(folder / "run.yaml"))
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, RunError) as error:
         print(error, file=sys.stderr)
-        return 2, False
-    except Stopped as error:
-        print(error, file=sys.stderr)
-        return error.exit_code, True
-    except RunError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code, False
+        _note_refusal(folder, error)
+        code = error.exit_code if isinstance(error, RunError) else 2
+        return code, isinstance(error, Stopped)
     except KeyboardInterrupt:
         return INTERRUPTED, False
     return 0, False
+
+
+def _note_refusal(folder: Path, error: Exception) -> None:
+    """In status.json, which a run that was refused before its first step has not got to."""
+    status = read_status(folder)
+    # What is running may be another process, which is the reason for the refusal.
+    if status.get("state", "failed") in ("failed", "stopped") and not isinstance(error, Stopped):
+        status |= {"state": "failed", "error": f"{type(error).__name__}: {error}"}
+        write_text(folder / "status.json", json.dumps(status) + "\n")
 
 
 def _note_start(folder: Path) -> None:

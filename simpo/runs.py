@@ -54,7 +54,7 @@ class Progress:
     Attributes:
         step, total_steps: updates done, and to do; 0 before it has begun.
         requeued: how often Slurm started it again.
-        note: of a pending run why it waits, of one that ended badly its last word.
+        note: a line; of a pending run why it waits, of one that ended badly of what.
         log: of a launched run.
     """
 
@@ -166,7 +166,8 @@ def note_job(folder: Path, log: Path, **job: Any) -> None:
 def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Progress:
     status = read_status(folder)
     log = Path(os.path.normpath(folder / job["log"])) if job else None
-    state, note = State(status.get("state", "pending")), str(status.get("error", ""))
+    state = State(status.get("state", "pending"))
+    note = (str(status.get("error", "")).splitlines() or [""])[0]
     if state is not State.finished and known is not None and known.state != "COMPLETED":
         if known.state in slurm.WAITING:
             state, note = State.pending, known.reason
@@ -189,7 +190,7 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
         max(int(status.get("step", 0)), _last_step(folder)),
         int(status.get("total_steps", 0)),
         max(int(job.get("restarts", 0)), known.restarts if known else 0),
-        note.strip().splitlines()[-1] if note.strip() else "",
+        note,
         log,
     )
 

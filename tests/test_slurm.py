@@ -6,20 +6,22 @@ decides no number.
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from whole_runs import (
-    assert_same_run,
-    logged,
-    run,
-)
+from browser import look_at
+from whole_runs import assert_same_run, logged, metrics_of, run, start
 
+from simpo.config import load_run
 from simpo.runs import UNDER_WAY, State, last_job, read_progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slurm")]
@@ -90,7 +92,7 @@ def same_numbers(left: Path, right: Path, scratch: Path) -> None:
 
 
 def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: Path) -> None:
-    """An array of four and two single jobs, each met by something else, all at the same time."""
+    """An array of four and three single jobs, each met by something else, all at the same time."""
     sweep = tmp_path / "sweep"
     slurm = ["launcher=slurm", "launcher.poll_s=0.5"]
     command = ["-m", *slurm, ON_N1, f"launcher.sweep_dir={sweep}"]
@@ -108,6 +110,9 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
     limited = tmp_path / "limited"
     times = ["launcher.time_min=2", "launcher.signal_before_s=100"]
     run([*slurm, ON_N1, *times, f"run_dir={limited}", *long_run])
+    late = tmp_path / "late"
+    times = ["launcher.time_min=1", "launcher.signal_before_s=1"]
+    run([*slurm, ON_N1, *times, f"run_dir={late}", *long_run])
 
     until(logged(preempted, 40), "the run on n2")
     urgent = ["sbatch", "--partition=high", "--nodelist=n2", "--exclusive", "--output=/dev/null"]
@@ -126,6 +131,12 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
     # Asleep it takes no time from the others; Slurm wakes it to say that its own is up.
     (process,) = processes_of(limited)
     process.suspend()
+    until(logged(late, 40), "the run that is told too late")
+    (sleeper,) = processes_of(late)
+    sleeper.suspend()
+    # Awake when its job is requeued, LAST_S before the limit of a minute.
+    wake_up = threading.Timer(max(0.0, 35 - (time.time() - sleeper.create_time())), sleeper.resume)
+    wake_up.start()
 
     def second_life() -> bool:
         return hurry(preempted) is State.running and "continued after step" in log_of(preempted)
@@ -142,10 +153,11 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
 
     until(lambda: read_progress([limited])[0].requeued >= 1, "the requeue at the time limit")
     assert "SIGUSR2: saved after step" in log_of(limited)
+    wake_up.join()
 
-    disturbed = (calm, requeued, cancelled, killed, preempted, limited)
+    disturbed = (calm, requeued, cancelled, killed, preempted, limited, late)
     until(lambda: all([ended(path) for path in disturbed]), "the end of all")
-    names = ("calm", "requeued", "cancelled", "killed", "preempted", "limited")
+    names = ("calm", "requeued", "cancelled", "killed", "preempted", "limited", "late")
     progress = dict(zip(names, read_progress(disturbed), strict=True))
     assert progress["calm"].text() == f"finished, step {STEPS} of {STEPS}"
     assert progress["requeued"].text() == f"finished, step {STEPS} of {STEPS}, requeued 1 time"
@@ -153,7 +165,8 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
     assert progress["cancelled"].state is State.cancelled
     assert progress["killed"].state is State.failed
     assert progress["killed"].note.startswith("exit code 137")
-    for path in (requeued, preempted, limited):
+    assert progress["late"].requeued >= 1 and "SIGUSR2" not in log_of(late)
+    for path in (requeued, preempted, limited, late):
         assert "continued after step" in log_of(path)
         same_numbers(calm, path, tmp_path)
 
@@ -164,3 +177,131 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
     for path in (cancelled, killed):
         assert read_progress([path])[0].state is State.finished
         same_numbers(calm, path, tmp_path)
+
+
+def test_a_grid_from_submission_to_heat_map(tiny_run: list[str], tmp_path: Path) -> None:
+    """Two by two on fake GPUs, waited for; every metric of the page is that of its run."""
+    sweep = tmp_path / "outputs" / "sweeps"
+    overrides = ["launcher=slurm", "launcher.wait=true", "launcher.poll_s=0.5", *tiny_run]
+    overrides += ["launcher.gpus_per_node=1", "launcher.array_parallelism=3"]
+    output = run(["-m", *overrides, "loss.beta=2,10", "loss.gamma_beta_ratio=0.3,0.5"])
+    (folder,) = [path for path in sweep.iterdir() if path.is_dir()]
+    assert output.count("finished, step 6 of 6\n") == 4
+    assert f"status python -m simpo.report {os.path.relpath(folder)}\n" in output
+
+    subprocess.run([sys.executable, "-m", "simpo.report", folder], check=True, capture_output=True)
+    seen = look_at(folder / "report.html")
+    assert seen.console == []
+    assert all(figure["drawn"] for figure in seen.figures)
+    curves, heat, histograms = seen.figures
+    assert "log-prob of a chosen token" in curves["titles"]
+    margins = [
+        json.loads((folder / name / "results.json").read_text())["eval_after"]["rewards/accuracies"]
+        for name in (
+            f"loss.beta={beta},loss.gamma_beta_ratio={ratio}"
+            for ratio in ("0.3", "0.5")
+            for beta in ("2", "10")
+        )
+    ]
+    assert [value for row in heat["z"] for value in row] == margins
+    assert "rewards/margins" in heat["menu"]
+    assert histograms["states"] == [6] * 4
+
+
+def test_ranks_of_two_nodes_follow_one_process(tiny_run: list[str], tmp_path: Path) -> None:
+    """FSDP on 2 x 2 tasks, one for each GPU asked for; and the job has what was asked for."""
+    run([*tiny_run, "backend.device=cpu", f"run_dir={tmp_path / 'alone'}"])
+    folder = tmp_path / "run"
+    asked = ["launcher.nodes=2", "launcher.gpus_per_node=2", "launcher.cpus_per_task=1"]
+    asked += ["launcher.mem_gib=1.5", "launcher.time_min=30", "launcher.constraint=fake"]
+    asked += ["launcher.partition=main", "launcher.account=root", "launcher.wait=true"]
+    asked += ['launcher.options=["--comment=pairs","--exclusive=user"]']
+    asked += ['launcher.setup=["echo GPUs: $SLURM_GPUS_ON_NODE"]']
+    output = run(["launcher=slurm", "backend=fsdp", *asked, *tiny_run, f"run_dir={folder}"])
+    assert "run  finished, step 6 of 6\n" in output
+    assert "GPUs: 2\n" in log_of(folder)
+    assert "fp32 on 4 CPU (fsdp, 4 processes)" in log_of(folder)
+    told = slurm_command("scontrol", "--oneliner", "show", "job", job_of(folder))
+    for words in (
+        "NumNodes=2 NumCPUs=4 NumTasks=4 CPUs/Task=1",
+        "TimeLimit=00:30:00",
+        "Partition=main",
+        "Account=root",
+        "Features=fake",
+        "MinMemoryNode=1.50G",
+        "Requeue=1",
+        "Comment=pairs",
+        "TresPerNode=gres:gpu:2",
+        "JobState=COMPLETED",
+    ):
+        assert words in told
+    lines = list(zip(metrics_of(folder), metrics_of(tmp_path / "alone"), strict=True))
+    for ours, theirs in lines:
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+
+
+def test_what_is_submitted_stays_as_it_was(tiny_run: list[str], tmp_path: Path) -> None:
+    """A choice that is edited while its run waits in the queue; and how a waiting run looks."""
+    folder, menu = tmp_path / "run", tmp_path / "menu"
+    (menu / "loss").mkdir(parents=True)
+    choice = menu / "loss" / "mine.yaml"
+    text = "defaults: [/schema/loss/sigmoid@_here_, _self_]\nbeta: 2.5\n"
+    choice.write_text(text)
+    held = ["launcher=slurm", 'launcher.options=["--hold"]', f"run_dir={folder}", "loss=mine"]
+    command = [f"--config-dir={menu}", *tiny_run, *held]
+    assert ": 1 member\n" in run(command)
+    (progress,) = read_progress([folder])
+    assert (progress.text(), progress.note) == ("pending", "JobHeldUser")
+    choice.write_text(text.replace("2.5", "99"))
+    slurm_command("scontrol", "release", job_of(folder))
+    until(lambda: ended(folder), "the end")
+    assert read_progress([folder])[0].state is State.finished
+    assert load_run(folder / "run.yaml").loss.beta == 2.5
+    (line, *_) = metrics_of(folder)
+    assert line["eval/rewards/chosen"] == pytest.approx(2.5 * line["eval/logps/chosen"])
+
+
+def test_a_job_that_cannot_run(tiny_run: list[str], tmp_path: Path) -> None:
+    """Bad data: FAILED to Slurm too, with the exit code and the log; waited for, an error."""
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    folder = tmp_path / "run"
+    command = ["launcher=slurm", "launcher.wait=true", "launcher.poll_s=0.5", f"run_dir={folder}"]
+    message = run([*command, *tiny_run], code=1)
+    assert "1 of 1 members did not finish: run (python -m simpo.report " in message
+    (progress,) = read_progress([folder])
+    assert progress.state is State.failed
+    reason = f"exit code 2: DataError: {tmp_path}/train.jsonl train row 1: rejected: missing"
+    assert progress.note.startswith(reason), progress.note
+    assert progress.log is not None and "row 1: rejected: missing" in progress.log.read_text()
+    told = slurm_command("scontrol", "--oneliner", "show", "job", job_of(folder))
+    assert "JobState=FAILED" in told and "ExitCode=2:0" in told
+    # Gone from squeue, as it is after some minutes, it is in the accounts.
+    kept = slurm_command("sacct", "-nPXj", job_of(folder), "--format=State,ExitCode")
+    assert kept.strip() == "FAILED|2:0"
+
+
+def test_without_a_controller(tiny_run: list[str], tmp_path: Path, slurm: Path) -> None:
+    """Nothing is half submitted, and the message says what Slurm said; then all is well again."""
+    controller = psutil.Process(int((slurm / "slurmctld.pid").read_text()))
+    controller.terminate()
+    controller.wait(60)
+    sweep = ["-m", "launcher=slurm", *tiny_run, "loss.beta=2,3"]
+    try:
+        process = start(sweep)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        slurm_command("slurmctld")
+    assert (process.returncode, errors) == (
+        1,
+        "launcher: Slurm did not take the jobs: Batch job submission failed: Unable to contact "
+        "slurm controller (connect failure)\n",
+    )
+    assert [path.name for path in (tmp_path / "outputs" / "sweeps").iterdir()] == ["multirun.yaml"]
+    until(lambda: "idle" in slurm_command("sinfo", "--noheader", "--format=%t"), "the controller")
+    refused = run(["launcher=slurm", "launcher.partition=none", *tiny_run], code=1)
+    assert refused.strip() == (
+        "launcher: Slurm did not take the jobs: Batch job submission failed: Invalid partition "
+        "name specified"
+    )

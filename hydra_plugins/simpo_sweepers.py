@@ -33,6 +33,10 @@ class ObjectiveSweeper(Sweeper):
     """What both have in common: members launched, their objectives compared."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        from simpo.config import ConfigError
+
+        if config.launcher.get("wait") is False:
+            raise ConfigError(["launcher.wait: a search goes by results (launcher.wait=true)"])
         self._metric = str(config.objective.metric)
         self._maximize = config.objective.mode.value == "max"
         self._launcher = Plugins.instance().instantiate_launcher(
@@ -52,10 +56,7 @@ class ObjectiveSweeper(Sweeper):
         values = [result.return_value for result in results]
         if None in values:
             raise ConfigError(
-                [
-                    f"hydra/sweeper: goes by {self._metric}, which no member gave (hold out data; "
-                    "under launcher=slurm set launcher.wait=true)"
-                ]
+                [f"objective.metric: no such held-out metric of a member, got {self._metric}"]
             )
         return values
 

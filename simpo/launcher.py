@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ from simpo.runs import NOT_WELL, UNDER_WAY, State, note_job, read_progress, read
 from simpo.signals import STOPPING
 
 GRACE_S = 60.0
-"""How long members get to save and end, once the sweep was told to stop."""
+"""How long members get to save and end, where the sweep itself fails."""
 LONGEST_NAME = 120
 
 
@@ -100,9 +101,9 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
         for member, state in zip(every, states, strict=True)
         if state is not State.finished and state not in _left_alone(member)
     ]
-    for state in (State.finished, *UNDER_WAY):
-        if count := sum(s is state for s, m in zip(states, every, strict=True) if m not in todo):
-            print(f"{count} of {len(every)} members {state.value} already")
+    alone = Counter(s.value for m, s in zip(every, states, strict=True) if m not in todo)
+    for name, count in alone.items():
+        print(f"{count} of {len(every)} members {name} already")
     with _prepared(todo, folder):
         if isinstance(config, SlurmConfig):
             _queue(config, todo, every, folder)
@@ -208,40 +209,42 @@ def _queue(
     if todo:
         print(f"cancel scancel {array}", flush=True)
     if config.wait:
-        _show_until(config, every, lambda: True)
+        _follow(config, every, lambda: None)
 
 
 def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None:
     """Run members in processes on this machine, `parallel` at a time."""
     print(f"folder {folder}", flush=True)
     waiting = list(todo)
-    at_work: dict[int, subprocess.Popen[bytes]] = {}
+    at_work: dict[int, tuple[Path, subprocess.Popen[bytes]]] = {}
     signals: list[int] = []
 
-    def pass_on(number: int, _: FrameType | None) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
         signals.append(number)
-        for process in at_work.values():
+        for _, process in at_work.values():
             if process.poll() is None:
                 # On a Ctrl-C, too, they are to save.
                 process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
-    def go_on() -> bool:
+    def under_way() -> set[Path]:
+        if signals:
+            waiting.clear()
         for place in range(config.parallel):
-            if place in at_work and at_work[place].poll() is None:
-                continue
-            at_work.pop(place, None)
-            if waiting and not signals:
-                at_work[place] = _start(waiting.pop(0), place, config.parallel)
-        return bool(at_work)
+            if place in at_work and at_work[place][1].poll() is not None:
+                del at_work[place]
+            if place not in at_work and waiting:
+                member = waiting.pop(0)
+                at_work[place] = member.path, _start(member, place, config.parallel)
+        return {member.path for member in waiting} | {path for path, _ in at_work.values()}
 
     before = {number: signal.signal(number, pass_on) for number in (*STOPPING, signal.SIGINT)}
     try:
-        _show_until(config, todo, go_on)
+        _follow(config, todo, under_way)
     finally:
-        deadline = time.monotonic() + GRACE_S
-        for process in at_work.values():
+        for _, process in at_work.values():  # after an error here
+            process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
+                process.wait(GRACE_S)
             process.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -291,28 +294,35 @@ def share_of_machine(place: int, places: int) -> dict[str, str]:
     return share
 
 
-def _show_until(
-    config: LauncherConfig, members: Sequence[Member], go_on: Callable[[], bool]
+def _follow(
+    config: LauncherConfig, members: Sequence[Member], under_way: Callable[[], set[Path] | None]
 ) -> None:
-    """Show how far members are until all have ended, or nothing goes on; say of each how it did."""
+    """Show how far members are until all have ended, and say of each how it did.
+
+    Args:
+        under_way: called now and then; the folders of those that this process has still to start or
+            to wait for. None: what Slurm says of their jobs tells.
+    """
     paths = [member.path for member in members]
     told: set[Path] = set()
     silent = not sys.stderr.isatty()
     with tqdm(total=len(paths), unit="run", desc="sweep", leave=False, disable=silent) as bar:
         while True:
-            under_way = go_on()
+            here = under_way()
             steps = []
             for path, progress in zip(paths, read_progress(paths), strict=True):
+                at_rest = progress.state not in UNDER_WAY
                 if progress.state is State.running:
                     steps.append(f"{progress.step}/{progress.total_steps or '?'}")
-                elif progress.state not in UNDER_WAY and path not in told:
-                    told.add(path)
-                    tqdm.write(
-                        ": ".join(filter(None, [f"{path.name}  {progress.text()}", progress.note]))
-                    )
+                if path in told or not (at_rest if here is None else path not in here):
+                    continue
+                told.add(path)
+                if at_rest:  # and not left waiting by a sweep that was told to stop
+                    words = [f"{path.name}  {progress.text()}", progress.note]
+                    tqdm.write(": ".join(filter(None, words)))
             bar.update(len(told) - bar.n)
             bar.set_postfix_str(f"at step {', '.join(steps)}" if steps else "")
-            if not under_way or len(told) == len(paths):
+            if len(told) == len(paths):
                 return
             time.sleep(config.poll_s)
 

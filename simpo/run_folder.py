@@ -234,7 +234,7 @@ def refuse_other_settings(run: RunConfig, folder: Path) -> None:
         raise ConfigError(
             [
                 f"{key}: the run in {folder} has {before.get(key)}, got {now.get(key)} "
-                "(restore it, or choose another run_dir)"
+                "(restore it, or choose another folder)"
                 for key in changed
             ]
         )

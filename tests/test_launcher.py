@@ -106,6 +106,8 @@ def test_a_stopped_sweep_goes_on(tiny_run: list[str], tmp_path: Path) -> None:
     assert "SIGTERM: the members at work have saved" in finish(process, code=75)
     states = [progress.state for progress in read_progress([first, second])]
     assert states == [State.stopped, State.pending]
+    # One that failed before waits for its turn like one that is new.
+    (second / "status.json").write_text('{"state": "failed", "error": "RunError: before"}')
     process = start(command)
     wait_for(logged(second, 5), process)
     process.send_signal(signal.SIGINT)
@@ -136,7 +138,7 @@ def test_refused_before_anything_is_started(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         launch([member([f"launcher.sweep_dir={tmp_path}/sweep"], ["loss.beta=2"])], "x")
     assert str(error.value) == (
-        f"train.epochs: the run in {folder} has 3, got 1 (restore it, or choose another run_dir)"
+        f"train.epochs: the run in {folder} has 3, got 1 (restore it, or choose another folder)"
     )
     assert not (tmp_path / "out").exists()
     assert [path.name for path in folder.iterdir()] == ["run.yaml"]
@@ -256,7 +258,11 @@ def test_searches_by_the_objective(kind: str, tiny_run: list[str], tmp_path: Pat
             ["hydra/sweeper=optuna"],
             "hydra.sweeper.params: empty (name settings and where to search)",
         ),
+        (
+            ["launcher=slurm", "hydra/sweeper=stages", "loss.beta=2,3"],
+            "launcher.wait: a search goes by results (launcher.wait=true)",
+        ),
     ],
 )
-def test_an_empty_search(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_a_search_that_cannot_be_made(arguments: list[str], message: str, tmp_path: Path) -> None:
     assert run(["-m", *arguments, f"output_dir={tmp_path}"], code=2).strip() == message

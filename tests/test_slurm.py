@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from browser import look_at
 from whole_runs import assert_same_run, logged, metrics_of, run, start
 
 from simpo.config import load_run
+from simpo.member import LAST_S
 from simpo.runs import UNDER_WAY, State, last_job, read_progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slurm")]
@@ -92,7 +92,7 @@ def same_numbers(left: Path, right: Path, scratch: Path) -> None:
 
 
 def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: Path) -> None:
-    """An array of four and three single jobs, each met by something else, all at the same time."""
+    """An array of four and a single job, each met by something else, all at the same time."""
     sweep = tmp_path / "sweep"
     slurm = ["launcher=slurm", "launcher.poll_s=0.5"]
     command = ["-m", *slurm, ON_N1, f"launcher.sweep_dir={sweep}"]
@@ -107,12 +107,6 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
 
     preempted = tmp_path / "preempted"
     run([*slurm, ON_N2, f"run_dir={preempted}", *long_run])
-    limited = tmp_path / "limited"
-    times = ["launcher.time_min=2", "launcher.signal_before_s=100"]
-    run([*slurm, ON_N1, *times, f"run_dir={limited}", *long_run])
-    late = tmp_path / "late"
-    times = ["launcher.time_min=1", "launcher.signal_before_s=1"]
-    run([*slurm, ON_N1, *times, f"run_dir={late}", *long_run])
 
     until(logged(preempted, 40), "the run on n2")
     urgent = ["sbatch", "--partition=high", "--nodelist=n2", "--exclusive", "--output=/dev/null"]
@@ -127,17 +121,6 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
     (victim,) = processes_of(killed)
     victim.send_signal(signal.SIGKILL)
 
-    until(logged(limited, 40), "the run with a time limit")
-    # Asleep it takes no time from the others; Slurm wakes it to say that its own is up.
-    (process,) = processes_of(limited)
-    process.suspend()
-    until(logged(late, 40), "the run that is told too late")
-    (sleeper,) = processes_of(late)
-    sleeper.suspend()
-    # Awake when its job is requeued, LAST_S before the limit of a minute.
-    wake_up = threading.Timer(max(0.0, 35 - (time.time() - sleeper.create_time())), sleeper.resume)
-    wake_up.start()
-
     def second_life() -> bool:
         return hurry(preempted) is State.running and "continued after step" in log_of(preempted)
 
@@ -151,13 +134,9 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
     free = ["sinfo", "--noheader", "--nodes=n2", "--partition=main", "--format=%t"]
     until(lambda: slurm_command(*free).strip() == "idle", "the node's return")
 
-    until(lambda: read_progress([limited])[0].requeued >= 1, "the requeue at the time limit")
-    assert "SIGUSR2: saved after step" in log_of(limited)
-    wake_up.join()
-
-    disturbed = (calm, requeued, cancelled, killed, preempted, limited, late)
+    disturbed = (calm, requeued, cancelled, killed, preempted)
     until(lambda: all([ended(path) for path in disturbed]), "the end of all")
-    names = ("calm", "requeued", "cancelled", "killed", "preempted", "limited", "late")
+    names = ("calm", "requeued", "cancelled", "killed", "preempted")
     progress = dict(zip(names, read_progress(disturbed), strict=True))
     assert progress["calm"].text() == f"finished, step {STEPS} of {STEPS}"
     assert progress["requeued"].text() == f"finished, step {STEPS} of {STEPS}, requeued 1 time"
@@ -165,8 +144,7 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
     assert progress["cancelled"].state is State.cancelled
     assert progress["killed"].state is State.failed
     assert progress["killed"].note.startswith("exit code 137")
-    assert progress["late"].requeued >= 1 and "SIGUSR2" not in log_of(late)
-    for path in (requeued, preempted, limited, late):
+    for path in (requeued, preempted):
         assert "continued after step" in log_of(path)
         same_numbers(calm, path, tmp_path)
 
@@ -177,6 +155,34 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
     for path in (cancelled, killed):
         assert read_progress([path])[0].state is State.finished
         same_numbers(calm, path, tmp_path)
+
+
+def test_time_limits(long_run: list[str], tmp_path: Path) -> None:
+    """A job that is told of its limit in time, and one that is told too late to do anything."""
+    told, late = tmp_path / "told", tmp_path / "late"
+    in_time = ["launcher.time_min=2", "launcher.signal_before_s=100"]
+    too_late = ["launcher.time_min=1", "launcher.signal_before_s=1"]
+    for folder, times in ((told, in_time), (late, too_late)):
+        run(["launcher=slurm", *times, f"run_dir={folder}", *long_run])
+    processes = {}
+    for folder in (told, late):
+        until(logged(folder, 40), f"step 40 of {folder.name}")
+        (processes[folder],) = processes_of(folder)
+        # Asleep, so that the limit comes first on any machine.
+        processes[folder].suspend()
+    run([*long_run, f"run_dir={tmp_path / 'calm'}"])
+    # Slurm wakes a job itself to tell it something; the other must be awake for its own timer.
+    age_s = time.time() - processes[late].create_time()
+    time.sleep(max(0.0, 60 - LAST_S - 5 - age_s))
+    processes[late].resume()
+    until(lambda: ended(told) and ended(late), "the end of both")
+    for folder in (told, late):
+        (progress,) = read_progress([folder])
+        assert progress.state is State.finished and progress.requeued >= 1
+        assert "continued after step" in log_of(folder)
+        same_numbers(tmp_path / "calm", folder, tmp_path)
+    assert "SIGUSR2: saved after step" in log_of(told)
+    assert "SIGUSR2" not in log_of(late)
 
 
 def test_a_grid_from_submission_to_heat_map(tiny_run: list[str], tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class StagedSweeper(ObjectiveSweeper):
         fixed = [_text(o) for key, o in typed.items() if key not in swept]
         stages = [
             {
-                key: swept.pop(key, None) or _parse(f"{key}={values}")
+                key: swept.pop(key) if key in swept else _parse(f"{key}={values}")
                 for key, values in stage.items()
                 if key in swept or key not in typed
             }

@@ -191,14 +191,17 @@ class RunFolder:
     def _lock(self) -> bool:
         self.path.mkdir(parents=True, exist_ok=True)
         handle = (self.path / "lock").open("w")
-        try:
-            # Held until the process ends, however it ends.
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.close()
-            return False
-        self._lock_handle = handle
-        return True
+        for pause_s in (0.05, 0.0):  # who only looks whether a run is alive holds it for a moment
+            try:
+                # Held until the process ends, however it ends.
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                time.sleep(pause_s)
+            else:
+                self._lock_handle = handle
+                return True
+        handle.close()
+        return False
 
     def _command(self) -> str:
         arguments = [a for a in sys.argv[1:] if not a.startswith("run_dir=")]

@@ -168,7 +168,11 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
     log = Path(os.path.normpath(folder / job["log"])) if job else None
     state = State(status.get("state", "pending"))
     note = (str(status.get("error", "")).splitlines() or [""])[0]
-    if state is not State.finished and known is not None and known.state != "COMPLETED":
+    if state is State.finished:
+        pass
+    elif _is_locked(folder) or _is_alive(job, folder):
+        state, note = State.running, ""
+    elif known is not None and known.state != "COMPLETED":
         if known.state in slurm.WAITING:
             state, note = State.pending, known.reason
         elif known.state in slurm.AT_WORK:
@@ -178,13 +182,12 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
         elif state is not State.stopped:
             how = [f"exit code {known.exit_code}" if known.state == "FAILED" else known.state]
             state, note = State.failed, ": ".join([*how, note or _last_line(log)])
-    elif state is not State.finished and (_is_locked(folder) or _is_alive(job, folder)):
-        state, note = State.running, ""
     elif state is State.running:
         state, note = State.killed, _last_line(log)
-    elif state is State.pending and "pid" in job:
-        # It ended before its first step.
-        state, note = State.failed, _last_line(log)
+    elif state is State.pending and job:
+        # It ended before its first step, or before it was begun.
+        gone = f"Slurm knows no job {job['id']}, or does not answer" if "id" in job else ""
+        state, note = State.killed, _last_line(log) or gone
     return Progress(
         state,
         max(int(status.get("step", 0)), _last_step(folder)),

@@ -60,6 +60,7 @@ def test_wheel_carries_every_menu_and_template(wheel: Path) -> None:
         for file in (ROOT / folder).rglob("*.*"):
             inside = f"simpo/{file.relative_to(ROOT)}".replace("simpo/simpo/", "simpo/")
             assert inside in names
+    assert {"hydra_plugins/simpo_launcher.py", "hydra_plugins/simpo_sweepers.py"} <= names
 
 
 @pytest.mark.slow
@@ -85,10 +86,12 @@ def test_works_from_an_empty_folder(
     assert "group=choice" in run("simpo-train", "--help")
     assert "rank: 0" in run("simpo-train", "experiments=demo_full", "--cfg", "job")
     assert list(empty.iterdir()) == []
-    output = run("python", "-m", "simpo.train", *tiny_run, "output_dir=outputs")
-    assert "accuracy" in output
-    (folder,) = (empty / "outputs").glob("*/*")
+    # A sweep of one: the launcher is found, too.
+    run("python", "-m", "simpo.train", "-m", *tiny_run, "output_dir=outputs", "loss.beta=choice(2)")
+    (folder,) = (empty / "outputs" / "sweeps").glob("*/*")
     assert (folder / "model" / "model.safetensors").is_file()
+    assert "rewards/accuracies" in run("simpo-report", "outputs")
+    assert (empty / "outputs" / "report.html").is_file()
 
 
 def test_lock_pins_every_dependency_of_the_project_and_its_tests() -> None:

@@ -134,9 +134,11 @@ def test_states_without_slurm(tmp_path: Path) -> None:
         make_run(tmp_path / "alive", [], state="running", step=1),
         make_run(tmp_path / "refused", []),
         make_run(tmp_path / "pending", []),
+        make_run(tmp_path / "forgotten", []),
     ]
-    refused, pending = folders[5:]
-    for folder in (refused, pending):
+    refused, pending, forgotten = folders[5:]
+    note_job(forgotten, forgotten / "log.txt", id="1_1")
+    for folder in (refused, pending, forgotten):
         for name in ("status.json", "results.json", "metrics.jsonl"):
             (folder / name).unlink()
     (refused / "log.txt").write_text(
@@ -159,8 +161,9 @@ def test_states_without_slurm(tmp_path: Path) -> None:
         (State.stopped, "Stopped: SIGTERM"),
         (State.killed, ""),
         (State.running, ""),
-        (State.failed, "data.sources: must list one"),
+        (State.killed, "data.sources: must list one"),
         (State.pending, ""),
+        (State.killed, "Slurm knows no job 1_1, or does not answer"),
     ]
     # Steps of metrics.jsonl count, which is written more often.
     assert progress[3].text() == "killed, step 2 of 2"

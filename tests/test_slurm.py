@@ -26,7 +26,7 @@ from simpo.runs import UNDER_WAY, State, last_job, read_progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slurm")]
 
-STEPS = 900
+STEPS = 600
 ON_N1 = 'launcher.options=["--nodelist=n1"]'
 ON_N2 = 'launcher.options=["--nodelist=n2"]'
 
@@ -43,9 +43,10 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 300) -> N
 
 
 def hurry(folder: Path) -> State:
-    """A run's state; Slurm's two minutes between a requeue and the next start are cut short."""
+    """A run's state; what keeps a requeued job from its next start is taken away."""
     (progress,) = read_progress([folder])
     if progress.state is State.pending and progress.note == "BeginTime":
+        # Slurm waits two minutes.
         slurm_command("scontrol", "update", f"JobId={job_of(folder)}", "StartTime=now")
     return progress.state
 
@@ -56,6 +57,14 @@ def ended(folder: Path) -> bool:
 
 def job_of(folder: Path) -> str:
     return str(last_job(folder)["id"])
+
+
+def remains_of(folder: Path) -> list[str]:
+    """Slurm's own processes for a run's job."""
+    titles = (
+        " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
+    )
+    return [title for title in titles if title.startswith(f"slurmstepd: [{job_of(folder)}.")]
 
 
 def log_of(folder: Path) -> str:
@@ -129,7 +138,8 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
     until(logged(preempted, step + 40), "the preempted run further on")
     slurm_command("scontrol", "update", "NodeName=n2", "State=down", "Reason=test")
     until(lambda: read_progress([preempted])[0].requeued == 2, "the loss of its node")
-    # slurmd has it return by itself, or not, as it is quicker than this or slower.
+    # Back before the job's remains are gone, the node would be drained for a duplicate of it.
+    until(lambda: not remains_of(preempted), "the end of what ran on the node")
     subprocess.run(["scontrol", "update", "NodeName=n2", "State=resume"], capture_output=True)
     free = ["sinfo", "--noheader", "--nodes=n2", "--partition=main", "--format=%t"]
     until(lambda: slurm_command(*free).strip() == "idle", "the node's return")
@@ -160,17 +170,18 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
 def test_time_limits(long_run: list[str], tmp_path: Path) -> None:
     """A job that is told of its limit in time, and one that is told too late to do anything."""
     told, late = tmp_path / "told", tmp_path / "late"
+    longer = [*long_run, "train.max_steps=900"]
     in_time = ["launcher.time_min=2", "launcher.signal_before_s=100"]
     too_late = ["launcher.time_min=1", "launcher.signal_before_s=1"]
     for folder, times in ((told, in_time), (late, too_late)):
-        run(["launcher=slurm", *times, f"run_dir={folder}", *long_run])
+        run(["launcher=slurm", *times, f"run_dir={folder}", *longer])
     processes = {}
     for folder in (told, late):
         until(logged(folder, 40), f"step 40 of {folder.name}")
         (processes[folder],) = processes_of(folder)
         # Asleep, so that the limit comes first on any machine.
         processes[folder].suspend()
-    run([*long_run, f"run_dir={tmp_path / 'calm'}"])
+    run([*longer, f"run_dir={tmp_path / 'calm'}"])
     # Slurm wakes a job itself to tell it something; the other must be awake for its own timer.
     age_s = time.time() - processes[late].create_time()
     time.sleep(max(0.0, 60 - LAST_S - 5 - age_s))
@@ -215,24 +226,30 @@ def test_a_grid_from_submission_to_heat_map(tiny_run: list[str], tmp_path: Path)
 
 
 def test_ranks_of_two_nodes_follow_one_process(tiny_run: list[str], tmp_path: Path) -> None:
-    """FSDP on 2 x 2 tasks, one for each GPU asked for; and the job has what was asked for."""
-    run([*tiny_run, "backend.device=cpu", f"run_dir={tmp_path / 'alone'}"])
+    """FSDP on 2 x 2 tasks, one for each GPU; told to stop on the way, and requeued."""
+    steps = [*tiny_run, "train.max_steps=12", "train.epochs=2"]
+    run([*steps, f"run_dir={tmp_path / 'alone'}"])
     folder = tmp_path / "run"
     asked = ["launcher.nodes=2", "launcher.gpus_per_node=2", "launcher.cpus_per_task=1"]
     asked += ["launcher.mem_gib=1.5", "launcher.time_min=30", "launcher.constraint=fake"]
-    asked += ["launcher.partition=main", "launcher.account=root", "launcher.wait=true"]
+    asked += ["launcher.partition=main", "launcher.account=root", "launcher.qos=normal"]
     asked += ['launcher.options=["--comment=pairs","--exclusive=user"]']
     asked += ['launcher.setup=["echo GPUs: $SLURM_GPUS_ON_NODE"]']
-    output = run(["launcher=slurm", "backend=fsdp", *asked, *tiny_run, f"run_dir={folder}"])
-    assert "run  finished, step 6 of 6\n" in output
+    run(["launcher=slurm", "backend=fsdp", *asked, *steps, f"run_dir={folder}"])
+    until(logged(folder, 3), "step 3")
+    slurm_command("scancel", "--signal=USR2", job_of(folder))
+    until(lambda: ended(folder), "the end")
+    assert read_progress([folder])[0].text() == "finished, step 12 of 12, requeued 1 time"
     assert "GPUs: 2\n" in log_of(folder)
     assert "fp32 on 4 CPU (fsdp, 4 processes)" in log_of(folder)
+    assert "continued after step" in log_of(folder)
     told = slurm_command("scontrol", "--oneliner", "show", "job", job_of(folder))
     for words in (
         "NumNodes=2 NumCPUs=4 NumTasks=4 CPUs/Task=1",
         "TimeLimit=00:30:00",
         "Partition=main",
         "Account=root",
+        "QOS=normal",
         "Features=fake",
         "MinMemoryNode=1.50G",
         "Requeue=1",

@@ -38,7 +38,7 @@ class SlurmMember:
         is_main = os.environ.get("SLURM_PROCID", "0") == "0"
         if is_main:
             _note_start(Path(folder))
-            _requeue_before_limit()
+            requeue_before_limit()
         code, stopped = run_member(Path(folder))
         if stopped and not is_main:
             # The job ends while these wait; ending first, they might take the main one along.
@@ -91,7 +91,8 @@ def _note_start(folder: Path) -> None:
         note_job(folder, folder / job["log"], id=job["id"], restarts=restarts)
 
 
-def _requeue_before_limit() -> None:
+def requeue_before_limit() -> None:
+    """Have this process's job requeued shortly before its time limit, whatever it does then."""
     end = slurm.end_time()
     if end is not None:
         timer = threading.Timer(max(0.0, end - time.time() - LAST_S), slurm.requeue)

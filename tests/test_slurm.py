@@ -20,8 +20,8 @@ import pytest
 from browser import look_at
 from whole_runs import assert_same_run, logged, metrics_of, run, start
 
+from simpo import member, slurm
 from simpo.config import load_run
-from simpo.member import LAST_S
 from simpo.runs import UNDER_WAY, State, last_job, read_progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slurm")]
@@ -43,10 +43,10 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 300) -> N
 
 
 def hurry(folder: Path) -> State:
-    """A run's state; what keeps a requeued job from its next start is taken away."""
+    """A run's state; Slurm's two minutes between a requeue and the next start are cut short."""
     (progress,) = read_progress([folder])
-    if progress.state is State.pending and progress.note == "BeginTime":
-        # Slurm waits two minutes.
+    if progress.state is State.pending and progress.note == "BeginTime" and not remains_of(folder):
+        time.sleep(1)  # a start within the second of the requeue is refused
         slurm_command("scontrol", "update", f"JobId={job_of(folder)}", "StartTime=now")
     return progress.state
 
@@ -103,8 +103,8 @@ def same_numbers(left: Path, right: Path, scratch: Path) -> None:
 def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: Path) -> None:
     """An array of four and a single job, each met by something else, all at the same time."""
     sweep = tmp_path / "sweep"
-    slurm = ["launcher=slurm", "launcher.poll_s=0.5"]
-    command = ["-m", *slurm, ON_N1, f"launcher.sweep_dir={sweep}"]
+    queued = ["launcher=slurm", "launcher.poll_s=0.5"]
+    command = ["-m", *queued, ON_N1, f"launcher.sweep_dir={sweep}"]
     output = run([*command, "train.keep_checkpoints=2,3,4,5", *long_run])
     calm, requeued, cancelled, killed = (
         sweep / f"train.keep_checkpoints={number}" for number in (2, 3, 4, 5)
@@ -115,7 +115,7 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
     assert [job_of(path) for path in (calm, killed)] == [f"{array}_0", f"{array}_3"]
 
     preempted = tmp_path / "preempted"
-    run([*slurm, ON_N2, f"run_dir={preempted}", *long_run])
+    run([*queued, ON_N2, f"run_dir={preempted}", *long_run])
 
     until(logged(preempted, 40), "the run on n2")
     urgent = ["sbatch", "--partition=high", "--nodelist=n2", "--exclusive", "--output=/dev/null"]
@@ -167,33 +167,32 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
         same_numbers(calm, path, tmp_path)
 
 
-def test_time_limits(long_run: list[str], tmp_path: Path) -> None:
-    """A job that is told of its limit in time, and one that is told too late to do anything."""
-    told, late = tmp_path / "told", tmp_path / "late"
-    longer = [*long_run, "train.max_steps=900"]
-    in_time = ["launcher.time_min=2", "launcher.signal_before_s=100"]
-    too_late = ["launcher.time_min=1", "launcher.signal_before_s=1"]
-    for folder, times in ((told, in_time), (late, too_late)):
-        run(["launcher=slurm", *times, f"run_dir={folder}", *longer])
-    processes = {}
-    for folder in (told, late):
+def test_time_limits(long_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm tells one job of its limit; the other's own timer requeues it, whatever it does."""
+    told, busy = tmp_path / "told", tmp_path / "busy"
+    for folder, limit in ((told, "2"), (busy, "30")):
+        times = [f"launcher.time_min={limit}", "launcher.signal_before_s=30"]
+        run(["launcher=slurm", *times, f"run_dir={folder}", *long_run])
+    for folder in (told, busy):
         until(logged(folder, 40), f"step 40 of {folder.name}")
-        (processes[folder],) = processes_of(folder)
-        # Asleep, so that the limit comes first on any machine.
-        processes[folder].suspend()
-    run([*longer, f"run_dir={tmp_path / 'calm'}"])
-    # Slurm wakes a job itself to tell it something; the other must be awake for its own timer.
-    age_s = time.time() - processes[late].create_time()
-    time.sleep(max(0.0, 60 - LAST_S - 5 - age_s))
-    processes[late].resume()
-    until(lambda: ended(told) and ended(late), "the end of both")
-    for folder in (told, late):
-        (progress,) = read_progress([folder])
-        assert progress.state is State.finished and progress.requeued >= 1
+        (process,) = processes_of(folder)
+        # Asleep, so that the limit comes first on any machine; Slurm wakes it to tell it something.
+        process.suspend()
+    monkeypatch.setenv("SLURM_JOB_ID", job_of(busy))
+    end = slurm.end_time()
+    assert end == pytest.approx(process.create_time() + 30 * 60, abs=10)
+    monkeypatch.setattr(member, "LAST_S", end - time.time() - 0.5)
+    member.requeue_before_limit()
+    run([*long_run, f"run_dir={tmp_path / 'calm'}"])
+    until(lambda: all([ended(told), ended(busy)]), "the end of both")
+    for folder, limits in ((told, "SIGUSR2"), (busy, "SIGTERM")):
+        text = read_progress([folder])[0].text()
+        assert text == f"finished, step {STEPS} of {STEPS}, requeued 1 time"
+        assert f"{limits}: saved after step" in log_of(folder)
         assert "continued after step" in log_of(folder)
         same_numbers(tmp_path / "calm", folder, tmp_path)
-    assert "SIGUSR2: saved after step" in log_of(told)
-    assert "SIGUSR2" not in log_of(late)
+    # It is nobody's to requeue any more.
+    assert not slurm.requeue()
 
 
 def test_a_grid_from_submission_to_heat_map(tiny_run: list[str], tmp_path: Path) -> None:
@@ -305,9 +304,13 @@ def test_a_job_that_cannot_run(tiny_run: list[str], tmp_path: Path) -> None:
     assert kept.strip() == "FAILED|2:0"
 
 
-def test_without_a_controller(tiny_run: list[str], tmp_path: Path, slurm: Path) -> None:
+def test_without_a_controller(
+    tiny_run: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Nothing is half submitted, and the message says what Slurm said; then all is well again."""
-    controller = psutil.Process(int((slurm / "slurmctld.pid").read_text()))
+    controller = psutil.Process(
+        int((request.getfixturevalue("slurm") / "slurmctld.pid").read_text())
+    )
     controller.terminate()
     controller.wait(60)
     sweep = ["-m", "launcher=slurm", *tiny_run, "loss.beta=2,3"]

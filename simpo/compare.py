@@ -62,7 +62,8 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
     """Read all runs in and below folders.
 
     Args:
-        metric: held-out metric to compare by; None takes the objective of the first run.
+        metric: held-out metric to compare by, more being better but of loss and repetition; None
+            takes the objective of the first run.
 
     Raises:
         ConfigError: there is no run, or none has such a metric.

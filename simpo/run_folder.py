@@ -70,8 +70,7 @@ class RunFolder:
 
     Attributes:
         path: the folder, absolute.
-        continued: whether an earlier process began this run.
-        finished: whether it also ended it.
+        finished: whether an earlier process ended this run.
     """
 
     def __init__(self, run: RunConfig, followed: Path | None = None) -> None:
@@ -102,9 +101,8 @@ class RunFolder:
                 while not self._lock():  # two runs of the same settings in the same second
                     time.sleep(0.1)
                     self.path = new_folder(run)
-        self.continued = (self.path / "run.yaml").is_file()
         self.finished = self.status().get("state") == "finished"
-        if self._writes and not self.continued:
+        if self._writes and not (self.path / "run.yaml").is_file():
             self.write_text("command.txt", self._command() + "\n")
             self.write_text("run.yaml", run_yaml(run))
 

@@ -23,7 +23,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -146,13 +146,13 @@ class RunFolder:
         self.write_json(f"samples/step-{step:06d}.json", rows)
 
     def write_scores(
-        self, step: int, columns: Sequence[str], scores: Mapping[str, Sequence[float]]
+        self, step: int, columns: Sequence[str], scores: Iterable[tuple[str, Sequence[float]]]
     ) -> None:
         """Write held_out/step-<step>.csv: where each held-out pair is from, and its numbers."""
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["pair", *columns])
-        table.writerows([place, *numbers] for place, numbers in scores.items())
+        table.writerows([place, *numbers] for place, numbers in scores)
         self.write_text(f"held_out/step-{step:06d}.csv", text.getvalue())
 
     def write_json(self, name: str, value: Any) -> None:

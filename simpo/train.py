@@ -198,8 +198,8 @@ def train(run: RunConfig) -> dict[str, float]:
                 tracker.say(f"held out: {len(test_set.pairs)} pairs, {len(sampled)} replies ...")
                 found, scores = evaluate(wrapped, packed(test_set, test_rows), run.loss, backend)
                 metrics |= found
-                places = {test_set.pairs[i].place: numbers for i, numbers in scores.items()}
-                folder.write_scores(step, COLUMNS, places)
+                placed = ((test_set.pairs[i].place, numbers) for i, numbers in scores.items())
+                folder.write_scores(step, COLUMNS, placed)
             if sampled:
                 with backend.replying(policy):
                     replies = greedy_replies(

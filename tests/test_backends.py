@@ -108,6 +108,12 @@ def of(name: str) -> list[str]:
     ]
 
 
+def table_of(path: Path) -> dict[str, list[float]]:
+    """The numbers of held-out pairs, by the place of each."""
+    lines = [line.rsplit(",", 10) for line in path.read_text().splitlines()[1:]]
+    return {place: [float(number) for number in numbers] for place, *numbers in lines}
+
+
 def assert_like(folder: Path, alone: Path) -> None:
     """Every metric of every step and evaluation to 1e-5, replies to the letter, weights to 1e-4."""
     got, expected = metrics_of(folder), metrics_of(alone)
@@ -117,6 +123,11 @@ def assert_like(folder: Path, alone: Path) -> None:
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
     for sample in (alone / "samples").iterdir():
         assert (folder / "samples" / sample.name).read_text() == sample.read_text()
+    for table in (alone / "held_out").iterdir():
+        mine, theirs = table_of(folder / "held_out" / table.name), table_of(table)
+        assert mine.keys() == theirs.keys()
+        for place, numbers in theirs.items():
+            assert mine[place] == pytest.approx(numbers, rel=1e-4, abs=1e-4), place
     weights = weights_of(alone)
     assert weights.keys() == weights_of(folder).keys()
     for key, value in weights_of(folder).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import signal
@@ -16,6 +17,7 @@ from whole_runs import assert_same_run, logged, metrics_of, run, start, state_of
 from simpo.compose import compose_run
 from simpo.config import ConfigError, DataError, RunError, load_run
 from simpo.data.demo import demo_rows
+from simpo.data.mixture import load_mixture
 from simpo.train import train
 
 
@@ -48,6 +50,17 @@ def test_what_a_run_leaves(tiny_run: list[str], run_dir: Path, tiny_folder: Path
         "step-000004",
         "step-000006",
     ]
+    with (run_dir / "held_out/step-000006.csv").open(newline="") as file:
+        pairs = list(csv.DictReader(file))
+    places = [pair.place for pair in load_mixture(run.data).test]
+    assert [pair["pair"] for pair in pairs] == places and len(places) == 16
+    for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "rejected_tokens"):
+        assert sum(float(pair[key]) for pair in pairs) / 16 == pytest.approx(after[key])
+    # Each line is of its own pair: the reply and the token that ends it.
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    for pair, line in zip(load_mixture(run.data).test, pairs, strict=True):
+        reply = tokenizer(pair.chosen, add_special_tokens=False).input_ids
+        assert float(line["chosen_tokens"]) == len(reply) + 1
     data = json.loads((run_dir / "data.json").read_text())
     assert [row["taken"] for row in data["mixture"]] == [24, 16]
     assert "torch" in json.loads((run_dir / "environment.json").read_text())["packages"]

@@ -6,6 +6,8 @@ without its beta) and gamma = beta * gamma_beta_ratio:
     z        = beta * (l_w - l_l) - gamma
     sigmoid  = -log sigmoid(z)                                    (eq. 6)
     hinge    = max(0, 1 - z)                                      (the authors' code)
+
+Without length normalisation, the paper's ablation, l_w and l_l are sums.
 """
 
 from __future__ import annotations
@@ -17,6 +19,13 @@ from simpo.config import HingeConfig, LossConfig, SigmoidConfig
 from simpo.pairs import PairLogps
 
 
+def rewards(config: LossConfig, logps: PairLogps) -> tuple[Tensor, Tensor]:
+    """Rewards of the chosen and the rejected responses, beta * l, float32 [P] each."""
+    if config.length_normalized:
+        return config.beta * logps.average_chosen, config.beta * logps.average_rejected
+    return config.beta * logps.chosen, config.beta * logps.rejected
+
+
 def pair_losses(config: LossConfig, logps: PairLogps) -> Tensor:
     """Preference loss of each pair, float32 [P]; the sft term is not in it.
 
@@ -24,8 +33,8 @@ def pair_losses(config: LossConfig, logps: PairLogps) -> Tensor:
     way round: -(1 - e) log sigmoid(z) - e log sigmoid(-z)
     (https://ericmitchell.ai/cdpo.pdf).
     """
-    margin = config.beta * (logps.average_chosen - logps.average_rejected)
-    z = margin - config.beta * config.gamma_beta_ratio
+    chosen, rejected = rewards(config, logps)
+    z = chosen - rejected - config.beta * config.gamma_beta_ratio
     match config:
         case SigmoidConfig(label_smoothing=smoothing):
             return -(1 - smoothing) * logsigmoid(z) - smoothing * logsigmoid(-z)
@@ -46,4 +55,5 @@ def formula(config: LossConfig) -> str:
         case _:
             text = f"max(0, 1 - ({z}))"
     sft = f" + {config.sft_weight:g} * NLL per chosen token" if config.sft_weight else ""
-    return f"loss = {text}{sft},  l = mean token log-prob of a response"
+    kind = "mean token log-prob" if config.length_normalized else "summed token log-probs"
+    return f"loss = {text}{sft},  l = {kind} of a response"

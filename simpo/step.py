@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from simpo.backend import Backend
 from simpo.config import LossConfig
 from simpo.logps import Objective
-from simpo.loss import pair_losses
+from simpo.loss import pair_losses, rewards
 from simpo.pairs import PackedPairs, PairLogps
 
 COLUMNS = (
@@ -125,17 +125,17 @@ def _objective(loss: LossConfig, num_pairs: int, num_chosen_tokens: int) -> Obje
 def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
     """One line for each pair with the numbers in `COLUMNS`, float64 [P, columns].
 
-    A reward is beta * average_logp; a tie counts as half accurate.
+    Rewards are those of the loss; a tie counts as half accurate.
     """
-    chosen, rejected = logps.average_chosen, logps.average_rejected
+    chosen, rejected = rewards(loss, logps)
     columns = [
         pair_losses(loss, logps),
-        loss.beta * chosen,
-        loss.beta * rejected,
-        0.5 * ((chosen > rejected).float() + (chosen >= rejected).float()),
-        loss.beta * (chosen - rejected),
         chosen,
         rejected,
+        0.5 * ((chosen > rejected).float() + (chosen >= rejected).float()),
+        chosen - rejected,
+        logps.average_chosen,
+        logps.average_rejected,
         -logps.chosen,
         logps.chosen_tokens,
         logps.rejected_tokens,

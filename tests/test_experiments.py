@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from simpo.compose import compose_run
-from simpo.config import menu_dir
+from simpo.config import menu_dir, settings
 
 # https://github.com/princeton-nlp/SimPO, training_configs: checkpoint, dataset, splits, template
 # given there, beta, ratio, learning rate, lengths.
@@ -88,3 +88,37 @@ def test_one_setting_of_a_released_run_can_differ() -> None:
         ["experiments=paper/mistral_base", "loss.beta=3", "data.max_length_tokens=2048"]
     )
     assert (run.loss.beta, run.data.max_length_tokens) == (3.0, 2048)
+
+
+@pytest.mark.parametrize(
+    ("name", "differing"),
+    [
+        ("no_length_norm", {"loss.length_normalized": False}),
+        ("no_margin", {"loss.gamma_beta_ratio": 0.0}),
+        ("sft_weight", {"loss.sft_weight": 1.0}),
+        ("collapse", {"train.learning_rate": 1e-5, "watch.action": "stop"}),
+        ("beta", {}),
+        ("gamma", {}),
+        ("learning_rate", {}),
+    ],
+)
+def test_an_ablation_changes_what_it_names_and_nothing_else(name: str, differing: dict) -> None:
+    whole = settings(compose_run(["experiments=paper/mistral_base"]))
+    ablated = settings(compose_run([f"experiments=[paper/mistral_base,ablations/{name}]"]))
+    assert {key: value for key, value in ablated.items() if value != whole[key]} == differing
+
+
+def test_every_ablation_is_tested() -> None:
+    names = {path.stem for path in (menu_dir("experiments") / "ablations").glob("*.yaml")}
+    assert names == {
+        *("no_length_norm", "no_margin", "sft_weight", "collapse"),
+        *("beta", "gamma", "learning_rate"),
+    }
+
+
+def test_a_search_of_a_released_run() -> None:
+    """What a search sets stands; what it searches is the sweeper's, not the run's."""
+    run = compose_run(["experiments=[paper/llama3_instruct,sweeps/lr_then_gamma]"])
+    assert run.model.name == "llama3_instruct"
+    assert (run.loss.beta, run.loss.gamma_beta_ratio) == (10.0, 0.25)
+    assert run.train.learning_rate == 1e-6

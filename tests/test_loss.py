@@ -43,6 +43,17 @@ def test_hinge() -> None:
     assert losses.tolist() == [0.0, 6.0]
 
 
+def test_without_length_normalisation() -> None:
+    """Sums -6, -8 and -9, -2: z = 2*2 - 1 = 3 and 2*(-7) - 1 = -15; rewards -12, -16, -18, -4."""
+    loss = SigmoidConfig(beta=2.0, gamma_beta_ratio=0.5, length_normalized=False)
+    expected = [softplus(-3), softplus(15)]
+    assert pair_losses(loss, LOGPS).tolist() == pytest.approx(expected, rel=1e-6)
+    metrics = summarise(loss, pair_sums(pair_table(loss, LOGPS)))
+    assert (metrics["rewards/chosen"], metrics["rewards/rejected"]) == (-15.0, -10.0)
+    assert metrics["logps/chosen"] == -2.5  # still of a token
+    assert formula(loss).endswith(",  l = summed token log-probs of a response")
+
+
 def test_margin_is_not_inside_the_scaling_twice() -> None:
     """gamma = beta * ratio, so at equal averages the loss is -log sigmoid(-gamma)."""
     same = PairLogps(*(torch.tensor([x]) for x in (-4.0, -4.0)), *(torch.tensor([2]),) * 2)

@@ -27,6 +27,9 @@ class LossConfig:
     """Scale of the reward, beta * average_logp (the paper uses 2.0 to 10)."""
     gamma_beta_ratio: float = 0.5
     """Target margin over beta: gamma = beta * gamma_beta_ratio (the paper uses 0.1 to 0.8)."""
+    length_normalized: bool = True
+    """Compare mean token log-probabilities, as SimPO does; False compares their sums, which favours
+    long responses (the paper's ablation, Table 5)."""
     sft_weight: float = 0.0
     """Weight of the chosen responses' mean token NLL added to the loss; 0 is SimPO."""
 

@@ -102,14 +102,17 @@ class StagedSweeper(ObjectiveSweeper):
         if not stages:
             raise ConfigError(["hydra.sweeper.stages: empty (list settings with values to try)"])
         best: dict[str, str] = {}
+        best_value: float | None = None
         for number, stage in enumerate(stages, 1):
             print(f"stage  {number} of {len(stages)}: {', '.join(stage)}", flush=True)
             grid = itertools.product(*(_values(override) for override in stage.values()))
             tried = [best | dict(zip(stage, values, strict=True)) for values in grid]
             found = self._objectives(fixed, tried)
             value = max(found) if self._maximize else min(found)
-            best = tried[found.index(value)]
-            self._tell_best(best, value)
+            # A stage need not have tried what was best before it.
+            if best_value is None or (value > best_value if self._maximize else value < best_value):
+                best, best_value = tried[found.index(value)], value
+            self._tell_best(best, best_value)
         return best
 
 

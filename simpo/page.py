@@ -36,8 +36,8 @@ MAX_COLORS = len(qualitative.D3)
 
 def render(report: Comparison) -> str:
     """The page's HTML, with the plotting library in it."""
-    folder = jinja2.FileSystemLoader(PACKAGE / "templates")
-    page = jinja2.Environment(loader=folder, autoescape=True).get_template("report.html.jinja")
+    folder = jinja2.FileSystemLoader(PACKAGE)
+    page = jinja2.Environment(loader=folder, autoescape=True).get_template("page.html.jinja")
     figures = {
         "Learning curves": curves(report),
         "Held-out metrics over the swept settings": sweep_map(report),

@@ -30,7 +30,7 @@ from simpo.data.chat import Chat
 from simpo.loss import formula
 from simpo.model import Policy, load_pretrained, load_tokenizer
 from simpo.tables import SHOWN, markdown_table
-from simpo.tracker import read_metrics
+from simpo.tracker import read_metrics, series
 
 
 def save_model(policy: Policy, weights: dict[str, Tensor] | None, chat: Chat, folder: Path) -> None:
@@ -122,8 +122,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     axes = figure.subplots(1, 3)
     for axis, (key, name) in zip(axes, SHOWN[:3], strict=True):
         for split, style in (("train", "-"), ("eval", "o--")):
-            points = [(x["step"], x[f"{split}/{key}"]) for x in lines if f"{split}/{key}" in x]
-            if points:
+            if points := series(lines, f"{split}/{key}"):
                 label = "held out" if split == "eval" else split
                 axis.plot(*zip(*points, strict=True), style, label=label)
         axis.set(title=name, xlabel="step")

@@ -112,17 +112,14 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
         else:
             assert isinstance(config, LocalConfig)
             _run_here(config, todo, folder)
-    bad = [
-        member.path.name
-        for member, progress in zip(every, read_progress([m.path for m in every]), strict=True)
-        if progress.state in NOT_WELL
-    ]
+    runs = {run.folder: run for run in read_runs([member.path for member in every])}
+    bad = [path.name for path, run in runs.items() if run.progress.state in NOT_WELL]
     if bad:
         raise RunError(
             f"{len(bad)} of {len(every)} members did not finish: {', '.join(bad)} "
             f"(python -m simpo.report {_shown(folder)} tells why; the same command continues them)"
         )
-    return [run.objective for run in read_runs([member.path for member in members])]
+    return [runs[member.path].objective for member in members]
 
 
 def _left_alone(member: Member) -> tuple[State, ...]:
@@ -196,13 +193,13 @@ def _queue(
         jobs = slurm.submit(
             config, folder.name, folder / "slurm", SlurmMember(), [m.path for m in todo]
         )
+        array = jobs[0][0].partition("_")[0]
         try:
             for member, (job_id, log) in zip(todo, jobs, strict=True):
                 note_job(member.path, log, id=job_id)
         except BaseException:
-            slurm.cancel([jobs[0][0].partition("_")[0]])  # nobody would find them again
+            slurm.cancel(array)  # nobody would find them again
             raise
-        array = jobs[0][0].partition("_")[0]
         print(f"job    {array}: {len(todo)} {'member' if len(todo) == 1 else 'members'}")
     print(f"folder {folder}")
     print(f"status python -m simpo.report {_shown(folder)}")
@@ -303,26 +300,25 @@ def _follow(
         under_way: called now and then; the folders of those that this process has still to start or
             to wait for. None: what Slurm says of their jobs tells.
     """
-    paths = [member.path for member in members]
-    told: set[Path] = set()
+    untold = [member.path for member in members]
     silent = not sys.stderr.isatty()
-    with tqdm(total=len(paths), unit="run", desc="sweep", leave=False, disable=silent) as bar:
+    with tqdm(total=len(untold), unit="run", desc="sweep", leave=False, disable=silent) as bar:
         while True:
             here = under_way()
             steps = []
-            for path, progress in zip(paths, read_progress(paths), strict=True):
+            for path, progress in zip(list(untold), read_progress(untold), strict=True):
                 at_rest = progress.state not in UNDER_WAY
                 if progress.state is State.running:
                     steps.append(f"{progress.step}/{progress.total_steps or '?'}")
-                if path in told or not (at_rest if here is None else path not in here):
+                if not (at_rest if here is None else path not in here):
                     continue
-                told.add(path)
+                untold.remove(path)
                 if at_rest:  # and not left waiting by a sweep that was told to stop
                     words = [f"{path.name}  {progress.text()}", progress.note]
                     tqdm.write(": ".join(filter(None, words)))
-            bar.update(len(told) - bar.n)
+            bar.update(len(members) - len(untold) - bar.n)
             bar.set_postfix_str(f"at step {', '.join(steps)}" if steps else "")
-            if len(told) == len(paths):
+            if not untold:
                 return
             time.sleep(config.poll_s)
 

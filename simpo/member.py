@@ -69,8 +69,7 @@ def run_member(folder: Path) -> tuple[int, bool]:
     except (ConfigError, DataError, RunError) as error:
         print(error, file=sys.stderr)
         _note_refusal(folder, error)
-        code = error.exit_code if isinstance(error, RunError) else 2
-        return code, isinstance(error, Stopped)
+        return error.exit_code, isinstance(error, Stopped)
     except KeyboardInterrupt:
         return INTERRUPTED, False
     return 0, False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from simpo.compare import Comparison
 from simpo.config import PACKAGE
 from simpo.runs import Run
 from simpo.tables import SHOWN
+from simpo.tracker import series
 
 CURVES = (
     ("loss", "loss"),
@@ -32,6 +33,17 @@ HEAT = ("loss.beta", "loss.gamma_beta_ratio")
 BEFORE, AFTER, CHOSEN, REJECTED = "#9aa5b1", "#2f6fde", "#2a9d5c", "#d1495b"
 BINS = 30
 MAX_COLORS = len(qualitative.D3)
+
+
+SPLITS: dict[str, dict[str, Any]] = {
+    "train": {"name": "train", "mode": "lines", "line": {"width": 1.2}, "opacity": 0.75},
+    "eval": {
+        "name": "held out",
+        "mode": "lines+markers",
+        "line": {"width": 2.2, "dash": "dot"},
+        "opacity": 1.0,
+    },
+}
 
 
 def render(report: Comparison) -> str:
@@ -84,10 +96,7 @@ def curves(report: Comparison) -> go.Figure | None:
         row, col = place // 3 + 1, place % 3 + 1
         for name, run, color in zip(report.names, report.runs, colors, strict=True):
             for split, style in SPLITS.items():
-                points = [
-                    (x["step"], x[f"{split}/{key}"]) for x in run.lines if f"{split}/{key}" in x
-                ]
-                if points:
+                if points := series(run.lines, f"{split}/{key}"):
                     x, y = zip(*points, strict=True)
                     figure.add_scatter(
                         x=x,
@@ -107,17 +116,6 @@ def curves(report: Comparison) -> go.Figure | None:
     return _styled(figure, 300 * -(-len(panels) // 3) + 60 + 20 * len(report.runs))
 
 
-SPLITS: dict[str, dict[str, Any]] = {
-    "train": {"name": "train", "mode": "lines", "line": {"width": 1.2}, "opacity": 0.75},
-    "eval": {
-        "name": "held out",
-        "mode": "lines+markers",
-        "line": {"width": 2.2, "dash": "dot"},
-        "opacity": 1.0,
-    },
-}
-
-
 def sweep_map(report: Comparison) -> go.Figure | None:
     """Any held-out metric over the two settings that a sweep varies, or over the one.
 
@@ -130,21 +128,21 @@ def sweep_map(report: Comparison) -> go.Figure | None:
     metrics.sort(key=lambda key: (key != report.metric, [k for k, _ in SHOWN].count(key) == 0, key))
     make = _heat if len(axes) == 2 else _line
     figure = go.Figure([make(report, axes, metric, metric == metrics[0]) for metric in metrics])
-    buttons = [
-        {
-            "label": metric,
-            "method": "update",
-            "args": [{"visible": [other == metric for other in metrics]}],
-        }
-        for metric in metrics
-    ]
-    figure.update_layout(
-        updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.16, "yanchor": "top"}]
-    )
+    _add_menu(figure, {m: [other == m for other in metrics] for m in metrics}, 1.16)
     figure.update_xaxes(title_text=axes[0], type="category")
     if len(axes) == 2:
         figure.update_yaxes(title_text=axes[1], type="category")
     return _styled(figure, 460)
+
+
+def _add_menu(figure: go.Figure, views: Mapping[str, Sequence[bool]], height: float) -> None:
+    """A menu above a figure; each of its lines says which traces are seen."""
+    buttons = [
+        {"label": label, "method": "update", "args": [{"visible": list(seen)}]}
+        for label, seen in views.items()
+    ]
+    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": height, "yanchor": "top"}
+    figure.update_layout(updatemenus=[menu])
 
 
 def _swept(report: Comparison) -> list[str]:
@@ -217,19 +215,8 @@ def histograms(report: Comparison) -> go.Figure | None:
             figure.add_trace(trace, row=1, col=column)
             owners.append(index)
     if len(shown) > 1:
-        buttons = [
-            {
-                "label": report.names[index],
-                "method": "update",
-                "args": [{"visible": [owner == index for owner in owners]}],
-            }
-            for index, _ in shown
-        ]
-        figure.update_layout(
-            updatemenus=[
-                {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.3, "yanchor": "top"}
-            ]
-        )
+        views = {report.names[i]: [owner == i for owner in owners] for i, _ in shown}
+        _add_menu(figure, views, 1.3)
     figure.update_layout(barmode="overlay")
     figure.update_yaxes(title_text="pairs", row=1, col=1)
     return _styled(figure, 420)

@@ -26,7 +26,7 @@ def main() -> int:
         metrics = train(load_run(folder / "run.yaml"))
     except (ConfigError, DataError, RunError) as error:
         print(error, file=sys.stderr)
-        return error.exit_code if isinstance(error, RunError) else 2
+        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BaseException:

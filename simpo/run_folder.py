@@ -243,7 +243,11 @@ def refuse_other_settings(run: RunConfig, folder: Path) -> None:
 
 def read_status(folder: Path) -> dict[str, Any]:
     """What a run's status.json says; empty before its first step."""
-    path = folder / "status.json"
+    return read_json(folder / "status.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of a run's folder holds; empty where it is not written yet."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 

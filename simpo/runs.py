@@ -21,7 +21,7 @@ import psutil
 from simpo import slurm
 from simpo.config import RunConfig, load_run
 from simpo.objective import evaluations_in
-from simpo.run_folder import read_status
+from simpo.run_folder import read_json, read_status
 from simpo.tracker import read_metrics
 
 SKIPPED = {"checkpoints", "model", "samples", "held_out", "slurm", "wandb"}
@@ -133,7 +133,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
                 progress,
                 lines,
                 evaluations_in(lines),
-                _json(folder / "results.json"),
+                read_json(folder / "results.json"),
             )
         )
     return runs
@@ -240,7 +240,3 @@ def _last_line(log: Path | None) -> str:
     # What Slurm says of the end is not what led to it.
     told = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
     return (told or lines or [""])[-1]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -35,11 +35,6 @@ class Job:
     restarts: int = 0
     reason: str = ""
 
-    @property
-    def is_queued(self) -> bool:
-        """Whether it waits or runs."""
-        return self.state in WAITING + AT_WORK
-
 
 def jobs(ids: Iterable[str]) -> dict[str, Job]:
     """The jobs of these ids (`12`, or `12_3` of an array) that Slurm still knows.
@@ -79,6 +74,7 @@ def submit(
         For each run, in order, the job's id and the log of its first process.
 
     Raises:
+        ConfigError: there is no Slurm here.
         RunError: Slurm did not take it; then nothing is in the queue.
     """
     import submitit
@@ -127,9 +123,9 @@ def submit(
     return [(str(done.job_id), done.paths.stdout) for done in submitted]
 
 
-def cancel(ids: Iterable[str]) -> None:
-    """Take jobs out of the queue, running or not."""
-    subprocess.run(["scancel", *ids], check=False, capture_output=True)
+def cancel(job_id: str) -> None:
+    """Take a job, or a whole array, out of the queue, running or not."""
+    subprocess.run(["scancel", job_id], check=False, capture_output=True)
 
 
 def own_job() -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, without one that is just being written."""
     whole = path.read_text().rpartition("\n")[0]
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def series(lines: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
+    """Step and value of each line that has a key."""
+    return [(line["step"], line[key]) for line in lines if key in line]

@@ -345,7 +345,7 @@ def cli() -> None:
 
 
 def _quit_for(error: ConfigError | DataError | RunError) -> NoReturn:
-    _quit(error.exit_code if isinstance(error, RunError) else 2, str(error))
+    _quit(error.exit_code, str(error))
 
 
 def _quit(code: int, message: str) -> NoReturn:

@@ -37,6 +37,8 @@ def menu_dir(name: str) -> Path:
 class ConfigError(Exception):
     """One or more faults in the settings; `str()` is one line per fault."""
 
+    exit_code = 2
+
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
@@ -44,6 +46,8 @@ class ConfigError(Exception):
 
 class DataError(Exception):
     """Data that cannot be trained on; `str()` is a line per fault with source, split and row."""
+
+    exit_code = 2
 
 
 class RunError(Exception):

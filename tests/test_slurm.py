@@ -242,7 +242,11 @@ def test_ranks_of_two_nodes_follow_one_process(tiny_run: list[str], tmp_path: Pa
     assert "GPUs: 2\n" in log_of(folder)
     assert "fp32 on 4 CPU (fsdp, 4 processes)" in log_of(folder)
     assert "continued after step" in log_of(folder)
-    told = slurm_command("scontrol", "--oneliner", "show", "job", job_of(folder))
+
+    def told() -> str:
+        return slurm_command("scontrol", "--oneliner", "show", "job", job_of(folder))
+
+    until(lambda: "JobState=COMPLETED" in told(), "the end of the job, a moment after the run's")
     for words in (
         "NumNodes=2 NumCPUs=4 NumTasks=4 CPUs/Task=1",
         "TimeLimit=00:30:00",
@@ -254,9 +258,8 @@ def test_ranks_of_two_nodes_follow_one_process(tiny_run: list[str], tmp_path: Pa
         "Requeue=1",
         "Comment=pairs",
         "TresPerNode=gres:gpu:2",
-        "JobState=COMPLETED",
     ):
-        assert words in told
+        assert words in told()
     lines = list(zip(metrics_of(folder), metrics_of(tmp_path / "alone"), strict=True))
     for ours, theirs in lines:
         assert ours.keys() == theirs.keys()

@@ -62,12 +62,16 @@ def _sections(schema: type, prefix: str) -> Iterator[tuple[str, type, type, str]
 
 
 def _own_fields(schema: type, base: type) -> list[Field[Any]]:
-    """Fields that are no section of their own and not those of the base."""
+    """Fields that are no section of their own and not those of the base, or of another default."""
     types = _types(schema)
     return [
         item
         for item in fields(schema)
-        if not is_dataclass(types[item.name]) and not hasattr(base, item.name)
+        if not is_dataclass(types[item.name])
+        and (
+            not hasattr(base, item.name)
+            or (item.name != "name" and getattr(base, item.name) != item.default)
+        )
     ]
 
 
@@ -117,7 +121,7 @@ def _default(item: Field[Any]) -> str:
 def _meanings() -> dict[tuple[str, str], str]:
     """(class, field) to the docstring under the field."""
     meanings: dict[tuple[str, str], str] = {}
-    modules = (config.backends, config.inputs, config.launchers, config.schema)
+    modules = (config.backends, config.inputs, config.launchers, config.losses, config.schema)
     for node in (node for m in modules for node in ast.parse(inspect.getsource(m)).body):
         if isinstance(node, ast.ClassDef):
             for statement, below in zip(node.body, node.body[1:], strict=False):

@@ -14,7 +14,6 @@ from simpo.cost import Layout, Memory, num_weights
 from simpo.data.chat import TokenizedSet
 from simpo.data.mixture import SplitReport
 from simpo.data.plan import TrainPlan
-from simpo.loss import formula
 from simpo.model import Policy
 from simpo.tables import SHOWN, markdown_table
 
@@ -50,7 +49,7 @@ def start_lines(
     tokens, unshared = (int(train_set.num_tokens(share).sum()) for share in (True, False))
     lines = [
         f"model  {run.model.path}: {total:.1f}M weights, {trained:.1f}M trained, {machine}",
-        formula(run.loss),
+        run.loss.formula(),
         "",
         *markdown_table(mixture_rows(table)),
         "",

@@ -27,7 +27,6 @@ from simpo.config import (
 )
 from simpo.console import Results, result_rows
 from simpo.data.chat import Chat
-from simpo.loss import formula
 from simpo.model import Policy, load_pretrained, load_tokenizer
 from simpo.tables import SHOWN, markdown_table
 from simpo.tracker import read_metrics, series
@@ -82,7 +81,7 @@ def write_card(run: RunConfig, run_dir: Path, results: Results) -> None:
         "",
         "## Objective",
         "",
-        f"    {formula(run.loss)}",
+        f"    {run.loss.formula()}",
         "",
         "## Data",
         "",

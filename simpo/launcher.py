@@ -60,7 +60,9 @@ class Member:
     @property
     def name(self) -> str:
         """Of the member's folder, the same whatever the order of its overrides."""
-        text = ",".join(sorted(self.own)) or "all"
+        # A group below another is known by its own name: experiments/objectives=orpo.
+        words = (word.partition("=") for word in self.own)
+        text = ",".join(sorted(f"{k.rpartition('/')[2]}{eq}{v}" for k, eq, v in words)) or "all"
         name = re.sub(r"[^\w.,=+-]+", "_", text)
         if name == text and len(name) <= LONGEST_NAME:
             return name

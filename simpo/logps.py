@@ -55,7 +55,7 @@ def fused_loss(
     scored = hidden.index_select(0, row.predictors)
     with torch.autocast(device, enabled=False):
         loss, sums = _FusedLoss.apply(scored, weight, bias, row, objective, softcap, dtype, wanted)
-    return loss, _pair_logps(sums, row.response_tokens)
+    return loss, _pair_logps(sums, row.response_tokens, row.reference_logps)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -76,13 +76,18 @@ class _FusedLoss(torch.autograd.Function):
         longest = max(part.stop - part.start for _, parts in groups for part in parts)
         head = _Head(hidden, weight, bias, row.targets, softcap, dtype, needs, longest)
         losses, all_sums = [], []
+        scored = 0
         for lengths, parts in groups:
             logps = torch.cat([head.logps(part) for part in parts])
             sums = torch.stack([response.sum() for response in logps.split(lengths)])
             all_sums.append(sums)
+            reference = row.reference_logps
+            if reference is not None:
+                reference = reference[scored : scored + len(lengths)]
+            scored += len(lengths)
             with torch.enable_grad():
                 leaf = sums.detach().requires_grad_()
-                loss = objective(_pair_logps(leaf, lengths)).sum()
+                loss = objective(_pair_logps(leaf, lengths, reference)).sum()
             losses.append(loss.detach())
             if not any(needs):
                 continue
@@ -189,6 +194,6 @@ def _parts(first: int, end: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, end)) for start in range(first, end, size)]
 
 
-def _pair_logps(sums: Tensor, lengths: tuple[int, ...]) -> PairLogps:
+def _pair_logps(sums: Tensor, lengths: tuple[int, ...], reference: Tensor | None) -> PairLogps:
     counts = torch.tensor(lengths, device=sums.device)
-    return PairLogps(sums[0::2], sums[1::2], counts[0::2], counts[1::2])
+    return PairLogps(sums[0::2], sums[1::2], counts[0::2], counts[1::2], reference)

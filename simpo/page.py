@@ -250,6 +250,7 @@ def _run_histograms(run: Run) -> list[tuple[int, go.Histogram]]:
             ),
         )
         for column, name, color, values in drawn
+        if values
     ]
 
 
@@ -266,7 +267,7 @@ def _lengths(path: Path) -> list[float]:
 
 def _column(path: Path, key: str) -> list[float]:
     with path.open(newline="") as file:
-        return [float(row[key]) for row in csv.DictReader(file)]
+        return [float(row[key]) for row in csv.DictReader(file) if key in row]
 
 
 def _steps(run: Run, folder: str, ending: str) -> tuple[Path | None, Path | None]:

@@ -29,30 +29,37 @@ Message = dict[str, str]
 class Pair:
     """A prompt and the two replies to it, with the place they came from.
 
-    `rule` is what a program can check in a reply (see `simpo.data.rules`), or None.
+    `rule` is what a program can check in a reply (see `simpo.data.rules`), or None. For supervised
+    fine-tuning `rejected` is None and `later` holds the turns after the chosen reply.
     """
 
     prompt: tuple[Message, ...]
     chosen: str
-    rejected: str
+    rejected: str | None
     place: str
     rule: Mapping[str, Any] | None = None
+    later: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
 class TokenizedPair:
     """Token ids of a pair, each an int32 array [length].
 
-    `chosen_ids` and `rejected_ids` follow the prompt directly; neither is empty.
+    `chosen_ids` and `rejected_ids` follow the prompt directly; neither is empty, but `rejected_ids`
+    where nothing is rejected. There `scored`, bool [length of chosen_ids], leaves out what others
+    say between replies. `reference_logps`, summed over each response, are there once a reference
+    has scored the pair.
     """
 
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
+    scored: np.ndarray | None = None
+    reference_logps: tuple[float, float] | None = None
 
     def num_tokens(self, share_prefix: bool = True) -> int:
         """Tokens computed for the pair, its prompt once or for each response."""
-        prompts = len(self.prompt_ids) * (1 if share_prefix else 2)
+        prompts = len(self.prompt_ids) * (1 if share_prefix or not len(self.rejected_ids) else 2)
         return prompts + len(self.chosen_ids) + len(self.rejected_ids)
 
 
@@ -99,6 +106,7 @@ class PackedPairs:
             response after response. The first token of both responses is predicted from the
             prompt's last position; without a prompt nothing predicts it and it is not scored.
         targets: int64 [N], the tokens predicted.
+        reference_logps: float32 [R], sums under the reference; None without one.
     """
 
     pairs: tuple[int, ...]
@@ -109,6 +117,7 @@ class PackedPairs:
     position_ids: Tensor
     predictors: Tensor
     targets: Tensor
+    reference_logps: Tensor | None = None
 
     @property
     def chosen_tokens(self) -> int:
@@ -127,13 +136,17 @@ class PairLogps:
 
     Attributes:
         chosen, rejected: float32 [P], summed over the scored tokens of the response.
-        chosen_tokens, rejected_tokens: int64 [P], how many that were.
+        chosen_tokens, rejected_tokens: int64 [P], how many that were; none where a response is
+            not there.
+        reference: float32 [2P], the sums under the reference, chosen and rejected in turn; only
+            where the objective has one.
     """
 
     chosen: Tensor
     rejected: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
+    reference: Tensor | None = None
 
     @property
     def average_chosen(self) -> Tensor:
@@ -142,8 +155,18 @@ class PairLogps:
 
     @property
     def average_rejected(self) -> Tensor:
-        """Mean token log-probability of the rejected responses, float32 [P]."""
-        return self.rejected / self.rejected_tokens
+        """Mean token log-probability of the rejected responses, float32 [P]; 0 of none."""
+        return self.rejected / self.rejected_tokens.clamp(min=1)
+
+    def log_ratios(self) -> tuple[Tensor, Tensor]:
+        """Policy over reference, summed over tokens, of both responses, float32 [P] each."""
+        assert self.reference is not None, "scored without a reference"
+        return self.chosen - self.reference[0::2], self.rejected - self.reference[1::2]
+
+    def average_log_ratios(self) -> tuple[Tensor, Tensor]:
+        """Policy over reference, mean of tokens, of both responses, float32 [P] each."""
+        chosen, rejected = self.log_ratios()
+        return chosen / self.chosen_tokens, rejected / self.rejected_tokens
 
 
 def _moved_fields(shape: PackedPairs | KeyTable, device: torch.device) -> dict[str, Any]:

@@ -35,10 +35,11 @@ def check_packing(policy: Policy, half: bool) -> None:
     """
     rng = np.random.default_rng(0)
     size = policy.base.config.get_text_config().vocab_size
-    pairs = [
-        TokenizedPair(*(rng.integers(0, size, n).astype(np.int32) for n in lengths))
-        for lengths in ((5, 4, 3), (4, 3, 6))
-    ]
+
+    def ids(length: int) -> np.ndarray:
+        return rng.integers(0, size, length).astype(np.int32)
+
+    pairs = [TokenizedPair(ids(5), ids(4), ids(3)), TokenizedPair(ids(4), ids(3), ids(6))]
     device = next(policy.parameters()).device
     row = pack(pairs, range(len(pairs)), policy.share_prefix).to(device)
     training = policy.training

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from simpo.backend import Backend
 from simpo.config import LossConfig
 from simpo.logps import Objective
-from simpo.loss import pair_losses, rewards
+from simpo.loss import pair_losses, preference
 from simpo.pairs import PackedPairs, PairLogps
 
 COLUMNS = (
@@ -33,6 +33,7 @@ COLUMNS = (
     "chosen_tokens",
     "rejected_tokens",
 )
+CHOSEN_COLUMNS = ("preference_loss", "logps/chosen", "chosen_nll", "chosen_tokens")
 
 
 class NonFiniteError(Exception):
@@ -92,11 +93,11 @@ def evaluate(
     """Score the pairs of all processes' rows, without an update; arguments as `update`.
 
     Returns:
-        Metrics over all pairs, and the numbers of each pair in the order of `COLUMNS`.
+        Metrics over all pairs, and the numbers of each pair in the order of `columns`.
     """
     policy.eval()
     objective = partial(pair_losses, loss)
-    sums = torch.zeros(len(COLUMNS) + 1, dtype=torch.float64)
+    sums = torch.zeros(len(columns(loss)) + 1, dtype=torch.float64)
     scored: list[tuple[int, list[float]]] = []
     for row in rows:
         logps = policy(row.to(backend.device), objective)[1]
@@ -122,25 +123,30 @@ def _objective(loss: LossConfig, num_pairs: int, num_chosen_tokens: int) -> Obje
     return objective
 
 
+def columns(loss: LossConfig) -> tuple[str, ...]:
+    """Those of `COLUMNS` that an objective has: without rejected responses, a few."""
+    return COLUMNS if loss.needs_rejected else CHOSEN_COLUMNS
+
+
 def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
-    """One line for each pair with the numbers in `COLUMNS`, float64 [P, columns].
+    """One line for each pair with the numbers in `columns`, float64 [P, columns].
 
     Rewards are those of the loss; a tie counts as half accurate.
     """
-    chosen, rejected = rewards(loss, logps)
-    columns = [
-        pair_losses(loss, logps),
-        chosen,
-        rejected,
-        0.5 * ((chosen > rejected).float() + (chosen >= rejected).float()),
-        chosen - rejected,
-        logps.average_chosen,
-        logps.average_rejected,
-        -logps.chosen,
-        logps.chosen_tokens,
-        logps.rejected_tokens,
-    ]
-    return torch.stack([column.detach().double() for column in columns], dim=1)
+    losses, chosen, rejected = preference(loss, logps)
+    numbers = {
+        "preference_loss": losses,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": 0.5 * ((chosen > rejected).float() + (chosen >= rejected).float()),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": logps.average_chosen,
+        "logps/rejected": logps.average_rejected,
+        "chosen_nll": -logps.chosen,
+        "chosen_tokens": logps.chosen_tokens,
+        "rejected_tokens": logps.rejected_tokens,
+    }
+    return torch.stack([numbers[name].detach().double() for name in columns(loss)], dim=1)
 
 
 def pair_sums(table: Tensor) -> Tensor:
@@ -151,7 +157,7 @@ def pair_sums(table: Tensor) -> Tensor:
 
 def summarise(loss: LossConfig, sums: Tensor) -> dict[str, float]:
     """Means over pairs from `pair_sums`; `loss` is the composed objective, sft term included."""
-    means = dict(zip(COLUMNS, (sums[:-1] / sums[-1]).tolist(), strict=True))
+    means = dict(zip(columns(loss), (sums[:-1] / sums[-1]).tolist(), strict=True))
     nll = means.pop("chosen_nll") / means["chosen_tokens"]
     value = means.pop("preference_loss") + loss.sft_weight * nll
     return {"loss": value, **means}

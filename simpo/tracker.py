@@ -93,12 +93,11 @@ class Tracker:
                 mininterval=0.1 if sys.stderr.isatty() else 10.0,
             )
         if metrics:
-            self._bar.set_postfix_str(
-                f"{metrics['pairs_per_s']:.1f} pairs/s, loss {metrics['loss']:.3f}, "
-                f"accuracy {metrics['rewards/accuracies']:.2f}, "
-                f"margin {metrics['rewards/margins']:+.2f}",
-                refresh=False,
-            )
+            told = f"{metrics['pairs_per_s']:.1f} pairs/s, loss {metrics['loss']:.3f}"
+            if "rewards/margins" in metrics:  # not where nothing is rejected
+                accuracy, margin = metrics["rewards/accuracies"], metrics["rewards/margins"]
+                told += f", accuracy {accuracy:.2f}, margin {margin:+.2f}"
+            self._bar.set_postfix_str(told, refresh=False)
         self._bar.update(step - self._bar.n)
 
     def say(self, *lines: str) -> None:

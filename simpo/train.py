@@ -89,10 +89,11 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.optim import build_optimizer, learning_rate, set_learning_rate
     from simpo.pairs import PackedPairs
     from simpo.probe import check_packing
+    from simpo.reference import weights_fingerprint, with_reference
     from simpo.run_folder import RunFolder, environment, git_diff
     from simpo.sample import greedy_replies, reply_metrics
     from simpo.signals import StopRequest
-    from simpo.step import COLUMNS, NonFiniteError, evaluate, summarise, update
+    from simpo.step import NonFiniteError, columns, evaluate, summarise, update
     from simpo.tracker import Tracker
     from simpo.watch import CollapseWatch
 
@@ -102,7 +103,7 @@ def train(run: RunConfig) -> dict[str, float]:
     backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
     with backend.main_first():
         chat = Chat(load_tokenizer(run.model, cache_dir))
-        mixture = load_mixture(run.data)
+        mixture = load_mixture(run.data, run.loss.needs_rejected)
         train_set = tokenize_set(chat, mixture.train, run.data, cache_dir)
         test_set = tokenize_set(chat, mixture.test, run.data, cache_dir)
     train_tokens = train_set.num_tokens(cfg.share_prefix)
@@ -152,6 +153,7 @@ def train(run: RunConfig) -> dict[str, float]:
         *console.start_lines(run, policy, str(backend), mixture.table, train_set, plan),
         *console.cost_lines(planned, memory),
     ]
+    origin = weights_fingerprint(policy) if run.loss.needs_reference and backend.is_main else ""
     wrapped, optimizer = backend.prepare(policy, build_optimizer(policy, cfg))
 
     store = CheckpointStore(
@@ -199,7 +201,7 @@ def train(run: RunConfig) -> dict[str, float]:
                 found, scores = evaluate(wrapped, packed(test_set, test_rows), run.loss, backend)
                 metrics |= found
                 placed = ((test_set.pairs[i].place, numbers) for i, numbers in scores.items())
-                folder.write_scores(step, COLUMNS, placed)
+                folder.write_scores(step, columns(run.loss), placed)
             if sampled:
                 with backend.replying(policy):
                     replies = greedy_replies(
@@ -215,6 +217,16 @@ def train(run: RunConfig) -> dict[str, float]:
             waited = evaluations_without_gain(run.objective, evaluations)
             return 0 < cfg.patience_evals <= waited
 
+        if run.loss.needs_reference:
+            # Before a checkpoint is read: the reference is the model that the run starts from.
+            origin = backend.broadcast(origin)
+            all_rows = rows_of_pairs(
+                range(len(train_set.pairs)), train_tokens, cfg.tokens_per_row, backend.processes
+            )
+            train_set, test_set = (
+                with_reference(wrapped, data, packed(data, rows), origin, cache_dir, backend)
+                for data, rows in ((train_set, all_rows), (test_set, test_rows))
+            )
         seal, damaged = store.resume(wrapped, optimizer)
         step = seal.step if seal else 0
         tracker.cut_back(seal.metrics_bytes if seal else 0)

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo import attention
-from simpo.config import LossConfig
+from simpo.config import SimpoConfig
 from simpo.pairs import TokenizedPair
 
 VOCAB = 128
@@ -138,7 +138,7 @@ def simpo_by_hand(
 
 
 def loss_by_hand(
-    model: PreTrainedModel, pairs: Sequence[TokenizedPair], loss: LossConfig
+    model: PreTrainedModel, pairs: Sequence[TokenizedPair], loss: SimpoConfig
 ) -> Tensor:
     """The whole objective on pairs by the plain way: mean over pairs, sft term over tokens."""
     logps, lengths = padded_logps(model, pairs)

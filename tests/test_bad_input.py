@@ -292,7 +292,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ("loss.beta=0", ["loss.beta: must be above 0, got 0.0 (the paper uses 2.0 to 10)"]),
     ("loss.beta=nan", ["loss.beta: must be a finite number, got nan"]),
     ("loss.gamma_beta_ratio=-0.5", ["loss.gamma_beta_ratio: must be 0 or more, got -0.5"]),
-    ("loss.sft_weight=-1", ["loss.sft_weight: must be 0 or more, got -1.0 (0 is SimPO)"]),
+    ("loss.sft_weight=-1", ["loss.sft_weight: must be 0 or more, got -1.0 (0 adds nothing)"]),
     ("loss.label_smoothing=0.5", ["loss.label_smoothing: must be from 0 to below 0.5, got 0.5"]),
     # Ranges: train.
     *(

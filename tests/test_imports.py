@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 
 # A module may import those in lines above its own, never beside or below.
 ORDER = """
-config.choices config.launchers pairs data.demo_topics data.plan data.rules tables
+config.choices config.launchers config.losses pairs data.demo_topics data.plan data.rules tables
 config.backends config.inputs
 config.schema
 config.check
@@ -22,7 +22,7 @@ data.mixture model processes
 data.chat backend.base cost probe
 backend.fsdp backend.zero
 backend
-checkpoint console sample step
+checkpoint console reference sample step
 export run_folder
 runs train
 compare member rank
@@ -106,7 +106,10 @@ def test_the_mathematics_knows_no_framework(module):
         ("wandb", {"tracker"}),
         ("peft", {"adapters"}),
         ("hydra", {"config.check", "compose", "train"}),
-        ("omegaconf", {"config.inputs", "config.schema", "config.check", "compose", "train"}),
+        (
+            "omegaconf",
+            {"config.inputs", "config.losses", "config.schema", "config.check", "compose", "train"},
+        ),
     ],
 )
 def test_one_place_for_each_framework(package, modules):

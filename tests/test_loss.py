@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from simpo.config import HingeConfig, SigmoidConfig
-from simpo.loss import formula, pair_losses
+from simpo.loss import pair_losses
 from simpo.pairs import PairLogps
 from simpo.step import COLUMNS, pair_sums, pair_table, summarise
 
@@ -51,7 +51,9 @@ def test_without_length_normalisation() -> None:
     metrics = summarise(loss, pair_sums(pair_table(loss, LOGPS)))
     assert (metrics["rewards/chosen"], metrics["rewards/rejected"]) == (-15.0, -10.0)
     assert metrics["logps/chosen"] == -2.5  # still of a token
-    assert formula(loss).endswith(",  l = summed token log-probs of a response")
+    assert loss.formula() == (
+        "loss = -log sigmoid(2*(s_w - s_l) - 1),  s = summed token log-probs of a response"
+    )
 
 
 def test_margin_is_not_inside_the_scaling_twice() -> None:
@@ -101,4 +103,4 @@ def test_a_tie_is_half_right() -> None:
     ],
 )
 def test_formula(config: SigmoidConfig, text: str) -> None:
-    assert formula(config) == text + ",  l = mean token log-prob of a response"
+    assert config.formula() == text + ",  l = mean token log-prob of a response"

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import simpo.logps
 from simpo.backend import Backend
-from simpo.config import Device, HingeConfig, LossConfig, Precision, SigmoidConfig, SingleConfig
+from simpo.config import Device, HingeConfig, Precision, SigmoidConfig, SimpoConfig, SingleConfig
 from simpo.data.packing import pack
 from simpo.data.plan import rows_of_pairs
 from simpo.model import Policy
@@ -56,7 +56,7 @@ class Recorder(SGD):
 
 
 def gradients_of_step(
-    policy: Policy, rows: list[PackedPairs], loss: LossConfig, backend: Backend
+    policy: Policy, rows: list[PackedPairs], loss: SimpoConfig, backend: Backend
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """What one update would follow, by name of the weight, and its metrics."""
     recorder = Recorder(policy.parameters(), lr=1.0)
@@ -83,7 +83,7 @@ def test_logps_of_a_packed_row(family: str, shortest_prompt: int) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2"])
-def test_loss_and_gradients(family: str, loss: LossConfig, backend: Backend) -> None:
+def test_loss_and_gradients(family: str, loss: SimpoConfig, backend: Backend) -> None:
     """fp32 against the padded float64 path: loss and relative gradient difference below 1e-5."""
     model = tiny_model(family)
     pairs = random_pairs(np.random.default_rng(2), 5)
@@ -165,7 +165,7 @@ def test_adapters_on_the_head(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES[1:3], ids=str)
-def test_any_factoring_gives_the_same_update(loss: LossConfig, backend: Backend) -> None:
+def test_any_factoring_gives_the_same_update(loss: SimpoConfig, backend: Backend) -> None:
     """7 pairs in one row, in seven rows, and by budgets in between."""
     policy = Policy(tiny_model("llama"))
     pairs = random_pairs(np.random.default_rng(3), 7)

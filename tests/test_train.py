@@ -18,6 +18,7 @@ from simpo.compose import compose_run
 from simpo.config import ConfigError, DataError, RunError, load_run
 from simpo.data.demo import demo_rows
 from simpo.data.mixture import load_mixture
+from simpo.loss import Preference
 from simpo.train import train
 
 
@@ -157,20 +158,21 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
     """Step 4 meets a NaN: the rows are named, checkpoint 2 is what a continuation starts from."""
     import simpo.step
 
-    real, calls = simpo.step.pair_losses, []
+    real, calls = simpo.step.preference, []
 
-    def poisoned(*args: object) -> torch.Tensor:
+    def poisoned(*args: object) -> Preference:
         calls.append(1)
-        losses = real(*args)  # type: ignore[arg-type]
-        return losses * float("nan") if torch.is_grad_enabled() and len(calls) > 12 else losses
+        found = real(*args)  # type: ignore[arg-type]
+        bad = torch.is_grad_enabled() and len(calls) > 12
+        return found._replace(losses=found.losses * float("nan")) if bad else found
 
-    monkeypatch.setattr(simpo.step, "pair_losses", poisoned)
+    monkeypatch.setattr(simpo.step, "preference", poisoned)
     with pytest.raises(
         RunError, match=r"step \d: the loss is not finite; not updated; pairs: .*train"
     ):
         train(compose_run([*tiny_run, f"run_dir={run_dir}"]))
     assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
-    monkeypatch.setattr(simpo.step, "pair_losses", real)
+    monkeypatch.setattr(simpo.step, "preference", real)
     train(compose_run([*tiny_run, f"run_dir={run_dir}"]))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,18 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast
 
 from simpo.backend import Backend
-from simpo.config import Device, Precision, Schedule, SigmoidConfig, SingleConfig, TrainConfig
+from simpo.config import (
+    Device,
+    DpoConfig,
+    IpoConfig,
+    LnDpoConfig,
+    LossConfig,
+    Precision,
+    Schedule,
+    SigmoidConfig,
+    SingleConfig,
+    TrainConfig,
+)
 from simpo.data.packing import pack
 from simpo.data.plan import rows_of_pairs
 from simpo.loss import pair_losses
@@ -24,6 +37,7 @@ from simpo.optim import build_optimizer, learning_rate, set_learning_rate
 from simpo.pairs import TokenizedPair
 from simpo.step import summarise, update
 
+trl = pytest.importorskip("trl")
 cpo = pytest.importorskip("trl.experimental.cpo")
 
 BETA, RATIO, RATE = 2.5, 0.3, 3e-3
@@ -44,8 +58,8 @@ def pairs() -> list[TokenizedPair]:
     ]
 
 
-def trl_trainer(folder: Path, model: torch.nn.Module, pairs: list[TokenizedPair], **extra: object):  # type: ignore[no-untyped-def]
-    """TRL's trainer on the pairs, in their order."""
+def as_text(pairs: list[TokenizedPair]) -> tuple[list[dict[str, str]], PreTrainedTokenizerFast]:
+    """Rows of text, and a tokenizer that makes the pairs' ids of them."""
     words = {"[pad]": 0, "[bos]": 1, "[eos]": 2} | {f"t{i}": i for i in range(3, VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[pad]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -58,6 +72,14 @@ def trl_trainer(folder: Path, model: torch.nn.Module, pairs: list[TokenizedPair]
         }
         for pair in pairs
     ]
+    return rows, PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="[bos]", eos_token="[eos]", pad_token="[pad]"
+    )
+
+
+def trl_trainer(folder: Path, model: torch.nn.Module, pairs: list[TokenizedPair], **extra: object):  # type: ignore[no-untyped-def]
+    """TRL's trainer on the pairs, in their order."""
+    rows, tokenizer = as_text(pairs)
 
     class InOrder(cpo.CPOTrainer):  # type: ignore[misc, name-defined]
         def _get_train_sampler(self, *args: object, **kwargs: object) -> SequentialSampler:
@@ -89,9 +111,7 @@ def trl_trainer(folder: Path, model: torch.nn.Module, pairs: list[TokenizedPair]
             **extra,
         ),
         train_dataset=Dataset.from_list(rows),
-        processing_class=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token="[bos]", eos_token="[eos]", pad_token="[pad]"
-        ),
+        processing_class=tokenizer,
     )
 
 
@@ -120,6 +140,50 @@ def test_first_step_loss_and_gradients(tmp_path: Path, pairs: list[TokenizedPair
     for name, gradient in gradients(ours).items():
         difference = (gradient - wanted[name]).norm() / wanted[name].norm()
         assert difference < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("loss", "theirs"),
+    [
+        (DpoConfig(beta=0.3), {"loss_type": "sigmoid", "beta": 0.3}),
+        (LnDpoConfig(beta=5.0), {"loss_type": "sigmoid_norm", "beta": 5.0}),
+        (IpoConfig(tau=0.4), {"loss_type": "ipo", "beta": 0.4}),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_losses_with_a_reference(
+    tmp_path: Path, pairs: list[TokenizedPair], loss: LossConfig, theirs: dict[str, Any]
+) -> None:
+    """Against DPOTrainer, whose reference is another model than the policy."""
+    few = [
+        replace(p, prompt_ids=p.prompt_ids[1:]) for p in pairs[:PAIRS_PER_STEP]
+    ]  # it adds no BOS
+    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    policy, origin = Policy(copy.deepcopy(model)), Policy(copy.deepcopy(other))
+    for each in (model, other):
+        each.set_attn_implementation("sdpa")
+    rows, tokenizer = as_text(pairs[:PAIRS_PER_STEP])
+    trainer = trl.DPOTrainer(
+        model=model,
+        ref_model=other,
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=len(few),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            **theirs,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    expected = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+
+    scored = origin(pack(few, range(len(few))), lambda logps: 0.0 * logps.chosen)[1]
+    sums = torch.stack([scored.chosen, scored.rejected], dim=1).tolist()
+    known = [replace(p, reference_logps=(a, b)) for p, (a, b) in zip(few, sums, strict=True)]
+    own, _ = policy(pack(known, range(len(few))), lambda logps: pair_losses(loss, logps) / len(few))
+    assert own.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.slow

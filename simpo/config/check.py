@@ -22,21 +22,16 @@ from simpo.config.backends import (
     Zero2Config,
     Zero3Config,
 )
-from simpo.config.choices import Quantization
+from simpo.config.choices import Compat, Quantization
 from simpo.config.inputs import ConfigError, DataConfig, ModelConfig
 from simpo.config.launchers import LocalConfig, SlurmConfig
-from simpo.config.schema import (
-    HingeConfig,
-    RunConfig,
-    SigmoidConfig,
-    TrackerConfig,
-    WandbConfig,
-)
+from simpo.config.losses import LOSSES
+from simpo.config.schema import RunConfig, TrackerConfig, WandbConfig
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"base": ModelConfig},
     "data": {"base": DataConfig},
-    "loss": {"sigmoid": SigmoidConfig, "hinge": HingeConfig},
+    "loss": {**LOSSES},
     "backend": {
         "single": SingleConfig,
         "ddp": DdpConfig,
@@ -136,6 +131,8 @@ def check_run(run: RunConfig) -> None:
                 f"{group}.name: set by the group, got {section.name} "
                 f"(choose {' or '.join(f'{group}={name}' for name in schemas)})"
             )
+    if run.data.compat is Compat.paper and not run.loss.needs_rejected:
+        problems.append("data.compat: paper is a way to cut pairs, and loss=sft has none (none)")
     if isinstance(run.backend, FsdpConfig) and run.model.quantization is Quantization.int8:
         problems.append(
             "model.quantization: int8 layers cannot be put in shards by backend=fsdp, which loses "

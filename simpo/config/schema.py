@@ -1,6 +1,6 @@
-"""The settings of a run, typed once. Those of what goes into it, of its processes and of where it
-is started are in `simpo.config.inputs`, `backends` and `launchers`. A `RunConfig` is read-only by
-rule, not by `frozen=True`, which OmegaConf cannot compose.
+"""The settings of a run, typed once. Those of what goes into it, of its objective, of its processes
+and of where it is started: `simpo.config.inputs`, `losses`, `backends`, `launchers`. A `RunConfig`
+is read-only by rule, not by `frozen=True`, which OmegaConf cannot compose.
 """
 
 from __future__ import annotations
@@ -15,52 +15,7 @@ from simpo.config.backends import BackendConfig
 from simpo.config.choices import Mode, Precision, Schedule, WandbMode, WatchAction
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LauncherConfig
-
-
-@dataclass(kw_only=True)
-class LossConfig:
-    """SimPO on average log-probabilities; what every form of it takes."""
-
-    name: str = MISSING
-    """Form of the loss; set by the group (loss=sigmoid, loss=hinge)."""
-    beta: float = 2.0
-    """Scale of the reward, beta * average_logp (the paper uses 2.0 to 10)."""
-    gamma_beta_ratio: float = 0.5
-    """Target margin over beta: gamma = beta * gamma_beta_ratio (the paper uses 0.1 to 0.8)."""
-    length_normalized: bool = True
-    """Compare mean token log-probabilities, as SimPO does; False compares their sums, which favours
-    long responses (the paper's ablation, Table 5)."""
-    sft_weight: float = 0.0
-    """Weight of the chosen responses' mean token NLL added to the loss; 0 is SimPO."""
-
-    def problems(self) -> Iterator[str]:
-        if self.beta <= 0:
-            yield f"beta: must be above 0, got {self.beta} (the paper uses 2.0 to 10)"
-        if self.gamma_beta_ratio < 0:
-            yield f"gamma_beta_ratio: must be 0 or more, got {self.gamma_beta_ratio}"
-        if self.sft_weight < 0:
-            yield f"sft_weight: must be 0 or more, got {self.sft_weight} (0 is SimPO)"
-
-
-@dataclass(kw_only=True)
-class SigmoidConfig(LossConfig):
-    """-log sigmoid(beta * (average_logp chosen - average_logp rejected) - gamma)."""
-
-    name: str = "sigmoid"
-    label_smoothing: float = 0.0
-    """Assumed share of pairs whose labels are swapped; below 0.5."""
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if not 0 <= self.label_smoothing < 0.5:
-            yield f"label_smoothing: must be from 0 to below 0.5, got {self.label_smoothing}"
-
-
-@dataclass(kw_only=True)
-class HingeConfig(LossConfig):
-    """max(0, 1 - (beta * (average_logp chosen - average_logp rejected) - gamma))."""
-
-    name: str = "hinge"
+from simpo.config.losses import LossConfig
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from simpo.data.rows import RowFault
 from simpo.pairs import Message, Pair, TokenizedPair
 
 BATCH_PAIRS = 512
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,14 @@ class Chat:
 
     def tokenize(self, pairs: Sequence[Pair], config: DataConfig) -> Iterator[Any]:
         """For each pair a (TokenizedPair, merged, cut prompt, chosen, rejected) or a RowFault."""
-        render = self._paper_texts if config.compat is Compat.paper else self._texts
-        join = self._paper_pair if config.compat is Compat.paper else self._pair
+        if any(pair.rejected is None for pair in pairs):
+            render, join = self._dialogue_texts, self._dialogue
+        elif config.compat is Compat.paper:
+            render, join = self._paper_texts, self._paper_pair
+        else:
+            render, join = self._texts, self._pair
         for start in range(0, len(pairs), BATCH_PAIRS):
-            texts: list[tuple[str, str, str] | RowFault] = []
+            texts: list[list[str] | RowFault] = []
             for pair in pairs[start : start + BATCH_PAIRS]:
                 try:
                     texts.append(render(pair))
@@ -134,7 +138,7 @@ class Chat:
                     yield item
                     continue
                 try:
-                    yield join(next(ids), next(ids), next(ids), config)
+                    yield join([next(ids) for _ in item], config)
                 except RowFault as fault:
                     yield fault
 
@@ -160,26 +164,65 @@ class Chat:
             raise ConfigError(["model.tokenizer: has no EOS token and its template ends no turn"])
         return int(end_id)
 
-    def _texts(self, pair: Pair) -> tuple[str, str, str]:
-        contents = [turn["content"] for turn in pair.prompt] + [pair.chosen, pair.rejected]
-        for mark in self._marks:
-            if any(mark in content for content in contents):
-                raise RowFault(f"a message holds the token {mark} as text")
+    def _texts(self, pair: Pair) -> list[str]:
+        """The prompt, and the dialogues that the two replies make of it."""
+        replies = [_reply(text) for text in (pair.chosen, pair.rejected) if text is not None]
+        self._check_marks([*pair.prompt, *replies])
         prompt = self.prompt_text(pair.prompt)
-        whole = [
-            self._render([*pair.prompt, {"role": "assistant", "content": text}])
-            for text in (pair.chosen, pair.rejected)
-        ]
-        if not all(text.startswith(prompt) for text in whole):
-            raise RowFault(
-                "the chat template writes the prompt differently before a reply "
-                "(choose another model.chat_template)"
-            )
-        return prompt, whole[0], whole[1]
+        whole = [self._render([*pair.prompt, reply]) for reply in replies]
+        _check_start([prompt], whole)
+        return [prompt, *whole]
+
+    def _dialogue_texts(self, pair: Pair) -> list[str]:
+        """What comes before each reply of the assistant, and the whole dialogue."""
+        messages = [*pair.prompt, _reply(pair.chosen), *pair.later]
+        self._check_marks(messages)
+        turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+        prompts = [self.prompt_text(messages[:turn]) for turn in turns]
+        whole = self._render(messages)
+        _check_start(prompts, [whole])
+        return [*prompts, whole]
+
+    def _check_marks(self, messages: Sequence[Message]) -> None:
+        for mark in self._marks:
+            if any(mark in message["content"] for message in messages):
+                raise RowFault(f"a message holds the token {mark} as text")
+
+    def _dialogue(
+        self, rows: list[list[int]], config: DataConfig
+    ) -> tuple[TokenizedPair, bool, bool, bool, bool]:
+        """Ids of a dialogue whose replies are scored, each up to the token that ends it."""
+        *prompts, whole = rows
+        starts = [_common_prefix(prompt, whole) for prompt in prompts]
+        num_prompt = starts[0]
+        if num_prompt == 0:
+            raise RowFault("prompt and dialogue share no token (check the chat template)")
+        scored = np.zeros(len(whole) + 1, dtype=bool)
+        end = 0
+        for start in starts:
+            if end > start:
+                raise RowFault("the chat template ends no reply before the next turn")
+            ended = self.end_id in whole[start:]
+            end = whole.index(self.end_id, start) + 1 if ended else len(whole) + 1
+            scored[start:end] = True
+        # What a template writes behind the last reply is nobody's.
+        response = np.array([*whole, self.end_id], dtype=np.int32)[num_prompt:end]
+        kept = prompts[0][:num_prompt]
+        if num_prompt + len(response) > config.max_length_tokens:
+            budget = max(config.max_prompt_tokens, config.max_length_tokens - len(response))
+            kept = self._cut(kept, budget, config.prompt_truncation)
+        budget = config.max_length_tokens - len(kept)
+        pair = replace(
+            _tokenized(kept, list(response[:budget]), []),
+            scored=scored[num_prompt:end][:budget],
+        )
+        merged = any(start < len(prompt) for start, prompt in zip(starts, prompts, strict=True))
+        return pair, merged, len(kept) < num_prompt, len(response) > budget, False
 
     def _pair(
-        self, prompt: list[int], chosen: list[int], rejected: list[int], config: DataConfig
+        self, rows: list[list[int]], config: DataConfig
     ) -> tuple[TokenizedPair, bool, bool, bool, bool]:
+        prompt, chosen, rejected = rows
         num_prompt = _common_prefix(prompt, chosen, rejected)
         if num_prompt == 0:
             raise RowFault("prompt and dialogue share no token (check the chat template)")
@@ -212,26 +255,28 @@ class Chat:
         head = ids[:1] if ids[0] == self._bos_id else []
         return head + ids[len(ids) - budget + len(head) :]
 
-    def _paper_texts(self, pair: Pair) -> tuple[str, str, str]:
+    def _paper_texts(self, pair: Pair) -> list[str]:
         """Texts of the original trainer: no generation prompt, each reply a dialogue of its own."""
         prompt = list(pair.prompt)
         template = self.tokenizer.chat_template
         if prompt[0]["role"] != "system" and ("system" in template or "<|im_start|>" in template):
             prompt = [{"role": "system", "content": ""}, *prompt]
         text = self._render(prompt)
-        replies = []
+        texts = [text]
         for content in (pair.chosen, pair.rejected):
-            reply = self._render([{"role": "assistant", "content": content}])
-            replies.append(reply.removeprefix(self.tokenizer.bos_token or ""))
-        return text, text + replies[0], text + replies[1]
+            assert content is not None
+            reply = self._render([_reply(content)])
+            texts.append(text + reply.removeprefix(self.tokenizer.bos_token or ""))
+        return texts
 
     def _paper_pair(
-        self, prompt: list[int], chosen: list[int], rejected: list[int], config: DataConfig
+        self, rows: list[list[int]], config: DataConfig
     ) -> tuple[TokenizedPair, bool, bool, bool, bool]:
         """Ids of the original trainer: BOS first, EOS last, both replies cut to one length.
 
         Source: `tokenize_row` of https://github.com/princeton-nlp/SimPO.
         """
+        prompt, chosen, rejected = rows
         starts = [
             len(prompt) if ids[: len(prompt)] == prompt else len(prompt) - 1
             for ids in (chosen, rejected)
@@ -287,7 +332,13 @@ def tokenize_set(
     if pairs and not good:
         raise DataError(f"data: none of the {len(pairs)} pairs can be tokenized")
     parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"].reshape(-1))[:-1])
-    tokens = [TokenizedPair(*parts[i : i + 3]) for i in range(0, 3 * len(good), 3)]
+    tokens = [
+        TokenizedPair(*ids) for ids in zip(parts[0::3], parts[1::3], parts[2::3], strict=True)
+    ]
+    if "scored" in arrays:
+        ends = np.cumsum([len(pair.chosen_ids) for pair in tokens])[:-1]
+        masks = np.split(arrays["scored"], ends)
+        tokens = [replace(p, scored=mask) for p, mask in zip(tokens, masks, strict=True)]
     merged, prompts, chosen, rejected = stored["counts"]
     bad = dict(Counter(faults.values()))
     report = TokenReport(len(good), merged, prompts, chosen, rejected, bad)
@@ -301,6 +352,7 @@ def _write_cache(folder: Path, results: list[Any]) -> None:
         for pair, *_ in done
         for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
     ]  # fmt: skip
+    masks = [pair.scored for pair, *_ in done if pair.scored is not None]
     counts = [sum(item[column] for item in done) for column in range(1, 5)]
     faults = {i: str(item) for i, item in enumerate(results) if isinstance(item, RowFault)}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -311,6 +363,7 @@ def _write_cache(folder: Path, results: list[Any]) -> None:
             part / "tokens.npz",
             ids=np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
             lengths=np.array([len(ids) for ids in tokens], np.int64).reshape(-1, 3),
+            **({"scored": np.concatenate(masks)} if masks else {}),
         )
         (part / "report.json").write_text(json.dumps({"counts": counts, "faults": faults}))
         try:
@@ -340,7 +393,7 @@ def _content_hash(chat: Chat, pairs: list[Pair], config: DataConfig) -> str:
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(vocabulary.encode())
     for pair in pairs:
-        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode())
+        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.later]).encode())
     return digest.hexdigest()[:32]
 
 
@@ -358,5 +411,18 @@ def _common_prefix(*rows: list[int]) -> int:
     return next((i for i in range(shortest) if any(r[i] != first[i] for r in rows)), shortest)
 
 
+def _reply(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _check_start(prompts: Sequence[str], dialogues: Sequence[str]) -> None:
+    if not all(text.startswith(prompt) for text in dialogues for prompt in prompts):
+        raise RowFault(
+            "the chat template writes the prompt differently before a reply "
+            "(choose another model.chat_template)"
+        )
+
+
 def _tokenized(prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:
-    return TokenizedPair(*(np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)))
+    ids = [np.array(part, dtype=np.int32) for part in (prompt, chosen, rejected)]
+    return TokenizedPair(ids[0], ids[1], ids[2])

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from simpo.config import DataConfig, DataError, OnBadRow, SourceConfig
 from simpo.data.demo import demo_rows
-from simpo.data.rows import RowFault, to_pair
+from simpo.data.rows import RowFault, to_dialogue, to_pair
 from simpo.pairs import Pair
 
 MAX_FAULTS_SHOWN = 5
@@ -43,8 +44,8 @@ class Mixture:
     table: list[SplitReport]
 
 
-def load_mixture(config: DataConfig) -> Mixture:
-    """Read, check and mix all sources.
+def load_mixture(config: DataConfig, needs_rejected: bool = True) -> Mixture:
+    """Read, check and mix all sources; without `needs_rejected` rows may be dialogues to imitate.
 
     Raises:
         DataError: a source cannot be read, a row is bad (with on_bad_row=stop), or nothing is left.
@@ -52,14 +53,15 @@ def load_mixture(config: DataConfig) -> Mixture:
     train: list[Pair] = []
     test: list[Pair] = []
     table: list[SplitReport] = []
+    read = partial(_read_split, config=config, read_row=to_pair if needs_rejected else to_dialogue)
     for index, source in enumerate(config.sources):
         if source.train_split is not None:
-            pairs, rows, bad = _read_split(source, source.train_split, False, config)
+            pairs, rows, bad = read(source, source.train_split, False)
             taken = _take(pairs, source, np.random.default_rng([config.seed, index]))
             train += taken
             table.append(SplitReport(source.path, source.train_split, rows, bad, len(taken)))
         if source.test_split is not None and (not source.is_file() or source.test_path):
-            pairs, rows, bad = _read_split(source, source.test_split, True, config)
+            pairs, rows, bad = read(source, source.test_split, True)
             test += pairs
             table.append(SplitReport(source.path, source.test_split, rows, bad, len(pairs)))
     if not train:
@@ -71,7 +73,11 @@ def load_mixture(config: DataConfig) -> Mixture:
 
 
 def _read_split(
-    source: SourceConfig, split: str, held_out: bool, config: DataConfig
+    source: SourceConfig,
+    split: str,
+    held_out: bool,
+    config: DataConfig,
+    read_row: Callable[[Any, str], Pair],
 ) -> tuple[list[Pair], int, dict[str, int]]:
     pairs: list[Pair] = []
     faults: list[tuple[str, str]] = []
@@ -83,7 +89,7 @@ def _read_split(
         try:
             if isinstance(row, json.JSONDecodeError):
                 raise RowFault(f"not JSON: {row.msg} at column {row.colno}")
-            pairs.append(to_pair(row, place))
+            pairs.append(read_row(row, place))
         except RowFault as fault:
             faults.append((place, str(fault)))
     if faults and config.on_bad_row is OnBadRow.stop:

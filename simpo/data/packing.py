@@ -33,7 +33,7 @@ def pack(
         share_prefix: False repeats the prompt: p p p c c | p p p r r r.
 
     Raises:
-        ValueError: a response has no token that can be scored.
+        ValueError: a response that is there has no token that can be scored.
     """
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
@@ -44,30 +44,36 @@ def pack(
     start = 0
     for pair, index in zip(pairs, indices, strict=True):
         num_prompt = len(pair.prompt_ids)
+        # Without a second response there is none to repeat the prompt for.
+        share = share_prefix or not len(pair.rejected_ids)
         chosen = start + num_prompt
         second_prompt = chosen + len(pair.chosen_ids)
-        rejected = second_prompt if share_prefix else second_prompt + num_prompt
+        rejected = second_prompt if share else second_prompt + num_prompt
         end = rejected + len(pair.rejected_ids)
         tokens += [pair.prompt_ids, pair.chosen_ids]
         positions += [np.arange(second_prompt - start)]
-        if share_prefix:
-            segments.append(Segment(start, chosen, rejected, end))
+        if share:
             tokens.append(pair.rejected_ids)
             positions.append(np.arange(num_prompt, num_prompt + end - rejected))
         else:
             tokens += [pair.prompt_ids, pair.rejected_ids]
             positions.append(np.arange(end - second_prompt))
-        for first, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
+        if share_prefix:
+            segments.append(Segment(start, chosen, rejected, end))
+        for first, ids, scored in (
+            (chosen, pair.chosen_ids, pair.scored),
+            (rejected, pair.rejected_ids, None),
+        ):
             before = np.arange(first - 1, first - 1 + len(ids))
-            if not num_prompt:
-                before, ids = before[1:], ids[1:]
-            elif share_prefix:
+            if share:
                 before[:1] = chosen - 1
-            if not len(ids):
+            wanted = np.ones(len(ids), dtype=bool) if scored is None else scored.copy()
+            wanted[: 0 if num_prompt else 1] = False  # nothing predicts a row's first token
+            if not wanted.any() and (len(ids) or ids is pair.chosen_ids):
                 raise ValueError(f"pair {index}: a response has no token to score")
-            predictors.append(before)
-            targets.append(ids)
-            response_tokens.append(len(ids))
+            predictors.append(before[wanted])
+            targets.append(ids[wanted])
+            response_tokens.append(int(wanted.sum()))
         start = end
 
     def column(parts: list[np.ndarray]) -> torch.Tensor:
@@ -82,6 +88,7 @@ def pack(
         position_ids=column(positions)[None],
         predictors=column(predictors),
         targets=column(targets),
+        reference_logps=_reference(pairs),
     )
 
 
@@ -93,11 +100,17 @@ def pack_nothing(pair: TokenizedPair, share_prefix: bool = True) -> PackedPairs:
     return replace(pack([pair], [0], share_prefix), pairs=())
 
 
+def _reference(pairs: Sequence[TokenizedPair]) -> torch.Tensor | None:
+    logps = [pair.reference_logps for pair in pairs if pair.reference_logps is not None]
+    return torch.tensor(logps, dtype=torch.float32).flatten() if len(logps) == len(pairs) else None
+
+
 def _key_table(segments: Sequence[Segment]) -> KeyTable:
     index = []
     for start, chosen, rejected, end in segments:
         shared, own = np.arange(start, chosen), np.arange(rejected, end)
-        index += [np.arange(start, rejected), np.concatenate([shared, own])]
+        second = np.concatenate([shared, own]) if len(own) else own
+        index += [np.arange(start, rejected), second]
     queries = [n for s in segments for n in (s.rejected - s.start, s.end - s.rejected)]
     keys = [len(part) for part in index]
     return KeyTable(

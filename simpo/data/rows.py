@@ -3,6 +3,7 @@
 A row is one of
     prompt + chosen + rejected   text, or OpenAI messages; a response may repeat the prompt's turns
     chosen + rejected            whole dialogues that differ in their last turn only
+    messages                     a dialogue to imitate, for supervised fine-tuning only
 A string `prompt` beside whole dialogues is left aside, as the dialogues hold it.
 An optional `rule` says what a program can check in a reply (see `simpo.data.rules`).
 """
@@ -10,6 +11,7 @@ An optional `rule` says what a program can check in a reply (see `simpo.data.rul
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from simpo.data.rules import rule_fault
@@ -50,6 +52,29 @@ def to_pair(row: Any, place: str) -> Pair:
         if fault := rule_fault(rule):
             raise RowFault(f"rule: {fault}")
     return Pair(prompt=tuple(prompt), chosen=chosen, rejected=rejected, place=place, rule=rule)
+
+
+def to_dialogue(row: Any, place: str) -> Pair:
+    """Read one row for supervised fine-tuning: `messages`, or a pair, whose rejected is left out.
+
+    Args and Raises: as `to_pair`.
+    """
+    if not isinstance(row, Mapping) or row.get("messages") is None:
+        return replace(to_pair(row, place), rejected=None)
+    messages = _messages(row["messages"], "messages")
+    roles = [turn["role"] for turn in messages]
+    if roles[-1] != "assistant":
+        raise RowFault(f"messages: the last turn must be the assistant's, got {roles[-1]}")
+    first = roles.index("assistant")
+    for index, turn in enumerate(messages):
+        if turn["role"] == "assistant" and not turn["content"].strip():
+            raise RowFault(f"messages[{index}]: the response is empty")
+    prompt = _prompt(messages[:first] or None, [], [])
+    if "system" in roles[first:]:
+        raise RowFault("messages: a system message may only come first")
+    return Pair(
+        tuple(prompt), messages[first]["content"], None, place, None, tuple(messages[first + 1 :])
+    )
 
 
 def _split(value: Any, key: str) -> tuple[list[Message], str]:

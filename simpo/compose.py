@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -27,7 +28,17 @@ from omegaconf import (
 )
 from omegaconf.errors import OmegaConfBaseException
 
-from simpo.config import GROUPS, ConfigError, RunConfig, build_run, menu_dir, register_schemas
+from simpo.config import (
+    GROUPS,
+    INTERRUPTED,
+    ConfigError,
+    DataError,
+    RunConfig,
+    RunError,
+    build_run,
+    menu_dir,
+    register_schemas,
+)
 
 # Hydra raises ValueError for a group set to null or a number.
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
@@ -295,3 +306,22 @@ def _keys(config: DictConfig | ListConfig, prefix: str = "") -> list[str]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def command(work: Callable[[RunConfig], None], usage: str | None) -> None:
+    """Compose a run from the words of a command line and do something with it.
+
+    Exits with 2 for bad settings or data, 1 for what failed on the way, 130 where Ctrl-C ended it.
+    """
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(usage)
+        return
+    try:
+        work(compose_run(words))
+    except (ConfigError, DataError, RunError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was", file=sys.stderr)
+        sys.exit(INTERRUPTED)

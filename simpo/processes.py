@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from simpo.config import (
+    INTERRUPTED,
     BackendConfig,
     ConfigError,
     Device,
@@ -35,7 +36,6 @@ from simpo.signals import STOPPING
 GRACE_S = 20.0
 """How long the others get to end by themselves, once one process has failed."""
 POLL_S = 0.05
-INTERRUPTED = 130
 PR_SET_PDEATHSIG = 1
 SHOWN_LINES = 30
 

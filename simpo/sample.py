@@ -31,7 +31,19 @@ class Reply:
     repetition: float
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote, and whether it came to an end; `ids` are without the token for that."""
+
+    text: str
+    ids: list[int]
+    ended: bool
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+
 def greedy_replies(
     policy: Policy, chat: Chat, pairs: Sequence[Pair], max_new_tokens: int, device: torch.device
 ) -> list[Reply]:
@@ -40,41 +52,70 @@ def greedy_replies(
     The prompt's ids are those of training. A reply ends with the token that ends a response in
     training, or after `max_new_tokens`.
     """
-    policy.eval()
     prompts = chat.encode([chat.prompt_text(pair.prompt) for pair in pairs])
     replies: dict[int, Reply] = {}
-    # Prompts of like length together: less padding.
-    order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), BATCH_PROMPTS):
-        batch = order[start : start + BATCH_PROMPTS]
-        width = max(len(prompts[i]) for i in batch)
-        pad_id = int(chat.tokenizer.pad_token_id)
-        padded = [[pad_id] * (width - len(prompts[i])) + prompts[i] for i in batch]
-        mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
-        # Called on the policy's own model, whose settings for sampling must not take part.
-        output = policy.model.generate(  # type: ignore[operator]
-            input_ids=torch.tensor(padded, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=chat.end_id,
-            pad_token_id=pad_id,
-        )
-        for i, ids in zip(batch, output[:, width:].tolist(), strict=True):
-            length = ids.index(chat.end_id) if chat.end_id in ids else len(ids)
-            text = str(chat.tokenizer.decode(ids[:length], skip_special_tokens=True))
+    for batch in batches([len(ids) for ids in prompts], BATCH_PROMPTS):
+        completed = complete(policy, chat, [prompts[i] for i in batch], max_new_tokens, device)
+        for i, completion in zip(batch, completed, strict=True):
             rule = pairs[i].rule
             replies[i] = Reply(
                 pairs[i],
-                text,
-                length,
-                None if rule is None else obeys(rule, text),
-                repetition(ids[:length]),
+                completion.text,
+                completion.tokens,
+                None if rule is None else obeys(rule, completion.text),
+                repetition(completion.ids),
             )
     return [replies[i] for i in range(len(pairs))]
+
+
+def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices of prompts in batches of like length, which need less padding."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+@torch.no_grad()
+def complete(
+    policy: Policy,
+    chat: Chat,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    device: torch.device,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> list[Completion]:
+    """Continue prompts, given as token ids, in one batch.
+
+    Args:
+        temperature: 0 takes the likeliest token each time.
+        top_p: drawn from the likeliest tokens that make up this share.
+    """
+    policy.eval()
+    width = max(len(ids) for ids in prompts)
+    pad_id = int(chat.tokenizer.pad_token_id)
+    padded = [[pad_id] * (width - len(ids)) + ids for ids in prompts]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+    drawn = temperature > 0
+    # Called on the policy's own model, whose settings for sampling must not take part.
+    output = policy.model.generate(  # type: ignore[operator]
+        input_ids=torch.tensor(padded, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        max_new_tokens=max_new_tokens,
+        do_sample=drawn,
+        temperature=temperature if drawn else None,
+        top_p=top_p if drawn else None,
+        top_k=0 if drawn else None,
+        eos_token_id=chat.end_id,
+        pad_token_id=pad_id,
+    )
+    return [completion(chat, ids) for ids in output[:, width:].tolist()]
+
+
+def completion(chat: Chat, ids: list[int]) -> Completion:
+    """What a model wrote, up to the token that ends a response in training."""
+    ended = chat.end_id in ids
+    ids = ids[: ids.index(chat.end_id)] if ended else ids
+    return Completion(str(chat.tokenizer.decode(ids, skip_special_tokens=True)), ids, ended)
 
 
 def repetition(ids: Sequence[int]) -> float:

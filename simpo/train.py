@@ -79,6 +79,7 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.data.mixture import load_mixture
     from simpo.data.packing import pack, pack_nothing
     from simpo.data.plan import build_plan, pairs_of_step, rows_of_pairs
+    from simpo.data.rows import to_dialogue, to_pair
     from simpo.model import load_policy, load_tokenizer
     from simpo.objective import (
         best_step,
@@ -103,7 +104,7 @@ def train(run: RunConfig) -> dict[str, float]:
     backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
     with backend.main_first():
         chat = Chat(load_tokenizer(run.model, cache_dir))
-        mixture = load_mixture(run.data, run.loss.needs_rejected)
+        mixture = load_mixture(run.data, to_pair if run.loss.needs_rejected else to_dialogue)
         train_set = tokenize_set(chat, mixture.train, run.data, cache_dir)
         test_set = tokenize_set(chat, mixture.test, run.data, cache_dir)
     train_tokens = train_set.num_tokens(cfg.share_prefix)

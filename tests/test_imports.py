@@ -24,9 +24,9 @@ backend.fsdp backend.zero
 backend
 checkpoint console reference sample step
 export run_folder
-runs train
-compare member rank
-launcher page
+on_policy.files runs train
+compare member on_policy.draw on_policy.score rank
+annotate generate launcher page
 report
 """
 FLOOR = {name: floor for floor, line in enumerate(ORDER.split("\n")) for name in line.split()}

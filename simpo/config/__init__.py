@@ -34,6 +34,7 @@ from simpo.config.choices import (
     Compat,
     Device,
     Dtype,
+    Engine,
     Mode,
     Offload,
     OnBadRow,
@@ -47,6 +48,7 @@ from simpo.config.choices import (
 )
 from simpo.config.inputs import (
     ADAPTER_FILE,
+    INTERRUPTED,
     PACKAGE,
     TEMPLATES,
     ConfigError,
@@ -84,6 +86,7 @@ from simpo.config.losses import (
 from simpo.config.schema import (
     ExportConfig,
     ObjectiveConfig,
+    OnPolicyConfig,
     RunConfig,
     SampleConfig,
     TrackerConfig,
@@ -96,6 +99,7 @@ __all__ = [
     "ADAPTER_FILE",
     "FREE",
     "GROUPS",
+    "INTERRUPTED",
     "LOSSES",
     "PACKAGE",
     "TEMPLATES",
@@ -112,6 +116,7 @@ __all__ = [
     "Device",
     "DpoConfig",
     "Dtype",
+    "Engine",
     "ExportConfig",
     "FsdpConfig",
     "HingeConfig",
@@ -128,6 +133,7 @@ __all__ = [
     "ObjectiveConfig",
     "Offload",
     "OnBadRow",
+    "OnPolicyConfig",
     "OrpoConfig",
     "Precision",
     "PromptTruncation",

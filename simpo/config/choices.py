@@ -80,3 +80,9 @@ class Quantization(str, Enum):
     none = "none"
     nf4 = "nf4"
     int8 = "int8"
+
+
+class Engine(str, Enum):
+    auto = "auto"
+    vllm = "vllm"
+    transformers = "transformers"

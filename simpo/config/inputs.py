@@ -26,6 +26,8 @@ from simpo.config.choices import (
 PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATES = PACKAGE / "templates"
 ADAPTER_FILE = "adapter_config.json"
+INTERRUPTED = 130
+"""Exit code of what Ctrl-C ended."""
 
 
 def menu_dir(name: str) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from simpo.config.backends import BackendConfig
-from simpo.config.choices import Mode, Precision, Schedule, WandbMode, WatchAction
+from simpo.config.choices import Engine, Mode, Precision, Schedule, WandbMode, WatchAction
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LauncherConfig
 from simpo.config.losses import LossConfig
@@ -119,6 +119,48 @@ class SampleConfig:
 
 
 @dataclass(kw_only=True)
+class OnPolicyConfig:
+    """Pairs out of the model's own replies: `simpo.generate` draws them, `simpo.annotate` scores
+    them and makes pairs of the best and the worst. Defaults are the paper's."""
+
+    folder: str | None = None
+    """Where replies, scores and pairs lie. null: <output_dir>/on_policy/<model>-<data>."""
+    seeds: list[int] = field(default_factory=lambda: [13, 21, 42, 79, 100])
+    """One reply is drawn to each prompt with each."""
+    temperature: float = 0.8
+    """Of the draws; above 0."""
+    top_p: float = 0.95
+    """Tokens are drawn from the likeliest that make up this share."""
+    max_new_tokens: int = 4096
+    """Longest reply."""
+    num_prompts: int | None = None
+    """Prompts answered of each split, the first ones; null answers all."""
+    engine: Engine = Engine.auto
+    """What draws. auto: vllm where it is installed and there is a GPU, else transformers."""
+    batch_prompts: int = 32
+    """Prompts answered together; what is done is kept after each batch."""
+    reward: str | None = None
+    """Who scores: a reward model (hub id or folder), `module:function`, or `rules` (the demo's)."""
+    keep_cut: bool = False
+    """Take replies too that max_new_tokens cut off."""
+
+    def problems(self) -> Iterator[str]:
+        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
+            yield f"seeds: must be two or more different ones, got {self.seeds}"
+        if self.temperature <= 0:
+            yield f"temperature: must be above 0, got {self.temperature} (at 0 all replies are one)"
+        if not 0 < self.top_p <= 1:
+            yield f"top_p: must be above 0 and at most 1, got {self.top_p}"
+        for key in ("max_new_tokens", "batch_prompts"):
+            if getattr(self, key) < 1:
+                yield f"{key}: must be 1 or more, got {getattr(self, key)}"
+        if self.num_prompts is not None and self.num_prompts < 1:
+            yield f"num_prompts: must be 1 or more, or null, got {self.num_prompts}"
+        if self.engine is Engine.vllm and importlib.util.find_spec("vllm") is None:
+            yield "engine: vllm is not installed (pip install 'simpo[vllm]')"
+
+
+@dataclass(kw_only=True)
 class ObjectiveConfig:
     """The held-out metric that says which of two models is better."""
 
@@ -219,6 +261,7 @@ class RunConfig:
     loss: LossConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

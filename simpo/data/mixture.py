@@ -18,7 +18,7 @@ import numpy as np
 
 from simpo.config import DataConfig, DataError, OnBadRow, SourceConfig
 from simpo.data.demo import demo_rows
-from simpo.data.rows import RowFault, to_dialogue, to_pair
+from simpo.data.rows import RowFault, to_pair
 from simpo.pairs import Pair
 
 MAX_FAULTS_SHOWN = 5
@@ -44,8 +44,11 @@ class Mixture:
     table: list[SplitReport]
 
 
-def load_mixture(config: DataConfig, needs_rejected: bool = True) -> Mixture:
-    """Read, check and mix all sources; without `needs_rejected` rows may be dialogues to imitate.
+def load_mixture(config: DataConfig, read_row: Callable[[Any, str], Pair] = to_pair) -> Mixture:
+    """Read, check and mix all sources.
+
+    Args:
+        read_row: from a row and its place to what is wanted of it; see `simpo.data.rows`.
 
     Raises:
         DataError: a source cannot be read, a row is bad (with on_bad_row=stop), or nothing is left.
@@ -53,7 +56,7 @@ def load_mixture(config: DataConfig, needs_rejected: bool = True) -> Mixture:
     train: list[Pair] = []
     test: list[Pair] = []
     table: list[SplitReport] = []
-    read = partial(_read_split, config=config, read_row=to_pair if needs_rejected else to_dialogue)
+    read = partial(_read_split, config=config, read_row=read_row)
     for index, source in enumerate(config.sources):
         if source.train_split is not None:
             pairs, rows, bad = read(source, source.train_split, False)

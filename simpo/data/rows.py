@@ -45,13 +45,7 @@ def to_pair(row: Any, place: str) -> Pair:
     prompt = _prompt(row.get("prompt"), chosen_before, rejected_before)
     if chosen.strip() == rejected.strip():
         raise RowFault("chosen and rejected are the same")
-    rule = row.get("rule")
-    if rule is not None:
-        # A columnar file gives every rule the arguments of all others, as None.
-        rule = {k: v for k, v in rule.items() if v is not None} if hasattr(rule, "items") else rule
-        if fault := rule_fault(rule):
-            raise RowFault(f"rule: {fault}")
-    return Pair(prompt=tuple(prompt), chosen=chosen, rejected=rejected, place=place, rule=rule)
+    return Pair(tuple(prompt), chosen, rejected, place, _rule(row))
 
 
 def to_dialogue(row: Any, place: str) -> Pair:
@@ -75,6 +69,27 @@ def to_dialogue(row: Any, place: str) -> Pair:
     return Pair(
         tuple(prompt), messages[first]["content"], None, place, None, tuple(messages[first + 1 :])
     )
+
+
+def to_prompt(row: Any, place: str) -> Pair:
+    """Read one row for its prompt: `prompt` alone, or a pair, whose replies are left out.
+
+    Args and Raises: as `to_pair`.
+    """
+    if not isinstance(row, Mapping) or row.get("chosen") is not None:
+        return replace(to_pair(row, place), chosen="", rejected=None)
+    return Pair(tuple(_prompt(row.get("prompt"), [], [])), "", None, place, _rule(row))
+
+
+def _rule(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    rule = row.get("rule")
+    if rule is None:
+        return None
+    # A columnar file gives every rule the arguments of all others, as None.
+    rule = {k: v for k, v in rule.items() if v is not None} if hasattr(rule, "items") else rule
+    if fault := rule_fault(rule):
+        raise RowFault(f"rule: {fault}")
+    return rule
 
 
 def _split(value: Any, key: str) -> tuple[list[Message], str]:

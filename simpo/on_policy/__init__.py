@@ -1,0 +1,1 @@
+"""Pairs out of a model's own replies: drawn by `draw`, scored and paired by `score`."""

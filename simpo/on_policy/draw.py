@@ -1,0 +1,196 @@
+"""Prompts of a data set in, several replies of the model to each out.
+
+The on-policy data of https://arxiv.org/abs/2405.14734, section 3.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from simpo.backend import build_backend
+from simpo.config import ConfigError, Engine, RunConfig
+from simpo.console import quiet_libraries
+from simpo.data.chat import Chat
+from simpo.data.mixture import load_mixture
+from simpo.data.rows import to_prompt
+from simpo.model import load_policy, load_tokenizer, model_source
+from simpo.on_policy.files import (
+    Prompt,
+    Response,
+    append_lines,
+    content_hash,
+    on_policy_folder,
+    read_lines,
+    read_responses,
+)
+from simpo.run_folder import write_text
+from simpo.sample import Completion, batches, complete, completion
+
+Draw = Callable[[Sequence[list[int]], int], list[Completion]]
+"""From the token ids of some prompts, and a seed, to a reply to each."""
+
+
+def generate(run: RunConfig) -> Path:
+    """Draw a reply to every prompt with every seed of `on_policy.seeds`, those that are not there.
+
+    A batch depends on its prompts and its seed only, so a run that was stopped and continued leaves
+    what an undisturbed one does.
+
+    Returns:
+        The folder; see `simpo.on_policy.files`.
+
+    Raises:
+        ConfigError: the folder holds replies drawn with other settings.
+        DataError: the prompts cannot be read.
+    """
+    quiet_libraries()
+    config = run.on_policy
+    cache_dir = Path(run.cache_dir).expanduser()
+    chat = Chat(load_tokenizer(run.model, cache_dir))
+    prompts = _prompts(run)
+    folder = on_policy_folder(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    engine = _engine(config.engine)
+    _refuse_other_settings(
+        folder,
+        {
+            "model.path": run.model.path,
+            "model.revision": run.model.revision,
+            "model.lora.adapter": run.model.lora.adapter,
+            "chat_template": chat.template_sha256[:16],
+            "prompts": content_hash([prompt.id for prompt in prompts]),
+            "on_policy.temperature": config.temperature,
+            "on_policy.top_p": config.top_p,
+            "on_policy.max_new_tokens": config.max_new_tokens,
+            "on_policy.batch_prompts": config.batch_prompts,
+            "engine": engine.value,
+        },
+    )
+    if not (folder / "prompts.jsonl").is_file():
+        append_lines(folder / "prompts.jsonl", map(asdict, prompts))
+    done = {(response.id, response.seed) for response in read_responses(folder)}
+    ids = chat.encode([chat.prompt_text(prompt.prompt) for prompt in prompts])
+    todo = [
+        (seed, batch)
+        for seed in config.seeds
+        for batch in batches([len(row) for row in ids], config.batch_prompts)
+        if any((prompts[i].id, seed) not in done for i in batch)
+    ]
+    print(f"folder {folder}\n{len(prompts)} prompts, {len(config.seeds)} replies each", flush=True)
+    if todo:
+        draw = _vllm(run, chat) if engine is Engine.vllm else _transformers(run, chat)
+        for seed, batch in tqdm(todo, desc=f"draw ({engine.value})", unit="batch"):
+            drawn = draw([ids[i] for i in batch], seed)
+            append_lines(
+                folder / "responses.jsonl",
+                (
+                    asdict(Response(prompts[i].id, seed, reply.text, reply.tokens, reply.ended))
+                    for i, reply in zip(batch, drawn, strict=True)
+                    if (prompts[i].id, seed) not in done
+                ),
+            )
+    return folder
+
+
+def _prompts(run: RunConfig) -> list[Prompt]:
+    """Each prompt once; one that is held out is not in the train split too."""
+    mixture = load_mixture(run.data, to_prompt)
+    found: dict[str, Prompt] = {}
+    for split, pairs in (("test", mixture.test), ("train", mixture.train)):
+        own = {content_hash(pair.prompt): pair for pair in pairs}
+        for key, pair in list(own.items())[: run.on_policy.num_prompts]:
+            found.setdefault(key, Prompt(key, split, pair.prompt, pair.rule))
+    return list(found.values())
+
+
+def _refuse_other_settings(folder: Path, now: dict[str, Any]) -> None:
+    file = folder / "settings.json"
+    (before,) = read_lines(file) or ({},)
+    if before and before != now:
+        raise ConfigError(
+            [
+                f"{key}: the replies in {folder} were drawn with {before.get(key)}, got {value} "
+                "(restore it, or choose another on_policy.folder)"
+                for key, value in now.items()
+                if before.get(key) != value
+            ]
+        )
+    write_text(file, json.dumps(now) + "\n")
+
+
+def _engine(wanted: Engine) -> Engine:
+    if wanted is not Engine.auto:
+        return wanted
+    able = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
+    return Engine.vllm if able else Engine.transformers
+
+
+def _transformers(run: RunConfig, chat: Chat) -> Draw:
+    """Draws with the model as training loads it."""
+    config = run.on_policy
+    backend = build_backend(run.backend, run.train.precision)
+    cache_dir = Path(run.cache_dir).expanduser()
+    policy = load_policy(run.model, cache_dir, backend.device, seed=0, half=backend.half)
+
+    def draw(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
+        torch.manual_seed(int(content_hash([seed, *prompts]), 16) % 2**63)
+        with backend.replying(policy):
+            return complete(
+                policy,
+                chat,
+                prompts,
+                config.max_new_tokens,
+                backend.device,
+                config.temperature,
+                config.top_p,
+            )
+
+    return draw
+
+
+def _vllm(run: RunConfig, chat: Chat) -> Draw:
+    """Draws with vLLM, each reply with a seed of its own.
+
+    Raises:
+        ConfigError: an adapter, which it would want merged.
+    """
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    config = run.on_policy
+    if run.model.lora.adapter is not None:
+        remedy = "merge it, or on_policy.engine=transformers"
+        raise ConfigError([f"model.lora.adapter: vllm draws from a whole model ({remedy})"])
+    source = model_source(run.model, Path(run.cache_dir).expanduser())
+    model = LLM(
+        model=source,
+        tokenizer=run.model.tokenizer or source,
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+    )
+
+    def draw(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
+        outputs = model.generate(
+            [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
+            [
+                SamplingParams(
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    max_tokens=config.max_new_tokens,
+                    seed=int(content_hash([seed, ids]), 16) % 2**31,
+                    stop_token_ids=[chat.end_id],
+                )
+                for ids in prompts
+            ],
+            use_tqdm=False,
+        )
+        return [completion(chat, list(output.outputs[0].token_ids)) for output in outputs]
+
+    return draw

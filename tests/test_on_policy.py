@@ -1,0 +1,315 @@
+"""Pairs of a model's own replies: drawn, scored, paired, and trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
+
+from simpo.compose import compose_run
+from simpo.config import ConfigError, RunError
+from simpo.data.mixture import load_mixture
+from simpo.data.rows import to_pair, to_prompt
+from simpo.on_policy import draw, score
+from simpo.on_policy.files import content_hash
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def drawing(tiny_run: list[str], tmp_path: Path) -> list[str]:
+    """Overrides that draw two replies to 40 prompts."""
+    return [
+        *tiny_run,
+        f"on_policy.folder={tmp_path}/own",
+        "on_policy.seeds=[1,2]",
+        "on_policy.max_new_tokens=8",
+        "on_policy.batch_prompts=7",
+    ]
+
+
+def generate(overrides: list[str], *more: str) -> list[dict[str, Any]]:
+    return lines(draw.generate(compose_run([*overrides, *more])) / "responses.jsonl")
+
+
+def test_a_stopped_drawing_goes_on_to_the_same_replies(drawing: list[str], tmp_path: Path) -> None:
+    whole = generate(drawing)
+    assert len({(row["id"], row["seed"]) for row in whole}) == len(whole) == 80
+    prompts = lines(tmp_path / "own" / "prompts.jsonl")
+    assert {row["split"] for row in prompts} == {"train", "test"}
+    assert {row["id"] for row in whole} == {row["id"] for row in prompts}
+    assert all(row["id"] == content_hash(row["prompt"]) for row in prompts)
+
+    file = tmp_path / "own" / "responses.jsonl"
+    text = file.read_text()
+    # In the middle of a batch, and of a line.
+    file.write_text(text[: text.index("\n", len(text) // 2) + 20])
+    assert generate(drawing) == whole
+    # A seed more is drawn beside those that are there.
+    more = generate(drawing, "on_policy.seeds=[1,2,3]")
+    assert more[:80] == whole and {row["seed"] for row in more[80:]} == {3}
+
+
+def test_replies_differ_by_seed_and_temperature(drawing: list[str], tmp_path: Path) -> None:
+    def texts(*more: str) -> dict[int, list[str]]:
+        name = f"on_policy.folder={tmp_path}/{len(list(tmp_path.iterdir()))}"
+        rows = generate(drawing, name, *more)
+        return {seed: [r["response"] for r in rows if r["seed"] == seed] for seed in (1, 2)}
+
+    free = texts()
+    assert free[1] != free[2]
+    # Of the likeliest token alone, whatever the seed, as transformers' own greedy search does.
+    sure = texts("on_policy.top_p=1e-9", "on_policy.batch_prompts=1")
+    assert sure[1] == sure[2]
+    run = compose_run(drawing)
+    tokenizer = AutoTokenizer.from_pretrained(run.model.path)
+    tokenizer.chat_template = Path("simpo/templates/chatml.jinja").read_text()
+    model = AutoModelForCausalLM.from_pretrained(run.model.path)
+    pair = min(load_mixture(run.data).train, key=lambda pair: len(str(pair.prompt)))
+    ids = tokenizer.apply_chat_template(
+        list(pair.prompt), add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    greedy = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert tokenizer.decode(greedy, skip_special_tokens=True) in sure[1]
+
+
+def test_other_settings_are_refused(drawing: list[str], tmp_path: Path) -> None:
+    generate(drawing, "on_policy.num_prompts=2")
+    with pytest.raises(ConfigError) as caught:
+        generate(drawing, "on_policy.num_prompts=2", "on_policy.temperature=1.5")
+    assert str(caught.value) == (
+        f"on_policy.temperature: the replies in {tmp_path}/own were drawn with 0.8, got 1.5 "
+        "(restore it, or choose another on_policy.folder)"
+    )
+
+
+def test_prompts_alone_will_do() -> None:
+    pair = to_prompt({"prompt": "Hi"}, "data.jsonl row 1")
+    assert pair.prompt == ({"role": "user", "content": "Hi"},)
+    assert to_prompt({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "x").prompt == pair.prompt
+
+
+def test_vllm_is_asked_for_the_same(
+    drawing: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Against a stand-in: ids of the prompts in, sampling as set, a seed for each reply."""
+    asked: list[tuple[list[int], dict[str, Any]]] = []
+    end_id: list[int] = []
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            assert options["model"] == compose_run(drawing).model.path
+
+        def generate(self, prompts: list[Any], sampling: list[Any], use_tqdm: bool) -> list[Any]:
+            for prompt, settings in zip(prompts, sampling, strict=True):
+                asked.append((prompt["prompt_token_ids"], settings))
+                end_id[:] = settings["stop_token_ids"]
+            ids = [[70, 71, end_id[0]], [70, 71]]
+            return [
+                SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids[i % 2])])
+                for i in range(len(prompts))
+            ]
+
+    module = ModuleType("vllm")
+    module.__dict__.update(LLM=LLM, SamplingParams=dict, TokensPrompt=dict)
+    module.__spec__ = SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    rows = generate(drawing, "on_policy.engine=vllm", "on_policy.num_prompts=3")
+    assert len(rows) == len(asked) == 12
+    assert {(row["tokens"], row["ended"]) for row in rows} == {(2, True), (2, False)}
+    assert len({settings["seed"] for _, settings in asked}) == 12
+    for _, settings in asked:
+        assert (settings["temperature"], settings["top_p"], settings["max_tokens"]) == (
+            0.8,
+            0.95,
+            8,
+        )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Replies written by hand: two prompts to train on, two held out."""
+    rules = [
+        ("a", "train", {"name": "bullets", "count": 1}, ["- Owls.", "Owls.", " Owls. ", "Mice."]),
+        ("b", "train", {"name": "bullets", "count": 1}, ["Owls.", "Mice."]),  # a tie
+        ("c", "test", {"name": "bullets", "count": 1}, ["Owls.", "- Owls."]),
+        ("d", "test", None, ["Same.", "Same."]),
+    ]
+    prompts, responses = [], []
+    for name, split, rule, texts in rules:
+        prompts.append({"id": name, "split": split, "prompt": HI, "rule": rule})
+        for seed, text in enumerate(texts):
+            row = {"id": name, "seed": seed, "response": text, "tokens": 2, "ended": True}
+            responses.append(row)
+    responses += [responses[0] | {"seed": 9, "response": "- Cut", "ended": False}]
+    responses += [responses[0] | {"seed": 10, "response": " "}]
+    for name, rows in (("prompts", prompts), ("responses", responses)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def annotate(folder: Path, reward: str, *more: str) -> None:
+    overrides = [f"on_policy.folder={folder}", f"on_policy.reward={reward}"]
+    score.annotate(compose_run([*overrides, "backend.device=cpu", *more]))
+
+
+def test_the_best_is_chosen_and_the_worst_rejected(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    annotate(folder, "rules")
+    (pair,) = lines(folder / "train.jsonl")
+    assert pair == {
+        "prompt": HI,
+        "chosen": "- Owls.",
+        "rejected": "Owls.",
+        "rule": {"name": "bullets", "count": 1},
+        "chosen_score": 1.0,
+        "rejected_score": 0.0,
+        "scores": [1.0, 0.0, 0.0],  # " Owls. " is "Owls." again; the cut and the empty are out
+    }
+    (held_out,) = lines(folder / "test.jsonl")
+    assert (held_out["chosen"], held_out["rejected"]) == ("- Owls.", "Owls.")
+    assert to_pair(pair, "train.jsonl row 1").chosen == "- Owls."
+    shown = capsys.readouterr().out
+    assert "| train | 2       | 1     | 1    | 0                                |" in shown
+    assert "| test  | 2       | 1     | 0    | 1                                |" in shown
+    assert "1 replies left out: cut off by on_policy.max_new_tokens" in shown
+    annotate(folder, "rules", "on_policy.keep_cut=true")
+    assert lines(folder / "train.jsonl")[0]["scores"] == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_a_function_scores_what_is_not_scored_yet(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "my_rewards.py").write_text(
+        "asked = []\n"
+        "def length(prompt, responses, rule):\n"
+        "    asked.append((prompt[0]['content'], list(responses)))\n"
+        "    if len(asked) == 2:\n"
+        "        raise KeyError('gone')\n"
+        "    return [len(text) for text in responses]\n"
+        "def short(prompt, responses, rule):\n"
+        "    return [1.0]\n"
+    )
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(RunError) as caught:
+        annotate(folder, "my_rewards:length")
+    assert str(caught.value) == (
+        "on_policy.reward: my_rewards:length failed on prompt b: KeyError: 'gone'"
+    )
+    assert not (folder / "train.jsonl").exists()
+    annotate(folder, "my_rewards:length")
+    assert lines(folder / "train.jsonl")[0]["chosen"] == "- Owls."
+    asked = sys.modules["my_rewards"].asked
+    assert [texts[0] for _, texts in asked] == ["- Owls.", "Owls.", "Owls.", "Owls."]
+    assert len(asked[0][1]) == 3 and asked[0][0] == "Hi"
+    with pytest.raises(RunError, match="must give 3 finite scores for prompt a, gave"):
+        annotate(folder, "my_rewards:short")
+
+
+def test_a_reward_model(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """A classifier with one score, against its own forward on the rendered dialogue."""
+    torch.manual_seed(1)
+    config = LlamaConfig.from_pretrained(tiny_folder, num_labels=1, pad_token_id=0)
+    judge = AutoModelForSequenceClassification.from_config(config).eval()
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.save_pretrained(tmp_path / "judge")
+    annotate(folder, str(tmp_path / "judge"), "train.precision=fp32")
+    (row, *_) = lines(folder / "train.jsonl")
+    expected = []
+    for reply in ("- Owls.", "Owls.", "Mice."):
+        text = f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{reply}<|im_end|>\n"
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        expected.append(judge(ids).logits.item())
+    assert row["scores"] == pytest.approx(expected, rel=1e-5)
+    assert row["chosen"] == ["- Owls.", "Owls.", "Mice."][expected.index(max(expected))]
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("null", "on_policy.reward: required, but not given"),
+        (
+            "no_such_module:reward",
+            "on_policy.reward: no_such_module:reward cannot be imported: "
+            "No module named 'no_such_module'",
+        ),
+        ("json:nothing", "on_policy.reward: json:nothing cannot be imported: module 'json' has no"),
+        ("./nothing", "on_policy.reward: ./nothing cannot be loaded: "),
+    ],
+)
+def test_rewards_that_cannot_be(folder: Path, reward: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        annotate(folder, reward)
+    assert str(caught.value).startswith(message)
+
+
+def test_nothing_to_score(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        annotate(tmp_path, "rules")
+    assert str(caught.value) == (f"on_policy.folder: no replies in {tmp_path} (simpo.generate)")
+
+
+def test_a_wrong_setting_is_answered_without_torch(tmp_path: Path) -> None:
+    for module in ("simpo.generate", "simpo.annotate"):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", module, "on_policy.seeds=[1]"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 2
+        assert "on_policy.seeds: must be two or more different ones, got [1]\n" in done.stderr
+        imported = re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE)
+        assert "omegaconf" in imported and "torch" not in imported
+
+
+@pytest.mark.slow
+def test_replies_to_report_on_the_real_model(smollm2: Path, tmp_path: Path) -> None:
+    """SmolLM2 answers the demo's prompts, a program judges, and training on that is reported."""
+    own = tmp_path / "own"
+    folder = f"on_policy.folder={own}"
+
+    def command(module: str, *words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words], capture_output=True, text=True, env=os.environ
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    drawn = command(
+        "simpo.generate", folder, "on_policy.num_prompts=24", "on_policy.seeds=[1,2,3]",
+        "on_policy.max_new_tokens=40",
+    )  # fmt: skip
+    assert "24 prompts, 3 replies each" in drawn
+    told = command("simpo.annotate", folder, "on_policy.keep_cut=true")
+    assert "next   python -m simpo.train data=jsonl" in told
+    pairs = load_mixture(
+        compose_run(["data=jsonl", f"data.sources=[{{path: {own}/train.jsonl}}]"]).data
+    ).train
+    assert len(pairs) >= 2
+    command(
+        "simpo.train", "data=jsonl",
+        f"data.sources=[{{path: {own}/train.jsonl, test_path: {own}/test.jsonl}}]",
+        "train.pairs_per_step=2", "train.max_steps=2", "train.epochs=9", f"run_dir={tmp_path}/run",
+        "train.tokens_per_row=1024", "sample.num_prompts=2", "sample.max_new_tokens=16",
+    )  # fmt: skip
+    report = command("simpo.report", str(tmp_path / "run"))
+    assert "finished, step 2 of 2" in report
+    assert (tmp_path / "run" / "report.html").is_file()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config import RunConfig
-from simpo.cost import Layout, Memory, num_weights
+from simpo.cost import Layout, num_weights
 from simpo.data.chat import TokenizedSet
 from simpo.data.mixture import SplitReport
 from simpo.data.plan import TrainPlan
@@ -45,12 +45,19 @@ def start_lines(
     parameters = list(policy.parameters())
     total = sum(num_weights(p) for p in parameters) / 1e6
     trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
-    report = train_set.report
-    tokens, unshared = (int(train_set.num_tokens(share).sum()) for share in (True, False))
-    lines = [
+    return [
         f"model  {run.model.path}: {total:.1f}M weights, {trained:.1f}M trained, {machine}",
         run.loss.formula(),
         "",
+        *data_lines(table, train_set, plan),
+    ]
+
+
+def data_lines(table: Sequence[SplitReport], train_set: TokenizedSet, plan: TrainPlan) -> list[str]:
+    """Where the pairs are from, their tokens, the steps they make, and what was mended or cut."""
+    report = train_set.report
+    tokens, unshared = (int(train_set.num_tokens(share).sum()) for share in (True, False))
+    lines = [
         *markdown_table(mixture_rows(table)),
         "",
         f"tokens {tokens:,} in {report.pairs} train pairs, {unshared:,} with a prompt for each "
@@ -69,13 +76,12 @@ def start_lines(
     return lines
 
 
-def cost_lines(planned: Layout, memory: Memory) -> list[str]:
-    """What a step computes and needs."""
-    return [
+def layout_line(planned: Layout) -> str:
+    """How a step's pairs fill their rows."""
+    return (
         f"       {planned.tokens_per_step:,.0f} tokens a step, rows {planned.fill:.0%} full, "
-        f"the largest {planned.largest_row_tokens:,}",
-        f"memory about {memory}",
-    ]
+        f"the largest {planned.largest_row_tokens:,}"
+    )
 
 
 def mixture_rows(table: Sequence[SplitReport]) -> list[dict[str, Any]]:

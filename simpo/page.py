@@ -16,6 +16,7 @@ from plotly.subplots import make_subplots
 
 from simpo.compare import Comparison
 from simpo.config import PACKAGE
+from simpo.published import beside, settings
 from simpo.runs import Run
 from simpo.tables import SHOWN
 from simpo.tracker import series
@@ -71,6 +72,8 @@ def render(report: Comparison) -> str:
             if figure is not None
         },
         replies=[_replies(run) for run in report.runs],
+        published=beside(report.runs, report.names),
+        curves={name: setting.curves for name, setting in settings().items()},
         same=len(report.runs) > 1 and not report.differing,
     )
 

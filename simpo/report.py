@@ -8,11 +8,12 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from simpo.compare import Comparison, compare
 from simpo.config import ConfigError
+from simpo.published import beside
 from simpo.tables import SHOWN, markdown_table
 
 FORMATS = ("text", "csv", "json")
@@ -44,17 +45,22 @@ def text(report: Comparison) -> str:
         for name, run in zip(report.names, report.runs, strict=True)
         if run.progress.note
     ]
+    for setting, table in beside(report.runs, report.names).items():
+        lines += ["", f"published results of {setting}, in percent", *markdown_table(table)]
     return "\n".join(lines) + "\n"
 
 
 def cli() -> None:
     """Entry of `python -m simpo.report`; exits with 2 where there is nothing to report."""
     try:
-        folders, options = _arguments(sys.argv[1:])
-        report = compare(folders, options.get("metric"))
+        _report(*_arguments(sys.argv[1:]))
     except ConfigError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
+
+
+def _report(folders: Sequence[Path], options: Mapping[str, str]) -> None:
+    report = compare(folders, options.get("metric"))
     form = options.get("format", "text")
     if form == "json":
         print(json.dumps(report.rows(), indent=2))

@@ -152,7 +152,8 @@ def train(run: RunConfig) -> dict[str, float]:
     flops = cost.Flops(policy)
     start_lines = [
         *console.start_lines(run, policy, str(backend), mixture.table, train_set, plan),
-        *console.cost_lines(planned, memory),
+        console.layout_line(planned),
+        f"memory about {memory}",
     ]
     origin = weights_fingerprint(policy) if run.loss.needs_reference and backend.is_main else ""
     wrapped, optimizer = backend.prepare(policy, build_optimizer(policy, cfg))

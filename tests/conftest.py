@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -62,6 +63,7 @@ FAMILIES = {
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
     ),
+    "gemma3": Gemma3TextConfig(head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
 }
 
 
@@ -74,7 +76,7 @@ def tiny_model(
         FAMILIES[family].to_dict()
         | SIZES
         | {
-            "head_dim": 16 if family == "gemma2" else 8,
+            "head_dim": 16 if family.startswith("gemma") else 8,
             "layer_types": None,
             "initializer_range": 0.2,
         }

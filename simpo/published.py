@@ -1,0 +1,85 @@
+"""Runs in, the published results of the same model and data beside what was measured of them.
+
+A run's own results are what its user writes into its folder, once the judges have spoken:
+
+    benchmarks.json    {"alpaca_eval_2_lc": 44.1, "alpaca_eval_2_wr": 40.0, "arena_hard_wr": 33.0}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from simpo.config import PACKAGE, ConfigError
+from simpo.run_folder import read_json
+from simpo.runs import Run
+
+BENCHMARKS = {
+    "alpaca_eval_2_lc": "AlpacaEval 2 LC",
+    "alpaca_eval_2_wr": "AlpacaEval 2",
+    "arena_hard_wr": "Arena-Hard",
+}
+"""Keys of benchmarks.json, in the order of published.yaml, with the names people know."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A published setting; results by objective in the order of `BENCHMARKS`, in percent."""
+
+    model: str
+    data: str
+    curves: str | None
+    results: dict[str, list[float]]
+
+
+@cache
+def settings() -> dict[str, Setting]:
+    """All of published.yaml, by the name that experiments/paper has for it."""
+    raw: Any = OmegaConf.to_container(OmegaConf.load(PACKAGE / "published.yaml"))
+    return {name: Setting(**values) for name, values in raw.items()}
+
+
+def beside(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[dict[str, str]]]:
+    """For each published setting that runs are of, its table: published rows, then theirs.
+
+    Raises:
+        ConfigError: a benchmarks.json holds something else.
+    """
+    tables: dict[str, list[dict[str, str]]] = {}
+    for key, setting in settings().items():
+        own = [
+            {"": name, "objective": run.config.loss.name, **_measured(run)}
+            for name, run in zip(names, runs, strict=True)
+            if _is_of(run, setting)
+        ]
+        if own:
+            published = [
+                {"": "published", "objective": objective, **_row(values)}
+                for objective, values in setting.results.items()
+            ]
+            tables[key] = published + own
+    return tables
+
+
+def _is_of(run: Run, setting: Setting) -> bool:
+    data = [source.path for source in run.config.data.sources]
+    return run.config.model.path == setting.model and data == [setting.data]
+
+
+def _row(values: Sequence[float | None]) -> dict[str, str]:
+    shown = ("" if value is None else f"{value:.1f}" for value in values)
+    return dict(zip(BENCHMARKS.values(), shown, strict=True))
+
+
+def _measured(run: Run) -> dict[str, str]:
+    file = run.folder / "benchmarks.json"
+    found = read_json(file)
+    unknown = [key for key in found if key not in BENCHMARKS]
+    if unknown or not all(isinstance(value, (int, float)) for value in found.values()):
+        known = ", ".join(BENCHMARKS)
+        raise ConfigError([f"{file}: must hold numbers of {known}, got {found}"])
+    return _row([found.get(key) for key in BENCHMARKS])

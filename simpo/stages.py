@@ -1,0 +1,242 @@
+"""A composed run in, some of its pairs at every stage out: messages, text, tokens, packed row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from simpo import console, cost
+from simpo.config import PACKAGE, RunConfig
+from simpo.data.chat import Chat, TokenizedSet, tokenize_set
+from simpo.data.mixture import load_mixture
+from simpo.data.packing import pack
+from simpo.data.plan import TrainPlan, build_plan, pairs_of_step, rows_of_pairs
+from simpo.data.rows import to_dialogue, to_pair
+from simpo.model import load_tokenizer
+from simpo.pairs import Pair, TokenizedPair
+from simpo.tables import markdown_table
+
+ENDLESS = 10**9
+QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
+COLORS = {"prompt": 34, "chosen": 32, "rejected": 31, "between": 36, "cut": 90}
+"""Of the terminal, by role. `between` is what is said between the replies of a dialogue."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token as people read it; its role is prompt, chosen, rejected, between or cut."""
+
+    id: int
+    text: str
+    role: str
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One pair at every stage.
+
+    Attributes:
+        place, messages: where it is from, and what it says, as (role, content).
+        parts: prompt, chosen and rejected as tokens, with those that were cut off.
+    """
+
+    place: str
+    messages: list[tuple[str, str]]
+    parts: dict[str, list[Token]]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What a run would be trained on.
+
+    Attributes:
+        title: model, data and objective.
+        lines: the mixture, its tokens and what was cut.
+        lengths: a row for each part of a pair, in tokens.
+        pairs: the first ones in the order of training.
+        row: the packed row that holds the first: a line for each of its pairs.
+        row_line: what is in that row, in words.
+    """
+
+    title: str
+    lines: list[str]
+    lengths: list[dict[str, object]]
+    pairs: list[Shown]
+    row: list[dict[str, object]]
+    row_line: str
+
+    @staticmethod
+    def of(run: RunConfig, num_pairs: int) -> Stages:
+        """Read, tokenize and pack the data of a run as `simpo.train` would.
+
+        Raises:
+            ConfigError, DataError: as there.
+        """
+        console.quiet_libraries()
+        cache_dir = Path(run.cache_dir).expanduser()
+        chat = Chat(load_tokenizer(run.model, cache_dir))
+        mixture = load_mixture(run.data, to_pair if run.loss.needs_rejected else to_dialogue)
+        data = tokenize_set(chat, mixture.train, run.data, cache_dir)
+        cfg = run.train
+        plan = build_plan(len(data.pairs), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
+        num_tokens = data.num_tokens(cfg.share_prefix)
+        first = pairs_of_step(plan, 0)
+        rows = rows_of_pairs(first, num_tokens, cfg.tokens_per_row)
+        row = next(row for row in rows if first[0] in row)
+        return Stages(
+            title=f"{run.model.name} on {run.data.name}: {run.loss.formula()}",
+            lines=[
+                *console.data_lines(mixture.table, data, plan),
+                console.layout_line(cost.layout(plan, num_tokens, cfg.tokens_per_row)),
+            ],
+            lengths=_lengths(data),
+            pairs=[_shown(run, chat, data, int(i)) for i in _in_order(plan, num_pairs)],
+            row=_row_table(data, row, cfg.share_prefix),
+            row_line=_row_line(data, row, cfg.share_prefix, cfg.tokens_per_row),
+        )
+
+
+def text(stages: Stages, colors: bool = False) -> str:
+    """For a terminal; without colours roles are told by the lines they stand in."""
+    lines = [stages.title, "", *stages.lines, "", *markdown_table(stages.lengths)]
+    for shown in stages.pairs:
+        lines += ["", f"--- {shown.place}"]
+        lines += [f"{role}: {content}" for role, content in shown.messages]
+        for name, tokens in shown.parts.items():
+            kept = sum(token.role != "cut" for token in tokens)
+            lines.append(f"{name}, {kept} of {len(tokens)} tokens")
+            lines.append("    " + "".join(_run_of_role(tokens, colors)))
+    lines += ["", stages.row_line, *markdown_table(stages.row)]
+    return "\n".join(lines)
+
+
+def page(stages: Stages) -> str:
+    """A page that needs nothing else; a token's id shows when it is pointed at."""
+    folder = jinja2.FileSystemLoader(PACKAGE)
+    template = jinja2.Environment(loader=folder, autoescape=True).get_template("stages.html.jinja")
+    return template.render(stages=stages, roles=list(COLORS))
+
+
+def _in_order(plan: TrainPlan, count: int) -> np.ndarray:
+    """The first pairs in the order of training."""
+    steps = range(min(-(-count // plan.pairs_per_step), plan.steps_per_epoch))
+    return np.concatenate([pairs_of_step(plan, step) for step in steps])[:count]
+
+
+def _run_of_role(tokens: Sequence[Token], colors: bool) -> Iterator[str]:
+    role = ""
+    for token in tokens:
+        if token.role != role:
+            if colors:
+                yield f"\033[0m\033[{COLORS[token.role]}m"
+            elif "cut" in (role, token.role):
+                yield "[cut: " if token.role == "cut" else "]"
+            role = token.role
+        yield token.text
+    if colors:
+        yield "\033[0m"
+    elif role == "cut":
+        yield "]"
+
+
+def _lengths(data: TokenizedSet) -> list[dict[str, object]]:
+    parts = {
+        "prompt": [len(pair.prompt_ids) for pair in data.tokens],
+        "chosen": [len(pair.chosen_ids) for pair in data.tokens],
+        "rejected": [len(pair.rejected_ids) for pair in data.tokens],
+    }
+    return [
+        {"tokens of": name} | {label: int(np.quantile(values, q)) for label, q in QUANTILES.items()}
+        for name, values in parts.items()
+        if any(values)
+    ]
+
+
+def _shown(run: RunConfig, chat: Chat, data: TokenizedSet, index: int) -> Shown:
+    pair, kept = data.pairs[index], data.tokens[index]
+    endless = replace(run.data, max_length_tokens=ENDLESS, max_prompt_tokens=ENDLESS - 1)
+    ((whole, *_),) = chat.tokenize([pair], endless)
+    scored = np.ones(len(whole.chosen_ids), bool) if whole.scored is None else whole.scored
+    parts = {
+        "prompt": _prompt_tokens(chat, whole, kept),
+        "chosen": [
+            _token(chat, token, _role("chosen", i < len(kept.chosen_ids), bool(scored[i])))
+            for i, token in enumerate(whole.chosen_ids)
+        ],
+        "rejected": [
+            _token(chat, token, _role("rejected", i < len(kept.rejected_ids), True))
+            for i, token in enumerate(whole.rejected_ids)
+        ],
+    }
+    return Shown(pair.place, _messages(pair), {k: v for k, v in parts.items() if v})
+
+
+def _role(name: str, kept: bool, scored: bool) -> str:
+    return "cut" if not kept else name if scored else "between"
+
+
+def _prompt_tokens(chat: Chat, whole: TokenizedPair, kept: TokenizedPair) -> list[Token]:
+    """A prompt's tokens; what was cut lies behind its start, a BOS perhaps, and before its end."""
+    ids, left = whole.prompt_ids, kept.prompt_ids
+    lost = len(ids) - len(left)
+    head = next((i for i in range(len(left)) if ids[i] != left[i]), len(left))
+    return [
+        _token(chat, token, "cut" if head <= i < head + lost else "prompt")
+        for i, token in enumerate(ids)
+    ]
+
+
+def _token(chat: Chat, token: int, role: str) -> Token:
+    """A token as text: its own piece where it is a part of a character only."""
+    tokenizer = chat.tokenizer
+    piece = str(tokenizer.convert_ids_to_tokens(int(token)))
+    shown = str(tokenizer.decode([int(token)]))
+    if "\ufffd" in shown or not shown:
+        shown = piece
+    elif piece.startswith("\u2581") and not shown.startswith(" "):
+        shown = " " + shown  # decoders of sentences drop the first space
+    return Token(int(token), shown.replace("\n", "\u21b5"), role)
+
+
+def _messages(pair: Pair) -> list[tuple[str, str]]:
+    messages = [(turn["role"], turn["content"]) for turn in pair.prompt]
+    messages.append(("chosen", pair.chosen))
+    if pair.rejected is not None:
+        messages.append(("rejected", pair.rejected))
+    return messages + [(turn["role"], turn["content"]) for turn in pair.later]
+
+
+def _row_table(
+    data: TokenizedSet, row: Sequence[int], share_prefix: bool
+) -> list[dict[str, object]]:
+    table: list[dict[str, object]] = []
+    start = 0
+    for index in row:
+        tokens = data.tokens[index]
+        size = tokens.num_tokens(share_prefix)
+        table.append(
+            {
+                "pair": data.pairs[index].place,
+                "from": start,
+                "to": start + size,
+                "prompt": len(tokens.prompt_ids),
+                "chosen": len(tokens.chosen_ids),
+                "rejected": len(tokens.rejected_ids),
+            }
+        )
+        start += size
+    return table
+
+
+def _row_line(data: TokenizedSet, row: Sequence[int], share_prefix: bool, room: int) -> str:
+    packed = pack([data.tokens[i] for i in row], row, share_prefix)
+    apart = sum(data.tokens[i].num_tokens(share_prefix=False) for i in row)
+    size = packed.input_ids.shape[1]
+    return (
+        f"row    {len(row)} pairs in {size:,} tokens of {room:,}, {len(packed.targets):,} of them "
+        f"scored; {apart / size:.2f} times as many with a prompt for each response"
+    )

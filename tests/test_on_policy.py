@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,8 +17,10 @@ from transformers.models.auto.modeling_auto import AutoModelForSequenceClassific
 
 from simpo.compose import compose_run
 from simpo.config import ConfigError, RunError
+from simpo.data.demo import demo_rows
 from simpo.data.mixture import load_mixture
 from simpo.data.rows import to_pair, to_prompt
+from simpo.data.rules import obeys
 from simpo.on_policy import draw, score
 from simpo.on_policy.files import content_hash
 
@@ -282,34 +283,42 @@ def test_a_wrong_setting_is_answered_without_torch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_replies_to_report_on_the_real_model(smollm2: Path, tmp_path: Path) -> None:
-    """SmolLM2 answers the demo's prompts, a program judges, and training on that is reported."""
+    """SmolLM2 answers prompts of the demo, a program judges, training on that is reported."""
     own = tmp_path / "own"
     folder = f"on_policy.folder={own}"
+    for split, count in (("train", 8), ("test", 4)):
+        # What it obeys now and then.
+        rows = [
+            row
+            for row in demo_rows(0, split)
+            if row["rule"]["name"] in ("one_sentence", "yes_no_first")
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows[:count])))
+    sources = f"data.sources=[{{path: {tmp_path}/train.jsonl, test_path: {tmp_path}/test.jsonl}}]"
 
     def command(module: str, *words: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", module, *words], capture_output=True, text=True, env=os.environ
+            [sys.executable, "-m", module, *words], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
     drawn = command(
-        "simpo.generate", folder, "on_policy.num_prompts=24", "on_policy.seeds=[1,2,3]",
-        "on_policy.max_new_tokens=40",
+        "simpo.generate", "data=jsonl", sources, folder, "on_policy.seeds=[1,2,3,4]",
+        "on_policy.max_new_tokens=32",
     )  # fmt: skip
-    assert "24 prompts, 3 replies each" in drawn
-    told = command("simpo.annotate", folder, "on_policy.keep_cut=true")
-    assert "next   python -m simpo.train data=jsonl" in told
-    pairs = load_mixture(
-        compose_run(["data=jsonl", f"data.sources=[{{path: {own}/train.jsonl}}]"]).data
-    ).train
+    assert "12 prompts, 4 replies each" in drawn
+    judged = [folder, "on_policy.reward=rules", "on_policy.keep_cut=true"]
+    told = command("simpo.annotate", *judged)
+    (made,) = re.findall(r"'(data\.sources=.*)'", told)
+    pairs = lines(own / "train.jsonl")
     assert len(pairs) >= 2
+    for pair in pairs:
+        assert obeys(pair["rule"], pair["chosen"]) and not obeys(pair["rule"], pair["rejected"])
     command(
-        "simpo.train", "data=jsonl",
-        f"data.sources=[{{path: {own}/train.jsonl, test_path: {own}/test.jsonl}}]",
-        "train.pairs_per_step=2", "train.max_steps=2", "train.epochs=9", f"run_dir={tmp_path}/run",
-        "train.tokens_per_row=1024", "sample.num_prompts=2", "sample.max_new_tokens=16",
+        "simpo.train", "data=jsonl", made, f"run_dir={tmp_path}/run", "train.pairs_per_step=2",
+        "train.max_steps=2", "train.epochs=2", "train.tokens_per_row=1024",
+        "sample.num_prompts=2", "sample.max_new_tokens=16",
     )  # fmt: skip
-    report = command("simpo.report", str(tmp_path / "run"))
-    assert "finished, step 2 of 2" in report
+    assert "finished, step 2 of 2" in command("simpo.report", str(tmp_path / "run"))
     assert (tmp_path / "run" / "report.html").is_file()

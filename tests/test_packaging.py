@@ -61,6 +61,8 @@ def test_wheel_carries_every_menu_and_template(wheel: Path) -> None:
             inside = f"simpo/{file.relative_to(ROOT)}".replace("simpo/simpo/", "simpo/")
             assert inside in names
     assert {"hydra_plugins/simpo_launcher.py", "hydra_plugins/simpo_sweepers.py"} <= names
+    read = {"page.html.jinja", "stages.html.jinja", "published.yaml"}
+    assert {f"simpo/{name}" for name in read} <= names
 
 
 @pytest.mark.slow
@@ -84,6 +86,8 @@ def test_works_from_an_empty_folder(
     assert str(clean_venv) in where
     assert "path: builtin:smollm2" in run("simpo-train", "--cfg", "job")
     assert "group=choice" in run("simpo-train", "--help")
+    assert "on_policy.*" in run("simpo-generate", "--help") + run("simpo-annotate", "--help")
+    assert "assistant" in run("simpo-preview", *tiny_run, "pairs=1")
     assert "rank: 0" in run("simpo-train", "experiments=demo_full", "--cfg", "job")
     assert list(empty.iterdir()) == []
     # A sweep of one: the launcher is found, too.

@@ -168,7 +168,7 @@ def repo(config: RepoConfig, logps: PairLogps) -> Preference:
     SimPO for a large beta.
     """
     chosen, rejected = logps.average_chosen, logps.average_rejected
-    return Preference(relu(config.gamma - (chosen - rejected)), chosen, rejected)
+    return Preference(relu(config.margin - (chosen - rejected)), chosen, rejected)
 
 
 @preference.register

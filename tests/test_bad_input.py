@@ -14,8 +14,12 @@ from simpo.data.rules import RULES
 
 MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
 SECTIONS = (
-    "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, objective, watch, "
-    "export, backend, launcher, tracker"
+    "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, on_policy, objective, "
+    "watch, export, backend, launcher, tracker"
+)
+OBJECTIVES = (
+    "alphapo, cpo, dpo, hinge, ipo, ipo_free, ln_dpo, orpo, r_dpo, repo, rrhf, sft, sigmoid, "
+    "simper, slic"
 )
 TRAIN_KEYS = (
     "pairs_per_step, tokens_per_row, share_prefix, check_memory, epochs, max_steps, "
@@ -50,19 +54,22 @@ SETTINGS: list[tuple[str, list[str]]] = [
         ["tracker: no such choice, got wandbb (choose from console, wandb)"],
     ),
     # Wrong choices.
-    ("loss=simpo", ["loss: no such choice, got simpo (choose from hinge, sigmoid)"]),
+    ("loss=simpo", [f"loss: no such choice, got simpo (choose from {OBJECTIVES})"]),
     ("model=mistral", [f"model: no such choice, got mistral (choose from {MODELS})"]),
     ("model=smollm2,foo", [f"model: no such choice, got foo (choose from {MODELS})"]),
-    ("loss=null", ["loss: no such choice, got null (choose from hinge, sigmoid)"]),
+    ("loss=null", [f"loss: no such choice, got null (choose from {OBJECTIVES})"]),
     (
         "loss.name=hinge",
-        ["loss.name: set by the group, got hinge (choose loss=sigmoid or loss=hinge)"],
+        [
+            "loss.name: set by the group, got hinge (loss= takes sigmoid, hinge, alphapo, orpo, "
+            "cpo, slic, rrhf, ipo_free, simper, repo, dpo, ln_dpo, r_dpo, ipo, sft)"
+        ],
     ),
     (
         "backend.name=many",
         [
-            "backend.name: set by the group, got many (choose backend=single or backend=ddp or "
-            "backend=fsdp or backend=zero2 or backend=zero3)"
+            "backend.name: set by the group, got many "
+            "(backend= takes single, ddp, fsdp, zero2, zero3)"
         ],
     ),
     # Wrong types.
@@ -292,7 +299,42 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ("loss.beta=0", ["loss.beta: must be above 0, got 0.0 (the paper uses 2.0 to 10)"]),
     ("loss.beta=nan", ["loss.beta: must be a finite number, got nan"]),
     ("loss.gamma_beta_ratio=-0.5", ["loss.gamma_beta_ratio: must be 0 or more, got -0.5"]),
-    ("loss.sft_weight=-1", ["loss.sft_weight: must be 0 or more, got -1.0 (0 adds nothing)"]),
+    ("loss=orpo loss.odds_weight=0", ["loss.odds_weight: must be above 0, got 0.0"]),
+    (
+        "loss=alphapo loss.gamma_beta_ratio=-1",
+        ["loss.gamma_beta_ratio: must be 0 or more, got -1.0"],
+    ),
+    (
+        "loss=r_dpo loss.beta=0 loss.alpha=-2",
+        [
+            "loss.beta: must be above 0, got 0.0",
+            "loss.alpha: must be 0 or more, got -2.0",
+        ],
+    ),
+    (
+        "loss=sft loss.sft_weight=2",
+        ["loss.sft_weight: is all of the loss, got 2.0 (leave it at 1)"],
+    ),
+    (
+        "loss=dpo loss.gamma_beta_ratio=1",
+        ["loss.gamma_beta_ratio: only with loss=sigmoid or hinge or alphapo"],
+    ),
+    (
+        "loss=sft data.compat=paper",
+        ["data.compat: paper is a way to cut pairs, and loss=sft has none (none)"],
+    ),
+    ("on_policy.seeds=[1,1]", ["on_policy.seeds: must be two or more different ones, got [1, 1]"]),
+    (
+        "on_policy.temperature=0",
+        ["on_policy.temperature: must be above 0, got 0.0 (at 0 all replies are one)"],
+    ),
+    ("on_policy.top_p=1.5", ["on_policy.top_p: must be above 0 and at most 1, got 1.5"]),
+    ("on_policy.num_prompts=0", ["on_policy.num_prompts: must be 1 or more, or null, got 0"]),
+    (
+        "on_policy.engine=vllm",
+        ["on_policy.engine: vllm is not installed (pip install 'simpo[vllm]')"],
+    ),
+    ("loss.sft_weight=-1", ["loss.sft_weight: must be 0 or more, got -1.0"]),
     ("loss.label_smoothing=0.5", ["loss.label_smoothing: must be from 0 to below 0.5, got 0.5"]),
     # Ranges: train.
     *(
@@ -324,7 +366,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     (
         "loss.betaa=2 loss=foo model.lora.rank=x train.epochs=0 sample.num_prompts=-1",
         [
-            "loss: no such choice, got foo (choose from hinge, sigmoid)",
+            f"loss: no such choice, got foo (choose from {OBJECTIVES})",
             "loss.betaa: no such key (did you mean loss.beta?)",
             "model.lora.rank: must be a whole number, got x",
             "train.epochs: must be 1 or more, got 0",
@@ -651,5 +693,5 @@ def test_help_lists_the_groups(tmp_path):
     done = run_cli("--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"\nmodel: {MODELS}\n" in done.stdout
-    assert "\nloss: hinge, sigmoid\n" in done.stdout
+    assert f"\nloss: {OBJECTIVES}\n" in done.stdout
     assert "\ntracker: console, wandb\n" in done.stdout

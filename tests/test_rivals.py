@@ -99,7 +99,7 @@ WORKED: list[tuple[LossConfig, list[float], str]] = [
     (RrhfConfig(), [0.0, 2.0], "max(0, l_l - l_w) + 1 * NLL per chosen token"),
     (IpoFreeConfig(tau=0.25), [0.0, 16.0], "(l_w - l_l - 2)^2"),
     (SimperConfig(), [E4 - E2, E1 - E3], "exp(l_l) - exp(l_w)"),
-    (RepoConfig(gamma=0.5), [0.0, 2.5], "max(0, 0.5 - (l_w - l_l))"),
+    (RepoConfig(margin=0.5), [0.0, 2.5], "max(0, 0.5 - (l_w - l_l))"),
     (DpoConfig(beta=0.5), [softplus(-1), softplus(1)], "-log sigmoid(0.5*(h_w - h_l))"),
     (
         LnDpoConfig(beta=6.0),

@@ -129,7 +129,7 @@ def check_run(run: RunConfig) -> None:
         if "base" not in schemas and schemas.get(section.name) is not type(section):
             problems.append(
                 f"{group}.name: set by the group, got {section.name} "
-                f"(choose {' or '.join(f'{group}={name}' for name in schemas)})"
+                f"({group}= takes {', '.join(schemas)})"
             )
     if run.data.compat is Compat.paper and not run.loss.needs_rejected:
         problems.append("data.compat: paper is a way to cut pairs, and loss=sft has none (none)")

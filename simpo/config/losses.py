@@ -21,6 +21,11 @@ class LossConfig:
     """Whether the rejected responses are looked at; without, data may lack them."""
     needs_reference: ClassVar[bool] = False
     """Whether log-probs under the model before the first step are."""
+    above_zero: ClassVar[tuple[str, ...]] = ()
+    from_zero: ClassVar[tuple[str, ...]] = ()
+    """Settings that must be above 0, and those that may be 0 too."""
+    hints: ClassVar[dict[str, str]] = {}
+    """What is added to the message about a setting."""
 
     name: str = MISSING
     """Objective; set by the group (loss=sigmoid, loss=orpo)."""
@@ -28,8 +33,12 @@ class LossConfig:
     """Weight of the chosen responses' mean token NLL added to the loss; 0 is SimPO."""
 
     def problems(self) -> Iterator[str]:
-        if self.sft_weight < 0:
-            yield f"sft_weight: must be 0 or more, got {self.sft_weight} (0 adds nothing)"
+        for key in self.above_zero:
+            if getattr(self, key) <= 0:
+                yield f"{key}: must be above 0, got {getattr(self, key)}{self.hints.get(key, '')}"
+        for key in (*self.from_zero, "sft_weight"):
+            if getattr(self, key) < 0:
+                yield f"{key}: must be 0 or more, got {getattr(self, key)}{self.hints.get(key, '')}"
 
     def formula(self) -> str:
         """The composed objective as one line of text, with its numbers."""
@@ -46,6 +55,10 @@ class LossConfig:
 class SimpoConfig(LossConfig):
     """SimPO on average log-probabilities; what both forms of it take."""
 
+    above_zero: ClassVar[tuple[str, ...]] = ("beta",)
+    from_zero: ClassVar[tuple[str, ...]] = ("gamma_beta_ratio",)
+    hints: ClassVar[dict[str, str]] = {"beta": " (the paper uses 2.0 to 10)"}
+
     beta: float = 2.0
     """Scale of the reward, beta * average_logp (the paper uses 2.0 to 10)."""
     gamma_beta_ratio: float = 0.5
@@ -53,13 +66,6 @@ class SimpoConfig(LossConfig):
     length_normalized: bool = True
     """Compare mean token log-probabilities, as SimPO does; False compares their sums, which favours
     long responses (the paper's ablation, Table 5)."""
-
-    def problems(self) -> Iterator[str]:
-        if self.beta <= 0:
-            yield f"beta: must be above 0, got {self.beta} (the paper uses 2.0 to 10)"
-        if self.gamma_beta_ratio < 0:
-            yield f"gamma_beta_ratio: must be 0 or more, got {self.gamma_beta_ratio}"
-        yield from super().problems()
 
     def _margin(self) -> tuple[str, str]:
         letter, meaning = ("l", AVERAGE) if self.length_normalized else ("s", SUM)
@@ -103,6 +109,9 @@ class HingeConfig(SimpoConfig):
 class AlphaPoConfig(LossConfig):
     """-log sigmoid(r(chosen) - r(rejected) - gamma), r = beta * (1 - exp(-alpha * l)) / alpha."""
 
+    above_zero: ClassVar[tuple[str, ...]] = ("beta",)
+    from_zero: ClassVar[tuple[str, ...]] = ("gamma_beta_ratio",)
+
     name: str = "alphapo"
     beta: float = 2.5
     """Scale of the reward."""
@@ -111,13 +120,6 @@ class AlphaPoConfig(LossConfig):
     alpha: float = 0.25
     """Bend of the reward: 0 is SimPO's logarithm, -1 the probability, above 0 steeper for rare
     responses."""
-
-    def problems(self) -> Iterator[str]:
-        if self.beta <= 0:
-            yield f"beta: must be above 0, got {self.beta}"
-        if self.gamma_beta_ratio < 0:
-            yield f"gamma_beta_ratio: must be 0 or more, got {self.gamma_beta_ratio}"
-        yield from super().problems()
 
     def _formula(self) -> tuple[str, str]:
         gamma = self.beta * self.gamma_beta_ratio
@@ -129,16 +131,13 @@ class AlphaPoConfig(LossConfig):
 class OrpoConfig(LossConfig):
     """NLL of the chosen - lambda * log sigmoid(log odds(chosen) - log odds(rejected))."""
 
+    above_zero: ClassVar[tuple[str, ...]] = ("odds_weight",)
+
     name: str = "orpo"
     odds_weight: float = 0.1
     """Weight of the odds ratio: lambda in the paper, beta in TRL."""
     sft_weight: float = 1.0
     """Weight of the chosen responses' mean token NLL (the paper: 1)."""
-
-    def problems(self) -> Iterator[str]:
-        if self.odds_weight <= 0:
-            yield f"odds_weight: must be above 0, got {self.odds_weight}"
-        yield from super().problems()
 
     def _formula(self) -> tuple[str, str]:
         odds = f"log odds = l - log(1 - exp(l)), {AVERAGE}"
@@ -149,16 +148,13 @@ class OrpoConfig(LossConfig):
 class CpoConfig(LossConfig):
     """-log sigmoid(beta * (logp chosen - logp rejected)) + NLL of the chosen."""
 
+    above_zero: ClassVar[tuple[str, ...]] = ("beta",)
+
     name: str = "cpo"
     beta: float = 0.1
     """Scale of the summed log-probabilities."""
     sft_weight: float = 1.0
     """Weight of the chosen responses' mean token NLL (the paper: 1)."""
-
-    def problems(self) -> Iterator[str]:
-        if self.beta <= 0:
-            yield f"beta: must be above 0, got {self.beta}"
-        yield from super().problems()
 
     def _formula(self) -> tuple[str, str]:
         return f"-log sigmoid({self.beta:g}*(s_w - s_l))", SUM
@@ -168,16 +164,13 @@ class CpoConfig(LossConfig):
 class SlicConfig(LossConfig):
     """max(0, delta - (logp chosen - logp rejected)) + lambda * NLL of the chosen."""
 
+    from_zero: ClassVar[tuple[str, ...]] = ("delta",)
+
     name: str = "slic"
     delta: float = 1.0
     """Margin in nats (the SimPO paper searches 0.1 to 2)."""
     sft_weight: float = 1.0
     """Weight of the chosen responses' mean token NLL, lambda of the paper."""
-
-    def problems(self) -> Iterator[str]:
-        if self.delta < 0:
-            yield f"delta: must be 0 or more, got {self.delta}"
-        yield from super().problems()
 
     def _formula(self) -> tuple[str, str]:
         return f"max(0, {self.delta:g} - (s_w - s_l))", SUM
@@ -199,14 +192,11 @@ class RrhfConfig(LossConfig):
 class IpoFreeConfig(LossConfig):
     """(average_logp chosen - average_logp rejected - 1 / (2 * tau))^2."""
 
+    above_zero: ClassVar[tuple[str, ...]] = ("tau",)
+
     name: str = "ipo_free"
     tau: float = 0.5
     """The margin aimed at is 1 / (2 * tau) nats."""
-
-    def problems(self) -> Iterator[str]:
-        if self.tau <= 0:
-            yield f"tau: must be above 0, got {self.tau}"
-        yield from super().problems()
 
     def _formula(self) -> tuple[str, str]:
         return f"(l_w - l_l - {1 / (2 * self.tau):g})^2", AVERAGE
@@ -224,19 +214,16 @@ class SimperConfig(LossConfig):
 
 @dataclass(kw_only=True)
 class RepoConfig(LossConfig):
-    """max(0, gamma - (average_logp chosen - average_logp rejected))."""
+    """max(0, margin - (average_logp chosen - average_logp rejected))."""
+
+    from_zero: ClassVar[tuple[str, ...]] = ("margin",)
 
     name: str = "repo"
-    gamma: float = 0.5
-    """Target margin in nats of a token (the paper: 0.4 to 0.6)."""
-
-    def problems(self) -> Iterator[str]:
-        if self.gamma < 0:
-            yield f"gamma: must be 0 or more, got {self.gamma}"
-        yield from super().problems()
+    margin: float = 0.5
+    """Target margin in nats of a token, gamma of the paper (there 0.4 to 0.6)."""
 
     def _formula(self) -> tuple[str, str]:
-        return f"max(0, {self.gamma:g} - (l_w - l_l))", AVERAGE
+        return f"max(0, {self.margin:g} - (l_w - l_l))", AVERAGE
 
 
 @dataclass(kw_only=True)
@@ -244,15 +231,11 @@ class DpoConfig(LossConfig):
     """-log sigmoid(beta * (log-ratio chosen - log-ratio rejected))."""
 
     needs_reference: ClassVar[bool] = True
+    above_zero: ClassVar[tuple[str, ...]] = ("beta",)
 
     name: str = "dpo"
     beta: float = 0.01
     """Scale of the log-ratio (the SimPO paper searches 0.01 to 0.1, and chose 0.01)."""
-
-    def problems(self) -> Iterator[str]:
-        if self.beta <= 0:
-            yield f"beta: must be above 0, got {self.beta}"
-        yield from super().problems()
 
     def _formula(self) -> tuple[str, str]:
         meaning = f"h = summed token log-ratios of a response, {REFERENCE}"
@@ -276,14 +259,11 @@ class LnDpoConfig(DpoConfig):
 class RDpoConfig(DpoConfig):
     """-log sigmoid(beta * (log-ratio chosen - rejected) + alpha * (length chosen - rejected))."""
 
+    from_zero: ClassVar[tuple[str, ...]] = ("alpha",)
+
     name: str = "r_dpo"
     alpha: float = 0.05
     """Price of a response token (the SimPO paper searches 0.05 to 1)."""
-
-    def problems(self) -> Iterator[str]:
-        if self.alpha < 0:
-            yield f"alpha: must be 0 or more, got {self.alpha} (0 is DPO)"
-        yield from super().problems()
 
     def _formula(self) -> tuple[str, str]:
         meaning = f"h = summed token log-ratios of a response of n tokens, {REFERENCE}"
@@ -295,15 +275,11 @@ class IpoConfig(LossConfig):
     """(mean log-ratio chosen - mean log-ratio rejected - 1 / (2 * tau))^2."""
 
     needs_reference: ClassVar[bool] = True
+    above_zero: ClassVar[tuple[str, ...]] = ("tau",)
 
     name: str = "ipo"
     tau: float = 0.1
     """The margin aimed at is 1 / (2 * tau) nats (the SimPO paper searches 0.01 to 1)."""
-
-    def problems(self) -> Iterator[str]:
-        if self.tau <= 0:
-            yield f"tau: must be above 0, got {self.tau}"
-        yield from super().problems()
 
     def _formula(self) -> tuple[str, str]:
         meaning = f"h = mean token log-ratio of a response, {REFERENCE}"

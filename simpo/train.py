@@ -221,6 +221,7 @@ def train(run: RunConfig) -> dict[str, float]:
 
         if run.loss.needs_reference:
             # Before a checkpoint is read: the reference is the model that the run starts from.
+            tracker.say(f"reference: {len(train_set.pairs) + len(test_set.pairs)} pairs ...")
             origin = backend.broadcast(origin)
             all_rows = rows_of_pairs(
                 range(len(train_set.pairs)), train_tokens, cfg.tokens_per_row, backend.processes

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
 
 from simpo.compose import compose_run
-from simpo.config import ConfigError, RunError
+from simpo.config import ConfigError, DataError, RunError
 from simpo.data.demo import demo_rows
 from simpo.data.mixture import load_mixture
 from simpo.data.rows import to_pair, to_prompt
@@ -96,6 +96,26 @@ def test_other_settings_are_refused(drawing: list[str], tmp_path: Path) -> None:
         f"on_policy.temperature: the replies in {tmp_path}/own were drawn with 0.8, got 1.5 "
         "(restore it, or choose another on_policy.folder)"
     )
+
+
+def test_a_prompt_that_the_template_refuses(drawing: list[str], tmp_path: Path) -> None:
+    template = tmp_path / "strict.jinja"
+    template.write_text(
+        "{% for m in messages %}"
+        "{% if 'owl' in m.content %}{{ raise_exception('no owls') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    )
+    rows = [{"prompt": "An owl?"}, {"prompt": "A cat?"}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    strict = [f"model.chat_template={template}", f"data.sources=[{{path: {file}}}]"]
+    with pytest.raises(DataError) as caught:
+        generate(drawing, *strict)
+    assert str(caught.value).startswith(
+        f"{file} train row 1: the chat template refuses it: no owls\n"
+    )
+    rows = generate(drawing, *strict, "data.on_bad_row=drop")
+    assert len({row["id"] for row in rows}) == 1 and len(rows) == 2
 
 
 def test_prompts_alone_will_do() -> None:

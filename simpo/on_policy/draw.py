@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 from simpo.backend import build_backend
-from simpo.config import ConfigError, Engine, RunConfig
+from simpo.config import ConfigError, DataError, Engine, OnBadRow, RunConfig
 from simpo.console import quiet_libraries
 from simpo.data.chat import Chat
-from simpo.data.mixture import load_mixture
-from simpo.data.rows import to_prompt
+from simpo.data.mixture import fault_lines, load_mixture
+from simpo.data.rows import RowFault, to_prompt
 from simpo.model import load_policy, load_tokenizer, model_source
 from simpo.on_policy.files import (
     Prompt,
@@ -49,13 +49,13 @@ def generate(run: RunConfig) -> Path:
 
     Raises:
         ConfigError: the folder holds replies drawn with other settings.
-        DataError: the prompts cannot be read.
+        DataError: the prompts cannot be read, or written in the model's template.
     """
     quiet_libraries()
     config = run.on_policy
     cache_dir = Path(run.cache_dir).expanduser()
     chat = Chat(load_tokenizer(run.model, cache_dir))
-    prompts = _prompts(run)
+    prompts = _prompts(run, chat)
     folder = on_policy_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     engine = _engine(config.engine)
@@ -74,8 +74,8 @@ def generate(run: RunConfig) -> Path:
             "engine": engine.value,
         },
     )
-    if not (folder / "prompts.jsonl").is_file():
-        append_lines(folder / "prompts.jsonl", map(asdict, prompts))
+    lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)
+    write_text(folder / "prompts.jsonl", lines)
     done = {(response.id, response.seed) for response in read_responses(folder)}
     ids = chat.encode([chat.prompt_text(prompt.prompt) for prompt in prompts])
     todo = [
@@ -100,14 +100,26 @@ def generate(run: RunConfig) -> Path:
     return folder
 
 
-def _prompts(run: RunConfig) -> list[Prompt]:
-    """Each prompt once; one that is held out is not in the train split too."""
+def _prompts(run: RunConfig, chat: Chat) -> list[Prompt]:
+    """Each prompt once; one that is held out is not in the train split too.
+
+    Raises:
+        DataError: the chat template refuses one (with on_bad_row=stop).
+    """
     mixture = load_mixture(run.data, to_prompt)
     found: dict[str, Prompt] = {}
+    faults: list[tuple[str, str]] = []
     for split, pairs in (("test", mixture.test), ("train", mixture.train)):
         own = {content_hash(pair.prompt): pair for pair in pairs}
         for key, pair in list(own.items())[: run.on_policy.num_prompts]:
-            found.setdefault(key, Prompt(key, split, pair.prompt, pair.rule))
+            try:
+                chat.prompt_text(pair.prompt)
+            except RowFault as fault:
+                faults.append((pair.place, str(fault)))
+            else:
+                found.setdefault(key, Prompt(key, split, pair.prompt, pair.rule))
+    if faults and run.data.on_bad_row is OnBadRow.stop:
+        raise DataError(fault_lines(faults))
     return list(found.values())
 
 

@@ -180,8 +180,7 @@ def _by_segment(
             (queries[first], keys[first], values[first]),
             (queries[second], shared_key, shared_value),
         ):
-            if q.shape[2]:  # nothing may be rejected
-                outputs.append(_causal_attend(q, k, v, scaling, sliding_window, softcap))
+            outputs.append(_causal_attend(q, k, v, scaling, sliding_window, softcap))
     return torch.cat(outputs, dim=2)
 
 

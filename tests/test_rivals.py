@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import gradients, padded_logps, random_pairs, tiny_model
+from conftest import VOCAB, gradients, padded_logps, random_pairs, tiny_model
 from torch import Tensor
 
 from simpo.config import (
@@ -214,8 +214,9 @@ PAPERS: dict[str, Callable[..., Tensor]] = {
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_packed_rows(name: str) -> None:
+def test_packed_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients on packed, prefix-shared, chunked rows against the padded float64 path."""
+    monkeypatch.setattr("simpo.logps.LOGITS_BYTES", 4 * VOCAB * 20)  # two pairs in a chunk, or one
     loss = LOSSES[name]()
     model = tiny_model("llama")
     rng = np.random.default_rng(3)

@@ -95,6 +95,14 @@ def test_what_is_scored(family: str, template: str | None, end: str) -> None:
     assert len(tokens.rejected_ids) == 0
 
 
+def test_a_template_that_ends_no_reply() -> None:
+    """What the user says next would be scored as the reply's."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    with pytest.raises(RowFault, match="the chat template ends no reply before the next turn"):
+        tokenize_one(load_chat("smollm2", template), dialogue(*TURNS))
+
+
 def test_one_reply_is_tokenized_as_that_of_a_pair() -> None:
     chat = load_chat("smollm2", None)
     pair = make_pair(system("Be kind."), user("Hi"))
@@ -145,7 +153,7 @@ def test_packed_dialogues(seed: int, share_prefix: bool) -> None:
         dialogues.append(
             TokenizedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids[:0], scored)
         )
-    model = tiny_model("llama")
+    model = tiny_model("gemma2" if share_prefix and seed % 2 else "llama")
     plain = copy.deepcopy(model).double()
     plain.set_attn_implementation("eager")
     nll, count = torch.zeros(()), 0

@@ -527,6 +527,12 @@ def test_set(chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_
     assert report.bad == {"a message holds the token </s> as text": 2}
 
 
+def test_an_empty_set(chat: Chat, tmp_path: Path) -> None:
+    """Nothing held out: made, and read back."""
+    for _ in range(2):
+        assert tokenize_set(chat, [], data_config(), tmp_path).tokens == []
+
+
 def test_set_stops_at_bad_rows(chat: Chat, tmp_path: Path) -> None:
     tokenize_set(chat, PAIRS, SHORT, tmp_path)
     with pytest.raises(DataError, match=r"row 2.*</s>(.|\n)*row 5.*</s>"):

@@ -333,7 +333,7 @@ def tokenize_set(
         raise DataError(f"data: none of the {len(pairs)} pairs can be tokenized")
     parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"].reshape(-1))[:-1])
     tokens = [
-        TokenizedPair(*ids) for ids in zip(parts[0::3], parts[1::3], parts[2::3], strict=True)
+        TokenizedPair(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, 3 * len(good), 3)
     ]
     if "scored" in arrays:
         ends = np.cumsum([len(pair.chosen_ids) for pair in tokens])[:-1]

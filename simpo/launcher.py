@@ -42,7 +42,7 @@ from simpo.config import (
 from simpo.member import SlurmMember
 from simpo.run_folder import new_folder, refuse_other_settings, unfinished_folders, write_text
 from simpo.runs import NOT_WELL, UNDER_WAY, State, note_job, read_progress, read_runs
-from simpo.signals import STOPPING
+from simpo.signals import passing_on
 
 GRACE_S = 60.0
 """How long members get to save and end, where the sweep itself fails."""
@@ -236,17 +236,15 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
                 at_work[place] = member.path, _start(member, place, config.parallel)
         return {member.path for member in waiting} | {path for path, _ in at_work.values()}
 
-    before = {number: signal.signal(number, pass_on) for number in (*STOPPING, signal.SIGINT)}
-    try:
-        _follow(config, todo, under_way)
-    finally:
-        for _, process in at_work.values():  # after an error here
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
-            process.kill()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with passing_on(pass_on):
+        try:
+            _follow(config, todo, under_way)
+        finally:
+            for _, process in at_work.values():  # after an error here
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_S)
+                process.kill()
     if signal.SIGINT in signals:
         raise KeyboardInterrupt
     if signals:

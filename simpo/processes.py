@@ -31,7 +31,7 @@ from simpo.config import (
     Stopped,
     run_yaml,
 )
-from simpo.signals import STOPPING
+from simpo.signals import passing_on
 
 GRACE_S = 20.0
 """How long the others get to end by themselves, once one process has failed."""
@@ -107,8 +107,7 @@ def run_in(count: int, run: RunConfig) -> dict[str, float]:
                 if rank.poll() is None:
                     rank.send_signal(number)
 
-        for number in (*STOPPING, signal.SIGINT):
-            stack.callback(signal.signal, number, signal.signal(number, pass_on))
+        stack.enter_context(passing_on(pass_on))
         port = _free_port()
         for rank in range(count):
             log = None if rank == 0 else stack.enter_context(_log(folder, rank).open("wb"))

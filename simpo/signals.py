@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers send before they end a job."""
+
+
+@contextmanager
+def passing_on(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While entered, a handler gets the stopping signals, and Ctrl-C."""
+    before = {number: signal.signal(number, handler) for number in (*STOPPING, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 class StopRequest:

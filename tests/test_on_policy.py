@@ -213,6 +213,16 @@ def test_the_best_is_chosen_and_the_worst_rejected(
     assert lines(folder / "train.jsonl")[0]["scores"] == [1.0, 0.0, 0.0, 1.0]
 
 
+def test_a_prompt_without_a_rule_has_no_score_by_rules(folder: Path) -> None:
+    file = folder / "responses.jsonl"
+    file.write_text(file.read_text().replace("Same.", "Another.", 1))
+    with pytest.raises(RunError) as caught:
+        annotate(folder, "rules")
+    assert str(caught.value) == (
+        "on_policy.reward: rules failed on prompt d: ValueError: the prompt has no rule"
+    )
+
+
 def test_a_function_scores_what_is_not_scored_yet(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,11 +123,9 @@ def _scores(reward: Reward, name: str, prompt: Prompt, texts: list[str]) -> list
     try:
         scores = [float(score) for score in reward(prompt.prompt, texts, prompt.rule)]
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        kind = type(error).__name__
-        raise RunError(
-            f"on_policy.reward: {name} failed on prompt {prompt.id}: {kind}: {reason}"
-        ) from error
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        place = f"on_policy.reward: {name} failed on prompt {prompt.id}"
+        raise RunError(f"{place}: {reason}") from error
     if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
         raise RunError(
             f"on_policy.reward: {name} must give {len(texts)} finite scores for prompt "
@@ -147,8 +145,14 @@ def _reward(run: RunConfig, name: str) -> Reward:
 def by_rule(
     prompt: Sequence[Message], responses: Sequence[str], rule: Mapping[str, Any] | None
 ) -> list[float]:
-    """1 for a reply that obeys the prompt's rule, 0 for another; all 0 without a rule."""
-    return [float(rule is not None and obeys(rule, text)) for text in responses]
+    """1 for a reply that obeys the prompt's rule, 0 for another.
+
+    Raises:
+        ValueError: the prompt has no rule.
+    """
+    if rule is None:
+        raise ValueError("the prompt has no rule")
+    return [float(obeys(rule, text)) for text in responses]
 
 
 def _function(name: str) -> Reward:

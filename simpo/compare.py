@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonpath
@@ -56,6 +57,43 @@ class Comparison:
             }
             for index, (name, run) in enumerate(zip(self.names, self.runs, strict=True))
         ]
+
+
+def averages(report: Comparison, key: str) -> list[dict[str, Any]]:
+    """A row for each group of runs that differ in one setting alone, such as their seed.
+
+    Returns:
+        name of the group, number of finished runs in it, and of each held-out metric that all of
+        them have the mean, the lowest and the highest: `metric`, `metric min`, `metric max`.
+
+    Raises:
+        ConfigError: the runs do not differ in that setting.
+    """
+    if key not in report.differing:
+        known = ", ".join(report.differing) or "nothing"
+        raise ConfigError([f"over: the runs do not differ in {key} ({known})"])
+    groups: dict[str, list[Run]] = {}
+    for index, run in enumerate(report.runs):
+        if run.progress.state is State.finished:
+            others = [repr(v[index]) for k, v in report.differing.items() if k != key]
+            groups.setdefault(",".join(others), []).append(run)
+    rows = []
+    for runs in groups.values():
+        name = report.names[report.runs.index(runs[0])]
+        row: dict[str, Any] = {
+            "runs": re.sub(rf",?\b{re.escape(key)}=[^,/]*", "", name),
+            "number": len(runs),
+        }
+        for metric in runs[0].metrics:
+            values = [run.metrics[metric] for run in runs if metric in run.metrics]
+            if len(values) == len(runs):
+                row |= {
+                    metric: sum(values) / len(values),
+                    f"{metric} min": min(values),
+                    f"{metric} max": max(values),
+                }
+        rows.append(row)
+    return rows
 
 
 def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:

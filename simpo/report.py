@@ -1,6 +1,7 @@
 """Runs' folders in, a comparison out: `python -m simpo.report DIR... [format=text|csv|json]`.
 
-At any moment, for one run, a sweep or several. As text it also writes DIR/report.html.
+At any moment, for one run, a sweep or several. As text it also writes DIR/report.html. With
+over=train.seed runs that differ in that setting alone are averaged.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from simpo.compare import Comparison, compare
+from simpo.compare import Comparison, averages, compare
 from simpo.config import ConfigError
 from simpo.published import beside
 from simpo.tables import SHOWN, markdown_table
 
 FORMATS = ("text", "csv", "json")
-KEYS = ("format", "metric", "html")
-USAGE = f"python -m simpo.report DIR... [format={'|'.join(FORMATS)}] [metric=KEY] [html=FILE|none]"
+KEYS = ("format", "metric", "html", "over")
+USAGE = (
+    f"python -m simpo.report DIR... [format={'|'.join(FORMATS)}] [metric=KEY] [over=SETTING] "
+    "[html=FILE|none]"
+)
 
 
 def text(report: Comparison) -> str:
@@ -50,6 +54,30 @@ def text(report: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
+def averages_text(report: Comparison, key: str) -> str:
+    """The table of `averages`: means, and the range behind them."""
+    found = averages(report, key)
+    names = dict(SHOWN)
+    wanted = dict.fromkeys([report.metric, *names])
+    shown = [metric for metric in wanted if any(metric in row for row in found)]
+    rows = [
+        {
+            "runs": row["runs"],
+            "number": row["number"],
+            **{
+                names.get(metric, metric): (
+                    f"{row[metric]:.4f} ({row[f'{metric} min']:.4f} to {row[f'{metric} max']:.4f})"
+                    if metric in row
+                    else ""
+                )
+                for metric in shown
+            },
+        }
+        for row in found
+    ]
+    return "\n".join(markdown_table(rows)) + "\n"
+
+
 def cli() -> None:
     """Entry of `python -m simpo.report`; exits with 2 where there is nothing to report."""
     try:
@@ -61,16 +89,17 @@ def cli() -> None:
 
 def _report(folders: Sequence[Path], options: Mapping[str, str]) -> None:
     report = compare(folders, options.get("metric"))
-    form = options.get("format", "text")
+    form, key = options.get("format", "text"), options.get("over")
+    if form == "text":
+        print(text(report) if key is None else averages_text(report, key), end="")
+    else:
+        rows = report.rows() if key is None else averages(report, key)
     if form == "json":
-        print(json.dumps(report.rows(), indent=2))
+        print(json.dumps(rows, indent=2))
     elif form == "csv":
-        rows = report.rows()
         table = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-    else:
-        print(text(report), end="")
     page = options.get("html", "none" if form != "text" else str(folders[0] / "report.html"))
     if page != "none":
         from simpo.page import render

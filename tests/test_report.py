@@ -225,3 +225,24 @@ def test_published_results_beside_a_reproduction(tmp_path: Path) -> None:
         f"{folder}/benchmarks.json: must hold numbers of alpaca_eval_2_lc, alpaca_eval_2_wr, "
         "arena_hard_wr, got {'alpaca': 1}\n"
     )
+
+
+def test_runs_averaged_over_a_setting(tmp_path: Path) -> None:
+    """Accuracies of 0.55 and 0.57 at beta 2, of 0.63 at beta 10, whose other run has not ended."""
+    for beta, ratio in GRID:
+        state = "running" if (beta, ratio) == (10.0, 0.5) else "finished"
+        words = [f"loss.beta={beta}", f"loss.gamma_beta_ratio={ratio}"]
+        make_run(tmp_path / "all" / ",".join(words), words, state=state)
+    folder, over = str(tmp_path / "all"), "over=loss.gamma_beta_ratio"
+    told = cli(folder, over, "html=none").splitlines()
+    header = [word.strip() for word in told[0].split("|")[1:-1]]
+    assert header == ["runs", "number", "accuracy", "loss"]
+    assert "| loss.beta=10.0 | 1      | 0.6300 (0.6300 to 0.6300) |" in told[2]
+    assert "| loss.beta=2.0  | 2      | 0.5600 (0.5500 to 0.5700) |" in told[3]
+    rows = json.loads(cli(folder, over, "format=json"))
+    assert rows[1]["rewards/accuracies"] == pytest.approx(0.56)
+    assert (rows[1]["runs"], rows[1]["number"]) == ("loss.beta=2.0", 2)
+    assert (rows[1]["loss min"], rows[1]["loss max"]) == (0.7, 0.7)
+    assert cli(folder, "over=train.sed", code=2) == (
+        "over: the runs do not differ in train.sed (loss.beta, loss.gamma_beta_ratio)\n"
+    )

@@ -342,7 +342,7 @@ def test_replies_to_report_on_the_real_model(smollm2: Path, tmp_path: Path) -> N
     told = command("simpo.annotate", *judged)
     (made,) = re.findall(r"'(data\.sources=.*)'", told)
     pairs = lines(own / "train.jsonl")
-    assert len(pairs) >= 2
+    assert pairs
     for pair in pairs:
         assert obeys(pair["rule"], pair["chosen"]) and not obeys(pair["rule"], pair["rejected"])
     command(

@@ -55,7 +55,8 @@ def generate(run: RunConfig) -> Path:
     config = run.on_policy
     cache_dir = Path(run.cache_dir).expanduser()
     chat = Chat(load_tokenizer(run.model, cache_dir))
-    prompts = _prompts(run, chat)
+    found = _prompts(run, chat)
+    prompts = [prompt for prompt, _ in found]
     folder = on_policy_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     engine = _engine(config.engine)
@@ -77,7 +78,7 @@ def generate(run: RunConfig) -> Path:
     lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)
     write_text(folder / "prompts.jsonl", lines)
     done = {(response.id, response.seed) for response in read_responses(folder)}
-    ids = chat.encode([chat.prompt_text(prompt.prompt) for prompt in prompts])
+    ids = chat.encode([text for _, text in found])
     todo = [
         (seed, batch)
         for seed in config.seeds
@@ -100,24 +101,25 @@ def generate(run: RunConfig) -> Path:
     return folder
 
 
-def _prompts(run: RunConfig, chat: Chat) -> list[Prompt]:
-    """Each prompt once; one that is held out is not in the train split too.
+def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
+    """Each prompt once, with its text; one that is held out is not in the train split too.
 
     Raises:
         DataError: the chat template refuses one (with on_bad_row=stop).
     """
     mixture = load_mixture(run.data, to_prompt)
-    found: dict[str, Prompt] = {}
+    found: dict[str, tuple[Prompt, str]] = {}
     faults: list[tuple[str, str]] = []
     for split, pairs in (("test", mixture.test), ("train", mixture.train)):
         own = {content_hash(pair.prompt): pair for pair in pairs}
         for key, pair in list(own.items())[: run.on_policy.num_prompts]:
             try:
-                chat.prompt_text(pair.prompt)
+                text = chat.prompt_text(pair.prompt)
             except RowFault as fault:
                 faults.append((pair.place, str(fault)))
             else:
-                found.setdefault(key, Prompt(key, split, pair.prompt, pair.rule))
+                prompt = Prompt(key, split, pair.prompt, pair.rule)
+                found.setdefault(key, (prompt, text))
     if faults and run.data.on_bad_row is OnBadRow.stop:
         raise DataError(fault_lines(faults))
     return list(found.values())

@@ -22,7 +22,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from simpo.config import ConfigError, LoraConfig
+from simpo.config import LoraConfig
+from simpo.errors import ConfigError, first_line
 
 KINDS = {"attention": "Attention", "mlp": "MLP"}
 """Words for kinds of layers, with how transformers ends the name of the class around them."""
@@ -54,7 +55,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, revision: str | Non
     try:
         adapted = get_peft_model(model, settings)
     except ValueError as error:
-        raise ConfigError([f"model.lora.targets: {str(error).splitlines()[0]}"]) from error
+        raise ConfigError([f"model.lora.targets: {first_line(error)}"]) from error
     _refuse_tied("model.lora.targets", adapted)
     _refuse_untrainable("model.lora.targets", adapted)
     return adapted
@@ -106,8 +107,7 @@ def adapter_settings(key: str, adapter: str) -> Any:
     try:
         return PeftConfig.from_pretrained(str(Path(adapter).expanduser()))
     except (OSError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError([f"{key}: {adapter} cannot be loaded: {reason}"]) from error
+        raise ConfigError([f"{key}: {adapter} cannot be loaded: {first_line(error)}"]) from error
 
 
 def _target_modules(model: PreTrainedModel, targets: list[str]) -> str | list[str]:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from simpo.backend import Backend, not_written
-from simpo.config import ConfigError, RunError
+from simpo.errors import ConfigError, RunError, first_line
 
 CHUNK_BYTES = 2**22
 
@@ -218,7 +218,7 @@ class CheckpointStore:
             shutil.rmtree(self._part(step), ignore_errors=True)
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if not_written(error):
             reason = "a file could not be written whole, the disk may be full"
         newest = max((p.name for p in self._all()), default=None)

@@ -10,7 +10,8 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from simpo.config import ConfigError, Mode, settings
+from simpo.config import Mode, settings
+from simpo.errors import ConfigError
 from simpo.runs import Run, State, find_runs, read_runs
 
 # Where a run lies and how it is started make no difference between two of them.

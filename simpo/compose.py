@@ -28,17 +28,8 @@ from omegaconf import (
 )
 from omegaconf.errors import OmegaConfBaseException
 
-from simpo.config import (
-    GROUPS,
-    INTERRUPTED,
-    ConfigError,
-    DataError,
-    RunConfig,
-    RunError,
-    build_run,
-    menu_dir,
-    register_schemas,
-)
+from simpo.config import GROUPS, RunConfig, build_run, menu_dir, register_schemas
+from simpo.errors import INTERRUPTED, ConfigError, SimpoError, first_line
 
 # Hydra raises ValueError for a group set to null or a number.
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
@@ -63,7 +54,7 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     try:
         return build_run(compose_config(overrides))
     except NOT_COMPOSED as error:
-        raise ConfigError(explain(overrides) or [_first_line(error)]) from error
+        raise ConfigError(explain(overrides) or [first_line(error)]) from error
 
 
 def explain(overrides: Sequence[str], multirun: bool = False) -> list[str]:
@@ -117,7 +108,7 @@ def _member_problems(groups: list[str], values: list[Override], faulty: set[str]
     try:
         base = compose_config(groups)
     except NOT_COMPOSED as error:
-        return [f"{' '.join(groups)}: {_first_line(error)}"]
+        return [f"{' '.join(groups)}: {first_line(error)}"]
     problems: list[str] = []
     good: list[str] = []
     bad: list[str] = []
@@ -136,7 +127,7 @@ def _member_problems(groups: list[str], values: list[Override], faulty: set[str]
         # Without the setting that was refused above, the run may lack what it was to give.
         problems += [p for p in error.problems if p.partition(":")[0] not in bad]
     except NOT_COMPOSED as error:
-        problems.append(_first_line(error))
+        problems.append(first_line(error))
     return problems
 
 
@@ -180,7 +171,7 @@ def _group_problem(override: Override) -> str | None:
             return f"{group}: no such choice, got {choice} ({known})"
         if override.is_add():
             return f"{group}: set already (leave out the +)"
-        return f"{override.input_line}: {_first_line(error)}"
+        return f"{override.input_line}: {first_line(error)}"
     return None
 
 
@@ -195,7 +186,7 @@ def _override_problems(override: Override, base: DictConfig, groups: list[str]) 
             return [f"{key}: cannot be left out (leave out the ~)"]
         if override.is_add() and key in _keys(base):
             return [f"{key}: set already (leave out the +)"]
-        return [f"{key}: {_first_line(error)}"]
+        return [f"{key}: {first_line(error)}"]
     return []
 
 
@@ -227,7 +218,7 @@ def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
     try:
         OmegaConf.select(changed, key)
     except OmegaConfBaseException as error:
-        return [f"{key}: {_first_line(error)}"]
+        return [f"{key}: {first_line(error)}"]
     return []
 
 
@@ -304,10 +295,6 @@ def _keys(config: DictConfig | ListConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def command(work: Callable[[RunConfig], None], usage: str | None) -> None:
     """Compose a run from the words of a command line and do something with it.
 
@@ -319,7 +306,7 @@ def command(work: Callable[[RunConfig], None], usage: str | None) -> None:
         return
     try:
         work(compose_run(words))
-    except (ConfigError, DataError, RunError) as error:
+    except SimpoError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -16,17 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from simpo import console
-from simpo.config import (
-    ADAPTER_FILE,
-    ConfigError,
-    Dtype,
-    ExportConfig,
-    ModelConfig,
-    RunConfig,
-    run_yaml,
-)
+from simpo.config import ADAPTER_FILE, Dtype, ExportConfig, ModelConfig, RunConfig, run_yaml
 from simpo.console import Results, result_rows
 from simpo.data.chat import Chat
+from simpo.errors import ConfigError
 from simpo.model import Policy, load_pretrained, load_tokenizer
 from simpo.tables import SHOWN, markdown_table
 from simpo.tracker import read_metrics, series

@@ -30,15 +30,13 @@ from simpo import slurm
 from simpo.config import (
     FREE,
     TRAJECTORY,
-    ConfigError,
     LauncherConfig,
     LocalConfig,
     RunConfig,
-    RunError,
     SlurmConfig,
-    Stopped,
     run_yaml,
 )
+from simpo.errors import ConfigError, RunError, Stopped
 from simpo.member import SlurmMember
 from simpo.run_folder import new_folder, refuse_other_settings, unfinished_folders, write_text
 from simpo.runs import NOT_WELL, UNDER_WAY, State, note_job, read_progress, read_runs

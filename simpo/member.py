@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 from simpo import slurm
-from simpo.config import ConfigError, DataError, RunError, Stopped, load_run
-from simpo.processes import INTERRUPTED, end_with_parent
+from simpo.config import load_run
+from simpo.errors import INTERRUPTED, SimpoError, Stopped
+from simpo.processes import end_with_parent
 from simpo.run_folder import read_status, write_text
 from simpo.runs import last_job, note_job
 from simpo.train import start
@@ -66,7 +67,7 @@ def run_member(folder: Path) -> tuple[int, bool]:
     """
     try:
         start(load_run(folder / "run.yaml"))
-    except (ConfigError, DataError, RunError) as error:
+    except SimpoError as error:
         print(error, file=sys.stderr)
         _note_refusal(folder, error)
         return error.exit_code, isinstance(error, Stopped)

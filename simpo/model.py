@@ -18,14 +18,8 @@ from transformers import (
 )
 
 from simpo import attention
-from simpo.config import (
-    Attention,
-    ConfigError,
-    Dtype,
-    ModelConfig,
-    Quantization,
-    template_file,
-)
+from simpo.config import Attention, Dtype, ModelConfig, Quantization, template_file
+from simpo.errors import ConfigError, first_line
 from simpo.logps import Objective, fused_loss
 from simpo.pairs import PackedPairs, PairLogps
 from simpo.smollm2 import smollm2_folder
@@ -252,5 +246,4 @@ def load_pretrained(key: str, source: str, loader: Any, **options: Any) -> Any:
     try:
         return loader.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError([f"{key}: {source} cannot be loaded: {reason}"]) from error
+        raise ConfigError([f"{key}: {source} cannot be loaded: {first_line(error)}"]) from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from simpo.config import ConfigError, Mode, ObjectiveConfig
+from simpo.config import Mode, ObjectiveConfig
+from simpo.errors import ConfigError
 
 Evaluations = Mapping[int, Mapping[str, float]]
 """Held-out metrics by the number of updates they were taken after."""

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from simpo.compose import command
-from simpo.config import ConfigError, RunConfig
+from simpo.config import RunConfig
+from simpo.errors import ConfigError
 
 
 def cli() -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from simpo.config import ConfigError
 from simpo.data.packing import pack
+from simpo.errors import ConfigError, first_line
 from simpo.model import Policy, cannot_share
 from simpo.pairs import TokenizedPair
 
@@ -49,7 +49,7 @@ def check_packing(policy: Policy, half: bool) -> None:
         try:
             got = policy.hidden(row)[row.predictors]
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise _refusal(policy, str(error).splitlines()[0]) from error
+            raise _refusal(policy, first_line(error)) from error
         own, theirs = _logits(policy, row.input_ids[:, :9])
     policy.train(training)
     # 8-bit layers round activations, by a scale that the other tokens of a row have a part in.

@@ -20,17 +20,8 @@ from multiprocessing import cpu_count
 from pathlib import Path
 from types import FrameType
 
-from simpo.config import (
-    INTERRUPTED,
-    BackendConfig,
-    ConfigError,
-    Device,
-    ManyConfig,
-    RunConfig,
-    RunError,
-    Stopped,
-    run_yaml,
-)
+from simpo.config import BackendConfig, Device, ManyConfig, RunConfig, run_yaml
+from simpo.errors import INTERRUPTED, ConfigError, RunError, Stopped
 from simpo.signals import passing_on
 
 GRACE_S = 20.0

@@ -14,7 +14,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from simpo.config import PACKAGE, ConfigError
+from simpo.config import PACKAGE
+from simpo.errors import ConfigError
 from simpo.run_folder import read_json
 from simpo.runs import Run
 

@@ -12,8 +12,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from simpo.config import ConfigError, DataError, RunError, load_run
-from simpo.processes import INTERRUPTED, end_with_parent
+from simpo.config import load_run
+from simpo.errors import INTERRUPTED, SimpoError
+from simpo.processes import end_with_parent
 from simpo.train import train
 
 
@@ -24,7 +25,7 @@ def main() -> int:
     rank = int(os.environ["RANK"])
     try:
         metrics = train(load_run(folder / "run.yaml"))
-    except (ConfigError, DataError, RunError) as error:
+    except SimpoError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

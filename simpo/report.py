@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from simpo.compare import Comparison, averages, compare
-from simpo.config import ConfigError
+from simpo.errors import ConfigError
 from simpo.published import beside
 from simpo.tables import SHOWN, markdown_table
 

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import fcntl
 import io
 import json
@@ -29,17 +28,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpo.config import (
-    ConfigError,
-    DataError,
-    RunConfig,
-    RunError,
-    Stopped,
-    load_run,
-    run_id,
-    run_yaml,
-    trajectory,
-)
+from simpo.config import RunConfig, load_run, run_id, run_yaml, trajectory
+from simpo.errors import FULL, ConfigError, DataError, RunError, Stopped
 
 if TYPE_CHECKING:  # for a launcher, which does without torch
     from simpo.sample import Reply
@@ -62,7 +52,6 @@ FINGERPRINTS = {
     "tokens_fingerprint": "tokenizer",
 }
 """What of data.json a continued run must find unchanged."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder:

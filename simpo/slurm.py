@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from simpo.config import ConfigError, RunError, SlurmConfig
+from simpo.config import SlurmConfig
+from simpo.errors import ConfigError, RunError
 
 UNLIMITED_REQUEUES = 10**6
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")

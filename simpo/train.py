@@ -23,17 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from simpo import processes
 from simpo.compose import explain
-from simpo.config import (
-    ConfigError,
-    DataError,
-    RunConfig,
-    RunError,
-    Stopped,
-    WatchAction,
-    build_run,
-    menu_dir,
-    trajectory,
-)
+from simpo.config import RunConfig, WatchAction, build_run, menu_dir, trajectory
+from simpo.errors import INTERRUPTED, ConfigError, RunError, SimpoError, Stopped
 
 
 @hydra.main(version_base="1.3", config_path=str(menu_dir("conf")), config_name="train")
@@ -42,7 +33,7 @@ def main(cfg: DictConfig) -> float | None:
     try:
         run = build_run(cfg)
         return start(run).get(run.objective.metric)
-    except (ConfigError, DataError, RunError) as error:
+    except SimpoError as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN and not isinstance(error, Stopped):
             raise  # Hydra goes on with the other members and raises at the end.
         # Hydra would put a heading above an exception that leaves here, but not above an exit.
@@ -344,7 +335,7 @@ def cli() -> None:
         _quit(2, "\n".join(problems))  # before the first member has run for hours
     try:
         main()
-    except (ConfigError, DataError, RunError) as error:
+    except SimpoError as error:
         _quit_for(error)
     # Hydra raises ValueError for a group set to null or a number.
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -354,12 +345,12 @@ def cli() -> None:
         _quit(2, "\n".join(problems) or str(error))
     except KeyboardInterrupt:
         _quit(
-            processes.INTERRUPTED,
+            INTERRUPTED,
             "interrupted: the same command continues from the last checkpoint",
         )
 
 
-def _quit_for(error: ConfigError | DataError | RunError) -> NoReturn:
+def _quit_for(error: SimpoError) -> NoReturn:
     _quit(error.exit_code, str(error))
 
 

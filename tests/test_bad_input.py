@@ -7,10 +7,11 @@ import sys
 import pytest
 
 from simpo.compose import compose_run
-from simpo.config import ConfigError, DataConfig, DataError, OnBadRow, SourceConfig
+from simpo.config import DataConfig, OnBadRow, SourceConfig
 from simpo.data.mixture import load_mixture
 from simpo.data.rows import RowFault, to_pair
 from simpo.data.rules import RULES
+from simpo.errors import ConfigError, DataError
 
 MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
 SECTIONS = (
@@ -667,7 +668,7 @@ def test_faults_are_answered_without_torch(tmp_path):
     code = (
         "import sys\n"
         "from simpo.compose import compose_run\n"
-        "from simpo.config import ConfigError\n"
+        "from simpo.errors import ConfigError\n"
         "try:\n"
         "    compose_run(['loss.betaa=2', 'train.epochs=0'])\n"
         "except ConfigError as error:\n"

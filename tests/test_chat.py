@@ -29,19 +29,11 @@ from real_tokenizers import (
     user,
 )
 
-from simpo.config import (
-    TEMPLATES,
-    Compat,
-    ConfigError,
-    DataConfig,
-    DataError,
-    ModelConfig,
-    OnBadRow,
-    PromptTruncation,
-)
+from simpo.config import TEMPLATES, Compat, DataConfig, ModelConfig, OnBadRow, PromptTruncation
 from simpo.data import chat as chat_module
 from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint, tokenize_set
 from simpo.data.rows import RowFault
+from simpo.errors import ConfigError, DataError
 from simpo.model import load_tokenizer
 from simpo.pairs import Message, Pair
 

@@ -12,7 +12,6 @@ from simpo.compose import compose_run
 from simpo.config import (
     FREE,
     TRAJECTORY,
-    ConfigError,
     HingeConfig,
     RunConfig,
     SigmoidConfig,
@@ -25,6 +24,7 @@ from simpo.config import (
     run_yaml,
     trajectory,
 )
+from simpo.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF, EXPERIMENTS = menu_dir("conf"), menu_dir("experiments")

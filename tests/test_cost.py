@@ -11,9 +11,9 @@ from conftest import VOCAB, random_pairs, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from simpo import cost
-from simpo.config import ConfigError
 from simpo.data.packing import pack
 from simpo.data.plan import TrainPlan
+from simpo.errors import ConfigError
 from simpo.model import Policy
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.compose import compose_run
-from simpo.config import ConfigError, Dtype
+from simpo.config import Dtype
+from simpo.errors import ConfigError
 from simpo.export import cli, merge
 from simpo.tables import markdown_table
 from simpo.train import train

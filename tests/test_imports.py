@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 
 # A module may import those in lines above its own, never beside or below.
 ORDER = """
+errors
 config.choices config.launchers config.losses pairs data.demo_topics data.plan data.rules tables
 config.backends config.inputs
 config.schema

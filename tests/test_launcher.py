@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from whole_runs import assert_same_run, finish, logged, metrics_of, run, start, wait_for
 
 from simpo.compose import compose_run
-from simpo.config import ConfigError, run_yaml
+from simpo.config import run_yaml
+from simpo.errors import ConfigError
 from simpo.launcher import LONGEST_NAME, Member, launch, share_of_machine
 from simpo.runs import State, read_progress
 

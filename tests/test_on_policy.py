@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
 
 from simpo.compose import compose_run
-from simpo.config import ConfigError, DataError, RunError
 from simpo.data.demo import demo_rows
 from simpo.data.mixture import load_mixture
 from simpo.data.rows import to_pair, to_prompt
 from simpo.data.rules import obeys
+from simpo.errors import ConfigError, DataError, RunError
 from simpo.on_policy import draw, score
 from simpo.on_policy.files import content_hash
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from simpo import cost
-from simpo.config import ConfigError, LoraConfig, ModelConfig, SigmoidConfig
+from simpo.config import LoraConfig, ModelConfig, SigmoidConfig
 from simpo.data.packing import pack
+from simpo.errors import ConfigError
 from simpo.loss import pair_losses
 from simpo.model import Policy, load_policy
 from simpo.pairs import TokenizedPair

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo import attention
-from simpo.config import ConfigError
+from simpo.errors import ConfigError
 from simpo.model import Policy
 from simpo.probe import check_packing
 

@@ -16,8 +16,9 @@ from whole_runs import assert_same_run, logged, run, start, state_of, wait_for
 
 from simpo import cost
 from simpo.compose import compose_run
-from simpo.config import ConfigError, LoraConfig, Quantization
+from simpo.config import LoraConfig, Quantization
 from simpo.data.packing import pack
+from simpo.errors import ConfigError
 from simpo.model import Policy
 from simpo.probe import check_packing
 from simpo.train import train

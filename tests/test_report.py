@@ -17,7 +17,8 @@ from plotly.offline import get_plotlyjs
 
 from simpo.compare import compare
 from simpo.compose import compose_run
-from simpo.config import ConfigError, run_yaml
+from simpo.config import run_yaml
+from simpo.errors import ConfigError
 from simpo.page import render
 from simpo.report import text
 from simpo.runs import State, note_job, read_progress

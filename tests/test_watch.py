@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import simpo.step
 from simpo.compose import compose_run
-from simpo.config import ConfigError, WatchConfig
+from simpo.config import WatchConfig
+from simpo.errors import ConfigError
 from simpo.train import RunError, train
 from simpo.watch import CollapseWatch
 

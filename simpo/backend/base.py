@@ -28,14 +28,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from simpo.config import (
-    BackendConfig,
-    ConfigError,
-    DdpConfig,
-    Device,
-    ManyConfig,
-    Precision,
-)
+from simpo.config import BackendConfig, DdpConfig, Device, ManyConfig, Precision
+from simpo.errors import ConfigError
 from simpo.model import Policy
 
 T = TypeVar("T")

@@ -20,7 +20,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.optim import Optimizer
 
 from simpo.backend.base import Backend
-from simpo.config import BackendConfig, ConfigError, FsdpConfig, ManyConfig, Precision
+from simpo.config import BackendConfig, FsdpConfig, ManyConfig, Precision
+from simpo.errors import ConfigError
 from simpo.model import Policy
 
 

@@ -23,10 +23,11 @@ from simpo.config.backends import (
     Zero3Config,
 )
 from simpo.config.choices import Compat, Quantization
-from simpo.config.inputs import ConfigError, DataConfig, ModelConfig
+from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LocalConfig, SlurmConfig
 from simpo.config.losses import LOSSES
 from simpo.config.schema import RunConfig, TrackerConfig, WandbConfig
+from simpo.errors import ConfigError, first_line
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"base": ModelConfig},
@@ -84,8 +85,7 @@ def build_run(cfg: DictConfig) -> RunConfig:
         run = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         # An interpolation that leads nowhere.
-        line = str(error).splitlines()[0]
-        raise ConfigError([f"{error.full_key}: {line}"]) from error
+        raise ConfigError([f"{error.full_key}: {first_line(error)}"]) from error
     assert isinstance(run, RunConfig)
     check_run(run)
     return run
@@ -106,7 +106,7 @@ def load_run(path: Path) -> RunConfig:
             schema[group] = OmegaConf.structured(kind)
         merged = OmegaConf.merge(schema, raw)
     except (OmegaConfBaseException, KeyError) as error:
-        raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
+        raise ConfigError([f"{path}: {first_line(error)}"]) from error
     assert isinstance(merged, DictConfig)
     return build_run(merged)
 

@@ -26,45 +26,12 @@ from simpo.config.choices import (
 PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATES = PACKAGE / "templates"
 ADAPTER_FILE = "adapter_config.json"
-INTERRUPTED = 130
-"""Exit code of what Ctrl-C ended."""
 
 
 def menu_dir(name: str) -> Path:
     """The folder `conf` or `experiments`: inside an installed package, beside it in a checkout."""
     inside = PACKAGE / name
     return inside if inside.is_dir() else PACKAGE.parent / name
-
-
-class ConfigError(Exception):
-    """One or more faults in the settings; `str()` is one line per fault."""
-
-    exit_code = 2
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
-class DataError(Exception):
-    """Data that cannot be trained on; `str()` is a line per fault with source, split and row."""
-
-    exit_code = 2
-
-
-class RunError(Exception):
-    """A run that could not go on; what it had computed is in its folder.
-
-    `exit_code` is the process's: 1 for a failed run.
-    """
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-class Stopped(RunError):
-    """A run that a signal ended, after it had saved."""
 
 
 @dataclass(kw_only=True)

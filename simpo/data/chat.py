@@ -24,16 +24,10 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from simpo.config import (
-    Compat,
-    ConfigError,
-    DataConfig,
-    DataError,
-    OnBadRow,
-    PromptTruncation,
-)
+from simpo.config import Compat, DataConfig, OnBadRow, PromptTruncation
 from simpo.data.mixture import fault_lines
 from simpo.data.rows import RowFault
+from simpo.errors import ConfigError, DataError
 from simpo.pairs import Message, Pair, TokenizedPair
 
 BATCH_PAIRS = 512

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from simpo.config import DataConfig, DataError, OnBadRow, SourceConfig
+from simpo.config import DataConfig, OnBadRow, SourceConfig
 from simpo.data.demo import demo_rows
 from simpo.data.rows import RowFault, to_pair
+from simpo.errors import DataError, first_line
 from simpo.pairs import Pair
 
 MAX_FAULTS_SHOWN = 5
@@ -126,9 +127,8 @@ def _raw_rows(source: SourceConfig, split: str, held_out: bool, seed: int) -> It
     except Exception as error:
         # "An error occurred while generating the dataset" has its reason in the cause.
         cause = error.__cause__ or error
-        reason = str(cause).strip().splitlines() or [type(cause).__name__]
         place = f"{_origin(source, held_out)} {split}"
-        raise DataError(f"{place}: cannot be read: {reason[0]}") from error
+        raise DataError(f"{place}: cannot be read: {first_line(cause)}") from error
 
 
 def _json_lines(path: Path) -> Iterator[Any]:

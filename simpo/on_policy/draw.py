@@ -16,11 +16,12 @@ import torch
 from tqdm import tqdm
 
 from simpo.backend import build_backend
-from simpo.config import ConfigError, DataError, Engine, OnBadRow, RunConfig
+from simpo.config import Engine, OnBadRow, RunConfig
 from simpo.console import quiet_libraries
 from simpo.data.chat import Chat
 from simpo.data.mixture import fault_lines, load_mixture
 from simpo.data.rows import RowFault, to_prompt
+from simpo.errors import ConfigError, DataError
 from simpo.model import load_policy, load_tokenizer, model_source
 from simpo.on_policy.files import (
     Prompt,

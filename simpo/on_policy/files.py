@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo.config import ConfigError, RunConfig
+from simpo.config import RunConfig
+from simpo.errors import ConfigError
 from simpo.pairs import Message
 
 

@@ -18,9 +18,10 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from simpo.backend import build_backend
-from simpo.config import ConfigError, RunConfig, RunError
+from simpo.config import RunConfig
 from simpo.console import quiet_libraries
 from simpo.data.rules import obeys
+from simpo.errors import ConfigError, RunError, first_line
 from simpo.model import load_pretrained
 from simpo.on_policy.files import (
     Prompt,
@@ -123,7 +124,7 @@ def _scores(reward: Reward, name: str, prompt: Prompt, texts: list[str]) -> list
     try:
         scores = [float(score) for score in reward(prompt.prompt, texts, prompt.rule)]
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         place = f"on_policy.reward: {name} failed on prompt {prompt.id}"
         raise RunError(f"{place}: {reason}") from error
     if len(scores) != len(texts) or not all(map(math.isfinite, scores)):

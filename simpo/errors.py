@@ -1,0 +1,58 @@
+"""The errors that a user sees as lines of text, and the exit codes they end a command with.
+
+0 finished, 1 failed, 2 bad settings or data, 75 stopped by a signal after saving
+(`train.stopped_exit_code`), 130 interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+
+INTERRUPTED = 130
+"""Exit code of what Ctrl-C ended."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a disk, quota or file size that is used up."""
+
+
+class SimpoError(Exception):
+    """An error that is told in its own words, without a traceback.
+
+    `exit_code` is the process's: 1 for a failed run, 2 for bad settings or data.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(SimpoError):
+    """One or more faults in the settings; `str()` is one line per fault."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class DataError(SimpoError):
+    """Data that cannot be trained on; `str()` is a line per fault with source, split and row."""
+
+    exit_code = 2
+
+
+class RunError(SimpoError):
+    """A run that could not go on; what it had computed is in its folder."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Stopped(RunError):
+    """A run that a signal ended, after it had saved."""
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line with text of an error's message, else the error's type: never empty."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

@@ -11,7 +11,6 @@ of every file, and only then given its name: a folder `step-000040` is complete 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -30,8 +29,7 @@ from torch.optim import Optimizer
 
 from simpo.backend import Backend, not_written
 from simpo.errors import ConfigError, RunError, first_line
-
-CHUNK_BYTES = 2**22
+from simpo.sealed import file_fault, files_in, sealed
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ class CheckpointStore:
         part, backend = self._part(step), self._backend
         backend.wait()
         files = dict(
-            backend.gather([(name, _sealed(part / name)) for name in self._my_share(_files(part))])
+            backend.gather([(name, sealed(part / name)) for name in self._my_share(files_in(part))])
         )
         seal = Seal(step, metrics_bytes, backend.checkpoint_format, backend.processes, files)
         if backend.is_main:
@@ -186,17 +184,9 @@ class CheckpointStore:
             seal = Seal(**json.loads((path / "seal.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             return None, f"seal.json cannot be read ({type(error).__name__})"
-        faults = []
-        for name in self._my_share(sorted(seal.files)):
-            num_bytes, sha256 = seal.files[name]
-            file = path / name
-            if not file.is_file():
-                faults.append(f"{name} is missing")
-            elif file.stat().st_size != num_bytes:
-                faults.append(f"{name} has {file.stat().st_size} bytes, not {num_bytes}")
-            elif _sha256(file) != sha256:
-                faults.append(f"{name} has changed (sha256)")
-        faults = self._backend.gather(faults)
+        mine = self._my_share(sorted(seal.files))
+        found = [file_fault(path, name, *seal.files[name]) for name in mine]
+        faults = self._backend.gather([fault for fault in found if fault is not None])
         return seal, faults[0] if faults else None
 
     def _load(self, path: Path, seal: Seal, wrapped: nn.Module, optimizer: Optimizer) -> None:
@@ -246,25 +236,6 @@ class CheckpointStore:
 
     def _all(self) -> list[Path]:
         return [p for p in self.folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name)]
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-
-
-def _sealed(path: Path) -> tuple[int, str]:
-    """Flush a file to the disk; its size in bytes and its hash."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return path.stat().st_size, _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _random_states() -> dict[str, Any]:

@@ -6,10 +6,9 @@ one is ever loaded. They are kept by content: of the weights, of the tokens and 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import nn
 from simpo.backend import Backend
 from simpo.data.chat import TokenizedSet
 from simpo.pairs import PackedPairs
+from simpo.sealed import find_entry, keep_entry
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -40,6 +40,9 @@ def with_reference(
 ) -> TokenizedSet:
     """Give every pair its `reference_logps`.
 
+    A damaged cache entry is made anew; where the cache cannot be written there is none. Both are
+    said in the `notes` of the result.
+
     Args:
         policy: as `Backend.prepare` wrapped it, before its first step.
         rows: this process's share of rows that hold all pairs of `data`; not looked at where the
@@ -51,17 +54,18 @@ def with_reference(
         return data
     settings = f"{origin} {data.fingerprint()} {backend.half} {backend.device.type}"
     name = hashlib.sha256(settings.encode()).hexdigest()[:32]
-    file = cache_dir / "reference" / f"{name}.npy"
-    scores = backend.broadcast(_read(file, len(data.pairs)) if backend.is_main else None)
+    folder = cache_dir / "reference" / name
+    found, notes = find_entry(folder) if backend.is_main else (False, [])
+    scores = backend.broadcast(np.load(folder / "scores.npy") if found else None)
     if scores is None:
         scores = _score(policy, rows, backend)
         if backend.is_main:
-            _write(file, scores)
+            notes += keep_entry(folder, partial(_write, scores=scores))
     tokens = [
         replace(pair, reference_logps=(float(chosen), float(rejected)))
         for pair, (chosen, rejected) in zip(data.tokens, scores, strict=True)
     ]
-    return replace(data, tokens=tokens)
+    return replace(data, tokens=tokens, notes=(*data.notes, *notes))
 
 
 @torch.no_grad()
@@ -76,16 +80,5 @@ def _score(policy: nn.Module, rows: Iterable[PackedPairs], backend: Backend) -> 
     return np.array([sums for _, sums in sorted(backend.gather(scored))], dtype=np.float32)
 
 
-def _read(file: Path, num_pairs: int) -> np.ndarray | None:
-    try:
-        scores: np.ndarray = np.load(file)
-    except (OSError, ValueError, EOFError):  # not there, or cut short
-        return None
-    return scores if scores.shape == (num_pairs, 2) else None
-
-
-def _write(file: Path, scores: np.ndarray) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npy", delete=False) as part:
-        np.save(part, scores)
-    os.replace(part.name, file)
+def _write(folder: Path, scores: np.ndarray) -> None:
+    np.save(folder / "scores.npy", scores)

@@ -11,11 +11,12 @@ import numpy as np
 
 from simpo import console, cost
 from simpo.config import PACKAGE, RunConfig
-from simpo.data.chat import Chat, TokenizedSet, tokenize_set
+from simpo.data.chat import Chat, TokenizedSet
 from simpo.data.mixture import load_mixture
 from simpo.data.packing import pack
 from simpo.data.plan import TrainPlan, build_plan, pairs_of_step, rows_of_pairs
 from simpo.data.rows import to_dialogue, to_pair
+from simpo.data.token_cache import tokenize_set
 from simpo.model import load_tokenizer
 from simpo.pairs import Pair, TokenizedPair
 from simpo.tables import markdown_table
@@ -92,6 +93,7 @@ class Stages:
             lines=[
                 *console.data_lines(mixture.table, data, plan),
                 console.layout_line(cost.layout(plan, num_tokens, cfg.tokens_per_row)),
+                *data.notes,
             ],
             lengths=_lengths(data),
             pairs=[_shown(run, chat, data, int(i)) for i in _in_order(plan, num_pairs)],

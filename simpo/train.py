@@ -66,11 +66,12 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo import console, cost, export
     from simpo.backend import build_backend
     from simpo.checkpoint import CheckpointStore
-    from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint, tokenize_set
+    from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint
     from simpo.data.mixture import load_mixture
     from simpo.data.packing import pack, pack_nothing
     from simpo.data.plan import build_plan, pairs_of_step, rows_of_pairs
     from simpo.data.rows import to_dialogue, to_pair
+    from simpo.data.token_cache import tokenize_set
     from simpo.model import load_policy, load_tokenizer
     from simpo.objective import (
         best_step,
@@ -231,6 +232,8 @@ def train(run: RunConfig) -> dict[str, float]:
         tracker.say(
             *start_lines,
             *damaged,
+            *train_set.notes,
+            *test_set.notes,
             f"run    {folder.path}" + (f", continued after step {step}" if step else ""),
         )
         folder.write_status("running", step, plan.total_steps)

@@ -31,8 +31,10 @@ from real_tokenizers import (
 
 from simpo.config import TEMPLATES, Compat, DataConfig, ModelConfig, OnBadRow, PromptTruncation
 from simpo.data import chat as chat_module
-from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint, tokenize_set
+from simpo.data import token_cache
+from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint
 from simpo.data.rows import RowFault
+from simpo.data.token_cache import tokenize_set
 from simpo.errors import ConfigError, DataError
 from simpo.model import load_tokenizer
 from simpo.pairs import Message, Pair
@@ -561,7 +563,7 @@ def test_interrupted_write_leaves_no_cache(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(chat_module.np, "savez", interrupt)
+        patch.setattr(token_cache.np, "savez", interrupt)
         tokenize_set(chat, PAIRS, SHORT, tmp_path)
     assert list((tmp_path / "tokenized").iterdir()) == []
     assert len(tokenize_set(chat, PAIRS, SHORT, tmp_path).pairs) == 4

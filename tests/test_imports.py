@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 ORDER = """
 errors
 config.choices config.launchers config.losses pairs data.demo_topics data.plan data.rules tables
-config.backends config.inputs
+config.backends config.inputs sealed
 config.schema
 config.check
 config
@@ -21,7 +21,7 @@ compose data.demo data.rows data.packing adapters attention logps loss objective
 signals slurm smollm2 tracker watch
 data.mixture model processes
 data.chat backend.base cost probe
-backend.fsdp backend.zero
+backend.fsdp backend.zero data.token_cache
 backend
 checkpoint console reference sample step
 export run_folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,8 @@ def test_scores_are_those_of_padded_sequences(
     assert scored(origin) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(pytest.fail.Exception, match="scored again"):
         scored("another model")
-    (file,) = (tmp_path / "reference").iterdir()
+    (entry,) = (tmp_path / "reference").iterdir()
+    file = entry / "scores.npy"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(pytest.fail.Exception, match="scored again"):
         scored(origin)
@@ -97,12 +99,10 @@ def test_neither_a_stop_nor_other_processes_move_the_reference(
     wait_for(logged(tmp_path / "stopped", 5), process)
     process.terminate()
     assert process.wait(timeout=60) == 75
-    for file in (tmp_path / "cache" / "reference").iterdir():
-        file.unlink()
+    shutil.rmtree(tmp_path / "cache" / "reference")
     run(stopped)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", tmp_path)
-    for file in (tmp_path / "cache" / "reference").iterdir():
-        file.unlink()
+    shutil.rmtree(tmp_path / "cache" / "reference")
     run([*long, "backend=fsdp", "backend.processes=2", f"run_dir={tmp_path / 'two'}"])
     lines = zip(metrics_of(tmp_path / "two"), metrics_of(tmp_path / "whole"), strict=True)
     for ours, theirs in lines:

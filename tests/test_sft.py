@@ -18,9 +18,9 @@ from whole_runs import metrics_of
 
 from simpo.compose import compose_run
 from simpo.config import SftConfig
-from simpo.data.chat import tokenize_set
 from simpo.data.packing import pack
 from simpo.data.rows import RowFault, to_dialogue
+from simpo.data.token_cache import tokenize_set
 from simpo.loss import pair_losses
 from simpo.model import Policy
 from simpo.pairs import Pair, PairLogps, TokenizedPair

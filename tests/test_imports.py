@@ -19,7 +19,8 @@ config.check
 config
 compose data.demo data.rows data.packing adapters attention logps loss objective optim
 signals slurm smollm2 tracker watch
-data.mixture model processes
+data.sources model processes
+data.mixture
 data.chat backend.base cost probe
 backend.fsdp backend.zero data.token_cache
 backend

@@ -1,15 +1,19 @@
 """Which rows of which source are trained on, how often and in which order; and every row form."""
 
 import json
+import os
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
 
+from simpo.compose import compose_run
 from simpo.config import DataConfig, SourceConfig
 from simpo.data.mixture import SplitReport, load_mixture
-from simpo.data.rows import to_pair
+from simpo.data.rows import RowFault, to_dialogue, to_pair, to_prompt
+from simpo.train import train
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -24,9 +28,9 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def mixture(*sources, seed=42):
+def mixture(*sources, seed=42, read_row=to_pair, **settings):
     sources = [SourceConfig(**source) for source in sources]
-    return load_mixture(DataConfig(name="rows", sources=sources, seed=seed))
+    return load_mixture(DataConfig(name="rows", sources=sources, seed=seed, **settings), read_row)
 
 
 def chosen(pairs):
@@ -159,6 +163,18 @@ def test_parquet():
     assert chosen(loaded.test) == ["held 0.", "held 1.", "held 2."]
 
 
+@pytest.mark.parametrize("path", ["a.parquet", "set"])
+def test_other_rows_under_the_same_time_stamp(folder, path):
+    """Nothing on the way keeps rows by the file's time."""
+    (folder / "set").mkdir()
+    file = folder / "set" / "train.parquet" if path == "set" else folder / path
+    for name in ("a", "b"):
+        Dataset.from_list(rows(name, 3)).to_parquet(file)
+        os.utime(file, ns=(10**18, 10**18))
+        train = chosen(mixture({"path": path, "test_split": None}).train)
+        assert sorted(train) == [f"{name} {i}." for i in range(3)]
+
+
 def test_folder_of_files(folder):
     (folder / "set").mkdir()
     write(folder / "set" / "train.jsonl", rows("a", 10))
@@ -247,6 +263,124 @@ def test_row_forms(form):
     pair = to_pair(row, "here")
     assert pair.prompt == tuple(prompt)
     assert (pair.chosen, pair.rejected, pair.place, pair.rule) == ("So.", "No.", "here", None)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"system": "Be brief.", "prompt": "Why?"}, [SYSTEM, *ASKED]),
+        ({"system_prompt": "Be brief.", "prompt": ASKED}, [SYSTEM, *ASKED]),
+        ({"system": "Be brief.", "prompt": LONG}, LONG),
+        ({"system": "", "system_prompt": None, "prompt": "Why?", "tools": []}, ASKED),
+    ],
+)
+def test_a_system_column_is_the_system_turn(row, prompt):
+    assert to_pair(row | {"chosen": "So.", "rejected": "No."}, "x").prompt == tuple(prompt)
+    assert to_prompt(row, "x").prompt == tuple(prompt)
+
+
+def test_a_system_column_beside_dialogues():
+    replies = {"chosen": [*ASKED, assistant("So.")], "rejected": [*ASKED, assistant("No.")]}
+    system = {"system": "Be brief."}
+    assert to_pair(replies | system, "x").prompt == (SYSTEM, *ASKED)
+    imitated = {"messages": [*ASKED, assistant("So.")]} | system
+    assert to_dialogue(imitated, "x").prompt == (SYSTEM, *ASKED)
+
+
+@pytest.mark.parametrize("turns", [[assistant("Hi."), *ASKED], [SYSTEM, assistant("Hi."), *ASKED]])
+def test_imitation_needs_a_first_turn_of_the_user(turns):
+    row = {"prompt": turns, "chosen": "So.", "rejected": "No."}
+    assert to_pair(row, "x").prompt == tuple(turns)
+    with pytest.raises(RowFault) as caught:
+        to_dialogue(row, "x")
+    assert str(caught.value) == "prompt: begins with the assistant, whose reply answers nothing"
+
+
+def test_what_looks_wrong_is_counted(folder):
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    write(
+        folder / "odd.jsonl",
+        [
+            row | {"score_chosen": 1, "score_rejected": 2.5},
+            row | {"score_chosen": 2, "score_rejected": 2, "prompt_id": "a", "n": None},
+            row | {"score_chosen": 3, "score_rejected": float("nan"), "prompt_id": "b"},
+            row | {"score_chosen": 3, "score_rejected": 2},
+            row | {"prompt": "\n\nHuman: Why?\n\nAssistant:"},
+            row | {"prompt": "Why?\n\nAssistant: So.\n\nHuman: Why?", "extra": 0},
+            row | {"prompt": [user("Why?") | {"name": "me", "weight": None}]},
+            row | {"chosen": [*ASKED, assistant("a")], "rejected": [*ASKED, assistant("b")]},
+            {
+                "prompt": "Another?",
+                "chosen": [*ASKED, assistant("a")],
+                "rejected": [*ASKED, assistant("b")],
+            },
+        ],
+    )
+    loaded = mixture({"path": "odd.jsonl", "test_path": "held.jsonl"})
+    assert loaded.notes == [
+        "note   odd.jsonl train: 1 of 9 rows: score_chosen is below score_rejected",
+        "note   odd.jsonl train: 1 of 9 rows: score_chosen equals score_rejected",
+        "note   odd.jsonl train: 2 of 9 rows: a text holds turns (Human: ... Assistant: ...), "
+        "which are taken for one",
+        "note   odd.jsonl train: 1 of 9 rows: prompt is not in the dialogue, which is taken",
+        "note   odd.jsonl train: columns not read: prompt_id, extra, prompt[].name",
+    ]
+    assert mixture({"path": "a.jsonl", "test_path": "held.jsonl"}).notes == []
+
+
+def test_messages_are_read_to_imitate_and_else_not(folder):
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    write(folder / "m.jsonl", [row | {"messages": [*ASKED, assistant("So.")]}])
+    assert mixture({"path": "m.jsonl"}, read_row=to_dialogue).notes == []
+    assert mixture({"path": "m.jsonl"}).notes == [
+        "note   m.jsonl train: columns not read: messages"
+    ]
+
+
+def test_overlap_of_train_and_test(folder):
+    """Two prompts are held out too, one with the same replies; a reply alone is none."""
+    again = [
+        {"prompt": "held 0?", "chosen": "held 0.\n", "rejected": "?"},
+        {"prompt": [user("held 1? ")], "chosen": "Another.", "rejected": "?"},
+        {"prompt": "New?", "chosen": "held 2.", "rejected": "?"},
+    ]
+    write(folder / "again.jsonl", again)
+    sources = ({"path": "a.jsonl", "test_path": "held.jsonl"}, {"path": "again.jsonl", "weight": 2})
+    loaded = mixture(*sources)
+    assert loaded.notes == [
+        "note   4 of 16 train pairs have a prompt that is also held out, 2 of them with the same "
+        "replies (data.drop_overlap=true leaves them out of training)"
+    ]
+    without = mixture(*sources, drop_overlap=True)
+    assert without.notes == [
+        "note   again.jsonl train: 2 of 3 rows: left out, as their prompt is held out"
+    ]
+    assert sorted(chosen(without.train)) == sorted([f"a {i}." for i in range(10)] + ["held 2."] * 2)
+    assert without.test == loaded.test
+    assert [report.taken for report in without.table] == [10, 3, 2]
+
+
+def test_a_run_says_what_looks_wrong(tiny_run, tmp_path, capsys):
+    """In its start lines and in data.json; and what it found of its caches."""
+    run = [*tiny_run, "train.max_steps=1", "sample.num_prompts=0"]
+    for name in ("train", "test"):
+        with (tmp_path / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(rows("both", 1)[0] | {"score_chosen": 1}) + "\n")
+    train(compose_run([*run, f"run_dir={tmp_path}/once"]))
+    for entry in (tmp_path / "cache" / "tokenized").iterdir():
+        (entry / "tokens.npz").unlink()
+    capsys.readouterr()
+    train(compose_run([*run, f"run_dir={tmp_path}/again"]))
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    overlap = (
+        "note   1 of 25 train pairs have a prompt that is also held out, 1 of them with the same "
+        "replies (data.drop_overlap=true leaves them out of training)"
+    )
+    assert notes[0] == overlap
+    assert [re.sub(r"\S+/tokenized/\w+", "ENTRY", note) for note in notes[1:]] == [
+        "note   cache: ENTRY is damaged and made anew: tokens.npz is missing"
+    ] * 2
+    assert json.loads((tmp_path / "again" / "data.json").read_text())["notes"] == [overlap]
 
 
 def test_white_space_of_a_response_is_kept():

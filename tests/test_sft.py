@@ -54,7 +54,7 @@ def test_a_pair_is_imitated_by_its_chosen_reply() -> None:
     [
         (TURNS[:3], "messages: the last turn must be the assistant's, got user"),
         ([user("Hi"), assistant(" ")], "messages[1]: the response is empty"),
-        ([assistant("Yes?")], "prompt: missing"),
+        ([assistant("Yes?")], "messages: begins with the assistant, whose reply answers nothing"),
         (
             [*TURNS[:2], system("x"), assistant("y")],
             "messages: a system message may only come first",

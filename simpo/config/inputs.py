@@ -26,6 +26,14 @@ from simpo.config.choices import (
 PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATES = PACKAGE / "templates"
 ADAPTER_FILE = "adapter_config.json"
+READABLE = (".jsonl", ".json", ".parquet")
+UNREADABLE = (
+    *(".csv", ".tsv", ".txt", ".ndjson", ".jsonlines", ".md", ".html", ".xml", ".yaml", ".yml"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".feather", ".orc"),
+    *(".xls", ".xlsx", ".pkl", ".pickle", ".pt", ".npy", ".npz", ".h5", ".hdf5", ".db", ".sqlite"),
+)
+"""Endings that only files have: a name with one is no hub id."""
+MAX_WEIGHT = 1000
 
 
 def menu_dir(name: str) -> Path:
@@ -160,33 +168,53 @@ class SourceConfig:
     test_path: str | None = None
     """A second file that holds the held-out rows of a .jsonl/.json/.parquet source."""
     weight: float = 1.0
-    """Share of the train split taken: 0.5 takes half, 2.5 takes all twice and half once more."""
+    """Share of the train split taken: 0.5 takes half, 2.5 takes all twice and half once more; at
+    most 1000."""
     num_pairs: int | None = None
     """Number of train rows taken, instead of weight."""
 
     def is_file(self) -> bool:
-        return Path(self.path).suffix in (".jsonl", ".json", ".parquet")
+        return _suffix(self.path) in READABLE
 
     def problems(self) -> Iterator[str]:
         if not self.path:
             yield "path: must not be empty"
-        if self.weight <= 0:
-            yield f"weight: must be above 0, got {self.weight}"
+        if not 0 < self.weight <= MAX_WEIGHT:
+            yield f"weight: must be above 0 and at most {MAX_WEIGHT}, got {self.weight}"
         if self.num_pairs is not None and self.weight != 1.0:
             yield f"num_pairs: excludes weight, got {self.num_pairs} and {self.weight} (keep one)"
         if self.num_pairs is not None and self.num_pairs < 1:
             yield f"num_pairs: must be 1 or more, got {self.num_pairs}"
         if self.train_split is None and self.test_split is None:
             yield "train_split: null as well as test_split: the source gives nothing"
-        if self.path.startswith("builtin:") and self.path != "builtin:demo":
-            yield f"path: the only built-in data set is builtin:demo, got {self.path}"
-        for key in ("path", "test_path"):
-            path = getattr(self, key)
-            local = path and (self.is_file() or _looks_local(path))
-            if local and not Path(path).expanduser().exists():
-                yield f"{key}: no such file or folder, got {path}"
+        yield from self._problems_of_path()
         if self.test_path is not None and not self.is_file():
             yield "test_path: only for a .jsonl/.json/.parquet path (else use test_split)"
+        elif self.test_path is not None:
+            test_path = Path(os.path.expanduser(self.test_path))
+            if not test_path.exists():
+                yield f"test_path: no such file or folder, got {self.test_path}"
+            elif _suffix(self.test_path) not in READABLE or not test_path.is_file():
+                yield f"test_path: must be a .jsonl, .json or .parquet file, got {self.test_path}"
+
+    def _problems_of_path(self) -> Iterator[str]:
+        """What is, or looks like, a local file or folder is no hub id: its name is sent nowhere."""
+        path, suffix = Path(os.path.expanduser(self.path)), _suffix(self.path)
+        if self.path.startswith("builtin:"):
+            if self.path != "builtin:demo":
+                yield f"path: the only built-in data set is builtin:demo, got {self.path}"
+        elif "://" in self.path:
+            yield f"path: must be a hub id or a local file or folder, got {self.path} (download it)"
+        elif not path.exists():
+            if suffix in READABLE + UNREADABLE or _looks_local(self.path):
+                yield f"path: no such file or folder, got {self.path}"
+        elif self.is_file() and not path.is_file():
+            yield f"path: must be a file, got the folder {self.path} (rename it)"
+        elif not self.is_file() and not path.is_dir():
+            yield (
+                "path: must be a .jsonl, .json or .parquet file, a folder or a hub id, "
+                f"got the file {self.path} (convert it)"
+            )
 
 
 @dataclass(kw_only=True)
@@ -209,6 +237,8 @@ class DataConfig:
     """paper: the token ids of the original SimPO trainer, header tokens and joint cut included."""
     on_bad_row: OnBadRow = OnBadRow.stop
     """stop: the first bad row ends the run; drop: bad rows are left out and counted by fault."""
+    drop_overlap: bool = False
+    """Leave rows out of training whose prompt is also held out; the overlap is counted anyway."""
 
     def problems(self) -> Iterator[str]:
         if not self.sources:
@@ -232,6 +262,10 @@ def template_file(name_or_path: str) -> Path:
 
 def _looks_local(path: str) -> bool:
     return path.startswith((".", "~", os.sep)) or path.count("/") > 1
+
+
+def _suffix(path: str) -> str:
+    return Path(path).suffix.lower()
 
 
 def _shown(value: object) -> str:

@@ -6,20 +6,17 @@ their number, or `num_pairs`, taken from a seeded shuffle; a test split gives al
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from simpo.config import DataConfig, OnBadRow, SourceConfig
-from simpo.data.demo import demo_rows
-from simpo.data.rows import RowFault, to_pair
-from simpo.errors import DataError, first_line
+from simpo.data.rows import COLUMNS, RowFault, remarks, to_pair, unread_columns
+from simpo.data.sources import origin, raw_rows
+from simpo.errors import DataError
 from simpo.pairs import Pair
 
 MAX_FAULTS_SHOWN = 5
@@ -38,11 +35,40 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The pairs of a run and the table of where they came from."""
+    """The pairs of a run and the table of where they came from.
+
+    `notes` are lines for the user: what looks wrong in the rows and is not refused.
+    """
 
     train: list[Pair]
     test: list[Pair]
     table: list[SplitReport]
+    notes: list[str]
+
+
+@dataclass
+class _Split:
+    """The good pairs of one split, its bad rows as (place, fault), and what is to be said."""
+
+    place: str
+    rows: int = 0
+    pairs: list[Pair] = field(default_factory=list)
+    faults: list[tuple[str, str]] = field(default_factory=list)
+    unread: dict[str, None] = field(default_factory=dict)
+    remarks: Counter[str] = field(default_factory=Counter)
+
+    def report(self, source: str, split: str, taken: int) -> SplitReport:
+        bad = dict(Counter(fault for _, fault in self.faults))
+        return SplitReport(source, split, self.rows, bad, taken)
+
+    def notes(self) -> list[str]:
+        lines = [
+            f"note   {self.place}: {count} of {self.rows} rows: {remark}"
+            for remark, count in self.remarks.items()
+        ]
+        if self.unread:
+            lines.append(f"note   {self.place}: columns not read: {', '.join(self.unread)}")
+        return [_printable(line) for line in lines]
 
 
 def load_mixture(config: DataConfig, read_row: Callable[[Any, str], Pair] = to_pair) -> Mixture:
@@ -54,51 +80,95 @@ def load_mixture(config: DataConfig, read_row: Callable[[Any, str], Pair] = to_p
     Raises:
         DataError: a source cannot be read, a row is bad (with on_bad_row=stop), or nothing is left.
     """
+    splits: list[tuple[_Split | None, _Split | None]] = []
+    for source in config.sources:
+        splits.append(
+            (
+                _read_split(source, source.train_split, False, config, read_row),
+                _read_split(source, source.test_split, True, config, read_row)
+                if not source.is_file() or source.test_path
+                else None,
+            )
+        )
+    test = [pair for _, held_out in splits if held_out for pair in held_out.pairs]
     train: list[Pair] = []
-    test: list[Pair] = []
     table: list[SplitReport] = []
-    read = partial(_read_split, config=config, read_row=read_row)
-    for index, source in enumerate(config.sources):
-        if source.train_split is not None:
-            pairs, rows, bad = read(source, source.train_split, False)
-            taken = _take(pairs, source, np.random.default_rng([config.seed, index]))
+    notes: list[str] = []
+    held_out_prompts = {_prompt_text(pair) for pair in test} if config.drop_overlap else set()
+    for index, (source, (wanted, held_out)) in enumerate(zip(config.sources, splits, strict=True)):
+        if wanted:
+            pairs = [p for p in wanted.pairs if _prompt_text(p) not in held_out_prompts]
+            if dropped := len(wanted.pairs) - len(pairs):
+                wanted.remarks["left out, as their prompt is held out"] = dropped
+            taken = _take(pairs, source, np.random.default_rng([config.seed, index]), index)
             train += taken
-            table.append(SplitReport(source.path, source.train_split, rows, bad, len(taken)))
-        if source.test_split is not None and (not source.is_file() or source.test_path):
-            pairs, rows, bad = read(source, source.test_split, True)
-            test += pairs
-            table.append(SplitReport(source.path, source.test_split, rows, bad, len(pairs)))
+            table.append(wanted.report(source.path, str(source.train_split), len(taken)))
+            notes += wanted.notes()
+        if held_out:
+            table.append(held_out.report(source.path, str(source.test_split), len(held_out.pairs)))
+            notes += held_out.notes()
+    notes += _overlap_notes(train, test)
     if not train:
         counts = ", ".join(
             f"{t.source} {t.split}: {t.rows} rows, {sum(t.bad.values())} bad" for t in table
         )
         raise DataError(f"data.sources: no row left to train on ({counts})")
-    return Mixture(train, test, table)
+    return Mixture(train, test, table, notes)
 
 
 def _read_split(
     source: SourceConfig,
-    split: str,
+    split: str | None,
     held_out: bool,
     config: DataConfig,
     read_row: Callable[[Any, str], Pair],
-) -> tuple[list[Pair], int, dict[str, int]]:
-    pairs: list[Pair] = []
-    faults: list[tuple[str, str]] = []
-    num_rows = 0
-    origin = f"{_origin(source, held_out)} {split}"
-    for row in _raw_rows(source, split, held_out, config.seed):
-        num_rows += 1
-        place = f"{origin} row {num_rows}"
+) -> _Split | None:
+    if split is None:
+        return None
+    found = _Split(f"{origin(source, held_out)} {split}")
+    for row in raw_rows(source, split, held_out, config.seed):
+        found.rows += 1
+        place = f"{found.place} row {found.rows}"
         try:
-            if isinstance(row, json.JSONDecodeError):
-                raise RowFault(f"not JSON: {row.msg} at column {row.colno}")
-            pairs.append(read_row(row, place))
+            if isinstance(row, RowFault):
+                raise row
+            pair = read_row(row, place)
         except RowFault as fault:
-            faults.append((place, str(fault)))
-    if faults and config.on_bad_row is OnBadRow.stop:
-        raise DataError(fault_lines(faults))
-    return pairs, num_rows, dict(Counter(fault for _, fault in faults))
+            found.faults.append((place, _printable(str(fault))))
+        else:
+            found.pairs.append(pair)
+            found.unread |= dict.fromkeys(unread_columns(row, COLUMNS[read_row]))
+            found.remarks.update(remarks(row, pair))
+    if found.faults and config.on_bad_row is OnBadRow.stop:
+        raise DataError(fault_lines(found.faults))
+    return found
+
+
+def _overlap_notes(train: list[Pair], test: list[Pair]) -> list[str]:
+    """A line that says how many train pairs are also held out, if any are."""
+    prompts, pairs = {_prompt_text(pair) for pair in test}, {_text(pair) for pair in test}
+    same_prompt = sum(_prompt_text(pair) in prompts for pair in train)
+    same_pair = sum(_text(pair) in pairs for pair in train)
+    if not same_prompt:
+        return []
+    return [
+        f"note   {same_prompt} of {len(train)} train pairs have a prompt that is also held out, "
+        f"{same_pair} of them with the same replies "
+        "(data.drop_overlap=true leaves them out of training)"
+    ]
+
+
+def _prompt_text(pair: Pair) -> tuple[str, ...]:
+    return tuple(part.strip() for turn in pair.prompt for part in (turn["role"], turn["content"]))
+
+
+def _text(pair: Pair) -> tuple[str, ...]:
+    return (*_prompt_text(pair), pair.chosen.strip(), (pair.rejected or "").strip())
+
+
+def _printable(text: str) -> str:
+    """Text with half a character, which no terminal or file takes, as its escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def fault_lines(faults: list[tuple[str, str]]) -> str:
@@ -110,61 +180,9 @@ def fault_lines(faults: list[tuple[str, str]]) -> str:
     return "\n".join([*lines, "(mend the rows, or leave them out with data.on_bad_row=drop)"])
 
 
-def _origin(source: SourceConfig, held_out: bool) -> str:
-    return source.test_path if held_out and source.test_path else source.path
-
-
-def _raw_rows(source: SourceConfig, split: str, held_out: bool, seed: int) -> Iterator[Any]:
-    path = Path(_origin(source, held_out)).expanduser()
-    # datasets reports faults in many types and over many lines.
-    try:
-        if source.path == "builtin:demo":
-            yield from demo_rows(seed, split)
-        elif path.suffix == ".jsonl":
-            yield from _json_lines(path)
-        else:
-            yield from _dataset(source, path, split)
-    except Exception as error:
-        # "An error occurred while generating the dataset" has its reason in the cause.
-        cause = error.__cause__ or error
-        place = f"{_origin(source, held_out)} {split}"
-        raise DataError(f"{place}: cannot be read: {first_line(cause)}") from error
-
-
-def _json_lines(path: Path) -> Iterator[Any]:
-    """The value of each line that is not blank, or the error of one that is no JSON."""
-    # Some editors begin a file with a byte order mark.
-    with path.open(encoding="utf-8-sig") as lines:
-        for line in lines:
-            if line.strip():
-                try:
-                    # With its line feed, a cut line would be faulted at column 1 of the next.
-                    yield json.loads(line.rstrip())
-                except json.JSONDecodeError as error:
-                    yield error
-
-
-def _dataset(source: SourceConfig, path: Path, split: str) -> Any:
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    if source.is_file():
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        return load_dataset(kind, data_files=str(path), split="train")
-    if path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "state.json")):
-        saved = load_from_disk(str(path))
-        # A folder that holds one data set and no names for its splits is one split, as a file is.
-        only = source.train_split or source.test_split
-        splits: dict[Any, Any] = saved if isinstance(saved, DatasetDict) else {only: saved}
-        if split not in splits:
-            raise ValueError(
-                f"no such split, only {', '.join(splits)} (one set to null is left out)"
-            )
-        return splits[split]
-    name = str(path) if path.is_dir() else source.path
-    return load_dataset(name, source.subset, split=split, revision=source.revision)
-
-
-def _take(pairs: list[Pair], source: SourceConfig, rng: np.random.Generator) -> list[Pair]:
+def _take(
+    pairs: list[Pair], source: SourceConfig, rng: np.random.Generator, index: int
+) -> list[Pair]:
     """All pairs as often as the weight says, shuffled, then a shuffled part of them."""
     if source.num_pairs is not None:
         if source.num_pairs > len(pairs):
@@ -176,6 +194,11 @@ def _take(pairs: list[Pair], source: SourceConfig, rng: np.random.Generator) -> 
     else:
         whole, share = divmod(source.weight, 1)
         repeats, rest = int(whole), round(share * len(pairs))
+        if pairs and repeats + rest == 0:
+            raise DataError(
+                f"data.sources[{index}].weight: {source.weight} of {len(pairs)} rows is no row "
+                "(raise it)"
+            )
     order = [rng.permutation(len(pairs)) for _ in range(repeats)]
     order.append(rng.permutation(len(pairs))[:rest])
     return [pairs[i] for i in np.concatenate(order)]

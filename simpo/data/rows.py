@@ -5,12 +5,15 @@ A row is one of
     chosen + rejected            whole dialogues that differ in their last turn only
     messages                     a dialogue to imitate, for supervised fine-tuning only
 A string `prompt` beside whole dialogues is left aside, as the dialogues hold it.
-An optional `rule` says what a program can check in a reply (see `simpo.data.rules`).
+Optional columns: `system` (or `system_prompt`) is the text of a system turn before the prompt;
+`rule` says what a program can check in a reply (see `simpo.data.rules`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +21,20 @@ from simpo.data.rules import rule_fault
 from simpo.pairs import Message, Pair
 
 ROLES = ("system", "user", "assistant")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+SCORE_COLUMNS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+NOT_TEXT = (
+    *("tools", "functions", "tool_calls", "function_call", "tool_call_id"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+)
+"""Columns of a row and keys of a message that decide what is trained, and cannot be read."""
+
+_TURNS_IN_TEXT = re.compile(r"(?:\A|\n\n)(?:### ?)?(?:Human|Assistant):")
 
 
 class RowFault(Exception):
@@ -36,13 +53,14 @@ def to_pair(row: Any, place: str) -> Pair:
     """
     if not isinstance(row, Mapping):
         raise RowFault(f"must be an object with chosen and rejected, got {_kind(row)}")
+    _refuse_not_text(row)
     for key in ("chosen", "rejected"):
         if row.get(key) is None:
             columns = ", ".join(str(k) for k, v in row.items() if v is not None)
             raise RowFault(f"{key}: missing (the row has {columns or 'no value'})")
     chosen_before, chosen = _split(row["chosen"], "chosen")
     rejected_before, rejected = _split(row["rejected"], "rejected")
-    prompt = _prompt(row.get("prompt"), chosen_before, rejected_before)
+    prompt = _prompt(row, row.get("prompt"), chosen_before, rejected_before)
     if chosen.strip() == rejected.strip():
         raise RowFault("chosen and rejected are the same")
     return Pair(tuple(prompt), chosen, rejected, place, _rule(row))
@@ -54,16 +72,22 @@ def to_dialogue(row: Any, place: str) -> Pair:
     Args and Raises: as `to_pair`.
     """
     if not isinstance(row, Mapping) or row.get("messages") is None:
-        return replace(to_pair(row, place), rejected=None)
+        pair = replace(to_pair(row, place), rejected=None)
+        if next(turn["role"] for turn in pair.prompt if turn["role"] != "system") != "user":
+            raise RowFault("prompt: begins with the assistant, whose reply answers nothing")
+        return pair
+    _refuse_not_text(row)
     messages = _messages(row["messages"], "messages")
     roles = [turn["role"] for turn in messages]
     if roles[-1] != "assistant":
         raise RowFault(f"messages: the last turn must be the assistant's, got {roles[-1]}")
     first = roles.index("assistant")
+    if first == 0:
+        raise RowFault("messages: begins with the assistant, whose reply answers nothing")
     for index, turn in enumerate(messages):
         if turn["role"] == "assistant" and not turn["content"].strip():
             raise RowFault(f"messages[{index}]: the response is empty")
-    prompt = _prompt(messages[:first] or None, [], [])
+    prompt = _prompt(row, messages[:first], [], [])
     if "system" in roles[first:]:
         raise RowFault("messages: a system message may only come first")
     return Pair(
@@ -78,7 +102,59 @@ def to_prompt(row: Any, place: str) -> Pair:
     """
     if not isinstance(row, Mapping) or row.get("chosen") is not None:
         return replace(to_pair(row, place), chosen="", rejected=None)
-    return Pair(tuple(_prompt(row.get("prompt"), [], [])), "", None, place, _rule(row))
+    _refuse_not_text(row)
+    return Pair(tuple(_prompt(row, row.get("prompt"), [], [])), "", None, place, _rule(row))
+
+
+COLUMNS: dict[Callable[[Any, str], Pair], frozenset[str]] = {
+    reader: frozenset(
+        [*columns, "rule", *SYSTEM_COLUMNS, *(name for names in SCORE_COLUMNS for name in names)]
+    )
+    for reader, columns in (
+        (to_pair, ("prompt", "chosen", "rejected")),
+        (to_dialogue, ("prompt", "chosen", "rejected", "messages")),
+        (to_prompt, ("prompt", "chosen", "rejected")),
+    )
+}
+"""The columns that each way of reading a row looks at."""
+
+
+def unread_columns(row: Mapping[str, Any], read: frozenset[str]) -> Iterator[str]:
+    """Columns with a value that are not read, and keys of messages, as `chosen[].name`."""
+    for column, value in row.items():
+        if column not in read:
+            if value is not None:
+                yield str(column)
+        elif isinstance(value, list):
+            for message in value:
+                if isinstance(message, Mapping):
+                    yield from (
+                        f"{column}[].{key}"
+                        for key, part in message.items()
+                        if key not in ("role", "content") and part
+                    )
+
+
+def remarks(row: Mapping[str, Any], pair: Pair) -> Iterator[str]:
+    """What looks wrong with a good row, and is trained on as it stands."""
+    for keys in SCORE_COLUMNS:
+        scores = [row[key] for key in keys if isinstance(row.get(key), (int, float))]
+        if len(scores) == 2 and scores[0] <= scores[1]:
+            yield f"{keys[0]} {'equals' if scores[0] == scores[1] else 'is below'} {keys[1]}"
+    said = [turn["content"] for turn in (*pair.prompt, *pair.later)]
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and prompt.strip() not in map(str.strip, said):
+        yield "prompt is not in the dialogue, which is taken"
+    texts = [*said, pair.chosen, pair.rejected or ""]
+    if any(map(_TURNS_IN_TEXT.search, texts)):
+        yield "a text holds turns (Human: ... Assistant: ...), which are taken for one"
+
+
+def _refuse_not_text(item: Mapping[str, Any], place: str = "") -> None:
+    for key in NOT_TEXT:
+        value = item.get(key)
+        if value and value not in ("[]", "{}", "null"):
+            raise RowFault(f"{place}{key}: has a value, and only text can be trained on")
 
 
 def _rule(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -89,6 +165,7 @@ def _rule(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     rule = {k: v for k, v in rule.items() if v is not None} if hasattr(rule, "items") else rule
     if fault := rule_fault(rule):
         raise RowFault(f"rule: {fault}")
+    _check_text(json.dumps(rule, ensure_ascii=False), "rule")
     return rule
 
 
@@ -96,6 +173,7 @@ def _split(value: Any, key: str) -> tuple[list[Message], str]:
     """A response as (turns before it, its text)."""
     if isinstance(value, str):
         turns, text = [], value
+        _check_text(text, key)
     else:
         *turns, last = _messages(value, key)
         if last["role"] != "assistant":
@@ -106,10 +184,14 @@ def _split(value: Any, key: str) -> tuple[list[Message], str]:
     return turns, text
 
 
-def _prompt(value: Any, chosen: list[Message], rejected: list[Message]) -> list[Message]:
+def _prompt(
+    row: Mapping[str, Any], value: Any, chosen: list[Message], rejected: list[Message]
+) -> list[Message]:
+    """The turns of a prompt, with those that come before the responses and the row's system."""
     if chosen != rejected:
         raise RowFault("chosen and rejected start from different prompts")
     if isinstance(value, str) and not chosen:
+        _check_text(value, "prompt")
         prompt = [{"role": "user", "content": value}]
     elif value is None or isinstance(value, str):
         prompt = chosen
@@ -125,6 +207,23 @@ def _prompt(value: Any, chosen: list[Message], rejected: list[Message]) -> list[
         raise RowFault(f"prompt: the last turn must be the user's, got {prompt[-1]['role']}")
     if not prompt[-1]["content"].strip():
         raise RowFault("prompt: the last turn is empty")
+    return _with_system(row, prompt)
+
+
+def _with_system(row: Mapping[str, Any], prompt: list[Message]) -> list[Message]:
+    for column in SYSTEM_COLUMNS:
+        text = row.get(column)
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise RowFault(f"{column}: must be text, got {_kind(text)}")
+        if not text.strip():
+            continue
+        _check_text(text, column)
+        if prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": text}, *prompt]
+        elif prompt[0]["content"] != text:
+            raise RowFault(f"{column}: the prompt has another system message of its own")
     return prompt
 
 
@@ -141,13 +240,23 @@ def _messages(value: Any, key: str) -> list[Message]:
         if "role" not in item or "content" not in item:
             has = ", ".join(map(str, item)) or "nothing"
             raise RowFault(f"{place}: must have role and content, has {has}")
+        _refuse_not_text(item, f"{place}.")
         role, content = item["role"], item["content"]
         if role not in ROLES:
             raise RowFault(f"{place}.role: must be one of {', '.join(ROLES)}, got {role}")
         if not isinstance(content, str):
             raise RowFault(f"{place}.content: must be text, got {_kind(content)}")
+        _check_text(content, f"{place}.content")
         messages.append({"role": role, "content": content})
     return messages
+
+
+def _check_text(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise RowFault(f"{place}: holds {half}, half of a character (a lone surrogate)") from error
 
 
 def _kind(value: Any) -> str:

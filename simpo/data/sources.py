@@ -1,0 +1,157 @@
+"""One split of a source in, its rows out, as the source wrote them.
+
+A line that cannot be read is a fault of that row; what concerns a file as a whole is a `DataError`.
+Rows of local files never go through a cache that knows a file by its path or its time stamp.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from simpo.config import SourceConfig
+from simpo.data.demo import demo_rows
+from simpo.data.rows import RowFault
+from simpo.errors import DataError, first_line
+
+FIRST_BYTES = {
+    b"\xff\xfe": "it is UTF-16 or UTF-32 text (convert it to UTF-8)",
+    b"\xfe\xff": "it is UTF-16 text (convert it to UTF-8)",
+    b"\x00\x00\xfe\xff": "it is UTF-32 text (convert it to UTF-8)",
+    b"\x1f\x8b": "it is compressed (gunzip it)",
+    b"PAR1": "it is a parquet file (name it .parquet)",
+}
+"""First bytes of files whose every line would be at fault."""
+
+
+def origin(source: SourceConfig, held_out: bool) -> str:
+    """Where the rows of a split come from, as the settings write it."""
+    return source.test_path if held_out and source.test_path else source.path
+
+
+def raw_rows(source: SourceConfig, split: str, held_out: bool, seed: int) -> Iterator[Any]:
+    """The rows of a split; a `RowFault` in place of a line that is not JSON.
+
+    Raises:
+        DataError: the source cannot be read, or changed meanwhile.
+    """
+    path = Path(os.path.expanduser(origin(source, held_out)))
+    # Libraries report faults in many types and over many lines.
+    try:
+        if source.path == "builtin:demo":
+            yield from demo_rows(seed, split)
+        elif source.is_file():
+            yield from _file(path)
+        else:
+            yield from _dataset(source, path, split)
+    except Exception as error:
+        # "An error occurred while generating the dataset" has its reason in the cause.
+        reason = first_line(error.__cause__ or error)
+        raise DataError(f"{origin(source, held_out)} {split}: cannot be read: {reason}") from error
+
+
+def _file(path: Path) -> Iterator[Any]:
+    readers = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
+    before = path.stat()
+    yield from readers[path.suffix.lower()](path)
+    after = path.stat()
+    if (before.st_ino, before.st_size, before.st_mtime_ns) != (
+        after.st_ino, after.st_size, after.st_mtime_ns,
+    ):  # fmt: skip
+        raise ValueError("it changed while it was read (run the same command again)")
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    """The value of each line that is not blank, or the fault of one that is no JSON."""
+    with path.open("rb") as file:
+        begin = file.read(4)
+    for first_bytes, fault in FIRST_BYTES.items():
+        if begin.startswith(first_bytes):
+            raise ValueError(fault)
+    # Some editors begin a file with a byte order mark. A byte that is not UTF-8 is kept, so that
+    # its line alone is at fault.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for line in lines:
+            if line.strip():
+                try:
+                    # With its line feed, a cut line would be faulted at column 1 of the next.
+                    yield _value(line.rstrip())
+                except RowFault as fault:
+                    yield fault
+
+
+def _json(path: Path) -> Iterator[Any]:
+    """The rows of one list, or of lines."""
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(path)
+        return
+    try:
+        yield from _value(text)
+    except RowFault as fault:
+        raise ValueError(str(fault)) from fault
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+
+
+def _value(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        RowFault: it is none, or one that readers of JSON disagree on.
+    """
+    try:
+        text.encode()
+        return json.loads(text, object_pairs_hook=_object)
+    except UnicodeEncodeError as error:
+        raise RowFault(f"not UTF-8 at {_position(text, error.start)}") from error
+    except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" at")
+        raise RowFault(f"not JSON: {what} at {_position(text, error.pos)}") from error
+    except RecursionError as error:
+        raise RowFault("not JSON: lists or objects are nested too deeply") from error
+    except ValueError as error:
+        raise RowFault("not JSON: a number has too many digits") from error
+
+
+def _position(text: str, index: int) -> str:
+    line = text.count("\n", 0, index)
+    column = index - text.rfind("\n", 0, index)
+    return f"column {column}" if line == 0 else f"line {line + 1} column {column}"
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(items)
+    if len(made) < len(items):
+        keys = [key for key, _ in items]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RowFault(f"not JSON: an object has the key {twice} twice")
+    return made
+
+
+def _dataset(source: SourceConfig, path: Path, split: str) -> Any:
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    if not path.is_dir():
+        return load_dataset(source.path, source.subset, split=split, revision=source.revision)
+    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        saved = load_from_disk(str(path))
+        # A folder that holds one data set and no names for its splits is one split, as a file is.
+        only = source.train_split or source.test_split
+        splits: dict[Any, Any] = saved if isinstance(saved, DatasetDict) else {only: saved}
+        if split not in splits:
+            raise ValueError(
+                f"no such split, only {', '.join(splits)} (one set to null is left out)"
+            )
+        return splits[split]
+    # Streamed: the library's cache would know a file of the folder by its time stamp only.
+    return load_dataset(str(path.absolute()), source.subset, split=split, streaming=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +23,8 @@ from simpo.data.mixture import load_mixture
 from simpo.data.rows import to_pair, to_prompt
 from simpo.data.rules import obeys
 from simpo.errors import ConfigError, DataError, RunError
-from simpo.on_policy import draw, score
-from simpo.on_policy.files import content_hash
+from simpo.on_policy import draw, files, score
+from simpo.on_policy.files import content_hash, model_content, working_in
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -95,6 +97,134 @@ def test_other_settings_are_refused(drawing: list[str], tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"on_policy.temperature: the replies in {tmp_path}/own were drawn with 0.8, got 1.5 "
         "(restore it, or choose another on_policy.folder)"
+    )
+
+
+def test_other_weights_under_the_same_path_are_refused(
+    drawing: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    few = [f"model.path={model}", "on_policy.num_prompts=2"]
+    first = generate(drawing, *few)
+    (model / "README.md").write_text("another text")
+    assert generate(drawing, *few) == first
+    own = tmp_path / "own"
+    before = json.loads((own / "settings.json").read_text())
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ConfigError) as caught:
+        generate(drawing, *few, "on_policy.seeds=[1,2,3]")
+    key = "content of model.path"
+    now = model_content("model.path", str(model), None)
+    assert now != before[key]
+    assert str(caught.value) == (
+        f"{key}: the replies in {own} were drawn with {before[key]}, got {now} "
+        "(restore it, or choose another on_policy.folder)"
+    )
+    assert lines(own / "responses.jsonl") == first
+    (own / "settings.json").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        generate(drawing, *few)
+    assert str(caught.value) == (
+        f"on_policy.folder: the settings.json of the replies in {own} is missing or empty "
+        "(choose another on_policy.folder)"
+    )
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked up in a cache that is laid out as the hub's."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    root = tmp_path / "models--me--mine"
+    (root / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        (root / "snapshots" / commit).mkdir(parents=True)
+        (root / "snapshots" / commit / "config.json").write_text("{}")
+        (root / "refs" / "main").write_text(commit)
+        assert model_content("model.path", "me/mine", None) == commit
+    with pytest.raises(ConfigError) as caught:
+        model_content("model.path", "me/none", None)
+    assert str(caught.value).startswith("model.path: me/none cannot be loaded: ")
+
+
+@pytest.mark.parametrize("command", ["generate", "annotate"])
+def test_one_command_at_a_time_works_in_a_folder(
+    drawing: list[str], folder: Path, command: str
+) -> None:
+    run = compose_run([*drawing, f"on_policy.folder={folder}", "on_policy.reward=rules"])
+    work = {"generate": draw.generate, "annotate": score.annotate}[command]
+    with working_in(folder), pytest.raises(ConfigError) as caught:
+        work(run)
+    told = f"on_policy.folder: another process works in {folder} (wait for it)"
+    assert str(caught.value) == told
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    with working_in(tmp_path):
+        (tmp_path / "made").touch()
+    assert capsys.readouterr().out == (
+        f"note   {tmp_path} cannot be locked, start nothing else in it: Function not implemented\n"
+    )
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    remedy = "(make room, or choose another; the same command goes on)"
+    monkeypatch.setattr(score, "append_lines", full)
+    with pytest.raises(RunError) as caught:
+        annotate(folder, "rules")
+    assert str(caught.value) == (
+        f"on_policy.folder: {folder} cannot be written: No space left on device {remedy}"
+    )
+    below = folder / "prompts.jsonl" / "own"
+    with pytest.raises(RunError) as caught, working_in(below):
+        pass
+    assert str(caught.value) == (
+        f"on_policy.folder: {below} cannot be written: Not a directory {remedy}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "told"),
+    [
+        ("prompts", '{"id": "a"}', "a line is no prompt (KeyError)"),
+        ("prompts", "[]", "a line is no JSON object"),
+        ("responses", '{"id": "a", "reply": "b"}', "a line is no reply"),
+        ("responses", "nothing", "not JSON lines: Expecting value: line 1 column 1 (char 0)"),
+        ("scores-rules", "\x00", "not JSON lines: Expecting value: line 1 column 1 (char 0)"),
+    ],
+)
+def test_damaged_files(folder: Path, file: str, line: str, told: str) -> None:
+    path = folder / f"{file}.jsonl"
+    with path.open("a") as lines:
+        lines.write(f"{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        annotate(folder, "rules")
+    remedy = "(remove the file)"
+    assert str(caught.value) == f"on_policy.folder: {path} is damaged: {told} {remedy}"
+
+
+def test_a_reply_to_no_prompt(folder: Path) -> None:
+    file = folder / "responses.jsonl"
+    file.write_text(file.read_text().replace('"id": "d"', '"id": "e"', 1))
+    with pytest.raises(ConfigError) as caught:
+        annotate(folder, "rules")
+    assert str(caught.value) == (
+        f"on_policy.folder: {folder} has a reply to e, which is not in its prompts.jsonl "
+        "(simpo.generate writes that again)"
     )
 
 
@@ -253,6 +383,33 @@ def test_a_function_scores_what_is_not_scored_yet(
         annotate(folder, "my_rewards:short")
 
 
+def test_a_function_that_was_edited_scores_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its own file, or in the one that its module has it from."""
+    code = "def length(prompt, responses, rule):\n    return [{}len(text) for text in responses]\n"
+    (folder / "first.py").write_text(code.format(""))
+    (folder / "second.py").write_text("from first import length\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # known by the second it was written in
+
+    def chosen(name: str) -> str:
+        for module in ("first", "second"):
+            sys.modules.pop(module, None)  # as in another process
+        annotate(folder, f"{name}:length")
+        return str(lines(folder / "train.jsonl")[0]["chosen"])
+
+    for name in ("first", "second"):
+        assert chosen(name) == chosen(name) == "- Owls."
+    assert "note" not in capsys.readouterr().out
+    (folder / "first.py").write_text(code.format("-"))
+    for name in ("first", "second"):
+        assert chosen(name) == "Owls."
+        told = f"note   {name}:length has changed since scores-{name}_length.jsonl: "
+        assert told + "all replies are scored anew\n" in capsys.readouterr().out
+
+
 def test_a_reward_model(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """A classifier with one score, against its own forward on the rendered dialogue."""
     torch.manual_seed(1)
@@ -270,6 +427,12 @@ def test_a_reward_model(folder: Path, tiny_folder: Path, tmp_path: Path) -> None
         expected.append(judge(ids).logits.item())
     assert row["scores"] == pytest.approx(expected, rel=1e-5)
     assert row["chosen"] == ["- Owls.", "Owls.", "Mice."][expected.index(max(expected))]
+    # Other weights under its name.
+    torch.nn.init.normal_(judge.score.weight)
+    judge.save_pretrained(tmp_path / "judge")
+    annotate(folder, str(tmp_path / "judge"), "train.precision=fp32")
+    again = lines(folder / "train.jsonl")[0]["scores"]
+    assert again != pytest.approx(row["scores"], rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +446,11 @@ def test_a_reward_model(folder: Path, tiny_folder: Path, tmp_path: Path) -> None
         ),
         ("json:nothing", "on_policy.reward: json:nothing cannot be imported: module 'json' has no"),
         ("./nothing", "on_policy.reward: ./nothing cannot be loaded: "),
+        (
+            "my_rewards.py",
+            "on_policy.reward: must not be a file, got my_rewards.py (a function is "
+            "module:function)",
+        ),
     ],
 )
 def test_rewards_that_cannot_be(folder: Path, reward: str, message: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from simpo.backend import build_backend
-from simpo.config import Engine, OnBadRow, RunConfig
+from simpo.config import ADAPTER_FILE, Engine, OnBadRow, RunConfig
 from simpo.console import quiet_libraries
 from simpo.data.chat import Chat
 from simpo.data.mixture import fault_lines, load_mixture
@@ -28,9 +28,11 @@ from simpo.on_policy.files import (
     Response,
     append_lines,
     content_hash,
+    model_content,
     on_policy_folder,
     read_lines,
     read_responses,
+    working_in,
 )
 from simpo.run_folder import write_text
 from simpo.sample import Completion, batches, complete, completion
@@ -49,7 +51,8 @@ def generate(run: RunConfig) -> Path:
         The folder; see `simpo.on_policy.files`.
 
     Raises:
-        ConfigError: the folder holds replies drawn with other settings.
+        ConfigError: the folder holds replies drawn with other settings or weights, or another
+            process works in it.
         DataError: the prompts cannot be read, or written in the model's template.
     """
     quiet_libraries()
@@ -59,47 +62,70 @@ def generate(run: RunConfig) -> Path:
     found = _prompts(run, chat)
     prompts = [prompt for prompt, _ in found]
     folder = on_policy_folder(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    engine = _engine(config.engine)
-    _refuse_other_settings(
-        folder,
-        {
-            "model.path": run.model.path,
-            "model.revision": run.model.revision,
-            "model.lora.adapter": run.model.lora.adapter,
-            "chat_template": chat.template_sha256[:16],
-            "prompts": content_hash([prompt.id for prompt in prompts]),
-            "on_policy.temperature": config.temperature,
-            "on_policy.top_p": config.top_p,
-            "on_policy.max_new_tokens": config.max_new_tokens,
-            "on_policy.batch_prompts": config.batch_prompts,
-            "engine": engine.value,
-        },
-    )
-    lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)
-    write_text(folder / "prompts.jsonl", lines)
-    done = {(response.id, response.seed) for response in read_responses(folder)}
     ids = chat.encode([text for _, text in found])
+    with working_in(folder):
+        _refuse_other_settings(folder, _settings(run, chat, prompts, ids))
+        lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)
+        write_text(folder / "prompts.jsonl", lines)
+        print(f"folder {folder}\n{len(prompts)} prompts, {len(config.seeds)} replies each")
+        _draw_all(run, chat, folder, prompts, ids)
+    return folder
+
+
+def _draw_all(
+    run: RunConfig, chat: Chat, folder: Path, prompts: list[Prompt], ids: list[list[int]]
+) -> None:
+    """Draw what is not in responses.jsonl, and append it batch by batch."""
+    config = run.on_policy
+    done = {(response.id, response.seed) for response in read_responses(folder)}
     todo = [
         (seed, batch)
         for seed in config.seeds
         for batch in batches([len(row) for row in ids], config.batch_prompts)
         if any((prompts[i].id, seed) not in done for i in batch)
     ]
-    print(f"folder {folder}\n{len(prompts)} prompts, {len(config.seeds)} replies each", flush=True)
-    if todo:
-        draw = _vllm(run, chat) if engine is Engine.vllm else _transformers(run, chat)
-        for seed, batch in tqdm(todo, desc=f"draw ({engine.value})", unit="batch"):
-            drawn = draw([ids[i] for i in batch], seed)
-            append_lines(
-                folder / "responses.jsonl",
-                (
-                    asdict(Response(prompts[i].id, seed, reply.text, reply.tokens, reply.ended))
-                    for i, reply in zip(batch, drawn, strict=True)
-                    if (prompts[i].id, seed) not in done
-                ),
-            )
-    return folder
+    if not todo:
+        return
+    engine = _engine(config.engine)
+    draw = _vllm(run, chat) if engine is Engine.vllm else _transformers(run, chat)
+    for seed, batch in tqdm(todo, desc=f"draw ({engine.value})", unit="batch"):
+        drawn = draw([ids[i] for i in batch], seed)
+        append_lines(
+            folder / "responses.jsonl",
+            (
+                asdict(Response(prompts[i].id, seed, reply.text, reply.tokens, reply.ended))
+                for i, reply in zip(batch, drawn, strict=True)
+                if (prompts[i].id, seed) not in done
+            ),
+        )
+
+
+def _settings(
+    run: RunConfig, chat: Chat, prompts: list[Prompt], ids: list[list[int]]
+) -> dict[str, Any]:
+    """Whatever decides the replies but their seeds; weights by their content."""
+    model, config = run.model, run.on_policy
+    adapter = model.lora.adapter
+    source = model_source(model, Path(run.cache_dir).expanduser())
+    return {
+        "model.path": model.path,
+        "model.revision": model.revision,
+        "content of model.path": model_content("model.path", source, model.revision),
+        "model.dtype": model.dtype.value,
+        "model.quantization": model.quantization.value,
+        "model.lora.adapter": adapter,
+        "content of model.lora.adapter": adapter
+        and model_content("model.lora.adapter", adapter, None, ADAPTER_FILE),
+        "chat_template": chat.template_sha256[:16],
+        "prompts": content_hash([prompt.id for prompt in prompts]),
+        "tokens of the prompts": content_hash(ids),
+        "on_policy.temperature": config.temperature,
+        "on_policy.top_p": config.top_p,
+        "on_policy.max_new_tokens": config.max_new_tokens,
+        "on_policy.batch_prompts": config.batch_prompts,
+        "train.precision": run.train.precision.value,
+        "engine": _engine(config.engine).value,
+    }
 
 
 def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
@@ -109,6 +135,7 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
         DataError: the chat template refuses one (with on_bad_row=stop).
     """
     mixture = load_mixture(run.data, to_prompt)
+    print("".join(f"{note}\n" for note in mixture.notes), end="")
     found: dict[str, tuple[Prompt, str]] = {}
     faults: list[tuple[str, str]] = []
     for split, pairs in (("test", mixture.test), ("train", mixture.train)):
@@ -128,7 +155,14 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
 
 def _refuse_other_settings(folder: Path, now: dict[str, Any]) -> None:
     file = folder / "settings.json"
-    (before,) = read_lines(file) or ({},)
+    before = next(iter(read_lines(file)), None)
+    if before is None and read_responses(folder):
+        raise ConfigError(
+            [
+                f"on_policy.folder: the settings.json of the replies in {folder} is missing or "
+                "empty (choose another on_policy.folder)"
+            ]
+        )
     if before and before != now:
         raise ConfigError(
             [

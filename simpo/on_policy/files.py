@@ -4,22 +4,32 @@
     settings.json              of the drawing; others are refused
     prompts.jsonl              id, split, prompt (messages), rule
     responses.jsonl            prompt id, seed, response, its tokens, whether it came to an end
-    scores-<reward>.jsonl      prompt id, hash of its responses, a score for each of them
+    scores-<reward>.jsonl      prompt id, hashes of its responses and of the reward, their scores
     train.jsonl, test.jsonl    the pairs, as `data=jsonl` reads them
+    lock                       held by the command that works in the folder
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.hub import cached_file, extract_commit_hash
+
 from simpo.config import RunConfig
-from simpo.errors import ConfigError
+from simpo.errors import FULL, ConfigError, RunError, first_line
 from simpo.pairs import Message
+from simpo.sealed import sha256
+
+MODEL_FILES = (".safetensors", ".bin", ".pt", ".py", "config.json", "tokenizer.json", ".model")
+"""Endings of the files that decide what a model writes."""
 
 
 @dataclass(frozen=True)
@@ -51,27 +61,95 @@ def on_policy_folder(run: RunConfig) -> Path:
     return (Path(run.output_dir).expanduser() / "on_policy" / name).absolute()
 
 
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Keep other commands out of a folder, which is made where it is not there.
+
+    Raises:
+        ConfigError: another process works in it.
+        RunError: it cannot be written, or the disk is full; what was written stays.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / "lock").open("w")
+    except OSError as error:
+        raise _not_written(folder, error) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            told = f"on_policy.folder: another process works in {folder} (wait for it)"
+            raise ConfigError([told]) from error
+        except OSError as error:  # a file system without locks
+            reason = error.strerror
+            print(f"note   {folder} cannot be locked, start nothing else in it: {reason}")
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (*FULL, errno.EROFS):
+                raise _not_written(folder, error) from error
+            raise
+
+
+def _not_written(folder: Path, error: OSError) -> RunError:
+    return RunError(
+        f"on_policy.folder: {folder} cannot be written: {error.strerror} "
+        "(make room, or choose another; the same command goes on)"
+    )
+
+
 def content_hash(value: Any) -> str:
     """16 hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def model_content(key: str, source: str, revision: str | None, file: str = "config.json") -> str:
+    """What tells one model from another under the same name.
+
+    Args:
+        key: the setting that names it, for messages.
+        source: a folder, whose files are hashed; or a hub id, whose commit is looked up.
+        file: one that every such model has.
+
+    Raises:
+        ConfigError: it is neither here nor on the hub.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        files = sorted(p for p in folder.iterdir() if p.name.endswith(MODEL_FILES))
+        return content_hash([[path.name, path.stat().st_size, sha256(path)] for path in files])
+    try:
+        return str(extract_commit_hash(cached_file(source, file, revision=revision), None))
+    except OSError as error:
+        raise ConfigError([f"{key}: {source} cannot be loaded: {first_line(error)}"]) from error
+
+
 def read_prompts(folder: Path) -> list[Prompt]:
-    return [
-        Prompt(row["id"], row["split"], tuple(row["prompt"]), row["rule"])
-        for row in read_lines(folder / "prompts.jsonl")
-    ]
+    """Raises: ConfigError, where a line is none that `simpo.generate` writes."""
+    path = folder / "prompts.jsonl"
+    try:
+        return [
+            Prompt(row["id"], row["split"], tuple(row["prompt"]), row["rule"])
+            for row in read_lines(path)
+        ]
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, f"a line is no prompt ({type(error).__name__})") from error
 
 
 def read_responses(folder: Path) -> list[Response]:
-    return [Response(**row) for row in read_lines(folder / "responses.jsonl")]
+    """Raises: ConfigError, where a line is none that `simpo.generate` writes."""
+    path = folder / "responses.jsonl"
+    try:
+        return [Response(**row) for row in read_lines(path)]
+    except TypeError as error:
+        raise _damaged(path, "a line is no reply") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file that is appended to; what a killed writer left of one is cut off.
 
     Raises:
-        ConfigError: another line is not JSON.
+        ConfigError: another line is not a JSON object.
     """
     if not path.is_file():
         return []
@@ -81,9 +159,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise ConfigError([f"{path}: not JSON lines: {error} (remove the file)"]) from error
+        rows = [json.loads(line) for line in whole.splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"not JSON lines: {first_line(error)}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise _damaged(path, "a line is no JSON object")
+    return rows
+
+
+def _damaged(path: Path, fault: str) -> ConfigError:
+    return ConfigError([f"on_policy.folder: {path} is damaged: {fault} (remove the file)"])
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

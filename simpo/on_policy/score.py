@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from simpo.backend import build_backend
 from simpo.config import RunConfig
 from simpo.console import quiet_libraries
+from simpo.data import rules
 from simpo.data.rules import obeys
 from simpo.errors import ConfigError, RunError, first_line
 from simpo.model import load_pretrained
@@ -28,13 +31,16 @@ from simpo.on_policy.files import (
     Response,
     append_lines,
     content_hash,
+    model_content,
     on_policy_folder,
     read_lines,
     read_prompts,
     read_responses,
+    working_in,
 )
 from simpo.pairs import Message
 from simpo.run_folder import write_text
+from simpo.sealed import sha256
 from simpo.tables import markdown_table
 
 Reward = Callable[[Sequence[Message], Sequence[str], Mapping[str, Any] | None], Sequence[float]]
@@ -51,46 +57,37 @@ def annotate(run: RunConfig) -> Path:
         The folder; see `simpo.on_policy.files`.
 
     Raises:
-        ConfigError: there are no replies, or the reward cannot be used.
+        ConfigError: there are no replies, the reward cannot be used, or another process works in
+            the folder.
         RunError: the reward failed on a prompt (scores so far are kept), or no pair came out.
     """
     quiet_libraries()
     folder = on_policy_folder(run)
-    prompts = read_prompts(folder)
-    replies: dict[str, dict[str, Response]] = {prompt.id: {} for prompt in prompts}
-    cut = 0
-    for response in read_responses(folder):
-        if not response.ended and not run.on_policy.keep_cut:
-            cut += 1
-        elif response.response.strip():
-            replies[response.id].setdefault(response.response.strip(), response)
-    if not any(replies.values()):
-        why = f": all {cut} are cut off (on_policy.keep_cut=true takes them)" if cut else ""
-        raise ConfigError([f"on_policy.folder: no replies in {folder}{why or ' (simpo.generate)'}"])
     name = run.on_policy.reward
+    if not (folder / "responses.jsonl").is_file():
+        raise ConfigError([f"on_policy.folder: no replies in {folder} (simpo.generate)"])
     if name is None:
         raise ConfigError(["on_policy.reward: required, but not given"])
-    safe_name = re.sub(r"[^\w.-]+", "_", name)
-    file = folder / f"scores-{safe_name}.jsonl"
-    known = {row["id"]: row for row in read_lines(file)}
-    reward: Reward | None = None
+    with working_in(folder):
+        _annotate(run, folder, name)
+    return folder
+
+
+def _annotate(run: RunConfig, folder: Path, name: str) -> None:
+    prompts = read_prompts(folder)
+    replies, cut = _replies(folder, prompts, run.on_policy.keep_cut)
+    scored = _score_all(run, folder, name, prompts, replies)
     written: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     counts: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
-    for prompt in tqdm(prompts, desc="score", unit="prompt"):
+    for prompt in prompts:
         texts = [response.response for response in replies[prompt.id].values()]
         counts[prompt.split]["prompts"] += 1
         if len(texts) < 2:
             counts[prompt.split]["fewer than two different replies"] += 1
             continue
-        wanted = content_hash(texts)
-        row = known.get(prompt.id)
-        if row is None or row["responses"] != wanted:
-            reward = reward or _reward(run, name)
-            scores = _scores(reward, name, prompt, texts)
-            row = {"id": prompt.id, "responses": wanted, "scores": scores}
-            append_lines(file, [row])
-        best, worst = (row["scores"].index(pick(row["scores"])) for pick in (max, min))
-        if row["scores"][best] == row["scores"][worst]:
+        scores = scored[prompt.id]
+        best, worst = (scores.index(pick(scores)) for pick in (max, min))
+        if scores[best] == scores[worst]:
             counts[prompt.split]["ties"] += 1
             continue
         counts[prompt.split]["pairs"] += 1
@@ -100,9 +97,9 @@ def annotate(run: RunConfig) -> Path:
                 "chosen": texts[best],
                 "rejected": texts[worst],
                 "rule": prompt.rule,
-                "chosen_score": row["scores"][best],
-                "rejected_score": row["scores"][worst],
-                "scores": row["scores"],
+                "chosen_score": scores[best],
+                "rejected_score": scores[worst],
+                "scores": scores,
             }
         )
     for split, rows in written.items():
@@ -117,7 +114,82 @@ def annotate(run: RunConfig) -> Path:
     )
     if not written["train"]:
         raise RunError(f"{folder}: no prompt to train on has replies of different scores")
-    return folder
+
+
+def _replies(
+    folder: Path, prompts: list[Prompt], keep_cut: bool
+) -> tuple[dict[str, dict[str, Response]], int]:
+    """The different replies to each prompt by their text, and the number of those cut off."""
+    replies: dict[str, dict[str, Response]] = {prompt.id: {} for prompt in prompts}
+    cut = 0
+    for response in read_responses(folder):
+        if response.id not in replies:
+            raise ConfigError(
+                [
+                    f"on_policy.folder: {folder} has a reply to {response.id}, which is not in its "
+                    "prompts.jsonl (simpo.generate writes that again)"
+                ]
+            )
+        if not response.ended and not keep_cut:
+            cut += 1
+        elif response.response.strip():
+            replies[response.id].setdefault(response.response.strip(), response)
+    if not any(replies.values()):
+        why = f": all {cut} are cut off (on_policy.keep_cut=true takes them)" if cut else ""
+        raise ConfigError([f"on_policy.folder: no replies in {folder}{why or ' (simpo.generate)'}"])
+    return replies, cut
+
+
+def _score_all(
+    run: RunConfig,
+    folder: Path,
+    name: str,
+    prompts: list[Prompt],
+    replies: Mapping[str, Mapping[str, Response]],
+) -> dict[str, list[float]]:
+    """Scores of the different replies to each prompt that has several; those known are kept."""
+    safe_name = re.sub(r"[^\w.-]+", "_", name)
+    file = folder / f"scores-{safe_name}.jsonl"
+    content = _reward_content(run, name)
+    rows = read_lines(file)
+    known = {row.get("id"): row for row in rows if row.get("reward") == content}
+    if rows and not known:
+        print(f"note   {name} has changed since {file.name}: all replies are scored anew")
+    reward: Reward | None = None
+    scored: dict[str, list[float]] = {}
+    for prompt in tqdm(prompts, desc="score", unit="prompt"):
+        texts = [response.response for response in replies[prompt.id].values()]
+        if len(texts) < 2:
+            continue
+        wanted = content_hash(texts)
+        row = known.get(prompt.id)
+        if row is None or row.get("responses") != wanted or len(row["scores"]) != len(texts):
+            reward = reward or _reward(run, name)
+            scores = _scores(reward, name, prompt, texts)
+            row = {"id": prompt.id, "responses": wanted, "reward": content, "scores": scores}
+            append_lines(file, [row])
+        scored[prompt.id] = row["scores"]
+    return scored
+
+
+def _reward_content(run: RunConfig, name: str) -> str:
+    """Hash of what decides the scores of a reward: its name, its source or weights, its settings.
+
+    Of a function it is the file of its module, and that of the function if it is another one.
+    """
+    if name == "rules" or _is_function(name):
+        reward = _reward(run, name)
+        module = rules if name == "rules" else sys.modules[name.partition(":")[0]]
+        files = {getattr(module, "__file__", None)}
+        with suppress(TypeError):  # not a function, but something that can be called
+            files.add(inspect.getsourcefile(reward))
+        return content_hash([name, sorted(sha256(Path(file)) for file in files if file)])
+    if name.endswith(".py") or Path(name).is_file():
+        raise ConfigError(
+            [f"on_policy.reward: must not be a file, got {name} (a function is module:function)"]
+        )
+    trust, precision = run.model.trust_remote_code, run.train.precision.value
+    return content_hash([name, model_content("on_policy.reward", name, None), trust, precision])
 
 
 def _scores(reward: Reward, name: str, prompt: Prompt, texts: list[str]) -> list[float]:
@@ -138,9 +210,13 @@ def _scores(reward: Reward, name: str, prompt: Prompt, texts: list[str]) -> list
 def _reward(run: RunConfig, name: str) -> Reward:
     if name == "rules":
         return by_rule
-    if re.fullmatch(r"[\w.]+:\w+", name):
+    if _is_function(name):
         return _function(name)
     return _model(run, name)
+
+
+def _is_function(name: str) -> bool:
+    return re.fullmatch(r"[\w.]+:\w+", name) is not None
 
 
 def by_rule(
@@ -161,8 +237,9 @@ def _function(name: str) -> Reward:
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
     try:
         found: Reward = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError([f"on_policy.reward: {name} cannot be imported: {error}"]) from error
+    except Exception as error:  # whatever the module does
+        reason = first_line(error)
+        raise ConfigError([f"on_policy.reward: {name} cannot be imported: {reason}"]) from error
     return found
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo.config import RunConfig
+from simpo.config import Compat, RunConfig
 from simpo.cost import Layout, num_weights
-from simpo.data.chat import TokenizedSet
+from simpo.data.chat import Chat, TokenizedSet
+from simpo.data.checks import kept_as_the_original
 from simpo.data.mixture import SplitReport
 from simpo.data.plan import TrainPlan
 from simpo.model import Policy
@@ -73,6 +74,27 @@ def data_lines(table: Sequence[SplitReport], train_set: TokenizedSet, plan: Trai
         **{f"left out: {fault}": count for fault, count in report.bad.items()},
     }
     lines += [f"       {count} {what}" for what, count in repairs.items() if count]
+    return lines
+
+
+def token_notes(
+    run: RunConfig, chat: Chat, table: Sequence[SplitReport], train_set: TokenizedSet
+) -> list[str]:
+    """What the chat template and `data.compat` do to the tokens that one may not expect."""
+    lines = []
+    if chat.template.date is not None:
+        lines.append(
+            f"note   the chat template writes the date: {chat.template.date} throughout this run"
+        )
+    for fault, count in kept_as_the_original(chat, train_set, run.data).items():
+        if count:
+            lines.append(f"note   {count} train pairs kept with {fault} (data.compat=paper)")
+    left_out = sum(sum(bad.values()) for bad in (*(r.bad for r in table), train_set.report.bad))
+    if run.data.compat is Compat.paper and left_out:
+        lines.append(
+            f"note   {left_out} rows left out that the original trainer trains on or "
+            "stops at (data.compat=paper)"
+        )
     return lines
 
 

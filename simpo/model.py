@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from simpo import attention
-from simpo.config import Attention, Dtype, ModelConfig, Quantization, template_file
+from simpo.config import Attention, Dtype, ModelConfig, Quantization
+from simpo.data.template import use_template
 from simpo.errors import ConfigError, first_line
 from simpo.logps import Objective, fused_loss
 from simpo.pairs import PackedPairs, PairLogps
@@ -89,7 +90,7 @@ def load_tokenizer(config: ModelConfig, cache_dir: Path) -> PreTrainedTokenizerB
     replaces the tokenizer's own.
 
     Raises:
-        ConfigError: the tokenizer cannot be loaded.
+        ConfigError: the tokenizer cannot be loaded, or lacks the tokens of that template.
     """
     source = config.tokenizer or model_source(config, cache_dir)
     tokenizer = load_pretrained(
@@ -105,8 +106,24 @@ def load_tokenizer(config: ModelConfig, cache_dir: Path) -> PreTrainedTokenizerB
         tokenizer.model_max_length = DEFAULT_LENGTH
     tokenizer.truncation_side = "left"
     if config.chat_template is not None:
-        tokenizer.chat_template = template_file(config.chat_template).read_text()
+        use_template(tokenizer, config.chat_template)
     return tokenizer
+
+
+def num_embeddings(config: ModelConfig, cache_dir: Path) -> int:
+    """Rows of the model's embedding, from its settings: token ids lie below.
+
+    Raises:
+        ConfigError: the settings cannot be loaded.
+    """
+    settings = load_pretrained(
+        "model.path",
+        model_source(config, cache_dir),
+        AutoConfig,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return int(settings.get_text_config(decoder=True).vocab_size)
 
 
 def load_policy(

@@ -57,6 +57,12 @@ class TokenizedPair:
     scored: np.ndarray | None = None
     reference_logps: tuple[float, float] | None = None
 
+    @staticmethod
+    def of(prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:
+        """From lists of token ids."""
+        arrays = [np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)]
+        return TokenizedPair(arrays[0], arrays[1], arrays[2])
+
     def num_tokens(self, share_prefix: bool = True) -> int:
         """Tokens computed for the pair, its prompt once or for each response."""
         prompts = len(self.prompt_ids) * (1 if share_prefix or not len(self.rejected_ids) else 2)

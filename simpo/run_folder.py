@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,6 +194,18 @@ class RunFolder:
     def _command(self) -> str:
         arguments = [a for a in sys.argv[1:] if not a.startswith("run_dir=")]
         return shlex.join(["python", "-m", "simpo.train", *arguments, f"run_dir={self.path}"])
+
+
+def template_date(run: RunConfig) -> date:
+    """The day that a chat template takes for today: that of the run's start, also when it goes on.
+
+    Every process that reads it before the folder is found must take that of rank 0.
+    """
+    own = [] if run.run_dir is None else [Path(run.run_dir).expanduser()]
+    for folder in own or unfinished_folders(run):
+        if written := read_json(folder / "data.json").get("template_date"):
+            return date.fromisoformat(written)
+    return date.today()
 
 
 def unfinished_folders(run: RunConfig) -> list[Path]:

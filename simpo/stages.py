@@ -19,6 +19,7 @@ from simpo.data.rows import to_dialogue, to_pair
 from simpo.data.token_cache import tokenize_set
 from simpo.model import load_tokenizer
 from simpo.pairs import Pair, TokenizedPair
+from simpo.run_folder import template_date
 from simpo.tables import markdown_table
 
 ENDLESS = 10**9
@@ -79,7 +80,7 @@ class Stages:
         """
         console.quiet_libraries()
         cache_dir = Path(run.cache_dir).expanduser()
-        chat = Chat(load_tokenizer(run.model, cache_dir))
+        chat = Chat(load_tokenizer(run.model, cache_dir), template_date(run))
         mixture = load_mixture(run.data, to_pair if run.loss.needs_rejected else to_dialogue)
         data = tokenize_set(chat, mixture.train, run.data, cache_dir)
         cfg = run.train
@@ -95,6 +96,7 @@ class Stages:
                 console.layout_line(cost.layout(plan, num_tokens, cfg.tokens_per_row)),
                 *mixture.notes,
                 *data.notes,
+                *console.token_notes(run, chat, mixture.table, data),
             ],
             lengths=_lengths(data),
             pairs=[_shown(run, chat, data, int(i)) for i in _in_order(plan, num_pairs)],

@@ -67,12 +67,13 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.backend import build_backend
     from simpo.checkpoint import CheckpointStore
     from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint
+    from simpo.data.checks import kept_as_the_original, placed_ids, refuse_unknown_ids
     from simpo.data.mixture import load_mixture
     from simpo.data.packing import pack, pack_nothing
     from simpo.data.plan import build_plan, pairs_of_step, rows_of_pairs
     from simpo.data.rows import to_dialogue, to_pair
     from simpo.data.token_cache import tokenize_set
-    from simpo.model import load_policy, load_tokenizer
+    from simpo.model import load_policy, load_tokenizer, num_embeddings
     from simpo.objective import (
         best_step,
         check_objective,
@@ -83,7 +84,7 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.pairs import PackedPairs
     from simpo.probe import check_packing
     from simpo.reference import weights_fingerprint, with_reference
-    from simpo.run_folder import RunFolder, environment, git_diff
+    from simpo.run_folder import RunFolder, environment, git_diff, template_date
     from simpo.sample import greedy_replies, reply_metrics
     from simpo.signals import StopRequest
     from simpo.step import NonFiniteError, columns, evaluate, summarise, update
@@ -94,11 +95,13 @@ def train(run: RunConfig) -> dict[str, float]:
     cfg = run.train
     cache_dir = Path(run.cache_dir).expanduser()
     backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
+    today = backend.broadcast(template_date(run) if backend.is_main else None)
     with backend.main_first():
-        chat = Chat(load_tokenizer(run.model, cache_dir))
+        chat = Chat(load_tokenizer(run.model, cache_dir), today)
         mixture = load_mixture(run.data, to_pair if run.loss.needs_rejected else to_dialogue)
         train_set = tokenize_set(chat, mixture.train, run.data, cache_dir)
         test_set = tokenize_set(chat, mixture.test, run.data, cache_dir)
+    refuse_unknown_ids(chat, placed_ids(train_set, test_set), num_embeddings(run.model, cache_dir))
     train_tokens = train_set.num_tokens(cfg.share_prefix)
     test_tokens = test_set.num_tokens(cfg.share_prefix)
     plan = build_plan(len(train_set.pairs), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
@@ -117,6 +120,8 @@ def train(run: RunConfig) -> dict[str, float]:
             "train_fingerprint": pairs_fingerprint(train_set.pairs),
             "test_fingerprint": pairs_fingerprint(test_set.pairs),
             "template_sha256": chat.template_sha256,
+            "template_date": chat.template.date and chat.template.date.isoformat(),
+            "kept_as_the_original": kept_as_the_original(chat, train_set, run.data),
             "tokens_fingerprint": train_set.fingerprint(),
         }
     )
@@ -146,6 +151,7 @@ def train(run: RunConfig) -> dict[str, float]:
     start_lines = [
         *console.start_lines(run, policy, str(backend), mixture.table, train_set, plan),
         console.layout_line(planned),
+        *console.token_notes(run, chat, mixture.table, train_set),
         f"memory about {memory}",
     ]
     origin = weights_fingerprint(policy) if run.loss.needs_reference and backend.is_main else ""

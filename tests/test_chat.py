@@ -96,7 +96,8 @@ RENDERED = {
 
 @pytest.mark.parametrize("template", RENDERED)
 def test_template_renders(template: str) -> None:
-    render = load_chat("mistral", template).tokenizer.apply_chat_template
+    text = (TEMPLATES / f"{template}.jinja").read_text()
+    render = load_chat("mistral", text).tokenizer.apply_chat_template
     generation, *texts = RENDERED[template]
     for messages, text in zip(DIALOGUES, texts, strict=True):
         assert render(messages, tokenize=False) == text
@@ -451,12 +452,14 @@ NO_SYSTEM = """{% if messages[0].role == 'system' %}{{ raise_exception('no syste
 {%- for m in messages %}{{ m.content ~ eos_token }}{% endfor %}"""
 OTHER_HEADER = """{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'bot: ' }}{% endif %}"""
-REPLIES_ONLY = "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}"
 FAULTS = [
     ("mistral", NO_SYSTEM, {"prompt": (system("Be kind."), user("Hi"))},
      "the chat template refuses it: no system"),
     ("mistral", OTHER_HEADER, {}, "the chat template writes the prompt differently before a reply"),
-    ("smollm2", REPLIES_ONLY, {}, "prompt and dialogue share no token"),
+    # `internat` has two tokens, the whole word one, which has none in common with them.
+    ("smollm2", BARE,
+     {"prompt": (user(" internat"),), "chosen": "ional", "rejected": "ional law"},
+     "prompt and dialogue share no token"),
     ("llama3", "llama3", {"rejected": " \n"}, "rejected: the response has no token"),
     ("llama3", "llama3", {"chosen": "a<|eot_id|>b"},
      "a message holds the token <|eot_id|> as text"),

@@ -19,10 +19,11 @@ config.check
 config
 compose data.demo data.rows data.packing adapters attention logps loss objective optim
 signals slurm smollm2 tracker watch
-data.sources model processes
-data.mixture
+data.sources data.template processes
+data.mixture data.paper model
 data.chat backend.base cost probe
-backend.fsdp backend.zero data.token_cache
+data.checks data.token_cache
+backend.fsdp backend.zero
 backend
 checkpoint console reference sample step
 export run_folder

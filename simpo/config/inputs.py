@@ -146,9 +146,8 @@ class ModelConfig:
                 yield "lora.dora: not on int8 layers, whose scales peft would lose (nf4 keeps them)"
             if importlib.util.find_spec("bitsandbytes") is None:
                 yield "quantization: needs bitsandbytes (pip install bitsandbytes)"
-        if self.chat_template is not None and not template_file(self.chat_template).is_file():
-            shipped = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
-            yield f"chat_template: no such file, got {self.chat_template} (shipped: {shipped})"
+        if self.chat_template is not None:
+            yield from _problems_of_template(self.chat_template)
 
 
 @dataclass(kw_only=True)
@@ -258,6 +257,20 @@ def template_file(name_or_path: str) -> Path:
     """The file of a chat template: one shipped under that name, else the path itself."""
     shipped = TEMPLATES / f"{name_or_path}.jinja"
     return shipped if shipped.is_file() else Path(name_or_path).expanduser()
+
+
+def _problems_of_template(name_or_path: str) -> Iterator[str]:
+    shipped = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+    try:
+        text = template_file(name_or_path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        yield f"chat_template: must be UTF-8, got {name_or_path} (save it as UTF-8)"
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        yield f"chat_template: {reason}, got {name_or_path} (shipped: {shipped})"
+    else:
+        if not text.strip():
+            yield f"chat_template: must not be empty, got {name_or_path} (shipped: {shipped})"
 
 
 def _looks_local(path: str) -> bool:

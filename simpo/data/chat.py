@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import date
+from functools import partial
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from simpo.config import Compat, DataConfig, PromptTruncation
+from simpo.data.paper import paper_pair, paper_texts
 from simpo.data.rows import RowFault
+from simpo.data.template import Template, control_tokens
 from simpo.errors import ConfigError
 from simpo.pairs import Message, Pair, TokenizedPair
 
@@ -77,29 +81,37 @@ class Chat:
     """A tokenizer with its template, and what the template implies.
 
     Attributes:
-        tokenizer: the tokenizer; its `chat_template` is set.
+        tokenizer: the tokenizer.
+        template: its chat template.
         end_id: the token that ends a response: the first special token that the template puts
             behind an assistant's text, else the tokenizer's EOS.
         template_sha256: hash of the template, for the run's records.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not isinstance(tokenizer.chat_template, str):
-            raise ConfigError(
-                ["model.chat_template: the tokenizer has no template (name one, or a .jinja file)"]
-            )
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, today: date | None = None) -> None:
+        """
+        Args:
+            today: the day that a template which asks for the date is given; None takes this one.
+
+        Raises:
+            ConfigError: the template cannot be used, or ends no turn.
+        """
         self.tokenizer = tokenizer
-        self.template_sha256 = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+        self.template = Template(tokenizer, today or date.today())
+        self.template_sha256 = self.template.sha256
         self._bos_id = tokenizer.bos_token_id
         self._adds_bos = self._bos_id is not None and tokenizer("x").input_ids[0] == self._bos_id
-        self.end_id = self._find_end_id()
-        self._marks = {tokenizer.bos_token, tokenizer.eos_token}
-        self._marks.add(tokenizer.convert_ids_to_tokens(self.end_id))
-        self._marks.discard(None)
+        question, answer = "2hv7", "8wq3"
+        written = self.template.probe(question, answer)
+        self.end_id = self._find_end_id(written[written.rindex(answer) + len(answer) :])
+        marks = control_tokens(tokenizer, written)
+        marks.add(str(tokenizer.convert_ids_to_tokens(self.end_id)))
+        longest_first = sorted(marks, key=lambda mark: (-len(mark), mark))
+        self._marks = re.compile("|".join(map(re.escape, longest_first)))
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """The prompt as text, up to where the assistant begins to write."""
-        return self._render(messages, add_generation_prompt=True)
+        return self.template.render(messages, add_generation_prompt=True)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered texts, with a BOS wherever the tokenizer wants one, never two."""
@@ -113,7 +125,8 @@ class Chat:
         if any(pair.rejected is None for pair in pairs):
             render, join = self._dialogue_texts, self._dialogue
         elif config.compat is Compat.paper:
-            render, join = self._paper_texts, self._paper_pair
+            render = partial(paper_texts, self.template, self.tokenizer)
+            join = partial(paper_pair, self.tokenizer)
         else:
             render, join = self._texts, self._pair
         for start in range(0, len(pairs), BATCH_PAIRS):
@@ -134,21 +147,8 @@ class Chat:
                 except RowFault as fault:
                     yield fault
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise RowFault(f"the chat template refuses it: {error}") from error
-        return str(text)
-
-    def _find_end_id(self) -> int:
-        probe = "8wq3"
-        text = self._render(
-            [{"role": "user", "content": "hi"}, {"role": "assistant", "content": probe}]
-        )
-        tail = text[text.rindex(probe) + len(probe) :]
+    def _find_end_id(self, tail: str) -> int:
+        """The token that ends a turn, from what the template writes behind a reply."""
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         ids = self.tokenizer(tail, add_special_tokens=False).input_ids
         end_id = next((i for i in ids if i in special), self.tokenizer.eos_token_id)
@@ -156,29 +156,40 @@ class Chat:
             raise ConfigError(["model.tokenizer: has no EOS token and its template ends no turn"])
         return int(end_id)
 
+    def check_messages(self, messages: Sequence[Message]) -> None:
+        """
+        Raises:
+            RowFault: a message holds a control token as text, which would be read as the token.
+        """
+        for message in messages:
+            if mark := self._marks.search(message["content"]):
+                raise RowFault(f"a message holds the token {mark[0]} as text")
+
     def _texts(self, pair: Pair) -> list[str]:
         """The prompt, and the dialogues that the two replies make of it."""
         replies = [_reply(text) for text in (pair.chosen, pair.rejected) if text is not None]
-        self._check_marks([*pair.prompt, *replies])
+        self.check_messages([*pair.prompt, *replies])
         prompt = self.prompt_text(pair.prompt)
-        whole = [self._render([*pair.prompt, reply]) for reply in replies]
+        _check_whole(prompt, [turn for turn in pair.prompt if turn["role"] != "assistant"])
+        whole = [self.template.render([*pair.prompt, reply]) for reply in replies]
         _check_start([prompt], whole)
+        for text, reply in zip(whole, replies, strict=True):
+            _check_whole(text[len(prompt) :], [reply])
         return [prompt, *whole]
 
     def _dialogue_texts(self, pair: Pair) -> list[str]:
         """What comes before each reply of the assistant, and the whole dialogue."""
         messages = [*pair.prompt, _reply(pair.chosen), *pair.later]
-        self._check_marks(messages)
+        self.check_messages(messages)
         turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
         prompts = [self.prompt_text(messages[:turn]) for turn in turns]
-        whole = self._render(messages)
+        whole = self.template.render(messages)
         _check_start(prompts, [whole])
+        _check_whole(whole, messages[: turns[0]])
+        ends = [*map(len, prompts[1:]), len(whole)]
+        for prompt, end, turn in zip(prompts, ends, turns, strict=True):
+            _check_whole(whole[len(prompt) : end], [messages[turn]])
         return [*prompts, whole]
-
-    def _check_marks(self, messages: Sequence[Message]) -> None:
-        for mark in self._marks:
-            if any(mark in message["content"] for message in messages):
-                raise RowFault(f"a message holds the token {mark} as text")
 
     def _dialogue(
         self, rows: list[list[int]], config: DataConfig
@@ -205,7 +216,7 @@ class Chat:
             kept = self._cut(kept, budget, config.prompt_truncation)
         budget = config.max_length_tokens - len(kept)
         pair = replace(
-            _tokenized(kept, list(response[:budget]), []),
+            TokenizedPair.of(kept, list(response[:budget]), []),
             scored=scored[num_prompt:end][:budget],
         )
         merged = any(start < len(prompt) for start, prompt in zip(starts, prompts, strict=True))
@@ -231,8 +242,12 @@ class Chat:
             budget = max(config.max_prompt_tokens, config.max_length_tokens - longest)
             kept = self._cut(kept, budget, config.prompt_truncation)
         budget = config.max_length_tokens - len(kept)
+        kept_chosen, kept_rejected = (ids[:budget] for ids in responses)
+        if kept_chosen == kept_rejected:
+            cut = " once they are cut (raise data.max_length_tokens)" if longest > budget else ""
+            raise RowFault(f"chosen and rejected have the same tokens{cut}")
         return (
-            _tokenized(kept, *(ids[:budget] for ids in responses)),
+            TokenizedPair.of(kept, kept_chosen, kept_rejected),
             num_prompt < len(prompt),
             len(kept) < num_prompt,
             len(responses[0]) > budget,
@@ -246,62 +261,6 @@ class Chat:
             return ids[:budget]
         head = ids[:1] if ids[0] == self._bos_id else []
         return head + ids[len(ids) - budget + len(head) :]
-
-    def _paper_texts(self, pair: Pair) -> list[str]:
-        """Texts of the original trainer: no generation prompt, each reply a dialogue of its own."""
-        prompt = list(pair.prompt)
-        template = self.tokenizer.chat_template
-        if prompt[0]["role"] != "system" and ("system" in template or "<|im_start|>" in template):
-            prompt = [{"role": "system", "content": ""}, *prompt]
-        text = self._render(prompt)
-        texts = [text]
-        for content in (pair.chosen, pair.rejected):
-            assert content is not None
-            reply = self._render([_reply(content)])
-            texts.append(text + reply.removeprefix(self.tokenizer.bos_token or ""))
-        return texts
-
-    def _paper_pair(
-        self, rows: list[list[int]], config: DataConfig
-    ) -> tuple[TokenizedPair, bool, bool, bool, bool]:
-        """Ids of the original trainer: BOS first, EOS last, both replies cut to one length.
-
-        Source: `tokenize_row` of https://github.com/princeton-nlp/SimPO.
-        """
-        prompt, chosen, rejected = rows
-        starts = [
-            len(prompt) if ids[: len(prompt)] == prompt else len(prompt) - 1
-            for ids in (chosen, rejected)
-        ]
-        num_prompt = min(starts)
-        responses = [chosen[starts[0] :], rejected[starts[1] :]]
-        bos = [] if self._bos_id is None else [self._bos_id]
-        # Of the joined text, not of the prompt alone: a merge may reach back over several tokens.
-        kept = chosen[:num_prompt] if chosen[:1] == bos else bos + chosen[:num_prompt]
-        shortest = min(len(chosen), len(rejected))
-        if chosen[:num_prompt] != rejected[:num_prompt] or shortest < len(prompt):
-            raise RowFault("the tokenizer joins prompt and response differently for both responses")
-        # The original gives each sequence its own prompt, which may end one token apart.
-        if starts[0] != starts[1]:
-            raise RowFault("the tokenizer joins the prompt's end with one response only")
-        eos_id = self.tokenizer.eos_token_id
-        responses = [ids if ids[-1:] == [eos_id] else [*ids, eos_id] for ids in responses]
-        longest = max(len(ids) for ids in responses)
-        whole = len(kept)
-        if whole + longest > config.max_length_tokens:
-            keep = config.max_prompt_tokens
-            keep_end = config.prompt_truncation is PromptTruncation.keep_end
-            kept = kept[-keep:] if keep_end else kept[:keep]
-        budget = longest
-        if len(kept) + longest > config.max_length_tokens:
-            budget = config.max_length_tokens - config.max_prompt_tokens
-        return (
-            _tokenized(kept, *(ids[:budget] for ids in responses)),
-            num_prompt < len(prompt),
-            len(kept) < whole,
-            len(responses[0]) > budget,
-            len(responses[1]) > budget,
-        )
 
 
 def pairs_fingerprint(pairs: Sequence[Pair]) -> str:
@@ -322,14 +281,22 @@ def _reply(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
+def _check_whole(text: str, messages: Sequence[Message]) -> None:
+    """What a template leaves out of messages, but for space around them, is never seen in training.
+
+    (Of the assistant's earlier turns some leave out the reasoning on purpose.)
+    """
+    for message in messages:
+        if message["content"].strip() not in text:
+            raise RowFault(
+                f"the chat template leaves out a part of what the {message['role']} says "
+                "(choose another model.chat_template)"
+            )
+
+
 def _check_start(prompts: Sequence[str], dialogues: Sequence[str]) -> None:
     if not all(text.startswith(prompt) for text in dialogues for prompt in prompts):
         raise RowFault(
             "the chat template writes the prompt differently before a reply "
             "(choose another model.chat_template)"
         )
-
-
-def _tokenized(prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:
-    ids = [np.array(part, dtype=np.int32) for part in (prompt, chosen, rejected)]
-    return TokenizedPair(ids[0], ids[1], ids[2])

@@ -104,7 +104,7 @@ def _content_hash(chat: Chat, pairs: list[Pair], config: DataConfig) -> str:
     settings = (
         CACHE_FORMAT, config.max_length_tokens, config.max_prompt_tokens,
         config.prompt_truncation.value, config.compat.value, str(tokenizer.special_tokens_map),
-        chat.template_sha256, chat.end_id, chat._adds_bos,
+        chat.template_sha256, str(chat.template.date), chat.end_id, chat._adds_bos,
     )  # fmt: skip
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(vocabulary.encode())

@@ -9,6 +9,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import torch
 from tqdm import tqdm
 
 from simpo.backend import build_backend
-from simpo.config import ADAPTER_FILE, Engine, OnBadRow, RunConfig
+from simpo.config import ADAPTER_FILE, Compat, Engine, OnBadRow, RunConfig
 from simpo.console import quiet_libraries
 from simpo.data.chat import Chat
+from simpo.data.checks import refuse_unknown_ids
 from simpo.data.mixture import fault_lines, load_mixture
 from simpo.data.rows import RowFault, to_prompt
 from simpo.errors import ConfigError, DataError
-from simpo.model import load_policy, load_tokenizer, model_source
+from simpo.model import load_policy, load_tokenizer, model_source, num_embeddings
 from simpo.on_policy.files import (
     Prompt,
     Response,
@@ -58,11 +60,13 @@ def generate(run: RunConfig) -> Path:
     quiet_libraries()
     config = run.on_policy
     cache_dir = Path(run.cache_dir).expanduser()
-    chat = Chat(load_tokenizer(run.model, cache_dir))
+    folder = on_policy_folder(run)
+    chat = Chat(load_tokenizer(run.model, cache_dir), _template_date(folder))
     found = _prompts(run, chat)
     prompts = [prompt for prompt, _ in found]
-    folder = on_policy_folder(run)
     ids = chat.encode([text for _, text in found])
+    named = zip((f"prompt {prompt.id}" for prompt in prompts), ids, strict=True)
+    refuse_unknown_ids(chat, named, num_embeddings(run.model, cache_dir))
     with working_in(folder):
         _refuse_other_settings(folder, _settings(run, chat, prompts, ids))
         lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)
@@ -117,6 +121,7 @@ def _settings(
         "content of model.lora.adapter": adapter
         and model_content("model.lora.adapter", adapter, None, ADAPTER_FILE),
         "chat_template": chat.template_sha256[:16],
+        **({"template_date": str(chat.template.date)} if chat.template.date else {}),
         "prompts": content_hash([prompt.id for prompt in prompts]),
         "tokens of the prompts": content_hash(ids),
         "on_policy.temperature": config.temperature,
@@ -142,6 +147,8 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
         own = {content_hash(pair.prompt): pair for pair in pairs}
         for key, pair in list(own.items())[: run.on_policy.num_prompts]:
             try:
+                if run.data.compat is Compat.none:
+                    chat.check_messages(pair.prompt)
                 text = chat.prompt_text(pair.prompt)
             except RowFault as fault:
                 faults.append((pair.place, str(fault)))
@@ -151,6 +158,13 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
     if faults and run.data.on_bad_row is OnBadRow.stop:
         raise DataError(fault_lines(faults))
     return list(found.values())
+
+
+def _template_date(folder: Path) -> date:
+    """The day that the chat template takes for today: that on which drawing began."""
+    (settings,) = read_lines(folder / "settings.json") or ({},)
+    written = settings.get("template_date")
+    return date.fromisoformat(written) if written else date.today()
 
 
 def _refuse_other_settings(folder: Path, now: dict[str, Any]) -> None:

@@ -1,0 +1,71 @@
+"""What is asked of pairs and their token ids before a model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from simpo.config import Compat, DataConfig
+from simpo.data.chat import Chat, TokenizedSet
+from simpo.data.rows import RowFault
+from simpo.errors import ConfigError, DataError
+from simpo.pairs import Pair
+
+
+def placed_ids(*sets: TokenizedSet) -> Iterator[tuple[str, np.ndarray]]:
+    """Where each pair is from, and its token ids."""
+    for data in sets:
+        for pair, ids in zip(data.pairs, data.tokens, strict=True):
+            parts = (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)
+            yield pair.place, np.concatenate(parts)
+
+
+def refuse_unknown_ids(
+    chat: Chat, rows: Iterable[tuple[str, Sequence[int] | np.ndarray]], num_embeddings: int
+) -> None:
+    """Do nothing, unless the tokenizer gives ids that the model has no embedding of.
+
+    Args:
+        rows: a place and its token ids, each.
+
+    Raises:
+        ConfigError: the token that ends a response, or pads, has such an id.
+        DataError: one in a row has.
+    """
+    lacks = f"but the model has embeddings of {num_embeddings:,} tokens only"
+    remedy = "(model.tokenizer, or the model's path, is another model's)"
+
+    def token(number: int) -> str:
+        return f"{chat.tokenizer.convert_ids_to_tokens(number)} has id {number:,}"
+
+    for number in (chat.end_id, int(chat.tokenizer.pad_token_id)):
+        if number >= num_embeddings:
+            raise ConfigError([f"model.tokenizer: its token {token(number)}, {lacks} {remedy}"])
+    for place, ids in rows:
+        if len(ids) and (number := int(np.max(ids))) >= num_embeddings:
+            raise DataError(f"{place}: the token {token(number)}, {lacks} {remedy}")
+
+
+def kept_as_the_original(chat: Chat, data: TokenizedSet, config: DataConfig) -> dict[str, int]:
+    """Pairs that compat=paper keeps, as the original trainer does, by what is a fault without it.
+
+    Empty without compat=paper.
+    """
+    if config.compat is not Compat.paper:
+        return {}
+
+    def forges(pair: Pair) -> bool:
+        replies = ({"role": "assistant", "content": x or ""} for x in (pair.chosen, pair.rejected))
+        try:
+            chat.check_messages([*pair.prompt, *replies])
+        except RowFault:
+            return True
+        return False
+
+    return {
+        "special tokens as text in a message": sum(map(forges, data.pairs)),
+        "the same tokens in both responses": sum(
+            np.array_equal(ids.chosen_ids, ids.rejected_ids) for ids in data.tokens
+        ),
+    }

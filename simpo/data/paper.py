@@ -1,0 +1,67 @@
+"""Texts and token ids of the original SimPO trainer: what `data.compat=paper` gives."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from simpo.config import DataConfig, PromptTruncation
+from simpo.data.rows import RowFault
+from simpo.data.template import Template
+from simpo.pairs import Pair, TokenizedPair
+
+
+def paper_texts(template: Template, tokenizer: PreTrainedTokenizerBase, pair: Pair) -> list[str]:
+    """Texts of the original trainer: no generation prompt, each reply a dialogue of its own."""
+    prompt = list(pair.prompt)
+    if prompt[0]["role"] != "system" and template.speaks_of_system:
+        prompt = [{"role": "system", "content": ""}, *prompt]
+    text = template.render(prompt)
+    texts = [text]
+    for content in (pair.chosen, pair.rejected):
+        assert content is not None
+        reply = template.render([{"role": "assistant", "content": content}])
+        texts.append(text + reply.removeprefix(tokenizer.bos_token or ""))
+    return texts
+
+
+def paper_pair(
+    tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], config: DataConfig
+) -> tuple[TokenizedPair, bool, bool, bool, bool]:
+    """Ids of the original trainer: BOS first, EOS last, both replies cut to one length.
+
+    Source: `tokenize_row` of https://github.com/princeton-nlp/SimPO.
+    """
+    prompt, chosen, rejected = rows
+    starts = [
+        len(prompt) if ids[: len(prompt)] == prompt else len(prompt) - 1
+        for ids in (chosen, rejected)
+    ]
+    num_prompt = min(starts)
+    responses = [chosen[starts[0] :], rejected[starts[1] :]]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    # Of the joined text, not of the prompt alone: a merge may reach back over several tokens.
+    kept = chosen[:num_prompt] if chosen[:1] == bos else bos + chosen[:num_prompt]
+    shortest = min(len(chosen), len(rejected))
+    if chosen[:num_prompt] != rejected[:num_prompt] or shortest < len(prompt):
+        raise RowFault("the tokenizer joins prompt and response differently for both responses")
+    # The original gives each sequence its own prompt, which may end one token apart.
+    if starts[0] != starts[1]:
+        raise RowFault("the tokenizer joins the prompt's end with one response only")
+    eos_id = tokenizer.eos_token_id
+    responses = [ids if ids[-1:] == [eos_id] else [*ids, eos_id] for ids in responses]
+    longest = max(len(ids) for ids in responses)
+    whole = len(kept)
+    if whole + longest > config.max_length_tokens:
+        keep = config.max_prompt_tokens
+        keep_end = config.prompt_truncation is PromptTruncation.keep_end
+        kept = kept[-keep:] if keep_end else kept[:keep]
+    budget = longest
+    if len(kept) + longest > config.max_length_tokens:
+        budget = config.max_length_tokens - config.max_prompt_tokens
+    return (
+        TokenizedPair.of(kept, *(ids[:budget] for ids in responses)),
+        num_prompt < len(prompt),
+        len(kept) < whole,
+        len(responses[0]) > budget,
+        len(responses[1]) > budget,
+    )

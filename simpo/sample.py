@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from simpo.data.chat import Chat
 from simpo.data.rules import obeys
@@ -91,15 +93,14 @@ def complete(
         top_p: drawn from the likeliest tokens that make up this share.
     """
     policy.eval()
+    base: Any = policy.base
     width = max(len(ids) for ids in prompts)
-    pad_id = int(chat.tokenizer.pad_token_id)
+    pad_id = chat.tokenizer.pad_token_id
+    pad_id = chat.end_id if pad_id is None else int(pad_id)
     padded = [[pad_id] * (width - len(ids)) + ids for ids in prompts]
     mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
     drawn = temperature > 0
-    # Called on the policy's own model, whose settings for sampling must not take part.
-    output = policy.model.generate(  # type: ignore[operator]
-        input_ids=torch.tensor(padded, device=device),
-        attention_mask=torch.tensor(mask, device=device),
+    settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=drawn,
         temperature=temperature if drawn else None,
@@ -108,6 +109,16 @@ def complete(
         eos_token_id=chat.end_id,
         pad_token_id=pad_id,
     )
+    # transformers takes what is not set here from the model's own settings: a penalty, say.
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        output = base.generate(
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=settings,
+        )
+    finally:
+        base.generation_config = own
     return [completion(chat, ids) for ids in output[:, width:].tolist()]
 
 

@@ -264,6 +264,8 @@ def test_vllm_is_asked_for_the_same(
     class LLM:
         def __init__(self, **options: Any) -> None:
             assert options["model"] == compose_run(drawing).model.path
+            # Else vLLM would take penalties and the like from generation_config.json.
+            assert options["generation_config"] == "vllm"
 
         def generate(self, prompts: list[Any], sampling: list[Any], use_tqdm: bool) -> list[Any]:
             for prompt, settings in zip(prompts, sampling, strict=True):

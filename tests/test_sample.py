@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from simpo.compose import compose_run
 from simpo.data.chat import Chat
 from simpo.data.mixture import load_mixture
 from simpo.model import load_policy, load_tokenizer
-from simpo.sample import Reply, greedy_replies, repetition, reply_metrics
+from simpo.sample import Reply, complete, greedy_replies, repetition, reply_metrics
+
+OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "penalties": {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "min_new_tokens": 12},
+    "words": {"bad_words_ids": [[i] for i in range(200, 300)], "forced_eos_token_id": 7},
+    "search": {"num_beams": 3, "do_sample": True, "temperature": 0.5, "top_k": 2},
+    "ends": {"eos_token_id": list(range(100, 384)), "stop_strings": ["a", "e"]},
+    "outputs": {"return_dict_in_generate": True, "output_scores": True, "use_cache": False},
+}
 
 
-def test_replies_of_a_batch(tiny_run: list[str], tmp_path: Path) -> None:
-    run = compose_run(tiny_run)
+@pytest.fixture
+def odd_run(
+    request: pytest.FixtureRequest, tiny_run: list[str], tiny_folder: Path, tmp_path: Path
+) -> list[str]:
+    """A run of a model with settings of its own for generation."""
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    settings = {"eos_token_id": 2, "pad_token_id": 0} | OWN_SETTINGS[request.param]
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    return [*tiny_run, f"model.path={base}"]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("odd_run", OWN_SETTINGS, indirect=True)
+def test_replies_of_a_batch(rank: int, odd_run: list[str], tmp_path: Path) -> None:
+    """Whatever the model's own settings for generation are."""
+    run = compose_run([*odd_run, f"model.lora.rank={rank}"])
     chat = Chat(load_tokenizer(run.model, tmp_path))
     policy = load_policy(run.model, tmp_path, torch.device("cpu"), seed=0)
     pairs = load_mixture(run.data).test[:6]
@@ -35,6 +62,21 @@ def test_replies_of_a_batch(tiny_run: list[str], tmp_path: Path) -> None:
         assert reply.tokens == len(written)
         assert reply.repetition == repetition(written)
         assert reply.text == chat.tokenizer.decode(written, skip_special_tokens=True)
+
+
+def test_drawn_replies_go_by_our_settings_only(tiny_run: list[str], tmp_path: Path) -> None:
+    run = compose_run(tiny_run)
+    chat = Chat(load_tokenizer(run.model, tmp_path))
+    policy = load_policy(run.model, tmp_path, torch.device("cpu"), seed=0)
+    drawn = []
+    for settings in OWN_SETTINGS.values():
+        policy.base.generation_config = own = GenerationConfig(**settings)
+        torch.manual_seed(0)
+        prompts = chat.encode(["Hi", "Owls are birds"])
+        drawn.append(complete(policy, chat, prompts, 12, torch.device("cpu"), 1.0, 0.9))
+        assert policy.base.generation_config is own, "which is what is exported"
+    assert drawn == [drawn[0]] * len(OWN_SETTINGS)
+    assert all(0 < reply.tokens <= 12 for reply in drawn[0])
 
 
 def test_reply_metrics() -> None:

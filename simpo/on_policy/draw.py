@@ -237,6 +237,7 @@ def _vllm(run: RunConfig, chat: Chat) -> Draw:
         tokenizer=run.model.tokenizer or source,
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
+        generation_config="vllm",  # not the model's: settings of our own only
     )
 
     def draw(prompts: Sequence[list[int]], seed: int) -> list[Completion]:

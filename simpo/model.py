@@ -25,9 +25,6 @@ from simpo.logps import Objective, fused_loss
 from simpo.pairs import PackedPairs, PairLogps
 from simpo.smollm2 import smollm2_folder
 
-MAX_BELIEVED_LENGTH = 100_000
-DEFAULT_LENGTH = 2048
-
 
 class Policy(nn.Module):
     """A causal language model whose forward gives the loss and the log-probabilities of pairs.
@@ -85,9 +82,8 @@ def model_source(config: ModelConfig, cache_dir: Path) -> str:
 def load_tokenizer(config: ModelConfig, cache_dir: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer and settle what checkpoints leave open.
 
-    No pad token: EOS pads (padding is never scored). A length above 100,000 is the library's
-    "unknown" and becomes 2,048. Cuts are made on the left. A template named in the settings
-    replaces the tokenizer's own.
+    No pad token: EOS pads (padding is never scored). A template named in the settings replaces the
+    tokenizer's own. It is exported so; its own lengths and sides are not used, and stay.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded, or lacks the tokens of that template.
@@ -102,9 +98,6 @@ def load_tokenizer(config: ModelConfig, cache_dir: Path) -> PreTrainedTokenizerB
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.model_max_length > MAX_BELIEVED_LENGTH:
-        tokenizer.model_max_length = DEFAULT_LENGTH
-    tokenizer.truncation_side = "left"
     if config.chat_template is not None:
         use_template(tokenizer, config.chat_template)
     return tokenizer

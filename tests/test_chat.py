@@ -397,15 +397,17 @@ def test_paper_faults(prompt: str, chosen: str, rejected: str, fault: str) -> No
 # --- Hazards -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given_length", "length"), [(10**30, 2048), (4096, 4096)])
-def test_tokenizer_is_settled(tmp_path: Path, given_length: int, length: int) -> None:
+@pytest.mark.parametrize("given_length", [10**30, 131072, 4096])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_tokenizer_is_settled(tmp_path: Path, given_length: int, side: str) -> None:
+    """It gets a pad token, and stays as it is otherwise."""
     folder = shutil.copytree(mistral_folder(), tmp_path / "tokenizer")
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": given_length}))
+    given = {"model_max_length": given_length, "truncation_side": side, "padding_side": side}
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
     tokenizer = load_tokenizer(ModelConfig(name="test", path=str(folder)), tmp_path)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
-    assert tokenizer.model_max_length == length
-    assert tokenizer.truncation_side == "left"
+    assert {key: getattr(tokenizer, key) for key in given} == given
 
 
 def test_mistral_ids_are_mistrals_own() -> None:

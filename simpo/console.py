@@ -119,7 +119,7 @@ def result_rows(results: Results) -> list[dict[str, Any]]:
     return [
         {
             "held out": name,
-            "before": f"{results.before[key]:.3f}",
+            "before": f"{results.before[key]:.3f}" if key in results.before else "-",
             "after": f"{results.after[key]:.3f}",
         }
         for key, name in SHOWN
@@ -143,7 +143,7 @@ def end_lines(results: Results, run_dir: Path, model_step: int, last_step: int) 
 def _reply_lines(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[str]:
     """A few held-out prompts with the replies before and after training."""
     lines = []
-    for old, new in list(zip(before, after, strict=True))[:REPLIES_SHOWN]:
+    for old, new in list(zip(before, after, strict=False))[:REPLIES_SHOWN]:
         lines += [f"prompt  {_flat(old['prompt'])}"]
         for name, reply in (("before", old), ("after", new)):
             verdict = {True: "[obeys] ", False: "[fails] ", None: ""}[reply["obeys"]]

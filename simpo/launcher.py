@@ -34,6 +34,7 @@ from simpo.config import (
     LocalConfig,
     RunConfig,
     SlurmConfig,
+    holds_secret,
     run_yaml,
 )
 from simpo.errors import ConfigError, RunError, Stopped
@@ -172,8 +173,9 @@ def _prepared(members: Sequence[Member], folder: Path) -> Iterator[None]:
             member.path.mkdir(parents=True, exist_ok=True)
             words = [text for text in member.overrides if not _says_where(text)]
             command = ["python", "-m", "simpo.train", *words, f"run_dir={member.path}"]
-            write_text(member.path / "command.txt", shlex.join(command) + "\n")
-            write_text(member.path / "run.yaml", run_yaml(member.run))
+            private = holds_secret(member.run)
+            write_text(member.path / "command.txt", shlex.join(command) + "\n", private)
+            write_text(member.path / "run.yaml", run_yaml(member.run), private)
         yield
     finally:
         if not any((member.path / "jobs.jsonl").is_file() for member in members):

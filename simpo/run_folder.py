@@ -29,7 +29,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpo.config import RunConfig, load_run, run_id, run_yaml, trajectory
+from simpo.config import RunConfig, holds_secret, load_run, run_id, run_yaml, trajectory
 from simpo.errors import FULL, ConfigError, DataError, RunError, Stopped
 
 if TYPE_CHECKING:  # for a launcher, which does without torch
@@ -93,8 +93,9 @@ class RunFolder:
                     self.path = new_folder(run)
         self.finished = self.status().get("state") == "finished"
         if self._writes and not (self.path / "run.yaml").is_file():
-            self.write_text("command.txt", self._command() + "\n")
-            self.write_text("run.yaml", run_yaml(run))
+            private = holds_secret(run)
+            write_text(self.path / "command.txt", self._command() + "\n", private)
+            write_text(self.path / "run.yaml", run_yaml(run), private)
 
     def status(self) -> dict[str, Any]:
         """What status.json says; empty before the run's first step."""
@@ -253,10 +254,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file: a reader sees the old text or the new, never a part."""
+def write_text(path: Path, text: str, private: bool = False) -> None:
+    """Write a file: a reader sees the old text or the new, never a part.
+
+    Args:
+        private: for its owner alone.
+    """
     path.parent.mkdir(exist_ok=True)
     part = path.with_name(f".{path.name}.part")
+    if private:
+        part.unlink(missing_ok=True)
+        part.touch(mode=0o600)
     part.write_text(text)
     os.replace(part, path)
 

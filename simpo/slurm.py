@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from simpo.config import SlurmConfig
+from simpo.config import SlurmConfig, holds_secret
 from simpo.errors import ConfigError, RunError
 
 UNLIMITED_REQUEUES = 10**6
@@ -112,6 +112,9 @@ def submit(
         raise ConfigError(
             ["launcher: srun is not found (is this machine of a cluster?)"]
         ) from error
+    if holds_secret(config):  # then the script does
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
     executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
     try:
         # submitit repeats what sbatch says, of which a line is enough.

@@ -148,11 +148,13 @@ def train(run: RunConfig) -> dict[str, float]:
     if cfg.check_memory:
         cost.check_memory(memory, backend.device, backend.processes_here)
     flops = cost.Flops(policy)
+    said = export.check_end(run, backend, policy, chat, folder.path)
     start_lines = [
         *console.start_lines(run, policy, str(backend), mixture.table, train_set, plan),
         console.layout_line(planned),
         *console.token_notes(run, chat, mixture.table, train_set),
         f"memory about {memory}",
+        *said,
     ]
     origin = weights_fingerprint(policy) if run.loss.needs_reference and backend.is_main else ""
     wrapped, optimizer = backend.prepare(policy, build_optimizer(policy, cfg))
@@ -316,7 +318,6 @@ def train(run: RunConfig) -> dict[str, float]:
         )
         if backend.is_main:
             export.save_model(policy, weights, chat, folder.path / "model")
-            export.write_card(run, folder.path, results)
         folder.write_json(
             "results.json",
             {
@@ -326,10 +327,9 @@ def train(run: RunConfig) -> dict[str, float]:
                 "train": {"steps": step, "model_step": kept, "this_process_s": trained_s},
             },
         )
+        said = export.publish(run, folder.path, results) if backend.is_main else []
         folder.write_status("finished", step, plan.total_steps)
-        tracker.say("", *console.end_lines(results, folder.path, kept, step))
-    if backend.is_main and run.export.push_to_hub is not None:
-        print(f"hub    {export.push_to_hub(run.export, folder.path / 'model')}")
+        tracker.say("", *console.end_lines(results, folder.path, kept, step), *said)
     backend.close()
     return after
 

@@ -379,6 +379,13 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ("sample.max_new_tokens=0", ["sample.max_new_tokens: must be 1 or more, got 0"]),
     ("export.push_to_hub=mine", ["export.push_to_hub: must be owner/name, got mine"]),
     ("export.push_to_hub=me/", ["export.push_to_hub: must be owner/name, got me/"]),
+    (
+        "export.push_to_hub=me/x--y",
+        [
+            "export.push_to_hub: the hub takes no such name, got me/x--y (Cannot have -- or .. in "
+            "repo_id)"
+        ],
+    ),
     # Several faults of several kinds: all are told at once, groups first.
     (
         "loss.betaa=2 loss=foo model.lora.rank=x train.epochs=0 sample.num_prompts=-1",

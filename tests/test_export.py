@@ -1,24 +1,36 @@
-"""The upload to the hub: what is sent, and that the token stays where it was; merged adapters."""
+"""The end of a run: what is saved and uploaded, and that no work is lost when something fails.
+
+The upload is against a stand-in for the hub, and the token stays where it was.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from simpo.card import write_card
 from simpo.compose import compose_run
-from simpo.config import Dtype
-from simpo.errors import ConfigError
-from simpo.export import cli, merge
+from simpo.config import Dtype, ModelConfig, SourceConfig
+from simpo.console import Results
+from simpo.data.chat import Chat
+from simpo.errors import ConfigError, RunError, SimpoError
+from simpo.export import USAGE, cli, merge, save_model
+from simpo.model import Policy, load_tokenizer
+from simpo.run_folder import RunFolder
 from simpo.tables import markdown_table
 from simpo.train import train
 
@@ -37,10 +49,15 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
         calls.append(("create_repo", {"repo_id": repo_id, **options}))
 
     def upload_folder(self: object, **options: Any) -> Commit:
-        options["files"] = sorted(p.name for p in Path(options["folder_path"]).iterdir())
+        folder = Path(options["folder_path"])
+        options["files"] = {p.name: p.read_bytes() for p in folder.iterdir()}
         calls.append(("upload_folder", options))
         return Commit()
 
+    def whoami(self: object) -> dict[str, Any]:
+        return {"name": "me", "auth": {"accessToken": {"role": "write"}}}
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", whoami)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -156,9 +173,24 @@ def test_merge(quantization: str, tiny_run: list[str], wide_folder: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "python -m simpo.export RUN merge=true [output=FOLDER] "),
-        (["here", "merge=yes"], "merge: must be true, got yes (it is all there is)\n"),
-        (["here"], "merge: must be true, got nothing (it is all there is)\n"),
+        ([], f"{USAGE}\n"),
+        (["here"], f"{USAGE}\n"),
+        (["here", "there", "merge=true"], f"{USAGE}\n"),
+        (["here", "merge=yes"], "merge: must be true, got yes (leave it out)\n"),
+        (["here", "output=x"], "merge: one of merge and push_to_hub must be given\n"),
+        (
+            ["here", "merge=true", "push_to_hub=me/x"],
+            "merge: one of merge and push_to_hub must be given\n",
+        ),
+        (["here", "push_to_hub=x"], "push_to_hub: must be owner/name, got x\n"),
+        (
+            ["here", "push_to_hub=me/x", "private=no"],
+            "private: must be true or false, got no\n",
+        ),
+        (
+            ["here", "push_to_hub=me/x"],
+            "RUN: must hold a model, got here (no here/*.safetensors)\n",
+        ),
         (["here", "merge=true", "mrege=1"], "mrege: no such key (export has merge, output, "),
         (["here", "merge=true", "dtype=fp8"], "dtype: must be one of auto, float32, bfloat16, got"),
         (["nowhere", "merge=true"], "RUN: no such folder, got nowhere\n"),
@@ -184,3 +216,445 @@ def test_merge_is_refused(
     assert exit.value.code == 2
     errors = capsys.readouterr().err
     assert errors.startswith(message) and errors.count("\n") == 1
+
+
+def test_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["export", "--help"])
+    cli()
+    assert capsys.readouterr().out == f"{USAGE}\n"
+
+
+# --- What the base brings ------------------------------------------------------------------------
+
+
+def odd_base(base: Path, folder: Path, file: str, settings: dict[str, Any]) -> Path:
+    """A copy of a model with other settings in one of its files."""
+    shutil.copytree(base, folder)
+    path = folder / file
+    before = json.loads(path.read_text()) if file != "generation_config.json" else {}
+    path.write_text(json.dumps(before | settings))
+    return folder
+
+
+def tiny_policy(folder: Path) -> tuple[Policy, Chat]:
+    config = ModelConfig(name="tiny", path=str(folder))
+    return Policy(AutoModelForCausalLM.from_pretrained(folder)), Chat(
+        load_tokenizer(config, folder)
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6}, ["temperature", "top_p"]),
+        ({"temperature": 0.9, "top_p": 0.6, "do_sample": True}, []),
+        ({"temperature": "hot", "top_k": 3}, ["temperature", "top_k"]),
+        ({"length_penalty": 2.0, "repetition_penalty": 1.5}, ["length_penalty"]),
+        ({"length_penalty": 2.0, "num_beams": 2}, []),
+        ({"output_scores": True, "min_length": 3, "own": "x"}, ["output_scores"]),
+        ({"bad_words_ids": [[7]], "no_repeat_ngram_size": 3}, []),
+    ],
+)
+def test_generation_settings_are_the_bases(
+    settings: dict[str, Any], left_out: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """All but those that transformers would refuse, which are told."""
+    base = odd_base(tiny_folder, tmp_path / "base", "generation_config.json", settings)
+    policy, chat = tiny_policy(base)
+    said = save_model(policy, None, chat, tmp_path / "model")
+    saved = json.loads((tmp_path / "model/generation_config.json").read_text())
+    del saved["transformers_version"]
+    kept = {key: value for key, value in settings.items() if key not in left_out}
+    assert saved == kept | {"eos_token_id": [2], "pad_token_id": 0}
+    told = (
+        f"note   generation_config.json is saved without {', '.join(left_out)}: with the base's "
+        "other settings transformers refuses it"
+    )
+    assert said == ([told] if left_out else [])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_settings_without_sampling_are_no_end(
+    rank: int,
+    tiny_run: list[str],
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A whole run, and the merge of its adapter."""
+    settings = {"temperature": 0.9, "top_p": 0.6}
+    base = odd_base(tiny_folder, tmp_path / "base", "generation_config.json", settings)
+    more = [f"model.path={base}", f"model.lora.rank={rank}", f"run_dir={tmp_path}/run"]
+    train(compose_run([*tiny_run, *more, "train.max_steps=1"]))
+    model, note = tmp_path / "run/model", "saved without temperature, top_p: with"
+    assert (note in capsys.readouterr().out) is (rank == 0)
+    if rank:
+        assert not (model / "generation_config.json").exists()
+        model = tmp_path / "merged"
+        said = merge(tmp_path / "run", model, Dtype.auto, None)
+        assert note in said[0] and said[1:] == [f"model  {model}"]
+    saved = json.loads((model / "generation_config.json").read_text())
+    assert "temperature" not in saved and saved["eos_token_id"] == [2]
+
+
+def test_a_tokenizer_is_exported_as_it_was_loaded(tiny_folder: Path, tmp_path: Path) -> None:
+    given = {"model_max_length": 131072, "truncation_side": "right", "padding_side": "left"}
+    base = odd_base(tiny_folder, tmp_path / "base", "tokenizer_config.json", given)
+    save_model(*tiny_policy(base)[:1], None, tiny_policy(base)[1], tmp_path / "model")
+    before, after = (
+        json.loads((folder / "tokenizer_config.json").read_text())
+        for folder in (base, tmp_path / "model")
+    )
+    assert after == before
+    assert {file.stat().st_mode for file in (tmp_path / "model").iterdir()} == {
+        (base / "config.json").stat().st_mode
+    }
+
+
+# --- Before the first step -----------------------------------------------------------------------
+
+
+def failure(kind: type[SimpoError], overrides: list[str]) -> str:
+    """What a run ends with, of which nothing is left then but its folder."""
+    with pytest.raises(kind) as error:
+        train(compose_run(overrides))
+    message = str(error.value)
+    del error  # it holds the frames that hold the folder's lock
+    gc.collect()
+    return message
+
+
+def refused(overrides: list[str], *more: str) -> str:
+    return failure(ConfigError, [*overrides, *more])
+
+
+def test_what_cannot_be_saved_is_refused_first(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer, a config, a card: whatever raises at the end raises before the first step."""
+    overrides = [*tiny_run, f"run_dir={tmp_path}/run"]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("no\nway")
+
+    for place in (
+        "transformers.PreTrainedTokenizerBase.save_pretrained",
+        "transformers.LlamaForCausalLM.save_pretrained",
+        "simpo.export.write_card",
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, refuse)
+            message = refused(overrides)
+        assert message == "model.path: a trained model cannot be saved: no (mend it)"
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        *("run.yaml", "command.txt", "data.json", "environment.json", "git.diff", "lock")
+    }
+
+
+def test_room_is_asked_for_first(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full run takes its weights, and thrice as much for a checkpoint, unless one is there."""
+    free = 2**40
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    overrides = [*tiny_run, f"run_dir={tmp_path}/run", "train.max_steps=1"]
+    num_bytes = 40_096 * 4
+    free = 4 * num_bytes - 1
+    assert refused(overrides) == (
+        "run_dir: the model and a checkpoint take 0.00 GiB, but "
+        f"{tmp_path}/run has 0.00 GiB free (make room, or choose another output_dir)"
+    )
+    free += 1
+    with monkeypatch.context() as patch:
+        patch.setattr("simpo.export.save_model", failing_at_the_end(save_model))
+        failure(RunError, overrides)
+    free = num_bytes - 1
+    assert refused(overrides).startswith("run_dir: the model and a checkpoint take")
+    free += 1
+    train(compose_run(overrides))
+
+
+def failing_at_the_end(save: Any) -> Any:
+    """Save settings as ever; with weights, run out of disk in the middle."""
+
+    def save_or_fail(policy: Policy, weights: Any, chat: Chat, folder: Path) -> list[str]:
+        if folder.name != "model":
+            return save(policy, weights, chat, folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(policy.model), "save_pretrained", full)
+            return save(policy, weights, chat, folder)
+
+    return save_or_fail
+
+
+def full(self: object, folder: Path, **_: object) -> None:
+    """As safetensors tells of a full disk, which is no OSError there."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+# --- Failures at the end -------------------------------------------------------------------------
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "train/loss" in line]
+
+
+def status_of(run_dir: Path) -> str:
+    return str(json.loads((run_dir / "status.json").read_text())["state"])
+
+
+def trained_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Updates made from now on."""
+    from simpo import step
+
+    updates: list[int] = []
+    update = step.update
+
+    def counted(*arguments: Any) -> Any:
+        updates.append(1)
+        return update(*arguments)
+
+    monkeypatch.setattr(step, "update", counted)
+    return updates
+
+
+def test_a_disk_that_is_full_at_the_end(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line; a model that was there stays; the same command writes it without training again."""
+    run_dir = tmp_path / "run"
+    overrides = [*tiny_run, f"run_dir={run_dir}"]
+    (run_dir / "model").mkdir(parents=True)
+    (run_dir / "model" / "before").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("simpo.export.save_model", failing_at_the_end(save_model))
+        message = failure(RunError, overrides)
+    assert message == (
+        f"{run_dir}/model: the model could not be written: I/O error: No space left on device "
+        "(os error 28) (mend it, and the same command writes it)"
+    )
+    assert [path.name for path in (run_dir / "model").iterdir()] == ["before"]
+    assert not list(run_dir.glob(".*"))
+    assert status_of(run_dir) == "failed"
+    updates = trained_again(monkeypatch)
+    train(compose_run(overrides))
+    assert updates == [] and steps_of(run_dir) == [1, 2, 3, 4, 5, 6]
+    assert status_of(run_dir) == "finished"
+    assert AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    assert not (run_dir / "model" / "before").exists() and not list(run_dir.glob(".*"))
+
+
+@pytest.mark.parametrize("place", ["draw_curves", "write_card"])
+def test_a_card_that_fails_loses_nothing(
+    place: str,
+    tiny_run: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from simpo import export
+
+    made = getattr(export, place)
+
+    def fail(*arguments: Any) -> None:
+        if place == "draw_curves" or (tmp_path / "run/results.json").exists():
+            raise MemoryError("no memory\nat all")
+        made(*arguments)
+
+    monkeypatch.setattr(export, place, fail)
+    train(compose_run([*tiny_run, f"run_dir={tmp_path}/run"]))
+    what = {"draw_curves": "curves", "write_card": "card"}[place]
+    assert f"\nnote   the model has no {what}: no memory\n" in capsys.readouterr().out
+    assert status_of(tmp_path / "run") == "finished"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    names = {path.name for path in (tmp_path / "run/model").iterdir()}
+    assert names & {"README.md", "curves.png"} == {
+        "README.md" if place == "draw_curves" else "curves.png"
+    }
+    if place == "draw_curves":
+        assert "curves.png" not in (tmp_path / "run/model/README.md").read_text()
+
+
+def test_an_upload_that_fails(
+    hub: list[tuple[str, dict[str, Any]]],
+    tiny_run: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line; the same command uploads without training again, and so does the one it names."""
+    run_dir = tmp_path / "run"
+    overrides = [*tiny_run, "export.push_to_hub=me/model", f"run_dir={run_dir}"]
+
+    def fail(self: object, **_: object) -> None:
+        raise ConnectionError("503 Server Error\nRequest id")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.HfApi, "upload_folder", fail)
+        message = failure(RunError, overrides)
+    assert message == (
+        "export.push_to_hub: the upload to me/model failed: 503 Server Error (the model is in "
+        f"{run_dir}/model: python -m simpo.export {run_dir}/model push_to_hub=me/model)"
+    )
+    assert (run_dir / "results.json").exists()
+    assert [name for name, _ in hub] == ["create_repo"]
+
+    command = ["export", str(run_dir), "push_to_hub=me/other", "private=false"]
+    monkeypatch.setattr(sys, "argv", command)
+    capsys.readouterr()
+    cli()
+    assert capsys.readouterr().out == "hub    https://hub.example/me/model/commit/1\n"
+    (_, made), (_, sent) = hub[1:]
+    assert (made["repo_id"], made["private"], sent["repo_id"]) == ("me/other", False, "me/other")
+    assert {"model.safetensors", "README.md", "curves.png"} <= set(sent["files"])
+
+    updates = trained_again(monkeypatch)
+    train(compose_run(overrides))
+    assert updates == [] and steps_of(run_dir) == [1, 2, 3, 4, 5, 6]
+    assert status_of(run_dir) == "finished"
+    assert [name for name, _ in hub[3:]] == ["create_repo", "upload_folder"]
+
+
+OFFER = (
+    " (mend it, or train without it: python -m simpo.export RUN push_to_hub=me/model uploads a "
+    "finished run)"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "reason"),
+    [
+        ("whoami", OSError("Token is required\nbut none"), "Token is required"),
+        ("create_repo", OSError("403 Forbidden\nno right"), "403 Forbidden"),
+        ("whoami", None, "the token may only read"),
+    ],
+)
+def test_a_hub_that_refuses_is_asked_first(
+    name: str,
+    fault: OSError | None,
+    reason: str,
+    hub: list[tuple[str, dict[str, Any]]],
+    tiny_run: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer(self: object, *_: object, **__: object) -> dict[str, Any]:
+        if fault is not None:
+            raise fault
+        return {"auth": {"accessToken": {"role": "read"}}}
+
+    monkeypatch.setattr(huggingface_hub.HfApi, name, answer)
+    message = refused(tiny_run, "export.push_to_hub=me/model", f"run_dir={tmp_path}/run")
+    assert message == (f"export.push_to_hub: nothing can be uploaded to me/model: {reason}{OFFER}")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_without_a_network_an_upload_is_refused_first(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HF_HUB_OFFLINE is set in all tests."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    message = refused(tiny_run, "export.push_to_hub=me/model", f"run_dir={tmp_path}/run")
+    assert message.startswith("export.push_to_hub: nothing can be uploaded to me/model: ")
+    assert "HF_HUB_OFFLINE" in message and message.endswith(OFFER) and "\n" not in message
+
+
+# --- The card ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_is_uploaded_holds_nothing_of_the_machine(
+    rank: int,
+    hub: list[tuple[str, dict[str, Any]]],
+    tiny_run: list[str],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text((tiny_folder / "chat_template.jinja").read_text())
+    overrides = [
+        *tiny_run,
+        *(f"model.lora.rank={rank}", f"model.chat_template={template}"),
+        *("export.push_to_hub=me/model", "tracker=console", f"run_dir={tmp_path}/run"),
+        *("launcher=slurm", f"launcher.setup=['export HF_TOKEN={TOKEN}']"),
+    ]
+    run = compose_run(overrides)
+    monkeypatch.setattr(sys, "argv", ["train", *overrides])
+    train(run)
+    sent = hub[-1][1]["files"]
+    for name, content in sent.items():
+        for text in (TOKEN, "HF_TOKEN", str(tmp_path), str(tiny_folder), "simpo.train", "slurm"):
+            assert text.encode() not in content, (name, text)
+    card = sent["README.md"].decode()
+    assert "| train.jsonl | train | 24 " in card and 'model.chat_template: "own.jinja"' in card
+    header = ModelCard(card).data
+    assert header.library_name == ("peft" if rank else "transformers")
+    assert header.base_model is None and header.datasets is None
+    if rank:
+        note = "note   the adapter's base is a local folder; uploaded it is named "
+        assert f"\n{note}{tiny_folder.name}\n" in capsys.readouterr().out
+        here = json.loads((tmp_path / "run/model/adapter_config.json").read_text())
+        there = json.loads(sent["adapter_config.json"])
+        assert here["base_model_name_or_path"] == str(tiny_folder)
+        assert there == here | {"base_model_name_or_path": tiny_folder.name}
+        assert sent["adapter_model.safetensors"]
+    for name in ("run.yaml", "command.txt"):
+        file = tmp_path / "run" / name
+        assert TOKEN in file.read_text() and file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_card_names_what_lies_on_the_hub(tiny_run: list[str], tmp_path: Path) -> None:
+    run = compose_run(tiny_run)
+    (tmp_path / "mine").mkdir()
+    paths = ["org/pairs", f"{tmp_path}/mine", "builtin:demo"]
+    run.data.sources = [SourceConfig(path=path) for path in paths]
+    run.model.path, run.model.lora.rank = "org/base", 4
+    mixture = [{"source": path, "split": "train"} for path in paths]
+    data = dict.fromkeys(("train_fingerprint", "test_fingerprint", "template_sha256"), "0")
+    (tmp_path / "data.json").write_text(json.dumps(data | {"mixture": mixture}))
+    environment = {"packages": {}, "python": "3", "device": "1 CPU", "git_commit": ""}
+    (tmp_path / "environment.json").write_text(json.dumps(environment))
+    for base, name in {
+        "org/base": "org/base",
+        "gpt2": "gpt2",
+        "builtin:smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    }.items():
+        run.model.path = base
+        write_card(run, tmp_path, Results({}, {}), tmp_path)
+        card = (tmp_path / "README.md").read_text()
+        header = ModelCard(card).data
+        assert header.to_dict() == {
+            "library_name": "peft",
+            "base_model": name,
+            "datasets": ["org/pairs"],
+            "tags": ["simpo", "preference-optimization", "lora"],
+        }
+        assert f"\n{name} after preference optimisation" in card
+        assert str(tmp_path) not in card and "| mine " in card
+
+
+@pytest.mark.parametrize(
+    ("override", "private"),
+    [
+        ("launcher.setup=['export WANDB_API_KEY=0123']", True),
+        ("launcher.setup=['wandb login 0123']", True),
+        ("launcher.options=['--export=AWS_SECRET_ACCESS_KEY=0123']", True),
+        ("launcher.setup=['export http_proxy=http://me:0123@proxy']", True),
+        ("launcher.setup=['module load cuda']", False),
+        ("train.tokens_per_row=512", False),
+    ],
+)
+def test_settings_with_a_secret_are_their_owners(
+    override: str, private: bool, tiny_run: list[str], tmp_path: Path
+) -> None:
+    run = compose_run([*tiny_run, "launcher=slurm", override, f"run_dir={tmp_path}/run"])
+    folder = RunFolder(run).path
+    for name in ("run.yaml", "command.txt"):
+        assert (folder / name).stat().st_mode & 0o077 == (0 if private else 0o044)

@@ -26,7 +26,10 @@ data.checks data.token_cache
 backend.fsdp backend.zero
 backend
 checkpoint console reference sample step
-export run_folder
+run_folder
+card
+hub
+export
 on_policy.files runs stages train
 compare member on_policy.draw on_policy.score published rank
 annotate generate launcher page preview

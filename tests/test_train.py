@@ -70,7 +70,8 @@ def test_what_a_run_leaves(tiny_run: list[str], run_dir: Path, tiny_folder: Path
 
     card = (run_dir / "model/README.md").read_text()
     assert "loss = -log sigmoid(2*(l_w - l_l) - 1)" in card
-    assert str(tiny_folder) in card and data["train_fingerprint"] in card
+    assert f"\n{tiny_folder.name} after preference optimisation" in card
+    assert str(tiny_folder) not in card and data["train_fingerprint"] in card
     assert f"{after['loss']:.3f}" in card and "pairs_per_step: 4" in card
     assert (run_dir / "model/curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -60,6 +61,12 @@ FREE = {
     )
 }
 """Keys of those sections that may differ between a run and its continuation."""
+SECRET = re.compile(
+    r"(token|key|secret|passw(or)?d|passphrase|credential|bearer|login)\w*[=:\s]+\S"
+    r"|\bhf_\w{8}|\bsk-\w{8}|://[^/\s]+:[^/\s]+@",
+    re.IGNORECASE,
+)
+"""What a text holds that nobody but its owner is to read, such as `export HF_TOKEN=...`."""
 
 
 def register_schemas() -> None:
@@ -169,6 +176,13 @@ def settings(run: RunConfig) -> dict[str, Any]:
     for item in fields(run):
         _flatten(item.name, getattr(run, item.name), flat)
     return flat
+
+
+def holds_secret(section: Any) -> bool:
+    """Whether a value of a section, or of a whole run, looks like a token, key or password."""
+    flat: dict[str, Any] = {}
+    _flatten("", section, flat)
+    return any(SECRET.search(str(value)) for value in flat.values())
 
 
 def run_id(run: RunConfig) -> str:

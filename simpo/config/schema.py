@@ -207,7 +207,7 @@ class ExportConfig:
     """What happens to the trained model besides being saved in the run's folder."""
 
     push_to_hub: str | None = None
-    """Hub repository (owner/name) to upload the model to; null uploads nothing."""
+    """Hub repository (owner/name) to upload the model to, made before step 1; null: none."""
     private: bool = True
     """Whether a repository made for the upload is private."""
 
@@ -215,6 +215,15 @@ class ExportConfig:
         parts = (self.push_to_hub or "owner/name").split("/")
         if len(parts) != 2 or not all(parts):
             yield f"push_to_hub: must be owner/name, got {self.push_to_hub}"
+        elif self.push_to_hub is not None:
+            from huggingface_hub.errors import HFValidationError
+            from huggingface_hub.utils import validate_repo_id
+
+            try:
+                validate_repo_id(self.push_to_hub)
+            except HFValidationError as error:
+                rule = str(error).rpartition(":")[0]
+                yield f"push_to_hub: the hub takes no such name, got {self.push_to_hub} ({rule})"
 
 
 @dataclass(kw_only=True)

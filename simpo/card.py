@@ -1,0 +1,125 @@
+"""A finished run's records in; the model card and the curves of its model out.
+
+A card is uploaded with its model, so it holds nothing of the machine: no folders, no command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from simpo.config import RunConfig, trajectory
+from simpo.console import Results, result_rows
+from simpo.run_folder import write_text
+from simpo.tables import SHOWN, markdown_table
+from simpo.tracker import read_metrics, series
+
+BUILTIN = {"builtin:smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Models that the hub knows by another name."""
+FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".jinja", ".safetensors")
+
+
+def write_card(run: RunConfig, run_dir: Path, results: Results, model_dir: Path) -> None:
+    """Write model_dir/README.md from what lies in the run's folder.
+
+    It shows curves.png where that lies beside it.
+    """
+    data = json.loads((run_dir / "data.json").read_text())
+    environment = json.loads((run_dir / "environment.json").read_text())
+    versions = ", ".join(f"{name} {number}" for name, number in environment["packages"].items())
+    curves = ["![curves](curves.png)", ""] if (model_dir / "curves.png").is_file() else []
+    lines = [
+        "---",
+        _header(run),
+        "---",
+        f"# {public(run.name)}",
+        "",
+        f"{base_name(run.model.path)} after preference optimisation with "
+        "[SimPO](https://arxiv.org/abs/2405.14734).",
+        "",
+        "## Objective",
+        "",
+        f"    {run.loss.formula()}",
+        "",
+        "## Data",
+        "",
+        *markdown_table([row | {"source": public(row["source"])} for row in data["mixture"]]),
+        "",
+        f"Fingerprints: train {data['train_fingerprint']}, test {data['test_fingerprint']}; "
+        f"chat template sha256 {data['template_sha256']}.",
+        "",
+        "## Held-out results",
+        "",
+        *markdown_table(result_rows(results)),
+        "",
+        *[line for finding in results.findings for line in (f"Sign of collapse: {finding}.", "")],
+        *curves,
+        "## Provenance",
+        "",
+        f"{versions}; Python {environment['python']}; {environment['device']}; "
+        f"commit {environment['git_commit'] or 'unknown'}.",
+        "",
+        "The settings that decide the numbers:",
+        "",
+        "```yaml",
+        *(
+            f"{key}: {json.dumps(public(value), ensure_ascii=False)}"
+            for key, value in trajectory(run).items()
+        ),
+        "```",
+        "",
+    ]
+    write_text(model_dir / "README.md", "\n".join(lines))
+
+
+def _header(run: RunConfig) -> str:
+    """What the hub reads of a card."""
+    from huggingface_hub import ModelCardData
+
+    base = run.model.path
+    sources = {s.path for s in run.data.sources if "/" in s.path and not is_local(s.path)}
+    header = ModelCardData(
+        library_name="peft" if run.model.lora.used else "transformers",
+        base_model=None if is_local(base) else base_name(base),
+        datasets=sorted(sources) or None,
+        tags=["simpo", "preference-optimization", *(["lora"] if run.model.lora.used else [])],
+    )
+    return header.to_yaml()
+
+
+def base_name(path: str) -> str:
+    """The model that a path stands for, as the hub knows it; of a local folder the last part."""
+    return BUILTIN.get(path) or str(public(path))
+
+
+def public(value: Any) -> Any:
+    """A setting without folders of this machine: of a local path its last part is left."""
+    if isinstance(value, list):
+        return [public(item) for item in value]
+    return Path(value).name if isinstance(value, str) and is_local(value) else value
+
+
+def is_local(text: str) -> bool:
+    """Whether a setting is a path of this machine, and not a hub id or a word."""
+    looks_local = text.startswith(("/", "./", "../", "~")) or text.count("/") > 1
+    return looks_local or text.endswith(FILES) or os.path.exists(text)
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draw loss, reward accuracy and margin over steps, train and held out, as a PNG."""
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(metrics)
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, (key, name) in zip(axes, SHOWN[:3], strict=True):
+        for split, style in (("train", "-"), ("eval", "o--")):
+            if points := series(lines, f"{split}/{key}"):
+                label = "held out" if split == "eval" else split
+                axis.plot(*zip(*points, strict=True), style, label=label)
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(picture, dpi=110)

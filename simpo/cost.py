@@ -24,6 +24,10 @@ STEPS_LOOKED_AT = 64
 # Dense bf16 peak of one GPU in TFLOP/s, from the vendor's data sheets.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "B200": 2250}
 
+# Names that configurations have for the experts of a layer, and for those that a token meets.
+ALL_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -190,11 +194,21 @@ def num_weights(parameter: Tensor) -> int:
     return math.prod(packed.shape) if packed is not None else parameter.numel()
 
 
+def experts_per_token(config: Any) -> tuple[int, int]:
+    """How many routed experts a token meets in a layer, and of how many; (1, 1) without experts."""
+    chosen, experts = (
+        next((value for name in names if (value := getattr(config, name, None))), None)
+        for names in (CHOSEN_EXPERTS, ALL_EXPERTS)
+    )
+    return (chosen, experts) if chosen and experts else (1, 1)
+
+
 class Flops:
     """Counts the floating-point operations that a step of a policy needs.
 
     A matrix product is counted once forward, once for the gradient of its input and, where its
-    weight is trained, once for that of its weight. What gradient checkpointing computes again is
+    weight is trained, once for that of its weight. Of experts a token meets as many as its router
+    chooses. What gradient checkpointing computes again is
     not counted, so the share of a GPU's peak is model FLOPs utilisation (MFU) as in
     https://arxiv.org/abs/2204.02311.
     """
@@ -202,10 +216,16 @@ class Flops:
     def __init__(self, policy: Policy) -> None:
         head = policy.base.get_output_embeddings().weight
         tables = {id(head), id(policy.base.get_input_embeddings().weight)}
-        body = [p for p in policy.parameters() if p.ndim > 1 and id(p) not in tables]
         config = policy.base.config.get_text_config()
+        chosen, experts = experts_per_token(config)
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._per_token = sum(2 * num_weights(p) * (2 + p.requires_grad) for p in body)
+        self._per_token = 0
+        for name, p in policy.named_parameters():
+            # Experts may lie in one weight of three dimensions, their biases in one of two.
+            if p.ndim > 1 and id(p) not in tables and not name.endswith("bias"):
+                operations = 2 * num_weights(p) * (2 + p.requires_grad)
+                of_expert = ".experts." in name
+                self._per_token += operations * chosen // experts if of_expert else operations
         self._per_target = 2 * head.numel() * (2 + head.requires_grad)
         # Scores and their product with the values, forward; twice that backward.
         self._per_score = 3 * 4 * config.num_attention_heads * size * config.num_hidden_layers

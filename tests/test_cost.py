@@ -7,8 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, random_pairs, tiny_model
+from conftest import SIZES, VOCAB, random_pairs, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo import cost
 from simpo.data.packing import pack
@@ -61,6 +69,42 @@ def test_flops_of_frozen_weights() -> None:
     layers = [p for n, p in policy.named_parameters() if "layers" in n and p.ndim > 1]
     saved = 2 * tokens * sum(p.numel() for p in layers) + 2 * targets * VOCAB * 32
     assert cost.Flops(policy).of_row(row) == full - saved
+
+
+MOE = {**SIZES, "num_experts_per_tok": 2}
+ATTENTION = 32 * 32 + 2 * 16 * 32 + 32 * 32  # queries, keys and values of two heads, output
+
+
+@pytest.mark.parametrize(
+    ("config", "per_token"),
+    [
+        # Router, then two experts of three matrices each, in two layers.
+        (MixtralConfig(**MOE, num_local_experts=8), 2 * (8 * 32 + 2 * 3 * 32 * 48 + ATTENTION)),
+        (OlmoeConfig(**MOE, num_experts=8), 2 * (8 * 32 + 2 * 3 * 32 * 48 + ATTENTION)),
+        # One layer of experts that are smaller, one without.
+        (
+            Qwen3MoeConfig(
+                **MOE, num_experts=8, moe_intermediate_size=16, mlp_only_layers=[0], head_dim=8
+            ),
+            8 * 32 + 2 * 3 * 32 * 16 + 3 * 32 * 48 + 2 * ATTENTION,
+        ),
+        # An expert that all tokens meet, and the gate on it.
+        (
+            Qwen2MoeConfig(
+                **MOE, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24
+            ),
+            2 * (4 * 32 + 2 * 3 * 32 * 16 + 3 * 32 * 24 + 32 + ATTENTION),
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_flops_of_experts(config: PreTrainedConfig, per_token: int) -> None:
+    """Six operations a token and weight that it meets; the head and the scores are left out."""
+    policy = Policy(AutoModelForCausalLM.from_config(config))
+    row = pack(random_pairs(np.random.default_rng(0), 2), range(2))
+    flops = cost.Flops(policy)
+    flops._per_target = flops._per_score = 0
+    assert flops.of_row(row) == 6 * per_token * row.input_ids.shape[1]
 
 
 def test_memory_by_hand() -> None:

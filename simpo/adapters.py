@@ -19,9 +19,11 @@ from peft import (
     load_peft_weights,
 )
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from simpo import hub
 from simpo.config import LoraConfig
 from simpo.errors import ConfigError, first_line
 
@@ -82,6 +84,10 @@ def load_adapter(key: str, model: PreTrainedModel, adapter: str) -> PeftModel:
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         saved = load_peft_weights(adapter, device="cpu").keys()
+    except SafetensorError as error:
+        raise ConfigError(
+            [f"{key}: {adapter} holds damaged weights: {first_line(error)}"]
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError([f"{key}: {adapter} does not fit {name}: {reason}"]) from error
@@ -104,10 +110,15 @@ def adapter_settings(key: str, adapter: str) -> Any:
     Raises:
         ConfigError: there is none.
     """
+    folder = str(Path(adapter).expanduser())
+    if not Path(folder).is_dir():
+        hub.go_offline_if_unreachable()
     try:
-        return PeftConfig.from_pretrained(str(Path(adapter).expanduser()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError([f"{key}: {adapter} cannot be loaded: {first_line(error)}"]) from error
+        return PeftConfig.from_pretrained(folder)
+    # What is odd in its file ends in errors of many kinds.
+    except Exception as error:
+        fault = hub.reason(error, adapter)
+        raise ConfigError([f"{key}: {adapter} cannot be loaded: {fault}"]) from error
 
 
 def _target_modules(model: PreTrainedModel, targets: list[str]) -> str | list[str]:

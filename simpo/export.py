@@ -24,8 +24,8 @@ from simpo.config import ADAPTER_FILE, Dtype, ExportConfig, ModelConfig, RunConf
 from simpo.console import Results
 from simpo.data.chat import Chat
 from simpo.errors import ConfigError, RunError, SimpoError, first_line
-from simpo.hub import reach_repository, upload
-from simpo.model import Policy, load_pretrained, load_tokenizer
+from simpo.model import Policy, load_tokenizer, load_weights
+from simpo.upload import reach_repository, upload
 
 
 def save_model(
@@ -252,9 +252,7 @@ def merge(run_dir: Path, output: Path, dtype: Dtype, base: str | None) -> list[s
     tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
     config = ModelConfig(path=source, revision=revision, tokenizer=tokenizer)
     chat = Chat(load_tokenizer(config, folder))
-    model = load_pretrained(
-        "base", source, AutoModelForCausalLM, revision=revision, dtype=dtype.value
-    )
+    model = load_weights("base", source, AutoModelForCausalLM, revision=revision, dtype=dtype.value)
     merged = load_adapter("RUN", model, str(folder)).merge_and_unload(safe_merge=True)
     return [*save_model(Policy(merged), None, chat, output), f"model  {output}"]
 

@@ -1,82 +1,72 @@
-"""A model's folder in, a repository of the hub out; and whether it will be, before a run."""
+"""The hub of models and data sets: asked once whether it answers, and its errors in one line."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
+import time
+from functools import cache
 
-from simpo.card import is_local, public
-from simpo.config import ADAPTER_FILE, ExportConfig
-from simpo.errors import ConfigError, RunError, first_line
+from simpo.errors import first_line
+
+ATTEMPTS = 3
+ATTEMPT_S = 5
 
 
-def reach_repository(config: ExportConfig) -> None:
-    """Make the repository, unless it is there: the proof that name and token are good.
+@cache
+def go_offline_if_unreachable() -> None:
+    """Use what is in the libraries' caches, and nothing else, where the hub does not answer.
 
-    Raises:
-        ConfigError: it cannot be made or written to, or the hub is out of reach.
+    They would each try for most of a minute, file by file. Call it before anything is loaded by a
+    hub id; it asks once in a process.
     """
-    from huggingface_hub import HfApi
+    import datasets
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
 
-    name = str(config.push_to_hub)
-    try:
-        api = HfApi()
-        token = (api.whoami().get("auth") or {}).get("accessToken") or {}
-        if token.get("role") == "read":
-            raise PermissionError("the token may only read")
-        api.create_repo(name, private=config.private, exist_ok=True)
-    except Exception as error:  # of the hub, its client or the network
-        raise ConfigError(
-            [
-                f"export.push_to_hub: nothing can be uploaded to {name}: {first_line(error)} (mend "
-                f"it, or train without it: python -m simpo.export RUN push_to_hub={name} uploads "
-                "a finished run)"
-            ]
-        ) from error
-
-
-def upload(config: ExportConfig, model_dir: Path) -> list[str]:
-    """Upload a model's folder to the repository that `reach_repository` made.
-
-    The token is the one that the hub's own tools have stored. An adapter of a local base names the
-    base's folder in its settings; what is uploaded has the last part of that path.
-
-    Returns:
-        Lines to tell, with the address of the commit.
-
-    Raises:
-        RunError: it failed.
-    """
-    from huggingface_hub import HfApi
-
-    name = str(config.push_to_hub)
-    with tempfile.TemporaryDirectory() as scratch:
+    for attempt in range(ATTEMPTS):
+        if constants.HF_HUB_OFFLINE:
+            return
         try:
-            folder, said = _without_local_base(model_dir, Path(scratch))
-            commit = HfApi().upload_folder(
-                repo_id=name, folder_path=folder, commit_message="Model trained with simpo"
-            )
-        except Exception as error:  # of the hub, its client or the network
-            raise RunError(
-                f"export.push_to_hub: the upload to {name} failed: {first_line(error)} (the model "
-                f"is in {model_dir}: python -m simpo.export {model_dir} push_to_hub={name})"
-            ) from error
-    return [*said, f"hub    {commit.commit_url}"]
+            get_session().head(constants.ENDPOINT, timeout=ATTEMPT_S)
+            return
+        except Exception:  # of whichever HTTP library it uses; any answer at all is none of them
+            time.sleep(attempt)
+    constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = True
 
 
-def _without_local_base(model_dir: Path, scratch: Path) -> tuple[Path, list[str]]:
-    """A folder to upload, and lines to tell: the model's own, or one that links to its files."""
-    file = model_dir / ADAPTER_FILE
-    settings = json.loads(file.read_text()) if file.is_file() else {}
-    base = settings.get("base_model_name_or_path") or ""
-    if not is_local(base):
-        return model_dir, []
-    for path in model_dir.iterdir():
-        (scratch / path.name).symlink_to(path.resolve())
-    (scratch / ADAPTER_FILE).unlink()
-    told = json.dumps(settings | {"base_model_name_or_path": public(base)}, indent=2)
-    (scratch / ADAPTER_FILE).write_text(told + "\n")
-    return scratch, [
-        f"note   the adapter's base is a local folder; uploaded it is named {public(base)}"
-    ]
+def reason(error: BaseException, source: str) -> str:
+    """What is wrong, in one line, with the remedy where the hub has one.
+
+    Args:
+        source: folder or hub id that could not be loaded.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    causes = [error]
+    while following := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(following)
+    page = f"{constants.ENDPOINT}/{source}"
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"it is gated (ask for access on {page}, then `hf auth login` or set HF_TOKEN)"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return f"{page} is not there, or private (`hf auth login` or set HF_TOKEN)"
+    unreachable = LocalEntryNotFoundError | OfflineModeIsEnabled
+    if any(isinstance(cause, unreachable) or "OfflineMode" in str(cause) for cause in causes):
+        return (
+            f"it is not in the cache, and {constants.ENDPOINT} does not answer or HF_HUB_OFFLINE "
+            "is set (check the network, or name a local folder)"
+        )
+    if "CONVERSION" in str(error):
+        return (
+            "weights that belong together, as those of experts do, are not all there or of "
+            "different shapes"
+        )
+    # Others than these are raised with the bare word or number that a library stumbled over.
+    spoken = isinstance(error, OSError | ValueError | ImportError)
+    return first_line(error) if spoken else f"{type(error).__name__}: {first_line(error)}"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -17,13 +22,23 @@ from transformers import (
     set_seed,
 )
 
-from simpo import attention
+from simpo import attention, hub
 from simpo.config import Attention, Dtype, ModelConfig, Quantization
 from simpo.data.template import use_template
-from simpo.errors import ConfigError, first_line
+from simpo.errors import ConfigError
 from simpo.logps import Objective, fused_loss
 from simpo.pairs import PackedPairs, PairLogps
 from simpo.smollm2 import smollm2_folder
+
+NAMES_SHOWN = 4
+
+HARMLESS = re.compile(
+    r"inv_freq$|masked_bias$|attn\.bias$"
+    r"|(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)"
+    r"|^(v_head|value_head|score|mtp)\.|^lm_head\.weight$"
+)
+"""Weights of a checkpoint that a text model may leave out: buffers of older versions, towers of
+other media, heads of other tasks."""
 
 
 class Policy(nn.Module):
@@ -154,7 +169,7 @@ def load_policy(
         )
     packed = _quantization(config, half)
     try:
-        model: Any = load_pretrained(
+        model: Any = load_weights(
             "model.path",
             source,
             AutoModelForCausalLM,
@@ -175,6 +190,8 @@ def load_policy(
         from simpo.adapters import add_adapters
 
         model = add_adapters(model, config.lora, config.revision)
+        if config.lora.adapter is not None:
+            check_finite("model.lora.adapter", config.lora.adapter, model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -247,13 +264,97 @@ def _mend_nf4_on_a_cpu(model: nn.Module, device: torch.device) -> None:
                 )
 
 
+def load_weights(key: str, source: str, loader: Any, **options: Any) -> Any:
+    """A whole model of a folder or hub id, every weight of it read from there.
+
+    transformers gives a weight that the files lack, or have in another shape, random values.
+
+    Raises:
+        ConfigError: it cannot be loaded; the files lack weights of the model, hold others, or have
+            them in another shape; a weight is NaN or infinite. `key` names the source.
+    """
+    model, report = load_pretrained(
+        key, source, loader, **options, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    shapes = sorted(report["mismatched_keys"])
+    odd = {
+        "missing": sorted(report["missing_keys"]),
+        "unexpected": sorted(n for n in report["unexpected_keys"] if not HARMLESS.search(n)),
+        "of another shape": [f"{n} {list(found)} for {list(own)}" for n, found, own in shapes],
+    }
+    if any(odd.values()):
+        faults = "; ".join(f"{what} {_first_of(names)}" for what, names in odd.items() if names)
+        raise ConfigError(
+            [
+                f"{key}: {source} does not fit {type(model).__name__}: {faults} (mend the files or "
+                "config.json; loading and saving it with transformers drops what is unexpected)"
+            ]
+        )
+    check_finite(key, source, model)
+    return model
+
+
+def check_finite(key: str, source: str, model: nn.Module) -> None:
+    """Look at every weight.
+
+    Raises:
+        ConfigError: one is NaN or infinite.
+    """
+    bad = [
+        name
+        for name, weight in model.named_parameters()
+        # The sum needs no memory; only a finite one that is too large needs a second look.
+        if weight.is_floating_point()
+        and not torch.isfinite(weight.detach().sum())
+        and not torch.isfinite(weight.detach()).all()
+    ]
+    if bad:
+        raise ConfigError(
+            [f"{key}: {source} holds NaN or infinite weights in {_first_of(bad)} (mend the files)"]
+        )
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
 def load_pretrained(key: str, source: str, loader: Any, **options: Any) -> Any:
     """What `loader.from_pretrained` makes of a folder or hub id.
 
     Raises:
         ConfigError: nothing; `key` is what names the source in the message.
+        KeyError: the architecture takes its attention from a table of its own.
     """
+    if not Path(source).is_dir():
+        hub.go_offline_if_unreachable()
     try:
         return loader.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError([f"{key}: {source} cannot be loaded: {first_line(error)}"]) from error
+    # Damaged files end in errors of many libraries: safetensors, torch, tokenizers, json.
+    except Exception as error:
+        if isinstance(error, KeyError) and error.args[0] in attention.NAMES.values():
+            raise
+        fault = hub.reason(error, source)
+        if loader is AutoTokenizer and "backend tokenizer" in fault:
+            fault = "it holds no tokenizer (model.tokenizer=FOLDER_OR_HUB_ID, or fetch it anew)"
+        if broken := _unreadable(Path(source)):
+            fault += f" (mend {broken}, or fetch the model anew)"
+        raise ConfigError([f"{key}: {source} cannot be loaded: {fault}"]) from error
+
+
+def _unreadable(folder: Path) -> str:
+    """The first file of a model's folder that is damaged; empty where there is none."""
+    for file in sorted(folder.glob("*")):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    continue
+            # Of the index of several files of weights an empty one is damaged as well.
+            if file.suffix == ".json" and not json.loads(file.read_text()).get("weight_map", True):
+                return str(file)
+            if file.suffix == ".bin" and not zipfile.is_zipfile(file):
+                return str(file)
+        except (OSError, SafetensorError, ValueError, AttributeError):
+            return str(file)
+    return ""

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 # A module may import those in lines above its own, never beside or below.
 ORDER = """
 errors
-config.choices config.launchers config.losses pairs data.demo_topics data.plan data.rules tables
+config.choices config.launchers config.losses hub pairs data.demo_topics data.plan data.rules tables
 config.backends config.inputs sealed
 config.schema
 config.check
@@ -28,7 +28,7 @@ backend
 checkpoint console reference sample step
 run_folder
 card
-hub
+upload
 export
 on_policy.files runs stages train
 compare member on_policy.draw on_policy.score published rank

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from simpo import hub
 from simpo.config import SourceConfig
 from simpo.data.demo import demo_rows
 from simpo.data.rows import RowFault
-from simpo.errors import DataError, first_line
+from simpo.errors import DataError
 
 FIRST_BYTES = {
     b"\xff\xfe": "it is UTF-16 or UTF-32 text (convert it to UTF-8)",
@@ -49,8 +50,8 @@ def raw_rows(source: SourceConfig, split: str, held_out: bool, seed: int) -> Ite
             yield from _dataset(source, path, split)
     except Exception as error:
         # "An error occurred while generating the dataset" has its reason in the cause.
-        reason = first_line(error.__cause__ or error)
-        raise DataError(f"{origin(source, held_out)} {split}: cannot be read: {reason}") from error
+        fault = hub.reason(error.__cause__ or error, f"datasets/{source.path}")
+        raise DataError(f"{origin(source, held_out)} {split}: cannot be read: {fault}") from error
 
 
 def _file(path: Path) -> Iterator[Any]:
@@ -142,6 +143,7 @@ def _dataset(source: SourceConfig, path: Path, split: str) -> Any:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     if not path.is_dir():
+        hub.go_offline_if_unreachable()
         return load_dataset(source.path, source.subset, split=split, revision=source.revision)
     if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         saved = load_from_disk(str(path))

@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from simpo.console import quiet_libraries
 from simpo.data import rules
 from simpo.data.rules import obeys
 from simpo.errors import ConfigError, RunError, first_line
-from simpo.model import load_pretrained
+from simpo.model import load_pretrained, load_weights
 from simpo.on_policy.files import (
     Prompt,
     Response,
@@ -247,10 +246,10 @@ def _model(run: RunConfig, name: str) -> Reward:
     """A sequence classifier with one score, asked in its own chat template."""
     backend = build_backend(run.backend, run.train.precision)
     trust = run.model.trust_remote_code
-    load = partial(load_pretrained, "on_policy.reward", name, trust_remote_code=trust)
-    tokenizer = load(AutoTokenizer)
+    named: dict[str, Any] = {"key": "on_policy.reward", "source": name, "trust_remote_code": trust}
+    tokenizer = load_pretrained(loader=AutoTokenizer, **named)
     dtype = torch.bfloat16 if backend.half else torch.float32
-    model = load(AutoModelForSequenceClassification, dtype=dtype)
+    model = load_weights(loader=AutoModelForSequenceClassification, dtype=dtype, **named)
     model.to(backend.device).eval()
 
     @torch.no_grad()

@@ -2,11 +2,16 @@
 
 An attention kernel, a mask or a recurrent layer that does not know of packed rows mixes their
 sequences without a word. So two short pairs are computed packed, by the run's own kernel, and each
-sequence alone, by transformers' eager attention: the hidden states must agree. And the logits must
-be what `simpo.logps` takes them for: some architectures scale them after their head.
+sequence alone, by transformers' eager attention: the hidden states must agree. Windows that the
+run's sequences outgrow are made small for it, so that these short ones outgrow them too. And the
+logits must be what `simpo.logps` takes them for: some architectures scale them after their head.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,18 +26,84 @@ from simpo.pairs import TokenizedPair
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Norm of the difference of hidden states over theirs: rounding stays below, mixing above."""
 
+WINDOWS = ("sliding_window", "attention_chunk_size")
+"""Settings that hide from a token what lies further back."""
+SMALL_WINDOW = 4
 
-@torch.no_grad()
-def check_packing(policy: Policy, half: bool) -> None:
+
+def check_packing(
+    policy: Policy, half: bool, tokens: Iterable[TokenizedPair] = (), row_tokens: int = 0
+) -> None:
     """Compare packed rows with sequences on their own.
 
     Args:
         half: compute in bf16, as the run will.
+        tokens: the pairs of the run, trained on and held out.
+        row_tokens: how long a row may be.
 
     Raises:
-        ConfigError: the model cannot share prompts, cannot be packed at all, or makes its logits in
-            a way of its own.
+        ConfigError: the model cannot share prompts, cannot be packed at all, makes its logits in a
+            way of its own, or encodes positions by the longest sequence of a row.
     """
+    longest = max((_longest(pair) for pair in tokens), default=0)
+    _check_rope(policy, longest)
+    with _small_windows(policy, longest if policy.share_prefix else max(longest, row_tokens)):
+        _compare(policy, half)
+
+
+def _longest(pair: TokenizedPair) -> int:
+    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+def _check_rope(policy: Policy, longest: int) -> None:
+    """Refuse frequencies that transformers takes anew for a whole row by its longest sequence."""
+    config: Any = policy.base.config.get_text_config()
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Some models have a set of them for each kind of layer.
+    sets = [s for s in found.values() if isinstance(s, dict)] or [found]
+    for rope in sets:
+        kind = str(rope.get("rope_type", rope.get("type")))
+        if kind == "longrope":
+            limit = rope.get("original_max_position_embeddings")
+            limit = limit or getattr(config, "original_max_position_embeddings", None)
+        elif "dynamic" not in kind:
+            continue
+        else:
+            limit = config.max_position_embeddings
+        if limit and longest > limit:
+            raise ConfigError(
+                [
+                    f"model.path: {type(policy.base).__name__} encodes the positions of a whole "
+                    f"row in another way ({kind}) where one of its sequences is longer than "
+                    f"{limit} tokens, so that pairs would depend on their neighbours; the longest "
+                    f"here has {longest} (data.max_length_tokens={limit}, and max_prompt_tokens "
+                    "below it)"
+                ]
+            )
+
+
+@contextmanager
+def _small_windows(policy: Policy, reached: int) -> Iterator[None]:
+    """Windows below so many tokens become small, in the settings and in the layers."""
+    holders: list[Any] = [policy.base.config.get_text_config(), *policy.base.modules()]
+    kept = [
+        (holder, name, size)
+        for name in WINDOWS
+        for holder in holders
+        if isinstance(size := getattr(holder, name, None), int) and SMALL_WINDOW < size < reached
+    ]
+    for holder, name, _ in kept:
+        setattr(holder, name, SMALL_WINDOW)
+    try:
+        yield
+    finally:
+        for holder, name, size in kept:
+            setattr(holder, name, size)
+
+
+@torch.no_grad()
+def _compare(policy: Policy, half: bool) -> None:
+    """The hidden states of packed rows against those of sequences alone, and the logits."""
     rng = np.random.default_rng(0)
     size = policy.base.config.get_text_config().vocab_size
 
@@ -45,7 +116,12 @@ def check_packing(policy: Policy, half: bool) -> None:
     training = policy.training
     policy.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        expected = torch.cat([_alone(policy, pair) for pair in pairs])
+        try:
+            expected = torch.cat([_alone(policy, pair) for pair in pairs])
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            name = type(policy.base).__name__
+            fault = f"its hidden states cannot be had, which is not supported: {first_line(error)}"
+            raise ConfigError([f"model.path: {name}: {fault}"]) from error
         try:
             got = policy.hidden(row)[row.predictors]
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:

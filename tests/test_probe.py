@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, SEGMENTS, SIZES, tiny_model
-from transformers import CONFIG_MAPPING
+from transformers import (
+    CONFIG_MAPPING,
+    Gemma3TextConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo import attention
 from simpo.errors import ConfigError
 from simpo.model import Policy
+from simpo.pairs import TokenizedPair
 from simpo.probe import check_packing
 
 # The same sizes by the names that GPT-2 and its kin give them.
@@ -95,3 +104,113 @@ def test_a_kernel_that_mixes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         check_packing(Policy(tiny_model("llama")), half=True)
     monkeypatch.setattr(attention, "_by_segment", whole_row)
     check_packing(Policy(tiny_model("llama")), half=True)
+
+
+def policy_of(config: PreTrainedConfig, share_prefix: bool = True) -> Policy:
+    attention.register()
+    torch.manual_seed(0)
+    kernel = SEGMENTS if share_prefix else None
+    return Policy(
+        AutoModelForCausalLM.from_config(config, attn_implementation=kernel), share_prefix
+    )
+
+
+def pairs_up_to(longest: int) -> list[TokenizedPair]:
+    """A short pair beside one whose longer response ends at so many tokens."""
+    ids = np.ones(longest, dtype=np.int32)
+    return [TokenizedPair(ids[:3], ids[:2], ids[:2]), TokenizedPair(ids[:-4], ids[:2], ids[:4])]
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+}
+ROPES: dict[str, tuple[PreTrainedConfig, str]] = {
+    "longrope": (
+        Phi3Config(**SIZES, original_max_position_embeddings=80, rope_parameters=LONGROPE),
+        "Phi3ForCausalLM",
+    ),
+    "dynamic": (
+        LlamaConfig(
+            **SIZES,
+            max_position_embeddings=80,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        ),
+        "LlamaForCausalLM",
+    ),
+    # One set for each kind of layer.
+    "longrope in some layers": (
+        Gemma3TextConfig(
+            **SIZES,
+            head_dim=8,
+            rope_parameters={
+                "full_attention": {**LONGROPE, "original_max_position_embeddings": 80},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+        "Gemma3ForCausalLM",
+    ),
+}
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("kind", ROPES)
+def test_positions_that_depend_on_the_longest_sequence(kind: str, share_prefix: bool) -> None:
+    """Beyond the length that the model names, and there only, a row would not be its sequences."""
+    config, name = ROPES[kind]
+    policy = policy_of(config, share_prefix)
+    check_packing(policy, False, pairs_up_to(80), 4096)
+    with pytest.raises(ConfigError) as error:
+        check_packing(policy, False, pairs_up_to(81), 4096)
+    assert str(error.value) == (
+        f"model.path: {name} encodes the positions of a whole row in another way "
+        f"({kind.split()[0]}) where one of its sequences is longer than 80 tokens, so that pairs "
+        "would depend on their neighbours; the longest here has 81 (data.max_length_tokens=80, and "
+        "max_prompt_tokens below it)"
+    )
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3"])
+def test_positions_that_do_not(kind: str) -> None:
+    rope = {
+        "rope_type": kind,
+        "factor": 4.0,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 80,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    config = LlamaConfig(**SIZES, max_position_embeddings=320, rope_parameters=rope)
+    check_packing(policy_of(config), False, pairs_up_to(300), 4096)
+
+
+@pytest.mark.parametrize("family", ["mistral_window", "gemma3"])
+def test_windows_of_any_size_are_outgrown(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that forgets the window is found where the data reaches it, and not before."""
+    policy = Policy(tiny_model(family, sliding_window=1000))
+    check_packing(policy, False, pairs_up_to(1001), 0)
+    whole = attention._by_segment
+
+    def forgetting(query, key, value, segments, scaling, window, softcap):
+        return whole(query, key, value, segments, scaling, None, softcap)
+
+    monkeypatch.setattr(attention, "_by_segment", forgetting)
+    check_packing(policy, False, pairs_up_to(1000), 4096)
+    with pytest.raises(ConfigError, match=r"ForCausalLM cannot share prompts in packed rows: hidd"):
+        check_packing(policy, False, pairs_up_to(1001), 4096)
+    kept = {getattr(holder, "sliding_window", None) for holder in policy.modules()}
+    assert policy.base.config.sliding_window == 1000 and kept <= {None, 1000}
+
+
+def test_a_model_that_hides_its_hidden_states() -> None:
+    config = Llama4TextConfig(
+        **SIZES, intermediate_size_mlp=48, num_local_experts=2, head_dim=8, use_qk_norm=False
+    )
+    with pytest.raises(ConfigError) as error:
+        check_packing(policy_of(config), False)
+    assert str(error.value) == (
+        "model.path: Llama4ForCausalLM: its hidden states cannot be had, which is not supported: "
+        "'MoeCausalLMOutputWithPast' object has no attribute 'last_hidden_state'"
+    )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import os
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from simpo.config import SlurmConfig, holds_secret
@@ -17,6 +16,21 @@ from simpo.errors import ConfigError, RunError
 UNLIMITED_REQUEUES = 10**6
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 AT_WORK = ("RUNNING", "COMPLETING", "CONFIGURING", "RESIZING", "STAGE_OUT", "SUSPENDED", "STOPPED")
+SETTLED = {
+    "array_parallelism": ("ARRAY_INX",),
+    "job_name": ("JOB_NAME",),
+    "time": ("TIMELIMIT",),
+    "signal_delay_s": ("SIGNAL",),
+    "stderr_to_stdout": ("OUTPUT", "ERROR", "OPEN_MODE"),
+    "additional_parameters": ("NO_REQUEUE", "WAIT"),
+    "partition": ("PARTITION",),
+    "account": ("ACCOUNT",),
+    "qos": ("QOS",),
+    "constraint": ("CONSTRAINT",),
+    "gpus_per_node": ("GPUS_PER_NODE", "GPUS", "GRES"),
+    "mem": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
+}
+"""By parameters of a submission, users' defaults for sbatch (SBATCH_...) that would outdo them."""
 FIELDS = "JobArrayID:|,State:|,RestartCnt:|,exit_code:|,Reason:|"
 
 
@@ -49,16 +63,18 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
     arrays = ",".join(sorted({name.partition("_")[0] for name in wanted}))
     squeue = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={arrays}"]
     for line in _lines([*squeue, f"--Format={FIELDS}"]):
-        name, state, restarts, code, reason, *_ = (part.strip() for part in line.split("|"))
-        reason = "" if reason == "None" else reason
-        found[name] = Job(state, _exit_code(int(code)), int(restarts), reason)
+        with suppress(ValueError):  # not a job's line: what cannot be read is not known
+            name, state, restarts, code, reason, *_ = (part.strip() for part in line.split("|"))
+            reason = "" if reason == "None" else reason
+            found[name] = Job(state, _exit_code(int(code)), int(restarts), reason)
     if missing := ",".join(sorted(wanted - found.keys())):
         sacct = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={missing}"]
         for line in _lines([*sacct, "--format=JobID,State,ExitCode"]):
-            name, state, codes = line.split("|")
-            code, _, number = codes.partition(":")
-            # "CANCELLED by 1000"
-            found.setdefault(name, Job(state.split()[0], int(code) or _killed(int(number))))
+            with suppress(ValueError):
+                name, state, codes = line.split("|")
+                code, _, number = codes.partition(":")
+                # "CANCELLED by 1000"
+                found.setdefault(name, Job(state.split()[0], int(code) or _killed(int(number))))
     return {name: job for name, job in found.items() if name in wanted}
 
 
@@ -118,7 +134,7 @@ def submit(
     executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
     try:
         # submitit repeats what sbatch says, of which a line is enough.
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), _without_defaults(parameters):
             submitted = executor.map_array(job, [str(run) for run in runs])
     except (FailedJobError, FailedSubmissionError) as error:
         said = [line for line in str(error).splitlines() if "sbatch: error" in line]
@@ -138,11 +154,11 @@ def own_job() -> str:
 
 
 def end_time() -> float | None:
-    """When the time limit of this process's job ends it, as time.time(); None without a limit."""
-    for line in _lines(["squeue", "--noheader", f"--jobs={own_job()}", "--format=%e"]):
-        if line[:1].isdigit():
-            return datetime.fromisoformat(line.strip()).timestamp()
-    return None
+    """When the time limit of this process's job ends it, as time.time(); None without a limit, or
+    where Slurm does not say.
+    """
+    epoch = _asked("%e")
+    return float(epoch) if epoch.isdecimal() else None
 
 
 def requeue() -> bool:
@@ -151,16 +167,41 @@ def requeue() -> bool:
     Returns:
         False where Slurm is about to end it anyhow: cancelled, or requeued by somebody else.
     """
-    asked = ["squeue", "--noheader", f"--jobs={own_job()}", "--format=%T"]
-    if [line.strip() for line in _lines(asked)] != ["RUNNING"]:
+    if _asked("%T") != "RUNNING":
         return False
     return subprocess.run(["scontrol", "requeue", own_job()], check=False).returncode == 0
+
+
+@contextmanager
+def _without_defaults(parameters: Mapping[str, object]) -> Iterator[None]:
+    """While entered, what a submission asks for is not overridden by variables of sbatch."""
+    asked_for = (SETTLED.get(key, ()) for key, value in parameters.items() if value is not None)
+    names = [f"SBATCH_{word}" for words in asked_for for word in words]
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _asked(field: str) -> str:
+    """What squeue says of this process's job; empty where it says nothing."""
+    lines = _lines(["squeue", "--noheader", f"--jobs={own_job()}", f"--format={field}"])
+    return lines[-1].strip() if lines else ""
+
+
+def _asking() -> dict[str, str]:
+    """Environment of a command whose answer is read: times as the epoch, and none of the formats
+    and filters that users set for their own eyes.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SACCT_"))}
+    return kept | {"SLURM_TIME_FORMAT": "%s"}
 
 
 def _lines(command: Sequence[str]) -> list[str]:
     """What a command prints; nothing where it fails, as it does for jobs long gone."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=_asking())
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line for line in done.stdout.splitlines() if line.strip()]

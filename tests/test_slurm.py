@@ -27,6 +27,18 @@ from simpo.runs import UNDER_WAY, State, last_job, read_progress
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slurm")]
 
 STEPS = 600
+# What users set for their own reading of Slurm's answers.
+OWN_TASTE = [
+    ("SLURM_TIME_FORMAT", "%d %b %H:%M"),
+    ("SLURM_TIME_FORMAT", "relative"),
+    ("SLURM_TIME_FORMAT", "standard"),
+    ("SQUEUE_FORMAT", "%i %j"),
+    ("SQUEUE_FORMAT2", "JobID,Name"),
+    ("SQUEUE_STATES", "PENDING"),
+    ("SQUEUE_USERS", "nobody"),
+    ("SQUEUE_PARTITION", "high"),
+    ("SACCT_FORMAT", "JobName"),
+]
 ON_N1 = 'launcher.options=["--nodelist=n1"]'
 ON_N2 = 'launcher.options=["--nodelist=n2"]'
 
@@ -181,6 +193,11 @@ def test_time_limits(long_run: list[str], tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("SLURM_JOB_ID", job_of(busy))
     end = slurm.end_time()
     assert end == pytest.approx(process.create_time() + 30 * 60, abs=10)
+    with monkeypatch.context() as environment:
+        for name, value in OWN_TASTE:
+            environment.setenv(name, value)
+            assert slurm.end_time() == end, (name, value)
+            assert slurm.jobs([job_of(busy)])[job_of(busy)].state == "RUNNING", (name, value)
     monkeypatch.setattr(member, "LAST_S", end - time.time() - 0.5)
     member.requeue_before_limit()
     run([*long_run, f"run_dir={tmp_path / 'calm'}"])
@@ -289,6 +306,36 @@ def test_what_is_submitted_stays_as_it_was(tiny_run: list[str], tmp_path: Path) 
     assert load_run(folder / "run.yaml").loss.beta == 2.5
     (line, *_) = metrics_of(folder)
     assert line["eval/rewards/chosen"] == pytest.approx(2.5 * line["eval/logps/chosen"])
+
+
+def test_settings_outdo_the_variables_of_sbatch(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is set here holds; a variable for what is not set here is a default like any other."""
+    for name, value in {
+        "TIMELIMIT": "3",
+        "SIGNAL": "B:TERM@7",
+        "ARRAY_INX": "0-9",
+        "JOB_NAME": "mine",
+        "NO_REQUEUE": "1",
+        "PARTITION": "high",
+        "OUTPUT": f"{tmp_path}/elsewhere",
+    }.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    folder = tmp_path / "run"
+    held = ["launcher=slurm", 'launcher.options=["--hold"]', f"run_dir={folder}"]
+    run([*held, "launcher.time_min=30", "launcher.signal_before_s=60", *tiny_run])
+    told = slurm_command("scontrol", "--oneliner", "show", "job", job_of(folder))
+    slurm_command("scancel", job_of(folder))
+    for words in (
+        "JobName=run",
+        "TimeLimit=00:30:00",
+        "Partition=high",
+        "Requeue=1",
+        f"StdOut={folder}/slurm/",
+    ):
+        assert words in told
+    assert "ArrayTaskId" not in told
 
 
 def test_a_job_that_cannot_run(tiny_run: list[str], tmp_path: Path) -> None:

@@ -11,6 +11,12 @@ import errno
 INTERRUPTED = 130
 """Exit code of what Ctrl-C ended."""
 
+INTERRUPTION = "interrupted: the same command continues from the last checkpoint"
+"""What is said then."""
+
+STOPPED = 75
+"""Exit code of what a signal ended, where the settings name no other."""
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a disk, quota or file size that is used up."""
 
@@ -46,6 +52,10 @@ class RunError(SimpoError):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class LostError(RunError):
+    """Other processes of the run do not answer; one of them has failed or hangs."""
 
 
 class Stopped(RunError):

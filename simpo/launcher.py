@@ -41,7 +41,7 @@ from simpo.errors import ConfigError, RunError, Stopped
 from simpo.member import SlurmMember
 from simpo.run_folder import new_folder, refuse_other_settings, unfinished_folders, write_text
 from simpo.runs import NOT_WELL, UNDER_WAY, State, note_job, read_progress, read_runs
-from simpo.signals import passing_on
+from simpo.signals import held, passing_on
 
 GRACE_S = 60.0
 """How long members get to save and end, where the sweep itself fails."""
@@ -89,6 +89,8 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
         Stopped: a signal stopped the members here, after they had saved.
     """
     config = members[0].run.launcher
+    # What is being submitted or started is to be undone, or told to save.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if sweep is None:
         folder = _single_folder(members[0].run)
         members = [_placed(members[0], folder)]
@@ -233,7 +235,8 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
                 del at_work[place]
             if place not in at_work and waiting:
                 member = waiting.pop(0)
-                at_work[place] = member.path, _start(member, place, config.parallel)
+                with held():
+                    at_work[place] = member.path, _start(member, place, config.parallel)
         return {member.path for member in waiting} | {path for path, _ in at_work.values()}
 
     with passing_on(pass_on):

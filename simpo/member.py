@@ -5,6 +5,11 @@ FOLDER holds run.yaml, resolved when the run was submitted.
 
 from __future__ import annotations
 
+from simpo.signals import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()  # importing what follows takes a while
+
 import json
 import os
 import signal
@@ -37,6 +42,8 @@ class SlurmMember:
     def __call__(self, folder: str) -> None:
         """Run it; ends the process with the run's exit code."""
         is_main = os.environ.get("SLURM_PROCID", "0") == "0"
+        # Until the run takes them, submitit has the job requeued on the signal that it asked for.
+        signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR2))
         if is_main:
             _note_start(Path(folder))
             requeue_before_limit()

@@ -15,18 +15,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from multiprocessing import cpu_count
 from pathlib import Path
 from types import FrameType
 
 from simpo.config import BackendConfig, Device, ManyConfig, RunConfig, run_yaml
-from simpo.errors import INTERRUPTED, ConfigError, RunError, Stopped
-from simpo.signals import passing_on
+from simpo.errors import INTERRUPTED, ConfigError, LostError, RunError, Stopped, first_line
+from simpo.signals import held, passing_on
 
 GRACE_S = 20.0
 """How long the others get to end by themselves, once one process has failed."""
 POLL_S = 0.05
+BEAT_S = 1.0
+"""How often a rank gives a sign of life."""
+SPARE_S = 30.0
+"""A rank may be silent for so much longer than others wait for it in a collective operation."""
+LOST = 76
+"""Exit code of a rank that others do not answer."""
+LISTEN = "SIMPO_LISTEN_FD"
+"""Variable with the number of the open socket at which rank 0 answers the other ranks."""
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables by which torchrun and others tell a process where it is."""
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 PR_SET_PDEATHSIG = 1
 SHOWN_LINES = 30
 
@@ -35,9 +47,14 @@ def to_start(config: BackendConfig) -> int | None:
     """How many processes to start for a run; None where this one is to do it.
 
     Raises:
-        ConfigError: neither the settings nor this machine say how many.
+        ConfigError: neither the settings nor this machine say how many; or the environment says
+            that this is one of several, but not which or of how many.
     """
-    if not isinstance(config, ManyConfig) or "WORLD_SIZE" in os.environ:
+    if "WORLD_SIZE" in os.environ:
+        _check_place(config)
+        return None
+    if not isinstance(config, ManyConfig):
+        _forget_place()
         return None
     if config.processes is not None:
         return config.processes
@@ -47,6 +64,60 @@ def to_start(config: BackendConfig) -> int | None:
         if count := torch.cuda.device_count():
             return count
     raise ConfigError(["backend.processes: how many? Without GPUs it has no default (set it)"])
+
+
+def _check_place(config: BackendConfig) -> None:
+    """Do nothing where this process can join the others that the environment tells of."""
+    remedy = "(start with torchrun or srun, or unset WORLD_SIZE)"
+    names = [name for name in (*PLACE, "LOCAL_WORLD_SIZE") if name in os.environ]
+    for name in names:
+        if name != "MASTER_ADDR" and not os.environ[name].isdecimal():
+            raise ConfigError(
+                [f"{name}: no number in the environment: {os.environ[name]} {remedy}"]
+            )
+    rank, count = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE"))
+    if rank >= count:
+        raise ConfigError([f"RANK: must be below WORLD_SIZE={count}, got {rank} {remedy}"])
+    if not isinstance(config, ManyConfig):
+        if count == 1:
+            _forget_place()
+        return
+    if missing := ", ".join(name for name in PLACE if name not in os.environ):
+        raise ConfigError([f"WORLD_SIZE: {count} in the environment, but no {missing} {remedy}"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    if config.processes not in (None, here):
+        raise ConfigError(
+            [
+                f"backend.processes: {config.processes} asked for here and {count} started in all, "
+                f"but {here} run (under torchrun, accelerate launch and Slurm leave it out)"
+            ]
+        )
+
+
+def _forget_place() -> None:
+    """Drop what an earlier launcher left: frameworks would look for the others of its run."""
+    for name in PLACE:
+        os.environ.pop(name, None)
+
+
+@contextmanager
+def in_touch() -> Iterator[None]:
+    """Tell errors that mean no more than that other processes do not answer in one line.
+
+    Raises:
+        LostError: in place of such an error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        names = {kind.__name__ for kind in type(error).__mro__}
+        # torch's own errors, and those of gloo, which have no type.
+        if "DistError" not in names and "gloo" not in str(error) and "NCCL" not in str(error):
+            raise
+        raise LostError(
+            f"rank {os.environ.get('RANK', '0')}: the other processes do not answer: "
+            f"{first_line(error)} (the same command continues from the last checkpoint)"
+        ) from error
 
 
 def join_slurm() -> None:
@@ -88,32 +159,30 @@ def run_in(count: int, run: RunConfig) -> dict[str, float]:
         Stopped: a signal stopped all of them.
         KeyboardInterrupt: a Ctrl-C did.
     """
-    with tempfile.TemporaryDirectory(prefix="simpo-") as name, ExitStack() as stack:
-        folder = Path(name)
-        (folder / "run.yaml").write_text(run_yaml(run))
-        ranks: list[subprocess.Popen[bytes]] = []
+    assert isinstance(run.backend, ManyConfig)
+    ranks: list[subprocess.Popen[bytes]] = []
+    signals: list[int] = []
 
-        def pass_on(number: int, _: FrameType | None) -> None:
-            for rank in ranks:
-                if rank.poll() is None:
-                    rank.send_signal(number)
+    def pass_on(number: int, _: FrameType | None) -> None:
+        signals.append(number)
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
 
+    with ExitStack() as stack:
         stack.enter_context(passing_on(pass_on))
-        port = _free_port()
-        for rank in range(count):
-            log = None if rank == 0 else stack.enter_context(_log(folder, rank).open("wb"))
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "simpo.rank", name, *sys.argv[1:]],
-                    env=os.environ | _environment(run.backend, rank, count, port),
-                    stdout=log,
-                    stderr=log,
-                    # A terminal's Ctrl-C would reach them beside the one passed on.
-                    start_new_session=True,
-                )
-            )
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simpo-")))
+        (folder / "run.yaml").write_text(run_yaml(run))
         stack.callback(_end, ranks)
-        if failed := _wait(ranks):
+        with held(), socket.create_server(("127.0.0.1", 0)) as listener:
+            for rank in range(count):
+                ranks.append(_start(run.backend, folder, rank, count, listener))
+        if signals:  # before there was a rank to pass it on to
+            pass_on(signals[-1], None)
+        failed, silent = _wait(ranks, folder, run.backend.timeout_s)
+        if silent:
+            raise _hanging(silent)
+        if failed:
             raise _failure(failed, folder, run.train.stopped_exit_code)
         result = folder / "metrics.json"
         if not result.is_file():
@@ -122,28 +191,87 @@ def run_in(count: int, run: RunConfig) -> dict[str, float]:
         return metrics
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> dict[int, int]:
-    """Wait until all have ended well, or some have failed and the others are ended.
+def _start(
+    config: BackendConfig, folder: Path, rank: int, count: int, listener: socket.socket
+) -> subprocess.Popen[bytes]:
+    with ExitStack() as stack:
+        log = None if rank == 0 else stack.enter_context(log_file(folder, rank).open("wb"))
+        return subprocess.Popen(
+            [sys.executable, "-m", "simpo.rank", str(folder), *sys.argv[1:]],
+            env=os.environ | _environment(config, rank, count, listener),
+            stdout=log,
+            stderr=log,
+            pass_fds=[listener.fileno()] if rank == 0 else [],
+            # A terminal's Ctrl-C would reach them beside the one passed on.
+            start_new_session=True,
+        )
+
+
+def _wait(
+    ranks: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float
+) -> tuple[dict[int, int], list[int]]:
+    """Wait until all have ended well, or some have failed or hang and the others are ended.
 
     Returns:
         Exit codes of the ranks that failed of themselves: those that a signal killed, else those
         with settings or data at fault, else the first to end. Another's error may be no more than
         that it lost them.
+        And the ranks that hang: those that others lost and that do not end, or that gave no sign of
+        life for longer than others may wait for them.
     """
     failed: dict[int, int] = {}
+    looks: dict[int, tuple[float, int]] = {}
     while not failed:
         if all(rank.poll() == 0 for rank in ranks):
-            return {}
+            return {}, []
         time.sleep(POLL_S)
+        if silent := _silent(ranks, folder, looks, timeout_s + SPARE_S):
+            _end(ranks)
+            return {}, silent
         failed = _failed(ranks)
     deadline = time.monotonic() + GRACE_S
     while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
         time.sleep(POLL_S)
     at_last = _failed(ranks)
+    alive = [number for number, rank in enumerate(ranks) if rank.poll() is None]
     _end(ranks)
+    # NCCL aborts a process that waited in vain.
+    lost = {rank for rank, code in at_last.items() if code in (LOST, -signal.SIGABRT)}
+    if alive and lost == at_last.keys():
+        return failed, alive
     killed = {rank: code for rank, code in at_last.items() if code < 0}
     refused = {rank: code for rank, code in at_last.items() if code == 2}
-    return killed or refused or failed
+    others = {rank: code for rank, code in at_last.items() if rank not in lost}
+    return killed or refused or others or failed, []
+
+
+def _silent(
+    ranks: list[subprocess.Popen[bytes]],
+    folder: Path,
+    looks: dict[int, tuple[float, int]],
+    longest_s: float,
+) -> list[int]:
+    """Ranks that gave no sign of life for so long.
+
+    Args:
+        looks: of each rank, its last sign and how often it has been looked at since. This and not a
+            clock, since a job that was suspended as a whole has done nothing wrong.
+    """
+    for number, rank in enumerate(ranks):
+        file = beat_file(folder, number)
+        beat = file.stat().st_mtime if file.exists() else 0.0
+        last, count = looks.get(number, (beat, 0))
+        looks[number] = beat, count + 1 if beat == last and rank.poll() is None else 0
+    return [number for number, (_, count) in looks.items() if count * POLL_S > longest_s]
+
+
+def _hanging(silent: list[int]) -> RunError:
+    names = ", ".join(f"rank {rank}" for rank in silent)
+    hangs = "hangs" if len(silent) == 1 else "hang"
+    return RunError(
+        f"{names} {hangs}; the others were ended (the same command continues from the last "
+        "checkpoint)"
+    )
 
 
 def _failed(ranks: list[subprocess.Popen[bytes]]) -> dict[int, int]:
@@ -171,16 +299,18 @@ def _failure(failed: dict[int, int], folder: Path, stopped_code: int) -> BaseExc
         )
     lines = []
     for rank in failed:
-        log = _log(folder, rank)
+        log = log_file(folder, rank)
         tail = log.read_text(errors="replace").splitlines()[-SHOWN_LINES:] if log.is_file() else []
         lines += [f"rank {rank}:", *tail] if tail else []
     # Rank 0 has said itself what stopped it, and the others say the same.
-    said = 0 in failed and not _log(folder, 0).is_file()
-    kind = Stopped if code == stopped_code else RunError
-    return kind("" if said else "\n".join(lines), code)
+    said = 0 in failed and not log_file(folder, 0).is_file()
+    text = "" if said else "\n".join(lines)
+    return Stopped(text, code) if code == stopped_code else RunError(text, min(code, 2))
 
 
-def _environment(config: BackendConfig, rank: int, count: int, port: int) -> dict[str, str]:
+def _environment(
+    config: BackendConfig, rank: int, count: int, listener: socket.socket
+) -> dict[str, str]:
     """Where a rank is, in the words of torchrun."""
     words = {
         "RANK": str(rank),
@@ -188,20 +318,25 @@ def _environment(config: BackendConfig, rank: int, count: int, port: int) -> dic
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(listener.getsockname()[1]),
+        # Nobody outside this machine has a part in it.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK),
+        "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", LOOPBACK),
         # Each would take all cores, and the last be as slow as all together.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_count() // count))),
     }
+    if rank == 0:
+        words[LISTEN] = str(listener.fileno())
     if config.device is Device.cpu:
         words |= {"DS_ACCELERATOR": "cpu"}
     return words
 
 
-def _log(folder: Path, rank: int) -> Path:
+def beat_file(folder: Path, rank: int) -> Path:
+    """The file that a rank touches for as long as it runs."""
+    return folder / f"rank-{rank}.alive"
+
+
+def log_file(folder: Path, rank: int) -> Path:
+    """What a rank other than 0 prints, and what ends a rank but need not be its fault."""
     return folder / f"rank-{rank}.log"
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

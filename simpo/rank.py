@@ -6,15 +6,22 @@ is that of the run, which its records quote.
 
 from __future__ import annotations
 
+from simpo.signals import end_at_once, end_with
+
+if __name__ == "__main__":
+    end_at_once(interruption="")  # importing what follows takes a while
+
 import json
 import os
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 
 from simpo.config import load_run
-from simpo.errors import INTERRUPTED, SimpoError
-from simpo.processes import end_with_parent
+from simpo.errors import INTERRUPTED, LostError, SimpoError
+from simpo.processes import BEAT_S, LOST, beat_file, end_with_parent, in_touch, log_file
 from simpo.train import train
 
 
@@ -23,21 +30,36 @@ def main() -> int:
     folder = Path(sys.argv.pop(1))
     end_with_parent()
     rank = int(os.environ["RANK"])
+    threading.Thread(target=_beat, args=(beat_file(folder, rank),), daemon=True).start()
     try:
-        metrics = train(load_run(folder / "run.yaml"))
+        run = load_run(folder / "run.yaml")
+        end_with(run.train.stopped_exit_code)
+        with in_touch():
+            metrics = train(run)
+    except LostError as error:
+        # Not where rank 0 prints: it may be the mere echo of another rank's end.
+        with log_file(folder, rank).open("a") as log:
+            print(error, file=log)
+        return LOST
     except SimpoError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BaseException:
-        # Not where rank 0 prints: it may be the mere echo of another rank's end.
-        with (folder / f"rank-{rank}.log").open("a") as log:
+        with log_file(folder, rank).open("a") as log:
             traceback.print_exc(file=log)
         return 1
     if rank == 0:
         (folder / "metrics.json").write_text(json.dumps(metrics))
     return 0
+
+
+def _beat(file: Path) -> None:
+    """Give a sign of life, for as long as this process runs."""
+    while True:
+        file.touch()
+        time.sleep(BEAT_S)
 
 
 if __name__ == "__main__":

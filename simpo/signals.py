@@ -1,22 +1,81 @@
-"""SIGTERM, SIGUSR1 and SIGUSR2 in, a wish to stop out, which the loop reads between two steps."""
+"""SIGTERM, SIGUSR1 and SIGUSR2 in: while a run starts they end it at once, later they are a wish to
+stop, which the loop reads between two steps.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from simpo.errors import INTERRUPTED, INTERRUPTION, STOPPED
+
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers send before they end a job."""
+ALL = (*STOPPING, signal.SIGINT)
+
+
+class _AtOnce:
+    """Handler of a process that has nothing to save yet."""
+
+    exit_code = STOPPED
+    interruption = INTERRUPTION
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        line = f"{name}: stopped while starting (the same command continues)"
+        code = self.exit_code
+        if number == signal.SIGINT:
+            line, code = self.interruption, INTERRUPTED
+        with suppress(Exception):  # the signal may have come in the middle of a write
+            sys.stdout.flush()
+        # An exception could be caught by whatever is being imported or loaded.
+        os.write(2, f"{line}\n".encode() if line else b"")
+        os._exit(code)
+
+
+_at_once = _AtOnce()
+
+
+def end_at_once(interruption: str = INTERRUPTION) -> None:
+    """From now on a stopping signal or Ctrl-C ends this process, which says so in one line.
+
+    For the first lines of a command, before it imports what takes seconds. Signals that `held` kept
+    back are delivered.
+
+    Args:
+        interruption: what is said on Ctrl-C; empty where another process says it.
+    """
+    _at_once.interruption = interruption
+    for number in ALL:
+        signal.signal(number, _at_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL)
+
+
+def end_with(exit_code: int) -> None:
+    """Set the exit code of a process that `end_at_once` ends."""
+    _at_once.exit_code = exit_code
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """While entered, stopping signals and Ctrl-C wait, here and in processes started meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ALL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
 def passing_on(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """While entered, a handler gets the stopping signals, and Ctrl-C."""
-    before = {number: signal.signal(number, handler) for number in (*STOPPING, signal.SIGINT)}
+    before = {number: signal.signal(number, handler) for number in ALL}
     try:
         yield
     finally:
@@ -25,7 +84,9 @@ def passing_on(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 
 class StopRequest:
-    """While entered, a stopping signal is only noted.
+    """While entered, a stopping signal is only noted, and Ctrl-C raises KeyboardInterrupt.
+
+    In a process that signals ended at once before, it stays so: what follows is the end.
 
     Attributes:
         name: of the last signal that came, empty before.
@@ -39,11 +100,14 @@ class StopRequest:
         # Python allows handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+            if signal.getsignal(signal.SIGINT) is _at_once:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not _at_once:
+                signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.name = signal.Signals(number).name

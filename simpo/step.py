@@ -104,7 +104,9 @@ def evaluate(
         table = pair_table(loss, logps)[: len(row.pairs)]
         sums += pair_sums(table)
         scored += zip(row.pairs, table.tolist(), strict=True)
-    return summarise(loss, backend.sum(sums)), dict(sorted(backend.gather(scored)))
+    # First what waits for the slowest process.
+    every = dict(sorted(backend.gather(scored)))
+    return summarise(loss, backend.sum(sums)), every
 
 
 def _nothing(logps: PairLogps) -> Tensor:

@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+from simpo.signals import end_at_once, end_with
+
+if __name__ == "__main__":
+    end_at_once()  # importing what follows takes a while
+
 import os
 import sys
 import time
@@ -24,7 +29,14 @@ from omegaconf.errors import OmegaConfBaseException
 from simpo import processes
 from simpo.compose import explain
 from simpo.config import RunConfig, WatchAction, build_run, menu_dir, trajectory
-from simpo.errors import INTERRUPTED, ConfigError, RunError, SimpoError, Stopped
+from simpo.errors import (
+    INTERRUPTED,
+    INTERRUPTION,
+    ConfigError,
+    RunError,
+    SimpoError,
+    Stopped,
+)
 
 
 @hydra.main(version_base="1.3", config_path=str(menu_dir("conf")), config_name="train")
@@ -44,9 +56,13 @@ def start(run: RunConfig) -> dict[str, float]:
     """Train a run here, as one of the processes that were started for it, or in processes of its
     own; see `train`.
     """
+    end_with(run.train.stopped_exit_code)
     processes.join_slurm()
     count = processes.to_start(run.backend)
-    return train(run) if count is None else processes.run_in(count, run)
+    if count is not None:
+        return processes.run_in(count, run)
+    with processes.in_touch():
+        return train(run)
 
 
 def train(run: RunConfig) -> dict[str, float]:
@@ -96,7 +112,7 @@ def train(run: RunConfig) -> dict[str, float]:
     cache_dir = Path(run.cache_dir).expanduser()
     backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
     today = backend.broadcast(template_date(run) if backend.is_main else None)
-    with backend.main_first():
+    with backend.main_first("read and tokenised the data"):
         chat = Chat(load_tokenizer(run.model, cache_dir), today)
         mixture = load_mixture(run.data, to_pair if run.loss.needs_rejected else to_dialogue)
         train_set = tokenize_set(chat, mixture.train, run.data, cache_dir)
@@ -177,6 +193,7 @@ def train(run: RunConfig) -> dict[str, float]:
         Tracker(
             run.tracker, folder.path, run.name, trajectory(run), writes=backend.is_main
         ) as tracker,
+        processes.in_touch(),
     ):
 
         def packed(data: TokenizedSet, rows: list[list[int]]) -> Iterator[PackedPairs]:
@@ -219,6 +236,15 @@ def train(run: RunConfig) -> dict[str, float]:
         def out_of_patience() -> bool:
             waited = evaluations_without_gain(run.objective, evaluations)
             return 0 < cfg.patience_evals <= waited
+
+        def stopped() -> Stopped:
+            """What a signal to any process makes of the run, all of which is in a checkpoint."""
+            store.settle(wait=True)
+            signal = next(name for name in backend.gather([stop.name]) if name)
+            return Stopped(
+                f"{signal}: saved after step {step} in {folder.path} (the same command continues)",
+                cfg.stopped_exit_code,
+            )
 
         if run.loss.needs_reference:
             # Before a checkpoint is read: the reference is the model that the run starts from.
@@ -294,17 +320,13 @@ def train(run: RunConfig) -> dict[str, float]:
                 store.save(step, wrapped, optimizer, tracker.num_bytes())
                 folder.write_status("running", step, plan.total_steps)
             if stopping:
-                store.settle(wait=True)
-                signal = next(name for name in backend.gather([stop.name]) if name)
-                raise Stopped(
-                    f"{signal}: saved after step {step} in {folder.path} (the same command "
-                    "continues)",
-                    cfg.stopped_exit_code,
-                )
+                raise stopped()
         store.settle(wait=True)
         trained_s = time.perf_counter() - begin
         if step == plan.total_steps:
             held_out()
+        if backend.any(bool(stop.name)):
+            raise stopped()
         kept = (cfg.keep_best and best_step(run.objective, evaluations)) or step
         if kept != step and (fault := store.load(kept, wrapped, optimizer)):
             tracker.say(f"the best model, after step {kept}, is lost ({fault}): the last is saved")
@@ -339,6 +361,7 @@ def cli() -> None:
 
     Exits with 2 for bad settings or data, 1 for a failed run.
     """
+    end_at_once()
     # Hydra would print its own account of a fault and exit with 1; this makes it raise instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     arguments = get_args_parser().parse_args()
@@ -355,10 +378,7 @@ def cli() -> None:
             raise
         _quit(2, "\n".join(problems) or str(error))
     except KeyboardInterrupt:
-        _quit(
-            INTERRUPTED,
-            "interrupted: the same command continues from the last checkpoint",
-        )
+        _quit(INTERRUPTED, INTERRUPTION)
 
 
 def _quit_for(error: SimpoError) -> NoReturn:

@@ -21,6 +21,7 @@ from whole_runs import (
     newest_checkpoint,
     run,
     start,
+    state_of,
     wait_for,
     weights_of,
 )
@@ -177,6 +178,41 @@ def test_saves_in_the_background(
     assert newest_checkpoint(folder).name in ("step-000008", "step-000012")
     assert "continued after step" in run([*overrides, f"run_dir={folder}"])
     assert_same_run(whole(f"{kind}-2"), folder, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["single", *KINDS])
+def test_evaluation_and_checkpoint_at_the_same_step(
+    kind: str, settings: list[str], tmp_path: Path
+) -> None:
+    """The paper's recipe, shrunk: the best model is kept, no replies are sampled; and another that
+    samples some, killed on the way. Both are the same run, bit for bit.
+    """
+    overrides = [
+        "experiments=paper/recipe",
+        *settings,
+        *([] if kind == "single" else of(f"{kind}-2")),
+        f"backend={kind}",
+        "loss.sft_weight=0",
+        "train.max_steps=6",
+        "train.log_every=1",
+        "train.eval_every=2",
+        "train.checkpoint_every=2",
+        "train.keep_best=true",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run([*overrides, "sample.num_prompts=0", f"run_dir={whole}"])
+    killed_after(3, overrides, killed)
+    assert "continued after step" in run([*overrides, f"run_dir={killed}"])
+    silent = [
+        {k: v for k, v in line.items() if not k.startswith(("eval/reply_", "eval/rule_"))}
+        for line in metrics_of(killed)
+    ]
+    assert silent == metrics_of(whole)
+    one, other = state_of(whole, tmp_path), state_of(killed, tmp_path)
+    assert one.keys() == other.keys() and one
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    mine, theirs = weights_of(whole), weights_of(killed)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_another_backend_continues(settings: list[str], alone: Path, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -30,6 +32,9 @@ from whole_runs import (
     wait_for,
 )
 
+from simpo.compose import compose_run
+from simpo.config import TEMPLATES, run_yaml
+
 pytestmark = pytest.mark.slow
 
 TWO = ["backend=ddp", "backend.processes=2"]
@@ -37,11 +42,11 @@ TWO = ["backend=ddp", "backend.processes=2"]
 
 @pytest.fixture
 def settings(tiny_run: list[str]) -> list[str]:
-    """24 steps with a checkpoint after each."""
+    """24 steps with a checkpoint after each, and an evaluation before every other one."""
     return [
         *tiny_run,
         "train.epochs=4",
-        "train.eval_every=8",
+        "train.eval_every=2",
         "train.checkpoint_every=1",
         "sample.num_prompts=0",
     ]
@@ -87,7 +92,7 @@ def test_one_rank_is_killed(lost: int, settings: list[str], whole: Path, tmp_pat
 
 def test_twenty_kills(settings: list[str], tmp_path: Path) -> None:
     """All processes killed 20 times at random moments, every other time in a checkpoint's write."""
-    settings = [*settings, "train.epochs=20", *TWO]
+    settings = [*settings, "train.epochs=20", "backend=fsdp", "backend.processes=2"]
     whole = tmp_path / "whole"
     run([*settings, f"run_dir={whole}"])
     folder = tmp_path / "run"
@@ -168,6 +173,137 @@ def test_ctrl_c_ends_at_once(settings: list[str], tmp_path: Path) -> None:
     assert "Traceback" not in message
     assert list((folder / "checkpoints").iterdir()) == []
     assert status_of(folder)["state"] == "failed"
+
+
+def catches(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM."""
+    caught = re.search(r"SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(caught and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def loads_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+MOMENTS = {
+    "first lines": lambda process, _: catches(process.pid),
+    "import": lambda process, _: loads_torch(process.pid),
+    "first rank": lambda process, _: len(ranks_of(process)) > 0,
+    "import in a rank": lambda process, _: any(map(loads_torch, ranks_of(process).values())),
+    "load": lambda _, folder: (folder / "data.json").is_file(),
+}
+
+
+@pytest.mark.parametrize(
+    ("moment", "name", "many"),
+    [
+        ("first lines", "SIGTERM", []),
+        ("import", "SIGINT", []),
+        ("first lines", "SIGUSR2", TWO),
+        ("first rank", "SIGTERM", TWO),
+        ("import in a rank", "SIGUSR1", TWO),
+        ("import in a rank", "SIGINT", TWO),
+        ("load", "SIGTERM", TWO),
+    ],
+)
+def test_a_signal_while_it_starts(
+    moment: str, name: str, many: list[str], settings: list[str], tmp_path: Path
+) -> None:
+    """The exit code of a stopped run from the first lines on, and one line."""
+    folder = tmp_path / "run"
+    # The default, which holds as long as the settings are not known.
+    process = start([*settings, *many, "train.stopped_exit_code=75", f"run_dir={folder}"])
+    wait_for(lambda: MOMENTS[moment](process, folder), process)
+    process.send_signal(signal.Signals[name])
+    if name == "SIGINT":
+        message = finish(process, code=130)
+        assert message == "interrupted: the same command continues from the last checkpoint\n"
+    else:
+        message = finish(process, code=75)
+        stopped = f"{name}: stopped while starting (the same command continues)\n"
+        saved = f"{name}: saved after step 1 in {folder} (the same command continues)\n"
+        # A folder is made so late that the first step may have begun.
+        assert message == stopped or (moment == "load" and message.endswith(saved))
+    assert "Traceback" not in message
+
+
+def test_a_signal_while_a_member_starts(settings: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run_config = compose_run([*settings, f"run_dir={tmp_path / 'run'}"])
+    (tmp_path / "run" / "run.yaml").write_text(run_yaml(run_config))
+    command = (sys.executable, "-m", "simpo.member", str(tmp_path / "run"))
+    process = start([], *command)
+    wait_for(lambda: catches(process.pid), process)
+    process.send_signal(signal.SIGTERM)
+    message = finish(process, code=75)
+    assert message == "SIGTERM: stopped while starting (the same command continues)\n"
+
+
+def test_a_signal_in_the_last_evaluation(settings: list[str], tmp_path: Path) -> None:
+    """After the last step nothing is lost either: the model is saved when the run goes on."""
+    folder = tmp_path / "run"
+    replies = ["train.max_steps=2", "sample.num_prompts=16", "sample.max_new_tokens=150"]
+    command = [*settings, *TWO, *replies, f"run_dir={folder}"]
+    process = start(command)
+    wait_for(lambda: (folder / "checkpoints" / "step-000002").is_dir(), process)
+    process.send_signal(signal.SIGUSR1)
+    message = finish(process, code=75)
+    assert message.endswith(
+        f"SIGUSR1: saved after step 2 in {folder} (the same command continues)\n"
+    )
+    assert not (folder / "model").exists()
+    assert "continued after step 2" in run(command)
+    assert [line["step"] for line in metrics_of(folder)] == [0, 1, 2, 2]
+    assert status_of(folder)["state"] == "finished"
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses at which a process takes connections."""
+    found = psutil.Process(pid).net_connections(kind="inet")
+    return {connection.laddr.ip for connection in found if connection.status == "LISTEN"}
+
+
+@pytest.mark.parametrize(("kind", "hanging", "checkpoint_every"), [("ddp", 1, 1), ("zero2", 0, 0)])
+def test_a_rank_hangs(
+    kind: str, hanging: int, checkpoint_every: int, settings: list[str], tmp_path: Path
+) -> None:
+    """Asleep in a checkpoint's write or between two steps: named, and all end within a minute."""
+    folder = tmp_path / "run"
+    command = [
+        *settings,
+        f"backend={kind}",
+        "backend.processes=2",
+        "backend.timeout_s=3",
+        "train.epochs=1000",
+        "train.eval_every=0",
+        f"train.checkpoint_every={checkpoint_every}",
+    ]
+    process = start([*command, f"run_dir={folder}"])
+    wait_for(logged(folder, 3), process)
+    ranks = ranks_of(process)
+    assert {address for pid in ranks.values() for address in listening(pid)} == {"127.0.0.1"}
+    os.kill(ranks[hanging], signal.SIGSTOP)
+    begin = time.monotonic()
+    message = finish(process, code=1, timeout_s=120)
+    assert time.monotonic() - begin < 3 + 60
+    assert message.endswith(
+        f"rank {hanging} hangs; the others were ended (the same command continues from the last "
+        "checkpoint)\n"
+    )
+    assert "Traceback" not in message
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+
+
+def test_a_slow_rank_0(settings: list[str], tmp_path: Path) -> None:
+    """It tokenises longer than the others wait in a step; they wait, and that is said."""
+    slow = tmp_path / "slow.jinja"
+    loop = "{%- for i in range(8) %}{%- for j in range(20000) %}{%- endfor %}{%- endfor %}"
+    slow.write_text(loop + (TEMPLATES / "chatml.jinja").read_text())
+    short = [*settings, *TWO, "backend.timeout_s=2", "train.max_steps=1", "train.eval_every=0"]
+    message = run([*short, f"model.chat_template={slow}", f"run_dir={tmp_path / 'run'}"])
+    assert (
+        "wait   the other processes go on when rank 0 has read and tokenised the data\n" in message
+    )
 
 
 @pytest.fixture

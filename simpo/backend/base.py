@@ -8,6 +8,9 @@ their mean, and `backward` undoes that.
 from __future__ import annotations
 
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,8 +32,17 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from simpo.config import BackendConfig, DdpConfig, Device, ManyConfig, Precision
-from simpo.errors import ConfigError
+from simpo.errors import ConfigError, LostError
 from simpo.model import Policy
+from simpo.processes import LISTEN
+
+JOIN_S = 1800
+"""How long a process waits for the others to come up: imports and slow disks take their time."""
+PATIENCE_S = 24 * 3600
+"""How long one process may tokenise, evaluate or write its part of a checkpoint while the others
+wait. One that does not even run is found sooner, by the process that started it."""
+SAID_AFTER_S = 30.0
+PAUSE_S = 0.2
 
 T = TypeVar("T")
 
@@ -77,6 +89,9 @@ class Backend:
             raise ConfigError([f"backend: single runs in 1 process, got {started} (backend=ddp)"])
         # accelerate's state is global: the next member of a sweep may ask for another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
+        self._store = self._join(config) if isinstance(config, ManyConfig) else None
+        self._calls = 0
+        self._say_after_s = min(SAID_AFTER_S, getattr(config, "timeout_s", SAID_AFTER_S))
         self._accelerator = self._start(config)
         self.rank, self.processes = self._accelerator.process_index, self._accelerator.num_processes
         # accelerate runs alone, without a word, where it does not understand how it was started.
@@ -95,11 +110,33 @@ class Backend:
         self.weight_shards = self.state_shards = 1
         self._group: dist.ProcessGroup | None = None
 
+    def _join(self, config: ManyConfig) -> dist.Store:
+        """Meet the other processes at the store that rank 0 or torchrun keeps."""
+        patience = timedelta(seconds=JOIN_S)
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if listener := os.environ.get(LISTEN):
+            # A server of torch's own making would listen to all networks.
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store: dist.Store = dist.TCPStore(
+                host, port, count, is_master=True, timeout=patience, master_listen_fd=int(listener)
+            )
+        else:
+            store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        timeout = timedelta(seconds=config.timeout_s)
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            self._communication(), store=store, rank=rank, world_size=count, timeout=timeout
+        )
+        return store
+
+    def _communication(self) -> str:
+        return "nccl" if self.on_gpu else "gloo"
+
     def _start(self, config: BackendConfig) -> Accelerator:
         handlers: list[Any] = []
         if isinstance(config, DdpConfig):
             handlers = [
-                self._process_group(config),
+                InitProcessGroupKwargs(backend=self._communication()),
                 DistributedDataParallelKwargs(
                     bucket_cap_mb=config.bucket_cap_mb,
                     gradient_as_bucket_view=True,
@@ -107,11 +144,6 @@ class Backend:
             ]
         return Accelerator(
             cpu=not self.on_gpu, mixed_precision=self._precision(), kwargs_handlers=handlers
-        )
-
-    def _process_group(self, config: ManyConfig) -> InitProcessGroupKwargs:
-        return InitProcessGroupKwargs(
-            backend="nccl" if self.on_gpu else "gloo", timeout=timedelta(seconds=config.timeout_s)
         )
 
     def _precision(self) -> str:
@@ -141,37 +173,77 @@ class Backend:
         return bool(self.sum(torch.tensor(int(flag))))
 
     def gather(self, values: list[T]) -> list[T]:
-        """The lists of all processes, one behind the other."""
+        """The lists of all processes, one behind the other, whenever the last has its own."""
         if self.processes == 1:
             return values
+        self.wait()
         parts: list[list[T]] = [[] for _ in range(self.processes)]
         dist.all_gather_object(parts, values)
         return [value for part in parts for value in part]
 
     def broadcast(self, value: T) -> T:
-        """The value that rank 0 has."""
+        """The value that rank 0 has, whenever it has it."""
         if self.processes == 1:
             return value
+        self.wait()
         box = [value]
         dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
-        self.any(False)
+        """Return when all processes have come here, which may take any of them `PATIENCE_S`.
+
+        What is summed in every step does not wait so long.
+
+        Raises:
+            LostError: one did not come.
+        """
+        self._meet(self.processes)
 
     @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Rank 0 does the block before the others, which then find its results in a cache."""
+    def main_first(self, what: str) -> Iterator[None]:
+        """Rank 0 does the block before the others, which then find its results in a cache.
+
+        Args:
+            what: rank 0 then has done, as a person is told who waits for long.
+        """
+        line = f"wait   the other processes go on when rank 0 has {what}"
+        told = threading.Timer(self._say_after_s, print, [line], {"file": sys.stderr})
+        told.daemon = True
         if not self.is_main:
-            self.wait()
-        yield
+            self._meet(1, comes=False)
+        elif self.processes > 1:
+            told.start()
+        try:
+            yield
+        finally:
+            told.cancel()
         if self.is_main:
-            self.wait()
+            self._meet(0)
 
     def close(self) -> None:
-        """Leave the others in good order."""
+        """Leave when all are ready to; rank 0, which may keep their store, as the last."""
+        self.wait()
+        self._meet(self.processes - 1 if self.is_main else 0, comes=not self.is_main)
         self._accelerator.end_training()
+
+    def _meet(self, count: int, comes: bool = True) -> None:
+        """Return when so many processes have come to this call of it.
+
+        Not a collective operation, which fails when somebody is late.
+        """
+        if self._store is None:
+            return
+        self._calls += 1
+        key, pause_s = f"simpo/{self._calls}", 0.001
+        came = self._store.add(key, int(comes))
+        deadline = time.monotonic() + PATIENCE_S
+        while came < count:
+            if time.monotonic() > deadline:
+                raise LostError(f"rank {self.rank}: waited {PATIENCE_S} s for the other processes")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, PAUSE_S)
+            came = self._store.add(key, 0)
 
     # The policy.
 
@@ -182,6 +254,7 @@ class Backend:
             What is to be called in place of the policy, and the optimizer. The policy itself stays
             good for its names, settings and replies.
         """
+        self.wait()  # for whoever loads the policy from a slower disk
         wrapped, optimizer = self._accelerator.prepare(policy, optimizer)
         return wrapped, optimizer
 
@@ -270,7 +343,7 @@ class Backend:
         if not dist.is_initialized():
             return {"no_dist": True}
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_S))
         return {"process_group": self._group}
 
 

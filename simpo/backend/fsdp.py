@@ -20,7 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.optim import Optimizer
 
 from simpo.backend.base import Backend
-from simpo.config import BackendConfig, FsdpConfig, ManyConfig, Precision
+from simpo.config import BackendConfig, FsdpConfig, Precision
 from simpo.errors import ConfigError
 from simpo.model import Policy
 
@@ -48,11 +48,11 @@ class FsdpBackend(Backend):
             mixed_precision_policy=half if self.half else MixedPrecisionPolicy(),
             cpu_ram_efficient_loading=False,
         )
-        group = self._process_group(config)
+        group = InitProcessGroupKwargs(backend=self._communication())
         if not self.on_gpu:
             # On CPUs accelerate would run DDP in FSDP's place and not say so. Told that these are
             # accelerators, it runs the same code as on GPUs.
-            PartialState(cpu=True, backend=group.backend, timeout=group.timeout)
+            PartialState(cpu=True, backend=group.backend)
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         return Accelerator(
             mixed_precision=self._precision(),
@@ -60,12 +60,9 @@ class FsdpBackend(Backend):
             kwargs_handlers=[group] if self.on_gpu else [],
         )
 
-    def _process_group(self, config: ManyConfig) -> InitProcessGroupKwargs:
-        group = super()._process_group(config)
-        if self.on_gpu:
-            # Gradients in host memory are summed there.
-            group.backend = "cuda:nccl,cpu:gloo"
-        return group
+    def _communication(self) -> str:
+        # Gradients in host memory are summed there.
+        return "cuda:nccl,cpu:gloo" if self.on_gpu else super()._communication()
 
     def prepare(self, policy: Policy, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         self._plugin.transformer_cls_names_to_wrap = sorted(policy.base._no_split_modules or ())
@@ -87,6 +84,20 @@ class FsdpBackend(Backend):
         policy.reshard()
 
     def full_weights(self, wrapped: nn.Module, policy: Policy) -> dict[str, Tensor] | None:
+        _reshard(wrapped)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights: dict[str, Any] = get_model_state_dict(policy, options=options)
         return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+    def _state(self, wrapped: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        _reshard(wrapped)
+        return super()._state(wrapped, optimizer)
+
+
+def _reshard(wrapped: nn.Module) -> None:
+    """Put every layer back into shards: a forward without a backward leaves some of them whole, and
+    the optimizer knows the shards alone.
+    """
+    for module in wrapped.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -44,7 +44,7 @@ class ZeroBackend(Backend):
         accelerator = Accelerator(
             deepspeed_plugin=plugin,
             # Without the name of the communication each process would believe itself alone.
-            kwargs_handlers=[self._process_group(config)],
+            kwargs_handlers=[InitProcessGroupKwargs(backend=self._communication())],
             mixed_precision=self._precision(),
         )
         # With this transformers would load shards, of which nobody could check anything.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from simpo.config.choices import Device, Offload, ReduceDtype
 
+LONGEST_S = 7 * 24 * 3600
+
 
 @dataclass(kw_only=True)
 class BackendConfig:
@@ -34,14 +36,17 @@ class ManyConfig(BackendConfig):
     processes: int | None = None
     """Processes on this machine. null: those that torchrun, accelerate launch or Slurm started,
     else one for each GPU."""
-    timeout_s: int = 1800
-    """How long a process waits for the others in a collective operation."""
+    timeout_s: int = 600
+    """How long a process waits for the others in an operation of a step; it must be longer than the
+    slowest step. Tokenising, evaluating and saving take as long as they take."""
 
     def problems(self) -> Iterator[str]:
         if self.processes is not None and self.processes < 1:
             yield f"processes: must be 1 or more, or null, got {self.processes}"
         if self.timeout_s < 1:
             yield f"timeout_s: must be 1 or more, got {self.timeout_s}"
+        if self.timeout_s > LONGEST_S:
+            yield f"timeout_s: must be {LONGEST_S} (a week) or less, got {self.timeout_s}"
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,157 @@
+"""How a run finds out how many processes it has; signals before and after its steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from simpo.config import BackendConfig, DdpConfig, SingleConfig
+from simpo.errors import ConfigError, LostError
+from simpo.processes import in_touch, to_start
+
+START = "(start with torchrun or srun, or unset WORLD_SIZE)"
+TORCHRUN = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+TWO = DdpConfig(processes=2)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Of a process that nobody has started as one of several."""
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "")  # so that what is changed comes back
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("words", "config", "problem"),
+    [
+        (
+            {"WORLD_SIZE": "1", "RANK": "0"},
+            TWO,
+            "WORLD_SIZE: 1 in the environment, but no LOCAL_RANK, MASTER_ADDR, MASTER_PORT "
+            + START,
+        ),
+        (
+            TORCHRUN | {"MASTER_ADDR": None},
+            DdpConfig(),
+            "WORLD_SIZE: 1 in the environment, but no MASTER_ADDR " + START,
+        ),
+        (
+            TORCHRUN | {"RANK": None, "WORLD_SIZE": "2"},
+            TWO,
+            "WORLD_SIZE: 2 in the environment, but no RANK " + START,
+        ),
+        (
+            TORCHRUN | {"WORLD_SIZE": "two"},
+            TWO,
+            "WORLD_SIZE: no number in the environment: two " + START,
+        ),
+        (
+            {"WORLD_SIZE": ""},
+            SingleConfig(),
+            "WORLD_SIZE: no number in the environment:  " + START,
+        ),
+        (TORCHRUN | {"RANK": "-1"}, TWO, "RANK: no number in the environment: -1 " + START),
+        (TORCHRUN | {"RANK": "1"}, TWO, "RANK: must be below WORLD_SIZE=1, got 1 " + START),
+        (
+            TORCHRUN,
+            TWO,
+            "backend.processes: 2 asked for here and 1 started in all, but 1 run (under torchrun, "
+            "accelerate launch and Slurm leave it out)",
+        ),
+    ],
+)
+def test_a_place_that_cannot_be(
+    words: dict[str, str | None],
+    config: BackendConfig,
+    problem: str,
+    environment: pytest.MonkeyPatch,
+) -> None:
+    for name, value in words.items():
+        if value is not None:
+            environment.setenv(name, value)
+    with pytest.raises(ConfigError) as error:
+        to_start(config)
+    assert str(error.value) == problem
+
+
+def test_places_that_can_be(environment: pytest.MonkeyPatch) -> None:
+    assert to_start(TWO) == 2
+    environment.setenv("RANK", "7")  # left over, and set anew for the ranks that are started
+    assert to_start(TWO) == 2
+    for name, value in TORCHRUN.items():
+        environment.setenv(name, value)
+    assert to_start(DdpConfig()) is None
+    assert to_start(DdpConfig(processes=1)) is None
+    assert to_start(SingleConfig()) is None
+    assert "WORLD_SIZE" not in os.environ and "LOCAL_RANK" not in os.environ, (
+        "alone, and sure of it"
+    )
+
+
+def test_others_that_do_not_answer(environment: pytest.MonkeyPatch) -> None:
+    """gloo's errors have no type of their own; any other error stays what it is."""
+    environment.setenv("RANK", "3")
+    with pytest.raises(LostError) as error, in_touch():
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer\nstack")
+    assert str(error.value) == (
+        "rank 3: the other processes do not answer: [/gloo/transport/tcp/pair.cc:547] Connection "
+        "closed by peer (the same command continues from the last checkpoint)"
+    )
+    with pytest.raises(RuntimeError, match="shapes"), in_touch():
+        raise RuntimeError("shapes do not match")
+
+
+def test_signals_through_the_life_of_a_process() -> None:
+    """Held, then at once; noted while a run saves; and never again what ends it without a word."""
+    code = """
+import os, signal, subprocess, sys
+from simpo.signals import StopRequest, end_at_once, end_with, held
+with held():
+    child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+    child.send_signal(signal.SIGUSR1)
+print("child", child.wait(), flush=True)
+end_at_once()
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGUSR2)
+    print(stop.name, flush=True)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("still here", flush=True)
+"""
+    child = """
+import time
+from simpo.signals import end_at_once, end_with
+end_with(9)
+time.sleep(0.2)
+end_at_once()
+"""
+    done = subprocess.run([sys.executable, "-c", code, child], capture_output=True, text=True)
+    assert done.stderr == "SIGUSR1: stopped while starting (the same command continues)\n"
+    assert done.stdout == "child 9\nSIGUSR2\ninterrupted\nstill here\n"
+    assert done.returncode == 0
+
+
+def test_handlers_come_back() -> None:
+    """Where a program trains in its own process, its signals are its own again afterwards."""
+    from simpo.signals import STOPPING, StopRequest
+
+    before = [signal.getsignal(number) for number in STOPPING]
+    with StopRequest():
+        assert [signal.getsignal(number) for number in STOPPING] != before
+    assert [signal.getsignal(number) for number in STOPPING] == before

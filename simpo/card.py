@@ -12,9 +12,10 @@ from typing import Any
 
 from simpo.config import RunConfig, trajectory
 from simpo.console import Results, result_rows
+from simpo.records import read_metrics
 from simpo.run_folder import write_text
 from simpo.tables import SHOWN, markdown_table
-from simpo.tracker import read_metrics, series
+from simpo.tracker import series
 
 BUILTIN = {"builtin:smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Models that the hub knows by another name."""

@@ -11,13 +11,11 @@ of every file, and only then given its name: a folder `step-000040` is complete 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import shutil
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +26,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from simpo.backend import Backend, not_written
-from simpo.errors import ConfigError, RunError, first_line
+from simpo.errors import ConfigError, DamagedError, RunError, first_line, unwritable
+from simpo.records import Seal, check_metrics, metrics_sha256, read_seal
 from simpo.sealed import file_fault, files_in, sealed
-
-
-@dataclass(frozen=True)
-class Seal:
-    """What a checkpoint says of itself.
-
-    Attributes:
-        step: updates done.
-        metrics_bytes: length of metrics.jsonl, to which a continued run cuts it back.
-        format: see `Backend.checkpoint_format`.
-        processes: how many wrote it.
-        files: size in bytes and sha256 of every file but the seal, by its path in the folder.
-    """
-
-    step: int
-    metrics_bytes: int
-    format: str
-    processes: int
-    files: dict[str, tuple[int, str]]
 
 
 class CheckpointStore:
@@ -66,6 +46,9 @@ class CheckpointStore:
         Args:
             background: `save` returns when the state is copied, and the checkpoint gets its name
                 at a later `settle`.
+
+        Raises:
+            RunError: the folder cannot be written.
         """
         self.folder = folder
         self.best: int | None = None
@@ -74,9 +57,12 @@ class CheckpointStore:
         self._background = background
         self._pending: tuple[Future[Any], int, int] | None = None
         if backend.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            for part in folder.glob(".step-*"):
-                shutil.rmtree(part)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                for part in folder.glob(".step-*"):
+                    shutil.rmtree(part)
+            except OSError as error:
+                raise unwritable(error.filename or folder, error) from error
         backend.wait()
 
     def newest(self, until_step: int) -> Path | None:
@@ -91,11 +77,13 @@ class CheckpointStore:
 
         Raises:
             ConfigError: it was written by a backend whose checkpoints this one cannot read.
+            DamagedError: metrics.jsonl does not begin as it was when the checkpoint was saved.
         """
         said: list[str] = []
         for path in sorted(self._all(), reverse=True):
             seal, fault = self._check(path)
             if seal is not None and fault is None:
+                self._check_metrics(seal)
                 self._load(path, seal, wrapped, optimizer)
                 return seal, said
             said.append(f"{path} is damaged and left out: {fault}")
@@ -161,10 +149,17 @@ class CheckpointStore:
         files = dict(
             backend.gather([(name, sealed(part / name)) for name in self._my_share(files_in(part))])
         )
-        seal = Seal(step, metrics_bytes, backend.checkpoint_format, backend.processes, files)
         if backend.is_main:
+            seal = Seal(
+                step,
+                metrics_bytes,
+                metrics_sha256(self.folder.parent, metrics_bytes),
+                backend.checkpoint_format,
+                backend.processes,
+                files,
+            )
             with (part / "seal.json").open("w") as file:
-                json.dump(asdict(seal), file, indent=1)
+                file.write(seal.text())
                 file.flush()
                 os.fsync(file.fileno())
             for folder in (part, *(path for path in part.rglob("*") if path.is_dir())):
@@ -181,13 +176,27 @@ class CheckpointStore:
     def _check(self, path: Path) -> tuple[Seal | None, str | None]:
         """The seal of a checkpoint, and what is wrong with it; each process reads its share."""
         try:
-            seal = Seal(**json.loads((path / "seal.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            seal = read_seal(path)
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             return None, f"seal.json cannot be read ({type(error).__name__})"
+        if seal.step != int(path.name.removeprefix("step-")):
+            return None, f"seal.json is of step {seal.step}"
         mine = self._my_share(sorted(seal.files))
         found = [file_fault(path, name, *seal.files[name]) for name in mine]
         faults = self._backend.gather([fault for fault in found if fault is not None])
         return seal, faults[0] if faults else None
+
+    def _check_metrics(self, seal: Seal) -> None:
+        """Raise in all processes what rank 0 finds wrong with metrics.jsonl."""
+        found: DamagedError | None = None
+        if self._backend.is_main:
+            try:
+                check_metrics(self.folder.parent, seal)
+            except DamagedError as error:
+                found = error
+        found = self._backend.broadcast(found)
+        if found is not None:
+            raise found
 
     def _load(self, path: Path, seal: Seal, wrapped: nn.Module, optimizer: Optimizer) -> None:
         if seal.format != self._backend.checkpoint_format:

@@ -10,9 +10,9 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from simpo.config import Mode, settings
+from simpo.config import Mode, ObjectiveConfig, settings
 from simpo.errors import ConfigError
-from simpo.runs import Run, State, find_runs, read_runs
+from simpo.runs import DamagedRun, Run, State, find_runs, read_runs
 
 # Where a run lies and how it is started make no difference between two of them.
 PLACES = ("name", "output_dir", "run_dir", "cache_dir", "launcher.")
@@ -27,6 +27,7 @@ class Comparison:
         metric, mode: the objective they are compared by.
         best: index of the run with the best objective among the finished ones; None without.
         differing: settings that differ, by dotted key, with the value of each run.
+        damaged: by name, runs whose folders cannot be read; no number of theirs is used.
     """
 
     runs: list[Run]
@@ -35,6 +36,7 @@ class Comparison:
     mode: Mode
     best: int | None
     differing: dict[str, list[Any]]
+    damaged: dict[str, DamagedRun]
 
     def objective(self, index: int) -> float | None:
         """Of a run; None where it has none yet."""
@@ -43,7 +45,7 @@ class Comparison:
     def rows(self) -> list[dict[str, Any]]:
         """A row for each run: settings that differ, state, and the held-out metrics it has."""
         metrics = list(dict.fromkeys(key for run in self.runs for key in run.metrics))
-        return [
+        rows = [
             {
                 "run": name,
                 **{key: values[index] for key, values in self.differing.items()},
@@ -58,6 +60,12 @@ class Comparison:
             }
             for index, (name, run) in enumerate(zip(self.names, self.runs, strict=True))
         ]
+        empty = dict.fromkeys(rows[0] if rows else ())
+        told = {
+            name: {"state": "damaged", "note": d.fault, "best": False, "folder": str(d.folder)}
+            for name, d in self.damaged.items()
+        }
+        return rows + [empty | {"run": name} | words for name, words in told.items()]
 
 
 def averages(report: Comparison, key: str) -> list[dict[str, Any]]:
@@ -110,13 +118,13 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
     paths = find_runs(folders)
     if not paths:
         raise ConfigError([f"DIR: no run in {', '.join(map(str, folders))} (no run.yaml below)"])
-    runs = read_runs(paths)
+    runs, damaged = read_runs(paths)
     known = sorted({key for run in runs for key in run.metrics})
     if metric is not None and metric not in known:
         raise ConfigError(
             [f"metric: no such held-out metric, got {metric} ({', '.join(known) or 'none yet'})"]
         )
-    objective = runs[0].config.objective
+    objective = runs[0].config.objective if runs else ObjectiveConfig()
     mode = objective.mode
     if metric is not None and metric != objective.metric:
         mode = Mode.min if metric == "loss" or metric.endswith("repetition") else Mode.max
@@ -129,7 +137,16 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
     ]
     sign = 1 if mode is Mode.max else -1
     best = max(able, key=lambda index: sign * values[index], default=None)
-    return Comparison(runs, _names(paths), metric, mode, best, _differing(runs))
+    names = dict(zip(paths, _names(paths), strict=True))
+    return Comparison(
+        runs,
+        [names[run.folder] for run in runs],
+        metric,
+        mode,
+        best,
+        _differing(runs),
+        {names[run.folder]: run for run in damaged},
+    )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

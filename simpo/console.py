@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from simpo.data.chat import Chat, TokenizedSet
 from simpo.data.checks import kept_as_the_original
 from simpo.data.mixture import SplitReport
 from simpo.data.plan import TrainPlan
+from simpo.errors import DamagedError
 from simpo.model import Policy
+from simpo.records import read_replies
 from simpo.tables import SHOWN, markdown_table
 
 
@@ -131,9 +132,11 @@ def end_lines(results: Results, run_dir: Path, model_step: int, last_step: int) 
     """What training changed on the held-out pairs, and where the model lies."""
     lines = markdown_table(result_rows(results)) if results.after else []
     samples = [run_dir / f"samples/step-{step:06d}.json" for step in (0, model_step)]
-    if all(path.is_file() for path in samples):
-        before, after = (json.loads(path.read_text()) for path in samples)
-        lines += ["", *_reply_lines(before, after)]
+    try:
+        before, after = map(read_replies, samples)
+        lines += ["", *_reply_lines(before, after)] if before and after else []
+    except DamagedError as error:
+        lines.append(f"note   {error}")
     if results.findings:
         lines.append(f"watch  {len(results.findings)} signs of a collapse, see results.json")
     which = "" if model_step == last_step else f", the best: after step {model_step}"
@@ -146,7 +149,7 @@ def _reply_lines(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any
     for old, new in list(zip(before, after, strict=False))[:REPLIES_SHOWN]:
         lines += [f"prompt  {_flat(old['prompt'])}"]
         for name, reply in (("before", old), ("after", new)):
-            verdict = {True: "[obeys] ", False: "[fails] ", None: ""}[reply["obeys"]]
+            verdict = {True: "[obeys] ", False: "[fails] "}.get(reply["obeys"], "")
             lines.append(f"{name:6}  {verdict}{_flat(reply['reply'])}")
         lines.append("")
     return lines

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 INTERRUPTED = 130
 """Exit code of what Ctrl-C ended."""
@@ -19,6 +20,8 @@ STOPPED = 75
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a disk, quota or file size that is used up."""
+DISK = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)
+"""Error numbers that only a file system gives."""
 
 
 class SimpoError(Exception):
@@ -46,6 +49,17 @@ class DataError(SimpoError):
     exit_code = 2
 
 
+class DamagedError(DataError):
+    """A file of a run's folder that is not as the run wrote it; `str()` is one line."""
+
+    def __init__(self, path: Path, fault: str, remedy: str) -> None:
+        super().__init__(path, fault, remedy)  # all of them, or it could not be pickled
+
+    def __str__(self) -> str:
+        path, fault, remedy = self.args
+        return f"{path}: {fault} ({remedy})"
+
+
 class RunError(SimpoError):
     """A run that could not go on; what it had computed is in its folder."""
 
@@ -60,6 +74,17 @@ class LostError(RunError):
 
 class Stopped(RunError):
     """A run that a signal ended, after it had saved."""
+
+
+def unwritable(path: Path | str, error: OSError) -> RunError:
+    """The error of a file or folder that the system did not let us write."""
+    if error.errno in FULL:
+        remedy = "make room, and the same command continues"
+    elif error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+        remedy = "something else lies in its place: move that away"
+    else:
+        remedy = "let this user write there, or choose another folder"
+    return RunError(f"{path}: {error.strerror or first_line(error)} ({remedy})")
 
 
 def first_line(error: BaseException | str) -> str:

@@ -98,7 +98,10 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
         folder = _sweep_folder(members[0], sweep)
         members = [_placed(member, folder / member.name) for member in members]
     every = list({member.path: member for member in members}.values())
-    states = [progress.state for progress in read_progress([m.path for m in every])]
+    progress = read_progress([m.path for m in every])
+    if unreadable := [p.note for p in progress if p.state is State.damaged]:
+        raise ConfigError(unreadable)
+    states = [p.state for p in progress]
     todo = [
         member
         for member, state in zip(every, states, strict=True)
@@ -115,8 +118,10 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
         else:
             assert isinstance(config, LocalConfig)
             _run_here(config, todo, folder)
-    runs = {run.folder: run for run in read_runs([member.path for member in every])}
-    bad = [path.name for path, run in runs.items() if run.progress.state in NOT_WELL]
+    found, damaged = read_runs([member.path for member in every])
+    runs = {run.folder: run for run in found}
+    bad = [run.folder.name for run in found if run.progress.state in NOT_WELL]
+    bad += [run.folder.name for run in damaged]
     if bad:
         raise RunError(
             f"{len(bad)} of {len(every)} members did not finish: {', '.join(bad)} "

@@ -22,8 +22,9 @@ from simpo import slurm
 from simpo.config import load_run
 from simpo.errors import INTERRUPTED, SimpoError, Stopped
 from simpo.processes import end_with_parent
-from simpo.run_folder import read_status, write_text
-from simpo.runs import last_job, note_job
+from simpo.records import last_job, status_or_none
+from simpo.run_folder import write_text
+from simpo.runs import note_job
 from simpo.train import start
 
 LAST_S = 20.0
@@ -85,7 +86,7 @@ def run_member(folder: Path) -> tuple[int, bool]:
 
 def _note_refusal(folder: Path, error: Exception) -> None:
     """In status.json, which a run that was refused before its first step has not got to."""
-    status = read_status(folder)
+    status = status_or_none(folder)
     # What is running may be another process, which is the reason for the refusal.
     if status.get("state", "failed") in ("failed", "stopped") and not isinstance(error, Stopped):
         status |= {"state": "failed", "error": f"{type(error).__name__}: {error}"}

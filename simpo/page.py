@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from itertools import zip_longest
 from typing import Any
 
 import jinja2
@@ -56,8 +54,9 @@ def render(report: Comparison) -> str:
         "Held-out metrics over the swept settings": sweep_map(report),
         "Held-out pairs and replies": histograms(report),
     }
+    names = [*report.names, *report.damaged]
     return page.render(
-        title=", ".join(report.names) if len(report.names) < 4 else f"{len(report.names)} runs",
+        title=", ".join(names) if len(names) < 4 else f"{len(names)} runs",
         plotly=get_plotlyjs(),
         report=report,
         shown=[(key, name) for key, name in SHOWN if any(key in r.metrics for r in report.runs)],
@@ -227,20 +226,17 @@ def histograms(report: Comparison) -> go.Figure | None:
 
 def _run_histograms(run: Run) -> list[tuple[int, go.Histogram]]:
     """Traces of a run, each with the column it goes to."""
-    before, after = _steps(run, "held_out", "csv")
-    drawn: list[tuple[int, str, str, Sequence[float]]] = []
-    if before is not None:
-        drawn.append((1, "before", BEFORE, _column(before, "rewards/margins")))
-    if after is not None:
-        drawn.append((1, "after", AFTER, _column(after, "rewards/margins")))
-    if pairs := after or before:
-        drawn.append((2, "chosen", CHOSEN, _column(pairs, "chosen_tokens")))
-        drawn.append((2, "rejected", REJECTED, _column(pairs, "rejected_tokens")))
-    before, after = _steps(run, "samples", "json")
-    if before is not None:
-        drawn.append((2, "replies before", BEFORE, _lengths(before)))
-    if after is not None:
-        drawn.append((2, "replies after", AFTER, _lengths(after)))
+    before, after = run.scores
+    old, new = run.replies
+    pairs = after or before
+    drawn = (
+        (1, "before", BEFORE, before.get("rewards/margins")),
+        (1, "after", AFTER, after.get("rewards/margins")),
+        (2, "chosen", CHOSEN, pairs.get("chosen_tokens")),
+        (2, "rejected", REJECTED, pairs.get("rejected_tokens")),
+        (2, "replies before", BEFORE, _lengths(old)),
+        (2, "replies after", AFTER, _lengths(new)),
+    )
     return [
         (
             column,
@@ -249,7 +245,7 @@ def _run_histograms(run: Run) -> list[tuple[int, go.Histogram]]:
                 name=name,
                 marker_color=color,
                 opacity=0.6,
-                xbins=_bins([v for other, *_, vs in drawn if other == column for v in vs]),
+                xbins=_bins([v for other, *_, vs in drawn if other == column for v in vs or ()]),
             ),
         )
         for column, name, color, values in drawn
@@ -264,35 +260,15 @@ def _bins(values: Sequence[float]) -> dict[str, float]:
     return {"start": low, "end": high + size, "size": size}
 
 
-def _lengths(path: Path) -> list[float]:
-    return [row["tokens"] for row in json.loads(path.read_text()) if "tokens" in row]
-
-
-def _column(path: Path, key: str) -> list[float]:
-    with path.open(newline="") as file:
-        return [float(row[key]) for row in csv.DictReader(file) if key in row]
-
-
-def _steps(run: Run, folder: str, ending: str) -> tuple[Path | None, Path | None]:
-    """Files of before the training and of the saved model, or the newest; either may be missing."""
-    step = run.results.get("train", {}).get("model_step") or max(run.evaluations, default=0)
-    paths = [run.folder / folder / f"step-{number:06d}.{ending}" for number in (0, step)]
-    before, after = (path if path.is_file() else None for path in paths)
-    return before, after if step else None
+def _lengths(replies: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [row["tokens"] for row in replies if "tokens" in row]
 
 
 def _replies(run: Run) -> list[dict[str, Any]]:
     """A row for each sampled prompt, with the reply before and after."""
-    before, after = _steps(run, "samples", "json")
-    old, new = (json.loads(path.read_text()) if path else [] for path in (before, after))
-    prompts = [row["prompt"] for row in old or new]
     return [
-        {
-            "prompt": prompt,
-            "before": old[index] if old else None,
-            "after": new[index] if new else None,
-        }
-        for index, prompt in enumerate(prompts)
+        {"prompt": (old or new)["prompt"], "before": old, "after": new}
+        for old, new in zip_longest(*run.replies)
     ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from simpo.compose import command
 from simpo.config import RunConfig
-from simpo.errors import ConfigError
+from simpo.errors import ConfigError, unwritable
 
 
 def cli() -> None:
@@ -37,7 +37,10 @@ def cli() -> None:
         print(text(stages, colors=sys.stdout.isatty()))
         if file:
             path = Path(file).expanduser()
-            path.write_text(page(stages), encoding="utf-8")
+            try:
+                path.write_text(page(stages), encoding="utf-8")
+            except OSError as error:
+                raise unwritable(path, error) from error
             print(f"page   {path}")
 
     command(work, __doc__)

@@ -15,16 +15,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from simpo.config import PACKAGE
-from simpo.errors import ConfigError
-from simpo.run_folder import read_json
+from simpo.records import BENCHMARKS
 from simpo.runs import Run
-
-BENCHMARKS = {
-    "alpaca_eval_2_lc": "AlpacaEval 2 LC",
-    "alpaca_eval_2_wr": "AlpacaEval 2",
-    "arena_hard_wr": "Arena-Hard",
-}
-"""Keys of benchmarks.json, in the order of published.yaml, with the names people know."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +37,15 @@ def settings() -> dict[str, Setting]:
 
 
 def beside(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[dict[str, str]]]:
-    """For each published setting that runs are of, its table: published rows, then theirs.
-
-    Raises:
-        ConfigError: a benchmarks.json holds something else.
-    """
+    """For each published setting that runs are of, its table: published rows, then theirs."""
     tables: dict[str, list[dict[str, str]]] = {}
     for key, setting in settings().items():
         own = [
-            {"": name, "objective": run.config.loss.name, **_measured(run)}
+            {
+                "": name,
+                "objective": run.config.loss.name,
+                **_row([run.benchmarks.get(key) for key in BENCHMARKS]),
+            }
             for name, run in zip(names, runs, strict=True)
             if _is_of(run, setting)
         ]
@@ -74,13 +66,3 @@ def _is_of(run: Run, setting: Setting) -> bool:
 def _row(values: Sequence[float | None]) -> dict[str, str]:
     shown = ("" if value is None else f"{value:.1f}" for value in values)
     return dict(zip(BENCHMARKS.values(), shown, strict=True))
-
-
-def _measured(run: Run) -> dict[str, str]:
-    file = run.folder / "benchmarks.json"
-    found = read_json(file)
-    unknown = [key for key in found if key not in BENCHMARKS]
-    if unknown or not all(isinstance(value, (int, float)) for value in found.values()):
-        known = ", ".join(BENCHMARKS)
-        raise ConfigError([f"{file}: must hold numbers of {known}, got {found}"])
-    return _row([found.get(key) for key in BENCHMARKS])

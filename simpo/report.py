@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from simpo.compare import Comparison, averages, compare
-from simpo.errors import ConfigError
+from simpo.errors import ConfigError, SimpoError, unwritable
 from simpo.published import beside
 from simpo.tables import SHOWN, markdown_table
 
@@ -43,15 +43,25 @@ def text(report: Comparison) -> str:
                 },
             }
         )
+    rows += [
+        dict.fromkeys(rows[0] if rows else (), "") | {"run": name, "state": "damaged"}
+        for name in report.damaged
+    ]
     lines = markdown_table(rows)
     lines += [
         f"{name}: {run.progress.note}" + (f" ({run.progress.log})" if run.progress.log else "")
         for name, run in zip(report.names, report.runs, strict=True)
         if run.progress.note
     ]
+    lines += damaged_lines(report)
     for setting, table in beside(report.runs, report.names).items():
         lines += ["", f"published results of {setting}, in percent", *markdown_table(table)]
     return "\n".join(lines) + "\n"
+
+
+def damaged_lines(report: Comparison) -> list[str]:
+    """A line for each run that cannot be read: which file, what is wrong, what to do."""
+    return [f"{name}: {run.fault}" for name, run in report.damaged.items()]
 
 
 def averages_text(report: Comparison, key: str) -> str:
@@ -75,14 +85,17 @@ def averages_text(report: Comparison, key: str) -> str:
         }
         for row in found
     ]
-    return "\n".join(markdown_table(rows)) + "\n"
+    return "\n".join([*markdown_table(rows), *damaged_lines(report)]) + "\n"
 
 
 def cli() -> None:
-    """Entry of `python -m simpo.report`; exits with 2 where there is nothing to report."""
+    """Entry of `python -m simpo.report`; exits with 2 where there is nothing to report.
+
+    Runs whose folders are damaged are told, and the others reported.
+    """
     try:
         _report(*_arguments(sys.argv[1:]))
-    except ConfigError as error:
+    except SimpoError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
 
@@ -94,10 +107,11 @@ def _report(folders: Sequence[Path], options: Mapping[str, str]) -> None:
         print(text(report) if key is None else averages_text(report, key), end="")
     else:
         rows = report.rows() if key is None else averages(report, key)
+        sys.stderr.writelines(f"{line}\n" for line in damaged_lines(report))
     if form == "json":
         print(json.dumps(rows, indent=2))
     elif form == "csv":
-        table = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+        table = csv.DictWriter(sys.stdout, list(rows[0] if rows else ()), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
     page = options.get("html", "none" if form != "text" else str(folders[0] / "report.html"))
@@ -105,7 +119,10 @@ def _report(folders: Sequence[Path], options: Mapping[str, str]) -> None:
         from simpo.page import render
 
         path = Path(page).expanduser()
-        path.write_text(render(report), encoding="utf-8")
+        try:
+            path.write_text(render(report), encoding="utf-8")
+        except OSError as error:
+            raise unwritable(path, error) from error
         print(f"page   {path}", file=sys.stderr)
 
 

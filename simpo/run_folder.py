@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -27,10 +28,11 @@ from contextlib import contextmanager, suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from simpo.config import RunConfig, holds_secret, load_run, run_id, run_yaml, trajectory
-from simpo.errors import FULL, ConfigError, DataError, RunError, Stopped
+from simpo.errors import DISK, ConfigError, DamagedError, DataError, RunError, Stopped, unwritable
+from simpo.records import NEW_RUN, read_json, read_status, status_or_none
 
 if TYPE_CHECKING:  # for a launcher, which does without torch
     from simpo.sample import Reply
@@ -53,6 +55,9 @@ FINGERPRINTS = {
     "tokens_fingerprint": "tokenizer",
 }
 """What of data.json a continued run must find unchanged."""
+TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+"""Error numbers of a lock that another process holds. Others say that there are no locks."""
+NEW_FOLDER_TRIES = 100
 
 
 class RunFolder:
@@ -61,6 +66,7 @@ class RunFolder:
     Attributes:
         path: the folder, absolute.
         finished: whether an earlier process ended this run.
+        notes: what is to be told of the folder when the run starts, a line each.
     """
 
     def __init__(self, run: RunConfig, followed: Path | None = None) -> None:
@@ -72,34 +78,49 @@ class RunFolder:
 
         Raises:
             ConfigError: run_dir holds a run of other settings, or another process works in it.
+            DamagedError: it holds a run whose settings or data cannot be read.
+            RunError: the folder cannot be written.
         """
         self._writes = followed is None
-        if followed is not None:
-            self.path = followed
-        elif run.run_dir is not None:
-            self.path = Path(run.run_dir).expanduser().absolute()
-            if not self._lock():
-                raise ConfigError([f"run_dir: another process works in {self.path} (wait for it)"])
+        self._settings = trajectory(run)
+        self.notes: list[str] = []
+        self.path = followed or self._find(run)
+        try:
+            self.finished = read_status(self.path).get("state") == "finished"
+        except DamagedError as error:
+            self.finished = False
+            self.notes.append(f"note   {error.args[0]}: {error.args[1]}; written anew")
+        if self._writes:
             refuse_other_settings(run, self.path)
-        else:
-            for path in unfinished_folders(run):
-                self.path = path
-                if self._lock():
-                    break
-            else:
-                self.path = new_folder(run)
-                while not self._lock():  # two runs of the same settings in the same second
-                    time.sleep(0.1)
-                    self.path = new_folder(run)
-        self.finished = self.status().get("state") == "finished"
-        if self._writes and not (self.path / "run.yaml").is_file():
-            private = holds_secret(run)
-            write_text(self.path / "command.txt", self._command() + "\n", private)
-            write_text(self.path / "run.yaml", run_yaml(run), private)
+            self._write_settings(run)
 
-    def status(self) -> dict[str, Any]:
-        """What status.json says; empty before the run's first step."""
-        return read_status(self.path)
+    def _find(self, run: RunConfig) -> Path:
+        """The folder of `run_dir`, or of an unfinished run of the same settings, or a new one."""
+        if run.run_dir is not None:
+            path = Path(run.run_dir).expanduser().absolute()
+            if not self._lock(path):
+                raise ConfigError([f"run_dir: another process works in {path} (wait for it)"])
+            return path
+        for path in unfinished_folders(run):
+            if self._lock(path):
+                return path
+        for _ in range(NEW_FOLDER_TRIES):
+            path = new_folder(run)
+            if not path.exists() and self._lock(path):
+                return path
+            time.sleep(0.1)  # two runs of the same settings in the same second
+        raise RunError(
+            f"{path}: other processes work in it and in those of the seconds before "
+            "(choose a folder with run_dir=NEW)"
+        )
+
+    def _write_settings(self, run: RunConfig) -> None:
+        known, told = ((self.path / name).is_file() for name in ("run.yaml", "command.txt"))
+        private = holds_secret(run)
+        if not told:
+            write_text(self.path / "command.txt", self._command(known) + "\n", private)
+        if not known:
+            write_text(self.path / "run.yaml", run_yaml(run), private)
 
     def write_status(self, state: str, step: int, total_steps: int, error: str = "") -> None:
         """Say how far the run is: `state` is running, stopped, failed or finished."""
@@ -112,16 +133,14 @@ class RunFolder:
         Raises:
             DataError: it was.
         """
-        path = self.path / "data.json"
-        if self._writes and path.is_file():
-            before = json.loads(path.read_text())
-            for key, what in FINGERPRINTS.items():
-                if before[key] != data[key]:
-                    raise DataError(
-                        f"{self.path}: the {what} changed under this run: {key} was {before[key]}, "
-                        f"is {data[key]} (restore it, or start anew with run_dir=NEW)"
-                    )
-        self.write_json("data.json", data)
+        before = _read_data(self.path) if self._writes else {}
+        for key, what in FINGERPRINTS.items():
+            if before and before[key] != data[key]:
+                raise DataError(
+                    f"{self.path}: the {what} changed under this run: {key} was {before[key]}, "
+                    f"is {data[key]} (restore it, or start anew with run_dir=NEW)"
+                )
+        self.write_json("data.json", {"settings": self._settings, **data})
 
     def write_replies(self, step: int, replies: Sequence[Reply]) -> None:
         """Write samples/step-<step>.json: prompt, reply, its length and verdict, for each."""
@@ -152,47 +171,67 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the folder: a reader sees the old text or the new, never a part."""
+        self.write_bytes(name, text.encode(errors="backslashreplace"))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file of the folder: a reader sees the old content or the new, never a part."""
         if self._writes:
-            write_text(self.path / name, text)
+            write_bytes(self.path / name, content)
 
     @contextmanager
     def recording_failure(self) -> Iterator[None]:
         """Say in status.json that the run stopped or failed, and of what, if the block raises.
 
         Raises:
-            RunError: the disk is full.
+            RunError: a file of the folder could not be written; the disk may be full.
         """
         try:
             yield
         except BaseException as error:
-            status = self.status()
+            status = status_or_none(self.path)
             state = "stopped" if isinstance(error, Stopped) else "failed"
             reason = f"{type(error).__name__}: {error}"
             step, total = status.get("step", 0), status.get("total_steps", 0)
-            with suppress(OSError):  # of a full disk, perhaps
+            with suppress(RunError):  # of a full disk, perhaps
                 self.write_status(state, step, total, reason)
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise RunError(
-                    f"{self.path}: {error.strerror} (make room, and the same command continues)"
-                ) from error
+            if isinstance(error, OSError) and (place := self._place(error)):
+                raise unwritable(place, error) from error
             raise
 
-    def _lock(self) -> bool:
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = (self.path / "lock").open("w")
+    def _place(self, error: OSError) -> Path | None:
+        """The file of this folder that an error is about, or the folder; None for another's."""
+        if isinstance(error.filename, str):
+            path = Path(error.filename)
+            return path if path.is_relative_to(self.path) else None
+        return self.path if error.errno in DISK else None
+
+    def _lock(self, path: Path) -> bool:
+        """Make a folder and keep others out of it; whether no other process works in it."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            handle = (path / "lock").open("w")
+        except OSError as error:
+            raise unwritable(error.filename or path, error) from error
         for pause_s in (0.05, 0.0):  # who only looks whether a run is alive holds it for a moment
             try:
-                # Held until the process ends, however it ends.
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                time.sleep(pause_s)
-            else:
-                self._lock_handle = handle
+                if is_free(handle, fcntl.LOCK_EX):
+                    # Held until the process ends, however it ends.
+                    self._lock_handle = handle
+                    return True
+            except OSError as error:
+                self.notes.append(
+                    f"note   {path}: the file system keeps no locks ({error.strerror}), so nothing "
+                    "keeps another process out of this run (start it only once at a time)"
+                )
                 return True
+            time.sleep(pause_s)
         handle.close()
         return False
 
-    def _command(self) -> str:
+    def _command(self, known: bool) -> str:
+        """What continues the run; by its folder alone, if that holds the settings already."""
+        if known:
+            return shlex.join(["python", "-m", "simpo.member", str(self.path)])
         arguments = [a for a in sys.argv[1:] if not a.startswith("run_dir=")]
         return shlex.join(["python", "-m", "simpo.train", *arguments, f"run_dir={self.path}"])
 
@@ -201,18 +240,58 @@ def template_date(run: RunConfig) -> date:
     """The day that a chat template takes for today: that of the run's start, also when it goes on.
 
     Every process that reads it before the folder is found must take that of rank 0.
+
+    Raises:
+        DamagedError: the folder's data.json cannot be read.
     """
     own = [] if run.run_dir is None else [Path(run.run_dir).expanduser()]
     for folder in own or unfinished_folders(run):
-        if written := read_json(folder / "data.json").get("template_date"):
-            return date.fromisoformat(written)
+        if written := _read_data(folder).get("template_date"):
+            try:
+                return date.fromisoformat(written)
+            except (TypeError, ValueError) as error:
+                path = folder / "data.json"
+                raise DamagedError(path, "template_date is not a date", NEW_RUN) from error
     return date.today()
+
+
+def is_free(handle: IO[str], kind: int) -> bool:
+    """Lock a file that no other process has locked; False where one has.
+
+    Args:
+        kind: LOCK_EX or LOCK_SH of fcntl.
+
+    Raises:
+        OSError: the file system keeps no locks.
+    """
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise
+        return False
+    return True
+
+
+def refuse_unwritable(run: RunConfig) -> None:
+    """Do nothing, if the folder of a run can be made.
+
+    Raises:
+        ConfigError: something else lies in its place, or this user may not write there.
+    """
+    key = "output_dir" if run.run_dir is None else "run_dir"
+    wanted = _parent(run) if run.run_dir is None else Path(run.run_dir).expanduser().absolute()
+    above = next(path for path in (wanted, *wanted.parents) if os.path.lexists(path))
+    if not os.path.isdir(above):
+        raise ConfigError([f"{key}: {above} is not a folder (choose another)"])
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError([f"{key}: this user may not write in {above} (choose another)"])
 
 
 def unfinished_folders(run: RunConfig) -> list[Path]:
     """Folders of runs of the same settings that have not finished, the newest first."""
     found = sorted(_parent(run).glob(f"*-{run_id(run)}"), reverse=True)
-    return [path for path in found if read_status(path).get("state") != "finished"]
+    return [path for path in found if status_or_none(path).get("state") != "finished"]
 
 
 def new_folder(run: RunConfig) -> Path:
@@ -229,29 +308,42 @@ def refuse_other_settings(run: RunConfig, folder: Path) -> None:
 
     Raises:
         ConfigError: it does; a line for each setting.
+        DamagedError: nobody can tell, since data.json cannot be read.
     """
-    if not (folder / "run.yaml").is_file():
-        return
-    before, now = trajectory(load_run(folder / "run.yaml")), trajectory(run)
-    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    if changed:
+    now = json.loads(json.dumps(trajectory(run)))
+    noted = _read_data(folder).get("settings", {})
+    # Settings that came or went with another version are read from run.yaml as their defaults.
+    before = {key: value for key, value in noted.items() if now.get(key, value) != value}
+    if (folder / "run.yaml").exists():
+        kept = trajectory(load_run(folder / "run.yaml", check=False))
+        before = {
+            k: kept.get(k) for k in kept.keys() | now.keys() if kept.get(k) != now.get(k)
+        } | before
+    if before:
         raise ConfigError(
             [
-                f"{key}: the run in {folder} has {before.get(key)}, got {now.get(key)} "
+                f"{key}: the run in {folder} has {value}, got {now.get(key)} "
                 "(restore it, or choose another folder)"
-                for key in changed
+                for key, value in sorted(before.items())
             ]
         )
 
 
-def read_status(folder: Path) -> dict[str, Any]:
-    """What a run's status.json says; empty before its first step."""
-    return read_json(folder / "status.json")
+def _read_data(folder: Path) -> dict[str, Any]:
+    """What a run's data.json says; empty before the run is begun.
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a file of a run's folder holds; empty where it is not written yet."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    Raises:
+        DamagedError: it lacks something, or is missing beside checkpoints.
+    """
+    path = folder / "data.json"
+    data: dict[str, Any] = read_json(path, NEW_RUN)
+    if not path.exists():
+        if any((folder / "checkpoints").glob("step-*")):
+            raise DamagedError(path, "is missing: was the run begun on the same data?", NEW_RUN)
+    elif not isinstance(data.get("settings"), dict) or not FINGERPRINTS.keys() <= data.keys():
+        known = ", ".join(["settings", *FINGERPRINTS])
+        raise DamagedError(path, f"lacks one of {known}", NEW_RUN)
+    return data
 
 
 def write_text(path: Path, text: str, private: bool = False) -> None:
@@ -259,14 +351,34 @@ def write_text(path: Path, text: str, private: bool = False) -> None:
 
     Args:
         private: for its owner alone.
+
+    Raises:
+        RunError: it cannot be written.
     """
-    path.parent.mkdir(exist_ok=True)
+    write_bytes(path, text.encode(), private)
+
+
+def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
+    """Write a file: a reader sees the old content or the new, never a part.
+
+    Args:
+        private: for its owner alone.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     part = path.with_name(f".{path.name}.part")
-    if private:
-        part.unlink(missing_ok=True)
-        part.touch(mode=0o600)
-    part.write_text(text)
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        if private:
+            part.unlink(missing_ok=True)
+            part.touch(mode=0o600)
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise unwritable(path, error) from error
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -282,13 +394,13 @@ def environment(device: str) -> dict[str, Any]:
         "packages": packages,
         "device": device,
         "cpus": os.cpu_count(),
-        "git_commit": _git("rev-parse", "HEAD").strip() if _in_git() else "",
+        "git_commit": _git("rev-parse", "HEAD").decode().strip() if _in_git() else "",
     }
 
 
-def git_diff() -> str:
+def git_diff() -> bytes:
     """What differs from the commit in the source this process runs from; empty outside git."""
-    return _git("diff", "HEAD") if _in_git() else ""
+    return _git("diff", "HEAD") if _in_git() else b""
 
 
 def _in_git() -> bool:
@@ -296,12 +408,12 @@ def _in_git() -> bool:
     return bool(_git("ls-files", str(Path(__file__).resolve())))
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str) -> bytes:
     source = Path(__file__).resolve().parent
     try:
         result = subprocess.run(
-            ["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(source), *arguments], capture_output=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return result.stdout if result.returncode == 0 else ""
+        return b""
+    return result.stdout if result.returncode == 0 else b""

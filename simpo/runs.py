@@ -20,10 +20,23 @@ import psutil
 
 from simpo import slurm
 from simpo.config import RunConfig, load_run
+from simpo.errors import DamagedError, SimpoError
 from simpo.objective import evaluations_in
-from simpo.run_folder import read_json, read_status
-from simpo.tracker import read_metrics
+from simpo.records import (
+    NEW_RUN,
+    check_metrics,
+    last_job,
+    read_benchmarks,
+    read_metrics,
+    read_replies,
+    read_results,
+    read_scores,
+    read_seal,
+    read_status,
+)
+from simpo.run_folder import is_free
 
+RECORDS = {"run.yaml", "status.json"}
 SKIPPED = {"checkpoints", "model", "samples", "held_out", "slurm", "wandb"}
 
 
@@ -32,7 +45,11 @@ PROGRESS = re.compile(r"\d+%\|")
 
 
 class State(str, Enum):
-    """What a run is doing. killed: it ended without a word; stopped: a signal ended it, saved."""
+    """What a run is doing.
+
+    killed: it ended without a word; stopped: a signal ended it, saved; damaged: its folder cannot
+    be read.
+    """
 
     pending = "pending"
     running = "running"
@@ -41,10 +58,11 @@ class State(str, Enum):
     cancelled = "cancelled"
     killed = "killed"
     failed = "failed"
+    damaged = "damaged"
 
 
 UNDER_WAY = (State.pending, State.running)
-NOT_WELL = (State.stopped, State.cancelled, State.killed, State.failed)
+NOT_WELL = (State.stopped, State.cancelled, State.killed, State.failed, State.damaged)
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,10 @@ class Run:
         lines: of metrics.jsonl.
         evaluations: held-out metrics by step.
         results: results.json; empty before the end.
+        benchmarks: what its user measured, by key of `BENCHMARKS`, in percent.
+        scores: columns of numbers of the held-out pairs, before the training and of the saved model
+            or the newest evaluation; empty where there are none.
+        replies: rows of samples/, before and after in the same way.
     """
 
     folder: Path
@@ -91,6 +113,9 @@ class Run:
     lines: list[dict[str, float]] = field(repr=False)
     evaluations: dict[int, dict[str, float]] = field(repr=False)
     results: dict[str, Any] = field(repr=False)
+    benchmarks: dict[str, float] = field(repr=False)
+    scores: tuple[dict[str, list[float]], dict[str, list[float]]] = field(repr=False)
+    replies: tuple[list[dict[str, Any]], list[dict[str, Any]]] = field(repr=False)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -105,55 +130,115 @@ class Run:
         return self.metrics.get(self.config.objective.metric)
 
 
+@dataclass(frozen=True)
+class DamagedRun:
+    """A run's folder that cannot be read.
+
+    Attributes:
+        fault: a line: the file, what is wrong with it, what to do.
+    """
+
+    folder: Path
+    fault: str
+
+
 def find_runs(folders: Iterable[Path]) -> list[Path]:
     """The folders of runs among and below folders, each once, in the order of their names."""
     found: dict[Path, None] = {}
     for folder in folders:
         for path, below, files in os.walk(folder):
-            below[:] = sorted(set(below) - SKIPPED)
-            if "run.yaml" in files:
+            # A run that has lost its settings is still a run, if a damaged one.
+            if RECORDS & {*below, *files}:
                 found[Path(path).resolve()] = None
+            below[:] = sorted(set(below) - SKIPPED)
     return list(found)
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[DamagedRun]]:
     """Read runs' folders; a run that is being written is as of its last whole line.
 
-    Raises:
-        ConfigError: a run.yaml is of another version, or damaged.
+    Returns:
+        The runs, and those that cannot be read, each in the order given.
     """
-    runs = []
+    runs, damaged = [], []
     for folder, progress in zip(folders, read_progress(folders), strict=True):
-        metrics = folder / "metrics.jsonl"
-        lines = read_metrics(metrics) if metrics.is_file() else []
-        runs.append(
-            Run(
-                folder,
-                load_run(folder / "run.yaml"),
-                progress,
-                lines,
-                evaluations_in(lines),
-                read_json(folder / "results.json"),
-            )
-        )
-    return runs
+        try:
+            if progress.state is State.damaged:
+                damaged.append(DamagedRun(folder, progress.note))
+            else:
+                runs.append(_read(folder, progress))
+        except SimpoError as error:
+            damaged.append(DamagedRun(folder, str(error).splitlines()[0]))
+    return runs, damaged
+
+
+def _read(folder: Path, progress: Progress) -> Run:
+    config = load_run(folder / "run.yaml", check=False)
+    _check_sealed(folder)
+    lines = read_metrics(folder / "metrics.jsonl")
+    evaluations, results = evaluations_in(lines), read_results(folder)
+    if not results and progress.state is State.finished:
+        remedy = "remove status.json: the run's own command writes both anew"
+        raise DamagedError(folder / "results.json", "is missing beside a finished run", remedy)
+    # The saved model's step, or the newest.
+    step = results["train"]["model_step"] if results else max(evaluations, default=0)
+    if results and step in evaluations and results["eval_after"] != evaluations[step]:
+        fault = f"differs from metrics.jsonl in the evaluation after step {step}"
+        remedy = "remove it and status.json: the run's own command writes both anew"
+        raise DamagedError(folder / "results.json", fault, remedy)
+    names = [f"step-{number:06d}" for number in (0, step)]
+    before, after = (read_scores(folder / "held_out" / f"{name}.csv") for name in names)
+    old, new = (read_replies(folder / "samples" / f"{name}.json") for name in names)
+    return Run(
+        folder,
+        config,
+        progress,
+        lines,
+        evaluations,
+        results,
+        read_benchmarks(folder),
+        (before, after if step else {}),
+        (old, new if step else []),
+    )
+
+
+def _check_sealed(folder: Path) -> None:
+    """Compare metrics.jsonl with what the newest checkpoint that is whole has sealed of it.
+
+    Raises:
+        DamagedError: it is another.
+    """
+    for checkpoint in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            seal = read_seal(checkpoint)
+        # Damaged, which the training looks after, or dropped meanwhile.
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            continue
+        check_metrics(folder, seal)
+        return
 
 
 def read_progress(folders: Sequence[Path]) -> list[Progress]:
-    """How far the runs in folders are; asks Slurm about those that it was given."""
-    last = [last_job(folder) for folder in folders]
-    known = slurm.jobs(job["id"] for job in last if job.get("id"))
-    return [
-        _progress(folder, job, known.get(job.get("id", "")))
-        for folder, job in zip(folders, last, strict=True)
-    ]
+    """How far the runs in folders are; asks Slurm about those that it was given.
 
-
-def last_job(folder: Path) -> dict[str, Any]:
-    """The newest line of a run's jobs.jsonl; empty where it was not launched."""
-    path = folder / "jobs.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return json.loads(lines[-1]) if lines else {}
+    The note of a damaged one says which file, what is wrong with it, and what to do.
+    """
+    jobs: list[dict[str, Any] | DamagedError] = []
+    for folder in folders:
+        try:
+            jobs.append(last_job(folder))
+        except DamagedError as error:
+            jobs.append(error)
+    known = slurm.jobs(job["id"] for job in jobs if isinstance(job, dict) and job.get("id"))
+    found = []
+    for folder, job in zip(folders, jobs, strict=True):
+        try:
+            if isinstance(job, DamagedError):
+                raise job
+            found.append(_progress(folder, job, known.get(job.get("id", ""))))
+        except DamagedError as error:
+            found.append(Progress(State.damaged, note=str(error)))
+    return found
 
 
 def note_job(folder: Path, log: Path, **job: Any) -> None:
@@ -170,7 +255,7 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
     note = (str(status.get("error", "")).splitlines() or [""])[0]
     if state is State.finished:
         pass
-    elif _is_locked(folder) or _is_alive(job, folder):
+    elif (locked := _is_locked(folder)) or _is_alive(job, folder):
         state, note = State.running, ""
     elif known is not None and known.state != "COMPLETED":
         if known.state in slurm.WAITING:
@@ -182,6 +267,8 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
         elif state is not State.stopped:
             how = [f"exit code {known.exit_code}" if known.state == "FAILED" else known.state]
             state, note = State.failed, ": ".join([*how, note or _last_line(log)])
+    elif state is State.running and locked is None and not job:
+        note = "or killed: the file system keeps no locks, which would tell"
     elif state is State.running:
         state, note = State.killed, _last_line(log)
     elif state is State.pending and job:
@@ -198,16 +285,15 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
     )
 
 
-def _is_locked(folder: Path) -> bool:
-    """Whether a process of this machine works in a run's folder."""
+def _is_locked(folder: Path) -> bool | None:
+    """Whether a process of this machine works in a run's folder; None where nobody can tell."""
     try:
         with (folder / "lock").open() as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
+            return not is_free(handle, fcntl.LOCK_SH)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         return False
-    return False
+    except OSError:
+        return None
 
 
 def _is_alive(job: dict[str, Any], folder: Path) -> bool:
@@ -220,13 +306,17 @@ def _is_alive(job: dict[str, Any], folder: Path) -> bool:
 
 
 def _last_step(folder: Path) -> int:
+    """Step of the last line of metrics.jsonl; `read_metrics` tells what is wrong with others."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return 0
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 2**16))
         whole = file.read().rpartition(b"\n")[0].rpartition(b"\n")[2]
-    return int(json.loads(whole)["step"]) if whole.startswith(b"{") else 0
+    try:
+        return int(json.loads(whole)["step"]) if whole else 0
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedError(path, "its last line is not a line of metrics", NEW_RUN) from error
 
 
 def _last_line(log: Path | None) -> str:

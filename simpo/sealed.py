@@ -48,13 +48,14 @@ def files_in(folder: Path) -> list[str]:
 def file_fault(folder: Path, name: str, num_bytes: int, expected: str) -> str | None:
     """What is wrong with a file of a sealed folder, or None."""
     file = folder / name
-    if not file.is_file():
-        return f"{name} is missing"
-    if file.stat().st_size != num_bytes:
-        return f"{name} has {file.stat().st_size} bytes, not {num_bytes}"
-    if sha256(file) != expected:
-        return f"{name} has changed (sha256)"
-    return None
+    try:
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != num_bytes:
+            return f"{name} has {file.stat().st_size} bytes, not {num_bytes}"
+        return f"{name} has changed (sha256)" if sha256(file) != expected else None
+    except OSError as error:  # of a disk that is failing
+        return f"{name} cannot be read ({error.strerror})"
 
 
 def entry_fault(folder: Path) -> str | None:

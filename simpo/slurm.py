@@ -201,7 +201,9 @@ def _asking() -> dict[str, str]:
 def _lines(command: Sequence[str]) -> list[str]:
     """What a command prints; nothing where it fails, as it does for jobs long gone."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=_asking())
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=60, env=_asking()
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line for line in done.stdout.splitlines() if line.strip()]

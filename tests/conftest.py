@@ -260,16 +260,21 @@ def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def tiny_run(tiny_folder: Path, tmp_path: Path) -> list[str]:
     """Overrides of a whole run that takes seconds: 6 steps of 4 pairs, 16 pairs held out."""
+    return tiny_overrides(tiny_folder, tmp_path)
+
+
+def tiny_overrides(tiny_folder: Path, folder: Path) -> list[str]:
+    """Those of `tiny_run`, with everything that the run writes below a folder."""
     from simpo.data.demo import demo_rows
 
     for split, count in (("train", 24), ("test", 16)):
         rows = demo_rows(0, split)[:count]
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return [
         f"model.path={tiny_folder}",
         "model.lora.rank=0",
         "data=jsonl",
-        f"data.sources=[{{path: {tmp_path}/train.jsonl, test_path: {tmp_path}/test.jsonl}}]",
+        f"data.sources=[{{path: {folder}/train.jsonl, test_path: {folder}/test.jsonl}}]",
         "train.pairs_per_step=4",
         "train.tokens_per_row=256",
         "train.learning_rate=1e-3",
@@ -278,7 +283,7 @@ def tiny_run(tiny_folder: Path, tmp_path: Path) -> list[str]:
         "train.checkpoint_every=2",
         "sample.num_prompts=3",
         "sample.max_new_tokens=8",
-        f"output_dir={tmp_path}/outputs",
-        f"cache_dir={tmp_path}/cache",
+        f"output_dir={folder}/outputs",
+        f"cache_dir={folder}/cache",
         "backend.device=cpu",
     ]

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 ORDER = """
 errors
 config.choices config.launchers config.losses hub pairs data.demo_topics data.plan data.rules tables
-config.backends config.inputs sealed
+config.backends config.inputs records sealed
 config.schema
 config.check
 config

@@ -110,6 +110,7 @@ def test_another_metric(sweep: Path) -> None:
     folder = make_run(sweep / "low", ["loss.beta=3"])
     results = {"eval_before": {}, "eval_after": {"loss": 0.1}, "train": {"model_step": 2}}
     (folder / "results.json").write_text(json.dumps(results))
+    (folder / "metrics.jsonl").write_text('{"step": 2, "eval/loss": 0.1}\n')
     assert compare([sweep], "loss").names[compare([sweep], "loss").best] == "low"
     with pytest.raises(ConfigError) as error:
         compare([sweep], "lost")
@@ -222,9 +223,9 @@ def test_published_results_beside_a_reproduction(tmp_path: Path) -> None:
     assert "<td>mine</td><td>sigmoid</td><td>43.9</td><td></td><td>33.0</td>" in seen.html
     assert "wandb.ai/yumeng0818/simpo/runs/zoesxyuj" in seen.html
     (folder / "benchmarks.json").write_text('{"alpaca": 1}')
-    assert cli(str(folder), code=2) == (
-        f"{folder}/benchmarks.json: must hold numbers of alpaca_eval_2_lc, alpaca_eval_2_wr, "
-        "arena_hard_wr, got {'alpaca': 1}\n"
+    assert cli(str(folder), "html=none").splitlines()[-1] == (
+        f"mine: {folder}/benchmarks.json: must hold numbers of alpaca_eval_2_lc, "
+        "alpaca_eval_2_wr, arena_hard_wr, got {'alpaca': 1} (mend it)"
     )
 
 

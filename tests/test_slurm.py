@@ -22,7 +22,8 @@ from whole_runs import assert_same_run, logged, metrics_of, run, start
 
 from simpo import member, slurm
 from simpo.config import load_run
-from simpo.runs import UNDER_WAY, State, last_job, read_progress
+from simpo.records import last_job
+from simpo.runs import UNDER_WAY, State, read_progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slurm")]
 

@@ -15,7 +15,8 @@ from whole_runs import TIMING, finish, logged, newest_checkpoint, run, start, wa
 
 from simpo.compose import compose_run
 from simpo.config import TrackerConfig
-from simpo.tracker import Tracker, read_metrics
+from simpo.records import read_metrics
+from simpo.tracker import Tracker
 from simpo.train import train
 
 BLOCK = 32768

@@ -85,6 +85,12 @@ def build_run(cfg: DictConfig) -> RunConfig:
         ConfigError: a required key is missing, an interpolation leads nowhere, or `check_run` finds
             faults.
     """
+    run = _to_run(cfg)
+    check_run(run)
+    return run
+
+
+def _to_run(cfg: DictConfig | ListConfig) -> RunConfig:
     missing = sorted(_missing_keys(cfg))
     if missing:
         raise ConfigError([f"{key}: required, but not given" for key in missing])
@@ -94,28 +100,40 @@ def build_run(cfg: DictConfig) -> RunConfig:
         # An interpolation that leads nowhere.
         raise ConfigError([f"{error.full_key}: {first_line(error)}"]) from error
     assert isinstance(run, RunConfig)
-    check_run(run)
     return run
 
 
-def load_run(path: Path) -> RunConfig:
+def load_run(path: Path, check: bool = True) -> RunConfig:
     """Read a run.yaml back, through the same schemas and checks as a composed configuration.
+
+    Args:
+        check: also whether it could be run here, as for a run that begins now.
 
     Raises:
         ConfigError: the file does not fit the schemas.
     """
-    raw = OmegaConf.load(path)
-    assert isinstance(raw, DictConfig)
     schema = OmegaConf.structured(RunConfig)
     try:
+        raw = OmegaConf.load(path)
         for group, schemas in GROUPS.items():
+            if not isinstance(raw, DictConfig) or not isinstance(raw.get(group), DictConfig):
+                raise ConfigError([f"lacks the section {group}"])
             kind = schemas.get("base") or schemas[raw[group].name]
             schema[group] = OmegaConf.structured(kind)
-        merged = OmegaConf.merge(schema, raw)
-    except (OmegaConfBaseException, KeyError) as error:
-        raise ConfigError([f"{path}: {first_line(error)}"]) from error
-    assert isinstance(merged, DictConfig)
-    return build_run(merged)
+        run = _to_run(OmegaConf.merge(schema, raw))
+    except ConfigError as error:
+        problems = error.problems
+    except (OmegaConfBaseException, KeyError, OSError) as error:
+        problems = [first_line(error)]
+    # What a damaged file makes of the YAML parser and of OmegaConf is almost any error.
+    except Exception as error:
+        problems = [f"not the settings of a run ({type(error).__name__})"]
+    else:
+        if check:
+            check_run(run)
+        return run
+    remedy = "restore it, or remove it: the run's own command writes it anew"
+    raise ConfigError([f"{path}: {problem} ({remedy})" for problem in problems])
 
 
 def run_yaml(run: RunConfig) -> str:

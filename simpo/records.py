@@ -1,0 +1,282 @@
+"""Files of a run's folder read back, each checked: a disk, a copy or an editor may have damaged it.
+
+A file that is not there is read as empty: runs write most of their files as they get to them.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from simpo.errors import DamagedError
+
+STATES = ("running", "stopped", "failed", "finished")
+"""Words that status.json has for how far a run is."""
+BENCHMARKS = {
+    "alpaca_eval_2_lc": "AlpacaEval 2 LC",
+    "alpaca_eval_2_wr": "AlpacaEval 2",
+    "arena_hard_wr": "Arena-Hard",
+}
+"""Keys of benchmarks.json, in the order of published.yaml, with the names people know."""
+NEW_RUN = "restore it, or start anew with run_dir=NEW"
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        step: updates done.
+        metrics_bytes: length of metrics.jsonl, to which a continued run cuts it back.
+        metrics_sha256: hash of so much of it.
+        format: see `Backend.checkpoint_format`.
+        processes: how many wrote it.
+        files: size in bytes and sha256 of every file but the seal, by its path in the folder.
+    """
+
+    step: int
+    metrics_bytes: int
+    metrics_sha256: str
+    format: str
+    processes: int
+    files: dict[str, tuple[int, str]]
+
+    def text(self) -> str:
+        """For seal.json, with a hash of itself."""
+        return json.dumps({**asdict(self), "sha256": _hash_of(asdict(self))}, indent=1)
+
+
+def read_seal(checkpoint: Path) -> Seal:
+    """The seal of a checkpoint.
+
+    Raises:
+        OSError, ValueError, TypeError: it is missing or has changed.
+    """
+    raw = json.loads((checkpoint / "seal.json").read_bytes())
+    if raw.pop("sha256", None) != _hash_of(raw):
+        raise ValueError
+    return Seal(**raw)
+
+
+def _hash_of(seal: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
+
+
+def read_text(path: Path, remedy: str) -> str | None:
+    """The text of a file; None where there is none.
+
+    Args:
+        remedy: what to do where it is damaged, for the message.
+
+    Raises:
+        DamagedError: it cannot be read, or is no text.
+    """
+    if not path.exists():
+        return None
+    if not path.is_file():
+        raise DamagedError(path, "is not a file", remedy)
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise DamagedError(path, f"cannot be read: {error.strerror}", remedy) from error
+    except UnicodeDecodeError as error:
+        raise DamagedError(path, f"is not UTF-8 at byte {error.start + 1}", remedy) from error
+
+
+def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
+    """What a JSON file holds, which has to be of a kind, dict or list; empty where there is none.
+
+    Raises:
+        DamagedError: it is not.
+    """
+    text = read_text(path, remedy)
+    if text is None:
+        return kind()
+    try:
+        value = json.loads(text)
+    # Brackets in brackets without end are a RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(path, "is empty" if not text else "is not JSON", remedy) from error
+    if not isinstance(value, kind):
+        raise DamagedError(path, f"holds {repr(value)[:40]}, not a {kind.__name__}", remedy)
+    return value
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What a run's status.json says; empty before its first step.
+
+    Raises:
+        DamagedError: it has no state of `STATES`, or its steps are no numbers.
+    """
+    path, remedy = folder / "status.json", "remove it: the run's own command writes it anew"
+    status: dict[str, Any] = read_json(path, remedy)
+    if status or path.exists():
+        numbers = [status.get("step", 0), status.get("total_steps", 0)]
+        if status.get("state") not in STATES:
+            known = ", ".join(STATES)
+            raise DamagedError(
+                path, f"state is {repr(status.get('state'))[:40]}, none of {known}", remedy
+            )
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise DamagedError(path, f"steps are {repr(numbers)[:40]}, not whole numbers", remedy)
+    return status
+
+
+def status_or_none(folder: Path) -> dict[str, Any]:
+    """What a run's status.json says; empty, too, where it is damaged."""
+    try:
+        return read_status(folder)
+    except DamagedError:
+        return {}
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What a run's results.json says; empty before its end.
+
+    Raises:
+        DamagedError: its metrics or its step are no numbers.
+    """
+    path = folder / "results.json"
+    remedy = "remove it and status.json: the run's own command writes both anew"
+    results: dict[str, Any] = read_json(path, remedy)
+    if results or path.exists():
+        train = results.get("train")
+        step = train.get("model_step") if isinstance(train, dict) else None
+        if type(step) is not int or not _are_numbers(results.get("eval_after")):
+            raise DamagedError(path, "lacks eval_after or train.model_step", remedy)
+    return results
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl, without one that is just being written.
+
+    Raises:
+        DamagedError: a line holds something else than numbers by name, one of them `step`.
+    """
+    whole = (read_text(path, NEW_RUN) or "").rpartition("\n")[0]
+    lines = []
+    for number, text in enumerate(whole.split("\n") if whole else [], 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if not _are_numbers(line) or type(line.get("step")) is not int:
+            raise DamagedError(path, f"line {number} is not a line of metrics", NEW_RUN)
+        lines.append(line)
+    return lines
+
+
+def check_metrics(folder: Path, seal: Seal) -> None:
+    """Do nothing, if a run's metrics.jsonl still begins as it was when a checkpoint was saved.
+
+    Raises:
+        DamagedError: it does not.
+    """
+    path, wanted = folder / "metrics.jsonl", f"when step {seal.step} was saved"
+    num_bytes = path.stat().st_size if path.is_file() else 0
+    if num_bytes < seal.metrics_bytes:
+        raise DamagedError(path, f"holds {num_bytes} bytes, {seal.metrics_bytes} {wanted}", NEW_RUN)
+    if seal.metrics_sha256 != metrics_sha256(folder, seal.metrics_bytes):
+        raise DamagedError(
+            path, f"its first {seal.metrics_bytes} bytes are not as {wanted} (sha256)", NEW_RUN
+        )
+
+
+def metrics_sha256(folder: Path, num_bytes: int) -> str:
+    """Hash of the first bytes of a run's metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return hashlib.sha256().hexdigest()
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(num_bytes)).hexdigest()
+
+
+def read_replies(path: Path) -> list[dict[str, Any]]:
+    """What a file of samples/ holds: a row for each reply, with `prompt`, `reply`, `obeys`.
+
+    Raises:
+        DamagedError: a row lacks one of them.
+    """
+    remedy = "restore it, or remove it: no number depends on it"
+    rows: list[dict[str, Any]] = read_json(path, remedy, list)
+    for row in rows:
+        known = isinstance(row, dict) and all(
+            isinstance(row.get(key), kind)
+            for key, kind in (("prompt", str), ("reply", str), ("obeys", bool | None))
+        )
+        if not known or not _is_number(row.get("tokens", 0)):
+            raise DamagedError(path, f"holds {repr(row)[:40]}, not a reply", remedy)
+    return rows
+
+
+def read_scores(path: Path) -> dict[str, list[float]]:
+    """The columns of a file of held_out/ but the first; empty where there is none.
+
+    Raises:
+        DamagedError: it is no table of numbers.
+    """
+    remedy = "restore it, or remove it: no other number depends on it"
+    text = read_text(path, remedy)
+    if text is None:
+        return {}
+    try:
+        header, *rows = csv.reader(text.splitlines())
+        columns = list(zip(*[[float(cell) for cell in row[1:]] for row in rows], strict=True))
+        return dict(zip(header[1:], map(list, columns), strict=True)) if rows else {}
+    except (ValueError, csv.Error) as error:
+        raise DamagedError(path, "is not a table of numbers", remedy) from error
+
+
+def read_benchmarks(folder: Path) -> dict[str, float]:
+    """What a user wrote into benchmarks.json; empty where nothing is.
+
+    Raises:
+        DamagedError: it holds something else than numbers by the names of `BENCHMARKS`.
+    """
+    path = folder / "benchmarks.json"
+    known = ", ".join(BENCHMARKS)
+    found: dict[str, float] = read_json(path, f"it holds numbers of {known}")
+    if not _are_numbers(found) or not found.keys() <= BENCHMARKS.keys():
+        raise DamagedError(path, f"must hold numbers of {known}, got {repr(found)[:80]}", "mend it")
+    return found
+
+
+def last_job(folder: Path) -> dict[str, Any]:
+    """The newest line of a run's jobs.jsonl; empty where it was not launched.
+
+    Raises:
+        DamagedError: it names no log, or neither a job nor a process.
+    """
+    path = folder / "jobs.jsonl"
+    remedy = "mend its last line, or remove the file if no job of this run is under way"
+    lines: Sequence[str] = (read_text(path, remedy) or "").splitlines()
+    if not lines:
+        return {}
+    try:
+        job = json.loads(lines[-1])
+    except (ValueError, RecursionError):
+        job = None
+    known = (
+        isinstance(job, dict)
+        and "log" in job
+        and all(
+            isinstance(job.get(key, default), type(default))
+            for key, default in (("log", ""), ("id", ""), ("pid", 0), ("restarts", 0))
+        )
+    )
+    if not known:
+        raise DamagedError(path, f"line {len(lines)} is not a line about a job", remedy)
+    return job
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -21,9 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import cached_file
 
 from simpo import attention, hub
-from simpo.config import Attention, Dtype, ModelConfig, Quantization
+from simpo.config import Attention, Compat, Dtype, ModelConfig, Quantization
 from simpo.data.template import use_template
 from simpo.errors import ConfigError
 from simpo.logps import Objective, fused_loss
@@ -94,28 +96,55 @@ def model_source(config: ModelConfig, cache_dir: Path) -> str:
     return str(Path(config.path).expanduser()) if config.path.startswith("~") else config.path
 
 
-def load_tokenizer(config: ModelConfig, cache_dir: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    config: ModelConfig, cache_dir: Path, compat: Compat = Compat.none
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer and settle what checkpoints leave open.
 
     No pad token: EOS pads (padding is never scored). A template named in the settings replaces the
-    tokenizer's own. It is exported so; its own lengths and sides are not used, and stay.
+    tokenizer's own. It is exported so; its own lengths and sides are not used, and stay. For
+    compat=paper, text is split as tokenizer.json says.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded, or lacks the tokens of that template.
     """
     source = config.tokenizer or model_source(config, cache_dir)
+    revision = None if config.tokenizer else config.revision
     tokenizer = load_pretrained(
         "model.tokenizer" if config.tokenizer else "model.path",
         source,
         AutoTokenizer,
-        revision=None if config.tokenizer else config.revision,
+        revision=revision,
         trust_remote_code=config.trust_remote_code,
     )
+    if compat is Compat.paper:
+        _split_as_written(tokenizer, source, revision)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if config.chat_template is not None:
         use_template(tokenizer, config.chat_template)
     return tokenizer
+
+
+def _split_as_written(
+    tokenizer: PreTrainedTokenizerBase, source: str, revision: str | None
+) -> None:
+    """Split text as tokenizer.json says, and with it transformers 4.
+
+    transformers 5 builds some tokenizers anew (Mistral's) and leaves out their normalizer.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    file = cached_file(
+        source,
+        "tokenizer.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if backend is not None and file is not None:
+        written = Tokenizer.from_file(file)
+        backend.normalizer = written.normalizer
+        backend.pre_tokenizer = written.pre_tokenizer
 
 
 def num_embeddings(config: ModelConfig, cache_dir: Path) -> int:

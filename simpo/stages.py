@@ -80,7 +80,8 @@ class Stages:
         """
         console.quiet_libraries()
         cache_dir = Path(run.cache_dir).expanduser()
-        chat = Chat(load_tokenizer(run.model, cache_dir), template_date(run))
+        tokenizer = load_tokenizer(run.model, cache_dir, run.data.compat)
+        chat = Chat(tokenizer, template_date(run))
         mixture = load_mixture(run.data, to_pair if run.loss.needs_rejected else to_dialogue)
         data = tokenize_set(chat, mixture.train, run.data, cache_dir)
         cfg = run.train

@@ -115,7 +115,7 @@ def train(run: RunConfig) -> dict[str, float]:
     backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
     today = backend.broadcast(template_date(run) if backend.is_main else None)
     with backend.main_first("read and tokenised the data"):
-        chat = Chat(load_tokenizer(run.model, cache_dir), today)
+        chat = Chat(load_tokenizer(run.model, cache_dir, run.data.compat), today)
         mixture = load_mixture(run.data, to_pair if run.loss.needs_rejected else to_dialogue)
         train_set = tokenize_set(chat, mixture.train, run.data, cache_dir)
         test_set = tokenize_set(chat, mixture.test, run.data, cache_dir)

@@ -28,6 +28,7 @@ from real_tokenizers import (
     tokenize_one,
     user,
 )
+from tokenizers import Tokenizer
 
 from simpo.config import TEMPLATES, Compat, DataConfig, ModelConfig, OnBadRow, PromptTruncation
 from simpo.data import chat as chat_module
@@ -394,6 +395,14 @@ def test_paper_faults(prompt: str, chosen: str, rejected: str, fault: str) -> No
         tokenize_one(load_chat("smollm2", BARE), pair, compat=Compat.paper)
 
 
+MISTRAL_NORMALIZER = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ],
+}
+
 # --- Hazards -------------------------------------------------------------------------------------
 
 
@@ -414,6 +423,26 @@ def test_mistral_ids_are_mistrals_own() -> None:
     ids = load_chat("mistral", "mistral_paper").encode(["[INST] Hi [/INST]"])
     # What mistral-common gives for this instruction.
     assert ids == [[1, 733, 16289, 28793, 15359, 733, 28748, 16289, 28793]]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_paper_splits_text_as_the_file_says(tmp_path: Path, legacy: bool) -> None:
+    """Mistral's checkpoints have a normalizer in tokenizer.json that transformers 5 leaves out."""
+    load_chat("mistral", "zephyr").tokenizer.save_pretrained(tmp_path)
+    for file, changes in (
+        ("tokenizer_config.json", {"legacy": legacy, "add_bos_token": True}),
+        ("tokenizer.json", {"normalizer": MISTRAL_NORMALIZER, "pre_tokenizer": None}),
+    ):
+        settings = json.loads((tmp_path / file).read_text()) | changes
+        (tmp_path / file).write_text(json.dumps(settings))
+    written = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    config = ModelConfig(name="test", path=str(tmp_path), chat_template="mistral_paper")
+    texts = ["[INST] a</s> and [/INST]", "[INST] Hi [/INST] Yes? </s>[INST] Bye [/INST]", " a"]
+    pieces = written.encode(texts[0], add_special_tokens=False).tokens
+    assert pieces[3:7] == ["▁a", "</s>", "▁▁", "and"]
+    original = [[1, *written.encode(text, add_special_tokens=False).ids] for text in texts]
+    assert Chat(load_tokenizer(config, tmp_path, Compat.paper)).encode(texts) == original
+    assert Chat(load_tokenizer(config, tmp_path)).encode(texts) != original
 
 
 def test_no_template_is_refused() -> None:

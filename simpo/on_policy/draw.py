@@ -61,7 +61,8 @@ def generate(run: RunConfig) -> Path:
     config = run.on_policy
     cache_dir = Path(run.cache_dir).expanduser()
     folder = on_policy_folder(run)
-    chat = Chat(load_tokenizer(run.model, cache_dir), _template_date(folder))
+    tokenizer = load_tokenizer(run.model, cache_dir, run.data.compat)
+    chat = Chat(tokenizer, _template_date(folder))
     found = _prompts(run, chat)
     prompts = [prompt for prompt, _ in found]
     ids = chat.encode([text for _, text in found])

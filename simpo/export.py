@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import sys
@@ -25,6 +26,8 @@ from simpo.console import Results
 from simpo.data.chat import Chat
 from simpo.errors import ConfigError, RunError, SimpoError, first_line
 from simpo.model import Policy, load_tokenizer, load_weights
+from simpo.records import read_status
+from simpo.run_folder import write_text
 from simpo.upload import reach_repository, upload
 
 
@@ -212,7 +215,13 @@ def push(run_dir: Path, config: ExportConfig) -> list[str]:
     if not any(folder.glob("*.safetensors")):
         raise ConfigError([f"RUN: must hold a model, got {run_dir} (no {folder}/*.safetensors)"])
     reach_repository(config)
-    return upload(config, folder)
+    said = upload(config, folder)
+    status = read_status(run_dir)
+    if status.get("state") == "failed" and (run_dir / "results.json").is_file():
+        # Only the upload was missing.
+        status |= {"state": "finished", "error": ""}
+        write_text(run_dir / "status.json", json.dumps(status, indent=2) + "\n")
+    return said
 
 
 def _model_folder(run_dir: Path) -> Path:

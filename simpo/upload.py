@@ -30,8 +30,7 @@ def reach_repository(config: ExportConfig) -> None:
         raise ConfigError(
             [
                 f"export.push_to_hub: nothing can be uploaded to {name}: {first_line(error)} (mend "
-                f"it, or train without it: python -m simpo.export RUN push_to_hub={name} uploads "
-                "a finished run)"
+                f"it, or upload later: python -m simpo.export RUN push_to_hub={name})"
             ]
         ) from error
 
@@ -59,8 +58,8 @@ def upload(config: ExportConfig, model_dir: Path) -> list[str]:
             )
         except Exception as error:  # of the hub, its client or the network
             raise RunError(
-                f"export.push_to_hub: the upload to {name} failed: {first_line(error)} (the model "
-                f"is in {model_dir}: python -m simpo.export {model_dir} push_to_hub={name})"
+                f"export.push_to_hub: the upload to {name} failed: {first_line(error)} (the same "
+                f"command tries again: the model is in {model_dir})"
             ) from error
     return [*said, f"hub    {commit.commit_url}"]
 

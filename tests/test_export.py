@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from simpo.card import write_card
 from simpo.compose import compose_run
 from simpo.config import Dtype, ModelConfig, SourceConfig
-from simpo.console import Results
+from simpo.console import Results, end_lines, result_rows
 from simpo.data.chat import Chat
 from simpo.errors import ConfigError, RunError, SimpoError
 from simpo.export import USAGE, cli, merge, save_model
@@ -312,6 +312,55 @@ def test_a_tokenizer_is_exported_as_it_was_loaded(tiny_folder: Path, tmp_path: P
     }
 
 
+def test_a_tokenizer_without_eos_and_pad(
+    tiny_run: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Its template says what ends a response; a reply ends there, in the export too."""
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    for name, keys in {
+        "tokenizer_config.json": ("eos_token", "pad_token"),
+        "config.json": ("eos_token_id", "pad_token_id"),
+    }.items():
+        settings = json.loads((base / name).read_text())
+        for key in keys:
+            del settings[key]
+        (base / name).write_text(json.dumps(settings))
+    more = [f"model.path={base}", f"run_dir={tmp_path}/run", "train.max_steps=1"]
+    train(compose_run([*tiny_run, *more]))
+    saved = json.loads((tmp_path / "run/model/generation_config.json").read_text())
+    assert saved["eos_token_id"] == [2] and "pad_token_id" not in saved
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "reason"),
+    [
+        (
+            "generation_config.json",
+            {"max_new_tokens": "9"},
+            "'<=' not supported between instances of 'str' and 'int'",
+        ),
+        (
+            "generation_config.json",
+            {"watermarking_config": "x"},
+            "'str' object has no attribute 'validate'",
+        ),
+        ("config.json", {"use_cache": "x"}, "Validation error for field 'use_cache':"),
+    ],
+)
+def test_settings_that_transformers_cannot_read(
+    file: str,
+    settings: dict[str, Any],
+    reason: str,
+    tiny_run: list[str],
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    base = odd_base(tiny_folder, tmp_path / "base", file, settings)
+    message = refused(tiny_run, f"model.path={base}", f"run_dir={tmp_path}/run")
+    assert message.startswith("model.") and message.endswith(f": {base} cannot be loaded: {reason}")
+    assert "\n" not in message
+
+
 # --- Before the first step -----------------------------------------------------------------------
 
 
@@ -498,32 +547,32 @@ def test_an_upload_that_fails(
         patch.setattr(huggingface_hub.HfApi, "upload_folder", fail)
         message = failure(RunError, overrides)
     assert message == (
-        "export.push_to_hub: the upload to me/model failed: 503 Server Error (the model is in "
-        f"{run_dir}/model: python -m simpo.export {run_dir}/model push_to_hub=me/model)"
+        "export.push_to_hub: the upload to me/model failed: 503 Server Error (the same command "
+        f"tries again: the model is in {run_dir}/model)"
     )
-    assert (run_dir / "results.json").exists()
+    assert status_of(run_dir) == "failed" and (run_dir / "results.json").exists()
     assert [name for name, _ in hub] == ["create_repo"]
-
-    command = ["export", str(run_dir), "push_to_hub=me/other", "private=false"]
-    monkeypatch.setattr(sys, "argv", command)
-    capsys.readouterr()
-    cli()
-    assert capsys.readouterr().out == "hub    https://hub.example/me/model/commit/1\n"
-    (_, made), (_, sent) = hub[1:]
-    assert (made["repo_id"], made["private"], sent["repo_id"]) == ("me/other", False, "me/other")
-    assert {"model.safetensors", "README.md", "curves.png"} <= set(sent["files"])
+    failed = (run_dir / "status.json").read_text()
 
     updates = trained_again(monkeypatch)
     train(compose_run(overrides))
     assert updates == [] and steps_of(run_dir) == [1, 2, 3, 4, 5, 6]
     assert status_of(run_dir) == "finished"
-    assert [name for name, _ in hub[3:]] == ["create_repo", "upload_folder"]
+    assert [name for name, _ in hub[1:]] == ["create_repo", "upload_folder"]
+
+    (run_dir / "status.json").write_text(failed)
+    command = ["export", str(run_dir), "push_to_hub=me/other", "private=false"]
+    monkeypatch.setattr(sys, "argv", command)
+    capsys.readouterr()
+    cli()
+    assert capsys.readouterr().out == "hub    https://hub.example/me/model/commit/1\n"
+    (_, made), (_, sent) = hub[3:]
+    assert (made["repo_id"], made["private"], sent["repo_id"]) == ("me/other", False, "me/other")
+    assert {"model.safetensors", "README.md", "curves.png"} <= set(sent["files"])
+    assert status_of(run_dir) == "finished"
 
 
-OFFER = (
-    " (mend it, or train without it: python -m simpo.export RUN push_to_hub=me/model uploads a "
-    "finished run)"
-)
+OFFER = " (mend it, or upload later: python -m simpo.export RUN push_to_hub=me/model)"
 
 
 @pytest.mark.parametrize(
@@ -562,6 +611,23 @@ def test_without_a_network_an_upload_is_refused_first(
     message = refused(tiny_run, "export.push_to_hub=me/model", f"run_dir={tmp_path}/run")
     assert message.startswith("export.push_to_hub: nothing can be uploaded to me/model: ")
     assert "HF_HUB_OFFLINE" in message and message.endswith(OFFER) and "\n" not in message
+
+
+def test_other_replies_than_the_run_was_begun_with(tmp_path: Path) -> None:
+    """`sample.num_prompts` may differ between a run and its continuation."""
+    results = Results({"loss": 0.5}, {"loss": 0.25, "reply_repetition": 0.0})
+    assert result_rows(results) == [
+        {"held out": "loss", "before": "0.500", "after": "0.250"},
+        {"held out": "repetition in replies", "before": "-", "after": "0.000"},
+    ]
+    (tmp_path / "samples").mkdir()
+    for step, count in ((0, 1), (6, 2)):
+        replies = [{"prompt": "Hi", "reply": f"at {step}", "obeys": None}] * count
+        (tmp_path / f"samples/step-{step:06d}.json").write_text(json.dumps(replies))
+    assert end_lines(results, tmp_path, 6, 6)[4:] == [
+        *("", "prompt  Hi", "before  at 0", "after   at 6", ""),
+        f"model  {tmp_path}/model",
+    ]
 
 
 # --- The card ------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from simpo import slurm
 from simpo.config import load_run
-from simpo.errors import INTERRUPTED, SimpoError, Stopped
+from simpo.errors import INTERRUPTED, DamagedError, SimpoError, Stopped
 from simpo.processes import end_with_parent
 from simpo.records import last_job, status_or_none
 from simpo.run_folder import write_text
@@ -95,8 +96,9 @@ def _note_refusal(folder: Path, error: Exception) -> None:
 
 def _note_start(folder: Path) -> None:
     if restarts := int(os.environ.get("SLURM_RESTART_COUNT", "0")):
-        job = last_job(folder)
-        note_job(folder, folder / job["log"], id=job["id"], restarts=restarts)
+        with suppress(DamagedError):  # a report tells it; the run goes on
+            job = last_job(folder)
+            note_job(folder, folder / job["log"], id=job["id"], restarts=restarts)
 
 
 def requeue_before_limit() -> None:

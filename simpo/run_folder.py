@@ -171,7 +171,8 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the folder: a reader sees the old text or the new, never a part."""
-        self.write_bytes(name, text.encode(errors="backslashreplace"))
+        if self._writes:
+            write_text(self.path / name, text)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file of the folder: a reader sees the old content or the new, never a part."""
@@ -355,7 +356,7 @@ def write_text(path: Path, text: str, private: bool = False) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    write_bytes(path, text.encode(), private)
+    write_bytes(path, text.encode(errors="backslashreplace"), private)
 
 
 def write_bytes(path: Path, content: bytes, private: bool = False) -> None:

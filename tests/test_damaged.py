@@ -7,6 +7,7 @@ import fcntl
 import gc
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -25,7 +26,7 @@ from simpo.checkpoint import CheckpointStore
 from simpo.compare import compare
 from simpo.compose import compose_run
 from simpo.config import RunConfig
-from simpo.errors import ConfigError, RunError, SimpoError, Stopped
+from simpo.errors import ConfigError, DamagedError, RunError, SimpoError, Stopped
 from simpo.page import render
 from simpo.report import text
 from simpo.run_folder import RunFolder, git_diff, refuse_unwritable, write_text
@@ -237,10 +238,12 @@ def test_a_damaged_status_is_written_anew(
 ) -> None:
     folder = template.copy(tmp_path)
     (folder / "status.json").write_text('{"state": "sto')
+    (folder / "samples" / "step-000000.json").write_text("[3]")
     template.go_on(folder)
     told = capsys.readouterr().out
     assert f"note   {folder}/status.json: is not JSON; written anew\n" in told
     assert f"run    {folder}, continued after step 5\n" in told
+    assert f"note   {folder}/samples/step-000000.json: holds 3, not a reply ({REPLIES})\n" in told
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
 
 
@@ -429,6 +432,12 @@ def test_folders_that_others_hold(
     run = compose_run([*template.overrides, f"output_dir={tmp_path}/out"])
     with pytest.raises(RunError, match=r"other processes work in it and in those of the seconds"):
         RunFolder(run)
+
+
+def test_ranks_tell_each_other_of_damage() -> None:
+    """As processes do: pickled."""
+    error = DamagedError(Path("a/b"), "is empty", "remove it")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "a/b: is empty (remove it)"
 
 
 def test_a_diff_that_is_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,18 @@ import gzip
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from simpo.compose import compose_run
 from simpo.config import DataConfig, OnBadRow, SourceConfig
 from simpo.data import sources
 from simpo.data.mixture import load_mixture
-from simpo.data.rows import RowFault, to_pair
+from simpo.data.rows import RowFault, to_dialogue, to_pair, to_prompt
 from simpo.data.rules import RULES
 from simpo.errors import ConfigError, DataError
 
@@ -702,9 +706,18 @@ def test_what_is_a_local_file_is_never_asked_of_the_hub(folder):
             f"got the file {name} (convert it)"
         ]
     assert list(SourceConfig(path="a.jsonl").problems()) == [
-        "path: must be a file, got the folder a.jsonl (rename it)"
+        "path: must be a file, got a.jsonl (a folder needs another name)"
     ]
-    for name in ("gone.csv", "sub/gone.JSONL", "gone.tar.gz", "~/gone", "a/b/c", "./gone", "~no/x"):
+    for name in (
+        "gone.csv",
+        "sub/gone.JSONL",
+        "gone.tar.gz",
+        "~/gone",
+        "a/b/c",
+        "./gone",
+        "~no/x",
+        "a" * 300 + ".jsonl",
+    ):
         assert list(SourceConfig(path=name).problems()) == [
             f"path: no such file or folder, got {name}"
         ]
@@ -720,6 +733,16 @@ def test_what_is_a_local_file_is_never_asked_of_the_hub(folder):
             f"test_path: {line}"
         ]
     assert len(mixture({"path": "b.JSONL"}).train) == 1
+
+
+def test_a_local_file_is_no_model_of_the_hub(folder):
+    (folder / "model.gguf").touch()
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["model.path=model.gguf", "model.tokenizer=model.gguf"])
+    assert caught.value.problems == [
+        "model.path: must be a folder or a hub id, got the file model.gguf",
+        "model.tokenizer: must be a folder or a hub id, got the file model.gguf",
+    ]
 
 
 def test_lines_that_are_no_json(folder):
@@ -748,6 +771,32 @@ def test_lines_that_are_no_json(folder):
     assert data_error({"path": "list.json"}) == [
         "list.json train: cannot be read: not JSON: Expecting value at line 2 column 13"
     ]
+
+
+def test_what_is_told_of_a_row_is_one_line(folder):
+    rows = [
+        GOOD | {"chosen": [{"role": "a\n\x1b[31m", "content": "b"}]},
+        GOOD | {"chosen": [{"role": "a" * 1000, "content": "b"}]},
+        GOOD | {"a\nb": 1},
+    ]
+    write(folder / "a.jsonl", rows)
+    loaded = mixture({"path": "a.jsonl"}, on_bad_row=OnBadRow.drop)
+    told = "chosen[0].role: must be one of system, user, assistant, got "
+    assert loaded.table[0].bad == {
+        told + "a\\n\\x1b[31m": 1,
+        (told + "a" * 1000)[:300] + "...": 1,
+    }
+    assert loaded.notes == ["note   a.jsonl train: columns not read: a\\nb"]
+
+
+def test_depths_around_what_python_takes(folder):
+    """One depth can be parsed, and not shown in what is said of it."""
+    row = json.dumps(GOOD | {"rule": {"name": "bullets", "count": 0}})
+    deep = [row.replace(": 0", f": {'[' * depth}{']' * depth}") for depth in range(700, 1100)]
+    write(folder / "a.jsonl", [*deep, GOOD])
+    loaded = mixture({"path": "a.jsonl"}, on_bad_row=OnBadRow.drop)
+    assert sum(loaded.table[0].bad.values()) == 400 and len(loaded.train) == 1
+    assert "not JSON: lists or objects are nested too deeply" in loaded.table[0].bad
 
 
 def test_a_lone_surrogate_is_its_rows_fault(folder):
@@ -849,3 +898,73 @@ def test_help_lists_the_groups(tmp_path):
     assert f"\nmodel: {MODELS}\n" in done.stdout
     assert f"\nloss: {OBJECTIVES}\n" in done.stdout
     assert "\ntracker: console, wandb\n" in done.stdout
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(["", " ", "a", "\ud83d"])
+)
+TURNS = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool", None]), "content": SCALARS},
+    optional={"name": SCALARS, "tool_calls": SCALARS},
+)
+VALUES = st.one_of(SCALARS, st.lists(st.one_of(TURNS, SCALARS), max_size=4), TURNS)
+ANY_ROW = st.one_of(
+    VALUES,
+    st.dictionaries(
+        st.sampled_from(
+            [
+                *("prompt", "chosen", "rejected", "messages", "system", "rule", "tools"),
+                *("score_chosen", "score_rejected", "\ud83d"),
+            ]
+        ),
+        st.one_of(VALUES, st.fixed_dictionaries({"name": SCALARS, "count": SCALARS})),
+        min_size=3,
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ANY_ROW, max_size=3), st.sampled_from([to_pair, to_dialogue, to_prompt]))
+def test_any_row_is_read_or_at_fault(rows, read_row):
+    """Nothing but a fault leaves a reader, and all that is told can be printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "a.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, GOOD]))
+        config = DataConfig(
+            name="rows", sources=[SourceConfig(path=str(file))], on_bad_row=OnBadRow.drop
+        )
+        loaded = load_mixture(config, read_row)
+        (report,) = loaded.table
+        assert report.rows == len(rows) + 1 == report.taken + sum(report.bad.values())
+        texts = [part["content"] for pair in loaded.train for part in pair.prompt]
+        "".join([*texts, *loaded.notes, *report.bad]).encode()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_file_damaged_anywhere_is_read_or_refused(data):
+    """Bytes changed, cut off or put in: other rows are left as they were."""
+    lines = [json.dumps(GOOD | {"prompt": f"{i}?"}).encode() for i in range(4)]
+    text = bytearray(b"\n".join(lines))
+    place = data.draw(st.integers(0, len(text)))
+    cut = data.draw(st.integers(0, 8))
+    text[place : place + cut] = data.draw(st.binary(max_size=8))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "a.jsonl"
+        file.write_bytes(text)
+        config = DataConfig(
+            name="rows", sources=[SourceConfig(path=str(file))], on_bad_row=OnBadRow.drop
+        )
+        try:
+            loaded = load_mixture(config)
+        except DataError as error:
+            assert "\n" not in str(error) and "cannot be read" in str(error)
+            return
+        prompts = {pair.prompt[-1]["content"] for pair in loaded.train}
+        starts = [i * (len(lines[0]) + 1) for i in range(4)]
+        whole = {
+            f"{i}?"
+            for i, start in enumerate(starts)
+            if start + len(lines[0]) < place or start > place + cut
+        }
+        assert len(whole) >= 2 and whole <= prompts

@@ -320,8 +320,8 @@ def test_what_looks_wrong_is_counted(folder):
     assert loaded.notes == [
         "note   odd.jsonl train: 1 of 9 rows: score_chosen is below score_rejected",
         "note   odd.jsonl train: 1 of 9 rows: score_chosen equals score_rejected",
-        "note   odd.jsonl train: 2 of 9 rows: a text holds turns (Human: ... Assistant: ...), "
-        "which are taken for one",
+        "note   odd.jsonl train: 2 of 9 rows: a text holds turns (Human: ...), which are taken "
+        "for one",
         "note   odd.jsonl train: 1 of 9 rows: prompt is not in the dialogue, which is taken",
         "note   odd.jsonl train: columns not read: prompt_id, extra, prompt[].name",
     ]

@@ -136,6 +136,9 @@ class ModelConfig:
                 f"path: holds an adapter without its base, got {self.path} "
                 f"(model.path=BASE model.lora.rank=0 model.lora.adapter={self.path})"
             )
+        for key, path in (("path", self.path), ("tokenizer", self.tokenizer)):
+            if path and not _looks_local(path) and os.path.isfile(path):
+                yield f"{key}: must be a folder or a hub id, got the file {path}"
         if self.quantization is not Quantization.none:
             if not self.lora.used:
                 yield (
@@ -190,26 +193,27 @@ class SourceConfig:
         if self.test_path is not None and not self.is_file():
             yield "test_path: only for a .jsonl/.json/.parquet path (else use test_split)"
         elif self.test_path is not None:
-            test_path = Path(os.path.expanduser(self.test_path))
-            if not test_path.exists():
+            test_path = os.path.expanduser(self.test_path)
+            if not os.path.exists(test_path):
                 yield f"test_path: no such file or folder, got {self.test_path}"
-            elif _suffix(self.test_path) not in READABLE or not test_path.is_file():
+            elif _suffix(self.test_path) not in READABLE or not os.path.isfile(test_path):
                 yield f"test_path: must be a .jsonl, .json or .parquet file, got {self.test_path}"
 
     def _problems_of_path(self) -> Iterator[str]:
         """What is, or looks like, a local file or folder is no hub id: its name is sent nowhere."""
-        path, suffix = Path(os.path.expanduser(self.path)), _suffix(self.path)
+        # Of os.path, which takes a name that no file can have for one that is not there.
+        path, suffix = os.path.expanduser(self.path), _suffix(self.path)
         if self.path.startswith("builtin:"):
             if self.path != "builtin:demo":
                 yield f"path: the only built-in data set is builtin:demo, got {self.path}"
         elif "://" in self.path:
             yield f"path: must be a hub id or a local file or folder, got {self.path} (download it)"
-        elif not path.exists():
+        elif not os.path.exists(path):
             if suffix in READABLE + UNREADABLE or _looks_local(self.path):
                 yield f"path: no such file or folder, got {self.path}"
-        elif self.is_file() and not path.is_file():
-            yield f"path: must be a file, got the folder {self.path} (rename it)"
-        elif not self.is_file() and not path.is_dir():
+        elif self.is_file() and not os.path.isfile(path):
+            yield f"path: must be a file, got {self.path} (a folder needs another name)"
+        elif not self.is_file() and not os.path.isdir(path):
             yield (
                 "path: must be a .jsonl, .json or .parquet file, a folder or a hub id, "
                 f"got the file {self.path} (convert it)"

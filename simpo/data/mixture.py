@@ -20,6 +20,7 @@ from simpo.errors import DataError
 from simpo.pairs import Pair
 
 MAX_FAULTS_SHOWN = 5
+MAX_LETTERS_SHOWN = 300
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def _read_split(
             pair = read_row(row, place)
         except RowFault as fault:
             found.faults.append((place, _printable(str(fault))))
+        except RecursionError:
+            found.faults.append((place, "lists or objects are nested too deeply"))
         else:
             found.pairs.append(pair)
             found.unread |= dict.fromkeys(unread_columns(row, COLUMNS[read_row]))
@@ -167,8 +170,9 @@ def _text(pair: Pair) -> tuple[str, ...]:
 
 
 def _printable(text: str) -> str:
-    """Text with half a character, which no terminal or file takes, as its escape."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """One line of text out of a row, with escapes for what a terminal or file may not take."""
+    shown = text if len(text) <= MAX_LETTERS_SHOWN else f"{text[:MAX_LETTERS_SHOWN]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def fault_lines(faults: list[tuple[str, str]]) -> str:

@@ -112,7 +112,7 @@ def _value(text: str) -> Any:
     """
     try:
         text.encode()
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODER.decode(text)
     except UnicodeEncodeError as error:
         raise RowFault(f"not UTF-8 at {_position(text, error.start)}") from error
     except json.JSONDecodeError as error:
@@ -137,6 +137,9 @@ def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise RowFault(f"not JSON: an object has the key {twice} twice")
     return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _dataset(source: SourceConfig, path: Path, split: str) -> Any:

@@ -328,6 +328,16 @@ def test_what_looks_wrong_is_counted(folder):
     assert mixture({"path": "a.jsonl", "test_path": "held.jsonl"}).notes == []
 
 
+def test_a_split_of_which_nothing_comes(folder):
+    write(folder / "empty.jsonl", [])
+    loaded = mixture({"path": "a.jsonl", "test_path": "empty.jsonl"}, {"path": "empty.jsonl"})
+    assert len(loaded.train) == 10 and loaded.test == []
+    assert loaded.notes == [
+        f"note   empty.jsonl {split}: no good row in 0, nothing comes of it"
+        for split in ("test", "train")
+    ]
+
+
 def test_messages_are_read_to_imitate_and_else_not(folder):
     row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
     write(folder / "m.jsonl", [row | {"messages": [*ASKED, assistant("So.")]}])

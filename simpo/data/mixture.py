@@ -67,6 +67,8 @@ class _Split:
             f"note   {self.place}: {count} of {self.rows} rows: {remark}"
             for remark, count in self.remarks.items()
         ]
+        if not self.pairs:
+            lines.append(f"note   {self.place}: no good row in {self.rows}, nothing comes of it")
         if self.unread:
             lines.append(f"note   {self.place}: columns not read: {', '.join(self.unread)}")
         return [_printable(line) for line in lines]

@@ -1,11 +1,13 @@
 """Pairs in, their tokens out; what was tokenized before is read from the cache.
 
-An entry's name is a hash of all that decides the tokens: pairs, tokenizer, template, settings.
+An entry's name is a hash of all that decides the tokens: pairs, tokenizer, template, settings, the
+code that makes them and the libraries below it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
+import transformers
 
 from simpo.config import DataConfig, OnBadRow
 from simpo.data.chat import Chat, TokenizedSet, TokenReport
@@ -22,9 +26,7 @@ from simpo.data.mixture import fault_lines
 from simpo.data.rows import RowFault
 from simpo.errors import DataError
 from simpo.pairs import Pair, TokenizedPair
-from simpo.sealed import find_entry, keep_entry
-
-CACHE_FORMAT = 3
+from simpo.sealed import find_entry, keep_entry, sha256
 
 
 def tokenize_set(
@@ -101,8 +103,10 @@ def _content_hash(chat: Chat, pairs: list[Pair], config: DataConfig) -> str:
     vocabulary = (
         json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
     )
+    code = [sha256(Path(file)) for file in (inspect.getfile(Chat), __file__)]
     settings = (
-        CACHE_FORMAT, config.max_length_tokens, config.max_prompt_tokens,
+        code, transformers.__version__, tokenizers.__version__, type(tokenizer).__name__,
+        config.max_length_tokens, config.max_prompt_tokens,
         config.prompt_truncation.value, config.compat.value, str(tokenizer.special_tokens_map),
         chat.template_sha256, str(chat.template.date), chat.end_id, chat._adds_bos,
     )  # fmt: skip

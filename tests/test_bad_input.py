@@ -429,7 +429,7 @@ def test_what_is_right_passes(line):
 
 
 def test_chat_template_names_those_shipped(tmp_path, monkeypatch):
-    (tmp_path / "own.jinja").touch()
+    (tmp_path / "own.jinja").write_text("{{ messages }}")
     monkeypatch.setattr("simpo.config.inputs.TEMPLATES", tmp_path)
     with pytest.raises(ConfigError) as caught:
         compose_run(["model.chat_template=mine"])

@@ -110,6 +110,10 @@ UNUSABLE = {
         "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}",
         "model.chat_template: leaves out what the user says" + MEND,
     ),
+    "content in parts": (
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}",
+        "model.chat_template: leaves out what the user says" + MEND,
+    ),
     "questions only": (
         "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
         "model.chat_template: leaves out what the assistant says" + MEND,

@@ -373,6 +373,17 @@ def test_rows_that_the_original_trains_on(
     ]
 
 
+def test_no_reply_is_drawn_to_them(tiny_run: list[str], tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "Is <|im_end|> the end?"}) + "\n")
+    run = compose_run(tiny_run)
+    with pytest.raises(DataError) as caught:
+        generate(replace(run, on_policy=OnPolicyConfig(folder=str(tmp_path / "own"))))
+    assert str(caught.value) == (
+        f"{tmp_path}/train.jsonl train row 1: a message holds the token <|im_end|> as text\n"
+        "(mend the rows, or leave them out with data.on_bad_row=drop)"
+    )
+
+
 # --- The date ------------------------------------------------------------------------------------
 
 

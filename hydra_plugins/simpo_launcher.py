@@ -32,7 +32,7 @@ class SimpoLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Run the members with these overrides; their objectives come back, where waited for."""
-        from simpo.config import build_run
+        from simpo.config import build_run, check_training
         from simpo.launcher import Member, launch
 
         parse = OverridesParser.create().parse_override
@@ -48,7 +48,9 @@ class SimpoLauncher(Launcher):
             with open_dict(config):
                 del config["hydra"]
             own = [text for text in words if parse(text).get_key_element() not in shared]
-            members.append(Member(build_run(config), tuple(words), tuple(own)))
+            run = build_run(config)
+            check_training(run)
+            members.append(Member(run, tuple(words), tuple(own)))
         sweeper = self._config.hydra.sweeper
         sweeps = len(shared) < len(typed) or sweeper.get("params") or sweeper.get("stages")
         results = launch(members, self._config.name if sweeps else None)

@@ -16,6 +16,7 @@ from simpo.data.mixture import SplitReport
 from simpo.data.plan import TrainPlan
 from simpo.errors import DamagedError
 from simpo.model import Policy
+from simpo.optim import rate_notes
 from simpo.records import read_replies
 from simpo.tables import SHOWN, markdown_table
 
@@ -52,6 +53,7 @@ def start_lines(
         run.loss.formula(),
         "",
         *data_lines(table, train_set, plan),
+        *rate_notes(run.train, plan),
     ]
 
 
@@ -166,8 +168,10 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     from datasets.utils.logging import disable_progress_bar
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     disable_progress_bar()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

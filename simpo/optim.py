@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from simpo.config import Schedule, TrainConfig
+from simpo.data.plan import TrainPlan
+from simpo.errors import ConfigError
+
+FEW_STEPS = 10
+WEIGHTS_LOOKED_AT = 256
+"""Of each trained tensor, spread over it."""
+MOST_LOST = 0.95
 
 
 def build_optimizer(policy: nn.Module, config: TrainConfig) -> Optimizer:
@@ -47,3 +56,81 @@ def set_learning_rate(optimizer: Optimizer, value: float) -> None:
     """Give all weights the same learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+def check_rates(config: TrainConfig, plan: TrainPlan) -> None:
+    """Refuse a run that would change no weight because all its learning rates are 0.
+
+    Raises:
+        ConfigError: it has one step, at which the warm-up starts.
+    """
+    if not any(learning_rate(config, step, plan.total_steps) for step in range(plan.total_steps)):
+        raise ConfigError(
+            [
+                f"train.pairs_per_step: {plan.num_pairs} pairs in steps of {plan.pairs_per_step} "
+                f"give a run of {plan.total_steps} step, and the warm-up begins at learning rate "
+                "0: no weight would change (lower it, or raise train.epochs or train.max_steps, or "
+                "train.warmup_ratio=0)"
+            ]
+        )
+
+
+def rate_notes(config: TrainConfig, plan: TrainPlan) -> list[str]:
+    """What is to be said of a run that has few steps to learn in; nothing if that was asked for."""
+    steps = plan.total_steps
+    if steps >= FEW_STEPS or config.max_steps is not None:
+        return []
+    zeros = sum(learning_rate(config, step, steps) == 0 for step in range(steps))
+    return [
+        f"note   only {steps} steps, {zeros} of them at learning rate 0 (fewer "
+        "train.pairs_per_step or more train.epochs make more)"
+    ]
+
+
+def sampled_weights(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of some weights of each trained tensor, by name."""
+    return {n: _sample(p).clone() for n, p in module.named_parameters() if p.requires_grad}
+
+
+def _sample(weight: Tensor) -> Tensor:
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // WEIGHTS_LOOKED_AT)].cpu()
+
+
+def check_updates(config: TrainConfig, sample: Mapping[str, Tensor]) -> None:
+    """Refuse a learning rate that fp32 weights cannot feel; an update of AdamW is about its size.
+
+    Args:
+        sample: what `sampled_weights` gave.
+
+    Raises:
+        ConfigError: nothing is trained, or hardly a weight would change.
+    """
+    if not sample:
+        raise ConfigError(["model.lora.targets: no weight would be trained (name other modules)"])
+    weights = torch.cat([weight.float() for weight in sample.values()])
+    lost = float((weights + config.learning_rate == weights).float().mean())
+    if lost > MOST_LOST:
+        raise ConfigError(
+            [
+                f"train.learning_rate: {config.learning_rate:g} is lost in the rounding of "
+                f"{lost:.0%} of the weights, which would not change (raise it)"
+            ]
+        )
+
+
+def change_notes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """What is to be said where training changed no weight.
+
+    Args:
+        before: what `sampled_weights` gave.
+        after: whole tensors by the same names, and perhaps others.
+    """
+    for name, old in before.items():
+        now = _sample(after[name])
+        if not torch.equal(old.to(now.dtype), now):
+            return []
+    return [
+        "note   no weight has changed: gradients were 0, or updates were lost in rounding (see "
+        "grad_norm in metrics.jsonl; train.learning_rate, adam_epsilon, max_grad_norm)"
+    ]

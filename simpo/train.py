@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from simpo import processes
 from simpo.compose import explain
-from simpo.config import RunConfig, WatchAction, build_run, menu_dir, trajectory
+from simpo.config import RunConfig, WatchAction, build_run, check_training, menu_dir, trajectory
 from simpo.errors import (
     INTERRUPTED,
     INTERRUPTION,
@@ -98,7 +98,15 @@ def train(run: RunConfig) -> dict[str, float]:
         evaluations_in,
         evaluations_without_gain,
     )
-    from simpo.optim import build_optimizer, learning_rate, set_learning_rate
+    from simpo.optim import (
+        build_optimizer,
+        change_notes,
+        check_rates,
+        check_updates,
+        learning_rate,
+        sampled_weights,
+        set_learning_rate,
+    )
     from simpo.pairs import PackedPairs
     from simpo.probe import check_packing
     from simpo.reference import weights_fingerprint, with_reference
@@ -113,6 +121,7 @@ def train(run: RunConfig) -> dict[str, float]:
     cfg = run.train
     cache_dir = Path(run.cache_dir).expanduser()
     backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
+    check_training(run, backend.half)
     today = backend.broadcast(template_date(run) if backend.is_main else None)
     with backend.main_first("read and tokenised the data"):
         chat = Chat(load_tokenizer(run.model, cache_dir, run.data.compat), today)
@@ -123,6 +132,7 @@ def train(run: RunConfig) -> dict[str, float]:
     train_tokens = train_set.num_tokens(cfg.share_prefix)
     test_tokens = test_set.num_tokens(cfg.share_prefix)
     plan = build_plan(len(train_set.pairs), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
+    check_rates(cfg, plan)
 
     own_folder = RunFolder(run) if backend.is_main else None
     path = backend.broadcast(own_folder.path if own_folder else None)
@@ -153,7 +163,10 @@ def train(run: RunConfig) -> dict[str, float]:
         half=backend.half,
         share_prefix=cfg.share_prefix,
     )
-    check_packing(policy, backend.half)
+    all_tokens = [*train_set.tokens, *test_set.tokens]
+    check_packing(policy, backend.half, all_tokens, cfg.tokens_per_row)
+    before = sampled_weights(policy.model)
+    check_updates(cfg, before)
     planned = cost.layout(plan, train_tokens, cfg.tokens_per_row, backend.processes)
     memory = cost.estimate_memory(
         policy,
@@ -341,7 +354,9 @@ def train(run: RunConfig) -> dict[str, float]:
             after=after,
             findings=tuple(finding.text for finding in watch.findings),
         )
+        notes: list[str] = []
         if backend.is_main:
+            notes = change_notes(before, weights or dict(policy.model.named_parameters()))
             export.save_model(policy, weights, chat, folder.path / "model")
         folder.write_json(
             "results.json",
@@ -354,7 +369,7 @@ def train(run: RunConfig) -> dict[str, float]:
         )
         said = export.publish(run, folder.path, results) if backend.is_main else []
         folder.write_status("finished", step, plan.total_steps)
-        tracker.say("", *console.end_lines(results, folder.path, kept, step), *said)
+        tracker.say(*notes, "", *console.end_lines(results, folder.path, kept, step), *said)
     backend.close()
     return after
 

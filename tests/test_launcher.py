@@ -253,7 +253,7 @@ def test_the_objective_reaches_sweepers_through_other_launchers(tiny_run: list[s
     """Hydra's own launcher calls `main`, and takes what it returns."""
     command = ["-m", *tiny_run, "hydra/launcher=basic", "hydra/sweeper=stages"]
     command += ["objective.metric=rewards/margins", "objective.mode=min", "loss.beta=20,2"]
-    output = run([*command, "train.max_steps=1", "train.eval_every=0"])
+    output = run([*command, "train.max_steps=2", "train.eval_every=0"])
     assert "best   loss.beta=2: rewards/margins 0.0" in output
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -17,10 +20,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo import attention
+from simpo.compose import compose_run
 from simpo.errors import ConfigError
 from simpo.model import Policy
 from simpo.pairs import TokenizedPair
 from simpo.probe import check_packing
+from simpo.train import train
 
 # The same sizes by the names that GPT-2 and its kin give them.
 SPELLINGS = SIZES | {"n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -214,3 +219,18 @@ def test_a_model_that_hides_its_hidden_states() -> None:
         "model.path: Llama4ForCausalLM: its hidden states cannot be had, which is not supported: "
         "'MoeCausalLMOutputWithPast' object has no attribute 'last_hidden_state'"
     )
+
+
+def test_a_run_whose_pairs_go_beyond_is_refused(
+    tiny_run: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Whatever tokens_per_row is: alone in their rows the short pairs would be ranked otherwise."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "phi")
+    (folder / "model.safetensors").unlink()
+    sizes = SIZES | {"vocab_size": 384}
+    config = Phi3Config(**sizes, original_max_position_embeddings=80, rope_parameters=LONGROPE)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for tokens_per_row in (128, 4096):
+        own = [f"model.path={folder}", f"train.tokens_per_row={tokens_per_row}"]
+        with pytest.raises(ConfigError, match=r"^model\.path: Phi3ForCausalLM encodes the positio"):
+            train(compose_run([*tiny_run, *own]))

@@ -22,8 +22,9 @@ from simpo.config.backends import (
     SingleConfig,
     Zero2Config,
     Zero3Config,
+    ZeroConfig,
 )
-from simpo.config.choices import Compat, Quantization
+from simpo.config.choices import Compat, Dtype, Precision, Quantization
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LocalConfig, SlurmConfig
 from simpo.config.losses import LOSSES
@@ -134,6 +135,26 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
         return run
     remedy = "restore it, or remove it: the run's own command writes it anew"
     raise ConfigError([f"{path}: {problem} ({remedy})" for problem in problems])
+
+
+def check_training(run: RunConfig, half: bool = True) -> None:
+    """Check what matters for training alone: replies are drawn by weights of any kind.
+
+    Args:
+        half: the forward computes in bf16, as far as that is known.
+
+    Raises:
+        ConfigError: all weights are trained in bf16, where an update is mostly less than half of
+            their last digit, and nobody keeps them in fp32.
+    """
+    copies = isinstance(run.backend, ZeroConfig) and half and run.train.precision != Precision.fp32
+    if run.model.dtype is Dtype.bfloat16 and not run.model.lora.used and not copies:
+        raise ConfigError(
+            [
+                "model.dtype: bfloat16 rounds updates away where all weights are trained (leave it "
+                "at auto: fp32 weights, computed in bf16 with train.precision=bf16)"
+            ]
+        )
 
 
 def run_yaml(run: RunConfig) -> str:

@@ -23,7 +23,7 @@ class TrainConfig:
     """The loop, the optimizer and what is kept."""
 
     pairs_per_step: int = 128
-    """Pairs behind one optimizer update, over all processes (the paper: 128)."""
+    """Pairs behind one optimizer update, over all processes (the paper: 128; data=jsonl: 8)."""
     tokens_per_row: int = 4096
     """Token budget of one forward: pairs are packed into rows up to it. Memory, not results."""
     share_prefix: bool = True

@@ -334,6 +334,7 @@ def check_finite(key: str, source: str, model: nn.Module) -> None:
         for name, weight in model.named_parameters()
         # The sum needs no memory; only a finite one that is too large needs a second look.
         if weight.is_floating_point()
+        and not hasattr(weight, "quant_state")  # 4-bit ones lie packed in floats
         and not torch.isfinite(weight.detach().sum())
         and not torch.isfinite(weight.detach()).all()
     ]

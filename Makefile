@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+TORCH := torch==2.13.0
+PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test test-fast check docs bench bench-head gpu-check lock clean
+.PHONY: help install train test test-fast check docs bench bench-head gpu-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -13,9 +15,14 @@ help:  ## this list
 $(READY): pyproject.toml requirements.lock
 	@echo "setting up $(VENV) (once, one to a few minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(MAKE) install BIN=$(BIN)
 	touch $(READY)
+
+install:  ## into the environment of BIN=DIR, a folder with its python
+	# torch first and alone: its build is the machine's, and pip takes hashes of all or of none.
+	$(BIN)/$(PIP) $(TORCH)
+	$(BIN)/$(PIP) --require-hashes -r requirements.lock
+	$(BIN)/$(PIP) --no-deps --editable .
 
 train: $(READY)  ## run the main job; settings in ARGS="loss.beta=5 ..."
 	$(BIN)/python -m simpo.train $(ARGS)
@@ -35,11 +42,13 @@ docs: $(READY)  ## write docs/config.md anew from the dataclasses
 	$(BIN)/python docs/build_config_docs.py
 
 bench: $(READY)  ## a step against the padded one, TRL's and Liger's: time, memory, picture
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[bench]"
+	grep -o '^[^ ]*==[^ ]*' requirements.lock > $(VENV)/versions.txt
+	$(BIN)/$(PIP) --constraint $(VENV)/versions.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 bench-head: $(READY)  ## the vocabulary alone: ours against Liger and cut-cross-entropy
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[bench]"
+	grep -o '^[^ ]*==[^ ]*' requirements.lock > $(VENV)/versions.txt
+	$(BIN)/$(PIP) --constraint $(VENV)/versions.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/head.py $(ARGS)
 
 gpu-check: $(READY)  ## on a CUDA GPU: backends, kernels against float64, then speed and memory
@@ -50,9 +59,13 @@ lock:  ## write requirements.lock anew from what pyproject.toml admits today
 	rm -rf $(VENV)-lock
 	$(PYTHON) -m venv $(VENV)-lock
 	# torch first and alone: a range would fetch the newest build with its CUDA packages.
-	$(VENV)-lock/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)-lock/bin/python -m pip install --quiet ".[dev]"
-	$(VENV)-lock/bin/python -m pip freeze --exclude simpo | sed 's/^torch==.*/torch==2.13.0/' > requirements.lock
+	$(VENV)-lock/bin/$(PIP) $(TORCH)
+	$(VENV)-lock/bin/$(PIP) ".[dev]"
+	$(VENV)-lock/bin/python -m pip freeze --exclude simpo --exclude torch > $(VENV)-lock/versions.txt
+	# uv knows the hashes of all files of a version, not of this platform's alone.
+	$(VENV)-lock/bin/$(PIP) uv
+	$(VENV)-lock/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate \
+		--no-emit-index-url --no-emit-find-links $(VENV)-lock/versions.txt -o requirements.lock
 	rm -rf $(VENV)-lock
 
 clean:  ## remove what the other targets made

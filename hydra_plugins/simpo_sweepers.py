@@ -42,7 +42,13 @@ class ObjectiveSweeper(Sweeper):
         self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+        self._loader = hydra_context.config_loader
         self._launched = 0
+
+    def _typed(self, arguments: Sequence[str]) -> dict[str, Override]:
+        """By key; the last of a key counts, as everywhere."""
+        parsed = OverridesParser.create(config_loader=self._loader).parse_overrides([*arguments])
+        return {override.get_key_element(): override for override in parsed}
 
     def _objectives(
         self, fixed: Sequence[str], members: Sequence[Mapping[str, str]]
@@ -87,12 +93,12 @@ class StagedSweeper(ObjectiveSweeper):
         """
         from simpo.errors import ConfigError
 
-        typed = _typed(arguments)
+        typed = self._typed(arguments)
         swept = {key: o for key, o in typed.items() if o.is_sweep_override()}
         fixed = [_text(o) for key, o in typed.items() if key not in swept]
         stages = [
             {
-                key: swept.pop(key) if key in swept else _parse(f"{key}={values}")
+                key: swept.pop(key) if key in swept else self._typed([f"{key}={values}"])[key]
                 for key, values in stage.items()
                 if key in swept or key not in typed
             }
@@ -127,7 +133,7 @@ class OptunaSweeper(ObjectiveSweeper):
         self, params: Mapping[str, str], num_trials: int, trials_at_once: int, seed: int
     ) -> None:
         self._params = params
-        self._num_trials, self._at_once, self._seed = num_trials, trials_at_once, seed
+        self._num_trials, self._trials_at_once, self._seed = num_trials, trials_at_once, seed
 
     def sweep(self, arguments: list[str]) -> dict[str, str]:
         """Run the trials.
@@ -148,7 +154,12 @@ class OptunaSweeper(ObjectiveSweeper):
                 ["hydra/sweeper: optuna is not installed (pip install 'simpo[optuna]')"]
             ) from error
 
-        typed = _typed([f"{key}={text}" for key, text in self._params.items()]) | _typed(arguments)
+        for key, least in (("num_trials", 1), ("trials_at_once", 1), ("seed", 0)):
+            number = getattr(self, f"_{key}")
+            if not isinstance(number, int) or not least <= number < 2**32:
+                problem = f"must be a whole number from {least}, got {number}"
+                raise ConfigError([f"hydra.sweeper.{key}: {problem}"])
+        typed = self._typed([*(f"{key}={text}" for key, text in self._params.items()), *arguments])
         space = {key: _space(o) for key, o in typed.items() if o.is_sweep_override()}
         if not space:
             raise ConfigError(["hydra.sweeper.params: empty (name settings and where to search)"])
@@ -157,11 +168,11 @@ class OptunaSweeper(ObjectiveSweeper):
         study = optuna.create_study(
             direction="maximize" if self._maximize else "minimize",
             sampler=optuna.samplers.TPESampler(
-                seed=self._seed, multivariate=True, constant_liar=self._at_once > 1
+                seed=self._seed, multivariate=True, constant_liar=self._trials_at_once > 1
             ),
         )
-        for first in range(0, self._num_trials, self._at_once):
-            count = min(self._at_once, self._num_trials - first)
+        for first in range(0, self._num_trials, self._trials_at_once):
+            count = min(self._trials_at_once, self._num_trials - first)
             trials = [study.ask(space) for _ in range(count)]
             members = [{key: _short(v) for key, v in trial.params.items()} for trial in trials]
             for trial, value in zip(trials, self._objectives(fixed, members), strict=True):
@@ -170,15 +181,6 @@ class OptunaSweeper(ObjectiveSweeper):
         best = {key: _short(value) for key, value in study.best_params.items()}
         self._tell_best(best, study.best_value)
         return best
-
-
-def _parse(text: str) -> Override:
-    return OverridesParser.create().parse_override(text)
-
-
-def _typed(arguments: Sequence[str]) -> dict[str, Override]:
-    """By key; the last of a key counts, as everywhere."""
-    return {override.get_key_element(): override for override in map(_parse, arguments)}
 
 
 def _text(override: Override) -> str:
@@ -196,8 +198,11 @@ def _space(override: Override) -> Any:
 
     value = override.value()
     if isinstance(value, IntervalSweep):
-        assert value.start is not None and value.end is not None
-        return distributions.FloatDistribution(value.start, value.end, log="log" in value.tags)
+        low, high = value.start, value.end
+        assert low is not None and high is not None
+        if isinstance(low, int) and isinstance(high, int):  # of int(interval(low, high))
+            return distributions.IntDistribution(low, high, log="log" in value.tags)
+        return distributions.FloatDistribution(low, high, log="log" in value.tags)
     return distributions.CategoricalDistribution(_values(override))
 
 

@@ -222,6 +222,7 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
     """Run members in processes on this machine, `parallel` at a time."""
     print(f"folder {folder}", flush=True)
     waiting = list(todo)
+    places = min(config.parallel, len(todo))
     at_work: dict[int, tuple[Path, subprocess.Popen[bytes]]] = {}
     signals: list[int] = []
 
@@ -235,13 +236,13 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
     def under_way() -> set[Path]:
         if signals:
             waiting.clear()
-        for place in range(config.parallel):
+        for place in range(places):
             if place in at_work and at_work[place][1].poll() is not None:
                 del at_work[place]
             if place not in at_work and waiting:
                 member = waiting.pop(0)
                 with held():
-                    at_work[place] = member.path, _start(member, place, config.parallel)
+                    at_work[place] = member.path, _start(member, place, places)
         return {member.path for member in waiting} | {path for path, _ in at_work.values()}
 
     with passing_on(pass_on):

@@ -8,6 +8,7 @@ Settings as for simpo.train; pairs=N shows so many pairs (3), html=FILE writes t
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -33,10 +34,12 @@ def cli() -> None:
         number, file = options["pairs"], options["html"]
         if not number.isdecimal() or int(number) < 1:
             raise ConfigError([f"pairs: must be 1 or more, got {number}"])
+        path = Path(file).expanduser()
+        if file and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise ConfigError([f"html: must be a file in a folder that can be written, got {file}"])
         stages = Stages.of(run, int(number))
         print(text(stages, colors=sys.stdout.isatty()))
         if file:
-            path = Path(file).expanduser()
             try:
                 path.write_text(page(stages), encoding="utf-8")
             except OSError as error:

@@ -93,6 +93,9 @@ def cli() -> None:
 
     Runs whose folders are damaged are told, and the others reported.
     """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(USAGE)
+        return
     try:
         _report(*_arguments(sys.argv[1:]))
     except SimpoError as error:

@@ -6,15 +6,18 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
-from simpo.config import TrackerConfig, WandbConfig
-from simpo.errors import DamagedError
+from simpo.config import TrackerConfig, WandbConfig, WandbMode
+from simpo.errors import ConfigError, DamagedError, first_line
 from simpo.records import NEW_RUN, read_metrics
+
+LOGIN_S = 20.0
+"""How long Weights & Biases may take to answer when a run begins."""
 
 
 class Tracker:
@@ -42,22 +45,7 @@ class Tracker:
         self._path = run_dir / "metrics.jsonl"
         self._file = (self._path if writes else Path(os.devnull)).open("ab")
         self._bar: tqdm[Any] | None = None
-        self._wandb = None
-        if writes and isinstance(config, WandbConfig):
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.project,
-                entity=config.entity,
-                mode=config.mode.value,
-                tags=config.tags,
-                name=f"{name} {run_dir.name}",
-                # The same after a restart: one curve. Sweeps have members of the same name.
-                id=hashlib.sha256(str(run_dir).encode()).hexdigest()[:16],
-                resume="allow",
-                dir=run_dir,
-                config=settings,
-            )
+        self._wandb = _remote_run(config, run_dir, name, settings) if writes else None
 
     def cut_back(self, num_bytes: int) -> None:
         """Shorten metrics.jsonl to what a checkpoint had seen of it.
@@ -86,8 +74,19 @@ class Tracker:
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(named, step=step)
+            self._tell_remote(lambda remote: remote.log(named, step=step))
         return line
+
+    def _tell_remote(self, tell: Callable[[Any], None]) -> None:
+        """Do something with the remote run; where that fails, say so once and go on without."""
+        try:
+            tell(self._wandb)
+        except Exception as error:  # of whatever kind, no tracker ends a training
+            self._wandb = None
+            self.say(
+                f"note   wandb failed, and is told nothing more: {first_line(error)} "
+                "(metrics.jsonl has everything)"
+            )
 
     def progress(self, step: int, total_steps: int, metrics: dict[str, float]) -> None:
         """Move the progress bar to `step`; metrics as of the last logged step, or empty."""
@@ -129,8 +128,67 @@ class Tracker:
         if self._bar is not None:
             self._bar.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=int(kind is not None))
+            self._tell_remote(lambda remote: remote.finish(exit_code=int(kind is not None)))
         self._file.close()
+
+
+def check_login(config: TrackerConfig) -> None:
+    """Refuse to track online without a login, which a run would find out only later.
+
+    Raises:
+        ConfigError: Weights & Biases has no key here, or none that it would take.
+    """
+    if not isinstance(config, WandbConfig) or config.mode is not WandbMode.online:
+        return
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    try:
+        found, reason = wandb.login(prompt=False), "no login"
+    except wandb.errors.Error as error:
+        found, reason = False, first_line(error)
+    if not found:
+        raise ConfigError(
+            [f"tracker: wandb: {reason} (wandb login, or WANDB_API_KEY, or tracker.mode=offline)"]
+        )
+
+
+def _remote_run(
+    config: TrackerConfig, run_dir: Path, name: str, settings: dict[str, Any]
+) -> Any | None:
+    """Start the run on Weights & Biases; where it cannot be reached, in the run's folder."""
+    if not isinstance(config, WandbConfig):
+        return None
+    import wandb
+
+    def begin(mode: Literal["online", "offline"]) -> Any:
+        return wandb.init(
+            project=config.project,
+            entity=config.entity,
+            mode=mode,
+            tags=config.tags,
+            name=f"{name} {run_dir.name}",
+            # The same after a restart: one curve. Sweeps have members of the same name.
+            id=hashlib.sha256(str(run_dir).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=run_dir,
+            config=settings,
+            settings=wandb.Settings(init_timeout=LOGIN_S),
+        )
+
+    try:
+        return begin("online" if config.mode is WandbMode.online else "offline")
+    except Exception as error:  # no network, a project that this key may not write to, ...
+        print(
+            f"note   wandb: {first_line(error)}; tracked offline (wandb sync "
+            f"{run_dir}/wandb/offline-* uploads it later)",
+            flush=True,
+        )
+    try:
+        return begin("offline")
+    except Exception as error:
+        print(f"note   wandb: {first_line(error)}; not tracked there", flush=True)
+        return None
 
 
 def series(lines: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:

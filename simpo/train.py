@@ -27,7 +27,6 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from simpo import processes
-from simpo.compose import explain
 from simpo.config import RunConfig, WatchAction, build_run, check_training, menu_dir, trajectory
 from simpo.errors import (
     INTERRUPTED,
@@ -36,7 +35,10 @@ from simpo.errors import (
     RunError,
     SimpoError,
     Stopped,
+    first_line,
 )
+from simpo.explain import explain
+from simpo.menu import Menu
 from simpo.run_folder import refuse_unwritable
 
 
@@ -114,10 +116,11 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.sample import greedy_replies, reply_metrics
     from simpo.signals import StopRequest
     from simpo.step import NonFiniteError, columns, evaluate, summarise, update
-    from simpo.tracker import Tracker
+    from simpo.tracker import Tracker, check_login
     from simpo.watch import CollapseWatch
 
     console.quiet_libraries()
+    check_login(run.tracker)
     cfg = run.train
     cache_dir = Path(run.cache_dir).expanduser()
     backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
@@ -383,18 +386,19 @@ def cli() -> None:
     # Hydra would print its own account of a fault and exit with 1; this makes it raise instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     arguments = get_args_parser().parse_args()
-    if arguments.multirun and (problems := explain(arguments.overrides, multirun=True)):
-        _quit(2, "\n".join(problems))  # before the first member has run for hours
     try:
+        menu = Menu(arguments.config_dir, arguments.config_name or "train")
+        if arguments.multirun and (found := explain(arguments.overrides, True, menu)):
+            raise ConfigError(found)  # before the first member has run for hours
         main()
     except SimpoError as error:
         _quit_for(error)
-    # Hydra raises ValueError for a group set to null or a number.
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        problems = explain(arguments.overrides, arguments.multirun)
-        if not problems and isinstance(error, ValueError):
+    # Hydra raises whatever comes, a TypeError for a group set to a list of numbers.
+    except Exception as error:
+        problems = explain(arguments.overrides, arguments.multirun, menu)
+        if not problems and not isinstance(error, (HydraException, OmegaConfBaseException)):
             raise
-        _quit(2, "\n".join(problems) or str(error))
+        _quit(2, "\n".join(problems) or first_line(error))
     except KeyboardInterrupt:
         _quit(INTERRUPTED, INTERRUPTION)
 

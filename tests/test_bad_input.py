@@ -8,16 +8,19 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as fuzz
 from hypothesis import strategies as st
 
-from simpo.compose import compose_run
-from simpo.config import DataConfig, OnBadRow, SourceConfig
+from simpo.compose import command, compose_run
+from simpo.config import DataConfig, OnBadRow, SourceConfig, settings
 from simpo.data import sources
 from simpo.data.mixture import load_mixture
 from simpo.data.rows import RowFault, to_dialogue, to_pair, to_prompt
 from simpo.data.rules import RULES
 from simpo.errors import ConfigError, DataError
+from simpo.explain import explain
+from simpo.menu import Menu
 
 MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
 SECTIONS = (
@@ -35,6 +38,11 @@ TRAIN_KEYS = (
     "keep_best, patience_evals, stopped_exit_code"
 )
 LORA_KEYS = "rank, alpha, targets, rslora, dora, adapter"
+DATA = (
+    "demo, jsonl, ultrachat, ultrafeedback, ultrafeedback_gemma2_it, "
+    "ultrafeedback_llama3_instruct, ultrafeedback_llama3_instruct_v02, "
+    "ultrafeedback_mistral_instruct"
+)
 A_SOURCE = "{path: ..., ...}"
 
 # Command line, split at spaces -> lines of the answer.
@@ -401,6 +409,69 @@ SETTINGS: list[tuple[str, list[str]]] = [
             "sample.num_prompts: must be 0 (none) or more, got -1",
         ],
     ),
+    # Interpolations to another kind of value.
+    *(
+        (f"train.seed={text}", [f"train.seed: must be a whole number, got {text}"])
+        for text in ("${name}", "${loss}")
+    ),
+    ("loss.beta=${train}", ["loss.beta: must be a number, got ${train}"]),
+    ("model.path=${loss}", ["model.path: must be text, got ${loss}"]),
+    ("train=${loss}", ["train: must be of the form {pairs_per_step: ..., ...}, got ${loss}"]),
+    ("model.lora=${train}", ["model.lora: must be of the form {rank: ..., ...}, got ${train}"]),
+    (
+        "model.lora.targets=${name}",
+        ["model.lora.targets: must be a list such as [a, b], got ${name}"],
+    ),
+    (
+        "data.sources=${loss}",
+        [f"data.sources: must be a list such as [{A_SOURCE}], got ${{loss}}"],
+    ),
+    ("data.sources=[${loss}]", [f"data.sources[0]: must be {A_SOURCE}, got ${{loss}}"]),
+    ("loss.beta=${loss.beta}", ["loss.beta: Recursive interpolation detected"]),
+    ("data=[1,2]", [f"data: no such choice, got [1, 2] (choose from {DATA})"]),
+    # What no setting may be.
+    ("train.seed=-1", ["train.seed: must be 0 or more, got -1"]),
+    ("data.seed=-1", ["data.seed: must be 0 or more, got -1"]),
+    ("on_policy.seeds=[-1,2]", ["on_policy.seeds: must be 0 or more, got [-1, 2]"]),
+    *(
+        (f"{key}=1099511627776", [f"{key}: must be at most 4294967295 in size, got 1099511627776"])
+        for key in ("train.seed", "data.seed", "train.max_steps", "train.pairs_per_step")
+    ),
+    (
+        "backend=ddp backend.timeout_s=100000000000000000000",
+        [
+            "backend.timeout_s: must be at most 4294967295 in size, got 100000000000000000000",
+        ],
+    ),
+    ("backend=ddp backend.timeout_s=0", ["backend.timeout_s: must be 1 or more, got 0"]),
+    (
+        "backend=ddp backend.timeout_s=1e20",
+        ["backend.timeout_s: must be a whole number, got 1e+20"],
+    ),
+    ("launcher.poll_s=1e20", ["launcher.poll_s: must be above 0 and at most 3600, got 1e+20"]),
+    *(
+        (f"name={text}", [f"name: must be the name of a folder, without /, got {text or repr('')}"])
+        for text in ("", ".", "..", "a/b", "/abs")
+    ),
+    (f"name={'x' * 300}", ["name: must be at most 200 bytes long, got 300"]),
+    (
+        "data.name=../up name=x",
+        ["data.name: must be the name of a folder, without /, got ../up"],
+    ),
+    *(
+        (f'name="a{character}b"', [f"name: must be a line of readable text, got {shown}"])
+        for character, shown in (("\n", r"'a\nb'"), ("\x1b", r"'a\x1bb'"))
+    ),
+    *((f"{key}=", [f"{key}: must not be empty"]) for key in ("output_dir", "run_dir", "cache_dir")),
+    (
+        "output_dir=/dev/null/x",
+        ["output_dir: must be a folder, but /dev/null is not one"],
+    ),
+    # Not an option of this command.
+    ("--foo", ["--foo: no such option (settings are key=value; -h lists what there is)"]),
+    # Sweeps.
+    ("loss.beta=choice()", ["loss.beta: 'choice()': empty choice is not legal"]),
+    ("loss.beta=range(3,1)", ["loss.beta: range(3,1) gives no value (list some: loss.beta=a,b)"]),
     # A setting of Hydra's own is none of the faults.
     ("hydra.verbose=true loss.beta=x", ["loss.beta: must be a number, got x"]),
 ]
@@ -426,6 +497,119 @@ def test_settings(line, problems, tmp_path, monkeypatch):
 )
 def test_what_is_right_passes(line):
     compose_run(line.split(" "))
+
+
+OPTUNA, STAGES = "hydra/sweeper=optuna", "hydra/sweeper=stages"
+SWEEPS: list[tuple[str, list[str]]] = [
+    (f"{OPTUNA} loss.beta=interval(1,2)", []),
+    (f"{OPTUNA} loss.beta=tag(log,interval(1,2)) train.epochs=int(interval(1,5))", []),
+    (f"{STAGES} loss=glob(*po) train.epochs=choice(1,2)", []),
+    ("loss=glob([s*,h*],exclude=s[il]*)", []),
+    ("loss.beta=shuffle(1,2) train.seed=range(1,4) data.seed=sort(3,1)", []),
+    ("name='x,y',z", []),
+    ("experiments=sweeps/optuna_beta_gamma", []),
+    ("experiments=sweeps/demo_study", []),
+    (
+        "loss.beta=interval(1,2)",
+        ["loss.beta: interval(1,2) needs hydra/sweeper=optuna (list values: loss.beta=a,b)"],
+    ),
+    (
+        f"{OPTUNA} loss.beta=interval(2,1)",
+        ["loss.beta: an interval goes from low to high, got interval(2,1)"],
+    ),
+    (
+        f"{OPTUNA} loss.beta=tag(log,interval(0,1))",
+        ["loss.beta: a logarithmic interval is above 0, got tag(log,interval(0,1))"],
+    ),
+    (
+        f"{OPTUNA} loss.beta=interval(-1,2)",
+        ["loss.beta: must be above 0, got -1.0 (the paper uses 2.0 to 10)"],
+    ),
+    ("loss.beta=glob(*)", ["loss.beta: glob(*) gives no value (list some: loss.beta=a,b)"]),
+    (
+        "train.seed=range(1,1000000000)",
+        ["train.seed: range(1,1000000000) has 999,999,999 values (at most 10,000)"],
+    ),
+    (
+        "loss.beta=range(0,1,0.0)",
+        ["loss.beta: a range has finite ends and a step, got range(0,1,0.0)"],
+    ),
+    (
+        "train.seed=range(0,200) data.seed=range(0,200)",
+        ["this sweep has 40,000 members (at most 10,000)"],
+    ),
+    (
+        f"{STAGES} hydra.sweeper.stages=[5]",
+        ['hydra.sweeper.stages: must be of the form [{loss.beta: "1,2"}], got [5]'],
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "problems"), SWEEPS, ids=[line for line, _ in SWEEPS])
+def test_sweeps(line, problems):
+    found = explain(line.split(" "), multirun=True)
+    assert found == problems
+
+
+@pytest.fixture
+def own_menu(tmp_path):
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "loss/mine.yaml").write_text("defaults: [sigmoid, _self_]\nbeta: 7\n")
+    return Menu(str(tmp_path))
+
+
+def test_a_folder_of_further_choices(own_menu):
+    assert compose_run(["loss=mine"], own_menu).loss.beta == 7
+    assert explain(["loss=mine,hinge", "loss.beta=3"], True, own_menu) == []
+    known = ", ".join(sorted([*OBJECTIVES.split(", "), "mine"]))
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["loss=mien"], own_menu)
+    assert caught.value.problems == [f"loss: no such choice, got mien (choose from {known})"]
+    with pytest.raises(ConfigError) as caught:
+        Menu(f"{own_menu.config_dir}/nowhere")
+    assert caught.value.problems == [
+        f"--config-dir: no such folder, got {own_menu.config_dir}/nowhere"
+    ]
+
+
+def test_words_of_the_other_commands(own_menu, monkeypatch, capsys):
+    runs = []
+    monkeypatch.setattr("sys.argv", ["x", "--config-dir", own_menu.config_dir, "loss=mine"])
+    command(runs.append, "usage")
+    assert runs[0].loss.beta == 7
+    for words, answer in (
+        (["--foo"], "--foo: no such option (settings are key=value; -h lists what there is)\n"),
+        ([""], "'': not of the form key=value\n"),
+        (["--config-dir"], "argument -cd/--config-dir: expected one argument (-h tells how)\n"),
+    ):
+        monkeypatch.setattr("sys.argv", ["x", *words])
+        with pytest.raises(SystemExit) as ended:
+            command(runs.append, "usage")
+        assert (ended.value.code, capsys.readouterr().err) == (2, answer)
+
+
+ODD = st.one_of(
+    st.sampled_from(
+        ["${loss}", "${name}", "${data.sources}", "${oc.env:NOPE}", "null", "[]", "{}"]
+    ),
+    st.sampled_from(["''", "[1,a]", "{a:1}", "[{path:b}]", "-1", "1e999", "nan", "true", "???"]),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.text(max_size=8).map(json.dumps),
+)
+KEYS = sorted(
+    key.replace("[", ".").replace("]", "") for key in settings(compose_run(["tracker=wandb"]))
+)
+
+
+@given(st.sampled_from([*KEYS, "train", "model.lora", "data.sources", "data", "loss"]), ODD)
+@fuzz(max_examples=40, deadline=None, derandomize=True, database=None)
+def test_odd_values_are_answered(key, value):
+    try:
+        compose_run(["tracker=wandb", f"{key}={value}"])
+    except ConfigError as error:
+        assert error.problems
+        assert all(line and "\n" not in line for line in error.problems)
 
 
 def test_chat_template_names_those_shipped(tmp_path, monkeypatch):
@@ -923,7 +1107,7 @@ ANY_ROW = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@fuzz(max_examples=300, deadline=None)
 @given(st.lists(ANY_ROW, max_size=3), st.sampled_from([to_pair, to_dialogue, to_prompt]))
 def test_any_row_is_read_or_at_fault(rows, read_row):
     """Nothing but a fault leaves a reader, and all that is told can be printed."""
@@ -940,7 +1124,7 @@ def test_any_row_is_read_or_at_fault(rows, read_row):
         "".join([*texts, *loaded.notes, *report.bad]).encode()
 
 
-@settings(max_examples=300, deadline=None)
+@fuzz(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_file_damaged_anywhere_is_read_or_refused(data):
     """Bytes changed, cut off or put in: other rows are left as they were."""

@@ -17,6 +17,8 @@ config.backends config.inputs records sealed
 config.schema
 config.check
 config
+menu
+explain
 compose data.demo data.rows data.packing adapters attention logps loss objective optim
 signals slurm smollm2 tracker watch
 data.sources data.template processes
@@ -111,12 +113,12 @@ def test_the_mathematics_knows_no_framework(module):
         ("plotly", {"page"}),
         ("wandb", {"tracker"}),
         ("peft", {"adapters"}),
-        ("hydra", {"config.check", "compose", "train"}),
+        ("hydra", {"config.check", "explain", "menu", "train"}),
         (
             "omegaconf",
             {
                 *("config.inputs", "config.losses", "config.schema", "config.check"),
-                *("compose", "published", "train"),
+                *("compose", "explain", "menu", "published", "train"),
             },
         ),
     ],

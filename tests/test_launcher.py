@@ -149,7 +149,7 @@ def test_refused_before_anything_is_started(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["launcher.parallel=0"], "launcher.parallel: must be 1 or more, got 0"),
-        (["launcher.poll_s=0"], "launcher.poll_s: must be above 0, got 0.0"),
+        (["launcher.poll_s=0"], "launcher.poll_s: must be above 0 and at most 3600, got 0.0"),
         (
             ["launcher=slurm", "launcher.nodes=0"],
             "launcher.nodes: must be 1 or more, got 0",

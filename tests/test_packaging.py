@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -98,21 +99,52 @@ def test_works_from_an_empty_folder(
     assert (empty / "outputs" / "report.html").is_file()
 
 
+def locked() -> dict[str, tuple[str, list[str]]]:
+    """Version and hashes of each package of the lock, by name."""
+    text = (ROOT / "requirements.lock").read_text().replace("\\\n", " ")
+    found = {}
+    for line in text.splitlines():
+        pin, *hashes = line.split()
+        name, version = pin.split("==")
+        found[re.sub(r"[-_.]+", "-", name).lower()] = version, hashes
+    return found
+
+
 def test_lock_pins_every_dependency_of_the_project_and_its_tests() -> None:
-    pinned = dict(
-        line.split("==") for line in (ROOT / "requirements.lock").read_text().split() if line
-    )
-    pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pinned.items()}
-    assert pinned["torch"] == "2.13.0"
+    """By version and hashes; torch, whose build is the machine's, is installed before it."""
+    pinned = {name: version for name, (version, _) in locked().items()}
+    assert "torch" not in pinned
+    assert "TORCH := torch==2.13.0\n" in (ROOT / "Makefile").read_text()
+    pinned["torch"] = "2.13.0"
     for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pinned[requirement.name], prereleases=True), text
 
 
+def test_lock_has_hashes_and_names_no_host() -> None:
+    for name, (_, hashes) in locked().items():
+        assert hashes, name
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", text) for text in hashes), name
+    assert "/" not in (ROOT / "requirements.lock").read_text()
+
+
+def test_lock_is_whole() -> None:
+    """What a locked package needs is locked too: pip refuses an unhashed one."""
+    names = set(locked())
+    lacking = set()
+    for name in names:
+        for text in distribution(name).requires or []:
+            needed = Requirement(text)
+            wanted = needed.marker is None or needed.marker.evaluate({"extra": ""})
+            plain = re.sub(r"[-_.]+", "-", needed.name).lower()
+            if wanted and plain not in names and plain != "torch":
+                lacking.add(f"{name} needs {plain}")
+    assert lacking == set()
+
+
 def test_conda_users_get_the_same_versions() -> None:
     text = (ROOT / "environment.yml").read_text()
-    assert "- -r requirements.lock" in text
-    assert "python=3.11" in text
+    assert "python=3.11" in text and "make install" in text
 
 
 def test_extras() -> None:

@@ -14,9 +14,10 @@ import pytest
 from whole_runs import TIMING, finish, logged, newest_checkpoint, run, start, wait_for
 
 from simpo.compose import compose_run
-from simpo.config import TrackerConfig
+from simpo.config import TrackerConfig, WandbConfig
+from simpo.errors import ConfigError
 from simpo.records import read_metrics
-from simpo.tracker import Tracker
+from simpo.tracker import Tracker, check_login
 from simpo.train import train
 
 BLOCK = 32768
@@ -123,6 +124,77 @@ def test_wandb_offline_without_a_key(
                 assert sent[line["step"], key] == pytest.approx(value), key
     (ended,) = [r.exit for r in records if r.WhichOneof("record_type") == "exit"]
     assert ended.exit_code == 0
+
+
+@pytest.fixture
+def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment without a login."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_online_without_a_login_is_refused_before_anything_is_loaded(
+    nobody: None, tiny_run: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(compose_run([*tiny_run, "tracker=wandb"]))
+    assert str(caught.value) == (
+        "tracker: wandb: no login (wandb login, or WANDB_API_KEY, or tracker.mode=offline)"
+    )
+    assert not (tmp_path / "outputs").exists() and not (tmp_path / "cache").exists()
+    assert capfd.readouterr().err == ""
+    check_login(compose_run(["tracker=wandb", "tracker.mode=offline"]).tracker)
+
+
+def test_a_server_that_does_not_answer(
+    nobody: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The run is tracked offline, and says so."""
+    import wandb
+
+    begun: list[str] = []
+    real = wandb.init
+
+    def init(**settings: Any) -> Any:
+        begun.append(settings["mode"])
+        if settings["mode"] == "online":
+            raise wandb.errors.CommError("no route to host\nand more")
+        return real(**settings)
+
+    monkeypatch.setattr(wandb, "init", init)
+    config = WandbConfig()
+    with Tracker(config, tmp_path, "x", {}) as tracker:
+        tracker.log(1, "train", {"loss": 3.0})
+    assert begun == ["online", "offline"]
+    assert capsys.readouterr().out == (
+        f"note   wandb: no route to host; tracked offline (wandb sync {tmp_path}/wandb/offline-* "
+        "uploads it later)\n"
+    )
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_a_tracker_that_fails_midway_ends_nothing(
+    nobody: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    class Broken:
+        def log(self, *_: object, **__: object) -> None:
+            raise OSError("disk of wandb full")
+
+        def finish(self, **_: object) -> None:
+            raise AssertionError("told once")
+
+    monkeypatch.setattr("wandb.init", lambda **_: Broken())
+    with Tracker(WandbConfig(), tmp_path, "x", {}) as tracker:
+        tracker.log(1, "train", {"loss": 3.0})
+        tracker.log(2, "train", {"loss": 2.0})
+    assert capsys.readouterr().out == (
+        "note   wandb failed, and is told nothing more: disk of wandb full "
+        "(metrics.jsonl has everything)\n"
+    )
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_continued_run_leaves_neither_holes_nor_doubles(tmp_path: Path) -> None:

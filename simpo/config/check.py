@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import textwrap
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -13,7 +15,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from simpo.config.backends import (
     DdpConfig,
@@ -69,6 +71,11 @@ SECRET = re.compile(
 )
 """What a text holds that nobody but its owner is to read, such as `export HF_TOKEN=...`."""
 
+LONGEST_SHOWN = 160
+LONGEST_NAME_BYTES = 200
+LARGEST = 2**32 - 1
+"""Whole number of a setting: what seeds may be, and beyond every other's sense."""
+
 
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra as `run_schema` and `schema/<group>/<name>`."""
@@ -83,8 +90,9 @@ def build_run(cfg: DictConfig) -> RunConfig:
     """Turn a composed configuration into a checked `RunConfig`.
 
     Raises:
-        ConfigError: a required key is missing, an interpolation leads nowhere, or `check_run` finds
-            faults.
+        ConfigError: a required key is missing, or `check_run` finds faults.
+        OmegaConfBaseException: an interpolation leads nowhere, or to a value of another kind; or
+            there is a key that the schemas lack. `fault_line` says it in one line.
     """
     run = _to_run(cfg)
     check_run(run)
@@ -95,13 +103,21 @@ def _to_run(cfg: DictConfig | ListConfig) -> RunConfig:
     missing = sorted(_missing_keys(cfg))
     if missing:
         raise ConfigError([f"{key}: required, but not given" for key in missing])
-    try:
-        run = OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as error:
-        # An interpolation that leads nowhere.
-        raise ConfigError([f"{error.full_key}: {first_line(error)}"]) from error
+    # Through the schemas again: an interpolation may have led to a value of another kind.
+    kinds = {group: OmegaConf.get_type(cfg, group) for group in GROUPS}
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    run = OmegaConf.to_object(OmegaConf.merge(_schema(kinds), plain))
     assert isinstance(run, RunConfig)
     return run
+
+
+def fault_line(error: OmegaConfBaseException) -> str:
+    """The key and the fault that OmegaConf found, as one line."""
+    if isinstance(error, ConfigKeyError):
+        return f"{error.full_key}: no such key (leave out the +)"
+    # Shortened: it may show a whole section as the value of a setting.
+    reason = textwrap.shorten(first_line(error), LONGEST_SHOWN, placeholder=" ...")
+    return f"{error.full_key}: {reason}" if error.full_key else reason
 
 
 def load_run(path: Path, check: bool = True) -> RunConfig:
@@ -113,15 +129,14 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
     Raises:
         ConfigError: the file does not fit the schemas.
     """
-    schema = OmegaConf.structured(RunConfig)
+    kinds: dict[str, Any] = {}
     try:
         raw = OmegaConf.load(path)
         for group, schemas in GROUPS.items():
             if not isinstance(raw, DictConfig) or not isinstance(raw.get(group), DictConfig):
                 raise ConfigError([f"lacks the section {group}"])
-            kind = schemas.get("base") or schemas[raw[group].name]
-            schema[group] = OmegaConf.structured(kind)
-        run = _to_run(OmegaConf.merge(schema, raw))
+            kinds[group] = schemas.get("base") or schemas[raw[group].name]
+        run = _to_run(OmegaConf.merge(_schema(kinds), raw))
     except ConfigError as error:
         problems = error.problems
     except (OmegaConfBaseException, KeyError, OSError) as error:
@@ -229,6 +244,14 @@ def run_id(run: RunConfig) -> str:
     return hashlib.sha256(repr(sorted(trajectory(run).items())).encode()).hexdigest()[:8]
 
 
+def _schema(kinds: dict[str, Any]) -> DictConfig:
+    """An empty run whose groups are of these kinds."""
+    schema = OmegaConf.structured(RunConfig)
+    for group, kind in kinds.items():
+        schema[group] = OmegaConf.structured(kind)
+    return schema
+
+
 def _missing_keys(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
     # OmegaConf.missing_keys raises where an interpolation points to a missing key.
     keys: Iterable[Any] = range(len(cfg)) if isinstance(cfg, ListConfig) else cfg
@@ -249,8 +272,13 @@ def _section_problems(section: Any, prefix: str) -> Iterator[str]:
     endless = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
     if endless:
         yield from (f"{prefix}{k}: must be a finite number, got {values[k]}" for k in endless)
+    elif faults := [f"{prefix}{key}: {p}" for key, v in values.items() for p in _plain(key, v)]:
+        yield from faults
     elif hasattr(section, "problems"):
-        yield from (f"{prefix}{problem}" for problem in section.problems())
+        try:
+            yield from [f"{prefix}{problem}" for problem in section.problems()]
+        except (OSError, RuntimeError) as error:  # a path too long, or ~ of an unknown user
+            yield f"{prefix.rstrip('.') or 'settings'}: {first_line(error)}"
     # Hydra's `+key=value` adds keys that nothing would ever read.
     yield from (
         f"{prefix}{key}: no such key (leave out the +)" for key in vars(section) if key not in names
@@ -262,6 +290,21 @@ def _section_problems(section: Any, prefix: str) -> Iterator[str]:
             for index, item in enumerate(value):
                 if is_dataclass(item):
                     yield from _section_problems(item, f"{prefix}{name}[{index}].")
+
+
+def _plain(key: str, value: Any) -> Iterator[str]:
+    """Why no setting of this name may have a value, whatever it is for."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, int) and abs(item) > LARGEST:
+            yield f"must be at most {LARGEST} in size, got {item}"
+        if isinstance(item, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in item):
+            yield f"must be a line of readable text, got {item[:LONGEST_SHOWN]!a}"
+    # It is, or goes into, the name of a folder.
+    if key == "name" and isinstance(value, str):
+        if not value or value in (".", "..") or "/" in value:
+            yield f"must be the name of a folder, without /, got {value or repr(value)}"
+        elif len(value.encode(errors="replace")) > LONGEST_NAME_BYTES:
+            yield f"must be at most {LONGEST_NAME_BYTES} bytes long, got {len(value.encode())}"
 
 
 def _flatten(key: str, value: Any, into: dict[str, Any]) -> None:

@@ -248,6 +248,8 @@ class DataConfig:
             yield "sources: must list at least one source"
         elif all(source.train_split is None for source in self.sources):
             yield "sources: no source has a train_split"
+        if self.seed < 0:
+            yield f"seed: must be 0 or more, got {self.seed}"
         if self.max_length_tokens < 2:
             yield f"max_length_tokens: must be 2 or more, got {self.max_length_tokens}"
         if not 1 <= self.max_prompt_tokens < self.max_length_tokens:

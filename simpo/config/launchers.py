@@ -42,8 +42,10 @@ class LauncherConfig:
     """Seconds between looks at the members of a sweep that is waited for."""
 
     def problems(self) -> Iterator[str]:
-        if self.poll_s <= 0:
-            yield f"poll_s: must be above 0, got {self.poll_s}"
+        if not 0 < self.poll_s <= 3600:
+            yield f"poll_s: must be above 0 and at most 3600, got {self.poll_s}"
+        if self.sweep_dir == "":
+            yield "sweep_dir: must not be empty (null takes one below output_dir)"
 
 
 @dataclass(kw_only=True)

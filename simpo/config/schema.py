@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from omegaconf import MISSING
 
@@ -16,6 +17,9 @@ from simpo.config.choices import Engine, Mode, Precision, Schedule, WandbMode, W
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LauncherConfig
 from simpo.config.losses import LossConfig
+
+LONGEST_PART_BYTES = 255
+"""Of a path between two slashes, as file systems have it."""
 
 
 @dataclass(kw_only=True)
@@ -86,6 +90,8 @@ class TrainConfig:
                 yield f"{key}: needs evaluations on the way (set train.eval_every)"
         if self.max_steps is not None and self.max_steps < 1:
             yield f"max_steps: must be 1 or more, or null, got {self.max_steps}"
+        if self.seed < 0:
+            yield f"seed: must be 0 or more, got {self.seed}"
         if self.learning_rate <= 0:
             yield f"learning_rate: must be above 0, got {self.learning_rate}"
         if not 0 <= self.warmup_ratio < 1:
@@ -147,6 +153,10 @@ class OnPolicyConfig:
     def problems(self) -> Iterator[str]:
         if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
             yield f"seeds: must be two or more different ones, got {self.seeds}"
+        if min(self.seeds, default=0) < 0:
+            yield f"seeds: must be 0 or more, got {self.seeds}"
+        if self.folder == "":
+            yield "folder: must not be empty (null takes one below output_dir)"
         if self.temperature <= 0:
             yield f"temperature: must be above 0, got {self.temperature} (at 0 all replies are one)"
         if not 0 < self.top_p <= 1:
@@ -277,3 +287,17 @@ class RunConfig:
     backend: BackendConfig = MISSING
     launcher: LauncherConfig = MISSING
     tracker: TrackerConfig = MISSING
+
+    def problems(self) -> Iterator[str]:
+        for key in ("output_dir", "run_dir", "cache_dir"):
+            value = getattr(self, key)
+            if value is None:
+                continue
+            folder = Path(value).expanduser()
+            above = (p for p in (folder, *folder.parents) if p.exists())
+            if not value:
+                yield f"{key}: must not be empty"
+            elif max(len(part.encode()) for part in folder.parts or ("",)) > LONGEST_PART_BYTES:
+                yield f"{key}: a folder's name is at most {LONGEST_PART_BYTES} bytes long"
+            elif not (nearest := next(above, folder)).is_dir() and nearest.exists():
+                yield f"{key}: must be a folder, but {nearest} is not one"

@@ -1,0 +1,393 @@
+"""Every fault of overrides, a line each: the key, what is wrong with it and what to do.
+
+Hydra stops at the first fault and answers in its own words; `explain` goes on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException
+from omegaconf import (
+    BooleanNode,
+    DictConfig,
+    EnumNode,
+    FloatNode,
+    IntegerNode,
+    ListConfig,
+    OmegaConf,
+)
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from simpo.config import GROUPS, build_run, fault_line
+from simpo.errors import ConfigError, first_line
+from simpo.menu import CONF, Menu, NotComposedError
+
+SEARCHPATH = "hydra.searchpath="
+MOST_MEMBERS = 10_000
+"""Of a sweep: more would never end, and are a typing mistake."""
+
+
+@dataclass(frozen=True)
+class Sweeper:
+    """What tries the values of a sweep: the choice of hydra/sweeper, and overrides that it adds."""
+
+    kind: str = "basic"
+    params: tuple[str, ...] = ()
+
+
+def explain(overrides: Sequence[str], multirun: bool = False, menu: Menu = CONF) -> list[str]:
+    """Every fault of overrides; sweeps (only meant so with `multirun`) are tried by value."""
+    if searchpath := tuple(word for word in overrides if word.startswith(SEARCHPATH)):
+        menu = replace(menu, searchpath=searchpath)
+        try:
+            menu.compose([])
+        except NotComposedError as error:
+            return [f"{SEARCHPATH[:-1]}: {error}"]
+    sweeper, problems = _sweeper(menu, overrides) if multirun else (None, [])
+    # A group decides which keys exist, so groups are settled first.
+    groups: dict[str, list[Override]] = {}
+    values: list[Override] = []
+    counts: dict[str, int] = {}
+    for text in (*(sweeper.params if sweeper else ()), *overrides):
+        try:
+            override = _parsed(menu, text)
+            singles = _singles(menu, override, sweeper)
+        except NotComposedError as error:
+            problems.append(str(error))
+            continue
+        key = override.key_or_group
+        counts[key] = len(singles) if override.is_sweep_override() else 0
+        if _is_group(menu, key):
+            groups[key] = singles
+        else:
+            values += singles
+    members = math.prod(count or 1 for count in counts.values())
+    if sweeper and sweeper.kind == "basic" and members > MOST_MEMBERS:
+        return [*problems, f"this sweep has {members:,} members (at most {MOST_MEMBERS:,})"]
+    faulty, good = _group_problems(menu, groups, problems)
+    for member in _members(good):
+        problems += _member_problems(menu, member, values, faulty)
+    if any(counts.values()) and not multirun and not problems:
+        problems.append(
+            "several values in one setting: -m starts a run for each; a list is key=[a,b], "
+            "a text with commas is 'key=\"a,b\"'"
+        )
+    return list(dict.fromkeys(problems))
+
+
+def _sweeper(menu: Menu, overrides: Sequence[str]) -> tuple[Sweeper, list[str]]:
+    """The sweeper that overrides choose, and what is wrong with what it is to sweep."""
+    telling: list[str] = []
+    for text in overrides:
+        with suppress(NotComposedError):
+            override = _parsed(menu, text)
+            key = override.key_or_group
+            if not override.is_sweep_override() and (key[:5] == "hydra" or _is_group(menu, key)):
+                telling.append(text)
+    try:
+        composed = menu.compose(telling, with_hydra=True).hydra
+        node = OmegaConf.to_container(composed.sweeper, resolve=True)
+    except (NotComposedError, OmegaConfBaseException):
+        return Sweeper(), []  # told where the overrides are
+    assert isinstance(node, dict)
+    swept: dict[str, Any] = {}
+    for name, example in (("params", '{loss.beta: "1,2"}'), ("stages", '[{loss.beta: "1,2"}]')):
+        value = node.get(name) or []
+        for item in value if isinstance(value, list) else [value]:
+            if not isinstance(item, dict):
+                problem = f"must be of the form {example}, got {_shown(value)}"
+                return Sweeper(), [f"hydra.sweeper.{name}: {problem}"]
+            swept |= item
+    params = (f"{key}={_shown(value)}" for key, value in swept.items())
+    return Sweeper(composed.runtime.choices["hydra/sweeper"], tuple(params)), []
+
+
+def _is_group(menu: Menu, key: str) -> bool:
+    # An `experiments` folder without a file is not part of a checkout.
+    return key == "experiments" or ("." not in key and bool(menu.choices(key)))
+
+
+def _parsed(menu: Menu, text: str) -> Override:
+    try:
+        with menu.loader() as loader:  # which a glob looks into
+            (override,) = OverridesParser.create(config_loader=loader).parse_overrides([text])
+    except HydraException as error:
+        raise NotComposedError(_unreadable(text, error)) from error
+    if not override.key_or_group:
+        raise NotComposedError(_unreadable(text))
+    return override
+
+
+def _unreadable(text: str, error: Exception | None = None) -> str:
+    key, equals, value = text.partition("=")
+    if text.startswith("-"):
+        return f"{text}: no such option (settings are key=value; -h lists what there is)"
+    if not (equals and key):
+        return f"{text or repr(text)}: not of the form key=value"
+    # Hydra's own words about a function: 'choice()': empty choice is not legal.
+    for line in str(error).splitlines():
+        if " while evaluating " in line:
+            return f"{key}: {line.partition(' while evaluating ')[2]}"
+    if "[" in key:
+        return f"{key}: an item of a list is {key.replace('[', '.').replace(']', '')}"
+    return f"{text}: special characters need quotes within quotes ('{key}=\"{value}\"')"
+
+
+def _singles(menu: Menu, override: Override, sweeper: Sweeper | None) -> list[Override]:
+    """An override for each value of a sweep; for both ends of an interval.
+
+    Raises:
+        NotComposedError: there is no value, or no end of them; nothing searches intervals.
+    """
+    if not override.is_sweep_override():
+        return [override]
+    key, line, sweep = override.key_or_group, str(override.input_line), override.value()
+    text = line.partition("=")[2]
+    if isinstance(sweep, IntervalSweep):
+        if sweeper is not None and sweeper.kind != "optuna":
+            remedy = f"list values: {key}=a,b"
+            raise NotComposedError(f"{key}: {text} needs hydra/sweeper=optuna ({remedy})")
+        low, high = sweep.start, sweep.end
+        if low is None or high is None or not -math.inf < low < high < math.inf:
+            raise NotComposedError(f"{key}: an interval goes from low to high, got {text}")
+        if "log" in sweep.tags and low <= 0:
+            raise NotComposedError(f"{key}: a logarithmic interval is above 0, got {text}")
+        values = [str(low), str(high)]
+    else:
+        if isinstance(sweep, RangeSweep):
+            _check_range(key, text, sweep)
+        values = list(override.sweep_string_iterator())
+        if not values:
+            raise NotComposedError(f"{key}: {text} gives no value (list some: {key}=a,b)")
+    start = line[: line.index(key)] + key
+    return [_parsed(menu, f"{start}={value}") for value in values]
+
+
+def _check_range(key: str, text: str, sweep: RangeSweep) -> None:
+    assert sweep.start is not None and sweep.stop is not None
+    ends = (float(sweep.start), float(sweep.stop), float(sweep.step))
+    if not all(map(math.isfinite, ends)) or not sweep.step:
+        raise NotComposedError(f"{key}: a range has finite ends and a step, got {text}")
+    count = (ends[1] - ends[0]) / ends[2]
+    if count > MOST_MEMBERS:
+        raise NotComposedError(f"{key}: {text} has {count:,.0f} values (at most {MOST_MEMBERS:,})")
+
+
+def _group_problems(
+    menu: Menu, groups: dict[str, list[Override]], problems: list[str]
+) -> tuple[set[str], list[list[str]]]:
+    """Add the faults of groups to problems; returns which have some, and the others' choices."""
+    faulty: set[str] = set()
+    good: list[list[str]] = []
+    for group, singles in groups.items():
+        others = [str(more[0].input_line) for name, more in groups.items() if name != group]
+        found = [fault for choice in singles if (fault := _group_problem(menu, choice, others))]
+        problems += found
+        if found:
+            faulty.add(group)
+        else:
+            good.append([str(choice.input_line) for choice in singles])
+    return faulty, good
+
+
+def _members(groups: list[list[str]]) -> Iterator[list[str]]:
+    """Choices of every group such that each choice comes up, the other groups at their first."""
+    first = [choices[0] for choices in groups]
+    yield first
+    for index, choices in enumerate(groups):
+        for choice in choices[1:]:
+            yield [*first[:index], choice, *first[index + 1 :]]
+
+
+def _member_problems(
+    menu: Menu, groups: list[str], values: list[Override], faulty: set[str]
+) -> list[str]:
+    try:
+        base = menu.compose(groups)
+    except NotComposedError as error:
+        return [f"{' '.join(groups)}: {error}"]
+    problems: list[str] = []
+    good: list[str] = []
+    bad: list[str] = []
+    for override in values:
+        key = override.key_or_group
+        if faults := _override_problems(menu, override, base, groups):
+            # A key that another choice of a misspelt group has may be what that choice is for.
+            wanted = key.partition(".")[0] in faulty and _choices_with(key)
+            problems += [] if wanted else faults
+            bad.append(key)
+        else:
+            good.append(str(override.input_line))
+    try:
+        build_run(menu.compose([*groups, *good]))
+    except ConfigError as error:
+        # Without the setting that was refused above, the run may lack what it was to give.
+        problems += [p for p in error.problems if p.partition(":")[0] not in bad]
+    except NotComposedError as error:
+        problems.append(str(error))
+    except OmegaConfBaseException as error:
+        problems.append(fault_line(error))
+    return problems
+
+
+def _group_problem(menu: Menu, override: Override, others: list[str]) -> str | None:
+    group, line, choice = override.key_or_group, str(override.input_line), _shown(override.value())
+    try:
+        # A group may be there only with a choice of another.
+        menu.compose([*others, line])
+        return None
+    except NotComposedError:
+        pass
+    try:
+        menu.compose([line])
+    except NotComposedError as error:
+        if override.is_delete():
+            return f"{group}: cannot be left out (leave out the ~)"
+        choices = menu.choices(group)
+        if choice not in choices:
+            known = f"choose from {', '.join(choices)}" if choices else f"{group}/ has none"
+            return f"{group}: no such choice, got {choice} ({known})"
+        if override.is_add():
+            return f"{group}: set already (leave out the +)"
+        return f"{line}: {error}"
+    return None
+
+
+def _override_problems(
+    menu: Menu, override: Override, base: DictConfig, groups: list[str]
+) -> list[str]:
+    key = override.key_or_group
+    if not (override.is_add() or override.is_delete() or key.startswith("hydra")):
+        return _value_problems(base, key, override.value())
+    try:
+        menu.compose([*groups, str(override.input_line)])
+    except NotComposedError as error:
+        if override.is_delete():
+            return [f"{key}: cannot be left out (leave out the ~)"]
+        if override.is_add() and key in _keys(base):
+            return [f"{key}: set already (leave out the +)"]
+        return [f"{key}: {error}"]
+    return []
+
+
+def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
+    """Faults of setting a key of a composed configuration to a value, item by item."""
+    if key not in _keys(base):
+        return [f"{key}: {_unknown(base, key)}"]
+    node: Any = base
+    for part in key.split("."):
+        node = node._get_node(int(part) if isinstance(node, ListConfig) else part)
+    if isinstance(node, DictConfig) and isinstance(value, dict):
+        return [p for k, item in value.items() for p in _value_problems(base, f"{key}.{k}", item)]
+    schema = node._metadata.element_type if isinstance(node, ListConfig) else None
+    if is_dataclass(schema) and isinstance(value, list):
+        problems: list[str] = []
+        for index, item in enumerate(value):
+            if isinstance(item, dict):
+                empty = OmegaConf.structured(schema)
+                # Nothing to resolve an interpolation with: the run that it makes is checked.
+                plain = {str(k): v for k, v in item.items() if "${" not in _shown(v)}
+                faults = [p for k, v in plain.items() for p in _value_problems(empty, k, v)]
+                problems += [f"{key}[{index}].{fault}" for fault in faults]
+            else:
+                problems.append(f"{key}[{index}]: must be {_wanted(schema)}, got {_shown(item)}")
+        return problems
+    changed = base.copy()
+    try:
+        OmegaConf.update(changed, key, value)
+    except OmegaConfBaseException:
+        return [f"{key}: must be {_wanted(node)}, got {_shown(value)}"]
+    try:
+        found = OmegaConf.select(changed, key)
+        if "${" in _shown(value) and OmegaConf.is_config(found):
+            found = OmegaConf.to_container(found, resolve=True)
+    except ValidationError:
+        return [f"{key}: must be {_wanted(node)}, got {_shown(value)}"]
+    except OmegaConfBaseException as error:
+        return [f"{key}: {first_line(error)}"]
+    # OmegaConf lets an interpolation lead from a section or a list to one of another kind.
+    leads_astray = isinstance(value, str) and isinstance(found, (dict, list))
+    if leads_astray and _value_problems(base, key, found):
+        return [f"{key}: must be {_wanted(node)}, got {_shown(value)}"]
+    return []
+
+
+def _wanted(node: Any) -> str:
+    """What a setting takes, in words."""
+    if isinstance(node, EnumNode):
+        kind = f"one of {', '.join(node.enum_type.__members__)}"
+    elif isinstance(node, ListConfig):
+        schema = node._metadata.element_type
+        kind = f"a list such as [{_wanted(schema) if is_dataclass(schema) else 'a, b'}]"
+    elif isinstance(node, DictConfig) or is_dataclass(node):
+        schema = node._metadata.object_type if isinstance(node, DictConfig) else node
+        kind = f"of the form {{{fields(schema)[0].name}: ..., ...}}"
+        return kind if isinstance(node, DictConfig) else kind.removeprefix("of the form ")
+    else:
+        kinds = {BooleanNode: "true or false", IntegerNode: "a whole number", FloatNode: "a number"}
+        kind = kinds.get(type(node), "text")
+    return f"{kind} or null" if node._metadata.optional else kind
+
+
+def _shown(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_shown(item) for item in value) + "]"
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return "''" if value == "" else str(value)
+
+
+def _unknown(base: DictConfig, key: str) -> str:
+    """What is wrong with a key that a composed configuration lacks, and what comes close."""
+    known = _keys(base)
+    section, _, leaf = key.rpartition(".")
+    group = key.partition(".")[0]
+    if choices := _choices_with(key):
+        return f"only with {group}={' or '.join(choices)}"
+    while section and section not in known:
+        section = section.rpartition(".")[0]
+    beside = [k for k in known if k.rpartition(".")[0] == section]
+    if isinstance(OmegaConf.select(base, section) if section else base, ListConfig):
+        return f"no such item of {section} (set all of it: {section}='[{{path: ...}}, ...]')"
+    near = [k for k in known if k.rpartition(".")[2] == leaf.lower()]
+    if not near:
+        names = {k.rpartition(".")[2]: k for k in beside}
+        close = [name for name in names if leaf.lower() in name.split("_")]
+        close = close or difflib.get_close_matches(leaf.lower(), names, n=1)
+        near = [names[name] for name in close]
+    if near:
+        return f"no such key (did you mean {' or '.join(near)}?)"
+    names_here = ", ".join(k.rpartition(".")[2] for k in beside)
+    return f"no such key ({section or 'the top level'} has {names_here})"
+
+
+def _choices_with(key: str) -> list[str]:
+    """Choices of the key's group whose schema has the key, where schemas differ by choice."""
+    group, _, leaf = key.partition(".")
+    schemas = {name: schema for name, schema in GROUPS.get(group, {}).items() if name != "base"}
+    return [name for name, schema in schemas.items() if leaf in (f.name for f in fields(schema))]
+
+
+def _keys(config: DictConfig | ListConfig, prefix: str = "") -> list[str]:
+    """Dotted keys in the order of the schemas, a section's own key before those in it."""
+    keys: list[str] = []
+    names: Iterable[Any] = range(len(config)) if isinstance(config, ListConfig) else config
+    for key in names:
+        keys.append(f"{prefix}{key}")
+        node = config._get_node(key)
+        if isinstance(node, (DictConfig, ListConfig)) and not (
+            node._is_none() or node._is_missing()
+        ):
+            keys += _keys(node, f"{prefix}{key}.")
+    return keys

@@ -92,7 +92,8 @@ def test_one_rank_is_killed(lost: int, settings: list[str], whole: Path, tmp_pat
 
 def test_twenty_kills(settings: list[str], tmp_path: Path) -> None:
     """All processes killed 20 times at random moments, every other time in a checkpoint's write."""
-    settings = [*settings, "train.epochs=20", "backend=fsdp", "backend.processes=2"]
+    settings = [*settings, "train.epochs=20", "train.eval_every=6"]
+    settings += ["backend=fsdp", "backend.processes=2"]
     whole = tmp_path / "whole"
     run([*settings, f"run_dir={whole}"])
     folder = tmp_path / "run"

@@ -89,7 +89,8 @@ class Backend:
             raise ConfigError([f"backend: single runs in 1 process, got {started} (backend=ddp)"])
         # accelerate's state is global: the next member of a sweep may ask for another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
-        self._store = self._join(config) if isinstance(config, ManyConfig) else None
+        many = isinstance(config, ManyConfig) and "RANK" in os.environ
+        self._store = self._join(config) if many else None
         self._calls = 0
         self._say_after_s = min(SAID_AFTER_S, getattr(config, "timeout_s", SAID_AFTER_S))
         self._accelerator = self._start(config)
@@ -110,7 +111,7 @@ class Backend:
         self.weight_shards = self.state_shards = 1
         self._group: dist.ProcessGroup | None = None
 
-    def _join(self, config: ManyConfig) -> dist.Store:
+    def _join(self, config: BackendConfig) -> dist.Store:
         """Meet the other processes at the store that rank 0 or torchrun keeps."""
         patience = timedelta(seconds=JOIN_S)
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -122,6 +123,7 @@ class Backend:
             )
         else:
             store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        assert isinstance(config, ManyConfig)
         timeout = timedelta(seconds=config.timeout_s)
         store.set_timeout(timeout)
         dist.init_process_group(

@@ -122,6 +122,11 @@ def _compare(policy: Policy, half: bool) -> None:
             name = type(policy.base).__name__
             fault = f"its hidden states cannot be had, which is not supported: {first_line(error)}"
             raise ConfigError([f"model.path: {name}: {fault}"]) from error
+        if not torch.isfinite(expected).all():
+            name = type(policy.base).__name__
+            fault = "gives hidden states that are NaN or infinite"
+            remedy = "mend its weights, or train.precision=fp32"
+            raise ConfigError([f"model.path: {name} {fault} ({remedy})"])
         try:
             got = policy.hidden(row)[row.predictors]
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:

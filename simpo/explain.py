@@ -226,15 +226,18 @@ def _member_problems(
             bad.append(key)
         else:
             good.append(str(override.input_line))
-    try:
-        build_run(menu.compose([*groups, *good]))
-    except ConfigError as error:
-        # Without the setting that was refused above, the run may lack what it was to give.
-        problems += [p for p in error.problems if p.partition(":")[0] not in bad]
-    except NotComposedError as error:
-        problems.append(str(error))
-    except OmegaConfBaseException as error:
-        problems.append(fault_line(error))
+    # The last of a key counts: backwards, the other end of what is swept.
+    backwards = [good[::-1]] if len({line.partition("=")[0] for line in good}) < len(good) else []
+    for lines in (good, *backwards):
+        try:
+            build_run(menu.compose([*groups, *lines]))
+        except ConfigError as error:
+            # Without the setting that was refused above, the run may lack what it was to give.
+            problems += [p for p in error.problems if p.partition(":")[0] not in bad]
+        except NotComposedError as error:
+            problems.append(str(error))
+        except OmegaConfBaseException as error:
+            problems.append(fault_line(error))
     return problems
 
 
@@ -314,8 +317,11 @@ def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
     except OmegaConfBaseException as error:
         return [f"{key}: {first_line(error)}"]
     # OmegaConf lets an interpolation lead from a section or a list to one of another kind.
-    leads_astray = isinstance(value, str) and isinstance(found, (dict, list))
-    if leads_astray and _value_problems(base, key, found):
+    if isinstance(found, (dict, list)):
+        astray = isinstance(value, str) and bool(_value_problems(base, key, found))
+    else:
+        astray = isinstance(node, (DictConfig, ListConfig)) and isinstance(value, str)
+    if astray:
         return [f"{key}: must be {_wanted(node)}, got {_shown(value)}"]
     return []
 

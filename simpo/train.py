@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -387,6 +388,7 @@ def cli() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     arguments = get_args_parser().parse_args()
     try:
+        _check_options(arguments)
         menu = Menu(arguments.config_dir, arguments.config_name or "train")
         if arguments.multirun and (found := explain(arguments.overrides, True, menu)):
             raise ConfigError(found)  # before the first member has run for hours
@@ -401,6 +403,22 @@ def cli() -> None:
         _quit(2, "\n".join(problems) or first_line(error))
     except KeyboardInterrupt:
         _quit(INTERRUPTED, INTERRUPTION)
+
+
+def _check_options(arguments: Namespace) -> None:
+    """Refuse what Hydra would end with a traceback for.
+
+    Raises:
+        ConfigError: options that do not go together, or that this command does not take.
+    """
+    modes = ("run", "multirun", "cfg", "info", "shell_completion")
+    chosen = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(arguments, mode)]
+    if len(chosen) > 1:
+        raise ConfigError([f"{', '.join(chosen)}: one of them at a time"])
+    if arguments.resolve and not (arguments.cfg or arguments.help):
+        raise ConfigError(["--resolve: only with --cfg"])
+    if arguments.experimental_rerun:
+        raise ConfigError(["--experimental-rerun: not here (see command.txt of a run)"])
 
 
 def _quit_for(error: SimpoError) -> NoReturn:

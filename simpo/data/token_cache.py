@@ -7,7 +7,6 @@ code that makes them and the libraries below it.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -103,7 +102,7 @@ def _content_hash(chat: Chat, pairs: list[Pair], config: DataConfig) -> str:
     vocabulary = (
         json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
     )
-    code = [sha256(Path(file)) for file in (inspect.getfile(Chat), __file__)]
+    code = [sha256(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
     settings = (
         code, transformers.__version__, tokenizers.__version__, type(tokenizer).__name__,
         config.max_length_tokens, config.max_prompt_tokens,

@@ -36,6 +36,8 @@ LOST = 76
 """Exit code of a rank that others do not answer."""
 LISTEN = "SIMPO_LISTEN_FD"
 """Variable with the number of the open socket at which rank 0 answers the other ranks."""
+FOLDER = "SIMPO_RANKS_FOLDER"
+"""Variable with the folder in which ranks and the process that started them leave word."""
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables by which torchrun and others tell a process where it is."""
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
@@ -198,7 +200,7 @@ def _start(
         log = None if rank == 0 else stack.enter_context(log_file(folder, rank).open("wb"))
         return subprocess.Popen(
             [sys.executable, "-m", "simpo.rank", str(folder), *sys.argv[1:]],
-            env=os.environ | _environment(config, rank, count, listener),
+            env=os.environ | _environment(config, rank, count, listener) | {FOLDER: str(folder)},
             stdout=log,
             stderr=log,
             pass_fds=[listener.fileno()] if rank == 0 else [],
@@ -229,6 +231,7 @@ def _wait(
             _end(ranks)
             return {}, silent
         failed = _failed(ranks)
+    _lost_file(folder).touch()
     deadline = time.monotonic() + GRACE_S
     while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
         time.sleep(POLL_S)
@@ -330,6 +333,15 @@ def _environment(
     if config.device is Device.cpu:
         words |= {"DS_ACCELERATOR": "cpu"}
     return words
+
+
+def a_rank_is_lost() -> bool:
+    """Whether the process that started this rank and others has seen one of them fail."""
+    return FOLDER in os.environ and _lost_file(Path(os.environ[FOLDER])).exists()
+
+
+def _lost_file(folder: Path) -> Path:
+    return folder / "lost"
 
 
 def beat_file(folder: Path, rank: int) -> Path:

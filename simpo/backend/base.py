@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from simpo.config import BackendConfig, DdpConfig, Device, ManyConfig, Precision
 from simpo.errors import ConfigError, LostError
 from simpo.model import Policy
-from simpo.processes import LISTEN
+from simpo.processes import LISTEN, a_rank_is_lost
 
 JOIN_S = 1800
 """How long a process waits for the others to come up: imports and slow disks take their time."""
@@ -243,6 +243,8 @@ class Backend:
         while came < count:
             if time.monotonic() > deadline:
                 raise LostError(f"rank {self.rank}: waited {PATIENCE_S} s for the other processes")
+            if a_rank_is_lost():
+                raise LostError(f"rank {self.rank}: waited for a process that has failed")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, PAUSE_S)
             came = self._store.add(key, 0)

@@ -46,6 +46,10 @@ RUNS = {
 }
 
 
+FRESH = ("ddp-2", "fsdp-2", "zero3-2")
+"""Runs that are started as a user's command is; the others are forked (see `forked.py`)."""
+
+
 @pytest.fixture(scope="module")
 def settings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """20 steps of at most 6 of 25 pairs; an epoch ends with one pair, so that ranks have none."""
@@ -88,7 +92,7 @@ def whole(settings: list[str], alone: Path) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         folder = alone.parent / name
         if not folder.exists():
-            run([*settings, *of(name), f"run_dir={folder}"])
+            run([*settings, *of(name), f"run_dir={folder}"], fresh=name in FRESH)
         return folder
 
     return make

@@ -21,6 +21,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_runs import (
+    Process,
     assert_same_run,
     finish,
     logged,
@@ -60,19 +61,24 @@ def whole(settings: list[str], tmp_path: Path) -> Path:
     return folder
 
 
-def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+def ranks_of(process: Process) -> dict[int, int]:
     """Process ids of the ranks that a run has started, by rank."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    environments = {int(c): Path(f"/proc/{c}/environ").read_bytes() for c in children}
-    found = {pid: re.search(rb"(?:^|\0)RANK=(\d+)", text) for pid, text in environments.items()}
-    return {int(match[1]): pid for pid, match in found.items() if match}
+    found = {}
+    for child in children:
+        # A forked rank shows the environment of what it was forked from, and its own name.
+        environment = Path(f"/proc/{child}/environ").read_bytes()
+        named = re.match(rb"rank-(\d+)", Path(f"/proc/{child}/comm").read_bytes())
+        if match := named or re.search(rb"(?:^|\0)RANK=(\d+)", environment):
+            found[int(match[1])] = int(child)
+    return found
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_one_rank_is_killed(lost: int, settings: list[str], whole: Path, tmp_path: Path) -> None:
     """The others end within a minute, the message names it, and the run goes on where it was."""
     folder = tmp_path / "run"
-    process = start([*settings, *TWO, f"run_dir={folder}"])
+    process = start([*settings, *TWO, f"run_dir={folder}"], fresh=lost == 0)
     wait_for(logged(folder, 5), process)
     ranks = ranks_of(process)
     assert sorted(ranks) == [0, 1]
@@ -140,7 +146,7 @@ def test_a_signal_saves_and_ends(
     folder = tmp_path / "run"
     command = [*settings, *TWO, "train.checkpoint_every=0", f"run_dir={folder}"]
     code = {"SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 0}[name]
-    process = start([*command, f"train.stopped_exit_code={code}"])
+    process = start([*command, f"train.stopped_exit_code={code}"], fresh=name == "SIGTERM")
     wait_for(logged(folder, 5), process)
     process.send_signal(signal.Signals[name])
     message = finish(process, code)
@@ -166,7 +172,7 @@ def test_a_signal_to_one_rank_stops_all(settings: list[str], tmp_path: Path) -> 
 def test_ctrl_c_ends_at_once(settings: list[str], tmp_path: Path) -> None:
     """Nothing is saved that was not; one line, no traceback."""
     folder = tmp_path / "run"
-    process = start([*settings, *TWO, "train.checkpoint_every=0", f"run_dir={folder}"])
+    process = start([*settings, *TWO, "train.checkpoint_every=0", f"run_dir={folder}"], fresh=True)
     wait_for(logged(folder, 3), process)
     process.send_signal(signal.SIGINT)
     message = finish(process, code=130)
@@ -213,7 +219,8 @@ def test_a_signal_while_it_starts(
     """The exit code of a stopped run from the first lines on, and one line."""
     folder = tmp_path / "run"
     # The default, which holds as long as the settings are not known.
-    process = start([*settings, *many, "train.stopped_exit_code=75", f"run_dir={folder}"])
+    overrides = [*settings, *many, "train.stopped_exit_code=75", f"run_dir={folder}"]
+    process = start(overrides, fresh=True)
     wait_for(lambda: MOMENTS[moment](process, folder), process)
     process.send_signal(signal.Signals[name])
     if name == "SIGINT":

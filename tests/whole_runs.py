@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -20,8 +21,18 @@ NOT_STATE = ("metrics_bytes", "ds_config", "ds_version", "buffer_names")
 """What a checkpoint holds that two equal runs need not share."""
 
 
-def start(overrides: list[str], *command: str, **kwargs: Any) -> subprocess.Popen[str]:
-    """`python -m simpo.train`, or another command, with these overrides."""
+Process = subprocess.Popen[str] | Forked
+
+
+def start(overrides: list[str], *command: str, fresh: bool = False, **kwargs: Any) -> Process:
+    """`python -m simpo.train`, or another command, with these overrides.
+
+    Args:
+        fresh: run the interpreter anew, as a user's command does, instead of forking a process that
+            has imported everything. So does another command, and an environment of its own.
+    """
+    if not (command or kwargs or fresh):
+        return Forked(["-m", "simpo.train", *overrides])
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
     return subprocess.Popen(
         [*(command or (sys.executable, "-m", "simpo.train")), *overrides],
@@ -33,19 +44,19 @@ def start(overrides: list[str], *command: str, **kwargs: Any) -> subprocess.Pope
     )
 
 
-def finish(process: subprocess.Popen[str], code: int = 0, timeout_s: float = 300) -> str:
+def finish(process: Process, code: int = 0, timeout_s: float = 300) -> str:
     """Wait for a run that must end with a code; everything it printed."""
     output, errors = process.communicate(timeout=timeout_s)
     assert process.returncode == code, f"{process.returncode}\n{output[-2000:]}\n{errors[-4000:]}"
     return output + errors
 
 
-def run(overrides: list[str], code: int = 0) -> str:
+def run(overrides: list[str], code: int = 0, fresh: bool = False) -> str:
     """A whole run; everything it printed."""
-    return finish(start(overrides), code)
+    return finish(start(overrides, fresh=fresh), code)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: Process) -> None:
     """Wait for something that a run is to do before it ends."""
     deadline = time.monotonic() + 200
     while not condition():

@@ -1,0 +1,260 @@
+"""Processes that start in milliseconds: forked from one that has imported everything.
+
+Most of a tiny run's time is imports. `Forked` asks a parent, which has imported torch, transformers
+and the rest once and has computed nothing, to fork. The child becomes `python -m simpo.train`, with
+its own environment, folder and streams, and forks its ranks in the same way. They are real
+processes with their own ids, signals and exit codes.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import ctypes
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+PR_SET_NAME = 15
+
+
+class Forked:
+    """What `subprocess.Popen` is to a started process: pid, poll, wait, communicate, signals."""
+
+    def __init__(self, words: list[str]) -> None:
+        out_read, out_write = os.pipe()
+        err_read, err_write = os.pipe()
+        self._link = socket.socket(socket.AF_UNIX)
+        self._link.connect(str(_parent()))
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        request = json.dumps({"words": words, "env": dict(env), "cwd": os.getcwd()}).encode()
+        fds = array.array("i", [out_write, err_write])
+        self._link.sendmsg(
+            [len(request).to_bytes(4, "big") + request],
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)],
+        )
+        os.close(out_write)
+        os.close(err_write)
+        self._answers = self._link.makefile("r")
+        self.pid = int(self._answers.readline())
+        self.args = words
+        self.returncode: int | None = None
+        self._ended = threading.Event()
+        self._texts = ["", ""]
+        self._threads = [
+            threading.Thread(target=self._read, args=(i, fd), daemon=True)
+            for i, fd in enumerate((out_read, err_read))
+        ]
+        self._threads.append(threading.Thread(target=self._reap, daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self, index: int, fd: int) -> None:
+        with open(fd, errors="replace") as stream:
+            self._texts[index] = stream.read()
+
+    def _reap(self) -> None:
+        line = self._answers.readline()
+        self.returncode = int(line) if line else -signal.SIGKILL
+        self._ended.set()
+
+    def poll(self) -> int | None:
+        return self.returncode if self._ended.is_set() else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not self._ended.wait(timeout):
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        assert self.returncode is not None
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        for thread in self._threads:
+            thread.join(timeout)
+        return self._texts[0], self._texts[1]
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+_socket: Path | None = None
+
+
+def _parent() -> Path:
+    """The socket of the parent, which is started on first use and ends with this process."""
+    global _socket
+    if _socket is None:
+        path = Path(tempfile.mkdtemp(prefix="simpo-forks-")) / "socket"
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(path)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        atexit.register(process.kill)
+        while not path.exists():
+            assert process.poll() is None, "the parent of forked runs died"
+            time.sleep(0.01)
+        _socket = path
+    return _socket
+
+
+# What follows runs in the parent and in what it forks.
+
+
+class ForkedPopen:
+    """`subprocess.Popen` for a process that this one forks: only what simpo asks of it."""
+
+    def __init__(self, command, env=None, stdout=None, stderr=None, start_new_session=False, **_):  # type: ignore[no-untyped-def]
+        self.args = command
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            if start_new_session:
+                os.setsid()
+            streams = [s.fileno() if hasattr(s, "fileno") else s for s in (stdout, stderr)]
+            _become(command[1:], dict(env or os.environ), os.getcwd(), streams)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + (timeout if timeout is not None else 1e9)
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            time.sleep(0.005)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _become(words: list[str], env: dict[str, str], cwd: str, streams: list[int | None]) -> NoReturn:
+    """Go on as `python WORDS`, where they are -m and a module of ours."""
+    code = 1
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for target, stream in enumerate(streams, start=1):
+            if stream is not None:
+                os.dup2(stream, target)
+        menus = os.environ["SIMPO_MENUS"]  # set where simpo is imported
+        os.environ.clear()
+        os.environ.update(env | {"SIMPO_MENUS": menus})
+        os.chdir(cwd)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        name = f"rank-{env['RANK']}" if "RANK" in env else "run"
+        ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
+        assert words[0] == "-m", words
+        import simpo.processes
+
+        simpo.processes.subprocess = _ForkingSubprocess  # type: ignore[attr-defined]
+        sys.argv = [words[1], *words[2:]]
+        warnings.filterwarnings("ignore", message=".* found in sys.modules after import")
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class _ForkingSubprocess:
+    Popen = ForkedPopen
+    TimeoutExpired = subprocess.TimeoutExpired
+
+
+def _serve(path: str) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import deepspeed  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import peft  # noqa: F401
+    import torch.distributed.checkpoint  # noqa: F401
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+
+    import simpo.export
+    import simpo.member
+    import simpo.rank
+    import simpo.train  # noqa: F401
+
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{path}.part")
+    listener.listen(64)
+    os.rename(f"{path}.part", path)
+    children: dict[int, socket.socket] = {}
+    listener.settimeout(0.005)
+    while True:
+        while children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            link = children.pop(pid)
+            link.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+            link.close()
+        try:
+            link, _ = listener.accept()
+        except TimeoutError:
+            continue
+        link.setblocking(True)
+        data, ancillary, _, _ = link.recvmsg(65536, socket.CMSG_SPACE(8))
+        fds = array.array("i", ancillary[0][2]).tolist()
+        size = int.from_bytes(data[:4], "big")
+        while len(data) < 4 + size:
+            data += link.recv(65536)
+        request: dict[str, Any] = json.loads(data[4:])
+        pid = os.fork()
+        if pid == 0:
+            listener.close()
+            link.close()
+            for other in children.values():
+                other.close()
+            _become(request["words"], request["env"], request["cwd"], fds)
+        for fd in fds:
+            os.close(fd)
+        link.sendall(f"{pid}\n".encode())
+        children[pid] = link
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

@@ -29,7 +29,21 @@ from typing import Any, NoReturn
 PR_SET_NAME = 15
 
 
-class Forked:
+class _Signalled:
+    """A process that is sent signals as long as its `poll` says that it runs."""
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Forked(_Signalled):
     """What `subprocess.Popen` is to a started process: pid, poll, wait, communicate, signals."""
 
     def __init__(self, words: list[str]) -> None:
@@ -84,16 +98,6 @@ class Forked:
             thread.join(timeout)
         return self._texts[0], self._texts[1]
 
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
 
 _socket: Path | None = None
 
@@ -118,7 +122,7 @@ def _parent() -> Path:
 # What follows runs in the parent and in what it forks.
 
 
-class ForkedPopen:
+class ForkedPopen(_Signalled):
     """`subprocess.Popen` for a process that this one forks: only what simpo asks of it."""
 
     def __init__(self, command, env=None, stdout=None, stderr=None, start_new_session=False, **_):  # type: ignore[no-untyped-def]
@@ -148,16 +152,6 @@ class ForkedPopen:
             time.sleep(0.005)
         assert self.returncode is not None
         return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
 
 def _become(words: list[str], env: dict[str, str], cwd: str, streams: list[int | None]) -> NoReturn:

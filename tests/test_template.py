@@ -28,10 +28,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from simpo import console, export, run_folder
 from simpo.compose import compose_run
 from simpo.config import TEMPLATES, Compat, ModelConfig, OnBadRow, OnPolicyConfig
-from simpo.data.chat import Chat, tokenize_set
+from simpo.data.chat import Chat
 from simpo.data.checks import kept_as_the_original, placed_ids, refuse_unknown_ids
 from simpo.data.rows import RowFault
 from simpo.data.template import NEEDED_TOKENS, Template, use_template
+from simpo.data.token_cache import tokenize_set
 from simpo.errors import ConfigError, DataError, RunError
 from simpo.on_policy import draw
 from simpo.on_policy.draw import generate

@@ -16,7 +16,6 @@ from simpo.data.mixture import SplitReport
 from simpo.data.plan import TrainPlan
 from simpo.errors import DamagedError
 from simpo.model import Policy
-from simpo.optim import rate_notes
 from simpo.records import read_replies
 from simpo.tables import SHOWN, markdown_table
 
@@ -53,7 +52,6 @@ def start_lines(
         run.loss.formula(),
         "",
         *data_lines(table, train_set, plan),
-        *rate_notes(run.train, plan),
     ]
 
 

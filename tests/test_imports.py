@@ -25,13 +25,15 @@ data.sources data.template processes
 data.mixture data.paper model
 data.chat backend.base cost probe
 data.checks data.token_cache
-backend.fsdp backend.zero
+data.loader backend.fsdp backend.zero
 backend
 checkpoint console reference sample step
 run_folder
 card
 upload
-export
+export history
+setup
+loop
 on_policy.files runs stages train
 compare member on_policy.draw on_policy.score published rank
 annotate generate launcher page preview

@@ -1,0 +1,181 @@
+"""Everything a run needs before its first step, built and checked.
+
+What is cheap comes first: the data before the run's folder, the folder before the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from simpo import console, cost, export
+from simpo.backend import Backend, build_backend
+from simpo.checkpoint import CheckpointStore
+from simpo.config import RunConfig, check_training
+from simpo.data.chat import Chat, pairs_fingerprint
+from simpo.data.checks import kept_as_the_original, placed_ids, refuse_unknown_ids
+from simpo.data.loader import LoadedData, PackedSet, load_data
+from simpo.data.plan import TrainPlan, build_plan
+from simpo.errors import ConfigError
+from simpo.model import Policy, load_policy, load_tokenizer, num_embeddings
+from simpo.optim import build_optimizer, check_rates, check_updates, rate_notes, sampled_weights
+from simpo.probe import check_packing
+from simpo.reference import weights_fingerprint, with_reference
+from simpo.run_folder import RunFolder, environment, git_diff, template_date
+from simpo.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What `train` works with.
+
+    Attributes:
+        train, test: pairs to train on, and those held out.
+        policy: the model below `wrapped`, for its names, settings and replies.
+        wrapped: what is called in place of the policy (see `Backend.prepare`).
+        first_weights: some weights of each trained tensor before the first step.
+        origin: hash of all weights before the first step, where the loss has a reference.
+        start_lines: what a person is told before the first step.
+    """
+
+    backend: Backend
+    chat: Chat
+    train: PackedSet
+    test: PackedSet
+    plan: TrainPlan
+    folder: RunFolder
+    policy: Policy
+    wrapped: nn.Module
+    optimizer: Optimizer
+    store: CheckpointStore
+    flops: cost.Flops
+    first_weights: dict[str, Tensor]
+    origin: str
+    start_lines: tuple[str, ...]
+
+
+def set_up(run: RunConfig) -> Parts:
+    """Load data and model, find the run's folder, and refuse what could not be trained or saved.
+
+    Raises:
+        ConfigError, DataError: the settings or the data cannot be used.
+    """
+    cfg, cache_dir = run.train, Path(run.cache_dir).expanduser()
+    backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
+    check_training(run, backend.half)
+    today = backend.broadcast(template_date(run) if backend.is_main else None)
+    with backend.main_first("read and tokenised the data"):
+        chat = Chat(load_tokenizer(run.model, cache_dir, run.data.compat), today)
+        data = load_data(run, chat, cache_dir)
+    known = num_embeddings(run.model, cache_dir)
+    refuse_unknown_ids(chat, placed_ids(data.train, data.test), known)
+    train, test = (
+        PackedSet(tokens, cfg, backend.rank, backend.processes)
+        for tokens in (data.train, data.test)
+    )
+    plan = build_plan(len(train), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
+    check_rates(cfg, plan)
+    folder = _find_folder(run, backend)
+    _write_records(run, folder, chat, data, str(backend))
+    policy = load_policy(
+        run.model,
+        cache_dir,
+        backend.device,
+        cfg.seed,
+        half=backend.half,
+        share_prefix=cfg.share_prefix,
+    )
+    check_packing(policy, backend.half, [*data.train.tokens, *data.test.tokens], cfg.tokens_per_row)
+    first_weights = sampled_weights(policy.model)
+    check_updates(cfg, first_weights)
+    start_lines = (
+        *console.start_lines(run, policy, str(backend), data.mixture.table, data.train, plan),
+        *_plan_costs(run, backend, policy, plan, train),
+        *rate_notes(cfg, plan),
+        *console.token_notes(run, chat, data.mixture.table, data.train),
+        *export.check_end(run, backend, policy, chat, folder.path),
+        *folder.notes,
+        *data.mixture.notes,
+    )
+    flops = cost.Flops(policy)
+    origin = weights_fingerprint(policy) if run.loss.needs_reference and backend.is_main else ""
+    wrapped, optimizer = backend.prepare(policy, build_optimizer(policy, cfg))
+    store = CheckpointStore(
+        folder.path / "checkpoints",
+        cfg.keep_checkpoints,
+        backend,
+        background=getattr(run.backend, "async_save", False),
+    )
+    return Parts(
+        backend, chat, train, test, plan, folder, policy, wrapped, optimizer, store, flops,
+        first_weights, origin, start_lines,
+    )  # fmt: skip
+
+
+def _find_folder(run: RunConfig, backend: Backend) -> RunFolder:
+    """The folder that rank 0 finds or makes, for all processes."""
+    own = RunFolder(run) if backend.is_main else None
+    path = backend.broadcast(own.path if own else None)
+    folder = own or RunFolder(run, followed=path)
+    if folder.finished:
+        raise ConfigError([f"run_dir: {folder.path} holds a finished run (choose another)"])
+    return folder
+
+
+def _write_records(
+    run: RunConfig, folder: RunFolder, chat: Chat, data: LoadedData, machine: str
+) -> None:
+    folder.write_data(
+        {
+            "mixture": console.mixture_rows(data.mixture.table),
+            "notes": data.mixture.notes,
+            "train_tokens": asdict(data.train.report),
+            "test_tokens": asdict(data.test.report),
+            "train_fingerprint": pairs_fingerprint(data.train.pairs),
+            "test_fingerprint": pairs_fingerprint(data.test.pairs),
+            "template_sha256": chat.template_sha256,
+            "template_date": chat.template.date and chat.template.date.isoformat(),
+            "kept_as_the_original": kept_as_the_original(chat, data.train, run.data),
+            "tokens_fingerprint": data.train.fingerprint(),
+        }
+    )
+    folder.write_json("environment.json", environment(machine))
+    folder.write_bytes("git.diff", git_diff())
+
+
+def _plan_costs(
+    run: RunConfig, backend: Backend, policy: Policy, plan: TrainPlan, train: PackedSet
+) -> list[str]:
+    """What is told of the rows and the memory of a step, which must fit the device."""
+    cfg = run.train
+    planned = cost.layout(plan, train.num_tokens, cfg.tokens_per_row, backend.processes)
+    memory = cost.estimate_memory(
+        policy,
+        planned.largest_row_tokens,
+        backend.half,
+        run.model.gradient_checkpointing,
+        backend.weight_shards,
+        backend.state_shards,
+    )
+    if cfg.check_memory:
+        cost.check_memory(memory, backend.device, backend.processes_here)
+    return [console.layout_line(planned), f"memory about {memory}"]
+
+
+def with_references(run: RunConfig, parts: Parts, tracker: Tracker) -> Parts:
+    """Score all pairs under the model that the run starts from, before a checkpoint is read."""
+    tracker.say(f"reference: {len(parts.train) + len(parts.test)} pairs ...")
+    origin = parts.backend.broadcast(parts.origin)
+    cache_dir = Path(run.cache_dir).expanduser()
+    train, test = (
+        packed.holding(
+            with_reference(
+                parts.wrapped, packed.data, packed.rows(), origin, cache_dir, parts.backend
+            )
+        )
+        for packed in (parts.train, parts.test)
+    )
+    return replace(parts, train=train, test=test)

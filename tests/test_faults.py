@@ -307,7 +307,7 @@ def test_a_slow_rank_0(settings: list[str], tmp_path: Path) -> None:
     slow = tmp_path / "slow.jinja"
     loop = "{%- for i in range(8) %}{%- for j in range(20000) %}{%- endfor %}{%- endfor %}"
     slow.write_text(loop + (TEMPLATES / "chatml.jinja").read_text())
-    short = [*settings, *TWO, "backend.timeout_s=2", "train.max_steps=1", "train.eval_every=0"]
+    short = [*settings, *TWO, "backend.timeout_s=2", "train.max_steps=2", "train.eval_every=0"]
     message = run([*short, f"model.chat_template={slow}", f"run_dir={tmp_path / 'run'}"])
     assert (
         "wait   the other processes go on when rank 0 has read and tokenised the data\n" in message
@@ -353,7 +353,8 @@ def test_the_disk_is_full(kind: str, settings: list[str], small_disk: Path) -> N
 def test_metrics_on_a_full_disk(settings: list[str], tmp_path: Path) -> None:
     """A run whose files may not grow says which folder wants room, in one line."""
     folder = tmp_path / "run"
-    process = start([*settings, "train.checkpoint_every=0", f"run_dir={folder}"])
+    nothing_else = ["train.checkpoint_every=0", "train.eval_every=0"]
+    process = start([*settings, *nothing_else, f"run_dir={folder}"])
     wait_for(logged(folder, 2), process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
     message = finish(process, code=1)
@@ -407,13 +408,17 @@ def test_a_damaged_checkpoint(kind: str, damage: str, settings: list[str], tmp_p
 def test_a_loss_that_is_not_finite(
     kind: str, settings: list[str], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """The embedding of one word of one pair is no number: the step with that pair is not taken."""
+    """What one word of one pair is computed to is no number: the step with that pair is not taken.
+
+    The length of a zero embedding is divided by, which is NaN; weights that are NaN are refused.
+    """
     poisoned = tmp_path / "poisoned"
     shutil.copytree(tiny_folder, poisoned)
     (token,) = AutoTokenizer.from_pretrained(poisoned).encode("~", add_special_tokens=False)
     model = AutoModelForCausalLM.from_pretrained(poisoned)
     with torch.no_grad():
-        model.model.embed_tokens.weight[token] = float("nan")
+        model.model.embed_tokens.weight[token] = 0.0
+    model.config.rms_norm_eps = 0.0
     model.save_pretrained(poisoned)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     rows[16]["chosen"][-1]["content"] += " ~"

@@ -275,16 +275,14 @@ def is_free(handle: IO[str], kind: int) -> bool:
 
 
 def refuse_unwritable(run: RunConfig) -> None:
-    """Do nothing, if the folder of a run can be made.
+    """Do nothing, if this user may make the folder of a run.
 
     Raises:
-        ConfigError: something else lies in its place, or this user may not write there.
+        ConfigError: this user may not. (The settings' own rules tell whether a folder can be there.)
     """
     key = "output_dir" if run.run_dir is None else "run_dir"
     wanted = _parent(run) if run.run_dir is None else Path(run.run_dir).expanduser().absolute()
     above = next(path for path in (wanted, *wanted.parents) if os.path.lexists(path))
-    if not os.path.isdir(above):
-        raise ConfigError([f"{key}: {above} is not a folder (choose another)"])
     if not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError([f"{key}: this user may not write in {above} (choose another)"])
 

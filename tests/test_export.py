@@ -145,7 +145,9 @@ def test_merge(quantization: str, tiny_run: list[str], wide_folder: Path, tmp_pa
 
     ids = torch.arange(3, 60)[None]
     expected = merged_by_hand(str(wide_folder), run_dir / "model")(ids).logits
-    torch.testing.assert_close(merged(ids).logits.double(), expected, rtol=1e-5, atol=1e-5)
+    # In float64, or the rounding of a forward would be all there is to see.
+    whole = AutoModelForCausalLM.from_pretrained(run_dir / "model-merged", dtype=torch.float64)
+    torch.testing.assert_close(whole(ids).logits, expected, rtol=1e-5, atol=1e-5)
     base = AutoModelForCausalLM.from_pretrained(wide_folder)
     assert (base(ids).logits - merged(ids).logits).abs().max() > 0.01
 
@@ -286,7 +288,7 @@ def test_settings_without_sampling_are_no_end(
     settings = {"temperature": 0.9, "top_p": 0.6}
     base = odd_base(tiny_folder, tmp_path / "base", "generation_config.json", settings)
     more = [f"model.path={base}", f"model.lora.rank={rank}", f"run_dir={tmp_path}/run"]
-    train(compose_run([*tiny_run, *more, "train.max_steps=1"]))
+    train(compose_run([*tiny_run, *more, "train.max_steps=2"]))
     model, note = tmp_path / "run/model", "saved without temperature, top_p: with"
     assert (note in capsys.readouterr().out) is (rank == 0)
     if rank:
@@ -325,7 +327,7 @@ def test_a_tokenizer_without_eos_and_pad(
         for key in keys:
             del settings[key]
         (base / name).write_text(json.dumps(settings))
-    more = [f"model.path={base}", f"run_dir={tmp_path}/run", "train.max_steps=1"]
+    more = [f"model.path={base}", f"run_dir={tmp_path}/run", "train.max_steps=2"]
     train(compose_run([*tiny_run, *more]))
     saved = json.loads((tmp_path / "run/model/generation_config.json").read_text())
     assert saved["eos_token_id"] == [2] and "pad_token_id" not in saved
@@ -337,14 +339,18 @@ def test_a_tokenizer_without_eos_and_pad(
         (
             "generation_config.json",
             {"max_new_tokens": "9"},
-            "'<=' not supported between instances of 'str' and 'int'",
+            "TypeError: '<=' not supported between instances of 'str' and 'int'",
         ),
         (
             "generation_config.json",
             {"watermarking_config": "x"},
-            "'str' object has no attribute 'validate'",
+            "AttributeError: 'str' object has no attribute 'validate'",
         ),
-        ("config.json", {"use_cache": "x"}, "Validation error for field 'use_cache':"),
+        (
+            "config.json",
+            {"use_cache": "x"},
+            "StrictDataclassFieldValidationError: Validation error for field 'use_cache':",
+        ),
     ],
 )
 def test_settings_that_transformers_cannot_read(
@@ -408,7 +414,7 @@ def test_room_is_asked_for_first(
     """A full run takes its weights, and thrice as much for a checkpoint, unless one is there."""
     free = 2**40
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    overrides = [*tiny_run, f"run_dir={tmp_path}/run", "train.max_steps=1"]
+    overrides = [*tiny_run, f"run_dir={tmp_path}/run", "train.max_steps=2"]
     num_bytes = 40_096 * 4
     free = 4 * num_bytes - 1
     assert refused(overrides) == (

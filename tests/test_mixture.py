@@ -372,7 +372,7 @@ def test_overlap_of_train_and_test(folder):
 
 def test_a_run_says_what_looks_wrong(tiny_run, tmp_path, capsys):
     """In its start lines and in data.json; and what it found of its caches."""
-    run = [*tiny_run, "train.max_steps=1", "sample.num_prompts=0"]
+    run = [*tiny_run, "train.max_steps=2", "sample.num_prompts=0"]
     for name in ("train", "test"):
         with (tmp_path / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(rows("both", 1)[0] | {"score_chosen": 1}) + "\n")

@@ -132,7 +132,7 @@ def distance(some: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> f
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_for_each_response_gives_the_same(family: str, backend: Backend) -> None:
     """train.share_prefix=false: transformers' own attention on packed sequences."""
-    shared = tiny_model(family)
+    shared = tiny_model(family, dtype=torch.float64)
     pairs = random_pairs(np.random.default_rng(8), 4, longest=20)
     expected, metrics = gradients_of_step(Policy(shared), rows_of(pairs, 90), LOSSES[0], backend)
     shared.set_attn_implementation("eager")

@@ -25,7 +25,7 @@ from real_tokenizers import (
 from test_families import DIALOGUES, FAMILY_TEMPLATES
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from simpo import console, export, run_folder
+from simpo import console, loop, run_folder
 from simpo.compose import compose_run
 from simpo.config import TEMPLATES, Compat, ModelConfig, OnBadRow, OnPolicyConfig
 from simpo.data.chat import Chat
@@ -428,7 +428,7 @@ def test_a_run_keeps_the_date_of_its_start(
 
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "date", on("2026-01-01"))
-        patch.setattr(export, "save_model", fail)
+        patch.setattr(loop, "finite_update", fail)
         with pytest.raises(RunError, match="cut off"):
             train(run)
     monkeypatch.setattr(run_folder, "date", on("2026-01-02"))

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import simpo.step
 from simpo.compose import compose_run
 from simpo.config import WatchConfig
-from simpo.errors import ConfigError
-from simpo.train import RunError, train
+from simpo.errors import ConfigError, RunError
+from simpo.train import train
 from simpo.watch import CollapseWatch
 
 REMEDY = "lower train.learning_rate, raise loss.beta or add loss.sft_weight"

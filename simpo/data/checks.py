@@ -39,7 +39,7 @@ def refuse_unknown_ids(
     def token(number: int) -> str:
         return f"{chat.tokenizer.convert_ids_to_tokens(number)} has id {number:,}"
 
-    for number in (chat.end_id, int(chat.tokenizer.pad_token_id)):
+    for number in filter(None, (chat.end_id, chat.tokenizer.pad_token_id)):
         if number >= num_embeddings:
             raise ConfigError([f"model.tokenizer: its token {token(number)}, {lacks} {remedy}"])
     for place, ids in rows:

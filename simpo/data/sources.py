@@ -93,7 +93,7 @@ def _json(path: Path) -> Iterator[Any]:
     try:
         yield from _value(text)
     except RowFault as fault:
-        raise ValueError(str(fault)) from fault
+        raise ValueError(str(fault)) from None  # the reason itself, not what led to it
 
 
 def _parquet(path: Path) -> Iterator[Any]:

@@ -300,8 +300,15 @@ def _arguments(words: Sequence[str]) -> tuple[Path, dict[str, str]]:
     Raises:
         ConfigError: they are not what can be done; the usage where nothing is asked for.
     """
-    folders = [word for word in words if "=" not in word]
-    options = dict(word.split("=", 1) for word in words if "=" in word)
+    options: dict[str, str] = {}
+    folders: list[str] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        # A folder's name may hold an = itself, as those of a sweep's members do: loss.beta=2.
+        if equals and key.isidentifier() and not Path(word).is_dir():
+            options[key] = value
+        else:
+            folders.append(word)
     if len(folders) != 1 or not options:
         raise ConfigError([USAGE])
     problems = [

@@ -98,7 +98,8 @@ def _note_start(folder: Path) -> None:
     if restarts := int(os.environ.get("SLURM_RESTART_COUNT", "0")):
         with suppress(DamagedError):  # a report tells it; the run goes on
             job = last_job(folder)
-            note_job(folder, folder / job["log"], id=job["id"], restarts=restarts)
+            if "id" in job:
+                note_job(folder, folder / job["log"], id=job["id"], restarts=restarts)
 
 
 def requeue_before_limit() -> None:

@@ -308,7 +308,7 @@ def _failure(failed: dict[int, int], folder: Path, stopped_code: int) -> BaseExc
     # Rank 0 has said itself what stopped it, and the others say the same.
     said = 0 in failed and not log_file(folder, 0).is_file()
     text = "" if said else "\n".join(lines)
-    return Stopped(text, code) if code == stopped_code else RunError(text, min(code, 2))
+    return Stopped(text, code) if code == stopped_code else RunError(text, 2 if code == 2 else 1)
 
 
 def _environment(

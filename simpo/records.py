@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -250,7 +251,7 @@ def last_job(folder: Path) -> dict[str, Any]:
     """The newest line of a run's jobs.jsonl; empty where it was not launched.
 
     Raises:
-        DamagedError: it names no log, or neither a job nor a process.
+        DamagedError: its last line names no log, or a job or process that cannot be.
     """
     path = folder / "jobs.jsonl"
     remedy = "mend its last line, or remove the file if no job of this run is under way"
@@ -268,6 +269,8 @@ def last_job(folder: Path) -> dict[str, Any]:
             isinstance(job.get(key, default), type(default))
             for key, default in (("log", ""), ("id", ""), ("pid", 0), ("restarts", 0))
         )
+        and re.fullmatch(r"(\d+(_\d+)?)?", job.get("id", ""), re.ASCII)
+        and job.get("pid", 0) >= 0
     )
     if not known:
         raise DamagedError(path, f"line {len(lines)} is not a line about a job", remedy)

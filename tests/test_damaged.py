@@ -27,6 +27,7 @@ from simpo.compare import compare
 from simpo.compose import compose_run
 from simpo.config import RunConfig
 from simpo.errors import ConfigError, DamagedError, RunError, SimpoError, Stopped
+from simpo.member import _note_start
 from simpo.page import render
 from simpo.report import text
 from simpo.run_folder import RunFolder, git_diff, refuse_unwritable, write_text
@@ -346,6 +347,18 @@ REPLIES = "restore it, or remove it: no number depends on it"
             "of this run is under way)",
         ),
         (
+            "jobs.jsonl",
+            '{"log": "log.txt", "pid": -2345}\n',
+            "line 1 is not a line about a job (mend its last line, or remove the file if no job "
+            "of this run is under way)",
+        ),
+        (
+            "jobs.jsonl",
+            '{"log": "log.txt", "id": "12\\u0000"}\n',
+            "line 1 is not a line about a job (mend its last line, or remove the file if no job "
+            "of this run is under way)",
+        ),
+        (
             "run.yaml",
             "[",
             "not the settings of a run (ParserError) (restore it, or remove it: the run's own "
@@ -380,6 +393,17 @@ def test_a_damaged_run_beside_others(
     assert bad.keys() == good.keys()
     assert (bad["state"], bad["note"]) == ("damaged", f"{folder}/{name}: {fault}")
     assert '<span class="state damaged">damaged</span>' in render(report)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", '{"log": "log.txt"}\n'])
+def test_a_requeued_job_runs_without_its_records(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    if text is not None:
+        (tmp_path / "jobs.jsonl").write_text(text)
+    _note_start(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ([] if text is None else [text])
 
 
 def test_nothing_but_damaged_runs(template: Template, tmp_path: Path) -> None:

@@ -196,6 +196,9 @@ def test_merge(quantization: str, tiny_run: list[str], wide_folder: Path, tmp_pa
         (["here", "merge=true", "mrege=1"], "mrege: no such key (export has merge, output, "),
         (["here", "merge=true", "dtype=fp8"], "dtype: must be one of auto, float32, bfloat16, got"),
         (["nowhere", "merge=true"], "RUN: no such folder, got nowhere\n"),
+        (["sweep/loss.beta=2", "merge=true"], "RUN: no such folder, got sweep/loss.beta=2\n"),
+        (["loss=ipo", "merge=true"], "RUN: must hold an adapter, got loss=ipo (no loss=ipo/adapt"),
+        (["loss.beta=2", "merge=true"], "RUN: must hold an adapter, got loss.beta=2 (no loss.be"),
         (
             ["here", "merge=true"],
             "RUN: must hold an adapter, got here (no here/adapter_config.json",
@@ -210,7 +213,8 @@ def test_merge_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "here").mkdir()
+    for name in ("here", "loss=ipo", "loss.beta=2"):
+        (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["export", *arguments])
     with pytest.raises(SystemExit) as exit:

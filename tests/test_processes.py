@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from simpo.config import BackendConfig, DdpConfig, SingleConfig
-from simpo.errors import ConfigError, LostError
-from simpo.processes import in_touch, to_start
+from simpo.errors import ConfigError, LostError, RunError, Stopped
+from simpo.processes import LOST, _failure, in_touch, log_file, to_start
 
 START = "(start with torchrun or srun, or unset WORLD_SIZE)"
 TORCHRUN = {
@@ -112,6 +113,22 @@ def test_others_that_do_not_answer(environment: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(RuntimeError, match="shapes"), in_touch():
         raise RuntimeError("shapes do not match")
+
+
+def test_exit_codes_of_runs_whose_ranks_fail(tmp_path: Path) -> None:
+    """Settings and data alone give 2: ranks that lost each other are a failed run."""
+    for rank in (0, 1):
+        log_file(tmp_path, rank).write_text(f"rank {rank}: the other processes do not answer\n")
+    for codes, exit_code, kind in (
+        ({0: LOST, 1: LOST}, 1, RunError),
+        ({1: 1}, 1, RunError),
+        ({1: 2}, 2, RunError),
+        ({1: 120}, 1, RunError),
+        ({0: 75, 1: 75}, 75, Stopped),
+    ):
+        error = _failure(codes, tmp_path, stopped_code=75)
+        assert type(error) is kind and error.exit_code == exit_code, codes
+        assert "rank 1: the other processes do not answer" in str(error)
 
 
 def test_signals_through_the_life_of_a_process() -> None:

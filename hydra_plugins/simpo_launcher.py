@@ -6,6 +6,7 @@ Hydra imports this at every start, so it imports next to nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -26,7 +27,14 @@ class SimpoLauncher(Launcher):
     """Composes each member of a sweep here and now, and has it run as `launcher` says."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        from simpo.errors import unwritable
+
         self._loader, self._config = hydra_context.config_loader, config
+        folder = config.hydra.sweep.dir
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)  # as Hydra does next, unguarded
+        except OSError as error:
+            raise unwritable(error.filename or folder, error) from error
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

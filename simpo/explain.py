@@ -47,10 +47,11 @@ def explain(overrides: Sequence[str], multirun: bool = False, menu: Menu = CONF)
     """Every fault of overrides; sweeps (only meant so with `multirun`) are tried by value."""
     if searchpath := tuple(word for word in overrides if word.startswith(SEARCHPATH)):
         menu = replace(menu, searchpath=searchpath)
+    if searchpath or menu.config_name != CONF.config_name:
         try:
             menu.compose([])
         except NotComposedError as error:
-            return [f"{SEARCHPATH[:-1]}: {error}"]
+            return [f"{SEARCHPATH[:-1] if searchpath else '--config-name'}: {error}"]
     sweeper, problems = _sweeper(menu, overrides) if multirun else (None, [])
     # A group decides which keys exist, so groups are settled first.
     groups: dict[str, list[Override]] = {}
@@ -374,8 +375,8 @@ def _unknown(base: DictConfig, key: str) -> str:
         near = [names[name] for name in close]
     if near:
         return f"no such key (did you mean {' or '.join(near)}?)"
-    names_here = ", ".join(k.rpartition(".")[2] for k in beside)
-    return f"no such key ({section or 'the top level'} has {names_here})"
+    here = section or ("the top level" if "train" in known else "an item")
+    return f"no such key ({here} has {', '.join(k.rpartition('.')[2] for k in beside)})"
 
 
 def _choices_with(key: str) -> list[str]:

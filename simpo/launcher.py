@@ -37,7 +37,7 @@ from simpo.config import (
     holds_secret,
     run_yaml,
 )
-from simpo.errors import ConfigError, RunError, Stopped
+from simpo.errors import ConfigError, RunError, Stopped, unwritable
 from simpo.member import SlurmMember
 from simpo.run_folder import new_folder, refuse_other_settings, unfinished_folders, write_text
 from simpo.runs import NOT_WELL, UNDER_WAY, State, note_job, read_progress, read_runs
@@ -89,6 +89,10 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
         Stopped: a signal stopped the members here, after they had saved.
     """
     config = members[0].run.launcher
+    if any(member.run.launcher != config for member in members):
+        raise ConfigError(
+            ["launcher: members are launched together (one value for each of its settings)"]
+        )
     # What is being submitted or started is to be undone, or told to save.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sweep is None:
@@ -173,7 +177,11 @@ def _placed(member: Member, folder: Path) -> Member:
 
 @contextmanager
 def _prepared(members: Sequence[Member], folder: Path) -> Iterator[None]:
-    """Settings and command in each member's folder; what is new goes again if nothing starts."""
+    """Settings and command in each member's folder; what is new goes again if nothing starts.
+
+    Raises:
+        RunError: a file or folder cannot be written.
+    """
     new = [path for path in (folder, *(m.path for m in members)) if not path.exists()]
     try:
         for member in members:
@@ -184,6 +192,10 @@ def _prepared(members: Sequence[Member], folder: Path) -> Iterator[None]:
             write_text(member.path / "command.txt", shlex.join(command) + "\n", private)
             write_text(member.path / "run.yaml", run_yaml(member.run), private)
         yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise unwritable(error.filename, error) from error
     finally:
         if not any((member.path / "jobs.jsonl").is_file() for member in members):
             for path in new:

@@ -112,6 +112,9 @@ def requeue_before_limit() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        print("python -m simpo.member FOLDER", file=sys.stderr)
+        sys.exit(2)
     end_with_parent()
     code, _ = run_member(Path(sys.argv[1]))
     sys.stdout.flush()

@@ -278,11 +278,13 @@ def refuse_unwritable(run: RunConfig) -> None:
     """Do nothing, if this user may make the folder of a run.
 
     Raises:
-        ConfigError: this user may not. (The settings' own rules tell whether a folder can be there.)
+        ConfigError: this user may not, or something else lies in its place.
     """
     key = "output_dir" if run.run_dir is None else "run_dir"
     wanted = _parent(run) if run.run_dir is None else Path(run.run_dir).expanduser().absolute()
     above = next(path for path in (wanted, *wanted.parents) if os.path.lexists(path))
+    if not os.path.isdir(above):  # a link to nowhere; the settings' own rules tell the rest
+        raise ConfigError([f"{key}: {above} is not a folder (choose another)"])
     if not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError([f"{key}: this user may not write in {above} (choose another)"])
 

@@ -142,10 +142,10 @@ def check_login(config: TrackerConfig) -> None:
         return
     import wandb
 
-    wandb.setup(wandb.Settings(silent=True))
     try:
+        wandb.setup(wandb.Settings(silent=True))
         found, reason = wandb.login(prompt=False), "no login"
-    except wandb.errors.Error as error:
+    except Exception as error:  # pydantic's, too, of the WANDB_... variables
         found, reason = False, first_line(error)
     if not found:
         raise ConfigError(

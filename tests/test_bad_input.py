@@ -600,6 +600,17 @@ def test_words_of_the_other_commands(own_menu, monkeypatch, capsys):
         ),
         (["--config-dir", "nowhere"], "--config-dir: no such folder, got nowhere"),
         (
+            ["--config-name", "nowhere", "loss.beta=2"],
+            "--config-name: Cannot find primary config 'nowhere'. Check that it's in your config "
+            "search path.",
+        ),
+        (
+            ["data.sources=[{path: x, wieght: 2, column: a}]"],
+            "data.sources[0].wieght: no such key (did you mean weight?)\n"
+            "data.sources[0].column: no such key (an item has path, subset, revision, train_split, "
+            "test_split, test_path, weight, num_pairs)",
+        ),
+        (
             ["-m", "loss.beta=interval(1,2)"],
             f"loss.beta: interval(1,2) needs {OPTUNA} (list values: loss.beta=a,b)",
         ),

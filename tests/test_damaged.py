@@ -496,20 +496,14 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 def test_where_no_folder_can_be_made(tmp_path: Path, mounted: Callable[[str], Path]) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
     disk = mounted("ro")
+    other, none = "(choose another)", f"must be a folder, but {tmp_path}/file is not one"
     for words, line in (
-        (
-            f"output_dir={tmp_path}/file",
-            f"output_dir: must be a folder, but {tmp_path}/file is not one",
-        ),
-        (
-            f"run_dir={tmp_path}/file/a/b",
-            f"run_dir: must be a folder, but {tmp_path}/file is not one",
-        ),
-        (
-            f"output_dir={disk}/a",
-            f"output_dir: this user may not write in {disk} (choose another)",
-        ),
+        (f"output_dir={tmp_path}/file", f"output_dir: {none}"),
+        (f"run_dir={tmp_path}/file/a/b", f"run_dir: {none}"),
+        (f"run_dir={tmp_path}/link/a", f"run_dir: {tmp_path}/link is not a folder {other}"),
+        (f"output_dir={disk}/a", f"output_dir: this user may not write in {disk} {other}"),
     ):
         with pytest.raises(ConfigError) as error:
             refuse_unwritable(compose_run([words]))

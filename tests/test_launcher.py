@@ -15,7 +15,7 @@ from whole_runs import assert_same_run, finish, logged, metrics_of, run, start, 
 
 from simpo.compose import compose_run
 from simpo.config import run_yaml
-from simpo.errors import ConfigError
+from simpo.errors import ConfigError, RunError
 from simpo.launcher import LONGEST_NAME, Member, launch, share_of_machine
 from simpo.runs import State, read_progress
 
@@ -131,6 +131,18 @@ def test_refused_before_anything_is_started(tmp_path: Path) -> None:
     assert str(error.value) == (
         "run_dir: members of a sweep have folders of their own, got here "
         "(launcher.sweep_dir is the sweep's)"
+    )
+    with pytest.raises(ConfigError) as error:
+        launch([member([], [f"launcher.parallel={number}"]) for number in (1, 2)], "x")
+    assert str(error.value) == (
+        "launcher: members are launched together (one value for each of its settings)"
+    )
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError) as failed:
+        launch([member([f"launcher.sweep_dir={tmp_path}/file"], ["loss.beta=2"])], "x")
+    assert str(failed.value) == (
+        f"{tmp_path}/file/loss.beta=2: Not a directory (something else lies in its place: move "
+        "that away)"
     )
     # The menu changed under a sweep that was begun.
     folder = tmp_path / "sweep" / "loss.beta=2"
@@ -255,6 +267,15 @@ def test_the_objective_reaches_sweepers_through_other_launchers(tiny_run: list[s
     command += ["objective.metric=rewards/margins", "objective.mode=min", "loss.beta=20,2"]
     output = run([*command, "train.max_steps=2", "train.eval_every=0"])
     assert "best   loss.beta=2: rewards/margins 0.0" in output
+
+
+def test_a_sweep_whose_folder_cannot_be_made(tmp_path: Path) -> None:
+    """Hydra makes it for its multirun.yaml, before any member is looked at."""
+    folder = tmp_path / "sweeps"
+    folder.write_text("")
+    assert run(["-m", "loss.beta=2,3", f"output_dir={tmp_path}"], code=1).strip() == (
+        f"{folder}: File exists (something else lies in its place: move that away)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,24 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("WANDB_API_KEY", "a" * 40 + "\n", "API key cannot start or end with whitespace"),
+        ("WANDB_BASE_URL", "not a url", "1 validation error for Settings"),
+    ],
+)
+def test_variables_that_cannot_be_are_told_in_a_line(
+    variable: str, value: str, reason: str, nobody: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as caught:
+        check_login(compose_run(["tracker=wandb"]).tracker)
+    assert str(caught.value) == (
+        f"tracker: wandb: {reason} (wandb login, or WANDB_API_KEY, or tracker.mode=offline)"
+    )
+
+
 def test_online_without_a_login_is_refused_before_anything_is_loaded(
     nobody: None, tiny_run: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

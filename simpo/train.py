@@ -112,8 +112,7 @@ def train(run: RunConfig) -> dict[str, float]:
         tracker.say(
             *parts.start_lines,
             *damaged,
-            *parts.train.data.notes,
-            *parts.test.data.notes,
+            *dict.fromkeys([*parts.train.data.notes, *parts.test.data.notes]),
             f"run    {folder.path}" + (f", continued after step {step}" if step else ""),
         )
         folder.write_status("running", step, plan.total_steps)

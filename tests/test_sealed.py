@@ -18,6 +18,7 @@ from real_tokenizers import as_lists, data_config, load_chat, make_pair, user
 
 from simpo import reference, smollm2
 from simpo.backend import build_backend
+from simpo.compose import compose_run
 from simpo.config import Precision, SingleConfig
 from simpo.data.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.packing import pack
@@ -25,6 +26,7 @@ from simpo.data.token_cache import tokenize_set
 from simpo.errors import ConfigError
 from simpo.model import Policy
 from simpo.sealed import entry_fault, find_entry, keep_entry, write_entry
+from simpo.train import train
 
 
 def write_text(folder: Path) -> None:
@@ -164,6 +166,15 @@ def test_tokens_without_a_cache(chat: Chat, tmp_path: Path) -> None:
     assert data.notes == (
         f"note   cache: {tmp_path}/file/tokenized cannot be written, not cached: Not a directory",
     )
+
+
+def test_a_run_says_once_that_it_has_no_cache(
+    tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "for" / "good")
+    train(compose_run([*tiny_run, f"cache_dir={tmp_path}/link", "sample.num_prompts=0"]))
+    told = f"note   cache: {tmp_path}/link/tokenized cannot be written, not cached: File exists\n"
+    assert capsys.readouterr().out.count(told) == 1
 
 
 # --- Reference -----------------------------------------------------------------------------------

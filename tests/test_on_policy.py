@@ -123,13 +123,18 @@ def test_other_weights_under_the_same_path_are_refused(
         "(restore it, or choose another on_policy.folder)"
     )
     assert lines(own / "responses.jsonl") == first
-    (own / "settings.json").write_text("")
+    for nothing in ("", "{}\n", "{}\n{}\n"):
+        (own / "settings.json").write_text(nothing)
+        with pytest.raises(ConfigError) as caught:
+            generate(drawing, *few)
+        assert str(caught.value) == (
+            f"on_policy.folder: the settings.json of the replies in {own} is missing or empty "
+            "(choose another on_policy.folder)"
+        )
+    (own / "settings.json").write_text(json.dumps(before | {"template_date": "x"}) + "\n")
     with pytest.raises(ConfigError) as caught:
         generate(drawing, *few)
-    assert str(caught.value) == (
-        f"on_policy.folder: the settings.json of the replies in {own} is missing or empty "
-        "(choose another on_policy.folder)"
-    )
+    assert str(caught.value).startswith(f"{key}: the replies in {own} were drawn with ")
 
 
 def test_a_model_of_the_hub_is_known_by_its_commit(
@@ -200,21 +205,46 @@ def test_a_full_disk_and_a_folder_that_cannot_be(
 @pytest.mark.parametrize(
     ("file", "line", "told"),
     [
-        ("prompts", '{"id": "a"}', "a line is no prompt (KeyError)"),
-        ("prompts", "[]", "a line is no JSON object"),
-        ("responses", '{"id": "a", "reply": "b"}', "a line is no reply"),
-        ("responses", "nothing", "not JSON lines: Expecting value: line 1 column 1 (char 0)"),
-        ("scores-rules", "\x00", "not JSON lines: Expecting value: line 1 column 1 (char 0)"),
+        ("prompts", '{"id": "a"}', "no prompt"),
+        ("prompts", '{"id": "a", "split": "x", "prompt": [{}], "rule": null}', "no prompt"),
+        ("prompts", '{"id": "a", "split": "test", "prompt": "b", "rule": null}', "no prompt"),
+        ("prompts", "[]", "no JSON object"),
+        ("responses", '{"id": "a", "reply": "b"}', "no reply"),
+        (
+            "responses",
+            '{"id": ["a"], "seed": 1, "response": "b", "tokens": 1, "ended": true}',
+            "no reply",
+        ),
+        (
+            "responses",
+            '{"id": "a", "seed": 1, "response": null, "tokens": 1, "ended": true}',
+            "no reply",
+        ),
+        ("responses", "nothing", "no JSON object"),
+        ("scores-rules", "\x00", "no JSON object"),
     ],
 )
 def test_damaged_files(folder: Path, file: str, line: str, told: str) -> None:
     path = folder / f"{file}.jsonl"
-    with path.open("a") as lines:
-        lines.write(f"{line}\n")
+    with path.open("a") as written:
+        written.write(f"{line}\n")
     with pytest.raises(ConfigError) as caught:
         annotate(folder, "rules")
-    remedy = "(remove the file)"
-    assert str(caught.value) == f"on_policy.folder: {path} is damaged: {told} {remedy}"
+    number = len(path.read_text().splitlines())
+    assert str(caught.value) == (
+        f"on_policy.folder: {path} is damaged: line {number} is {told} (remove that line)"
+    )
+
+
+@pytest.mark.parametrize("harm", [{"scores": 3}, {"scores": ["1", "2"]}, {"id": ["a"]}, {}])
+def test_scores_that_are_none_are_given_again(folder: Path, harm: dict[str, Any]) -> None:
+    annotate(folder, "rules")
+    pairs, file = lines(folder / "train.jsonl"), folder / "scores-rules.jsonl"
+    first, *others = lines(file)
+    damaged = first | harm if harm else {key: first[key] for key in first if key != "scores"}
+    file.write_text("".join(json.dumps(row) + "\n" for row in [damaged, *others]))
+    annotate(folder, "rules")
+    assert lines(folder / "train.jsonl") == pairs
 
 
 def test_a_reply_to_no_prompt(folder: Path) -> None:
@@ -447,7 +477,12 @@ def test_a_reward_model(folder: Path, tiny_folder: Path, tmp_path: Path) -> None
             "No module named 'no_such_module'",
         ),
         ("json:nothing", "on_policy.reward: json:nothing cannot be imported: module 'json' has no"),
-        ("./nothing", "on_policy.reward: ./nothing cannot be loaded: "),
+        ("", "on_policy.reward: required, but not given"),
+        ("./nothing", "on_policy.reward: no such folder, got ./nothing"),
+        (
+            "nobody/nothing",
+            "on_policy.reward: nobody/nothing cannot be loaded: it is not in the cache, and ",
+        ),
         (
             "my_rewards.py",
             "on_policy.reward: must not be a file, got my_rewards.py (a function is "

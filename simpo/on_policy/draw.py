@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -163,15 +164,17 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
 
 def _template_date(folder: Path) -> date:
     """The day that the chat template takes for today: that on which drawing began."""
-    (settings,) = read_lines(folder / "settings.json") or ({},)
-    written = settings.get("template_date")
-    return date.fromisoformat(written) if written else date.today()
+    settings = next(iter(read_lines(folder / "settings.json")), {})
+    try:
+        return date.fromisoformat(settings["template_date"])
+    except (KeyError, TypeError, ValueError):  # none, or a damaged one: refused as another setting
+        return date.today()
 
 
 def _refuse_other_settings(folder: Path, now: dict[str, Any]) -> None:
     file = folder / "settings.json"
     before = next(iter(read_lines(file)), None)
-    if before is None and read_responses(folder):
+    if not before and read_responses(folder):
         raise ConfigError(
             [
                 f"on_policy.folder: the settings.json of the replies in {folder} is missing or "
@@ -235,7 +238,7 @@ def _vllm(run: RunConfig, chat: Chat) -> Draw:
     source = model_source(run.model, Path(run.cache_dir).expanduser())
     model = LLM(
         model=source,
-        tokenizer=run.model.tokenizer or source,
+        tokenizer=os.path.expanduser(run.model.tokenizer or source),
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
         generation_config="vllm",  # not the model's: settings of our own only

@@ -23,8 +23,9 @@ from typing import Any
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from simpo import hub
 from simpo.config import RunConfig
-from simpo.errors import FULL, ConfigError, RunError, first_line
+from simpo.errors import FULL, ConfigError, RunError
 from simpo.pairs import Message
 from simpo.sealed import sha256
 
@@ -118,31 +119,49 @@ def model_content(key: str, source: str, revision: str | None, file: str = "conf
     if folder.is_dir():
         files = sorted(p for p in folder.iterdir() if p.name.endswith(MODEL_FILES))
         return content_hash([[path.name, path.stat().st_size, sha256(path)] for path in files])
+    hub.go_offline_if_unreachable()
     try:
         return str(extract_commit_hash(cached_file(source, file, revision=revision), None))
     except OSError as error:
-        raise ConfigError([f"{key}: {source} cannot be loaded: {first_line(error)}"]) from error
+        fault = hub.reason(error, source)
+        raise ConfigError([f"{key}: {source} cannot be loaded: {fault}"]) from error
 
 
 def read_prompts(folder: Path) -> list[Prompt]:
     """Raises: ConfigError, where a line is none that `simpo.generate` writes."""
     path = folder / "prompts.jsonl"
-    try:
-        return [
-            Prompt(row["id"], row["split"], tuple(row["prompt"]), row["rule"])
-            for row in read_lines(path)
-        ]
-    except (KeyError, TypeError) as error:
-        raise _damaged(path, f"a line is no prompt ({type(error).__name__})") from error
+    prompts = []
+    for number, row in enumerate(read_lines(path), start=1):
+        match row:
+            case {
+                "id": str(key),
+                "split": "train" | "test" as split,
+                "prompt": [{}, *_] as turns,
+                "rule": {} | None as rule,
+            }:
+                prompts.append(Prompt(key, split, tuple(turns), rule))
+            case _:
+                raise _damaged(path, number, "no prompt")
+    return prompts
 
 
 def read_responses(folder: Path) -> list[Response]:
     """Raises: ConfigError, where a line is none that `simpo.generate` writes."""
     path = folder / "responses.jsonl"
-    try:
-        return [Response(**row) for row in read_lines(path)]
-    except TypeError as error:
-        raise _damaged(path, "a line is no reply") from error
+    responses = []
+    for number, row in enumerate(read_lines(path), start=1):
+        match row:
+            case {
+                "id": str(),
+                "seed": int(),
+                "response": str(),
+                "tokens": int(),
+                "ended": bool(),
+            } if len(row) == 5:
+                responses.append(Response(**row))
+            case _:
+                raise _damaged(path, number, "no reply")
+    return responses
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -158,17 +177,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if len(whole) < len(text):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    try:
-        rows = [json.loads(line) for line in whole.splitlines()]
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"not JSON lines: {first_line(error)}") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise _damaged(path, "a line is no JSON object")
+    rows = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise _damaged(path, number, "no JSON object")
+        rows.append(row)
     return rows
 
 
-def _damaged(path: Path, fault: str) -> ConfigError:
-    return ConfigError([f"on_policy.folder: {path} is damaged: {fault} (remove the file)"])
+def _damaged(path: Path, number: int, fault: str) -> ConfigError:
+    return ConfigError(
+        [f"on_policy.folder: {path} is damaged: line {number} is {fault} (remove that line)"]
+    )
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

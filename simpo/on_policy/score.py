@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -65,7 +66,7 @@ def annotate(run: RunConfig) -> Path:
     name = run.on_policy.reward
     if not (folder / "responses.jsonl").is_file():
         raise ConfigError([f"on_policy.folder: no replies in {folder} (simpo.generate)"])
-    if name is None:
+    if not name:
         raise ConfigError(["on_policy.reward: required, but not given"])
     with working_in(folder):
         _annotate(run, folder, name)
@@ -151,7 +152,11 @@ def _score_all(
     file = folder / f"scores-{safe_name}.jsonl"
     content = _reward_content(run, name)
     rows = read_lines(file)
-    known = {row.get("id"): row for row in rows if row.get("reward") == content}
+    known = {
+        row["id"]: row
+        for row in rows
+        if row.get("reward") == content and isinstance(row.get("id"), str)
+    }
     if rows and not known:
         print(f"note   {name} has changed since {file.name}: all replies are scored anew")
     reward: Reward | None = None
@@ -162,13 +167,20 @@ def _score_all(
             continue
         wanted = content_hash(texts)
         row = known.get(prompt.id)
-        if row is None or row.get("responses") != wanted or len(row["scores"]) != len(texts):
+        if row is None or row.get("responses") != wanted or not _are_scores(row, len(texts)):
             reward = reward or _reward(run, name)
             scores = _scores(reward, name, prompt, texts)
             row = {"id": prompt.id, "responses": wanted, "reward": content, "scores": scores}
             append_lines(file, [row])
         scored[prompt.id] = row["scores"]
     return scored
+
+
+def _are_scores(row: Mapping[str, Any], count: int) -> bool:
+    scores = row.get("scores")
+    if not isinstance(scores, list) or len(scores) != count:
+        return False
+    return all(isinstance(score, float) and math.isfinite(score) for score in scores)
 
 
 def _reward_content(run: RunConfig, name: str) -> str:
@@ -187,6 +199,8 @@ def _reward_content(run: RunConfig, name: str) -> str:
         raise ConfigError(
             [f"on_policy.reward: must not be a file, got {name} (a function is module:function)"]
         )
+    if name.startswith((".", "~", os.sep)) and not Path(name).is_dir():
+        raise ConfigError([f"on_policy.reward: no such folder, got {name}"])
     trust, precision = run.model.trust_remote_code, run.train.precision.value
     return content_hash([name, model_content("on_policy.reward", name, None), trust, precision])
 
@@ -236,8 +250,9 @@ def _function(name: str) -> Reward:
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
     try:
         found: Reward = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the module does
-        reason = first_line(error)
+    except (Exception, SystemExit) as error:  # whatever the module does
+        quits = isinstance(error, SystemExit)
+        reason = "it ends the process" if quits else first_line(error)
         raise ConfigError([f"on_policy.reward: {name} cannot be imported: {reason}"]) from error
     return found
 

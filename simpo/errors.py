@@ -88,6 +88,10 @@ def unwritable(path: Path | str, error: OSError) -> RunError:
 
 
 def first_line(error: BaseException | str) -> str:
-    """The first line with text of an error's message, else the error's type: never empty."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)
+    """The first line with text of an error's message, with the next one where it ends in a colon;
+    else the error's type: never empty.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Sequence
@@ -93,7 +94,7 @@ def model_source(config: ModelConfig, cache_dir: Path) -> str:
     """Folder or hub id to load from; converts the built-in model on first use."""
     if config.path == "builtin:smollm2":
         return str(smollm2_folder(cache_dir))
-    return str(Path(config.path).expanduser()) if config.path.startswith("~") else config.path
+    return os.path.expanduser(config.path)
 
 
 def load_tokenizer(
@@ -106,9 +107,10 @@ def load_tokenizer(
     compat=paper, text is split as tokenizer.json says.
 
     Raises:
-        ConfigError: the tokenizer cannot be loaded, or lacks the tokens of that template.
+        ConfigError: the tokenizer cannot be loaded, has no token to pad with, or lacks those of
+            that template.
     """
-    source = config.tokenizer or model_source(config, cache_dir)
+    source = os.path.expanduser(config.tokenizer or "") or model_source(config, cache_dir)
     revision = None if config.tokenizer else config.revision
     tokenizer = load_pretrained(
         "model.tokenizer" if config.tokenizer else "model.path",
@@ -120,6 +122,13 @@ def load_tokenizer(
     if compat is Compat.paper:
         _split_as_written(tokenizer, source, revision)
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                [
+                    f"model.tokenizer: {source} has neither an EOS token nor one to pad with "
+                    "(name one as eos_token in its tokenizer_config.json)"
+                ]
+            )
         tokenizer.pad_token = tokenizer.eos_token
     if config.chat_template is not None:
         use_template(tokenizer, config.chat_template)
@@ -383,6 +392,8 @@ def _unreadable(folder: Path) -> str:
             # Of the index of several files of weights an empty one is damaged as well.
             if file.suffix == ".json" and not json.loads(file.read_text()).get("weight_map", True):
                 return str(file)
+            if file.suffix == ".jinja":
+                file.read_text(encoding="utf-8")
             if file.suffix == ".bin" and not zipfile.is_zipfile(file):
                 return str(file)
         except (OSError, SafetensorError, ValueError, AttributeError):

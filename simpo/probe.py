@@ -122,9 +122,9 @@ def _compare(policy: Policy, half: bool) -> None:
             name = type(policy.base).__name__
             fault = f"its hidden states cannot be had, which is not supported: {first_line(error)}"
             raise ConfigError([f"model.path: {name}: {fault}"]) from error
-        if not torch.isfinite(expected).all():
+        if not torch.isfinite(expected).all() or not expected.any():
             name = type(policy.base).__name__
-            fault = "gives hidden states that are NaN or infinite"
+            fault = f"gives hidden states that are {'NaN or infinite' if expected.any() else '0'}"
             remedy = "mend its weights, or train.precision=fp32"
             raise ConfigError([f"model.path: {name} {fault} ({remedy})"])
         try:

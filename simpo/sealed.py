@@ -67,7 +67,7 @@ def entry_fault(folder: Path) -> str | None:
             return f"it was made for {name}"
         faults = (file_fault(folder, file, *files[file]) for file in sorted(files))
         return next(filter(None, faults), None)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         return f"it cannot be read ({type(error).__name__})"
 
 

@@ -141,6 +141,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     # Ranges: model.
     ("model.path=", ["model.path: must not be empty"]),
     ("model.path=./nowhere", ["model.path: no such folder, got ./nowhere"]),
+    ("model.tokenizer=./nowhere", ["model.tokenizer: no such folder, got ./nowhere"]),
     (
         "model.path=builtin:llama",
         ["model.path: the only built-in model is builtin:smollm2, got builtin:llama"],
@@ -714,7 +715,11 @@ ROWS = [
     ({}, "chosen: missing (the row has no value)"),
     ({"prompt": "a", "output": "b"}, "chosen: missing (the row has prompt, output)"),
     (GOOD | {"rejected": None}, "rejected: missing (the row has prompt, chosen)"),
-    ({"chosen": "a", "rejected": "b"}, "prompt: missing"),
+    ({"chosen": "a", "rejected": "b"}, "prompt: missing (the row has chosen, rejected)"),
+    (
+        {"question": "q", "chosen": "a", "rejected": "b", "prompt": None},
+        "prompt: missing (the row has question, chosen, rejected)",
+    ),
     (GOOD | {"prompt": []}, "prompt: holds no message"),
     (GOOD | {"prompt": " "}, "prompt: the last turn is empty"),
     (GOOD | {"prompt": 3}, "prompt: must be text or a list of messages, got a number"),

@@ -10,6 +10,8 @@ from simpo.errors import ConfigError, DataError, RunError, SimpoError, Stopped, 
     [
         (ValueError("one\ntwo"), "one"),
         (ValueError("\n\n  two  \nthree"), "two"),
+        (ValueError("field 'a':\n\n  wants int\nthree"), "field 'a': wants int"),
+        (ValueError("one:"), "one:"),
         (ValueError(""), "ValueError"),
         (KeyError(), "KeyError"),
         (OSError("\n"), "OSError"),

@@ -366,6 +366,12 @@ def test_overlap_of_train_and_test(folder):
         "note   again.jsonl train: 2 of 3 rows: left out, as their prompt is held out"
     ]
     assert sorted(chosen(without.train)) == sorted([f"a {i}." for i in range(10)] + ["held 2."] * 2)
+    with pytest.raises(DataError) as caught:
+        mixture({"path": "held.jsonl", "test_path": "held.jsonl"}, drop_overlap=True)
+    assert str(caught.value) == (
+        "data.sources: no row left to train on (held.jsonl train: 3 rows, 0 bad, held.jsonl test: "
+        "3 rows, 0 bad; data.drop_overlap leaves out what is held out)"
+    )
     assert without.test == loaded.test
     assert [report.taken for report in without.table] == [10, 3, 2]
 

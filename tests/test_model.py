@@ -288,11 +288,16 @@ def test_a_damaged_adapter(tmp_path: Path) -> None:
             "{folder}/tokenizer_config.json, or fetch the model anew)",
         ),
         (
+            lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xff"),
+            "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte (mend "
+            "{folder}/chat_template.jinja, or fetch the model anew)",
+        ),
+        (
             lambda folder: [file.unlink() for file in folder.iterdir()],
             "it holds no tokenizer (model.tokenizer=FOLDER_OR_HUB_ID, or fetch it anew)",
         ),
     ],
-    ids=["half", "another thing", "emptied"],
+    ids=["half", "another thing", "template", "emptied"],
 )
 def test_damaged_tokenizers(
     damage: Callable[[Path], object], fault: str, tiny_folder: Path, tmp_path: Path
@@ -303,3 +308,16 @@ def test_damaged_tokenizers(
         load_tokenizer(ModelConfig(name="mine", path=str(folder)), tmp_path)
     told = f"model.path: {folder} cannot be loaded: {fault.format(folder=folder)}"
     assert str(error.value) == told
+
+
+def test_a_tokenizer_without_a_token_to_pad_with(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["eos_token"], settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError) as error:
+        load_tokenizer(ModelConfig(name="mine", path=str(folder)), tmp_path)
+    assert str(error.value) == (
+        f"model.tokenizer: {folder} has neither an EOS token nor one to pad with (name one as "
+        "eos_token in its tokenizer_config.json)"
+    )

@@ -224,13 +224,14 @@ def test_a_model_that_hides_its_hidden_states() -> None:
 def test_hidden_states_that_are_no_numbers() -> None:
     """Not the packing is to blame for it."""
     policy = Policy(tiny_model("llama"))
-    torch.nn.init.constant_(policy.base.get_input_embeddings().weight, float("nan"))
-    with pytest.raises(ConfigError) as error:
-        check_packing(policy, False)
-    assert str(error.value) == (
-        "model.path: LlamaForCausalLM gives hidden states that are NaN or infinite (mend its "
-        "weights, or train.precision=fp32)"
-    )
+    for value, told in ((float("nan"), "NaN or infinite"), (0.0, "0")):
+        torch.nn.init.constant_(policy.base.get_input_embeddings().weight, value)
+        with pytest.raises(ConfigError) as error:
+            check_packing(policy, False)
+        assert str(error.value) == (
+            f"model.path: LlamaForCausalLM gives hidden states that are {told} (mend its "
+            "weights, or train.precision=fp32)"
+        )
 
 
 def test_a_run_whose_pairs_go_beyond_is_refused(

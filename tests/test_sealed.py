@@ -82,6 +82,10 @@ DAMAGE: list[tuple[Any, str]] = [
         lambda entry: (entry / "seal.json").write_bytes(b"\xff"),
         "it cannot be read (UnicodeDecodeError)",
     ),
+    (
+        lambda entry: (entry / "seal.json").write_text("[" * 100_000),
+        "it cannot be read (RecursionError)",
+    ),
     (of_another, "it was made for other"),
     (no_folder, "it cannot be read (NotADirectoryError)"),
 ]  # fmt: skip

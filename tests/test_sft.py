@@ -60,7 +60,7 @@ def test_a_pair_is_imitated_by_its_chosen_reply() -> None:
             "messages: a system message may only come first",
         ),
         ([], "messages: holds no message"),
-        ("Hi", "messages: must be text or a list of messages, got text"),
+        ("Hi", "messages: must be a list of messages, got text"),
     ],
 )
 def test_faults_of_rows(messages: object, fault: str) -> None:

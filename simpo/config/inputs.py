@@ -136,6 +136,9 @@ class ModelConfig:
                 f"path: holds an adapter without its base, got {self.path} "
                 f"(model.path=BASE model.lora.rank=0 model.lora.adapter={self.path})"
             )
+        tokenizer = self.tokenizer or ""
+        if _looks_local(tokenizer) and not os.path.isdir(os.path.expanduser(tokenizer)):
+            yield f"tokenizer: no such folder, got {tokenizer}"
         for key, path in (("path", self.path), ("tokenizer", self.tokenizer)):
             if path and not _looks_local(path) and os.path.isfile(path):
                 yield f"{key}: must be a folder or a hub id, got the file {path}"

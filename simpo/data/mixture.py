@@ -115,7 +115,8 @@ def load_mixture(config: DataConfig, read_row: Callable[[Any, str], Pair] = to_p
         counts = ", ".join(
             f"{t.source} {t.split}: {t.rows} rows, {sum(t.bad.values())} bad" for t in table
         )
-        raise DataError(f"data.sources: no row left to train on ({counts})")
+        remedy = "; data.drop_overlap leaves out what is held out" if config.drop_overlap else ""
+        raise DataError(f"data.sources: no row left to train on ({counts}{remedy})")
     return Mixture(train, test, table, notes)
 
 

@@ -56,8 +56,7 @@ def to_pair(row: Any, place: str) -> Pair:
     _refuse_not_text(row)
     for key in ("chosen", "rejected"):
         if row.get(key) is None:
-            columns = ", ".join(str(k) for k, v in row.items() if v is not None)
-            raise RowFault(f"{key}: missing (the row has {columns or 'no value'})")
+            raise _missing(row, key)
     chosen_before, chosen = _split(row["chosen"], "chosen")
     rejected_before, rejected = _split(row["rejected"], "rejected")
     prompt = _prompt(row, row.get("prompt"), chosen_before, rejected_before)
@@ -157,6 +156,11 @@ def _refuse_not_text(item: Mapping[str, Any], place: str = "") -> None:
             raise RowFault(f"{place}{key}: has a value, and only text can be trained on")
 
 
+def _missing(row: Mapping[str, Any], column: str) -> RowFault:
+    columns = ", ".join(str(k) for k, v in row.items() if v is not None)
+    return RowFault(f"{column}: missing (the row has {columns or 'no value'})")
+
+
 def _rule(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     rule = row.get("rule")
     if rule is None:
@@ -200,7 +204,7 @@ def _prompt(
         if chosen and chosen != prompt:
             raise RowFault("chosen does not continue prompt: their turns differ")
     if not prompt:
-        raise RowFault("prompt: missing")
+        raise _missing(row, "prompt")
     if any(turn["role"] == "system" for turn in prompt[1:]):
         raise RowFault("prompt: a system message may only come first")
     if prompt[-1]["role"] != "user":
@@ -229,7 +233,8 @@ def _with_system(row: Mapping[str, Any], prompt: list[Message]) -> list[Message]
 
 def _messages(value: Any, key: str) -> list[Message]:
     if not isinstance(value, list):
-        raise RowFault(f"{key}: must be text or a list of messages, got {_kind(value)}")
+        text = "" if key == "messages" else "text or "
+        raise RowFault(f"{key}: must be {text}a list of messages, got {_kind(value)}")
     if not value:
         raise RowFault(f"{key}: holds no message")
     messages = []

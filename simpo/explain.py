@@ -243,7 +243,7 @@ def _member_problems(
 
 
 def _group_problem(menu: Menu, override: Override, others: list[str]) -> str | None:
-    group, line, choice = override.key_or_group, str(override.input_line), _shown(override.value())
+    group, line, value = override.key_or_group, str(override.input_line), override.value()
     try:
         # A group may be there only with a choice of another.
         menu.compose([*others, line])
@@ -256,9 +256,10 @@ def _group_problem(menu: Menu, override: Override, others: list[str]) -> str | N
         if override.is_delete():
             return f"{group}: cannot be left out (leave out the ~)"
         choices = menu.choices(group)
-        if choice not in choices:
+        wanted = {_shown(item) for item in (value if isinstance(value, list) else [value])}
+        if not wanted <= set(choices):
             known = f"choose from {', '.join(choices)}" if choices else f"{group}/ has none"
-            return f"{group}: no such choice, got {choice} ({known})"
+            return f"{group}: no such choice, got {_shown(value)} ({known})"
         if override.is_add():
             return f"{group}: set already (leave out the +)"
         return f"{line}: {error}"

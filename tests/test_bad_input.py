@@ -430,6 +430,14 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     ("data.sources=[${loss}]", [f"data.sources[0]: must be {A_SOURCE}, got ${{loss}}"]),
     ("loss.beta=${loss.beta}", ["loss.beta: Recursive interpolation detected"]),
+    (
+        "experiments=[paper/mistral_base,objectives/cpo]",
+        [
+            "experiments=[paper/mistral_base,objectives/cpo]: In 'experiments/paper/mistral_base': "
+            "ConfigKeyError raised while composing config: Key 'gamma_beta_ratio' not in "
+            "'CpoConfig'"
+        ],
+    ),
     ("data=[1,2]", [f"data: no such choice, got [1, 2] (choose from {DATA})"]),
     # What no setting may be.
     ("train.seed=-1", ["train.seed: must be 0 or more, got -1"]),

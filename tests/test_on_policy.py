@@ -258,23 +258,30 @@ def test_a_reply_to_no_prompt(folder: Path) -> None:
     )
 
 
-def test_a_prompt_that_the_template_refuses(drawing: list[str], tmp_path: Path) -> None:
+def test_a_prompt_that_the_template_refuses(
+    drawing: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     template = tmp_path / "strict.jinja"
     template.write_text(
         "{% for m in messages %}"
         "{% if 'owl' in m.content %}{{ raise_exception('no owls') }}{% endif %}"
         "{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
     )
-    rows = [{"prompt": "An owl?"}, {"prompt": "A cat?"}]
+    rows = [{"prompt": "An owl?"}, {"prompt": "A cat?"}, {"prompt": " "}]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     strict = [f"model.chat_template={template}", f"data.sources=[{{path: {file}}}]"]
+    rows = generate(drawing, *strict, "data.on_bad_row=drop")
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("note ")] == [
+        "note   1 rows left out: the chat template refuses it: no owls",
+        "note   1 rows left out: prompt: the last turn is empty",
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [{"prompt": "An owl?"}]))
     with pytest.raises(DataError) as caught:
         generate(drawing, *strict)
     assert str(caught.value).startswith(
         f"{file} train row 1: the chat template refuses it: no owls\n"
     )
-    rows = generate(drawing, *strict, "data.on_bad_row=drop")
     assert len({row["id"] for row in rows}) == 1 and len(rows) == 2
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -159,6 +160,10 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
                 found.setdefault(key, (prompt, text))
     if faults and run.data.on_bad_row is OnBadRow.stop:
         raise DataError(fault_lines(faults))
+    left_out = Counter(fault for _, fault in faults)
+    for report in mixture.table:
+        left_out.update(report.bad)
+    print("".join(f"note   {n} rows left out: {fault}\n" for fault, n in left_out.items()), end="")
     return list(found.values())
 
 

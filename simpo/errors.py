@@ -12,7 +12,9 @@ from pathlib import Path
 INTERRUPTED = 130
 """Exit code of what Ctrl-C ended."""
 
-INTERRUPTION = "interrupted: the same command continues from the last checkpoint"
+INTERRUPTION = (
+    "interrupted (the same command continues from the last checkpoint, or else from the start)"
+)
 """What is said then."""
 
 STOPPED = 75

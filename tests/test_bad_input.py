@@ -45,6 +45,7 @@ DATA = (
     "ultrafeedback_mistral_instruct"
 )
 A_SOURCE = "{path: ..., ...}"
+NO_SOURCE = "must list at least one source (such as [{path: train.jsonl}])"
 
 # Command line, split at spaces -> lines of the answer.
 SETTINGS: list[tuple[str, list[str]]] = [
@@ -239,7 +240,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     ("objective.mode=best", ["objective.mode: must be one of max, min, got best"]),
     # Ranges: data.
-    ("data=jsonl", ["data.sources: must list at least one source"]),
+    ("data=jsonl", [f"data.sources: {NO_SOURCE}"]),
     (
         "data.max_length_tokens=1 data.max_prompt_tokens=0",
         [
@@ -1094,7 +1095,7 @@ def test_a_process_prints_the_lines_and_exits_with_2(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     done = run_cli("loss.beta=-1", "data=jsonl", cwd=tmp_path)
     assert done.stderr == (
-        "data.sources: must list at least one source\n"
+        f"data.sources: {NO_SOURCE}\n"
         "loss.beta: must be above 0, got -1.0 (the paper uses 2.0 to 10)\n"
     )
     assert (done.returncode, done.stdout) == (2, "")

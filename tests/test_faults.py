@@ -39,6 +39,9 @@ from simpo.config import TEMPLATES, run_yaml
 pytestmark = pytest.mark.slow
 
 TWO = ["backend=ddp", "backend.processes=2"]
+INTERRUPTED = (
+    "interrupted (the same command continues from the last checkpoint, or else from the start)\n"
+)
 
 
 @pytest.fixture
@@ -176,7 +179,7 @@ def test_ctrl_c_ends_at_once(settings: list[str], tmp_path: Path) -> None:
     wait_for(logged(folder, 3), process)
     process.send_signal(signal.SIGINT)
     message = finish(process, code=130)
-    assert message.endswith("interrupted: the same command continues from the last checkpoint\n")
+    assert message.endswith(INTERRUPTED)
     assert "Traceback" not in message
     assert list((folder / "checkpoints").iterdir()) == []
     assert status_of(folder)["state"] == "failed"
@@ -225,7 +228,7 @@ def test_a_signal_while_it_starts(
     process.send_signal(signal.Signals[name])
     if name == "SIGINT":
         message = finish(process, code=130)
-        assert message == "interrupted: the same command continues from the last checkpoint\n"
+        assert message == INTERRUPTED
     else:
         message = finish(process, code=75)
         stopped = f"{name}: stopped while starting (the same command continues)\n"

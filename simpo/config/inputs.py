@@ -248,7 +248,7 @@ class DataConfig:
 
     def problems(self) -> Iterator[str]:
         if not self.sources:
-            yield "sources: must list at least one source"
+            yield "sources: must list at least one source (such as [{path: train.jsonl}])"
         elif all(source.train_split is None for source in self.sources):
             yield "sources: no source has a train_split"
         if self.seed < 0:

@@ -188,6 +188,12 @@ def _split(value: Any, key: str) -> tuple[list[Message], str]:
     return turns, text
 
 
+def _missing(row: Mapping[str, Any], key: str) -> RowFault:
+    """The fault of a row without a value for `key`, with the columns that it does have."""
+    columns = ", ".join(str(k) for k, v in row.items() if v is not None)
+    return RowFault(f"{key}: missing (the row has {columns or 'no value'})")
+
+
 def _prompt(
     row: Mapping[str, Any], value: Any, chosen: list[Message], rejected: list[Message]
 ) -> list[Message]:

@@ -64,7 +64,8 @@ def data_lines(table: Sequence[SplitReport], train_set: TokenizedSet, plan: Trai
         "",
         f"tokens {tokens:,} in {report.pairs} train pairs, {unshared:,} with a prompt for each "
         f"response: {unshared / tokens:.2f} times as many",
-        f"plan   {plan.total_steps} steps of {plan.pairs_per_step} pairs, "
+        f"plan   {plan.total_steps} step{'s' * (plan.total_steps > 1)} of {plan.pairs_per_step} "
+        f"pairs, "
         f"{plan.total_steps / plan.steps_per_epoch:.2f} passes over the train pairs",
     ]
     repairs = {

@@ -20,6 +20,9 @@ INTERRUPTION = (
 STOPPED = 75
 """Exit code of what a signal ended, where the settings name no other."""
 
+LOST = 76
+"""Exit code of a rank that others do not answer, for the process that started it."""
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a disk, quota or file size that is used up."""
 DISK = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)

@@ -274,6 +274,7 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
             "continues)",
             todo[0].run.train.stopped_exit_code,
         )
+    print(f"report python -m simpo.report {_shown(folder)}")
 
 
 def _start(member: Member, place: int, places: int) -> subprocess.Popen[bytes]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from simpo.config import BackendConfig, Device, ManyConfig, RunConfig, run_yaml
-from simpo.errors import INTERRUPTED, ConfigError, LostError, RunError, Stopped, first_line
+from simpo.errors import INTERRUPTED, LOST, ConfigError, LostError, RunError, Stopped, first_line
 from simpo.signals import held, passing_on
 
 GRACE_S = 20.0
@@ -32,8 +32,6 @@ BEAT_S = 1.0
 """How often a rank gives a sign of life."""
 SPARE_S = 30.0
 """A rank may be silent for so much longer than others wait for it in a collective operation."""
-LOST = 76
-"""Exit code of a rank that others do not answer."""
 LISTEN = "SIMPO_LISTEN_FD"
 """Variable with the number of the open socket at which rank 0 answers the other ranks."""
 FOLDER = "SIMPO_RANKS_FOLDER"
@@ -294,8 +292,7 @@ def _failure(failed: dict[int, int], folder: Path, stopped_code: int) -> BaseExc
         return KeyboardInterrupt()
     if code < 0:
         names = ", ".join(
-            f"rank {rank} was killed by {signal.Signals(-code).name}"
-            for rank, code in failed.items()
+            f"rank {rank} was killed by {_signal_name(-code)}" for rank, code in failed.items()
         )
         return RunError(
             f"{names}; the others were ended (the same command continues from the last checkpoint)"
@@ -309,6 +306,11 @@ def _failure(failed: dict[int, int], folder: Path, stopped_code: int) -> BaseExc
     said = 0 in failed and not log_file(folder, 0).is_file()
     text = "" if said else "\n".join(lines)
     return Stopped(text, code) if code == stopped_code else RunError(text, 2 if code == 2 else 1)
+
+
+def _signal_name(number: int) -> str:
+    known = {s.value: s.name for s in signal.Signals}
+    return known.get(number, f"signal {number}")  # of real time
 
 
 def _environment(

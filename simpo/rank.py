@@ -20,8 +20,8 @@ import traceback
 from pathlib import Path
 
 from simpo.config import load_run
-from simpo.errors import INTERRUPTED, LostError, SimpoError
-from simpo.processes import BEAT_S, LOST, beat_file, end_with_parent, in_touch, log_file
+from simpo.errors import INTERRUPTED, LOST, LostError, SimpoError
+from simpo.processes import BEAT_S, beat_file, end_with_parent, in_touch, log_file
 from simpo.train import train
 
 

@@ -139,7 +139,13 @@ def _arguments(words: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
             options[key] = value
         else:
             folders.append(Path(word).expanduser())
-    problems = [f"DIR: no such folder, got {path}" for path in folders if not path.is_dir()]
+    problems = [
+        f"{path.name.partition('=')[0]}: no such key (report has {', '.join(KEYS)})"
+        if "=" in path.name and len(path.parts) == 1
+        else f"DIR: no such folder, got {path}"
+        for path in folders
+        if not path.is_dir()
+    ]
     if not folders:
         problems.append(USAGE)
     if options.get("format", "text") not in FORMATS:

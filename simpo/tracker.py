@@ -109,6 +109,11 @@ class Tracker:
             self._bar.set_postfix_str(told, refresh=False)
         self._bar.update(step - self._bar.n)
 
+    def end_progress(self) -> None:
+        """Leave the progress bar as it is; what is printed next comes below it."""
+        if self._bar is not None:
+            self._bar.close()
+
     def say(self, *lines: str) -> None:
         """Print without tearing the progress bar."""
         if not self._writes:
@@ -125,8 +130,7 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the bar and the remote run, and close metrics.jsonl."""
-        if self._bar is not None:
-            self._bar.close()
+        self.end_progress()
         if self._wandb is not None:
             self._tell_remote(lambda remote: remote.finish(exit_code=int(kind is not None)))
         self._file.close()

@@ -153,6 +153,7 @@ def train(run: RunConfig) -> dict[str, float]:
                 break
         store.settle(wait=True)
         trained_s = time.perf_counter() - begin
+        tracker.end_progress()
         if step == plan.total_steps and not backend.any(bool(stop.name)):
             history.log(step, "eval", held_out_metrics(run, parts, tracker, step))
         if backend.any(bool(stop.name)):
@@ -174,7 +175,9 @@ def cli() -> None:
     end_at_once()
     # Hydra would print its own account of a fault and exit with 1; this makes it raise instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    arguments = get_args_parser().parse_args()
+    parser = get_args_parser()
+    parser.error = _refuse_options  # type: ignore[method-assign]
+    arguments = parser.parse_args()
     try:
         _check_options(arguments)
         menu = Menu(arguments.config_dir, arguments.config_name or "train")
@@ -191,6 +194,11 @@ def cli() -> None:
         _quit(2, "\n".join(problems) or first_line(error))
     except KeyboardInterrupt:
         _quit(INTERRUPTED, INTERRUPTION)
+
+
+def _refuse_options(message: str) -> NoReturn:
+    """In place of argparse's usage, which is not of our settings."""
+    _quit(2, f"{message} (settings are key=value, such as train.learning_rate=1e-6; see --help)")
 
 
 def _check_options(arguments: Namespace) -> None:

@@ -233,6 +233,10 @@ SETTINGS: list[tuple[str, list[str]]] = [
         "train.patience_evals=-1",
         ["train.patience_evals: must be 0 (never stop early) or more, got -1"],
     ),
+    (
+        "train.stopped_exit_code=76",
+        ["train.stopped_exit_code: 76 has a meaning of its own here (choose another)"],
+    ),
     ("train.stopped_exit_code=256", ["train.stopped_exit_code: must be from 0 to 255, got 256"]),
     (
         "objective.metric=eval/loss",
@@ -609,6 +613,11 @@ def test_words_of_the_other_commands(own_menu, monkeypatch, capsys):
             "--experimental-rerun: not here (see command.txt of a run)",
         ),
         (["--config-dir", "nowhere"], "--config-dir: no such folder, got nowhere"),
+        (
+            ["--learning_rate", "3"],
+            "unrecognized arguments: --learning_rate (settings are key=value, such as "
+            "train.learning_rate=1e-6; see --help)",
+        ),
         (
             ["--config-name", "nowhere", "loss.beta=2"],
             "--config-name: Cannot find primary config 'nowhere'. Check that it's in your config "

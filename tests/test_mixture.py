@@ -297,6 +297,15 @@ def test_imitation_needs_a_first_turn_of_the_user(turns):
     assert str(caught.value) == "prompt: begins with the assistant, whose reply answers nothing"
 
 
+def test_where_every_row_is_bad_none_can_be_left_out(folder):
+    write(folder / "odd.jsonl", [{"question": "Why?"}] * 2)
+    with pytest.raises(DataError) as caught:
+        mixture({"path": "odd.jsonl", "test_path": "held.jsonl"})
+    assert str(caught.value).splitlines()[-1] == (
+        "(no row is good: bring them into one of the forms of the README, Your own data)"
+    )
+
+
 def test_what_looks_wrong_is_counted(folder):
     row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
     write(
@@ -325,6 +334,7 @@ def test_what_looks_wrong_is_counted(folder):
         "for one",
         "note   odd.jsonl train: 1 of 9 rows: prompt is not in the dialogue, which is taken",
         "note   odd.jsonl train: columns not read: prompt_id, extra, prompt[].name",
+        "note   odd.jsonl train: 5 rows repeat an earlier one",
     ]
     assert mixture({"path": "a.jsonl", "test_path": "held.jsonl"}).notes == []
 

@@ -124,6 +124,9 @@ def test_nothing_to_report(tmp_path: Path) -> None:
     assert cli(f"{tmp_path}/x", "format=xml", code=2) == (
         f"DIR: no such folder, got {tmp_path}/x\nformat: must be one of text, csv, json, got xml\n"
     )
+    assert (
+        cli("formt=json", code=2) == "formt: no such key (report has format, metric, html, over)\n"
+    )
 
 
 def test_states_without_slurm(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from simpo.config.choices import Engine, Mode, Precision, Schedule, WandbMode, W
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LauncherConfig
 from simpo.config.losses import LossConfig
+from simpo.errors import LOST
 
 LONGEST_PART_BYTES = 255
 """Of a path between two slashes, as file systems have it."""
@@ -104,6 +105,8 @@ class TrainConfig:
                 yield f"{key}: must be 0 or more, got {getattr(self, key)}"
         if not 0 <= self.stopped_exit_code < 256:
             yield f"stopped_exit_code: must be from 0 to 255, got {self.stopped_exit_code}"
+        elif self.stopped_exit_code == LOST:
+            yield f"stopped_exit_code: {LOST} has a meaning of its own here (choose another)"
         if self.adam_epsilon <= 0:
             yield f"adam_epsilon: must be above 0, got {self.adam_epsilon}"
 

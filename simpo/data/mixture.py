@@ -111,6 +111,7 @@ def load_mixture(config: DataConfig, read_row: Callable[[Any, str], Pair] = to_p
             table.append(held_out.report(source.path, str(source.test_split), len(held_out.pairs)))
             notes += held_out.notes()
     notes += _overlap_notes(train, test)
+    notes += _repeat_notes([split for split, _ in splits if split])
     if not train:
         counts = ", ".join(
             f"{t.source} {t.split}: {t.rows} rows, {sum(t.bad.values())} bad" for t in table
@@ -146,7 +147,7 @@ def _read_split(
             found.unread |= dict.fromkeys(unread_columns(row, COLUMNS[read_row]))
             found.remarks.update(remarks(row, pair))
     if found.faults and config.on_bad_row is OnBadRow.stop:
-        raise DataError(fault_lines(found.faults))
+        raise DataError(fault_lines(found.faults, all_bad=not found.pairs))
     return found
 
 
@@ -164,12 +165,22 @@ def _overlap_notes(train: list[Pair], test: list[Pair]) -> list[str]:
     ]
 
 
+def _repeat_notes(splits: list[_Split]) -> list[str]:
+    """A line for each split to train on that has the same pair several times."""
+    lines = []
+    for split in splits:
+        if repeats := len(split.pairs) - len({_text(pair) for pair in split.pairs}):
+            lines.append(f"note   {split.place}: {repeats} rows repeat an earlier one")
+    return [_printable(line) for line in lines]
+
+
 def _prompt_text(pair: Pair) -> tuple[str, ...]:
     return tuple(part.strip() for turn in pair.prompt for part in (turn["role"], turn["content"]))
 
 
 def _text(pair: Pair) -> tuple[str, ...]:
-    return (*_prompt_text(pair), pair.chosen.strip(), (pair.rejected or "").strip())
+    later = (turn["content"].strip() for turn in pair.later)
+    return (*_prompt_text(pair), pair.chosen.strip(), (pair.rejected or "").strip(), *later)
 
 
 def _printable(text: str) -> str:
@@ -178,13 +189,20 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
-def fault_lines(faults: list[tuple[str, str]]) -> str:
-    """The message for bad rows, given as (place, fault): a line each, the first few of them."""
+def fault_lines(faults: list[tuple[str, str]], all_bad: bool = False) -> str:
+    """The message for bad rows, given as (place, fault): a line each, the first few of them.
+
+    Args:
+        all_bad: no row is a good one, so that leaving them out is no remedy.
+    """
     lines = [f"{place}: {fault}" for place, fault in faults[:MAX_FAULTS_SHOWN]]
     if len(faults) > MAX_FAULTS_SHOWN:
         more = len(faults) - MAX_FAULTS_SHOWN
         lines.append(f"... and {more} more bad row{'s' if more > 1 else ''}")
-    return "\n".join([*lines, "(mend the rows, or leave them out with data.on_bad_row=drop)"])
+    remedy = "(mend the rows, or leave them out with data.on_bad_row=drop)"
+    if all_bad:
+        remedy = "(no row is good: bring them into one of the forms of the README, Your own data)"
+    return "\n".join([*lines, remedy])
 
 
 def _take(

@@ -156,11 +156,6 @@ def _refuse_not_text(item: Mapping[str, Any], place: str = "") -> None:
             raise RowFault(f"{place}{key}: has a value, and only text can be trained on")
 
 
-def _missing(row: Mapping[str, Any], column: str) -> RowFault:
-    columns = ", ".join(str(k) for k, v in row.items() if v is not None)
-    return RowFault(f"{column}: missing (the row has {columns or 'no value'})")
-
-
 def _rule(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     rule = row.get("rule")
     if rule is None:

@@ -113,7 +113,10 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
         sep="\n",
     )
     if not written["train"]:
-        raise RunError(f"{folder}: no prompt to train on has replies of different scores")
+        raise RunError(
+            f"{folder}: no prompt to train on has replies of different scores (draw with more "
+            "on_policy.seeds, or go on with simpo.generate where it was stopped)"
+        )
 
 
 def _replies(

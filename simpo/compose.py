@@ -10,9 +10,12 @@ from typing import NoReturn
 from omegaconf.errors import OmegaConfBaseException
 
 from simpo.config import RunConfig, build_run
-from simpo.errors import INTERRUPTED, ConfigError, SimpoError, first_line
+from simpo.errors import ConfigError, SimpoError, first_line
 from simpo.explain import explain
 from simpo.menu import CONF, Menu, NotComposedError
+from simpo.signals import end_at_once
+
+GOES_ON = "the same command goes on where it was"
 
 
 def compose_run(overrides: Sequence[str], menu: Menu = CONF) -> RunConfig:
@@ -37,8 +40,10 @@ class _Words(argparse.ArgumentParser):
 def command(work: Callable[[RunConfig], None], usage: str | None) -> None:
     """Compose a run from the words of a command line and do something with it.
 
-    Exits with 2 for bad settings or data, 1 for what failed on the way, 130 where Ctrl-C ended it.
+    Exits with 2 for bad settings or data, 1 for what failed on the way, 75 where a signal ended it,
+    130 where Ctrl-C did.
     """
+    end_at_once(f"interrupted: {GOES_ON}", f"stopped ({GOES_ON})")
     parser = _Words(add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("-cd", "--config-dir")
@@ -51,6 +56,3 @@ def command(work: Callable[[RunConfig], None], usage: str | None) -> None:
     except SimpoError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it was", file=sys.stderr)
-        sys.exit(INTERRUPTED)

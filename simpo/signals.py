@@ -18,6 +18,7 @@ from simpo.errors import INTERRUPTED, INTERRUPTION, STOPPED
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers send before they end a job."""
 ALL = (*STOPPING, signal.SIGINT)
+WHILE_STARTING = "stopped while starting (the same command continues)"
 
 
 class _AtOnce:
@@ -25,10 +26,11 @@ class _AtOnce:
 
     exit_code = STOPPED
     interruption = INTERRUPTION
+    stopped = WHILE_STARTING
 
     def __call__(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
-        line = f"{name}: stopped while starting (the same command continues)"
+        line = f"{name}: {self.stopped}"
         code = self.exit_code
         if number == signal.SIGINT:
             line, code = self.interruption, INTERRUPTED
@@ -42,7 +44,7 @@ class _AtOnce:
 _at_once = _AtOnce()
 
 
-def end_at_once(interruption: str = INTERRUPTION) -> None:
+def end_at_once(interruption: str = INTERRUPTION, stopped: str = WHILE_STARTING) -> None:
     """From now on a stopping signal or Ctrl-C ends this process, which says so in one line.
 
     For the first lines of a command, before it imports what takes seconds. Signals that `held` kept
@@ -50,8 +52,9 @@ def end_at_once(interruption: str = INTERRUPTION) -> None:
 
     Args:
         interruption: what is said on Ctrl-C; empty where another process says it.
+        stopped: what is said on another signal, behind its name.
     """
-    _at_once.interruption = interruption
+    _at_once.interruption, _at_once.stopped = interruption, stopped
     for number in ALL:
         signal.signal(number, _at_once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL)

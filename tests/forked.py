@@ -211,7 +211,9 @@ def _serve(path: str) -> None:
     import simpo.member
     import simpo.rank
     import simpo.train  # noqa: F401
+    from simpo.processes import end_with_parent
 
+    end_with_parent()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.part")
     listener.listen(64)

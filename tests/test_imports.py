@@ -13,14 +13,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 ORDER = """
 errors
 config.choices config.launchers config.losses hub pairs data.demo_topics data.plan data.rules tables
-config.backends config.inputs records sealed
+config.backends config.inputs records sealed signals
 config.schema
 config.check
 config
 menu
 explain
 compose data.demo data.rows data.packing adapters attention logps loss objective optim
-signals slurm smollm2 tracker watch
+slurm smollm2 tracker watch
 data.sources data.template processes
 data.mixture data.paper model
 data.chat backend.base cost probe

@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
+from whole_runs import finish, wait_for
 
 from simpo.compose import compose_run
 from simpo.data.demo import demo_rows
@@ -65,6 +68,22 @@ def test_a_stopped_drawing_goes_on_to_the_same_replies(drawing: list[str], tmp_p
     # A seed more is drawn beside those that are there.
     more = generate(drawing, "on_policy.seeds=[1,2,3]")
     assert more[:80] == whole and {row["seed"] for row in more[80:]} == {3}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGTERM, 75, "SIGTERM: stopped (the same command goes on where it was)\n"),
+        (signal.SIGINT, 130, "interrupted: the same command goes on where it was\n"),
+    ],
+)
+def test_a_signal_while_drawing(
+    number: signal.Signals, code: int, said: str, drawing: list[str], tmp_path: Path
+) -> None:
+    process = Forked(["-m", "simpo.generate", *drawing, "on_policy.max_new_tokens=200"])
+    wait_for((tmp_path / "own" / "responses.jsonl").is_file, process)
+    process.send_signal(number)
+    assert finish(process, code).endswith(said)
 
 
 def test_replies_differ_by_seed_and_temperature(drawing: list[str], tmp_path: Path) -> None:

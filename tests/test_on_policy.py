@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
 from whole_runs import finish, wait_for
 
+from simpo import run_folder
 from simpo.compose import compose_run
 from simpo.data.demo import demo_rows
 from simpo.data.mixture import load_mixture
 from simpo.data.rows import to_pair, to_prompt
 from simpo.data.rules import obeys
 from simpo.errors import ConfigError, DataError, RunError
-from simpo.on_policy import draw, files, score
+from simpo.on_policy import draw, score
 from simpo.on_policy.files import content_hash, model_content, working_in
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -192,7 +193,7 @@ def test_a_file_system_without_locks(
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
     with working_in(tmp_path):
         (tmp_path / "made").touch()
     assert capsys.readouterr().out == (
@@ -206,18 +207,17 @@ def test_a_full_disk_and_a_folder_that_cannot_be(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    remedy = "(make room, or choose another; the same command goes on)"
     monkeypatch.setattr(score, "append_lines", full)
     with pytest.raises(RunError) as caught:
         annotate(folder, "rules")
     assert str(caught.value) == (
-        f"on_policy.folder: {folder} cannot be written: No space left on device {remedy}"
+        f"{folder}: No space left on device (make room, and the same command continues)"
     )
     below = folder / "prompts.jsonl" / "own"
     with pytest.raises(RunError) as caught, working_in(below):
         pass
     assert str(caught.value) == (
-        f"on_policy.folder: {below} cannot be written: Not a directory {remedy}"
+        f"{below}: Not a directory (something else lies in its place: move that away)"
     )
 
 

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -25,8 +24,9 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from simpo import hub
 from simpo.config import RunConfig
-from simpo.errors import FULL, ConfigError, RunError
+from simpo.errors import DISK, ConfigError, unwritable
 from simpo.pairs import Message
+from simpo.run_folder import is_free
 from simpo.sealed import sha256
 
 MODEL_FILES = (".safetensors", ".bin", ".pt", ".py", "config.json", "tokenizer.json", ".model")
@@ -74,29 +74,22 @@ def working_in(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / "lock").open("w")
     except OSError as error:
-        raise _not_written(folder, error) from error
+        raise unwritable(folder, error) from error
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            told = f"on_policy.folder: another process works in {folder} (wait for it)"
-            raise ConfigError([told]) from error
+            if not is_free(handle, fcntl.LOCK_EX):
+                raise ConfigError(
+                    [f"on_policy.folder: another process works in {folder} (wait for it)"]
+                )
         except OSError as error:  # a file system without locks
             reason = error.strerror
             print(f"note   {folder} cannot be locked, start nothing else in it: {reason}")
         try:
             yield
         except OSError as error:
-            if error.errno in (*FULL, errno.EROFS):
-                raise _not_written(folder, error) from error
+            if error.errno in DISK:
+                raise unwritable(folder, error) from error
             raise
-
-
-def _not_written(folder: Path, error: OSError) -> RunError:
-    return RunError(
-        f"on_policy.folder: {folder} cannot be written: {error.strerror} "
-        "(make room, or choose another; the same command goes on)"
-    )
 
 
 def content_hash(value: Any) -> str:

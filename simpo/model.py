@@ -120,15 +120,15 @@ def load_tokenizer(
         trust_remote_code=config.trust_remote_code,
     )
     if compat is Compat.paper:
-        _split_as_written(tokenizer, source, revision)
-    if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 [
-                    f"model.tokenizer: {source} has neither an EOS token nor one to pad with "
-                    "(name one as eos_token in its tokenizer_config.json)"
+                    f"model.tokenizer: {source} has no EOS token, with which data.compat=paper "
+                    "ends responses (name one as eos_token in its tokenizer_config.json)"
                 ]
             )
+        _split_as_written(tokenizer, source, revision)
+    if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if config.chat_template is not None:
         use_template(tokenizer, config.chat_template)

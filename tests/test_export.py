@@ -353,7 +353,8 @@ def test_a_tokenizer_without_eos_and_pad(
         (
             "config.json",
             {"use_cache": "x"},
-            "StrictDataclassFieldValidationError: Validation error for field 'use_cache':",
+            "StrictDataclassFieldValidationError: Validation error for field 'use_cache': "
+            "TypeError: Field 'use_cache' expected bool, got str (value: 'x')",
         ),
     ],
 )

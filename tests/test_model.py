@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, MixtralConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from simpo.config import LoraConfig, ModelConfig
+from simpo.config import Compat, LoraConfig, ModelConfig
 from simpo.errors import ConfigError
 from simpo.model import Policy, load_policy, load_tokenizer, load_weights
 
@@ -310,14 +310,18 @@ def test_damaged_tokenizers(
     assert str(error.value) == told
 
 
-def test_a_tokenizer_without_a_token_to_pad_with(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_eos_ends_nothing_as_the_original_does(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     del settings["eos_token"], settings["pad_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = ModelConfig(name="mine", path=str(folder))
+    assert load_tokenizer(config, tmp_path).pad_token is None
     with pytest.raises(ConfigError) as error:
-        load_tokenizer(ModelConfig(name="mine", path=str(folder)), tmp_path)
+        load_tokenizer(config, tmp_path, Compat.paper)
     assert str(error.value) == (
-        f"model.tokenizer: {folder} has neither an EOS token nor one to pad with (name one as "
-        "eos_token in its tokenizer_config.json)"
+        f"model.tokenizer: {folder} has no EOS token, with which data.compat=paper ends responses "
+        "(name one as eos_token in its tokenizer_config.json)"
     )

@@ -308,7 +308,7 @@ def test_a_rank_hangs(
 def test_a_slow_rank_0(settings: list[str], tmp_path: Path) -> None:
     """It tokenises longer than the others wait in a step; they wait, and that is said."""
     slow = tmp_path / "slow.jinja"
-    loop = "{%- for i in range(8) %}{%- for j in range(20000) %}{%- endfor %}{%- endfor %}"
+    loop = "{%- for i in range(40) %}{%- for j in range(20000) %}{%- endfor %}{%- endfor %}"
     slow.write_text(loop + (TEMPLATES / "chatml.jinja").read_text())
     short = [*settings, *TWO, "backend.timeout_s=2", "train.max_steps=2", "train.eval_every=0"]
     message = run([*short, f"model.chat_template={slow}", f"run_dir={tmp_path / 'run'}"])

@@ -61,7 +61,8 @@ def test_one_curve_over_a_restart(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between checkpoints: the same id, no hole, and steps sent twice are the same."""
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it reads its variables once in a process
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "run"
     command = [*tiny_run, "train.epochs=4", "train.checkpoint_every=4", "tracker=wandb"]
@@ -129,7 +130,8 @@ def test_wandb_offline_without_a_key(
 @pytest.fixture
 def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment without a login."""
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it reads its variables once in a process
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):

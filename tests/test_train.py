@@ -227,7 +227,7 @@ def test_exit_codes(tiny_run: list[str], tmp_path: Path) -> None:
         (
             f"data.sources=[{{path: {tmp_path}/bad.jsonl}}]",
             f"{tmp_path}/bad.jsonl train row 1: rejected: the response is empty\n"
-            "(mend the rows, or leave them out with data.on_bad_row=drop)\n",
+            "(no row is good: bring them into one of the forms of the README, Your own data)\n",
         ),
     ):
         process = start([*tiny_run, bad])

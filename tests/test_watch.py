@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import simpo.step
+import simpo.loop
 from simpo.compose import compose_run
 from simpo.config import WatchConfig
 from simpo.errors import ConfigError, RunError
@@ -207,7 +207,7 @@ def test_a_continued_run_tells_only_what_is_new(
     train(whole)
     every = json.loads((folders[0] / "results.json").read_text())["findings"]
 
-    real, steps = simpo.step.update, []
+    real, steps = simpo.loop.update, []
 
     def interrupted(*args: object) -> dict[str, float]:
         steps.append(1)
@@ -215,10 +215,10 @@ def test_a_continued_run_tells_only_what_is_new(
             raise RunError("interrupted")
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(simpo.step, "update", interrupted)
+    monkeypatch.setattr(simpo.loop, "update", interrupted)
     with pytest.raises(RunError, match="interrupted"):
         train(continued)
-    monkeypatch.setattr(simpo.step, "update", real)
+    monkeypatch.setattr(simpo.loop, "update", real)
     capsys.readouterr()
     train(continued)
     output = capsys.readouterr().out

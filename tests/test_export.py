@@ -470,16 +470,16 @@ def status_of(run_dir: Path) -> str:
 
 def trained_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Updates made from now on."""
-    from simpo import step
+    from simpo import loop
 
     updates: list[int] = []
-    update = step.update
+    update = loop.update
 
     def counted(*arguments: Any) -> Any:
         updates.append(1)
         return update(*arguments)
 
-    monkeypatch.setattr(step, "update", counted)
+    monkeypatch.setattr(loop, "update", counted)
     return updates
 
 

@@ -107,8 +107,8 @@ def load_tokenizer(
     compat=paper, text is split as tokenizer.json says.
 
     Raises:
-        ConfigError: the tokenizer cannot be loaded, has no token to pad with, or lacks those of
-            that template.
+        ConfigError: the tokenizer cannot be loaded, lacks tokens of that template or, for
+            compat=paper, an EOS.
     """
     source = os.path.expanduser(config.tokenizer or "") or model_source(config, cache_dir)
     revision = None if config.tokenizer else config.revision

@@ -94,21 +94,25 @@ def build_run(cfg: DictConfig) -> RunConfig:
         OmegaConfBaseException: an interpolation leads nowhere, or to a value of another kind; or
             there is a key that the schemas lack. `fault_line` says it in one line.
     """
-    run = _to_run(cfg)
+    _refuse_missing(cfg)
+    kinds = {group: OmegaConf.get_type(cfg, group) for group in GROUPS}
+    run = OmegaConf.to_object(_resolved(cfg, kinds))
+    assert isinstance(run, RunConfig)
     check_run(run)
     return run
 
 
-def _to_run(cfg: DictConfig | ListConfig) -> RunConfig:
+def _refuse_missing(cfg: DictConfig | ListConfig) -> None:
     missing = sorted(_missing_keys(cfg))
     if missing:
         raise ConfigError([f"{key}: required, but not given" for key in missing])
-    # Through the schemas again: an interpolation may have led to a value of another kind.
-    kinds = {group: OmegaConf.get_type(cfg, group) for group in GROUPS}
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    run = OmegaConf.to_object(OmegaConf.merge(_schema(kinds), plain))
-    assert isinstance(run, RunConfig)
-    return run
+
+
+def _resolved(cfg: DictConfig, kinds: dict[str, Any]) -> DictConfig | ListConfig:
+    """A configuration without interpolations, through the schemas of these kinds: one may have led
+    to a value of another kind than its setting's.
+    """
+    return OmegaConf.merge(_schema(kinds), OmegaConf.to_container(cfg, resolve=True))
 
 
 def fault_line(error: OmegaConfBaseException) -> str:
@@ -136,7 +140,11 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
             if not isinstance(raw, DictConfig) or not isinstance(raw.get(group), DictConfig):
                 raise ConfigError([f"lacks the section {group}"])
             kinds[group] = schemas.get("base") or schemas[raw[group].name]
-        run = _to_run(OmegaConf.merge(_schema(kinds), raw))
+        assert isinstance(raw, DictConfig)
+        merged = _resolved(raw, kinds)
+        _refuse_missing(merged)
+        run = OmegaConf.to_object(merged)
+        assert isinstance(run, RunConfig)
     except ConfigError as error:
         problems = error.problems
     except (OmegaConfBaseException, KeyError, OSError) as error:

@@ -154,12 +154,12 @@ def _read_split(
 def _overlap_notes(train: list[Pair], test: list[Pair]) -> list[str]:
     """A line that says how many train pairs are also held out, if any are."""
     prompts, pairs = {_prompt_text(pair) for pair in test}, {_text(pair) for pair in test}
-    same_prompt = sum(_prompt_text(pair) in prompts for pair in train)
-    same_pair = sum(_text(pair) in pairs for pair in train)
-    if not same_prompt:
+    shared = [pair for pair in train if _prompt_text(pair) in prompts]
+    if not shared:
         return []
+    same_pair = sum(_text(pair) in pairs for pair in shared)
     return [
-        f"note   {same_prompt} of {len(train)} train pairs have a prompt that is also held out, "
+        f"note   {len(shared)} of {len(train)} train pairs have a prompt that is also held out, "
         f"{same_pair} of them with the same replies "
         "(data.drop_overlap=true leaves them out of training)"
     ]

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
 from simpo import attention
-from simpo.config import SigmoidConfig
+from simpo.config.losses import SigmoidConfig
 from simpo.data.packing import pack
 from simpo.loss import pair_losses
 from simpo.model import Policy

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from simpo.config import Offload
+from simpo.config.choices import Offload
 
 STEPS = 5
 TOLERANCE = 1e-4
@@ -79,17 +79,11 @@ def losses_of(name: str, device: str) -> list[float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from simpo.backend import build_backend
-    from simpo.config import (
-        GROUPS,
-        Device,
-        Dtype,
-        LoraConfig,
-        ModelConfig,
-        Precision,
-        Quantization,
-        SigmoidConfig,
-        TrainConfig,
-    )
+    from simpo.config.check import GROUPS
+    from simpo.config.choices import Device, Dtype, Precision, Quantization
+    from simpo.config.inputs import LoraConfig, ModelConfig
+    from simpo.config.losses import SigmoidConfig
+    from simpo.config.schema import TrainConfig
     from simpo.data.packing import pack
     from simpo.model import load_policy
     from simpo.optim import build_optimizer

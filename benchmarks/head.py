@@ -26,7 +26,7 @@ from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 from workloads import SHAPES, typical_batch
 
-from simpo.config import SigmoidConfig
+from simpo.config.losses import SigmoidConfig
 from simpo.data.packing import pack
 from simpo.logps import fused_loss
 from simpo.loss import pair_losses

@@ -18,7 +18,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from simpo import config
+from simpo.config import backends, inputs, launchers, losses
+from simpo.config import schema as run_schema
+from simpo.config.check import GROUPS
+from simpo.config.schema import RunConfig
 
 PAGE = Path(__file__).with_name("config.md")
 
@@ -35,7 +38,7 @@ def render() -> str:
     """The whole page."""
     meanings = _meanings()
     parts = [HEAD]
-    for key, schema, base, heading in _sections(config.RunConfig, ""):
+    for key, schema, base, heading in _sections(RunConfig, ""):
         rows = [_row(key, item, schema, meanings) for item in _own_fields(schema, base)]
         table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows]
         doc = (schema.__doc__ or "").strip()
@@ -53,7 +56,7 @@ def _sections(schema: type, prefix: str) -> Iterator[tuple[str, type, type, str]
         key = f"{prefix}{item.name}"
         if is_dataclass(kind):
             yield from _sections(kind, f"{key}.")
-            for name, choice in config.GROUPS.get(item.name, {}).items():
+            for name, choice in GROUPS.get(item.name, {}).items():
                 if choice is not kind:
                     yield f"{key}.", choice, kind, f"`{key}={name}`"
         elif typing.get_origin(kind) is list and is_dataclass(typing.get_args(kind)[0]):
@@ -121,7 +124,7 @@ def _default(item: Field[Any]) -> str:
 def _meanings() -> dict[tuple[str, str], str]:
     """(class, field) to the docstring under the field."""
     meanings: dict[tuple[str, str], str] = {}
-    modules = (config.backends, config.inputs, config.launchers, config.losses, config.schema)
+    modules = (backends, inputs, launchers, losses, run_schema)
     for node in (node for m in modules for node in ast.parse(inspect.getsource(m)).body):
         if isinstance(node, ast.ClassDef):
             for statement, below in zip(node.body, node.body[1:], strict=False):

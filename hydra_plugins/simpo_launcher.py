@@ -27,7 +27,7 @@ class SimpoLauncher(Launcher):
     """Composes each member of a sweep here and now, and has it run as `launcher` says."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        from simpo.errors import unwritable
+        from simpo.config.errors import unwritable
 
         self._loader, self._config = hydra_context.config_loader, config
         folder = config.hydra.sweep.dir
@@ -40,7 +40,7 @@ class SimpoLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Run the members with these overrides; their objectives come back, where waited for."""
-        from simpo.config import build_run, check_training
+        from simpo.config.check import build_run, check_training
         from simpo.launcher import Member, launch
 
         parse = OverridesParser.create().parse_override

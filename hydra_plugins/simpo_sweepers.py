@@ -33,7 +33,7 @@ class ObjectiveSweeper(Sweeper):
     """What both have in common: members launched, their objectives compared."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        from simpo.errors import ConfigError
+        from simpo.config.errors import ConfigError
 
         if config.launcher.get("wait") is False:
             raise ConfigError(["launcher.wait: a search goes by results (launcher.wait=true)"])
@@ -54,7 +54,7 @@ class ObjectiveSweeper(Sweeper):
         self, fixed: Sequence[str], members: Sequence[Mapping[str, str]]
     ) -> list[float]:
         """Run members, each given by its own settings, beside the fixed ones of all."""
-        from simpo.errors import ConfigError
+        from simpo.config.errors import ConfigError
 
         overrides = [[*fixed, *(f"{k}={v}" for k, v in own.items())] for own in members]
         results = self._launcher.launch(overrides, initial_job_idx=self._launched)
@@ -91,7 +91,7 @@ class StagedSweeper(ObjectiveSweeper):
         Raises:
             ConfigError: there is no stage, or its members give nothing to compare by.
         """
-        from simpo.errors import ConfigError
+        from simpo.config.errors import ConfigError
 
         typed = self._typed(arguments)
         swept = {key: o for key, o in typed.items() if o.is_sweep_override()}
@@ -145,7 +145,7 @@ class OptunaSweeper(ObjectiveSweeper):
             ConfigError: there is nothing to search, a trial gives nothing to compare by, or Optuna
                 is not installed.
         """
-        from simpo.errors import ConfigError
+        from simpo.config.errors import ConfigError
 
         try:
             import optuna

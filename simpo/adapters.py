@@ -24,8 +24,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from simpo import hub
-from simpo.config import LoraConfig
-from simpo.errors import ConfigError, first_line
+from simpo.config.errors import ConfigError, first_line
+from simpo.config.inputs import LoraConfig
 
 KINDS = {"attention": "Attention", "mlp": "MLP"}
 """Words for kinds of layers, with how transformers ends the name of the class around them."""

@@ -11,7 +11,7 @@ it was stopped.
 from __future__ import annotations
 
 from simpo.compose import command
-from simpo.config import RunConfig
+from simpo.config.schema import RunConfig
 
 
 def _work(run: RunConfig) -> None:

@@ -10,11 +10,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from simpo.config import RunConfig, trajectory
+from simpo.config.check import trajectory
+from simpo.config.schema import RunConfig
 from simpo.console import Results, result_rows
-from simpo.records import read_metrics
-from simpo.run_folder import write_text
-from simpo.tables import SHOWN, markdown_table
+from simpo.run.files import read_metrics
+from simpo.run.folder import write_text
+from simpo.run.tables import SHOWN, markdown_table
 from simpo.tracker import series
 
 BUILTIN = {"builtin:smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}

@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from simpo.backend import Backend, not_written
-from simpo.errors import ConfigError, DamagedError, RunError, first_line, unwritable
-from simpo.records import Seal, check_metrics, metrics_sha256, read_seal
-from simpo.sealed import file_fault, files_in, sealed
+from simpo.config.errors import ConfigError, DamagedError, RunError, first_line, unwritable
+from simpo.run.files import Seal, check_metrics, metrics_sha256, read_seal
+from simpo.run.sealed import file_fault, files_in, sealed
 
 
 class CheckpointStore:

@@ -10,9 +10,11 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from simpo.config import Mode, ObjectiveConfig, settings
-from simpo.errors import ConfigError
-from simpo.runs import DamagedRun, Run, State, find_runs, read_runs
+from simpo.config.check import settings
+from simpo.config.choices import Mode
+from simpo.config.errors import ConfigError
+from simpo.config.schema import ObjectiveConfig
+from simpo.run.runs import DamagedRun, Run, State, find_runs, read_runs
 
 # Where a run lies and how it is started make no difference between two of them.
 PLACES = ("name", "output_dir", "run_dir", "cache_dir", "launcher.")

@@ -9,11 +9,12 @@ from typing import NoReturn
 
 from omegaconf.errors import OmegaConfBaseException
 
-from simpo.config import RunConfig, build_run
-from simpo.errors import ConfigError, SimpoError, first_line
-from simpo.explain import explain
-from simpo.menu import CONF, Menu, NotComposedError
-from simpo.signals import end_at_once
+from simpo.config.check import build_run
+from simpo.config.compose import CONF, Menu, NotComposedError
+from simpo.config.errors import ConfigError, SimpoError, first_line
+from simpo.config.explain import explain
+from simpo.config.schema import RunConfig
+from simpo.run.signals import end_at_once
 
 GOES_ON = "the same command goes on where it was"
 

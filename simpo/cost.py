@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from simpo import logps
+from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
-from simpo.errors import ConfigError
 from simpo.model import Policy
 from simpo.pairs import PackedPairs, TokenizedPair
 

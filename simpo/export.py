@@ -21,13 +21,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from simpo import console
 from simpo.backend import Backend
 from simpo.card import draw_curves, write_card
-from simpo.config import ADAPTER_FILE, Dtype, ExportConfig, ModelConfig, RunConfig
+from simpo.config.choices import Dtype
+from simpo.config.errors import ConfigError, RunError, SimpoError, first_line
+from simpo.config.inputs import ADAPTER_FILE, ModelConfig
+from simpo.config.schema import ExportConfig, RunConfig
 from simpo.console import Results
 from simpo.data.chat import Chat
-from simpo.errors import ConfigError, RunError, SimpoError, first_line
 from simpo.model import Policy, load_tokenizer, load_weights
-from simpo.records import read_status
-from simpo.run_folder import write_text
+from simpo.run.files import read_status
+from simpo.run.folder import write_text
 from simpo.upload import reach_repository, upload
 
 

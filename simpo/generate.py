@@ -10,7 +10,7 @@ command goes on where it was stopped. simpo.annotate makes pairs of the replies.
 from __future__ import annotations
 
 from simpo.compose import command
-from simpo.config import RunConfig
+from simpo.config.schema import RunConfig
 
 
 def _work(run: RunConfig) -> None:

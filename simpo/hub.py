@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import cache
 
-from simpo.errors import first_line
+from simpo.config.errors import first_line
 
 ATTEMPTS = 3
 ATTEMPT_S = 5

@@ -26,22 +26,15 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from simpo import slurm
-from simpo.config import (
-    FREE,
-    TRAJECTORY,
-    LauncherConfig,
-    LocalConfig,
-    RunConfig,
-    SlurmConfig,
-    holds_secret,
-    run_yaml,
-)
-from simpo.errors import ConfigError, RunError, Stopped, unwritable
+from simpo.config.check import FREE, TRAJECTORY, holds_secret, run_yaml
+from simpo.config.errors import ConfigError, RunError, Stopped, unwritable
+from simpo.config.launchers import LauncherConfig, LocalConfig, SlurmConfig
+from simpo.config.schema import RunConfig
 from simpo.member import SlurmMember
-from simpo.run_folder import new_folder, refuse_other_settings, unfinished_folders, write_text
-from simpo.runs import NOT_WELL, UNDER_WAY, State, note_job, read_progress, read_runs
-from simpo.signals import held, passing_on
+from simpo.run import slurm
+from simpo.run.folder import new_folder, refuse_other_settings, unfinished_folders, write_text
+from simpo.run.runs import NOT_WELL, UNDER_WAY, State, note_job, read_progress, read_runs
+from simpo.run.signals import held, passing_on
 
 GRACE_S = 60.0
 """How long members get to save and end, where the sweep itself fails."""

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from simpo import console, cost, export
-from simpo.config import RunConfig
-from simpo.errors import RunError
+from simpo.config.errors import RunError
+from simpo.config.schema import RunConfig
 from simpo.history import History
 from simpo.optim import change_notes
 from simpo.pairs import PackedPairs

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from simpo.config import (
+from simpo.config.losses import (
     AlphaPoConfig,
     CpoConfig,
     DpoConfig,

@@ -5,7 +5,7 @@ FOLDER holds run.yaml, resolved when the run was submitted.
 
 from __future__ import annotations
 
-from simpo.signals import end_at_once
+from simpo.run.signals import end_at_once
 
 if __name__ == "__main__":
     end_at_once()  # importing what follows takes a while
@@ -19,13 +19,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from simpo import slurm
-from simpo.config import load_run
-from simpo.errors import INTERRUPTED, DamagedError, SimpoError, Stopped
-from simpo.processes import end_with_parent
-from simpo.records import last_job, status_or_none
-from simpo.run_folder import write_text
-from simpo.runs import note_job
+from simpo.config.check import load_run
+from simpo.config.errors import INTERRUPTED, DamagedError, SimpoError, Stopped
+from simpo.run import slurm
+from simpo.run.files import last_job, status_or_none
+from simpo.run.folder import write_text
+from simpo.run.processes import end_with_parent
+from simpo.run.runs import note_job
 from simpo.train import start
 
 LAST_S = 20.0

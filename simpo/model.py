@@ -26,9 +26,10 @@ from transformers import (
 from transformers.utils import cached_file
 
 from simpo import attention, hub
-from simpo.config import Attention, Compat, Dtype, ModelConfig, Quantization
+from simpo.config.choices import Attention, Compat, Dtype, Quantization
+from simpo.config.errors import ConfigError
+from simpo.config.inputs import ModelConfig
 from simpo.data.template import use_template
-from simpo.errors import ConfigError
 from simpo.logps import Objective, fused_loss
 from simpo.pairs import PackedPairs, PairLogps
 from simpo.smollm2 import smollm2_folder

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from simpo.config import Schedule, TrainConfig
+from simpo.config.choices import Schedule
+from simpo.config.errors import ConfigError
+from simpo.config.schema import TrainConfig
 from simpo.data.plan import TrainPlan
-from simpo.errors import ConfigError
 
 FEW_STEPS = 10
 WEIGHTS_LOOKED_AT = 256

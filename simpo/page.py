@@ -13,10 +13,10 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from simpo.compare import Comparison
-from simpo.config import PACKAGE
+from simpo.config.inputs import PACKAGE
 from simpo.published import beside, settings
-from simpo.runs import Run
-from simpo.tables import SHOWN
+from simpo.run.runs import Run
+from simpo.run.tables import SHOWN
 from simpo.tracker import series
 
 CURVES = (

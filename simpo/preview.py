@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from simpo.compose import command
-from simpo.config import RunConfig
-from simpo.errors import ConfigError, unwritable
+from simpo.config.errors import ConfigError, unwritable
+from simpo.config.schema import RunConfig
 
 
 def cli() -> None:

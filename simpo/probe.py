@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from simpo.config.errors import ConfigError, first_line
 from simpo.data.packing import pack
-from simpo.errors import ConfigError, first_line
 from simpo.model import Policy, cannot_share
 from simpo.pairs import TokenizedPair
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from simpo.config import PACKAGE
-from simpo.records import BENCHMARKS
-from simpo.runs import Run
+from simpo.config.inputs import PACKAGE
+from simpo.run.files import BENCHMARKS
+from simpo.run.runs import Run
 
 
 @dataclass(frozen=True)

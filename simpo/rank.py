@@ -1,4 +1,4 @@
-"""One rank of a run that `simpo.processes` started: `python -m simpo.rank FOLDER ...`.
+"""One rank of a run that `simpo.run.processes` started: `python -m simpo.rank FOLDER ...`.
 
 FOLDER holds run.yaml, the settings; rank 0 leaves metrics.json in it. The rest of the command line
 is that of the run, which its records quote.
@@ -6,7 +6,7 @@ is that of the run, which its records quote.
 
 from __future__ import annotations
 
-from simpo.signals import end_at_once, end_with
+from simpo.run.signals import end_at_once, end_with
 
 if __name__ == "__main__":
     end_at_once(interruption="")  # importing what follows takes a while
@@ -19,9 +19,9 @@ import time
 import traceback
 from pathlib import Path
 
-from simpo.config import load_run
-from simpo.errors import INTERRUPTED, LOST, LostError, SimpoError
-from simpo.processes import BEAT_S, beat_file, end_with_parent, in_touch, log_file
+from simpo.config.check import load_run
+from simpo.config.errors import INTERRUPTED, LOST, LostError, SimpoError
+from simpo.run.processes import BEAT_S, beat_file, end_with_parent, in_touch, log_file
 from simpo.train import train
 
 

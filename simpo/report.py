@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from simpo.compare import Comparison, averages, compare
-from simpo.errors import ConfigError, SimpoError, unwritable
+from simpo.config.errors import ConfigError, SimpoError, unwritable
 from simpo.published import beside
-from simpo.tables import SHOWN, markdown_table
+from simpo.run.tables import SHOWN, markdown_table
 
 FORMATS = ("text", "csv", "json")
 KEYS = ("format", "metric", "html", "over")

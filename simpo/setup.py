@@ -14,17 +14,18 @@ from torch.optim import Optimizer
 from simpo import console, cost, export
 from simpo.backend import Backend, build_backend
 from simpo.checkpoint import CheckpointStore
-from simpo.config import RunConfig, check_training
+from simpo.config.check import check_training
+from simpo.config.errors import ConfigError
+from simpo.config.schema import RunConfig
 from simpo.data.chat import Chat, pairs_fingerprint
 from simpo.data.checks import kept_as_the_original, placed_ids, refuse_unknown_ids
 from simpo.data.loader import LoadedData, PackedSet, load_data
 from simpo.data.plan import TrainPlan, build_plan
-from simpo.errors import ConfigError
 from simpo.model import Policy, load_policy, load_tokenizer, num_embeddings
 from simpo.optim import build_optimizer, check_rates, check_updates, rate_notes, sampled_weights
 from simpo.probe import check_packing
 from simpo.reference import weights_fingerprint, with_reference
-from simpo.run_folder import RunFolder, environment, git_diff, template_date
+from simpo.run.folder import RunFolder, environment, git_diff, template_date
 from simpo.tracker import Tracker
 
 

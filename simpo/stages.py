@@ -10,7 +10,8 @@ import jinja2
 import numpy as np
 
 from simpo import console, cost
-from simpo.config import PACKAGE, RunConfig
+from simpo.config.inputs import PACKAGE
+from simpo.config.schema import RunConfig
 from simpo.data.chat import Chat, TokenizedSet
 from simpo.data.mixture import load_mixture
 from simpo.data.packing import pack
@@ -19,8 +20,8 @@ from simpo.data.rows import to_dialogue, to_pair
 from simpo.data.token_cache import tokenize_set
 from simpo.model import load_tokenizer
 from simpo.pairs import Pair, TokenizedPair
-from simpo.run_folder import template_date
-from simpo.tables import markdown_table
+from simpo.run.folder import template_date
+from simpo.run.tables import markdown_table
 
 ENDLESS = 10**9
 QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}

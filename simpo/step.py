@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simpo.backend import Backend
-from simpo.config import LossConfig
+from simpo.config.losses import LossConfig
 from simpo.logps import Objective
 from simpo.loss import pair_losses, preference
 from simpo.pairs import PackedPairs, PairLogps

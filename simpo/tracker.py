@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from simpo.config import TrackerConfig, WandbConfig, WandbMode
-from simpo.errors import ConfigError, DamagedError, first_line
-from simpo.records import NEW_RUN, read_metrics
+from simpo.config.choices import WandbMode
+from simpo.config.errors import ConfigError, DamagedError, first_line
+from simpo.config.schema import TrackerConfig, WandbConfig
+from simpo.run.files import NEW_RUN, read_metrics
 
 LOGIN_S = 20.0
 """How long Weights & Biases may take to answer when a run begins."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from simpo.signals import end_at_once, end_with
+from simpo.run.signals import end_at_once, end_with
 
 if __name__ == "__main__":
     end_at_once()  # importing what follows takes a while
@@ -24,9 +24,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from simpo import processes
-from simpo.config import RunConfig, build_run, menu_dir, trajectory
-from simpo.errors import (
+from simpo.config.check import build_run, trajectory
+from simpo.config.compose import Menu
+from simpo.config.errors import (
     INTERRUPTED,
     INTERRUPTION,
     ConfigError,
@@ -34,9 +34,11 @@ from simpo.errors import (
     Stopped,
     first_line,
 )
-from simpo.explain import explain
-from simpo.menu import Menu
-from simpo.run_folder import refuse_unwritable
+from simpo.config.explain import explain
+from simpo.config.inputs import menu_dir
+from simpo.config.schema import RunConfig
+from simpo.run import processes
+from simpo.run.folder import refuse_unwritable
 
 
 @hydra.main(version_base="1.3", config_path=str(menu_dir("conf")), config_name="train")
@@ -84,10 +86,10 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.data.plan import pairs_of_step
     from simpo.history import History
     from simpo.loop import finite_update, held_out_metrics, save_results, speed
-    from simpo.objective import check_objective
     from simpo.optim import learning_rate, set_learning_rate
+    from simpo.run.best import check_objective
+    from simpo.run.signals import StopRequest
     from simpo.setup import set_up, with_references
-    from simpo.signals import StopRequest
     from simpo.step import summarise
     from simpo.tracker import Tracker, check_login
 

@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 
 from simpo.card import is_local, public
-from simpo.config import ADAPTER_FILE, ExportConfig
-from simpo.errors import ConfigError, RunError, first_line
+from simpo.config.errors import ConfigError, RunError, first_line
+from simpo.config.inputs import ADAPTER_FILE
+from simpo.config.schema import ExportConfig
 
 
 def reach_repository(config: ExportConfig) -> None:

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from simpo.config import WatchConfig
+from simpo.config.schema import WatchConfig
 
 REMEDY = "lower train.learning_rate, raise loss.beta or add loss.sft_weight"
 

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo import attention
-from simpo.config import SimpoConfig
+from simpo.config.losses import SimpoConfig
 from simpo.pairs import TokenizedPair
 
 VOCAB = 128
@@ -207,7 +207,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from simpo.config import TEMPLATES
+    from simpo.config.inputs import TEMPLATES
     from simpo.data.demo import demo_rows
 
     folder = tmp_path_factory.mktemp("tiny")

@@ -173,9 +173,9 @@ def _become(words: list[str], env: dict[str, str], cwd: str, streams: list[int |
         name = f"rank-{env['RANK']}" if "RANK" in env else "run"
         ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
         assert words[0] == "-m", words
-        import simpo.processes
+        import simpo.run.processes
 
-        simpo.processes.subprocess = _ForkingSubprocess  # type: ignore[attr-defined]
+        simpo.run.processes.subprocess = _ForkingSubprocess  # type: ignore[attr-defined]
         sys.argv = [words[1], *words[2:]]
         warnings.filterwarnings("ignore", message=".* found in sys.modules after import")
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
@@ -211,7 +211,7 @@ def _serve(path: str) -> None:
     import simpo.member
     import simpo.rank
     import simpo.train  # noqa: F401
-    from simpo.processes import end_with_parent
+    from simpo.run.processes import end_with_parent
 
     end_with_parent()
     listener = socket.socket(socket.AF_UNIX)

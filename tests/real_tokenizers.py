@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 
-from simpo.config import DataConfig, ModelConfig
+from simpo.config.errors import ConfigError
+from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.data.chat import Chat
 from simpo.data.rows import RowFault
-from simpo.errors import ConfigError
 from simpo.model import load_tokenizer
 from simpo.pairs import Message, Pair, TokenizedPair
 from simpo.smollm2 import smollm2_folder

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import simpo.logps
 from simpo import attention
+from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
-from simpo.errors import ConfigError
 from simpo.logps import fused_loss
 from simpo.pairs import KeyTable, PackedPairs, PairLogps
 

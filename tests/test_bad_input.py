@@ -13,14 +13,16 @@ from hypothesis import settings as fuzz
 from hypothesis import strategies as st
 
 from simpo.compose import command, compose_run
-from simpo.config import DataConfig, OnBadRow, SourceConfig, settings
+from simpo.config.check import settings
+from simpo.config.choices import OnBadRow
+from simpo.config.compose import Menu
+from simpo.config.errors import ConfigError, DataError
+from simpo.config.explain import explain
+from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data import sources
 from simpo.data.mixture import load_mixture
 from simpo.data.rows import RowFault, to_dialogue, to_pair, to_prompt
 from simpo.data.rules import RULES
-from simpo.errors import ConfigError, DataError
-from simpo.explain import explain
-from simpo.menu import Menu
 from simpo.train import cli
 
 MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
@@ -1115,7 +1117,7 @@ def test_faults_are_answered_without_torch(tmp_path):
     code = (
         "import sys\n"
         "from simpo.compose import compose_run\n"
-        "from simpo.errors import ConfigError\n"
+        "from simpo.config.errors import ConfigError\n"
         "try:\n"
         "    compose_run(['loss.betaa=2', 'train.epochs=0'])\n"
         "except ConfigError as error:\n"

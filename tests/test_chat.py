@@ -30,13 +30,14 @@ from real_tokenizers import (
 )
 from tokenizers import Tokenizer
 
-from simpo.config import TEMPLATES, Compat, DataConfig, ModelConfig, OnBadRow, PromptTruncation
+from simpo.config.choices import Compat, OnBadRow, PromptTruncation
+from simpo.config.errors import ConfigError, DataError
+from simpo.config.inputs import TEMPLATES, DataConfig, ModelConfig
 from simpo.data import chat as chat_module
 from simpo.data import token_cache
 from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint
 from simpo.data.rows import RowFault
 from simpo.data.token_cache import tokenize_set
-from simpo.errors import ConfigError, DataError
 from simpo.model import load_tokenizer
 from simpo.pairs import Message, Pair
 

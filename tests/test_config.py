@@ -9,22 +9,12 @@ from pathlib import Path
 import pytest
 
 from simpo.compose import compose_run
-from simpo.config import (
-    FREE,
-    TRAJECTORY,
-    HingeConfig,
-    RunConfig,
-    SigmoidConfig,
-    WandbConfig,
-    WandbMode,
-    check_run,
-    load_run,
-    menu_dir,
-    run_id,
-    run_yaml,
-    trajectory,
-)
-from simpo.errors import ConfigError
+from simpo.config.check import FREE, TRAJECTORY, check_run, load_run, run_id, run_yaml, trajectory
+from simpo.config.choices import WandbMode
+from simpo.config.errors import ConfigError
+from simpo.config.inputs import menu_dir
+from simpo.config.losses import HingeConfig, SigmoidConfig
+from simpo.config.schema import RunConfig, WandbConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF, EXPERIMENTS = menu_dir("conf"), menu_dir("experiments")

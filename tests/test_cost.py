@@ -19,9 +19,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo import cost
+from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
 from simpo.data.plan import TrainPlan
-from simpo.errors import ConfigError
 from simpo.model import Policy
 
 

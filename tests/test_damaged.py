@@ -21,17 +21,17 @@ import pytest
 from conftest import tiny_overrides
 from whole_runs import metrics_of
 
-from simpo import run_folder
 from simpo.checkpoint import CheckpointStore
 from simpo.compare import compare
 from simpo.compose import compose_run
-from simpo.config import RunConfig
-from simpo.errors import ConfigError, DamagedError, RunError, SimpoError, Stopped
+from simpo.config.errors import ConfigError, DamagedError, RunError, SimpoError, Stopped
+from simpo.config.schema import RunConfig
 from simpo.member import _note_start
 from simpo.page import render
 from simpo.report import text
-from simpo.run_folder import RunFolder, git_diff, refuse_unwritable, write_text
-from simpo.runs import State, find_runs, read_progress
+from simpo.run import folder
+from simpo.run.folder import RunFolder, git_diff, refuse_unwritable, write_text
+from simpo.run.runs import State, find_runs, read_progress
 from simpo.train import train
 
 
@@ -449,7 +449,7 @@ def test_folders_that_others_hold(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(folder.time, "sleep", lambda seconds: None)
     with pytest.raises(ConfigError) as error:
         RunFolder(compose_run([*template.overrides, f"run_dir={tmp_path}/own"]))
     assert str(error.value) == f"run_dir: another process works in {tmp_path}/own (wait for it)"
@@ -472,7 +472,7 @@ def test_a_diff_that_is_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
         subprocess.run([*git, *command], check=True)
     source.write_bytes(b"one \xff\n")
-    monkeypatch.setattr(run_folder, "__file__", str(source))
+    monkeypatch.setattr(folder, "__file__", str(source))
     run = compose_run([f"run_dir={tmp_path}/run"])
     RunFolder(run).write_bytes("git.diff", git_diff())
     assert b"\n-one\n+one \xff\n" in (tmp_path / "run" / "git.diff").read_bytes()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from simpo.errors import ConfigError, DataError, RunError, SimpoError, Stopped, first_line
+from simpo.config.errors import ConfigError, DataError, RunError, SimpoError, Stopped, first_line
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ import pytest
 
 from simpo import published
 from simpo.compose import compose_run
-from simpo.config import (
+from simpo.config.check import settings
+from simpo.config.inputs import menu_dir
+from simpo.config.losses import (
     LOSSES,
     CpoConfig,
     HingeConfig,
     LossConfig,
     OrpoConfig,
     SigmoidConfig,
-    menu_dir,
-    settings,
 )
 from simpo.train import train
 

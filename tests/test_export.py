@@ -24,14 +24,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.card import write_card
 from simpo.compose import compose_run
-from simpo.config import Dtype, ModelConfig, SourceConfig
+from simpo.config.choices import Dtype
+from simpo.config.errors import ConfigError, RunError, SimpoError
+from simpo.config.inputs import ModelConfig, SourceConfig
 from simpo.console import Results, end_lines, result_rows
 from simpo.data.chat import Chat
-from simpo.errors import ConfigError, RunError, SimpoError
 from simpo.export import USAGE, cli, merge, save_model
 from simpo.model import Policy, load_tokenizer
-from simpo.run_folder import RunFolder
-from simpo.tables import markdown_table
+from simpo.run.folder import RunFolder
+from simpo.run.tables import markdown_table
 from simpo.train import train
 
 TOKEN = "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"

@@ -15,7 +15,10 @@ from conftest import FAMILIES, loss_by_hand, random_pairs, tiny_model
 from real_tokenizers import assistant, load_chat, make_pair, system, tokenize_one, user
 
 from simpo.backend import build_backend
-from simpo.config import Device, Precision, Schedule, SigmoidConfig, SingleConfig, TrainConfig
+from simpo.config.backends import SingleConfig
+from simpo.config.choices import Device, Precision, Schedule
+from simpo.config.losses import SigmoidConfig
+from simpo.config.schema import TrainConfig
 from simpo.data.packing import pack
 from simpo.data.plan import rows_of_pairs
 from simpo.model import Policy

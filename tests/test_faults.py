@@ -34,7 +34,8 @@ from whole_runs import (
 )
 
 from simpo.compose import compose_run
-from simpo.config import TEMPLATES, run_yaml
+from simpo.config.check import run_yaml
+from simpo.config.inputs import TEMPLATES
 
 pytestmark = pytest.mark.slow
 

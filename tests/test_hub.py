@@ -16,9 +16,9 @@ from huggingface_hub import constants
 from transformers import AutoConfig
 
 from simpo import hub
-from simpo.config import DataConfig, SourceConfig
+from simpo.config.errors import ConfigError, DataError
+from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data.mixture import load_mixture
-from simpo.errors import ConfigError, DataError
 from simpo.model import load_pretrained
 
 

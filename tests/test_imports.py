@@ -11,30 +11,30 @@ PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 
 # A module may import those in lines above its own, never beside or below.
 ORDER = """
-errors
-config.choices config.launchers config.losses hub pairs data.demo_topics data.plan data.rules tables
-config.backends config.inputs records sealed signals
+config.errors
+config.choices config.launchers config.losses hub pairs data.demo_topics data.plan data.rules run.tables
+config.backends config.inputs run.files run.sealed run.signals
 config.schema
 config.check
 config
-menu
-explain
-compose data.demo data.rows data.packing adapters attention logps loss objective optim
-slurm smollm2 tracker watch
-data.sources data.template processes
+config.compose
+config.explain
+compose data.demo data.rows data.packing adapters attention logps loss run.best optim
+run.slurm smollm2 tracker watch
+data.sources data.template run.processes
 data.mixture data.paper model
 data.chat backend.base cost probe
 data.checks data.token_cache
 data.loader backend.fsdp backend.zero
 backend
 checkpoint console reference sample step
-run_folder
+run.folder
 card
 upload
 export history
 setup
 loop
-on_policy.files runs stages train
+on_policy.files run.runs stages train
 compare member on_policy.draw on_policy.score published rank
 annotate generate launcher page preview
 report
@@ -111,16 +111,16 @@ def test_the_mathematics_knows_no_framework(module):
     [
         ("accelerate", {"backend.base", "backend.fsdp", "backend.zero"}),
         ("deepspeed", {"backend.zero"}),
-        ("submitit", {"member", "processes", "slurm"}),
+        ("submitit", {"member", "run.processes", "run.slurm"}),
         ("plotly", {"page"}),
         ("wandb", {"tracker"}),
         ("peft", {"adapters"}),
-        ("hydra", {"config.check", "explain", "menu", "train"}),
+        ("hydra", {"config.check", "config.explain", "config.compose", "train"}),
         (
             "omegaconf",
             {
                 *("config.inputs", "config.losses", "config.schema", "config.check"),
-                *("compose", "explain", "menu", "published", "train"),
+                *("compose", "config.explain", "config.compose", "published", "train"),
             },
         ),
     ],

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from whole_runs import assert_same_run, finish, logged, metrics_of, run, start, wait_for
 
 from simpo.compose import compose_run
-from simpo.config import run_yaml
-from simpo.errors import ConfigError, RunError
+from simpo.config.check import run_yaml
+from simpo.config.errors import ConfigError, RunError
 from simpo.launcher import LONGEST_NAME, Member, launch, share_of_machine
-from simpo.runs import State, read_progress
+from simpo.run.runs import State, read_progress
 
 RUN = compose_run([])
 own_overrides = st.lists(

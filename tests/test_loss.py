@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from simpo.config import HingeConfig, SigmoidConfig
+from simpo.config.losses import HingeConfig, SigmoidConfig
 from simpo.loss import pair_losses
 from simpo.pairs import PairLogps
 from simpo.step import COLUMNS, pair_sums, pair_table, summarise

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, MixtralConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from simpo.config import Compat, LoraConfig, ModelConfig
-from simpo.errors import ConfigError
+from simpo.config.choices import Compat
+from simpo.config.errors import ConfigError
+from simpo.config.inputs import LoraConfig, ModelConfig
 from simpo.model import Policy, load_policy, load_tokenizer, load_weights
 
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -20,13 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
 from whole_runs import finish, wait_for
 
-from simpo import run_folder
 from simpo.compose import compose_run
+from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.data.demo import demo_rows
 from simpo.data.mixture import load_mixture
 from simpo.data.rows import to_pair, to_prompt
 from simpo.data.rules import obeys
-from simpo.errors import ConfigError, DataError, RunError
 from simpo.on_policy import draw, score
 from simpo.on_policy.files import content_hash, model_content, working_in
 
@@ -193,7 +192,7 @@ def test_a_file_system_without_locks(
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
+    monkeypatch.setattr(folder.fcntl, "flock", no_locks)
     with working_in(tmp_path):
         (tmp_path / "made").touch()
     assert capsys.readouterr().out == (

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from simpo.config import Schedule, TrainConfig
+from simpo.config.choices import Schedule
+from simpo.config.errors import ConfigError
+from simpo.config.schema import TrainConfig
 from simpo.data.plan import build_plan
-from simpo.errors import ConfigError
 from simpo.optim import (
     build_optimizer,
     change_notes,

@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from simpo import cost
-from simpo.config import LoraConfig, ModelConfig, SigmoidConfig
+from simpo.config.errors import ConfigError
+from simpo.config.inputs import LoraConfig, ModelConfig
+from simpo.config.losses import SigmoidConfig
 from simpo.data.packing import pack
-from simpo.errors import ConfigError
 from simpo.loss import pair_losses
 from simpo.model import Policy, load_policy
 from simpo.pairs import TokenizedPair

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo import attention
 from simpo.compose import compose_run
-from simpo.errors import ConfigError
+from simpo.config.errors import ConfigError
 from simpo.model import Policy
 from simpo.pairs import TokenizedPair
 from simpo.probe import check_packing

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from simpo.config import BackendConfig, DdpConfig, SingleConfig
-from simpo.errors import ConfigError, LostError, RunError, Stopped
-from simpo.processes import LOST, _failure, in_touch, log_file, to_start
+from simpo.config.backends import BackendConfig, DdpConfig, SingleConfig
+from simpo.config.errors import ConfigError, LostError, RunError, Stopped
+from simpo.run.processes import LOST, _failure, in_touch, log_file, to_start
 
 START = "(start with torchrun or srun, or unset WORLD_SIZE)"
 TORCHRUN = {
@@ -135,7 +135,7 @@ def test_signals_through_the_life_of_a_process() -> None:
     """Held, then at once; noted while a run saves; and never again what ends it without a word."""
     code = """
 import os, signal, subprocess, sys
-from simpo.signals import StopRequest, end_at_once, end_with, held
+from simpo.run.signals import StopRequest, end_at_once, end_with, held
 with held():
     child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
     child.send_signal(signal.SIGUSR1)
@@ -153,7 +153,7 @@ print("still here", flush=True)
 """
     child = """
 import time
-from simpo.signals import end_at_once, end_with
+from simpo.run.signals import end_at_once, end_with
 end_with(9)
 time.sleep(0.2)
 end_at_once()
@@ -166,7 +166,7 @@ end_at_once()
 
 def test_handlers_come_back() -> None:
     """Where a program trains in its own process, its signals are its own again afterwards."""
-    from simpo.signals import STOPPING, StopRequest
+    from simpo.run.signals import STOPPING, StopRequest
 
     before = [signal.getsignal(number) for number in STOPPING]
     with StopRequest():

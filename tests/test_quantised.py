@@ -16,9 +16,10 @@ from whole_runs import assert_same_run, logged, run, start, state_of, wait_for
 
 from simpo import cost
 from simpo.compose import compose_run
-from simpo.config import LoraConfig, Quantization
+from simpo.config.choices import Quantization
+from simpo.config.errors import ConfigError
+from simpo.config.inputs import LoraConfig
 from simpo.data.packing import pack
-from simpo.errors import ConfigError
 from simpo.model import Policy
 from simpo.probe import check_packing
 from simpo.train import train

@@ -17,7 +17,8 @@ from whole_runs import assert_same_run, logged, metrics_of, run, start, wait_for
 from simpo import reference
 from simpo.backend import build_backend
 from simpo.compose import compose_run
-from simpo.config import Precision, SingleConfig
+from simpo.config.backends import SingleConfig
+from simpo.config.choices import Precision
 from simpo.data.chat import TokenizedSet, TokenReport
 from simpo.data.packing import pack
 from simpo.model import Policy

@@ -17,11 +17,11 @@ from plotly.offline import get_plotlyjs
 
 from simpo.compare import compare
 from simpo.compose import compose_run
-from simpo.config import run_yaml
-from simpo.errors import ConfigError
+from simpo.config.check import run_yaml
+from simpo.config.errors import ConfigError
 from simpo.page import render
 from simpo.report import text
-from simpo.runs import State, note_job, read_progress
+from simpo.run.runs import State, note_job, read_progress
 
 GRID = [(beta, ratio) for beta in (2.0, 10.0) for ratio in (0.3, 0.5)]
 

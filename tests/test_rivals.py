@@ -14,7 +14,7 @@ import torch
 from conftest import VOCAB, gradients, padded_logps, random_pairs, tiny_model
 from torch import Tensor
 
-from simpo.config import (
+from simpo.config.losses import (
     LOSSES,
     AlphaPoConfig,
     CpoConfig,

@@ -19,13 +19,14 @@ from real_tokenizers import as_lists, data_config, load_chat, make_pair, user
 from simpo import reference, smollm2
 from simpo.backend import build_backend
 from simpo.compose import compose_run
-from simpo.config import Precision, SingleConfig
+from simpo.config.backends import SingleConfig
+from simpo.config.choices import Precision
+from simpo.config.errors import ConfigError
 from simpo.data.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.packing import pack
 from simpo.data.token_cache import tokenize_set
-from simpo.errors import ConfigError
 from simpo.model import Policy
-from simpo.sealed import entry_fault, find_entry, keep_entry, write_entry
+from simpo.run.sealed import entry_fault, find_entry, keep_entry, write_entry
 from simpo.train import train
 
 

@@ -17,7 +17,7 @@ from real_tokenizers import assistant, data_config, load_chat, make_pair, system
 from whole_runs import metrics_of
 
 from simpo.compose import compose_run
-from simpo.config import SftConfig
+from simpo.config.losses import SftConfig
 from simpo.data.packing import pack
 from simpo.data.rows import RowFault, to_dialogue
 from simpo.data.token_cache import tokenize_set

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from simpo.compose import compose_run
-from simpo.config import menu_dir
+from simpo.config.inputs import menu_dir
 from simpo.data.demo import demo_rows
 from simpo.train import train
 

@@ -20,10 +20,11 @@ import pytest
 from browser import look_at
 from whole_runs import assert_same_run, logged, metrics_of, run, start
 
-from simpo import member, slurm
-from simpo.config import load_run
-from simpo.records import last_job
-from simpo.runs import UNDER_WAY, State, read_progress
+from simpo import member
+from simpo.config.check import load_run
+from simpo.run import slurm
+from simpo.run.files import last_job
+from simpo.run.runs import UNDER_WAY, State, read_progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slurm")]
 

@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import simpo.logps
 from simpo.backend import Backend
-from simpo.config import Device, HingeConfig, Precision, SigmoidConfig, SimpoConfig, SingleConfig
+from simpo.config.backends import SingleConfig
+from simpo.config.choices import Device, Precision
+from simpo.config.losses import HingeConfig, SigmoidConfig, SimpoConfig
 from simpo.data.packing import pack
 from simpo.data.plan import rows_of_pairs
 from simpo.model import Policy

@@ -25,17 +25,20 @@ from real_tokenizers import (
 from test_families import DIALOGUES, FAMILY_TEMPLATES
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from simpo import console, loop, run_folder
+from simpo import console, loop
 from simpo.compose import compose_run
-from simpo.config import TEMPLATES, Compat, ModelConfig, OnBadRow, OnPolicyConfig
+from simpo.config.choices import Compat, OnBadRow
+from simpo.config.errors import ConfigError, DataError, RunError
+from simpo.config.inputs import TEMPLATES, ModelConfig
+from simpo.config.schema import OnPolicyConfig
 from simpo.data.chat import Chat
 from simpo.data.checks import kept_as_the_original, placed_ids, refuse_unknown_ids
 from simpo.data.rows import RowFault
 from simpo.data.template import NEEDED_TOKENS, Template, use_template
 from simpo.data.token_cache import tokenize_set
-from simpo.errors import ConfigError, DataError, RunError
 from simpo.on_policy import draw
 from simpo.on_policy.draw import generate
+from simpo.run import folder as run_folder
 from simpo.stages import Stages
 from simpo.train import train
 

@@ -14,9 +14,9 @@ import pytest
 from whole_runs import TIMING, finish, logged, newest_checkpoint, run, start, wait_for
 
 from simpo.compose import compose_run
-from simpo.config import TrackerConfig, WandbConfig
-from simpo.errors import ConfigError
-from simpo.records import read_metrics
+from simpo.config.errors import ConfigError
+from simpo.config.schema import TrackerConfig, WandbConfig
+from simpo.run.files import read_metrics
 from simpo.tracker import Tracker, check_login
 from simpo.train import train
 

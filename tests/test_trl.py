@@ -17,18 +17,10 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast
 
 from simpo.backend import Backend
-from simpo.config import (
-    Device,
-    DpoConfig,
-    IpoConfig,
-    LnDpoConfig,
-    LossConfig,
-    Precision,
-    Schedule,
-    SigmoidConfig,
-    SingleConfig,
-    TrainConfig,
-)
+from simpo.config.backends import SingleConfig
+from simpo.config.choices import Device, Precision, Schedule
+from simpo.config.losses import DpoConfig, IpoConfig, LnDpoConfig, LossConfig, SigmoidConfig
+from simpo.config.schema import TrainConfig
 from simpo.data.packing import pack
 from simpo.data.plan import rows_of_pairs
 from simpo.loss import pair_losses

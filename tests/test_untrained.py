@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from simpo.compose import compose_run
-from simpo.config import check_training
+from simpo.config.check import check_training
+from simpo.config.errors import ConfigError
 from simpo.data.demo import demo_rows
-from simpo.errors import ConfigError
 from simpo.train import train
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import simpo.loop
 from simpo.compose import compose_run
-from simpo.config import WatchConfig
-from simpo.errors import ConfigError, RunError
+from simpo.config.errors import ConfigError, RunError
+from simpo.config.schema import WatchConfig
 from simpo.train import train
 from simpo.watch import CollapseWatch
 

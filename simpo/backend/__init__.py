@@ -5,7 +5,8 @@ and DeepSpeed. `build_backend` chooses; everything above knows `Backend` alone.
 from __future__ import annotations
 
 from simpo.backend.base import Backend, not_written
-from simpo.config import BackendConfig, FsdpConfig, Precision, ZeroConfig
+from simpo.config.backends import BackendConfig, FsdpConfig, ZeroConfig
+from simpo.config.choices import Precision
 
 
 def build_backend(

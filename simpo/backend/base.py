@@ -31,10 +31,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from simpo.config import BackendConfig, DdpConfig, Device, ManyConfig, Precision
-from simpo.errors import ConfigError, LostError
+from simpo.config.backends import BackendConfig, DdpConfig, ManyConfig
+from simpo.config.choices import Device, Precision
+from simpo.config.errors import ConfigError, LostError
 from simpo.model import Policy
-from simpo.processes import LISTEN, a_rank_is_lost
+from simpo.run.processes import LISTEN, a_rank_is_lost
 
 JOIN_S = 1800
 """How long a process waits for the others to come up: imports and slow disks take their time."""

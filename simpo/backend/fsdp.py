@@ -20,8 +20,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.optim import Optimizer
 
 from simpo.backend.base import Backend
-from simpo.config import BackendConfig, FsdpConfig, Precision
-from simpo.errors import ConfigError
+from simpo.config.backends import BackendConfig, FsdpConfig
+from simpo.config.choices import Precision
+from simpo.config.errors import ConfigError
 from simpo.model import Policy
 
 

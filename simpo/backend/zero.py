@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simpo.backend.base import Backend, not_written
-from simpo.config import BackendConfig, Precision, Zero3Config, ZeroConfig
+from simpo.config.backends import BackendConfig, Zero3Config, ZeroConfig
+from simpo.config.choices import Precision
 from simpo.model import Policy
 
 

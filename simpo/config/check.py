@@ -27,11 +27,11 @@ from simpo.config.backends import (
     ZeroConfig,
 )
 from simpo.config.choices import Compat, Dtype, Precision, Quantization
+from simpo.config.errors import ConfigError, first_line
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LocalConfig, SlurmConfig
 from simpo.config.losses import LOSSES
 from simpo.config.schema import RunConfig, TrackerConfig, WandbConfig
-from simpo.errors import ConfigError, first_line
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"base": ModelConfig},

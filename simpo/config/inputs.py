@@ -14,14 +14,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from simpo.config.choices import (
-    Attention,
-    Compat,
-    Dtype,
-    OnBadRow,
-    PromptTruncation,
-    Quantization,
-)
+from simpo.config.choices import Attention, Compat, Dtype, OnBadRow, PromptTruncation, Quantization
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATES = PACKAGE / "templates"

@@ -14,10 +14,10 @@ from omegaconf import MISSING
 
 from simpo.config.backends import BackendConfig
 from simpo.config.choices import Engine, Mode, Precision, Schedule, WandbMode, WatchAction
+from simpo.config.errors import LOST
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LauncherConfig
 from simpo.config.losses import LossConfig
-from simpo.errors import LOST
 
 LONGEST_PART_BYTES = 255
 """Of a path between two slashes, as file systems have it."""

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from simpo.config import Compat, DataConfig, PromptTruncation
+from simpo.config.choices import Compat, PromptTruncation
+from simpo.config.errors import ConfigError
+from simpo.config.inputs import DataConfig
 from simpo.data.paper import paper_pair, paper_texts
 from simpo.data.rows import RowFault
 from simpo.data.template import Template, control_tokens
-from simpo.errors import ConfigError
 from simpo.pairs import Message, Pair, TokenizedPair
 
 BATCH_PAIRS = 512

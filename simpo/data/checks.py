@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from simpo.config import Compat, DataConfig
+from simpo.config.choices import Compat
+from simpo.config.errors import ConfigError, DataError
+from simpo.config.inputs import DataConfig
 from simpo.data.chat import Chat, TokenizedSet
 from simpo.data.rows import RowFault
-from simpo.errors import ConfigError, DataError
 from simpo.pairs import Pair
 
 

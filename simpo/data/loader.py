@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simpo.config import RunConfig, TrainConfig
+from simpo.config.schema import RunConfig, TrainConfig
 from simpo.data.chat import Chat, TokenizedSet
 from simpo.data.mixture import Mixture, load_mixture
 from simpo.data.packing import pack, pack_nothing

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from simpo.config import DataConfig, OnBadRow, SourceConfig
+from simpo.config.choices import OnBadRow
+from simpo.config.errors import DataError
+from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data.rows import COLUMNS, RowFault, remarks, to_pair, unread_columns
 from simpo.data.sources import origin, raw_rows
-from simpo.errors import DataError
 from simpo.pairs import Pair
 
 MAX_FAULTS_SHOWN = 5

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from simpo.config import DataConfig, PromptTruncation
+from simpo.config.choices import PromptTruncation
+from simpo.config.inputs import DataConfig
 from simpo.data.rows import RowFault
 from simpo.data.template import Template
 from simpo.pairs import Pair, TokenizedPair

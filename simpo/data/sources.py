@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from simpo import hub
-from simpo.config import SourceConfig
+from simpo.config.errors import DataError
+from simpo.config.inputs import SourceConfig
 from simpo.data.demo import demo_rows
 from simpo.data.rows import RowFault
-from simpo.errors import DataError
 
 FIRST_BYTES = {
     b"\xff\xfe": "it is UTF-16 or UTF-32 text (convert it to UTF-8)",

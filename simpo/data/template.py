@@ -13,9 +13,9 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from simpo.config import template_file
+from simpo.config.errors import ConfigError, first_line
+from simpo.config.inputs import template_file
 from simpo.data.rows import RowFault
-from simpo.errors import ConfigError, first_line
 from simpo.pairs import Message
 
 NEEDED_TOKENS = {

@@ -19,13 +19,14 @@ import numpy as np
 import tokenizers
 import transformers
 
-from simpo.config import DataConfig, OnBadRow
+from simpo.config.choices import OnBadRow
+from simpo.config.errors import DataError
+from simpo.config.inputs import DataConfig
 from simpo.data.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.mixture import fault_lines
 from simpo.data.rows import RowFault
-from simpo.errors import DataError
 from simpo.pairs import Pair, TokenizedPair
-from simpo.sealed import find_entry, keep_entry, sha256
+from simpo.run.sealed import find_entry, keep_entry, sha256
 
 
 def tokenize_set(

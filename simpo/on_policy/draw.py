@@ -19,13 +19,15 @@ import torch
 from tqdm import tqdm
 
 from simpo.backend import build_backend
-from simpo.config import ADAPTER_FILE, Compat, Engine, OnBadRow, RunConfig
+from simpo.config.choices import Compat, Engine, OnBadRow
+from simpo.config.errors import ConfigError, DataError
+from simpo.config.inputs import ADAPTER_FILE
+from simpo.config.schema import RunConfig
 from simpo.console import quiet_libraries
 from simpo.data.chat import Chat
 from simpo.data.checks import refuse_unknown_ids
 from simpo.data.mixture import fault_lines, load_mixture
 from simpo.data.rows import RowFault, to_prompt
-from simpo.errors import ConfigError, DataError
 from simpo.model import load_policy, load_tokenizer, model_source, num_embeddings
 from simpo.on_policy.files import (
     Prompt,
@@ -38,7 +40,7 @@ from simpo.on_policy.files import (
     read_responses,
     working_in,
 )
-from simpo.run_folder import write_text
+from simpo.run.folder import write_text
 from simpo.sample import Completion, batches, complete, completion
 
 Draw = Callable[[Sequence[list[int]], int], list[Completion]]

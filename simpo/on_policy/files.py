@@ -23,11 +23,11 @@ from typing import Any
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from simpo import hub
-from simpo.config import RunConfig
-from simpo.errors import DISK, ConfigError, unwritable
+from simpo.config.errors import DISK, ConfigError, unwritable
+from simpo.config.schema import RunConfig
 from simpo.pairs import Message
-from simpo.run_folder import is_free
-from simpo.sealed import sha256
+from simpo.run.folder import is_free
+from simpo.run.sealed import sha256
 
 MODEL_FILES = (".safetensors", ".bin", ".pt", ".py", "config.json", "tokenizer.json", ".model")
 """Endings of the files that decide what a model writes."""

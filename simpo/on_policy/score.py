@@ -20,11 +20,11 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from simpo.backend import build_backend
-from simpo.config import RunConfig
+from simpo.config.errors import ConfigError, RunError, first_line
+from simpo.config.schema import RunConfig
 from simpo.console import quiet_libraries
 from simpo.data import rules
 from simpo.data.rules import obeys
-from simpo.errors import ConfigError, RunError, first_line
 from simpo.model import load_pretrained, load_weights
 from simpo.on_policy.files import (
     Prompt,
@@ -39,9 +39,9 @@ from simpo.on_policy.files import (
     working_in,
 )
 from simpo.pairs import Message
-from simpo.run_folder import write_text
-from simpo.sealed import sha256
-from simpo.tables import markdown_table
+from simpo.run.folder import write_text
+from simpo.run.sealed import sha256
+from simpo.run.tables import markdown_table
 
 Reward = Callable[[Sequence[Message], Sequence[str], Mapping[str, Any] | None], Sequence[float]]
 """From a prompt, some replies to it and its rule to a score for each reply, more being better."""

@@ -21,9 +21,20 @@ from multiprocessing import cpu_count
 from pathlib import Path
 from types import FrameType
 
-from simpo.config import BackendConfig, Device, ManyConfig, RunConfig, run_yaml
-from simpo.errors import INTERRUPTED, LOST, ConfigError, LostError, RunError, Stopped, first_line
-from simpo.signals import held, passing_on
+from simpo.config.backends import BackendConfig, ManyConfig
+from simpo.config.check import run_yaml
+from simpo.config.choices import Device
+from simpo.config.errors import (
+    INTERRUPTED,
+    LOST,
+    ConfigError,
+    LostError,
+    RunError,
+    Stopped,
+    first_line,
+)
+from simpo.config.schema import RunConfig
+from simpo.run.signals import held, passing_on
 
 GRACE_S = 20.0
 """How long the others get to end by themselves, once one process has failed."""

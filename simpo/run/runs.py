@@ -18,11 +18,12 @@ from typing import Any
 
 import psutil
 
-from simpo import slurm
-from simpo.config import RunConfig, load_run
-from simpo.errors import DamagedError, SimpoError
-from simpo.objective import evaluations_in
-from simpo.records import (
+from simpo.config.check import load_run
+from simpo.config.errors import DamagedError, SimpoError
+from simpo.config.schema import RunConfig
+from simpo.run import slurm
+from simpo.run.best import evaluations_in
+from simpo.run.files import (
     NEW_RUN,
     check_metrics,
     last_job,
@@ -34,7 +35,7 @@ from simpo.records import (
     read_seal,
     read_status,
 )
-from simpo.run_folder import is_free
+from simpo.run.folder import is_free
 
 RECORDS = {"run.yaml", "status.json"}
 SKIPPED = {"checkpoints", "model", "samples", "held_out", "slurm", "wandb"}

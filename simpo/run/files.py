@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo.errors import DamagedError
+from simpo.config.errors import DamagedError
 
 STATES = ("running", "stopped", "failed", "finished")
 """Words that status.json has for how far a run is."""

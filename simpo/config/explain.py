@@ -26,9 +26,9 @@ from omegaconf import (
 )
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from simpo.config import GROUPS, build_run, fault_line
-from simpo.errors import ConfigError, first_line
-from simpo.menu import CONF, Menu, NotComposedError
+from simpo.config.check import GROUPS, build_run, fault_line
+from simpo.config.compose import CONF, Menu, NotComposedError
+from simpo.config.errors import ConfigError, first_line
 
 SEARCHPATH = "hydra.searchpath="
 MOST_MEMBERS = 10_000

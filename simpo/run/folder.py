@@ -30,9 +30,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from simpo.config import RunConfig, holds_secret, load_run, run_id, run_yaml, trajectory
-from simpo.errors import DISK, ConfigError, DamagedError, DataError, RunError, Stopped, unwritable
-from simpo.records import NEW_RUN, read_json, read_status, status_or_none
+from simpo.config.check import holds_secret, load_run, run_id, run_yaml, trajectory
+from simpo.config.errors import (
+    DISK,
+    ConfigError,
+    DamagedError,
+    DataError,
+    RunError,
+    Stopped,
+    unwritable,
+)
+from simpo.config.schema import RunConfig
+from simpo.run.files import NEW_RUN, read_json, read_status, status_or_none
 
 if TYPE_CHECKING:  # for a launcher, which does without torch
     from simpo.sample import Reply

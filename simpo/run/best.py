@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from simpo.config import Mode, ObjectiveConfig
-from simpo.errors import ConfigError
+from simpo.config.choices import Mode
+from simpo.config.errors import ConfigError
+from simpo.config.schema import ObjectiveConfig
 
 Evaluations = Mapping[int, Mapping[str, float]]
 """Held-out metrics by the number of updates they were taken after."""

@@ -14,8 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig
 
-from simpo.config import menu_dir, register_schemas
-from simpo.errors import ConfigError, first_line
+from simpo.config.check import register_schemas
+from simpo.config.errors import ConfigError, first_line
+from simpo.config.inputs import menu_dir
 
 # Where Hydra finds the group `experiments`; conf/train.yaml reads it.
 os.environ["SIMPO_MENUS"] = str(menu_dir("experiments").parent)

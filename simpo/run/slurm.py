@@ -10,8 +10,9 @@ from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpo.config import SlurmConfig, holds_secret
-from simpo.errors import ConfigError, RunError
+from simpo.config.check import holds_secret
+from simpo.config.errors import ConfigError, RunError
+from simpo.config.launchers import SlurmConfig
 
 UNLIMITED_REQUEUES = 10**6
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")

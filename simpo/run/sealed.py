@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from simpo.errors import first_line
+from simpo.config.errors import first_line
 
 SEAL = "seal.json"
 CHUNK_BYTES = 2**22

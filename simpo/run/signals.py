@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from simpo.errors import INTERRUPTED, INTERRUPTION, STOPPED
+from simpo.config.errors import INTERRUPTED, INTERRUPTION, STOPPED
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers send before they end a job."""

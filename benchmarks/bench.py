@@ -25,7 +25,7 @@ from contenders import contenders
 from transformers import AutoModelForCausalLM
 from workloads import PROFILES, model_config, real_batches, typical_batch
 
-from simpo.pairs import TokenizedPair
+from simpo.data.pairs import TokenizedPair
 
 PAIRS = 2
 MIB = 2**20

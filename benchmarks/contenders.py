@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from simpo import attention
 from simpo.config.losses import SigmoidConfig
 from simpo.data.packing import pack
+from simpo.data.pairs import TokenizedPair
 from simpo.loss import pair_losses
 from simpo.model import Policy
-from simpo.pairs import TokenizedPair
 
 BETA, RATIO = 2.0, 0.5
 

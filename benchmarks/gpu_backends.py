@@ -85,9 +85,9 @@ def losses_of(name: str, device: str) -> list[float]:
     from simpo.config.losses import SigmoidConfig
     from simpo.config.schema import TrainConfig
     from simpo.data.packing import pack
+    from simpo.data.pairs import TokenizedPair
     from simpo.model import load_policy
     from simpo.optim import build_optimizer
-    from simpo.pairs import TokenizedPair
     from simpo.step import summarise, update
 
     kind, settings, bits, _ = CASES[name]

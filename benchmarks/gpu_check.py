@@ -28,7 +28,7 @@ from workloads import PROFILES, model_config, typical_batch
 
 from simpo import attention, cost
 from simpo.data.packing import pack
-from simpo.pairs import TokenizedPair
+from simpo.data.pairs import TokenizedPair
 from simpo.probe import check_packing
 
 GPU = torch.device("cuda")

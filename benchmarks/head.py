@@ -28,9 +28,9 @@ from workloads import SHAPES, typical_batch
 
 from simpo.config.losses import SigmoidConfig
 from simpo.data.packing import pack
+from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.logps import fused_loss
 from simpo.loss import pair_losses
-from simpo.pairs import PackedPairs, TokenizedPair
 
 Way = Callable[[Tensor, Tensor], Tensor]
 CHUNK_TOKENS = 512

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers import LlamaConfig
 
-from simpo.pairs import TokenizedPair
+from simpo.data.pairs import TokenizedPair
 
 MAX_LENGTH, MAX_PROMPT = 2048, 1800
 DRAWN = 20_000

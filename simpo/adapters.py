@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from simpo import hub
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.inputs import LoraConfig
+from simpo.data import hub
 
 KINDS = {"attention": "Attention", "mlp": "MLP"}
 """Words for kinds of layers, with how transformers ends the name of the class around them."""

@@ -29,7 +29,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from simpo.pairs import KeyTable, Segment
+from simpo.data.pairs import KeyTable, Segment
 
 # No name holds "sdpa" or "flash": transformers would take it for a kernel of its own.
 NAMES = {"sdpa": "simpo", "varlen": "simpo_varlen", "flash": "simpo_fa"}

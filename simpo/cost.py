@@ -14,9 +14,9 @@ from torch import Tensor
 from simpo import logps
 from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
+from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
 from simpo.model import Policy
-from simpo.pairs import PackedPairs, TokenizedPair
 
 GIB = 2**30
 STEPS_LOOKED_AT = 64

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simpo.pairs import PackedPairs, PairLogps
+from simpo.data.pairs import PackedPairs, PairLogps
 
 LOGITS_BYTES = 256 * 2**20
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from simpo import console, cost, export
 from simpo.config.errors import RunError
 from simpo.config.schema import RunConfig
+from simpo.data.pairs import PackedPairs
 from simpo.history import History
 from simpo.optim import change_notes
-from simpo.pairs import PackedPairs
 from simpo.sample import greedy_replies, reply_metrics
 from simpo.setup import Parts
 from simpo.step import NonFiniteError, columns, evaluate, update

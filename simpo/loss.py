@@ -36,7 +36,7 @@ from simpo.config.losses import (
     SimpoConfig,
     SlicConfig,
 )
-from simpo.pairs import PairLogps
+from simpo.data.pairs import PairLogps
 
 
 class Preference(NamedTuple):

@@ -25,13 +25,14 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from simpo import attention, hub
+from simpo import attention
 from simpo.config.choices import Attention, Compat, Dtype, Quantization
 from simpo.config.errors import ConfigError
 from simpo.config.inputs import ModelConfig
+from simpo.data import hub
+from simpo.data.pairs import PackedPairs, PairLogps
 from simpo.data.template import use_template
 from simpo.logps import Objective, fused_loss
-from simpo.pairs import PackedPairs, PairLogps
 from simpo.smollm2 import smollm2_folder
 
 NAMES_SHOWN = 4

@@ -20,8 +20,8 @@ from torch.nn.functional import linear
 
 from simpo.config.errors import ConfigError, first_line
 from simpo.data.packing import pack
+from simpo.data.pairs import TokenizedPair
 from simpo.model import Policy, cannot_share
-from simpo.pairs import TokenizedPair
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Norm of the difference of hidden states over theirs: rounding stays below, mixing above."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from simpo.backend import Backend
 from simpo.data.chat import TokenizedSet
-from simpo.pairs import PackedPairs
+from simpo.data.pairs import PackedPairs
 from simpo.run.sealed import find_entry, keep_entry
 
 

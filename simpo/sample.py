@@ -10,9 +10,9 @@ import torch
 from transformers import GenerationConfig
 
 from simpo.data.chat import Chat
+from simpo.data.pairs import Pair
 from simpo.data.rules import obeys
 from simpo.model import Policy
-from simpo.pairs import Pair
 
 BATCH_PROMPTS = 64
 NGRAM_TOKENS = 4

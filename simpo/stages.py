@@ -15,11 +15,11 @@ from simpo.config.schema import RunConfig
 from simpo.data.chat import Chat, TokenizedSet
 from simpo.data.mixture import load_mixture
 from simpo.data.packing import pack
+from simpo.data.pairs import Pair, TokenizedPair
 from simpo.data.plan import TrainPlan, build_plan, pairs_of_step, rows_of_pairs
-from simpo.data.rows import to_dialogue, to_pair
-from simpo.data.token_cache import tokenize_set
+from simpo.data.records import to_dialogue, to_pair
+from simpo.data.tokens import tokenize_set
 from simpo.model import load_tokenizer
-from simpo.pairs import Pair, TokenizedPair
 from simpo.run.folder import template_date
 from simpo.run.tables import markdown_table
 

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from simpo.backend import Backend
 from simpo.config.losses import LossConfig
+from simpo.data.pairs import PackedPairs, PairLogps
 from simpo.logps import Objective
 from simpo.loss import pair_losses, preference
-from simpo.pairs import PackedPairs, PairLogps
 
 COLUMNS = (
     "preference_loss",

@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo import attention
 from simpo.config.losses import SimpoConfig
-from simpo.pairs import TokenizedPair
+from simpo.data.pairs import TokenizedPair
 
 VOCAB = 128
 SEGMENTS = attention.NAMES["sdpa"]
@@ -208,7 +208,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     from simpo.config.inputs import TEMPLATES
-    from simpo.data.demo import demo_rows
+    from simpo.data.demo.records import demo_rows
 
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = Tokenizer(models.BPE())
@@ -265,7 +265,7 @@ def tiny_run(tiny_folder: Path, tmp_path: Path) -> list[str]:
 
 def tiny_overrides(tiny_folder: Path, folder: Path) -> list[str]:
     """Those of `tiny_run`, with everything that the run writes below a folder."""
-    from simpo.data.demo import demo_rows
+    from simpo.data.demo.records import demo_rows
 
     for split, count in (("train", 24), ("test", 16)):
         rows = demo_rows(0, split)[:count]

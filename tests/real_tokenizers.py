@@ -23,9 +23,9 @@ import pytest
 from simpo.config.errors import ConfigError
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.data.chat import Chat
-from simpo.data.rows import RowFault
+from simpo.data.pairs import Message, Pair, TokenizedPair
+from simpo.data.records import RowFault
 from simpo.model import load_tokenizer
-from simpo.pairs import Message, Pair, TokenizedPair
 from simpo.smollm2 import smollm2_folder
 
 CACHE = Path("~/.cache/simpo-tests").expanduser()

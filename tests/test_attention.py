@@ -16,8 +16,8 @@ import simpo.logps
 from simpo import attention
 from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
+from simpo.data.pairs import KeyTable, PackedPairs, PairLogps
 from simpo.logps import fused_loss
-from simpo.pairs import KeyTable, PackedPairs, PairLogps
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 

@@ -27,7 +27,7 @@ from whole_runs import (
 )
 
 from simpo.compose import compose_run
-from simpo.data.demo import demo_rows
+from simpo.data.demo.records import demo_rows
 from simpo.train import train
 
 pytestmark = pytest.mark.slow

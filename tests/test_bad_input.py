@@ -21,7 +21,7 @@ from simpo.config.explain import explain
 from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data import sources
 from simpo.data.mixture import load_mixture
-from simpo.data.rows import RowFault, to_dialogue, to_pair, to_prompt
+from simpo.data.records import RowFault, to_dialogue, to_pair, to_prompt
 from simpo.data.rules import RULES
 from simpo.train import cli
 

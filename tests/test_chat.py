@@ -34,12 +34,12 @@ from simpo.config.choices import Compat, OnBadRow, PromptTruncation
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.inputs import TEMPLATES, DataConfig, ModelConfig
 from simpo.data import chat as chat_module
-from simpo.data import token_cache
+from simpo.data import tokens as token_store
 from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint
-from simpo.data.rows import RowFault
-from simpo.data.token_cache import tokenize_set
+from simpo.data.pairs import Message, Pair
+from simpo.data.records import RowFault
+from simpo.data.tokens import tokenize_set
 from simpo.model import load_tokenizer
-from simpo.pairs import Message, Pair
 
 KEEP_END, KEEP_START = PromptTruncation.keep_end, PromptTruncation.keep_start
 
@@ -603,7 +603,7 @@ def test_interrupted_write_leaves_no_cache(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(token_cache.np, "savez", interrupt)
+        patch.setattr(token_store.np, "savez", interrupt)
         tokenize_set(chat, PAIRS, SHORT, tmp_path)
     assert list((tmp_path / "tokenized").iterdir()) == []
     assert len(tokenize_set(chat, PAIRS, SHORT, tmp_path).pairs) == 4

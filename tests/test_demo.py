@@ -7,8 +7,8 @@ from statistics import mean, median
 
 import pytest
 
-from simpo.data.demo import demo_rows
-from simpo.data.demo_topics import HELD_OUT, TOPICS
+from simpo.data.demo.records import demo_rows
+from simpo.data.demo.topics import HELD_OUT, TOPICS
 from simpo.data.rules import RULES, obeys, rule_fault
 
 ONE_SENTENCE = {"name": "one_sentence"}

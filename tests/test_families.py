@@ -20,10 +20,10 @@ from simpo.config.choices import Device, Precision, Schedule
 from simpo.config.losses import SigmoidConfig
 from simpo.config.schema import TrainConfig
 from simpo.data.packing import pack
+from simpo.data.pairs import Message
 from simpo.data.plan import rows_of_pairs
 from simpo.model import Policy
 from simpo.optim import build_optimizer
-from simpo.pairs import Message
 from simpo.step import summarise, update
 
 # As the checkpoints of Mistral-7B-Instruct-v0.3 have it: no space before [/INST].

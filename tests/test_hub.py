@@ -15,9 +15,9 @@ import pytest
 from huggingface_hub import constants
 from transformers import AutoConfig
 
-from simpo import hub
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.inputs import DataConfig, SourceConfig
+from simpo.data import hub
 from simpo.data.mixture import load_mixture
 from simpo.model import load_pretrained
 

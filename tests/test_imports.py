@@ -12,19 +12,20 @@ PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 # A module may import those in lines above its own, never beside or below.
 ORDER = """
 config.errors
-config.choices config.launchers config.losses hub pairs data.demo_topics data.plan data.rules run.tables
+config.choices config.launchers config.losses
+data.hub data.pairs data.demo.topics data.plan data.rules run.tables
 config.backends config.inputs run.files run.sealed run.signals
 config.schema
 config.check
 config
 config.compose
 config.explain
-compose data.demo data.rows data.packing adapters attention logps loss run.best optim
+compose data.demo.records data.records data.packing adapters attention logps loss run.best optim
 run.slurm smollm2 tracker watch
 data.sources data.template run.processes
 data.mixture data.paper model
 data.chat backend.base cost probe
-data.checks data.token_cache
+data.checks data.tokens
 data.loader backend.fsdp backend.zero
 backend
 checkpoint console reference sample step
@@ -100,7 +101,8 @@ def test_imports_go_down(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["loss", "logps", "pairs", "optim", "data.packing", "data.plan", "data.rows", "watch"]
+    "module",
+    ["loss", "logps", "data.pairs", "optim", "data.packing", "data.plan", "data.records", "watch"],
 )
 def test_the_mathematics_knows_no_framework(module):
     assert packages(everywhere(MODULES[module])) & HEAVY == set()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from simpo.config.losses import HingeConfig, SigmoidConfig
+from simpo.data.pairs import PairLogps
 from simpo.loss import pair_losses
-from simpo.pairs import PairLogps
 from simpo.step import COLUMNS, pair_sums, pair_table, summarise
 
 # Two pairs. Sums -6 over 3 tokens and -8 over 2: averages -2 and -4, difference 2.

@@ -13,7 +13,7 @@ from simpo.compose import compose_run
 from simpo.config.errors import DataError
 from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data.mixture import SplitReport, load_mixture
-from simpo.data.rows import RowFault, to_dialogue, to_pair, to_prompt
+from simpo.data.records import RowFault, to_dialogue, to_pair, to_prompt
 from simpo.train import train
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"

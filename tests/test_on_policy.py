@@ -22,9 +22,9 @@ from whole_runs import finish, wait_for
 
 from simpo.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
-from simpo.data.demo import demo_rows
+from simpo.data.demo.records import demo_rows
 from simpo.data.mixture import load_mixture
-from simpo.data.rows import to_pair, to_prompt
+from simpo.data.records import to_pair, to_prompt
 from simpo.data.rules import obeys
 from simpo.on_policy import draw, score
 from simpo.on_policy.files import content_hash, model_content, working_in
@@ -99,7 +99,7 @@ def test_replies_differ_by_seed_and_temperature(drawing: list[str], tmp_path: Pa
     assert sure[1] == sure[2]
     run = compose_run(drawing)
     tokenizer = AutoTokenizer.from_pretrained(run.model.path)
-    tokenizer.chat_template = Path("simpo/templates/chatml.jinja").read_text()
+    tokenizer.chat_template = Path("simpo/data/templates/chatml.jinja").read_text()
     model = AutoModelForCausalLM.from_pretrained(run.model.path)
     pair = min(load_mixture(run.data).train, key=lambda pair: len(str(pair.prompt)))
     ids = tokenizer.apply_chat_template(

@@ -57,7 +57,7 @@ def clean_venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_carries_every_menu_and_template(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder in ("conf", "experiments", "simpo/templates"):
+    for folder in ("conf", "experiments", "simpo/data/templates"):
         for file in (ROOT / folder).rglob("*.*"):
             inside = f"simpo/{file.relative_to(ROOT)}".replace("simpo/simpo/", "simpo/")
             assert inside in names

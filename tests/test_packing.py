@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simpo.data.packing import pack
+from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import build_plan, pairs_of_step, rows_of_pairs
-from simpo.pairs import TokenizedPair
 
 
 def pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:

@@ -24,9 +24,9 @@ from simpo.config.errors import ConfigError
 from simpo.config.inputs import LoraConfig, ModelConfig
 from simpo.config.losses import SigmoidConfig
 from simpo.data.packing import pack
+from simpo.data.pairs import TokenizedPair
 from simpo.loss import pair_losses
 from simpo.model import Policy, load_policy
-from simpo.pairs import TokenizedPair
 
 CPU = torch.device("cpu")
 LOSS = SigmoidConfig(beta=2.0, gamma_beta_ratio=0.5)

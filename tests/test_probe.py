@@ -22,8 +22,8 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from simpo import attention
 from simpo.compose import compose_run
 from simpo.config.errors import ConfigError
+from simpo.data.pairs import TokenizedPair
 from simpo.model import Policy
-from simpo.pairs import TokenizedPair
 from simpo.probe import check_packing
 from simpo.train import train
 

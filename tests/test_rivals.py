@@ -33,9 +33,9 @@ from simpo.config.losses import (
     SlicConfig,
 )
 from simpo.data.packing import pack
+from simpo.data.pairs import PairLogps
 from simpo.loss import pair_losses, preference
 from simpo.model import Policy
-from simpo.pairs import PairLogps
 from simpo.step import pair_sums, pair_table, summarise
 
 # Two pairs. Sums -6 over 3 tokens and -8 over 2: means -2 and -4.

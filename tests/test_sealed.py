@@ -24,7 +24,7 @@ from simpo.config.choices import Precision
 from simpo.config.errors import ConfigError
 from simpo.data.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.packing import pack
-from simpo.data.token_cache import tokenize_set
+from simpo.data.tokens import tokenize_set
 from simpo.model import Policy
 from simpo.run.sealed import entry_fault, find_entry, keep_entry, write_entry
 from simpo.train import train

@@ -19,11 +19,11 @@ from whole_runs import metrics_of
 from simpo.compose import compose_run
 from simpo.config.losses import SftConfig
 from simpo.data.packing import pack
-from simpo.data.rows import RowFault, to_dialogue
-from simpo.data.token_cache import tokenize_set
+from simpo.data.pairs import Pair, PairLogps, TokenizedPair
+from simpo.data.records import RowFault, to_dialogue
+from simpo.data.tokens import tokenize_set
 from simpo.loss import pair_losses
 from simpo.model import Policy
-from simpo.pairs import Pair, PairLogps, TokenizedPair
 from simpo.train import train
 
 TURNS = [user("Hi"), assistant("Yes?"), user("Bye"), assistant("See you.")]

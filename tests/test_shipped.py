@@ -10,7 +10,7 @@ import yaml
 
 from simpo.compose import compose_run
 from simpo.config.inputs import menu_dir
-from simpo.data.demo import demo_rows
+from simpo.data.demo.records import demo_rows
 from simpo.train import train
 
 EXPERIMENTS = menu_dir("experiments")

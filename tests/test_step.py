@@ -25,9 +25,9 @@ from simpo.config.backends import SingleConfig
 from simpo.config.choices import Device, Precision
 from simpo.config.losses import HingeConfig, SigmoidConfig, SimpoConfig
 from simpo.data.packing import pack
+from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.data.plan import rows_of_pairs
 from simpo.model import Policy
-from simpo.pairs import PackedPairs, TokenizedPair
 from simpo.step import NonFiniteError, summarise, update
 
 LOSSES = [

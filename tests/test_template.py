@@ -33,9 +33,9 @@ from simpo.config.inputs import TEMPLATES, ModelConfig
 from simpo.config.schema import OnPolicyConfig
 from simpo.data.chat import Chat
 from simpo.data.checks import kept_as_the_original, placed_ids, refuse_unknown_ids
-from simpo.data.rows import RowFault
+from simpo.data.records import RowFault
 from simpo.data.template import NEEDED_TOKENS, Template, use_template
-from simpo.data.token_cache import tokenize_set
+from simpo.data.tokens import tokenize_set
 from simpo.on_policy import draw
 from simpo.on_policy.draw import generate
 from simpo.run import folder as run_folder

@@ -17,7 +17,7 @@ from whole_runs import assert_same_run, logged, metrics_of, run, start, state_of
 from simpo.compose import compose_run
 from simpo.config.check import load_run
 from simpo.config.errors import ConfigError, DataError, RunError
-from simpo.data.demo import demo_rows
+from simpo.data.demo.records import demo_rows
 from simpo.data.mixture import load_mixture
 from simpo.loss import Preference
 from simpo.train import train

@@ -22,11 +22,11 @@ from simpo.config.choices import Device, Precision, Schedule
 from simpo.config.losses import DpoConfig, IpoConfig, LnDpoConfig, LossConfig, SigmoidConfig
 from simpo.config.schema import TrainConfig
 from simpo.data.packing import pack
+from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import rows_of_pairs
 from simpo.loss import pair_losses
 from simpo.model import Policy
 from simpo.optim import build_optimizer, learning_rate, set_learning_rate
-from simpo.pairs import TokenizedPair
 from simpo.step import summarise, update
 
 trl = pytest.importorskip("trl")

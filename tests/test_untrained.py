@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from simpo.compose import compose_run
 from simpo.config.check import check_training
 from simpo.config.errors import ConfigError
-from simpo.data.demo import demo_rows
+from simpo.data.demo.records import demo_rows
 from simpo.train import train
 
 

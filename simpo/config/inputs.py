@@ -17,7 +17,7 @@ from omegaconf import MISSING
 from simpo.config.choices import Attention, Compat, Dtype, OnBadRow, PromptTruncation, Quantization
 
 PACKAGE = Path(__file__).resolve().parents[1]
-TEMPLATES = PACKAGE / "templates"
+TEMPLATES = PACKAGE / "data" / "templates"
 ADAPTER_FILE = "adapter_config.json"
 READABLE = (".jsonl", ".json", ".parquet")
 UNREADABLE = (
@@ -112,7 +112,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     chat_template: str | None = None
-    """A name from simpo/templates or a .jinja file; null takes the tokenizer's own."""
+    """A name from simpo/data/templates or a .jinja file; null takes the tokenizer's own."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def problems(self) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""From raw records to packed rows: read, checked, templated, tokenized, packed."""

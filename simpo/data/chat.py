@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerBase
 from simpo.config.choices import Compat, PromptTruncation
 from simpo.config.errors import ConfigError
 from simpo.config.inputs import DataConfig
+from simpo.data.pairs import Message, Pair, TokenizedPair
 from simpo.data.paper import paper_pair, paper_texts
-from simpo.data.rows import RowFault
+from simpo.data.records import RowFault
 from simpo.data.template import Template, control_tokens
-from simpo.pairs import Message, Pair, TokenizedPair
 
 BATCH_PAIRS = 512
 

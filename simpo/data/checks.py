@@ -10,8 +10,8 @@ from simpo.config.choices import Compat
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.inputs import DataConfig
 from simpo.data.chat import Chat, TokenizedSet
-from simpo.data.rows import RowFault
-from simpo.pairs import Pair
+from simpo.data.pairs import Pair
+from simpo.data.records import RowFault
 
 
 def placed_ids(*sets: TokenizedSet) -> Iterator[tuple[str, np.ndarray]]:

@@ -12,10 +12,10 @@ from simpo.config.schema import RunConfig, TrainConfig
 from simpo.data.chat import Chat, TokenizedSet
 from simpo.data.mixture import Mixture, load_mixture
 from simpo.data.packing import pack, pack_nothing
+from simpo.data.pairs import PackedPairs
 from simpo.data.plan import rows_of_pairs
-from simpo.data.rows import to_dialogue, to_pair
-from simpo.data.token_cache import tokenize_set
-from simpo.pairs import PackedPairs
+from simpo.data.records import to_dialogue, to_pair
+from simpo.data.tokens import tokenize_set
 
 
 @dataclass(frozen=True)

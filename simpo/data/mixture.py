@@ -16,9 +16,9 @@ import numpy as np
 from simpo.config.choices import OnBadRow
 from simpo.config.errors import DataError
 from simpo.config.inputs import DataConfig, SourceConfig
-from simpo.data.rows import COLUMNS, RowFault, remarks, to_pair, unread_columns
+from simpo.data.pairs import Pair
+from simpo.data.records import COLUMNS, RowFault, remarks, to_pair, unread_columns
 from simpo.data.sources import origin, raw_rows
-from simpo.pairs import Pair
 
 MAX_FAULTS_SHOWN = 5
 MAX_LETTERS_SHOWN = 300
@@ -79,7 +79,7 @@ def load_mixture(config: DataConfig, read_row: Callable[[Any, str], Pair] = to_p
     """Read, check and mix all sources.
 
     Args:
-        read_row: from a row and its place to what is wanted of it; see `simpo.data.rows`.
+        read_row: from a row and its place to what is wanted of it; see `simpo.data.records`.
 
     Raises:
         DataError: a source cannot be read, a row is bad (with on_bad_row=stop), or nothing is left.

@@ -19,7 +19,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from simpo.pairs import KeyTable, PackedPairs, Segment, TokenizedPair
+from simpo.data.pairs import KeyTable, PackedPairs, Segment, TokenizedPair
 
 
 def pack(

@@ -6,9 +6,9 @@ from transformers import PreTrainedTokenizerBase
 
 from simpo.config.choices import PromptTruncation
 from simpo.config.inputs import DataConfig
-from simpo.data.rows import RowFault
+from simpo.data.pairs import Pair, TokenizedPair
+from simpo.data.records import RowFault
 from simpo.data.template import Template
-from simpo.pairs import Pair, TokenizedPair
 
 
 def paper_texts(template: Template, tokenizer: PreTrainedTokenizerBase, pair: Pair) -> list[str]:

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simpo import hub
 from simpo.config.errors import DataError
 from simpo.config.inputs import SourceConfig
-from simpo.data.demo import demo_rows
-from simpo.data.rows import RowFault
+from simpo.data import hub
+from simpo.data.demo.records import demo_rows
+from simpo.data.records import RowFault
 
 FIRST_BYTES = {
     b"\xff\xfe": "it is UTF-16 or UTF-32 text (convert it to UTF-8)",

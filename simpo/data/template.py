@@ -15,8 +15,8 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.inputs import template_file
-from simpo.data.rows import RowFault
-from simpo.pairs import Message
+from simpo.data.pairs import Message
+from simpo.data.records import RowFault
 
 NEEDED_TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),

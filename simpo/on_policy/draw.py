@@ -27,7 +27,7 @@ from simpo.console import quiet_libraries
 from simpo.data.chat import Chat
 from simpo.data.checks import refuse_unknown_ids
 from simpo.data.mixture import fault_lines, load_mixture
-from simpo.data.rows import RowFault, to_prompt
+from simpo.data.records import RowFault, to_prompt
 from simpo.model import load_policy, load_tokenizer, model_source, num_embeddings
 from simpo.on_policy.files import (
     Prompt,

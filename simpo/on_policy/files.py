@@ -22,10 +22,10 @@ from typing import Any
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from simpo import hub
 from simpo.config.errors import DISK, ConfigError, unwritable
 from simpo.config.schema import RunConfig
-from simpo.pairs import Message
+from simpo.data import hub
+from simpo.data.pairs import Message
 from simpo.run.folder import is_free
 from simpo.run.sealed import sha256
 

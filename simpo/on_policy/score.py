@@ -24,6 +24,7 @@ from simpo.config.errors import ConfigError, RunError, first_line
 from simpo.config.schema import RunConfig
 from simpo.console import quiet_libraries
 from simpo.data import rules
+from simpo.data.pairs import Message
 from simpo.data.rules import obeys
 from simpo.model import load_pretrained, load_weights
 from simpo.on_policy.files import (
@@ -38,7 +39,6 @@ from simpo.on_policy.files import (
     read_responses,
     working_in,
 )
-from simpo.pairs import Message
 from simpo.run.folder import write_text
 from simpo.run.sealed import sha256
 from simpo.run.tables import markdown_table

@@ -24,8 +24,8 @@ from simpo.config.errors import DataError
 from simpo.config.inputs import DataConfig
 from simpo.data.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.mixture import fault_lines
-from simpo.data.rows import RowFault
-from simpo.pairs import Pair, TokenizedPair
+from simpo.data.pairs import Pair, TokenizedPair
+from simpo.data.records import RowFault
 from simpo.run.sealed import find_entry, keep_entry, sha256
 
 

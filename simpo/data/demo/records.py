@@ -23,7 +23,7 @@ from functools import partial
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
-from simpo.data.demo_topics import HELD_OUT, TOPICS, Topic
+from simpo.data.demo.topics import HELD_OUT, TOPICS, Topic
 from simpo.data.rules import obeys
 
 _ASKS = (

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from simpo.data.pairs import Message, Pair
 from simpo.data.rules import rule_fault
-from simpo.pairs import Message, Pair
 
 ROLES = ("system", "user", "assistant")
 SYSTEM_COLUMNS = ("system", "system_prompt")

@@ -1,0 +1,1 @@
+"""The built-in preference pairs, written by code from a table of topics."""

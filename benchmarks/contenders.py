@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from simpo import attention
 from simpo.config.losses import SigmoidConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.loss import pair_losses
-from simpo.model import Policy
+from simpo.model import attention
+from simpo.model.policy import Policy
 
 BETA, RATIO = 2.0, 0.5
 

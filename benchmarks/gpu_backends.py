@@ -86,7 +86,7 @@ def losses_of(name: str, device: str) -> list[float]:
     from simpo.config.schema import TrainConfig
     from simpo.data.packing import pack
     from simpo.data.pairs import TokenizedPair
-    from simpo.model import load_policy
+    from simpo.model.load import load_policy
     from simpo.optim import build_optimizer
     from simpo.step import summarise, update
 

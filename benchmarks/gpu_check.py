@@ -26,10 +26,10 @@ from contenders import Liger, Ours, Padded, Trl
 from transformers import AutoModelForCausalLM, LlamaConfig
 from workloads import PROFILES, model_config, typical_batch
 
-from simpo import attention, cost
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
-from simpo.probe import check_packing
+from simpo.model import attention, cost
+from simpo.model.check import check_packing
 
 GPU = torch.device("cuda")
 GIB = 2**30

@@ -5,7 +5,7 @@
     liger        LigerFusedLinearSimPOLoss on padded sequences, prompts included
     cce          cut-cross-entropy's per-token loss on response positions (Triton on a GPU,
                  its torch.compile version on a CPU)
-    simpo        simpo.logps.fused_loss
+    simpo        simpo.model.head.fused_loss
 
 Prints time and memory, and how far loss and gradients lie from the plain way in float64.
 """
@@ -29,8 +29,8 @@ from workloads import SHAPES, typical_batch
 from simpo.config.losses import SigmoidConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs, TokenizedPair
-from simpo.logps import fused_loss
 from simpo.loss import pair_losses
+from simpo.model.head import fused_loss
 
 Way = Callable[[Tensor, Tensor], Tensor]
 CHUNK_TOKENS = 512

@@ -91,7 +91,7 @@ def real_batches(folder: Path, num_batches: int, num_pairs: int) -> list[list[To
     from transformers import AutoTokenizer
 
     from simpo.data.chat import Chat
-    from simpo.smollm2 import smollm2_folder
+    from simpo.model.smollm2 import smollm2_folder
 
     chat = Chat(AutoTokenizer.from_pretrained(smollm2_folder(Path("~/.cache/simpo").expanduser())))
     rows = [

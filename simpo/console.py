@@ -11,12 +11,12 @@ from typing import Any
 from simpo.config.choices import Compat
 from simpo.config.errors import DamagedError
 from simpo.config.schema import RunConfig
-from simpo.cost import Layout, num_weights
 from simpo.data.chat import Chat, TokenizedSet
 from simpo.data.checks import kept_as_the_original
 from simpo.data.mixture import SplitReport
 from simpo.data.plan import TrainPlan
-from simpo.model import Policy
+from simpo.model.cost import Layout, num_weights
+from simpo.model.policy import Policy
 from simpo.run.files import read_replies
 from simpo.run.tables import SHOWN, markdown_table
 

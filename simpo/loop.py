@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from simpo import console, cost, export
+from simpo import console
 from simpo.config.errors import RunError
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs
 from simpo.history import History
+from simpo.model import cost, export
+from simpo.model.generate import greedy_replies, reply_metrics
 from simpo.optim import change_notes
-from simpo.sample import greedy_replies, reply_metrics
 from simpo.setup import Parts
 from simpo.step import NonFiniteError, columns, evaluate, update
 from simpo.tracker import Tracker

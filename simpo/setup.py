@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from simpo import console, cost, export
+from simpo import console
 from simpo.backend import Backend, build_backend
 from simpo.checkpoint import CheckpointStore
 from simpo.config.check import check_training
@@ -21,9 +21,12 @@ from simpo.data.chat import Chat, pairs_fingerprint
 from simpo.data.checks import kept_as_the_original, placed_ids, refuse_unknown_ids
 from simpo.data.loader import LoadedData, PackedSet, load_data
 from simpo.data.plan import TrainPlan, build_plan
-from simpo.model import Policy, load_policy, load_tokenizer, num_embeddings
+from simpo.model import cost, export
+from simpo.model.check import check_packing
+from simpo.model.load import load_policy
+from simpo.model.policy import Policy
+from simpo.model.tokenizer import load_tokenizer, num_embeddings
 from simpo.optim import build_optimizer, check_rates, check_updates, rate_notes, sampled_weights
-from simpo.probe import check_packing
 from simpo.reference import weights_fingerprint, with_reference
 from simpo.run.folder import RunFolder, environment, git_diff, template_date
 from simpo.tracker import Tracker

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from simpo.backend import Backend
 from simpo.config.losses import LossConfig
 from simpo.data.pairs import PackedPairs, PairLogps
-from simpo.logps import Objective
 from simpo.loss import pair_losses, preference
+from simpo.model.head import Objective
 
 COLUMNS = (
     "preference_loss",

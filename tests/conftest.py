@@ -30,9 +30,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from simpo import attention
 from simpo.config.losses import SimpoConfig
 from simpo.data.pairs import TokenizedPair
+from simpo.model import attention
 
 VOCAB = 128
 SEGMENTS = attention.NAMES["sdpa"]
@@ -196,7 +196,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The converted built-in model; fetched on first use."""
-    from simpo.smollm2 import smollm2_folder
+    from simpo.model.smollm2 import smollm2_folder
 
     return smollm2_folder(Path("~/.cache/simpo").expanduser())
 

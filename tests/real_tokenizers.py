@@ -25,8 +25,8 @@ from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.data.chat import Chat
 from simpo.data.pairs import Message, Pair, TokenizedPair
 from simpo.data.records import RowFault
-from simpo.model import load_tokenizer
-from simpo.smollm2 import smollm2_folder
+from simpo.model.smollm2 import smollm2_folder
+from simpo.model.tokenizer import load_tokenizer
 
 CACHE = Path("~/.cache/simpo-tests").expanduser()
 NPM_VERSION = "3.7.2"

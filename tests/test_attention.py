@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import simpo.logps
-from simpo import attention
+import simpo.model.head
 from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
 from simpo.data.pairs import KeyTable, PackedPairs, PairLogps
-from simpo.logps import fused_loss
+from simpo.model import attention
+from simpo.model.head import fused_loss
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 
@@ -206,7 +206,7 @@ def test_fused_loss(
     leaves = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simpo.logps, "LOGITS_BYTES", 4 * 128 * chunk_tokens)
+        patch.setattr(simpo.model.head, "LOGITS_BYTES", 4 * 128 * chunk_tokens)
         for fused in (False, True):
             copies = [leaf.clone().requires_grad_() for leaf in leaves]
             hidden, weight, bias = (*copies, None)[:3]

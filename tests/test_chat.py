@@ -39,7 +39,7 @@ from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint
 from simpo.data.pairs import Message, Pair
 from simpo.data.records import RowFault
 from simpo.data.tokens import tokenize_set
-from simpo.model import load_tokenizer
+from simpo.model.tokenizer import load_tokenizer
 
 KEEP_END, KEEP_START = PromptTruncation.keep_end, PromptTruncation.keep_start
 

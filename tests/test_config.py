@@ -171,7 +171,10 @@ def test_run_id_stays(change):
 
 
 def test_run_id_is_the_same_in_another_process(tmp_path):
-    code = "from simpo.compose import *; from simpo.config.check import *; print(run_id(compose_run([])))"
+    code = (
+        "from simpo.compose import compose_run; from simpo.config.check import run_id; "
+        "print(run_id(compose_run([])))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )

@@ -18,11 +18,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from simpo import cost
 from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
 from simpo.data.plan import TrainPlan
-from simpo.model import Policy
+from simpo.model import cost
+from simpo.model.policy import Policy
 
 
 def test_layout() -> None:

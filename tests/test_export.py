@@ -29,8 +29,9 @@ from simpo.config.errors import ConfigError, RunError, SimpoError
 from simpo.config.inputs import ModelConfig, SourceConfig
 from simpo.console import Results, end_lines, result_rows
 from simpo.data.chat import Chat
-from simpo.export import USAGE, cli, merge, save_model
-from simpo.model import Policy, load_tokenizer
+from simpo.model.export import USAGE, cli, merge, save_model
+from simpo.model.policy import Policy
+from simpo.model.tokenizer import load_tokenizer
 from simpo.run.folder import RunFolder
 from simpo.run.tables import markdown_table
 from simpo.train import train
@@ -518,7 +519,7 @@ def test_a_card_that_fails_loses_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from simpo import export
+    from simpo.model import export
 
     made = getattr(export, place)
 

@@ -22,7 +22,7 @@ from simpo.config.schema import TrainConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import Message
 from simpo.data.plan import rows_of_pairs
-from simpo.model import Policy
+from simpo.model.policy import Policy
 from simpo.optim import build_optimizer
 from simpo.step import summarise, update
 

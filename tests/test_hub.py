@@ -19,7 +19,7 @@ from simpo.config.errors import ConfigError, DataError
 from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data import hub
 from simpo.data.mixture import load_mixture
-from simpo.model import load_pretrained
+from simpo.model.pretrained import load_pretrained
 
 
 @contextmanager

@@ -18,7 +18,10 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from simpo.config.choices import Compat
 from simpo.config.errors import ConfigError
 from simpo.config.inputs import LoraConfig, ModelConfig
-from simpo.model import Policy, load_policy, load_tokenizer, load_weights
+from simpo.model.load import load_policy
+from simpo.model.policy import Policy
+from simpo.model.pretrained import load_weights
+from simpo.model.tokenizer import load_tokenizer
 
 UP = "model.layers.0.mlp.up_proj.weight"
 MEND = (

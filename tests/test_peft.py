@@ -19,14 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from simpo import cost
 from simpo.config.errors import ConfigError
 from simpo.config.inputs import LoraConfig, ModelConfig
 from simpo.config.losses import SigmoidConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.loss import pair_losses
-from simpo.model import Policy, load_policy
+from simpo.model import cost
+from simpo.model.load import load_policy
+from simpo.model.policy import Policy
 
 CPU = torch.device("cpu")
 LOSS = SigmoidConfig(beta=2.0, gamma_beta_ratio=0.5)
@@ -144,7 +145,7 @@ def test_loss_and_gradients(family: str, form: dict[str, bool], tmp_path: Path) 
 )
 def test_kinds_of_layers(kind: str, attention: str, mlp: str) -> None:
     """All layers of both kinds, by the names that each family has for them."""
-    from simpo.adapters import add_adapters
+    from simpo.model.adapters import add_adapters
 
     for targets, names in (
         (["attention"], attention),

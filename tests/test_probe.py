@@ -19,12 +19,12 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from simpo import attention
 from simpo.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.data.pairs import TokenizedPair
-from simpo.model import Policy
-from simpo.probe import check_packing
+from simpo.model import attention
+from simpo.model.check import check_packing
+from simpo.model.policy import Policy
 from simpo.train import train
 
 # The same sizes by the names that GPT-2 and its kin give them.

@@ -14,14 +14,14 @@ from test_peft import PAIRS, adapted, loaded, padded_step, saved, step, trained
 from torch import Tensor, nn
 from whole_runs import assert_same_run, logged, run, start, state_of, wait_for
 
-from simpo import cost
 from simpo.compose import compose_run
 from simpo.config.choices import Quantization
 from simpo.config.errors import ConfigError
 from simpo.config.inputs import LoraConfig
 from simpo.data.packing import pack
-from simpo.model import Policy
-from simpo.probe import check_packing
+from simpo.model import cost
+from simpo.model.check import check_packing
+from simpo.model.policy import Policy
 from simpo.train import train
 
 BOTH = [Quantization.nf4, Quantization.int8]

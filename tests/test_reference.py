@@ -22,7 +22,7 @@ from simpo.config.choices import Precision
 from simpo.data.chat import TokenizedSet, TokenReport
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair
-from simpo.model import Policy
+from simpo.model.policy import Policy
 from simpo.train import train
 
 DPO = ["loss=dpo", "loss.beta=0.5"]

@@ -35,7 +35,7 @@ from simpo.config.losses import (
 from simpo.data.packing import pack
 from simpo.data.pairs import PairLogps
 from simpo.loss import pair_losses, preference
-from simpo.model import Policy
+from simpo.model.policy import Policy
 from simpo.step import pair_sums, pair_table, summarise
 
 # Two pairs. Sums -6 over 3 tokens and -8 over 2: means -2 and -4.
@@ -216,7 +216,9 @@ PAPERS: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("name", PAPERS)
 def test_packed_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients on packed, prefix-shared, chunked rows against the padded float64 path."""
-    monkeypatch.setattr("simpo.logps.LOGITS_BYTES", 4 * VOCAB * 20)  # two pairs in a chunk, or one
+    monkeypatch.setattr(
+        "simpo.model.head.LOGITS_BYTES", 4 * VOCAB * 20
+    )  # two pairs in a chunk, or one
     loss = LOSSES[name]()
     model = tiny_model("llama")
     rng = np.random.default_rng(3)

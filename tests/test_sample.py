@@ -14,8 +14,9 @@ from transformers import GenerationConfig
 from simpo.compose import compose_run
 from simpo.data.chat import Chat
 from simpo.data.mixture import load_mixture
-from simpo.model import load_policy, load_tokenizer
-from simpo.sample import Reply, complete, greedy_replies, repetition, reply_metrics
+from simpo.model.generate import Reply, complete, greedy_replies, repetition, reply_metrics
+from simpo.model.load import load_policy
+from simpo.model.tokenizer import load_tokenizer
 
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},

@@ -23,7 +23,7 @@ from simpo.data.pairs import Pair, PairLogps, TokenizedPair
 from simpo.data.records import RowFault, to_dialogue
 from simpo.data.tokens import tokenize_set
 from simpo.loss import pair_losses
-from simpo.model import Policy
+from simpo.model.policy import Policy
 from simpo.train import train
 
 TURNS = [user("Hi"), assistant("Yes?"), user("Bye"), assistant("See you.")]

@@ -19,7 +19,7 @@ from conftest import (
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import simpo.logps
+import simpo.model.head
 from simpo.backend import Backend
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import Device, Precision
@@ -27,7 +27,7 @@ from simpo.config.losses import HingeConfig, SigmoidConfig, SimpoConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.data.plan import rows_of_pairs
-from simpo.model import Policy
+from simpo.model.policy import Policy
 from simpo.step import NonFiniteError, summarise, update
 
 LOSSES = [
@@ -237,7 +237,7 @@ def test_parts_change_nothing(
     policy = Policy(tiny_model("gemma2"))
     rows = rows_of(random_pairs(np.random.default_rng(7), 4), 100)
     whole, metrics = gradients_of_step(policy, rows, LOSSES[1], backend)
-    monkeypatch.setattr(simpo.logps, "LOGITS_BYTES", 4 * VOCAB * chunk_tokens)
+    monkeypatch.setattr(simpo.model.head, "LOGITS_BYTES", 4 * VOCAB * chunk_tokens)
     moved, other = gradients_of_step(policy, rows, LOSSES[1], backend)
     assert other == pytest.approx(metrics, rel=1e-6)
     for name, gradient in whole.items():
@@ -263,7 +263,7 @@ def test_logits_never_outgrow_their_memory(
     monkeypatch: pytest.MonkeyPatch, backend: Backend
 ) -> None:
     """However long the row; the plain way, for comparison, has as many rows as tokens."""
-    monkeypatch.setattr(simpo.logps, "LOGITS_BYTES", 4 * VOCAB * 10)
+    monkeypatch.setattr(simpo.model.head, "LOGITS_BYTES", 4 * VOCAB * 10)
     policy = Policy(tiny_model("llama"))
     rows = rows_of(random_pairs(np.random.default_rng(10), 8, longest=60), 10_000)
     with LargestLogits() as ours:

@@ -25,7 +25,7 @@ from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import rows_of_pairs
 from simpo.loss import pair_losses
-from simpo.model import Policy
+from simpo.model.policy import Policy
 from simpo.optim import build_optimizer, learning_rate, set_learning_rate
 from simpo.step import summarise, update
 

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from simpo.config.backends import BackendConfig, DdpConfig, ManyConfig
 from simpo.config.choices import Device, Precision
 from simpo.config.errors import ConfigError, LostError
-from simpo.model import Policy
+from simpo.model.policy import Policy
 from simpo.run.processes import LISTEN, a_rank_is_lost
 
 JOIN_S = 1800

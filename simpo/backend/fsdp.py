@@ -23,7 +23,7 @@ from simpo.backend.base import Backend
 from simpo.config.backends import BackendConfig, FsdpConfig
 from simpo.config.choices import Precision
 from simpo.config.errors import ConfigError
-from simpo.model import Policy
+from simpo.model.policy import Policy
 
 
 class FsdpBackend(Backend):

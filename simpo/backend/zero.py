@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from simpo.backend.base import Backend, not_written
 from simpo.config.backends import BackendConfig, Zero3Config, ZeroConfig
 from simpo.config.choices import Precision
-from simpo.model import Policy
+from simpo.model.policy import Policy
 
 
 class ZeroBackend(Backend):

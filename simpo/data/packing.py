@@ -6,7 +6,7 @@ Two pairs with prompts of 3 and 2 tokens become
     positions  0 1 2 3 4 3 4 5 | 0 1 2 2 3
 
 A rejected response continues the positions of its prompt, as if the chosen one were not there;
-`simpo.attention` hides the chosen one from it. The idea of computing a preference pair's prompt
+`simpo.model.attention` hides the chosen one from it. The idea of computing the prompt of a pair
 once is that of https://arxiv.org/abs/2410.20305.
 """
 

@@ -28,7 +28,10 @@ from simpo.data.chat import Chat
 from simpo.data.checks import refuse_unknown_ids
 from simpo.data.mixture import fault_lines, load_mixture
 from simpo.data.records import RowFault, to_prompt
-from simpo.model import load_policy, load_tokenizer, model_source, num_embeddings
+from simpo.model.generate import Completion, batches, complete, completion
+from simpo.model.load import load_policy
+from simpo.model.pretrained import model_source
+from simpo.model.tokenizer import load_tokenizer, num_embeddings
 from simpo.on_policy.files import (
     Prompt,
     Response,
@@ -41,7 +44,6 @@ from simpo.on_policy.files import (
     working_in,
 )
 from simpo.run.folder import write_text
-from simpo.sample import Completion, batches, complete, completion
 
 Draw = Callable[[Sequence[list[int]], int], list[Completion]]
 """From the token ids of some prompts, and a seed, to a reply to each."""

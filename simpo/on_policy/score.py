@@ -26,7 +26,7 @@ from simpo.console import quiet_libraries
 from simpo.data import rules
 from simpo.data.pairs import Message
 from simpo.data.rules import obeys
-from simpo.model import load_pretrained, load_weights
+from simpo.model.pretrained import load_pretrained, load_weights
 from simpo.on_policy.files import (
     Prompt,
     Response,

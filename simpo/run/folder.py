@@ -44,7 +44,7 @@ from simpo.config.schema import RunConfig
 from simpo.run.files import NEW_RUN, read_json, read_status, status_or_none
 
 if TYPE_CHECKING:  # for a launcher, which does without torch
-    from simpo.sample import Reply
+    from simpo.model.generate import Reply
 
 PACKAGES = (
     "simpo",

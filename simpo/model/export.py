@@ -27,7 +27,9 @@ from simpo.config.inputs import ADAPTER_FILE, ModelConfig
 from simpo.config.schema import ExportConfig, RunConfig
 from simpo.console import Results
 from simpo.data.chat import Chat
-from simpo.model import Policy, load_tokenizer, load_weights
+from simpo.model.policy import Policy
+from simpo.model.pretrained import load_weights
+from simpo.model.tokenizer import load_tokenizer
 from simpo.run.files import read_status
 from simpo.run.folder import write_text
 from simpo.upload import reach_repository, upload
@@ -246,7 +248,7 @@ def merge(run_dir: Path, output: Path, dtype: Dtype, base: str | None) -> list[s
         ConfigError: there is no adapter, it does not fit its base, one of them cannot be loaded, or
             output exists.
     """
-    from simpo.adapters import adapter_settings, load_adapter
+    from simpo.model.adapters import adapter_settings, load_adapter
 
     folder = _model_folder(run_dir)
     if not (folder / ADAPTER_FILE).is_file():

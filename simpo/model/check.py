@@ -4,7 +4,7 @@ An attention kernel, a mask or a recurrent layer that does not know of packed ro
 sequences without a word. So two short pairs are computed packed, by the run's own kernel, and each
 sequence alone, by transformers' eager attention: the hidden states must agree. Windows that the
 run's sequences outgrow are made small for it, so that these short ones outgrow them too. And the
-logits must be what `simpo.logps` takes them for: some architectures scale them after their head.
+logits must be what `simpo.model.head` computes: some architectures scale them after their head.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch.nn.functional import linear
 from simpo.config.errors import ConfigError, first_line
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
-from simpo.model import Policy, cannot_share
+from simpo.model.load import cannot_share
+from simpo.model.policy import Policy
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Norm of the difference of hidden states over theirs: rounding stays below, mixing above."""

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from simpo.data.chat import Chat
 from simpo.data.pairs import Pair
 from simpo.data.rules import obeys
-from simpo.model import Policy
+from simpo.model.policy import Policy
 
 BATCH_PROMPTS = 64
 NGRAM_TOKENS = 4

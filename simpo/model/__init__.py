@@ -1,0 +1,1 @@
+"""The policy: loaded, checked, its attention, log-probs, adapters, cost and replies."""

@@ -1,0 +1,152 @@
+"""Loads the policy for training: dtype, attention kernel, quantisation, adapters, checkpointing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    set_seed,
+)
+
+from simpo.config.choices import Attention, Dtype, Quantization
+from simpo.config.errors import ConfigError
+from simpo.config.inputs import ModelConfig
+from simpo.model import attention
+from simpo.model.policy import Policy
+from simpo.model.pretrained import check_finite, load_pretrained, load_weights, model_source
+
+
+def load_policy(
+    config: ModelConfig,
+    cache_dir: Path,
+    device: torch.device,
+    seed: int,
+    *,
+    half: bool = False,
+    share_prefix: bool = True,
+) -> Policy:
+    """Load the model for training: no dropout; quantised, with adapters, checkpointed as asked for.
+
+    Args:
+        seed: seeds all random generators, hence the initial values of adapters.
+        half: the forward will compute in bf16.
+        share_prefix: False leaves attention to transformers, which sees packed sequences by their
+            positions.
+
+    Raises:
+        ConfigError: the model cannot be loaded, has no such attention or is quantised already, or
+            the adapters do not fit it (`simpo.model.adapters.add_adapters`).
+    """
+    set_seed(seed)
+    attention.register()
+    source = model_source(config, cache_dir)
+    common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    settings = load_pretrained("model.path", source, AutoConfig, **common)
+    if hasattr(settings, "quantization_config"):
+        raise ConfigError(
+            [
+                f"model.path: {source} holds quantised weights (take those it was made of; "
+                "model.quantization packs them on loading)"
+            ]
+        )
+    packed = _quantization(config, half)
+    try:
+        model: Any = load_weights(
+            "model.path",
+            source,
+            AutoModelForCausalLM,
+            **common,
+            config=settings,
+            dtype=_weights_dtype(config, device),
+            attn_implementation=_kernel(config, settings, device, half) if share_prefix else None,
+            quantization_config=packed,
+            device_map={"": device} if packed else None,
+        )
+    except KeyError as error:  # an architecture that looks attention up in a table of its own
+        raise cannot_share(type(settings).__name__, "its attention cannot be replaced") from error
+    if config.quantization is Quantization.nf4:
+        _mend_nf4_on_a_cpu(model, device)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora.used:
+        from simpo.model.adapters import add_adapters
+
+        model = add_adapters(model, config.lora, config.revision)
+        if config.lora.adapter is not None:
+            check_finite("model.lora.adapter", config.lora.adapter, model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return Policy(model, share_prefix).to(device)
+
+
+def cannot_share(name: str, reason: str) -> ConfigError:
+    """The answer to an architecture that shared prompts do not fit."""
+    return ConfigError(
+        [
+            f"model.path: {name} cannot share prompts in packed rows: {reason} "
+            "(train.share_prefix=false computes a prompt for each response)"
+        ]
+    )
+
+
+def _kernel(config: ModelConfig, settings: Any, device: torch.device, half: bool) -> str:
+    """Name under which transformers knows the attention asked for."""
+    softcap = getattr(settings, "attn_logit_softcapping", None) is not None
+    wanted = config.attention.value
+    if config.attention is Attention.auto:
+        wanted = attention.best(device, half, softcap)
+    elif reason := attention.unusable(wanted, device, half, softcap):
+        raise ConfigError([f"model.attention: {wanted} {reason}"])
+    return attention.NAMES[wanted]
+
+
+def _weights_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    if config.dtype is Dtype.auto:
+        frozen_on_gpu = config.lora.used and device.type == "cuda"
+        return torch.bfloat16 if frozen_on_gpu else torch.float32
+    return torch.float32 if config.dtype is Dtype.float32 else torch.bfloat16
+
+
+def _quantization(config: ModelConfig, half: bool) -> BitsAndBytesConfig | None:
+    """How transformers packs the linear layers on loading; it leaves lm_head out by itself."""
+    if config.quantization is Quantization.none:
+        return None
+    if config.quantization is Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    computed = torch.bfloat16 if half else torch.float32
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=computed,
+        # A backend that shards weights and casts them to this type leaves packed ones of it alone.
+        bnb_4bit_quant_storage=computed,
+    )
+
+
+def _mend_nf4_on_a_cpu(model: nn.Module, device: torch.device) -> None:
+    """Keep bitsandbytes from two things that it does wrong on a CPU, and says nothing of.
+
+    Raises:
+        ConfigError: it takes blocks of 64 weights row by row, so it mixes up the scales of a layer
+            whose rows are no multiple of that.
+    """
+    for name, layer in model.named_modules():
+        # In the first evaluation weights would be repacked for good: with rounded scales, and
+        # without a gradient for the layer's input.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+            if device.type == "cpu" and layer.in_features % 64:
+                raise ConfigError(
+                    [
+                        "model.quantization: nf4 on a CPU needs layers with a multiple of 64 "
+                        f"inputs, got {layer.in_features} in {name} (int8, or a GPU)"
+                    ]
+                )

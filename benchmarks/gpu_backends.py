@@ -86,9 +86,9 @@ def losses_of(name: str, device: str) -> list[float]:
     from simpo.config.schema import TrainConfig
     from simpo.data.packing import pack
     from simpo.data.pairs import TokenizedPair
+    from simpo.loop.optim import build_optimizer
+    from simpo.loop.step import summarise, update
     from simpo.model.load import load_policy
-    from simpo.optim import build_optimizer
-    from simpo.step import summarise, update
 
     kind, settings, bits, _ = CASES[name]
     config = GROUPS["backend"][kind](name=kind, device=Device(device), **settings)

@@ -5,7 +5,7 @@ Throughout, of the chosen (w) and the rejected (l) response:
     s  summed token log-probabilities         n  tokens
     l  their mean, s / n                      h  s - that of the model before the first step
 
-The term `loss.sft_weight` * NLL of the chosen is added by `simpo.step`, to any of them.
+The term `loss.sft_weight` * NLL of the chosen is added by `simpo.loop.step`, to any of them.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from plotly.subplots import make_subplots
 
 from simpo.compare import Comparison
 from simpo.config.inputs import PACKAGE
+from simpo.loop.tracker import series
 from simpo.published import beside, settings
 from simpo.run.runs import Run
 from simpo.run.tables import SHOWN
-from simpo.tracker import series
 
 CURVES = (
     ("loss", "loss"),

@@ -9,7 +9,6 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from simpo import console
 from simpo.config.inputs import PACKAGE
 from simpo.config.schema import RunConfig
 from simpo.data.chat import Chat, TokenizedSet
@@ -19,6 +18,7 @@ from simpo.data.pairs import Pair, TokenizedPair
 from simpo.data.plan import TrainPlan, build_plan, pairs_of_step, rows_of_pairs
 from simpo.data.records import to_dialogue, to_pair
 from simpo.data.tokens import tokenize_set
+from simpo.loop import console
 from simpo.model import cost
 from simpo.model.tokenizer import load_tokenizer
 from simpo.run.folder import template_date

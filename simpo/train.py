@@ -82,16 +82,17 @@ def train(run: RunConfig) -> dict[str, float]:
         Stopped: so a signal wished.
     """
     # Imported here, so that a fault in the settings is answered before torch is loaded.
-    from simpo import console
     from simpo.data.plan import pairs_of_step
-    from simpo.history import History
-    from simpo.loop import finite_update, held_out_metrics, save_results, speed
-    from simpo.optim import learning_rate, set_learning_rate
+    from simpo.loop import console
+    from simpo.loop.evaluate import held_out_metrics
+    from simpo.loop.history import History
+    from simpo.loop.optim import learning_rate, set_learning_rate
+    from simpo.loop.save import save_results
+    from simpo.loop.setup import set_up, with_references
+    from simpo.loop.step import finite_update, speed, summarise
+    from simpo.loop.tracker import Tracker, check_login
     from simpo.run.best import check_objective
     from simpo.run.signals import StopRequest
-    from simpo.setup import set_up, with_references
-    from simpo.step import summarise
-    from simpo.tracker import Tracker, check_login
 
     console.quiet_libraries()
     check_login(run.tracker)

@@ -21,11 +21,11 @@ import pytest
 from conftest import tiny_overrides
 from whole_runs import metrics_of
 
-from simpo.checkpoint import CheckpointStore
 from simpo.compare import compare
 from simpo.compose import compose_run
 from simpo.config.errors import ConfigError, DamagedError, RunError, SimpoError, Stopped
 from simpo.config.schema import RunConfig
+from simpo.loop.checkpoint import CheckpointStore
 from simpo.member import _note_start
 from simpo.page import render
 from simpo.report import text

@@ -22,14 +22,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from simpo.card import write_card
 from simpo.compose import compose_run
 from simpo.config.choices import Dtype
 from simpo.config.errors import ConfigError, RunError, SimpoError
 from simpo.config.inputs import ModelConfig, SourceConfig
-from simpo.console import Results, end_lines, result_rows
 from simpo.data.chat import Chat
-from simpo.model.export import USAGE, cli, merge, save_model
+from simpo.loop.card import write_card
+from simpo.loop.console import Results, end_lines, result_rows
+from simpo.model.export import USAGE, cli, save_model
+from simpo.model.merge import merge
 from simpo.model.policy import Policy
 from simpo.model.tokenizer import load_tokenizer
 from simpo.run.folder import RunFolder
@@ -403,7 +404,7 @@ def test_what_cannot_be_saved_is_refused_first(
     for place in (
         "transformers.PreTrainedTokenizerBase.save_pretrained",
         "transformers.LlamaForCausalLM.save_pretrained",
-        "simpo.export.write_card",
+        "simpo.loop.publish.write_card",
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, refuse)
@@ -430,7 +431,7 @@ def test_room_is_asked_for_first(
     )
     free += 1
     with monkeypatch.context() as patch:
-        patch.setattr("simpo.export.save_model", failing_at_the_end(save_model))
+        patch.setattr("simpo.loop.save.save_model", failing_at_the_end(save_model))
         failure(RunError, overrides)
     free = num_bytes - 1
     assert refused(overrides).startswith("run_dir: the model and a checkpoint take")
@@ -472,7 +473,7 @@ def status_of(run_dir: Path) -> str:
 
 def trained_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Updates made from now on."""
-    from simpo import loop
+    from simpo.loop import step as loop_step
 
     updates: list[int] = []
     update = loop.update
@@ -481,7 +482,7 @@ def trained_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         updates.append(1)
         return update(*arguments)
 
-    monkeypatch.setattr(loop, "update", counted)
+    monkeypatch.setattr(loop_step, "update", counted)
     return updates
 
 
@@ -494,7 +495,7 @@ def test_a_disk_that_is_full_at_the_end(
     (run_dir / "model").mkdir(parents=True)
     (run_dir / "model" / "before").touch()
     with monkeypatch.context() as patch:
-        patch.setattr("simpo.export.save_model", failing_at_the_end(save_model))
+        patch.setattr("simpo.loop.save.save_model", failing_at_the_end(save_model))
         message = failure(RunError, overrides)
     assert message == (
         f"{run_dir}/model: the model could not be written: I/O error: No space left on device "

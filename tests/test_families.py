@@ -22,9 +22,9 @@ from simpo.config.schema import TrainConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import Message
 from simpo.data.plan import rows_of_pairs
+from simpo.loop.optim import build_optimizer
+from simpo.loop.step import summarise, update
 from simpo.model.policy import Policy
-from simpo.optim import build_optimizer
-from simpo.step import summarise, update
 
 # As the checkpoints of Mistral-7B-Instruct-v0.3 have it: no space before [/INST].
 MISTRAL_V3 = (

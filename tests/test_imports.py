@@ -21,21 +21,21 @@ config.check
 config
 config.compose
 config.explain
-compose data.demo.records data.records data.packing model.adapters model.attention model.head loss run.best optim
-run.slurm model.smollm2 tracker watch
+compose data.demo.records data.records data.packing model.adapters model.attention model.head loss run.best loop.optim
+run.slurm model.smollm2 loop.tracker loop.watch
 data.sources data.template run.processes
 data.mixture data.paper model.load
 data.chat backend.base model.cost model.check
 data.checks data.tokens
 data.loader backend.fsdp backend.zero
 backend
-checkpoint console reference model.generate step
+loop.checkpoint loop.console loop.reference model.generate loop.step
 run.folder
-card
-upload
-model.export history
-setup
-loop
+loop.card
+loop.upload
+model.export loop.history
+loop.setup
+loop.evaluate
 on_policy.files run.runs stages train
 compare member on_policy.draw on_policy.score published rank
 annotate generate launcher page preview
@@ -107,11 +107,11 @@ def test_imports_go_down(module):
         "loss",
         "model.head",
         "data.pairs",
-        "optim",
+        "loop.optim",
         "data.packing",
         "data.plan",
         "data.records",
-        "watch",
+        "loop.watch",
     ],
 )
 def test_the_mathematics_knows_no_framework(module):
@@ -125,7 +125,7 @@ def test_the_mathematics_knows_no_framework(module):
         ("deepspeed", {"backend.zero"}),
         ("submitit", {"member", "run.processes", "run.slurm"}),
         ("plotly", {"page"}),
-        ("wandb", {"tracker"}),
+        ("wandb", {"loop.tracker"}),
         ("peft", {"model.adapters"}),
         ("hydra", {"config.check", "config.explain", "config.compose", "train"}),
         (

@@ -7,8 +7,8 @@ import torch
 
 from simpo.config.losses import HingeConfig, SigmoidConfig
 from simpo.data.pairs import PairLogps
+from simpo.loop.step import COLUMNS, pair_sums, pair_table, summarise
 from simpo.loss import pair_losses
-from simpo.step import COLUMNS, pair_sums, pair_table, summarise
 
 # Two pairs. Sums -6 over 3 tokens and -8 over 2: averages -2 and -4, difference 2.
 #            Sums -9 over 3 tokens and -2 over 2: averages -3 and -1, difference -2.

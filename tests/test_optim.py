@@ -8,7 +8,7 @@ from simpo.config.choices import Schedule
 from simpo.config.errors import ConfigError
 from simpo.config.schema import TrainConfig
 from simpo.data.plan import build_plan
-from simpo.optim import (
+from simpo.loop.optim import (
     build_optimizer,
     change_notes,
     check_rates,

@@ -14,7 +14,6 @@ import torch
 from conftest import padded_logps, random_pairs, tiny_model
 from whole_runs import assert_same_run, logged, metrics_of, run, start, wait_for
 
-from simpo import reference
 from simpo.backend import build_backend
 from simpo.compose import compose_run
 from simpo.config.backends import SingleConfig
@@ -22,6 +21,7 @@ from simpo.config.choices import Precision
 from simpo.data.chat import TokenizedSet, TokenReport
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair
+from simpo.loop import reference
 from simpo.model.policy import Policy
 from simpo.train import train
 

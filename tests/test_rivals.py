@@ -34,9 +34,9 @@ from simpo.config.losses import (
 )
 from simpo.data.packing import pack
 from simpo.data.pairs import PairLogps
+from simpo.loop.step import pair_sums, pair_table, summarise
 from simpo.loss import pair_losses, preference
 from simpo.model.policy import Policy
-from simpo.step import pair_sums, pair_table, summarise
 
 # Two pairs. Sums -6 over 3 tokens and -8 over 2: means -2 and -4.
 #            Sums -9 over 3 tokens and -2 over 2: means -3 and -1.

@@ -16,7 +16,6 @@ import pytest
 from conftest import random_pairs, tiny_model
 from real_tokenizers import as_lists, data_config, load_chat, make_pair, user
 
-from simpo import reference
 from simpo.backend import build_backend
 from simpo.compose import compose_run
 from simpo.config.backends import SingleConfig
@@ -25,6 +24,7 @@ from simpo.config.errors import ConfigError
 from simpo.data.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.packing import pack
 from simpo.data.tokens import tokenize_set
+from simpo.loop import reference
 from simpo.model import smollm2
 from simpo.model.policy import Policy
 from simpo.run.sealed import entry_fault, find_entry, keep_entry, write_entry

@@ -27,8 +27,8 @@ from simpo.config.losses import HingeConfig, SigmoidConfig, SimpoConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.data.plan import rows_of_pairs
+from simpo.loop.step import NonFiniteError, summarise, update
 from simpo.model.policy import Policy
-from simpo.step import NonFiniteError, summarise, update
 
 LOSSES = [
     SigmoidConfig(beta=2.0, gamma_beta_ratio=0.5),

@@ -25,7 +25,6 @@ from real_tokenizers import (
 from test_families import DIALOGUES, FAMILY_TEMPLATES
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from simpo import console, loop
 from simpo.compose import compose_run
 from simpo.config.choices import Compat, OnBadRow
 from simpo.config.errors import ConfigError, DataError, RunError
@@ -36,6 +35,8 @@ from simpo.data.checks import kept_as_the_original, placed_ids, refuse_unknown_i
 from simpo.data.records import RowFault
 from simpo.data.template import NEEDED_TOKENS, Template, use_template
 from simpo.data.tokens import tokenize_set
+from simpo.loop import console
+from simpo.loop import step as loop_step
 from simpo.on_policy import draw
 from simpo.on_policy.draw import generate
 from simpo.run import folder as run_folder
@@ -431,7 +432,7 @@ def test_a_run_keeps_the_date_of_its_start(
 
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "date", on("2026-01-01"))
-        patch.setattr(loop, "finite_update", fail)
+        patch.setattr(loop_step, "finite_update", fail)
         with pytest.raises(RunError, match="cut off"):
             train(run)
     monkeypatch.setattr(run_folder, "date", on("2026-01-02"))

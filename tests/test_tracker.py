@@ -16,8 +16,8 @@ from whole_runs import TIMING, finish, logged, newest_checkpoint, run, start, wa
 from simpo.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.schema import TrackerConfig, WandbConfig
+from simpo.loop.tracker import Tracker, check_login
 from simpo.run.files import read_metrics
-from simpo.tracker import Tracker, check_login
 from simpo.train import train
 
 BLOCK = 32768

@@ -158,9 +158,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
     tiny_run: list[str], run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Step 4 meets a NaN: the rows are named, checkpoint 2 is what a continuation starts from."""
-    import simpo.step
+    import simpo.loop.step
 
-    real, calls = simpo.step.preference, []
+    real, calls = simpo.loop.step.preference, []
 
     def poisoned(*args: object) -> Preference:
         calls.append(1)
@@ -168,13 +168,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
         bad = torch.is_grad_enabled() and len(calls) > 12
         return found._replace(losses=found.losses * float("nan")) if bad else found
 
-    monkeypatch.setattr(simpo.step, "preference", poisoned)
+    monkeypatch.setattr(simpo.loop.step, "preference", poisoned)
     with pytest.raises(
         RunError, match=r"step \d: the loss is not finite; not updated; pairs: .*train"
     ):
         train(compose_run([*tiny_run, f"run_dir={run_dir}"]))
     assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
-    monkeypatch.setattr(simpo.step, "preference", real)
+    monkeypatch.setattr(simpo.loop.step, "preference", real)
     train(compose_run([*tiny_run, f"run_dir={run_dir}"]))
 
 

@@ -24,10 +24,10 @@ from simpo.config.schema import TrainConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import rows_of_pairs
+from simpo.loop.optim import build_optimizer, learning_rate, set_learning_rate
+from simpo.loop.step import summarise, update
 from simpo.loss import pair_losses
 from simpo.model.policy import Policy
-from simpo.optim import build_optimizer, learning_rate, set_learning_rate
-from simpo.step import summarise, update
 
 trl = pytest.importorskip("trl")
 cpo = pytest.importorskip("trl.experimental.cpo")

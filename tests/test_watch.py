@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import simpo.loop
+import simpo.loop.step
 from simpo.compose import compose_run
 from simpo.config.errors import ConfigError, RunError
 from simpo.config.schema import WatchConfig
+from simpo.loop.watch import CollapseWatch
 from simpo.train import train
-from simpo.watch import CollapseWatch
 
 REMEDY = "lower train.learning_rate, raise loss.beta or add loss.sft_weight"
 
@@ -207,7 +207,7 @@ def test_a_continued_run_tells_only_what_is_new(
     train(whole)
     every = json.loads((folders[0] / "results.json").read_text())["findings"]
 
-    real, steps = simpo.loop.update, []
+    real, steps = simpo.loop.step.update, []
 
     def interrupted(*args: object) -> dict[str, float]:
         steps.append(1)
@@ -215,10 +215,10 @@ def test_a_continued_run_tells_only_what_is_new(
             raise RunError("interrupted")
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(simpo.loop, "update", interrupted)
+    monkeypatch.setattr(simpo.loop.step, "update", interrupted)
     with pytest.raises(RunError, match="interrupted"):
         train(continued)
-    monkeypatch.setattr(simpo.loop, "update", real)
+    monkeypatch.setattr(simpo.loop.step, "update", real)
     capsys.readouterr()
     train(continued)
     output = capsys.readouterr().out

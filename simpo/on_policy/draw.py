@@ -23,11 +23,11 @@ from simpo.config.choices import Compat, Engine, OnBadRow
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.inputs import ADAPTER_FILE
 from simpo.config.schema import RunConfig
-from simpo.console import quiet_libraries
 from simpo.data.chat import Chat
 from simpo.data.checks import refuse_unknown_ids
 from simpo.data.mixture import fault_lines, load_mixture
 from simpo.data.records import RowFault, to_prompt
+from simpo.loop.console import quiet_libraries
 from simpo.model.generate import Completion, batches, complete, completion
 from simpo.model.load import load_policy
 from simpo.model.pretrained import model_source

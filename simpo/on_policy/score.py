@@ -22,10 +22,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from simpo.backend import build_backend
 from simpo.config.errors import ConfigError, RunError, first_line
 from simpo.config.schema import RunConfig
-from simpo.console import quiet_libraries
 from simpo.data import rules
 from simpo.data.pairs import Message
 from simpo.data.rules import obeys
+from simpo.loop.console import quiet_libraries
 from simpo.model.pretrained import load_pretrained, load_weights
 from simpo.on_policy.files import (
     Prompt,

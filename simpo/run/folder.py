@@ -6,8 +6,8 @@
     data.json                       what was taken of each source, fingerprints, template hash
     metrics.jsonl, status.json      the numbers; running, stopped, failed or finished, and the step
     held_out/, samples/             numbers of each held-out pair, replies to some, by step
-    checkpoints/                    see simpo.checkpoint
-    model/                          see simpo.export
+    checkpoints/                    see simpo.loop.checkpoint
+    model/                          see simpo.model.export
 """
 
 from __future__ import annotations

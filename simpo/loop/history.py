@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from simpo.checkpoint import CheckpointStore
 from simpo.config.choices import WatchAction
 from simpo.config.errors import RunError
 from simpo.config.schema import RunConfig
+from simpo.loop.checkpoint import CheckpointStore
+from simpo.loop.tracker import Tracker
+from simpo.loop.watch import CollapseWatch
 from simpo.run.best import best_step, evaluations_in, evaluations_without_gain
-from simpo.tracker import Tracker
-from simpo.watch import CollapseWatch
 
 
 class History:

@@ -11,14 +11,19 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simpo.backend import Backend
+from simpo.config.errors import RunError
 from simpo.config.losses import LossConfig
+from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs, PairLogps
+from simpo.loop.setup import Parts
 from simpo.loss import pair_losses, preference
+from simpo.model import cost
 from simpo.model.head import Objective
 
 COLUMNS = (
@@ -163,3 +168,35 @@ def summarise(loss: LossConfig, sums: Tensor) -> dict[str, float]:
     nll = means.pop("chosen_nll") / means["chosen_tokens"]
     value = means.pop("preference_loss") + loss.sft_weight * nll
     return {"loss": value, **means}
+
+
+def finite_update(
+    run: RunConfig, parts: Parts, rows: Sequence[PackedPairs], step: int
+) -> tuple[Tensor, float]:
+    """Update number `step` (from 0) on this process's rows; see `simpo.loop.step.update`.
+
+    Raises:
+        RunError: loss or gradient is not finite; nothing was updated, and the pairs are named.
+    """
+    try:
+        return update(parts.wrapped, parts.optimizer, rows, run.loss, parts.backend)
+    except NonFiniteError as error:
+        places = ", ".join(parts.train.data.pairs[i].place for i in error.pairs[:8])
+        raise RunError(f"step {step + 1}: {error}; not updated; pairs: {places}") from error
+
+
+def speed(
+    parts: Parts, indices: np.ndarray, rows: Sequence[PackedPairs], seconds: float
+) -> dict[str, float]:
+    """How fast a step was: pairs and tokens of all processes, arithmetic of this one.
+
+    Args:
+        indices: the pairs of the step.
+        rows: this process's rows.
+    """
+    flops = sum(parts.flops.of_row(row) for row in rows)
+    return {
+        "pairs_per_s": len(indices) / seconds,
+        "tokens_per_s": int(parts.train.num_tokens[indices].sum()) / seconds,
+        **cost.speed(flops / seconds, parts.backend.device),
+    }

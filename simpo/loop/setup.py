@@ -11,9 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from simpo import console
 from simpo.backend import Backend, build_backend
-from simpo.checkpoint import CheckpointStore
 from simpo.config.check import check_training
 from simpo.config.errors import ConfigError
 from simpo.config.schema import RunConfig
@@ -21,15 +19,24 @@ from simpo.data.chat import Chat, pairs_fingerprint
 from simpo.data.checks import kept_as_the_original, placed_ids, refuse_unknown_ids
 from simpo.data.loader import LoadedData, PackedSet, load_data
 from simpo.data.plan import TrainPlan, build_plan
-from simpo.model import cost, export
+from simpo.loop import console
+from simpo.loop.checkpoint import CheckpointStore
+from simpo.loop.optim import (
+    build_optimizer,
+    check_rates,
+    check_updates,
+    rate_notes,
+    sampled_weights,
+)
+from simpo.loop.publish import check_end
+from simpo.loop.reference import weights_fingerprint, with_reference
+from simpo.loop.tracker import Tracker
+from simpo.model import cost
 from simpo.model.check import check_packing
 from simpo.model.load import load_policy
 from simpo.model.policy import Policy
 from simpo.model.tokenizer import load_tokenizer, num_embeddings
-from simpo.optim import build_optimizer, check_rates, check_updates, rate_notes, sampled_weights
-from simpo.reference import weights_fingerprint, with_reference
 from simpo.run.folder import RunFolder, environment, git_diff, template_date
-from simpo.tracker import Tracker
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def set_up(run: RunConfig) -> Parts:
         *_plan_costs(run, backend, policy, plan, train),
         *rate_notes(cfg, plan),
         *console.token_notes(run, chat, data.mixture.table, data.train),
-        *export.check_end(run, backend, policy, chat, folder.path),
+        *check_end(run, backend, policy, chat, folder.path),
         *folder.notes,
         *data.mixture.notes,
     )

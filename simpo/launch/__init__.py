@@ -1,0 +1,1 @@
+"""How runs are started: sweeps, here or on Slurm, and the ranks of one run."""

@@ -1,0 +1,84 @@
+"""`python -m simpo.export RUN merge=true | push_to_hub=OWNER/NAME`: merge an adapter, or upload."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpo.config.choices import Dtype
+from simpo.config.errors import ConfigError, SimpoError
+from simpo.config.schema import ExportConfig
+from simpo.loop import console
+from simpo.loop.publish import push
+from simpo.model.merge import merge
+
+KEYS = ("merge", "output", "dtype", "base", "push_to_hub", "private")
+
+
+USAGE = (
+    "python -m simpo.export RUN "
+    "(merge=true [output=FOLDER] [dtype=float32] [base=FOLDER_OR_HUB_ID] | "
+    "push_to_hub=OWNER/NAME [private=false])"
+)
+
+
+def cli() -> None:
+    """Entry of `python -m simpo.export`; exits with 2 where something cannot be done as asked."""
+    console.quiet_libraries()
+    try:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(USAGE)
+            return
+        run_dir, options = _arguments(sys.argv[1:])
+        if "merge" in options:
+            output = Path(options.get("output", run_dir / "model-merged")).expanduser()
+            said = merge(run_dir, output, Dtype(options.get("dtype", "auto")), options.get("base"))
+        else:
+            private = options.get("private", "true") == "true"
+            said = push(run_dir, ExportConfig(push_to_hub=options["push_to_hub"], private=private))
+    except SimpoError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    print("\n".join(said))
+
+
+def _arguments(words: Sequence[str]) -> tuple[Path, dict[str, str]]:
+    """The run's folder and the settings of a command line.
+
+    Raises:
+        ConfigError: they are not what can be done; the usage where nothing is asked for.
+    """
+    options: dict[str, str] = {}
+    folders: list[str] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        # A folder's name may hold an = itself, as those of a sweep's members do: loss.beta=2.
+        if equals and key.isidentifier() and not Path(word).is_dir():
+            options[key] = value
+        else:
+            folders.append(word)
+    if len(folders) != 1 or not options:
+        raise ConfigError([USAGE])
+    problems = [
+        f"{key}: no such key (export has {', '.join(KEYS)})" for key in options if key not in KEYS
+    ]
+    if ("merge" in options) == ("push_to_hub" in options):
+        problems += ["merge: one of merge and push_to_hub must be given"]
+    if options.get("merge", "true") != "true":
+        problems += [f"merge: must be true, got {options['merge']} (leave it out)"]
+    if options.get("private", "true") not in ("true", "false"):
+        problems += [f"private: must be true or false, got {options['private']}"]
+    if options.get("dtype", "auto") not in (names := [choice.value for choice in Dtype]):
+        problems += [f"dtype: must be one of {', '.join(names)}, got {options['dtype']}"]
+    problems += ExportConfig(push_to_hub=options.get("push_to_hub")).problems()
+    run_dir = Path(folders[0]).expanduser()
+    if not run_dir.is_dir():
+        problems += [f"RUN: no such folder, got {run_dir}"]
+    if problems:
+        raise ConfigError(problems)
+    return run_dir, options
+
+
+if __name__ == "__main__":
+    cli()

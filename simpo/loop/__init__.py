@@ -1,0 +1,1 @@
+"""What train() conducts: set-up, steps, evaluation, checkpoints, history, and what is saved."""

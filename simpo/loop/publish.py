@@ -1,0 +1,201 @@
+"""Publishes a saved model: curves, card and hub repository, each tried before the first step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from simpo.backend import Backend
+from simpo.config.errors import ConfigError, RunError, first_line
+from simpo.config.inputs import ADAPTER_FILE
+from simpo.config.schema import ExportConfig, RunConfig
+from simpo.data.chat import Chat
+from simpo.loop import console
+from simpo.loop.card import draw_curves, is_local, public, write_card
+from simpo.model.export import model_folder, save_model
+from simpo.model.policy import Policy
+from simpo.run.files import read_status
+from simpo.run.folder import write_text
+
+
+def reach_repository(config: ExportConfig) -> None:
+    """Make the repository, unless it is there: the proof that name and token are good.
+
+    Raises:
+        ConfigError: it cannot be made or written to, or the hub is out of reach.
+    """
+    from huggingface_hub import HfApi
+
+    name = str(config.push_to_hub)
+    try:
+        api = HfApi()
+        token = (api.whoami().get("auth") or {}).get("accessToken") or {}
+        if token.get("role") == "read":
+            raise PermissionError("the token may only read")
+        api.create_repo(name, private=config.private, exist_ok=True)
+    except Exception as error:  # of the hub, its client or the network
+        raise ConfigError(
+            [
+                f"export.push_to_hub: nothing can be uploaded to {name}: {first_line(error)} (mend "
+                f"it, or upload later: python -m simpo.export RUN push_to_hub={name})"
+            ]
+        ) from error
+
+
+def upload(config: ExportConfig, model_dir: Path) -> list[str]:
+    """Upload a model's folder to the repository that `reach_repository` made.
+
+    The token is the one that the hub's own tools have stored. An adapter of a local base names the
+    base's folder in its settings; what is uploaded has the last part of that path.
+
+    Returns:
+        Lines to tell, with the address of the commit.
+
+    Raises:
+        RunError: it failed.
+    """
+    from huggingface_hub import HfApi
+
+    name = str(config.push_to_hub)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            folder, said = _without_local_base(model_dir, Path(scratch))
+            commit = HfApi().upload_folder(
+                repo_id=name, folder_path=folder, commit_message="Model trained with simpo"
+            )
+        except Exception as error:  # of the hub, its client or the network
+            raise RunError(
+                f"export.push_to_hub: the upload to {name} failed: {first_line(error)} (the same "
+                f"command tries again: the model is in {model_dir})"
+            ) from error
+    return [*said, f"hub    {commit.commit_url}"]
+
+
+def _without_local_base(model_dir: Path, scratch: Path) -> tuple[Path, list[str]]:
+    """A folder to upload, and lines to tell: the model's own, or one that links to its files."""
+    file = model_dir / ADAPTER_FILE
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    base = settings.get("base_model_name_or_path") or ""
+    if not is_local(base):
+        return model_dir, []
+    for path in model_dir.iterdir():
+        (scratch / path.name).symlink_to(path.resolve())
+    (scratch / ADAPTER_FILE).unlink()
+    told = json.dumps(settings | {"base_model_name_or_path": public(base)}, indent=2)
+    (scratch / ADAPTER_FILE).write_text(told + "\n")
+    return scratch, [
+        f"note   the adapter's base is a local folder; uploaded it is named {public(base)}"
+    ]
+
+
+def check_end(
+    run: RunConfig, backend: Backend, policy: Policy, chat: Chat, run_dir: Path
+) -> list[str]:
+    """Try before the first step what the last one can refuse; all processes call it.
+
+    Settings, tokenizer and card are written into a scratch folder, the disk is asked for room for
+    a model and a checkpoint, and the hub for the repository.
+
+    Returns:
+        Lines to tell.
+
+    Raises:
+        ConfigError: something is refused, in all processes.
+    """
+    said: list[str] = []
+    problems: list[str] = []
+    if backend.is_main:
+        trial = run_dir / ".trial"
+        try:
+            if run.export.push_to_hub is not None:
+                reach_repository(run.export)
+            _refuse_full_disk(policy, run_dir)
+            said = save_model(policy, {}, chat, trial)
+            write_card(run, run_dir, console.Results({}, {}), trial)
+        except ConfigError as error:
+            problems = error.problems
+        except Exception as error:  # of any library that has a part in it
+            cause = error.__cause__ or error
+            place = f"run_dir: {run_dir}" if isinstance(cause, OSError) else "model.path"
+            problems = [f"{place}: a trained model cannot be saved: {first_line(cause)} (mend it)"]
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+    said, problems = backend.broadcast((said, problems))
+    if problems:
+        raise ConfigError(problems)
+    return said
+
+
+def _refuse_full_disk(policy: Policy, run_dir: Path) -> None:
+    """Do nothing, unless a model and the first checkpoint cannot be written.
+
+    Raises:
+        ConfigError: there is no room for them.
+    """
+    weights = list(policy.parameters())
+    trained = sum(p.numel() * p.element_size() for p in weights if p.requires_grad)
+    adapted = policy.model is not policy.base
+    needed = trained if adapted else sum(p.numel() * p.element_size() for p in weights)
+    if not any((run_dir / "checkpoints").glob("step-*")):
+        needed += 3 * trained  # with the two averages that AdamW keeps
+    if (free := shutil.disk_usage(run_dir).free) < needed:
+        raise ConfigError(
+            [
+                f"run_dir: the model and a checkpoint take {needed / 2**30:.2f} GiB, but {run_dir} "
+                f"has {free / 2**30:.2f} GiB free (make room, or choose another output_dir)"
+            ]
+        )
+
+
+def publish(run: RunConfig, run_dir: Path, results: console.Results) -> list[str]:
+    """Add curves and card to a saved model, and upload it where that is asked for.
+
+    Returns:
+        Lines to tell; of a curve or card that could not be made, what stood in its way.
+
+    Raises:
+        RunError: the upload failed.
+    """
+    model_dir, said = run_dir / "model", []
+    parts: tuple[tuple[str, Callable[..., None], Any], ...] = (
+        ("curves", draw_curves, (run_dir / "metrics.jsonl", model_dir / "curves.png")),
+        ("card", write_card, (run, run_dir, results, model_dir)),
+    )
+    for name, make, arguments in parts:
+        try:
+            make(*arguments)
+        except Exception as error:  # of any library that has a part in it
+            said.append(f"note   the model has no {name}: {first_line(error)}")
+    if run.export.push_to_hub is not None:
+        said += upload(run.export, model_dir)
+    return said
+
+
+def push(run_dir: Path, config: ExportConfig) -> list[str]:
+    """Upload the model of a run that has finished, or failed in its upload.
+
+    Args:
+        run_dir: folder of a run, or one that holds a model.
+
+    Returns:
+        Lines to tell.
+
+    Raises:
+        ConfigError: there is no model, or the hub refuses name or token.
+        RunError: the upload failed.
+    """
+    folder = model_folder(run_dir)
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError([f"RUN: must hold a model, got {run_dir} (no {folder}/*.safetensors)"])
+    reach_repository(config)
+    said = upload(config, folder)
+    status = read_status(run_dir)
+    if status.get("state") == "failed" and (run_dir / "results.json").is_file():
+        # Only the upload was missing.
+        status |= {"state": "finished", "error": ""}
+        write_text(run_dir / "status.json", json.dumps(status, indent=2) + "\n")
+    return said

@@ -1,0 +1,51 @@
+"""Saves the result of a run: the model, its card and curves, results.json."""
+
+from __future__ import annotations
+
+from simpo.config.schema import RunConfig
+from simpo.loop import console
+from simpo.loop.history import History
+from simpo.loop.optim import change_notes
+from simpo.loop.publish import publish
+from simpo.loop.setup import Parts
+from simpo.loop.tracker import Tracker
+from simpo.model.export import save_model
+
+
+def save_results(
+    run: RunConfig, parts: Parts, history: History, tracker: Tracker, step: int, trained_s: float
+) -> dict[str, float]:
+    """Save the model, the best one where that was kept, with its card; upload it if asked to.
+
+    Returns:
+        The held-out metrics of the saved model; empty where nothing is held out.
+    """
+    folder, backend = parts.folder, parts.backend
+    kept = history.best_step or step
+    if kept != step and (fault := parts.store.load(kept, parts.wrapped, parts.optimizer)):
+        tracker.say(f"the best model, after step {kept}, is lost ({fault}): the last is saved")
+        kept = step
+    weights = backend.full_weights(parts.wrapped, parts.policy)
+    results = console.Results(
+        before=history.evaluations.get(0, {}),
+        after=history.evaluations.get(kept, {}),
+        findings=history.findings,
+    )
+    notes: list[str] = []
+    if backend.is_main:
+        now = weights or dict(parts.policy.model.named_parameters())
+        notes = change_notes(parts.first_weights, now)
+        save_model(parts.policy, weights, parts.chat, folder.path / "model")
+    folder.write_json(
+        "results.json",
+        {
+            "eval_before": results.before,
+            "eval_after": results.after,
+            "findings": results.findings,
+            "train": {"steps": step, "model_step": kept, "this_process_s": trained_s},
+        },
+    )
+    said = publish(run, folder.path, results) if backend.is_main else []
+    folder.write_status("finished", step, parts.plan.total_steps)
+    tracker.say(*notes, "", *console.end_lines(results, folder.path, kept, step), *said)
+    return results.after

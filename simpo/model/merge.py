@@ -1,0 +1,54 @@
+"""Merges an adapter into its base model and writes the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from simpo.config.choices import Dtype
+from simpo.config.errors import ConfigError
+from simpo.config.inputs import ADAPTER_FILE, ModelConfig
+from simpo.data.chat import Chat
+from simpo.model.adapters import adapter_settings, load_adapter
+from simpo.model.export import model_folder, save_model
+from simpo.model.policy import Policy
+from simpo.model.pretrained import load_weights
+from simpo.model.tokenizer import load_tokenizer
+
+
+def merge(run_dir: Path, output: Path, dtype: Dtype, base: str | None) -> list[str]:
+    """Write a whole model: the base unquantised, also after QLoRA, with the adapter added to it.
+
+    Args:
+        run_dir: folder of a run, or one that holds an adapter.
+        output: folder to write; must not exist.
+        dtype: of the sums and the written weights; auto is that of the base's files.
+        base: folder or hub id of the base; None takes what the adapter names.
+
+    Returns:
+        Lines to tell.
+
+    Raises:
+        ConfigError: there is no adapter, it does not fit its base, one of them cannot be loaded, or
+            output exists.
+    """
+
+    folder = model_folder(run_dir)
+    if not (folder / ADAPTER_FILE).is_file():
+        raise ConfigError(
+            [f"RUN: must hold an adapter, got {run_dir} (no {folder}/{ADAPTER_FILE})"]
+        )
+    if output.exists():
+        raise ConfigError([f"output: must not exist, got {output} (choose another)"])
+    settings = adapter_settings("RUN", str(folder))
+    source = base or settings.base_model_name_or_path
+    if not source:
+        raise ConfigError(["base: the adapter does not name it (base=FOLDER_OR_HUB_ID)"])
+    revision = None if base else settings.revision
+    tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    config = ModelConfig(path=source, revision=revision, tokenizer=tokenizer)
+    chat = Chat(load_tokenizer(config, folder))
+    model = load_weights("base", source, AutoModelForCausalLM, revision=revision, dtype=dtype.value)
+    merged = load_adapter("RUN", model, str(folder)).merge_and_unload(safe_merge=True)
+    return [*save_model(Policy(merged), None, chat, output), f"model  {output}"]

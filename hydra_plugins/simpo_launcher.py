@@ -1,4 +1,4 @@
-"""Hydra's way to `simpo.launcher`: it takes launchers only from the package `hydra_plugins`.
+"""Hydra's way to `simpo.launch.sweep`: it takes launchers only from the package `hydra_plugins`.
 
 Hydra imports this at every start, so it imports next to nothing.
 """
@@ -41,7 +41,7 @@ class SimpoLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         """Run the members with these overrides; their objectives come back, where waited for."""
         from simpo.config.check import build_run, check_training
-        from simpo.launcher import Member, launch
+        from simpo.launch.sweep import Member, launch
 
         parse = OverridesParser.create().parse_override
         # By key: the last of a key counts.

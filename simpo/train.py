@@ -25,7 +25,6 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from simpo.config.check import build_run, trajectory
-from simpo.config.compose import Menu
 from simpo.config.errors import (
     INTERRUPTED,
     INTERRUPTION,
@@ -36,6 +35,7 @@ from simpo.config.errors import (
 )
 from simpo.config.explain import explain
 from simpo.config.inputs import menu_dir
+from simpo.config.menu import Menu
 from simpo.config.schema import RunConfig
 from simpo.run import processes
 from simpo.run.folder import refuse_unwritable

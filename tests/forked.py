@@ -207,9 +207,9 @@ def _serve(path: str) -> None:
     import torch.distributed.checkpoint  # noqa: F401
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
-    import simpo.member
+    import simpo.launch.member
+    import simpo.launch.rank
     import simpo.model.export
-    import simpo.rank
     import simpo.train  # noqa: F401
     from simpo.run.processes import end_with_parent
 

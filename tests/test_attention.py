@@ -156,7 +156,7 @@ def test_unusable(kernel: str, device: str, half: bool, softcap: bool, reason: s
 
 
 def test_a_kernel_that_is_not_there(tiny_run: list[str]) -> None:
-    from simpo.compose import compose_run
+    from simpo.config.compose import compose_run
     from simpo.train import train
 
     with pytest.raises(ConfigError, match=r"^model\.attention: varlen needs a CUDA GPU$"):

@@ -26,7 +26,7 @@ from whole_runs import (
     weights_of,
 )
 
-from simpo.compose import compose_run
+from simpo.config.compose import compose_run
 from simpo.data.demo.records import demo_rows
 from simpo.train import train
 

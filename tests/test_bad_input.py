@@ -12,17 +12,18 @@ from hypothesis import given
 from hypothesis import settings as fuzz
 from hypothesis import strategies as st
 
-from simpo.compose import command, compose_run
 from simpo.config.check import settings
 from simpo.config.choices import OnBadRow
-from simpo.config.compose import Menu
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.explain import explain
 from simpo.config.inputs import DataConfig, SourceConfig
+from simpo.config.menu import Menu
 from simpo.data import sources
 from simpo.data.mixture import load_mixture
 from simpo.data.records import RowFault, to_dialogue, to_pair, to_prompt
 from simpo.data.rules import RULES
+from simpo.launch.command import command
 from simpo.train import cli
 
 MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
@@ -1116,7 +1117,7 @@ def test_a_process_prints_the_lines_and_exits_with_2(tmp_path):
 def test_faults_are_answered_without_torch(tmp_path):
     code = (
         "import sys\n"
-        "from simpo.compose import compose_run\n"
+        "from simpo.launch.command import compose_run\n"
         "from simpo.config.errors import ConfigError\n"
         "try:\n"
         "    compose_run(['loss.betaa=2', 'train.epochs=0'])\n"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from simpo.compose import compose_run
 from simpo.config.check import FREE, TRAJECTORY, check_run, load_run, run_id, run_yaml, trajectory
 from simpo.config.choices import WandbMode
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.inputs import menu_dir
 from simpo.config.losses import HingeConfig, SigmoidConfig
@@ -172,7 +172,7 @@ def test_run_id_stays(change):
 
 def test_run_id_is_the_same_in_another_process(tmp_path):
     code = (
-        "from simpo.compose import compose_run; from simpo.config.check import run_id; "
+        "from simpo.launch.command import compose_run; from simpo.config.check import run_id; "
         "print(run_id(compose_run([])))"
     )
     done = subprocess.run(

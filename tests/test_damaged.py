@@ -21,16 +21,18 @@ import pytest
 from conftest import tiny_overrides
 from whole_runs import metrics_of
 
-from simpo.compare import compare
-from simpo.compose import compose_run
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DamagedError, RunError, SimpoError, Stopped
 from simpo.config.schema import RunConfig
+from simpo.launch.member import _note_start
 from simpo.loop.checkpoint import CheckpointStore
-from simpo.member import _note_start
-from simpo.page import render
-from simpo.report import text
+from simpo.report.__main__ import text
+from simpo.report.compare import compare
+from simpo.report.page import render
 from simpo.run import folder
-from simpo.run.folder import RunFolder, git_diff, refuse_unwritable, write_text
+from simpo.run.atomic import write_text
+from simpo.run.folder import RunFolder, refuse_unwritable
+from simpo.run.provenance import git_diff
 from simpo.run.runs import State, find_runs, read_progress
 from simpo.train import train
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from simpo import published
-from simpo.compose import compose_run
 from simpo.config.check import settings
+from simpo.config.compose import compose_run
 from simpo.config.inputs import menu_dir
 from simpo.config.losses import (
     LOSSES,
@@ -18,6 +17,7 @@ from simpo.config.losses import (
     OrpoConfig,
     SigmoidConfig,
 )
+from simpo.report import published
 from simpo.train import train
 
 # https://github.com/princeton-nlp/SimPO, training_configs: checkpoint, dataset, splits, template

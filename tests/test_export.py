@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from simpo.compose import compose_run
 from simpo.config.choices import Dtype
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, RunError, SimpoError
 from simpo.config.inputs import ModelConfig, SourceConfig
 from simpo.data.chat import Chat
@@ -476,7 +476,7 @@ def trained_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from simpo.loop import step as loop_step
 
     updates: list[int] = []
-    update = loop.update
+    update = loop_step.update
 
     def counted(*arguments: Any) -> Any:
         updates.append(1)

@@ -33,8 +33,8 @@ from whole_runs import (
     wait_for,
 )
 
-from simpo.compose import compose_run
 from simpo.config.check import run_yaml
+from simpo.config.compose import compose_run
 from simpo.config.inputs import TEMPLATES
 
 pytestmark = pytest.mark.slow
@@ -243,7 +243,7 @@ def test_a_signal_while_a_member_starts(settings: list[str], tmp_path: Path) -> 
     (tmp_path / "run").mkdir()
     run_config = compose_run([*settings, f"run_dir={tmp_path / 'run'}"])
     (tmp_path / "run" / "run.yaml").write_text(run_yaml(run_config))
-    command = (sys.executable, "-m", "simpo.member", str(tmp_path / "run"))
+    command = (sys.executable, "-m", "simpo.launch.member", str(tmp_path / "run"))
     process = start([], *command)
     wait_for(lambda: catches(process.pid), process)
     process.send_signal(signal.SIGTERM)

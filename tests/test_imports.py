@@ -1,47 +1,30 @@
-# ruff: noqa: E501
-"""Imports between modules go down only, and what is meant to be light stays so."""
+"""Imports between folders go down only, and what is meant to be light stays so.
+
+`python tests/test_imports.py` prints the folders by floor, and who imports whom.
+"""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 
-# A module may import those in lines above its own, never beside or below.
-ORDER = """
-config.errors
-config.choices config.launchers config.losses
-data.hub data.pairs data.demo.topics data.plan data.rules run.tables
-config.backends config.inputs run.files run.sealed run.signals
-config.schema
-config.check
+# A folder, or a module that lies beside the folders, may import those in lines above its own.
+FLOORS = """
 config
-config.compose
-config.explain
-compose data.demo.records data.records data.packing model.adapters model.attention model.head loss run.best loop.optim
-run.slurm model.smollm2 loop.tracker loop.watch
-data.sources data.template run.processes
-data.mixture data.paper model.load
-data.chat backend.base model.cost model.check
-data.checks data.tokens
-data.loader backend.fsdp backend.zero
+run
+data
+loss model report
 backend
-loop.checkpoint loop.console loop.reference model.generate loop.step
-run.folder
-loop.card
-loop.upload
-model.export loop.history
-loop.setup
-loop.evaluate
-on_policy.files run.runs stages train
-compare member on_policy.draw on_policy.score published rank
-annotate generate launcher page preview
-report
+loop
+on_policy preview train
+__main__ launch
 """
-FLOOR = {name: floor for floor, line in enumerate(ORDER.split("\n")) for name in line.split()}
+FLOOR = {name: floor for floor, line in enumerate(FLOORS.split("\n")) for name in line.split()}
 
 HEAVY = {"transformers", "accelerate", "peft", "datasets", "hydra", "wandb"}
 
@@ -53,11 +36,11 @@ def module_name(path: Path) -> str:
 MODULES = {
     module_name(path): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path.name != "__init__.py" or path.parent.name in ("backend", "config")
+    if path != PACKAGE / "__init__.py"
 }
 
 
-def imported(nodes) -> set[str]:
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
     """Full names of what import statements name, `from a import b` as a.b."""
     names: set[str] = set()
     for node in nodes:
@@ -88,33 +71,88 @@ def of_ours(names: set[str]) -> set[str]:
     return found
 
 
-def test_every_module_has_a_floor():
-    assert set(MODULES) == set(FLOOR)
+def folder(module: str) -> str:
+    return module.partition(".")[0]
+
+
+IMPORTS = {module: of_ours(everywhere(tree)) for module, tree in MODULES.items()}
+
+
+def arrows() -> Iterator[tuple[str, str]]:
+    """Which folder imports which other."""
+    pairs = {(folder(a), folder(b)) for a, others in IMPORTS.items() for b in others}
+    return iter(sorted((a, b) for a, b in pairs if a != b))
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, in its order; empty where there is none."""
+    done: set[str] = set()
+
+    def search(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return path[path.index(name) :]
+        if name in done:
+            return []
+        for other in sorted(graph[name]):
+            if found := search(other, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in graph if (found := search(name, []))), [])
+
+
+def test_every_folder_has_a_floor() -> None:
+    assert {folder(module) for module in MODULES} == set(FLOOR)
+
+
+def test_few_entries_at_the_top() -> None:
+    shown = {path.name for path in PACKAGE.iterdir() if path.suffix != ".pyc"}
+    assert len(shown - {"__init__.py", "__pycache__", "py.typed"}) <= 13
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down(module):
-    # Down only leaves no way back up, so there is no circle either.
-    upward = [
-        other for other in of_ours(everywhere(MODULES[module])) if FLOOR[other] >= FLOOR[module]
-    ]
-    assert upward == []
+def test_imports_go_down(module: str) -> None:
+    above = FLOOR[folder(module)]
+    upward = {
+        other
+        for other in IMPORTS[module]
+        if folder(other) != folder(module) and FLOOR[folder(other)] >= above
+    }
+    assert upward == set()
+
+
+@pytest.mark.parametrize("name", FLOOR)
+def test_no_circle_inside_a_folder(name: str) -> None:
+    inside = [module for module in MODULES if folder(module) == name]
+    assert circle({module: IMPORTS[module] & set(inside) for module in inside}) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_and_functions_are_short(module: str) -> None:
+    tree = MODULES[module]
+    lengths = {
+        node.name: (node.end_lineno or 0) - node.lineno + 1
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and (module, node.name) != ("train", "train")
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > 60} == {}
+    assert max((getattr(node, "end_lineno", 0) for node in ast.walk(tree)), default=0) <= 400
 
 
 @pytest.mark.parametrize(
     "module",
     [
-        "loss",
-        "model.head",
-        "data.pairs",
-        "loop.optim",
-        "data.packing",
-        "data.plan",
-        "data.records",
-        "loop.watch",
+        *("loss", "data.pairs", "data.packing", "data.plan", "data.records"),
+        *("loop.optim", "loop.watch", "model.head"),
     ],
 )
-def test_the_mathematics_knows_no_framework(module):
+def test_the_mathematics_knows_no_framework(module: str) -> None:
     assert packages(everywhere(MODULES[module])) & HEAVY == set()
 
 
@@ -123,35 +161,42 @@ def test_the_mathematics_knows_no_framework(module):
     [
         ("accelerate", {"backend.base", "backend.fsdp", "backend.zero"}),
         ("deepspeed", {"backend.zero"}),
-        ("submitit", {"member", "run.processes", "run.slurm"}),
-        ("plotly", {"page"}),
+        ("submitit", {"launch.member", "launch.submit", "run.processes"}),
+        ("plotly", {"report.page"}),
         ("wandb", {"loop.tracker"}),
         ("peft", {"model.adapters"}),
-        ("hydra", {"config.check", "config.explain", "config.compose", "train"}),
+        ("hydra", {"config.check", "config.menu", "config.explain", "train"}),
         (
             "omegaconf",
             {
                 *("config.inputs", "config.losses", "config.schema", "config.check"),
-                *("compose", "config.explain", "config.compose", "published", "train"),
+                *("config.compose", "config.menu", "config.explain", "config.suggest"),
+                *("report.published", "train"),
             },
         ),
     ],
 )
-def test_one_place_for_each_framework(package, modules):
+def test_one_place_for_each_framework(package: str, modules: set[str]) -> None:
     assert {
         name for name, tree in MODULES.items() if package in packages(everywhere(tree))
     } == modules
 
 
-@pytest.mark.parametrize("module", ["config.schema", "config.check", "config", "compose", "train"])
-def test_settings_are_read_without_torch(module):
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if folder(name) in ("config", "run", "report", "train")]
+)
+def test_settings_folders_and_reports_do_without_torch(module: str) -> None:
     heavy = {"torch", "transformers", "datasets", "accelerate", "peft", "wandb", "numpy"}
     assert packages(imported(MODULES[module].body)) & heavy == set()
 
 
-def test_the_command_starts_without_torch():
+@pytest.mark.parametrize(
+    "module", ["simpo.train", "simpo.launch.sweep", "simpo.report.page", "simpo.__main__"]
+)
+def test_commands_start_without_torch(module: str) -> None:
+    """They answer at once, also on login nodes."""
     code = (
-        "import sys, simpo.train\n"
+        f"import sys, {module}\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)))"
     )
     done = subprocess.run(
@@ -160,10 +205,14 @@ def test_the_command_starts_without_torch():
     assert done.stdout == "[]\n"
 
 
-def test_launcher_and_report_do_without_torch():
-    """They run on login nodes, and answer at once."""
-    code = "import sys, simpo.launcher, simpo.page\nprint('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
-    )
-    assert done.stdout == "False\n"
+def print_house() -> None:
+    for line in reversed(FLOORS.split("\n")[1:-1]):
+        print(f"{FLOOR[line.split()[0]]}  {line}")
+    print()
+    for name in FLOOR:
+        print(f"{name:10} imports  {' '.join(b for a, b in arrows() if a == name)}")
+    print(f"\n{len(FLOOR)} rooms, {len(set(FLOOR.values()))} floors, {len(list(arrows()))} arrows")
+
+
+if __name__ == "__main__":
+    print_house()

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from whole_runs import assert_same_run, finish, logged, metrics_of, run, start, wait_for
 
-from simpo.compose import compose_run
 from simpo.config.check import run_yaml
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, RunError
-from simpo.launcher import LONGEST_NAME, Member, launch, share_of_machine
+from simpo.launch.sweep import LONGEST_NAME, Member, launch, share_of_machine
 from simpo.run.runs import State, read_progress
 
 RUN = compose_run([])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from simpo.compose import compose_run
+from simpo.config.compose import compose_run
 from simpo.config.errors import DataError
 from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data.mixture import SplitReport, load_mixture

@@ -11,8 +11,8 @@ import pytest
 import torch
 from whole_runs import finish, logged, metrics_of, run, start, state_of, wait_for, weights_of
 
-from simpo.compose import compose_run
 from simpo.config.choices import Mode
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.schema import ObjectiveConfig
 from simpo.run.best import best_step, evaluations_in, evaluations_without_gain

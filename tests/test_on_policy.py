@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
 from whole_runs import finish, wait_for
 
-from simpo.compose import compose_run
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.data.demo.records import demo_rows
 from simpo.data.mixture import load_mixture
 from simpo.data.records import to_pair, to_prompt
 from simpo.data.rules import obeys
-from simpo.on_policy import draw, score
+from simpo.on_policy import annotate as annotating
+from simpo.on_policy import generate as generating
 from simpo.on_policy.files import content_hash, model_content, working_in
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -49,7 +50,7 @@ def drawing(tiny_run: list[str], tmp_path: Path) -> list[str]:
 
 
 def generate(overrides: list[str], *more: str) -> list[dict[str, Any]]:
-    return lines(draw.generate(compose_run([*overrides, *more])) / "responses.jsonl")
+    return lines(generating.generate(compose_run([*overrides, *more])) / "responses.jsonl")
 
 
 def test_a_stopped_drawing_goes_on_to_the_same_replies(drawing: list[str], tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_one_command_at_a_time_works_in_a_folder(
     drawing: list[str], folder: Path, command: str
 ) -> None:
     run = compose_run([*drawing, f"on_policy.folder={folder}", "on_policy.reward=rules"])
-    work = {"generate": draw.generate, "annotate": score.annotate}[command]
+    work = {"generate": generating.generate, "annotate": annotating.annotate}[command]
     with working_in(folder), pytest.raises(ConfigError) as caught:
         work(run)
     told = f"on_policy.folder: another process works in {folder} (wait for it)"
@@ -206,7 +207,7 @@ def test_a_full_disk_and_a_folder_that_cannot_be(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(score, "append_lines", full)
+    monkeypatch.setattr(annotating, "append_lines", full)
     with pytest.raises(RunError) as caught:
         annotate(folder, "rules")
     assert str(caught.value) == (
@@ -372,7 +373,7 @@ def folder(tmp_path: Path) -> Path:
 
 def annotate(folder: Path, reward: str, *more: str) -> None:
     overrides = [f"on_policy.folder={folder}", f"on_policy.reward={reward}"]
-    score.annotate(compose_run([*overrides, "backend.device=cpu", *more]))
+    annotating.annotate(compose_run([*overrides, "backend.device=cpu", *more]))
 
 
 def test_the_best_is_chosen_and_the_worst_rejected(

@@ -62,8 +62,12 @@ def test_wheel_carries_every_menu_and_template(wheel: Path) -> None:
             inside = f"simpo/{file.relative_to(ROOT)}".replace("simpo/simpo/", "simpo/")
             assert inside in names
     assert {"hydra_plugins/simpo_launcher.py", "hydra_plugins/simpo_sweepers.py"} <= names
-    read = {"page.html.jinja", "stages.html.jinja", "published.yaml"}
-    assert {f"simpo/{name}" for name in read} <= names
+    read = {
+        "simpo/preview/page.html.jinja",
+        "simpo/report/page.html.jinja",
+        "simpo/report/published.yaml",
+    }
+    assert read <= names
 
 
 @pytest.mark.slow

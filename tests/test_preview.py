@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_tokenizers import FOLDERS
 
-from simpo.compose import compose_run
-from simpo.stages import ENDLESS, Stages, page, text
+from simpo.config.compose import compose_run
+from simpo.preview.stages import ENDLESS, Stages, page, text
 
 TURNS = [
     {"role": "user", "content": "Hi"},

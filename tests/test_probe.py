@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from simpo.compose import compose_run
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.data.pairs import TokenizedPair
 from simpo.model import attention

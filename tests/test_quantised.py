@@ -14,8 +14,8 @@ from test_peft import PAIRS, adapted, loaded, padded_step, saved, step, trained
 from torch import Tensor, nn
 from whole_runs import assert_same_run, logged, run, start, state_of, wait_for
 
-from simpo.compose import compose_run
 from simpo.config.choices import Quantization
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.inputs import LoraConfig
 from simpo.data.packing import pack

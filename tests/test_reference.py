@@ -15,9 +15,9 @@ from conftest import padded_logps, random_pairs, tiny_model
 from whole_runs import assert_same_run, logged, metrics_of, run, start, wait_for
 
 from simpo.backend import build_backend
-from simpo.compose import compose_run
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import Precision
+from simpo.config.compose import compose_run
 from simpo.data.chat import TokenizedSet, TokenReport
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from simpo.compose import compose_run
+from simpo.config.compose import compose_run
 from simpo.data.chat import Chat
 from simpo.data.mixture import load_mixture
-from simpo.model.generate import Reply, complete, greedy_replies, repetition, reply_metrics
+from simpo.loop.replies import Reply, greedy_replies, repetition, reply_metrics
+from simpo.model.generate import complete
 from simpo.model.load import load_policy
 from simpo.model.tokenizer import load_tokenizer
 

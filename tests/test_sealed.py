@@ -17,9 +17,9 @@ from conftest import random_pairs, tiny_model
 from real_tokenizers import as_lists, data_config, load_chat, make_pair, user
 
 from simpo.backend import build_backend
-from simpo.compose import compose_run
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import Precision
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.data.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.packing import pack

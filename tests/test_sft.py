@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from real_tokenizers import assistant, data_config, load_chat, make_pair, system, tokenize_one, user
 from whole_runs import metrics_of
 
-from simpo.compose import compose_run
+from simpo.config.compose import compose_run
 from simpo.config.losses import SftConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair, PairLogps, TokenizedPair

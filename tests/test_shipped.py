@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from simpo.compose import compose_run
+from simpo.config.compose import compose_run
 from simpo.config.inputs import menu_dir
 from simpo.data.demo.records import demo_rows
 from simpo.train import train

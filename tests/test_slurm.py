@@ -20,8 +20,8 @@ import pytest
 from browser import look_at
 from whole_runs import assert_same_run, logged, metrics_of, run, start
 
-from simpo import member
 from simpo.config.check import load_run
+from simpo.launch import member
 from simpo.run import slurm
 from simpo.run.files import last_job
 from simpo.run.runs import UNDER_WAY, State, read_progress

@@ -25,8 +25,8 @@ from real_tokenizers import (
 from test_families import DIALOGUES, FAMILY_TEMPLATES
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from simpo.compose import compose_run
 from simpo.config.choices import Compat, OnBadRow
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.config.inputs import TEMPLATES, ModelConfig
 from simpo.config.schema import OnPolicyConfig
@@ -37,10 +37,10 @@ from simpo.data.template import NEEDED_TOKENS, Template, use_template
 from simpo.data.tokens import tokenize_set
 from simpo.loop import console
 from simpo.loop import step as loop_step
-from simpo.on_policy import draw
-from simpo.on_policy.draw import generate
+from simpo.on_policy import generate as generating
+from simpo.on_policy.generate import generate
+from simpo.preview.stages import Stages
 from simpo.run import folder as run_folder
-from simpo.stages import Stages
 from simpo.train import train
 
 CHATML = (TEMPLATES / "chatml.jinja").read_text()
@@ -457,9 +457,9 @@ def test_drawn_replies_keep_the_date(
     run = compose_run(dated_run(tiny_run, tmp_path))
     drawing = OnPolicyConfig(folder=str(tmp_path / "own"), seeds=[1], max_new_tokens=2)
     drawing.num_prompts = 2
-    monkeypatch.setattr(draw, "date", on("2026-01-01"))
+    monkeypatch.setattr(generating, "date", on("2026-01-01"))
     generate(replace(run, on_policy=drawing))
-    monkeypatch.setattr(draw, "date", on("2026-01-02"))
+    monkeypatch.setattr(generating, "date", on("2026-01-02"))
     folder = generate(replace(run, on_policy=replace(drawing, seeds=[1, 2])))
     assert json.loads((folder / "settings.json").read_text())["template_date"] == "2026-01-01"
     assert len((folder / "responses.jsonl").read_text().splitlines()) == 8

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from whole_runs import TIMING, finish, logged, newest_checkpoint, run, start, wait_for
 
-from simpo.compose import compose_run
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.schema import TrackerConfig, WandbConfig
 from simpo.loop.tracker import Tracker, check_login

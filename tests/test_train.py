@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_runs import assert_same_run, logged, metrics_of, run, start, state_of, wait_for
 
-from simpo.compose import compose_run
 from simpo.config.check import load_run
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.data.demo.records import demo_rows
 from simpo.data.mixture import load_mixture

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from simpo.compose import compose_run
 from simpo.config.check import check_training
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.data.demo.records import demo_rows
 from simpo.train import train

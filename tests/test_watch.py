@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import simpo.loop.step
-from simpo.compose import compose_run
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, RunError
 from simpo.config.schema import WatchConfig
 from simpo.loop.watch import CollapseWatch

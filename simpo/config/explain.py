@@ -5,9 +5,8 @@ Hydra stops at the first fault and answers in its own words; `explain` goes on.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -26,9 +25,10 @@ from omegaconf import (
 )
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from simpo.config.check import GROUPS, build_run, fault_line
-from simpo.config.compose import CONF, Menu, NotComposedError
+from simpo.config.check import build_run, fault_line
 from simpo.config.errors import ConfigError, first_line
+from simpo.config.menu import CONF, Menu, NotComposedError
+from simpo.config.suggest import all_keys, choices_with, unknown_key
 
 SEARCHPATH = "hydra.searchpath="
 MOST_MEMBERS = 10_000
@@ -222,7 +222,7 @@ def _member_problems(
         key = override.key_or_group
         if faults := _override_problems(menu, override, base, groups):
             # A key that another choice of a misspelt group has may be what that choice is for.
-            wanted = key.partition(".")[0] in faulty and _choices_with(key)
+            wanted = key.partition(".")[0] in faulty and choices_with(key)
             problems += [] if wanted else faults
             bad.append(key)
         else:
@@ -277,7 +277,7 @@ def _override_problems(
     except NotComposedError as error:
         if override.is_delete():
             return [f"{key}: cannot be left out (leave out the ~)"]
-        if override.is_add() and key in _keys(base):
+        if override.is_add() and key in all_keys(base):
             return [f"{key}: set already (leave out the +)"]
         return [f"{key}: {error}"]
     return []
@@ -285,8 +285,8 @@ def _override_problems(
 
 def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
     """Faults of setting a key of a composed configuration to a value, item by item."""
-    if key not in _keys(base):
-        return [f"{key}: {_unknown(base, key)}"]
+    if key not in all_keys(base):
+        return [f"{key}: {unknown_key(base, key)}"]
     node: Any = base
     for part in key.split("."):
         node = node._get_node(int(part) if isinstance(node, ListConfig) else part)
@@ -354,48 +354,3 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     return "''" if value == "" else str(value)
-
-
-def _unknown(base: DictConfig, key: str) -> str:
-    """What is wrong with a key that a composed configuration lacks, and what comes close."""
-    known = _keys(base)
-    section, _, leaf = key.rpartition(".")
-    group = key.partition(".")[0]
-    if choices := _choices_with(key):
-        return f"only with {group}={' or '.join(choices)}"
-    while section and section not in known:
-        section = section.rpartition(".")[0]
-    beside = [k for k in known if k.rpartition(".")[0] == section]
-    if isinstance(OmegaConf.select(base, section) if section else base, ListConfig):
-        return f"no such item of {section} (set all of it: {section}='[{{path: ...}}, ...]')"
-    near = [k for k in known if k.rpartition(".")[2] == leaf.lower()]
-    if not near:
-        names = {k.rpartition(".")[2]: k for k in beside}
-        close = [name for name in names if leaf.lower() in name.split("_")]
-        close = close or difflib.get_close_matches(leaf.lower(), names, n=1)
-        near = [names[name] for name in close]
-    if near:
-        return f"no such key (did you mean {' or '.join(near)}?)"
-    here = section or ("the top level" if "train" in known else "an item")
-    return f"no such key ({here} has {', '.join(k.rpartition('.')[2] for k in beside)})"
-
-
-def _choices_with(key: str) -> list[str]:
-    """Choices of the key's group whose schema has the key, where schemas differ by choice."""
-    group, _, leaf = key.partition(".")
-    schemas = {name: schema for name, schema in GROUPS.get(group, {}).items() if name != "base"}
-    return [name for name, schema in schemas.items() if leaf in (f.name for f in fields(schema))]
-
-
-def _keys(config: DictConfig | ListConfig, prefix: str = "") -> list[str]:
-    """Dotted keys in the order of the schemas, a section's own key before those in it."""
-    keys: list[str] = []
-    names: Iterable[Any] = range(len(config)) if isinstance(config, ListConfig) else config
-    for key in names:
-        keys.append(f"{prefix}{key}")
-        node = config._get_node(key)
-        if isinstance(node, (DictConfig, ListConfig)) and not (
-            node._is_none() or node._is_missing()
-        ):
-            keys += _keys(node, f"{prefix}{key}.")
-    return keys

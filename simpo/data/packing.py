@@ -51,26 +51,22 @@ def pack(
         rejected = second_prompt if share else second_prompt + num_prompt
         end = rejected + len(pair.rejected_ids)
         tokens += [pair.prompt_ids, pair.chosen_ids]
-        positions += [np.arange(second_prompt - start)]
-        if share:
-            tokens.append(pair.rejected_ids)
-            positions.append(np.arange(num_prompt, num_prompt + end - rejected))
-        else:
-            tokens += [pair.prompt_ids, pair.rejected_ids]
-            positions.append(np.arange(end - second_prompt))
+        tokens += [pair.rejected_ids] if share else [pair.prompt_ids, pair.rejected_ids]
+        first_position = num_prompt if share else 0
+        positions.append(np.arange(second_prompt - start))
+        positions.append(np.arange(first_position, first_position + end - second_prompt))
         if share_prefix:
             segments.append(Segment(start, chosen, rejected, end))
         for first, ids, scored in (
             (chosen, pair.chosen_ids, pair.scored),
             (rejected, pair.rejected_ids, None),
         ):
+            wanted = _scored(ids, scored, num_prompt)
+            if not wanted.any() and (len(ids) or ids is pair.chosen_ids):
+                raise ValueError(f"pair {index}: a response has no token to score")
             before = np.arange(first - 1, first - 1 + len(ids))
             if share:
                 before[:1] = chosen - 1
-            wanted = np.ones(len(ids), dtype=bool) if scored is None else scored.copy()
-            wanted[: 0 if num_prompt else 1] = False  # nothing predicts a row's first token
-            if not wanted.any() and (len(ids) or ids is pair.chosen_ids):
-                raise ValueError(f"pair {index}: a response has no token to score")
             predictors.append(before[wanted])
             targets.append(ids[wanted])
             response_tokens.append(int(wanted.sum()))
@@ -98,6 +94,13 @@ def pack_nothing(pair: TokenizedPair, share_prefix: bool = True) -> PackedPairs:
     It is computed, since layers in shards are computed together, and counts nowhere.
     """
     return replace(pack([pair], [0], share_prefix), pairs=())
+
+
+def _scored(ids: np.ndarray, scored: np.ndarray | None, num_prompt: int) -> np.ndarray:
+    """Which tokens of a response are scored: all by default, but none without one before it."""
+    wanted = np.ones(len(ids), dtype=bool) if scored is None else scored.copy()
+    wanted[: 0 if num_prompt else 1] = False
+    return wanted
 
 
 def _reference(pairs: Sequence[TokenizedPair]) -> torch.Tensor | None:

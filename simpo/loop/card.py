@@ -13,9 +13,8 @@ from typing import Any
 from simpo.config.check import trajectory
 from simpo.config.schema import RunConfig
 from simpo.loop.console import Results, result_rows
-from simpo.loop.tracker import series
-from simpo.run.files import read_metrics
-from simpo.run.folder import write_text
+from simpo.run.atomic import write_text
+from simpo.run.files import read_metrics, series
 from simpo.run.tables import SHOWN, markdown_table
 
 BUILTIN = {"builtin:smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}

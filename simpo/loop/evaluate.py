@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from simpo.config.schema import RunConfig
+from simpo.loop.replies import greedy_replies, reply_lines, reply_metrics
 from simpo.loop.setup import Parts
 from simpo.loop.step import columns, evaluate
 from simpo.loop.tracker import Tracker
-from simpo.model.generate import greedy_replies, reply_metrics
 
 
 def held_out_metrics(run: RunConfig, parts: Parts, tracker: Tracker, step: int) -> dict[str, float]:
@@ -29,5 +29,5 @@ def held_out_metrics(run: RunConfig, parts: Parts, tracker: Tracker, step: int) 
                 parts.policy, parts.chat, sampled, run.sample.max_new_tokens, backend.device
             )
         metrics |= reply_metrics(replies)
-        folder.write_replies(step, replies)
+        folder.write_replies(step, reply_lines(replies))
     return metrics

@@ -18,8 +18,8 @@ from simpo.loop import console
 from simpo.loop.card import draw_curves, is_local, public, write_card
 from simpo.model.export import model_folder, save_model
 from simpo.model.policy import Policy
+from simpo.run.atomic import write_text
 from simpo.run.files import read_status
-from simpo.run.folder import write_text
 
 
 def reach_repository(config: ExportConfig) -> None:

@@ -36,7 +36,8 @@ from simpo.model.check import check_packing
 from simpo.model.load import load_policy
 from simpo.model.policy import Policy
 from simpo.model.tokenizer import load_tokenizer, num_embeddings
-from simpo.run.folder import RunFolder, environment, git_diff, template_date
+from simpo.run.folder import RunFolder, template_date
+from simpo.run.provenance import environment, git_diff
 
 
 @dataclass(frozen=True)

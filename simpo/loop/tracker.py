@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,8 +194,3 @@ def _remote_run(
     except Exception as error:
         print(f"note   wandb: {first_line(error)}; not tracked there", flush=True)
         return None
-
-
-def series(lines: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
-    """Step and value of each line that has a key."""
-    return [(line["step"], line[key]) for line in lines if key in line]

@@ -80,10 +80,14 @@ def load_policy(
         model = add_adapters(model, config.lora, config.revision)
         if config.lora.adapter is not None:
             check_finite("model.lora.adapter", config.lora.adapter, model)
+    _switch_dropout_off(model)
+    return Policy(model, share_prefix).to(device)
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return Policy(model, share_prefix).to(device)
 
 
 def cannot_share(name: str, reason: str) -> ConfigError:

@@ -9,7 +9,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -283,3 +283,8 @@ def _are_numbers(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def series(lines: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
+    """Step and value of each line that has a key."""
+    return [(line["step"], line[key]) for line in lines if key in line]

@@ -18,17 +18,14 @@ import fcntl
 import io
 import json
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from simpo.config.check import holds_secret, load_run, run_id, run_yaml, trajectory
 from simpo.config.errors import (
@@ -41,22 +38,9 @@ from simpo.config.errors import (
     unwritable,
 )
 from simpo.config.schema import RunConfig
+from simpo.run.atomic import write_bytes, write_text
 from simpo.run.files import NEW_RUN, read_json, read_status, status_or_none
 
-if TYPE_CHECKING:  # for a launcher, which does without torch
-    from simpo.model.generate import Reply
-
-PACKAGES = (
-    "simpo",
-    "torch",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "deepspeed",
-    "peft",
-    "bitsandbytes",
-    "hydra-core",
-)
 FINGERPRINTS = {
     "train_fingerprint": "data",
     "test_fingerprint": "data",
@@ -151,18 +135,9 @@ class RunFolder:
                 )
         self.write_json("data.json", {"settings": self._settings, **data})
 
-    def write_replies(self, step: int, replies: Sequence[Reply]) -> None:
+    def write_replies(self, step: int, replies: Sequence[Mapping[str, Any]]) -> None:
         """Write samples/step-<step>.json: prompt, reply, its length and verdict, for each."""
-        rows = [
-            {
-                "prompt": r.pair.prompt[-1]["content"],
-                "reply": r.text,
-                "tokens": r.tokens,
-                "obeys": r.obeys,
-            }
-            for r in replies
-        ]
-        self.write_json(f"samples/step-{step:06d}.json", rows)
+        self.write_json(f"samples/step-{step:06d}.json", list(replies))
 
     def write_scores(
         self, step: int, columns: Sequence[str], scores: Iterable[tuple[str, Sequence[float]]]
@@ -241,7 +216,7 @@ class RunFolder:
     def _command(self, known: bool) -> str:
         """What continues the run; by its folder alone, if that holds the settings already."""
         if known:
-            return shlex.join(["python", "-m", "simpo.member", str(self.path)])
+            return shlex.join(["python", "-m", "simpo.launch.member", str(self.path)])
         arguments = [a for a in sys.argv[1:] if not a.startswith("run_dir=")]
         return shlex.join(["python", "-m", "simpo.train", *arguments, f"run_dir={self.path}"])
 
@@ -354,76 +329,3 @@ def _read_data(folder: Path) -> dict[str, Any]:
         known = ", ".join(["settings", *FINGERPRINTS])
         raise DamagedError(path, f"lacks one of {known}", NEW_RUN)
     return data
-
-
-def write_text(path: Path, text: str, private: bool = False) -> None:
-    """Write a file: a reader sees the old text or the new, never a part.
-
-    Args:
-        private: for its owner alone.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    write_bytes(path, text.encode(errors="backslashreplace"), private)
-
-
-def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
-    """Write a file: a reader sees the old content or the new, never a part.
-
-    Args:
-        private: for its owner alone.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        if private:
-            part.unlink(missing_ok=True)
-            part.touch(mode=0o600)
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise unwritable(path, error) from error
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions and machine of this process, for the run's records."""
-    packages = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
-    return {
-        "python": platform.python_version(),
-        "packages": packages,
-        "device": device,
-        "cpus": os.cpu_count(),
-        "git_commit": _git("rev-parse", "HEAD").decode().strip() if _in_git() else "",
-    }
-
-
-def git_diff() -> bytes:
-    """What differs from the commit in the source this process runs from; empty outside git."""
-    return _git("diff", "HEAD") if _in_git() else b""
-
-
-def _in_git() -> bool:
-    """Whether git tracks this file: an installed copy may lie below somebody else's checkout."""
-    return bool(_git("ls-files", str(Path(__file__).resolve())))
-
-
-def _git(*arguments: str) -> bytes:
-    source = Path(__file__).resolve().parent
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(source), *arguments], capture_output=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return b""
-    return result.stdout if result.returncode == 0 else b""

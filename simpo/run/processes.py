@@ -208,7 +208,7 @@ def _start(
     with ExitStack() as stack:
         log = None if rank == 0 else stack.enter_context(log_file(folder, rank).open("wb"))
         return subprocess.Popen(
-            [sys.executable, "-m", "simpo.rank", str(folder), *sys.argv[1:]],
+            [sys.executable, "-m", "simpo.launch.rank", str(folder), *sys.argv[1:]],
             env=os.environ | _environment(config, rank, count, listener) | {FOLDER: str(folder)},
             stdout=log,
             stderr=log,

@@ -12,10 +12,10 @@ from plotly.colors import qualitative, sample_colorscale
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from simpo.compare import Comparison
 from simpo.config.inputs import PACKAGE
-from simpo.loop.tracker import series
-from simpo.published import beside, settings
+from simpo.report.compare import Comparison
+from simpo.report.published import beside, settings
+from simpo.run.files import series
 from simpo.run.runs import Run
 from simpo.run.tables import SHOWN
 
@@ -47,7 +47,7 @@ SPLITS: dict[str, dict[str, Any]] = {
 
 def render(report: Comparison) -> str:
     """The page's HTML, with the plotting library in it."""
-    folder = jinja2.FileSystemLoader(PACKAGE)
+    folder = jinja2.FileSystemLoader(PACKAGE / "report")
     page = jinja2.Environment(loader=folder, autoescape=True).get_template("page.html.jinja")
     figures = {
         "Learning curves": curves(report),

@@ -9,13 +9,13 @@ command goes on where it was stopped. simpo.annotate makes pairs of the replies.
 
 from __future__ import annotations
 
-from simpo.compose import command
 from simpo.config.schema import RunConfig
+from simpo.launch.command import command
 
 
 def _work(run: RunConfig) -> None:
     # Imported here, so that a fault in the settings is answered before torch is loaded.
-    from simpo.on_policy.draw import generate
+    from simpo.on_policy.generate import generate
 
     folder = generate(run)
     print(f"next   python -m simpo.annotate on_policy.folder={folder} on_policy.reward=...")

@@ -30,9 +30,11 @@ from simpo.config.check import FREE, TRAJECTORY, holds_secret, run_yaml
 from simpo.config.errors import ConfigError, RunError, Stopped, unwritable
 from simpo.config.launchers import LauncherConfig, LocalConfig, SlurmConfig
 from simpo.config.schema import RunConfig
-from simpo.member import SlurmMember
+from simpo.launch.member import SlurmMember
+from simpo.launch.submit import submit
 from simpo.run import slurm
-from simpo.run.folder import new_folder, refuse_other_settings, unfinished_folders, write_text
+from simpo.run.atomic import write_text
+from simpo.run.folder import new_folder, refuse_other_settings, unfinished_folders
 from simpo.run.runs import NOT_WELL, UNDER_WAY, State, note_job, read_progress, read_runs
 from simpo.run.signals import held, passing_on
 
@@ -204,9 +206,7 @@ def _queue(
 ) -> None:
     """Submit members to Slurm, say how to follow them, and wait where that is asked for."""
     if todo:
-        jobs = slurm.submit(
-            config, folder.name, folder / "slurm", SlurmMember(), [m.path for m in todo]
-        )
+        jobs = submit(config, folder.name, folder / "slurm", SlurmMember(), [m.path for m in todo])
         array = jobs[0][0].partition("_")[0]
         try:
             for member, (job_id, log) in zip(todo, jobs, strict=True):
@@ -274,7 +274,7 @@ def _start(member: Member, place: int, places: int) -> subprocess.Popen[bytes]:
     log = member.path / "log.txt"
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "simpo.member", str(member.path)],
+            [sys.executable, "-m", "simpo.launch.member", str(member.path)],
             env=os.environ | share_of_machine(place, places),
             stdout=output,
             stderr=output,

@@ -124,8 +124,8 @@ def text(stages: Stages, colors: bool = False) -> str:
 
 def page(stages: Stages) -> str:
     """A page that needs nothing else; a token's id shows when it is pointed at."""
-    folder = jinja2.FileSystemLoader(PACKAGE)
-    template = jinja2.Environment(loader=folder, autoescape=True).get_template("stages.html.jinja")
+    folder = jinja2.FileSystemLoader(PACKAGE / "preview")
+    template = jinja2.Environment(loader=folder, autoescape=True).get_template("page.html.jinja")
     return template.render(stages=stages, roles=list(COLORS))
 
 

@@ -1,4 +1,4 @@
-"""One rank of a run that `simpo.run.processes` started: `python -m simpo.rank FOLDER ...`.
+"""One rank of a run that `simpo.run.processes` started: `python -m simpo.launch.rank FOLDER ...`.
 
 FOLDER holds run.yaml, the settings; rank 0 leaves metrics.json in it. The rest of the command line
 is that of the run, which its records quote.

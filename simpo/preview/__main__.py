@@ -12,9 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-from simpo.compose import command
 from simpo.config.errors import ConfigError, unwritable
 from simpo.config.schema import RunConfig
+from simpo.launch.command import command
 
 
 def cli() -> None:
@@ -29,7 +29,7 @@ def cli() -> None:
 
     def work(run: RunConfig) -> None:
         # Imported here, so that a fault in the settings is answered before torch is loaded.
-        from simpo.stages import Stages, page, text
+        from simpo.preview.stages import Stages, page, text
 
         number, file = options["pairs"], options["html"]
         if not number.isdecimal() or int(number) < 1:

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NoReturn
 
-from omegaconf.errors import OmegaConfBaseException
-
-from simpo.config.check import build_run
-from simpo.config.compose import CONF, Menu, NotComposedError
-from simpo.config.errors import ConfigError, SimpoError, first_line
-from simpo.config.explain import explain
+from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError, SimpoError
+from simpo.config.menu import Menu
 from simpo.config.schema import RunConfig
 from simpo.run.signals import end_at_once
 
 GOES_ON = "the same command goes on where it was"
-
-
-def compose_run(overrides: Sequence[str], menu: Menu = CONF) -> RunConfig:
-    """Compose and check a run.
-
-    Raises:
-        ConfigError: with every fault of the overrides and of the run they make.
-    """
-    try:
-        return build_run(menu.compose(overrides))
-    except (NotComposedError, OmegaConfBaseException) as error:
-        raise ConfigError(explain(overrides, menu=menu) or [first_line(error)]) from error
 
 
 class _Words(argparse.ArgumentParser):

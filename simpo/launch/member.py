@@ -1,4 +1,4 @@
-"""One launched run: its folder in, an exit code out. `python -m simpo.member FOLDER` runs one here.
+"""One launched run: `python -m simpo.launch.member FOLDER` runs the one of a folder here.
 
 FOLDER holds run.yaml, resolved when the run was submitted.
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 from simpo.config.check import load_run
 from simpo.config.errors import INTERRUPTED, DamagedError, SimpoError, Stopped
 from simpo.run import slurm
+from simpo.run.atomic import write_text
 from simpo.run.files import last_job, status_or_none
-from simpo.run.folder import write_text
 from simpo.run.processes import end_with_parent
 from simpo.run.runs import note_job
 from simpo.train import start
@@ -113,7 +113,7 @@ def requeue_before_limit() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        print("python -m simpo.member FOLDER", file=sys.stderr)
+        print("python -m simpo.launch.member FOLDER", file=sys.stderr)
         sys.exit(2)
     end_with_parent()
     code, _ = run_member(Path(sys.argv[1]))

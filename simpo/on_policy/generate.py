@@ -43,7 +43,7 @@ from simpo.on_policy.files import (
     read_responses,
     working_in,
 )
-from simpo.run.folder import write_text
+from simpo.run.atomic import write_text
 
 Draw = Callable[[Sequence[list[int]], int], list[Completion]]
 """From the token ids of some prompts, and a seed, to a reply to each."""

@@ -39,7 +39,7 @@ from simpo.on_policy.files import (
     read_responses,
     working_in,
 )
-from simpo.run.folder import write_text
+from simpo.run.atomic import write_text
 from simpo.run.sealed import sha256
 from simpo.run.tables import markdown_table
 

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from simpo.compare import Comparison, averages, compare
 from simpo.config.errors import ConfigError, SimpoError, unwritable
-from simpo.published import beside
+from simpo.report.compare import Comparison, averages, compare
+from simpo.report.published import beside
 from simpo.run.tables import SHOWN, markdown_table
 
 FORMATS = ("text", "csv", "json")
@@ -119,7 +119,7 @@ def _report(folders: Sequence[Path], options: Mapping[str, str]) -> None:
         table.writerows(rows)
     page = options.get("html", "none" if form != "text" else str(folders[0] / "report.html"))
     if page != "none":
-        from simpo.page import render
+        from simpo.report.page import render
 
         path = Path(page).expanduser()
         try:

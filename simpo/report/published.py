@@ -32,7 +32,7 @@ class Setting:
 @cache
 def settings() -> dict[str, Setting]:
     """All of published.yaml, by the name that experiments/paper has for it."""
-    raw: Any = OmegaConf.to_container(OmegaConf.load(PACKAGE / "published.yaml"))
+    raw: Any = OmegaConf.to_container(OmegaConf.load(PACKAGE / "report" / "published.yaml"))
     return {name: Setting(**values) for name, values in raw.items()}
 
 

@@ -10,13 +10,13 @@ it was stopped.
 
 from __future__ import annotations
 
-from simpo.compose import command
 from simpo.config.schema import RunConfig
+from simpo.launch.command import command
 
 
 def _work(run: RunConfig) -> None:
     # Imported here, so that a fault in the settings is answered before torch is loaded.
-    from simpo.on_policy.score import annotate
+    from simpo.on_policy.annotate import annotate
 
     folder = annotate(run)
     held_out = f", test_path: {folder}/test.jsonl" if (folder / "test.jsonl").stat().st_size else ""

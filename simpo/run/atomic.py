@@ -1,0 +1,50 @@
+"""Writes a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simpo.config.errors import (
+    unwritable,
+)
+
+if TYPE_CHECKING:  # for a launcher, which does without torch
+    pass
+
+
+def write_text(path: Path, text: str, private: bool = False) -> None:
+    """Write a file: a reader sees the old text or the new, never a part.
+
+    Args:
+        private: for its owner alone.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    write_bytes(path, text.encode(errors="backslashreplace"), private)
+
+
+def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
+    """Write a file: a reader sees the old content or the new, never a part.
+
+    Args:
+        private: for its owner alone.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        if private:
+            part.unlink(missing_ok=True)
+            part.touch(mode=0o600)
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise unwritable(path, error) from error

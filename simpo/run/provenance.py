@@ -1,0 +1,64 @@
+"""What a run's numbers came from: versions, machine, git commit and diff."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for a launcher, which does without torch
+    pass
+
+
+PACKAGES = (
+    "simpo",
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "bitsandbytes",
+    "hydra-core",
+)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions and machine of this process, for the run's records."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "packages": packages,
+        "device": device,
+        "cpus": os.cpu_count(),
+        "git_commit": _git("rev-parse", "HEAD").decode().strip() if _in_git() else "",
+    }
+
+
+def git_diff() -> bytes:
+    """What differs from the commit in the source this process runs from; empty outside git."""
+    return _git("diff", "HEAD") if _in_git() else b""
+
+
+def _in_git() -> bool:
+    """Whether git tracks this file: an installed copy may lie below somebody else's checkout."""
+    return bool(_git("ls-files", str(Path(__file__).resolve())))
+
+
+def _git(*arguments: str) -> bytes:
+    source = Path(__file__).resolve().parent
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(source), *arguments], capture_output=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return b""
+    return result.stdout if result.returncode == 0 else b""

@@ -72,18 +72,15 @@ def pack(
             response_tokens.append(int(wanted.sum()))
         start = end
 
-    def column(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
     return PackedPairs(
         pairs=tuple(int(index) for index in indices),
         segments=tuple(segments),
         keys=_key_table(segments) if share_prefix else None,
         response_tokens=tuple(response_tokens),
-        input_ids=column(tokens)[None],
-        position_ids=column(positions)[None],
-        predictors=column(predictors),
-        targets=column(targets),
+        input_ids=_column(tokens)[None],
+        position_ids=_column(positions)[None],
+        predictors=_column(predictors),
+        targets=_column(targets),
         reference_logps=_reference(pairs),
     )
 
@@ -94,6 +91,10 @@ def pack_nothing(pair: TokenizedPair, share_prefix: bool = True) -> PackedPairs:
     It is computed, since layers in shards are computed together, and counts nowhere.
     """
     return replace(pack([pair], [0], share_prefix), pairs=())
+
+
+def _column(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 def _scored(ids: np.ndarray, scored: np.ndarray | None, num_prompt: int) -> np.ndarray:

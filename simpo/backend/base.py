@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from simpo.config.backends import BackendConfig, DdpConfig, ManyConfig
+from simpo.config.backends import BackendConfig, DdpConfig, DistributedConfig
 from simpo.config.choices import Device, Precision
 from simpo.config.errors import ConfigError, LostError
 from simpo.model.policy import Policy
@@ -86,11 +86,11 @@ class Backend:
         self._name = config.name
         self._max_grad_norm = max_grad_norm
         started = int(os.environ.get("WORLD_SIZE", "1"))
-        if not isinstance(config, ManyConfig) and started != 1:
+        if not isinstance(config, DistributedConfig) and started != 1:
             raise ConfigError([f"backend: single runs in 1 process, got {started} (backend=ddp)"])
         # accelerate's state is global: the next member of a sweep may ask for another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
-        many = isinstance(config, ManyConfig) and "RANK" in os.environ
+        many = isinstance(config, DistributedConfig) and "RANK" in os.environ
         self._store = self._join(config) if many else None
         self._calls = 0
         self._say_after_s = min(SAID_AFTER_S, getattr(config, "timeout_s", SAID_AFTER_S))
@@ -124,7 +124,7 @@ class Backend:
             )
         else:
             store, _, _ = next(dist.rendezvous("env://", timeout=patience))
-        assert isinstance(config, ManyConfig)
+        assert isinstance(config, DistributedConfig)
         timeout = timedelta(seconds=config.timeout_s)
         store.set_timeout(timeout)
         dist.init_process_group(

@@ -30,7 +30,7 @@ class SingleConfig(BackendConfig):
 
 
 @dataclass(kw_only=True)
-class ManyConfig(BackendConfig):
+class DistributedConfig(BackendConfig):
     """Several processes, one for each device."""
 
     processes: int | None = None
@@ -50,7 +50,7 @@ class ManyConfig(BackendConfig):
 
 
 @dataclass(kw_only=True)
-class DdpConfig(ManyConfig):
+class DdpConfig(DistributedConfig):
     """Every process holds the whole model (torch DistributedDataParallel)."""
 
     name: str = "ddp"
@@ -66,7 +66,7 @@ class DdpConfig(ManyConfig):
 
 
 @dataclass(kw_only=True)
-class FsdpConfig(ManyConfig):
+class FsdpConfig(DistributedConfig):
     """Weights, gradients and optimizer state in shards (torch FSDP2, `fully_shard`)."""
 
     name: str = "fsdp"
@@ -82,7 +82,7 @@ class FsdpConfig(ManyConfig):
 
 
 @dataclass(kw_only=True)
-class ZeroConfig(ManyConfig):
+class ZeroConfig(DistributedConfig):
     """DeepSpeed; what stages 2 and 3 both take."""
 
     offload_optimizer: Offload = Offload.none

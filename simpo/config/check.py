@@ -19,8 +19,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from simpo.config.backends import (
     DdpConfig,
+    DistributedConfig,
     FsdpConfig,
-    ManyConfig,
     SingleConfig,
     Zero2Config,
     Zero3Config,
@@ -208,7 +208,7 @@ def check_run(run: RunConfig) -> None:
             "their scales (nf4, or backend=ddp, zero2 or zero3)"
         )
     if isinstance(run.launcher, SlurmConfig) and run.launcher.tasks() > 1:
-        if not isinstance(run.backend, ManyConfig):
+        if not isinstance(run.backend, DistributedConfig):
             problems.append(
                 f"backend: {run.backend.name} is one process, but the launcher's nodes and GPUs "
                 f"make {run.launcher.tasks()} (backend=fsdp, or launcher.tasks_per_node=1)"

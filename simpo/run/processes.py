@@ -21,7 +21,7 @@ from multiprocessing import cpu_count
 from pathlib import Path
 from types import FrameType
 
-from simpo.config.backends import BackendConfig, ManyConfig
+from simpo.config.backends import BackendConfig, DistributedConfig
 from simpo.config.check import run_yaml
 from simpo.config.choices import Device
 from simpo.config.errors import (
@@ -64,7 +64,7 @@ def to_start(config: BackendConfig) -> int | None:
     if "WORLD_SIZE" in os.environ:
         _check_place(config)
         return None
-    if not isinstance(config, ManyConfig):
+    if not isinstance(config, DistributedConfig):
         _forget_place()
         return None
     if config.processes is not None:
@@ -89,7 +89,7 @@ def _check_place(config: BackendConfig) -> None:
     rank, count = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE"))
     if rank >= count:
         raise ConfigError([f"RANK: must be below WORLD_SIZE={count}, got {rank} {remedy}"])
-    if not isinstance(config, ManyConfig):
+    if not isinstance(config, DistributedConfig):
         if count == 1:
             _forget_place()
         return
@@ -170,7 +170,7 @@ def run_in(count: int, run: RunConfig) -> dict[str, float]:
         Stopped: a signal stopped all of them.
         KeyboardInterrupt: a Ctrl-C did.
     """
-    assert isinstance(run.backend, ManyConfig)
+    assert isinstance(run.backend, DistributedConfig)
     ranks: list[subprocess.Popen[bytes]] = []
     signals: list[int] = []
 

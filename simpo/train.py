@@ -61,9 +61,9 @@ def start(run: RunConfig) -> dict[str, float]:
     end_with(run.train.stopped_exit_code)
     refuse_unwritable(run)
     processes.join_slurm()
-    count = processes.to_start(run.backend)
+    count = processes.num_processes_to_start(run.backend)
     if count is not None:
-        return processes.run_in(count, run)
+        return processes.run_in_processes(count, run)
     with processes.in_touch():
         return train(run)
 

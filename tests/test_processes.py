@@ -12,7 +12,7 @@ import pytest
 
 from simpo.config.backends import BackendConfig, DdpConfig, SingleConfig
 from simpo.config.errors import ConfigError, LostError, RunError, Stopped
-from simpo.run.processes import LOST, _failure, in_touch, log_file, to_start
+from simpo.run.processes import LOST, _failure, in_touch, log_file, num_processes_to_start
 
 START = "(start with torchrun or srun, or unset WORLD_SIZE)"
 TORCHRUN = {
@@ -84,19 +84,19 @@ def test_a_place_that_cannot_be(
         if value is not None:
             environment.setenv(name, value)
     with pytest.raises(ConfigError) as error:
-        to_start(config)
+        num_processes_to_start(config)
     assert str(error.value) == problem
 
 
 def test_places_that_can_be(environment: pytest.MonkeyPatch) -> None:
-    assert to_start(TWO) == 2
+    assert num_processes_to_start(TWO) == 2
     environment.setenv("RANK", "7")  # left over, and set anew for the ranks that are started
-    assert to_start(TWO) == 2
+    assert num_processes_to_start(TWO) == 2
     for name, value in TORCHRUN.items():
         environment.setenv(name, value)
-    assert to_start(DdpConfig()) is None
-    assert to_start(DdpConfig(processes=1)) is None
-    assert to_start(SingleConfig()) is None
+    assert num_processes_to_start(DdpConfig()) is None
+    assert num_processes_to_start(DdpConfig(processes=1)) is None
+    assert num_processes_to_start(SingleConfig()) is None
     assert "WORLD_SIZE" not in os.environ and "LOCAL_RANK" not in os.environ, (
         "alone, and sure of it"
     )

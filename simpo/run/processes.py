@@ -54,7 +54,7 @@ PR_SET_PDEATHSIG = 1
 SHOWN_LINES = 30
 
 
-def to_start(config: BackendConfig) -> int | None:
+def num_processes_to_start(config: BackendConfig) -> int | None:
     """How many processes to start for a run; None where this one is to do it.
 
     Raises:
@@ -156,7 +156,7 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def run_in(count: int, run: RunConfig) -> dict[str, float]:
+def run_in_processes(count: int, run: RunConfig) -> dict[str, float]:
     """Train a run in so many processes on this machine.
 
     What rank 0 prints goes where this process prints. SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are

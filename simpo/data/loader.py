@@ -11,7 +11,7 @@ import numpy as np
 from simpo.config.schema import RunConfig, TrainConfig
 from simpo.data.chat import Chat, TokenizedSet
 from simpo.data.mixture import Mixture, load_mixture
-from simpo.data.packing import pack, pack_nothing
+from simpo.data.packing import pack, placeholder_row
 from simpo.data.pairs import PackedPairs
 from simpo.data.plan import rows_of_pairs
 from simpo.data.records import to_dialogue, to_pair
@@ -73,7 +73,7 @@ class PackedSet:
             if row:
                 yield pack([self.data.tokens[i] for i in row], row, share_prefix)
             else:
-                yield pack_nothing(self.data.tokens[0], share_prefix)
+                yield placeholder_row(self.data.tokens[0], share_prefix)
 
     def holding(self, data: TokenizedSet) -> PackedSet:
         """The same pairs and rows with other values beside their tokens."""

@@ -85,7 +85,7 @@ def pack(
     )
 
 
-def pack_nothing(pair: TokenizedPair, share_prefix: bool = True) -> PackedPairs:
+def placeholder_row(pair: TokenizedPair, share_prefix: bool = True) -> PackedPairs:
     """A row that holds a pair and says that it has none, for a process without a row of its own.
 
     It is computed, since layers in shards are computed together, and counts nowhere.

@@ -287,7 +287,7 @@ class Backend:
         optimizer.zero_grad()
         return norm
 
-    def replying(self, policy: Policy) -> AbstractContextManager[Any]:
+    def unsharded(self, policy: Policy) -> AbstractContextManager[Any]:
         """Context in which the policy's own model can generate text."""
         return nullcontext()
 

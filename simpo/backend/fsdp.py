@@ -77,7 +77,7 @@ class FsdpBackend(Backend):
         return nullcontext()
 
     @contextmanager
-    def replying(self, policy: Policy) -> Iterator[None]:
+    def unsharded(self, policy: Policy) -> Iterator[None]:
         assert isinstance(policy, FSDPModule)
         # Generation calls the model below the policy, which holds the embeddings and the head.
         policy.unshard()

@@ -24,7 +24,7 @@ def held_out_metrics(run: RunConfig, parts: Parts, tracker: Tracker, step: int) 
         placed = ((test.data.pairs[i].place, numbers) for i, numbers in scores.items())
         folder.write_scores(step, columns(run.loss), placed)
     if sampled:
-        with backend.replying(parts.policy):
+        with backend.unsharded(parts.policy):
             replies = greedy_replies(
                 parts.policy, parts.chat, sampled, run.sample.max_new_tokens, backend.device
             )

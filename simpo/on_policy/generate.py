@@ -218,7 +218,7 @@ def _transformers(run: RunConfig, chat: Chat) -> Draw:
 
     def draw(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         torch.manual_seed(int(content_hash([seed, *prompts]), 16) % 2**63)
-        with backend.replying(policy):
+        with backend.unsharded(policy):
             return complete(
                 policy,
                 chat,

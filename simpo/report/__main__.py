@@ -14,7 +14,7 @@ from pathlib import Path
 
 from simpo.config.errors import ConfigError, SimpoError, unwritable
 from simpo.report.compare import Comparison, averages, compare
-from simpo.report.published import beside
+from simpo.report.published import published_tables
 from simpo.run.tables import SHOWN, markdown_table
 
 FORMATS = ("text", "csv", "json")
@@ -54,7 +54,7 @@ def text(report: Comparison) -> str:
         if run.progress.note
     ]
     lines += damaged_lines(report)
-    for setting, table in beside(report.runs, report.names).items():
+    for setting, table in published_tables(report.runs, report.names).items():
         lines += ["", f"published results of {setting}, in percent", *markdown_table(table)]
     return "\n".join(lines) + "\n"
 

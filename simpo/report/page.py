@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 
 from simpo.config.inputs import PACKAGE
 from simpo.report.compare import Comparison
-from simpo.report.published import beside, settings
+from simpo.report.published import published_tables, settings
 from simpo.run.files import series
 from simpo.run.runs import Run
 from simpo.run.tables import SHOWN
@@ -71,7 +71,7 @@ def render(report: Comparison) -> str:
             if figure is not None
         },
         replies=[_replies(run) for run in report.runs],
-        published=beside(report.runs, report.names),
+        published=published_tables(report.runs, report.names),
         curves={name: setting.curves for name, setting in settings().items()},
         same=len(report.runs) > 1 and not report.differing,
     )

@@ -36,7 +36,7 @@ def settings() -> dict[str, Setting]:
     return {name: Setting(**values) for name, values in raw.items()}
 
 
-def beside(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[dict[str, str]]]:
+def published_tables(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[dict[str, str]]]:
     """For each published setting that runs are of, its table: published rows, then theirs."""
     tables: dict[str, list[dict[str, str]]] = {}
     for key, setting in settings().items():

@@ -49,9 +49,9 @@ GROUPS: dict[str, dict[str, type]] = {
 }
 """The schemas of each group. Where a group has several, `name` in its YAML says which."""
 
-TRAJECTORY = ("model", "data", "loss", "train")
+RESULT_SECTIONS = ("model", "data", "loss", "train")
 """Sections that decide the numbers of a run. The backend only rounds them in another order."""
-FREE = {
+MAY_DIFFER = {
     "train": (
         "log_every",
         "eval_every",
@@ -225,9 +225,9 @@ def check_run(run: RunConfig) -> None:
 def trajectory(run: RunConfig) -> dict[str, Any]:
     """The settings that decide a run's numbers, flat: dotted key to value."""
     flat: dict[str, Any] = {}
-    for section in TRAJECTORY:
+    for section in RESULT_SECTIONS:
         _flatten(section, getattr(run, section), flat)
-        for key in FREE.get(section, ()):
+        for key in MAY_DIFFER.get(section, ()):
             del flat[f"{section}.{key}"]
     return flat
 

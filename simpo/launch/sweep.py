@@ -26,7 +26,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from simpo.config.check import FREE, TRAJECTORY, holds_secret, run_yaml
+from simpo.config.check import MAY_DIFFER, RESULT_SECTIONS, holds_secret, run_yaml
 from simpo.config.errors import ConfigError, RunError, Stopped, unwritable
 from simpo.config.launchers import LauncherConfig, LocalConfig, SlurmConfig
 from simpo.config.schema import RunConfig
@@ -161,7 +161,7 @@ def _sweep_folder(member: Member, name: str) -> Path:
 
 def _decides_numbers(key: str) -> bool:
     section, _, rest = key.lstrip("+~").partition(".")
-    return section in (*TRAJECTORY, "experiments") and rest not in FREE.get(section, ())
+    return section in (*RESULT_SECTIONS, "experiments") and rest not in MAY_DIFFER.get(section, ())
 
 
 def _placed(member: Member, folder: Path) -> Member:

@@ -34,14 +34,14 @@ from simpo.config.errors import (
     first_line,
 )
 from simpo.config.explain import explain
-from simpo.config.inputs import menu_dir
+from simpo.config.inputs import config_dir
 from simpo.config.menu import Menu
 from simpo.config.schema import RunConfig
 from simpo.run import processes
 from simpo.run.folder import refuse_unwritable
 
 
-@hydra.main(version_base="1.3", config_path=str(menu_dir("conf")), config_name="train")
+@hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Run one composed configuration; its objective is what a Hydra sweeper goes by."""
     try:

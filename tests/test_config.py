@@ -20,12 +20,12 @@ from simpo.config.check import (
 from simpo.config.choices import WandbMode
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
-from simpo.config.inputs import menu_dir
+from simpo.config.inputs import config_dir
 from simpo.config.losses import HingeConfig, SigmoidConfig
 from simpo.config.schema import RunConfig, WandbConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-CONF, EXPERIMENTS = menu_dir("conf"), menu_dir("experiments")
+CONF, EXPERIMENTS = config_dir("conf"), config_dir("experiments")
 # The one choice that is not whole by itself: its files are the user's.
 NEEDS = {"data=jsonl": ["data.sources=[{path: builtin:demo}]"]}
 

@@ -8,7 +8,7 @@ import pytest
 
 from simpo.config.check import settings
 from simpo.config.compose import compose_run
-from simpo.config.inputs import menu_dir
+from simpo.config.inputs import config_dir
 from simpo.config.losses import (
     LOSSES,
     CpoConfig,
@@ -69,7 +69,7 @@ RELEASED = {
 
 
 def test_every_released_run_is_there() -> None:
-    names = {path.stem for path in (menu_dir("experiments") / "paper").glob("*.yaml")}
+    names = {path.stem for path in (config_dir("experiments") / "paper").glob("*.yaml")}
     assert names == {*RELEASED, "recipe", "llama3_base_sft"}
 
 
@@ -184,7 +184,7 @@ def test_an_ablation_changes_what_it_names_and_nothing_else(name: str, differing
 
 
 def test_every_ablation_is_tested() -> None:
-    names = {path.stem for path in (menu_dir("experiments") / "ablations").glob("*.yaml")}
+    names = {path.stem for path in (config_dir("experiments") / "ablations").glob("*.yaml")}
     assert names == {
         *("no_length_norm", "no_margin", "sft_weight", "collapse"),
         *("beta", "gamma", "learning_rate"),

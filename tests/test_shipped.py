@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from simpo.config.compose import compose_run
-from simpo.config.inputs import menu_dir
+from simpo.config.inputs import config_dir
 from simpo.data.demo.records import demo_rows
 from simpo.train import train
 
-EXPERIMENTS = menu_dir("experiments")
+EXPERIMENTS = config_dir("experiments")
 FILES = sorted(path.relative_to(EXPERIMENTS) for path in EXPERIMENTS.rglob("*.yaml"))
 
 

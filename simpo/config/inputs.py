@@ -29,7 +29,7 @@ UNREADABLE = (
 MAX_WEIGHT = 1000
 
 
-def menu_dir(name: str) -> Path:
+def config_dir(name: str) -> Path:
     """The folder `conf` or `experiments`: inside an installed package, beside it in a checkout."""
     inside = PACKAGE / name
     return inside if inside.is_dir() else PACKAGE.parent / name

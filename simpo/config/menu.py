@@ -16,10 +16,10 @@ from omegaconf import DictConfig
 
 from simpo.config.check import register_schemas
 from simpo.config.errors import ConfigError, first_line
-from simpo.config.inputs import menu_dir
+from simpo.config.inputs import config_dir
 
 # Where Hydra finds the group `experiments`; conf/train.yaml reads it.
-os.environ["SIMPO_MENUS"] = str(menu_dir("experiments").parent)
+os.environ["SIMPO_MENUS"] = str(config_dir("experiments").parent)
 register_schemas()
 
 
@@ -78,7 +78,7 @@ class Menu:
     @contextmanager
     def loader(self) -> Iterator[ConfigLoaderImpl]:
         """Hydra's loader of the files, as the command line has it."""
-        with initialize_config_dir(str(menu_dir("conf")), version_base="1.3"):
+        with initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
             assert isinstance(loader, ConfigLoaderImpl)
             if self.config_dir is not None:

@@ -108,9 +108,9 @@ def train(run: RunConfig) -> dict[str, float]:
     ):
         if run.loss.needs_reference:
             parts = with_references(run, parts, tracker)
-        seal, damaged = store.resume(parts.wrapped, parts.optimizer)
-        step = seal.step if seal else 0
-        tracker.cut_back(seal.metrics_bytes if seal else 0)
+        manifest, damaged = store.resume(parts.wrapped, parts.optimizer)
+        step = manifest.step if manifest else 0
+        tracker.cut_back(manifest.metrics_bytes if manifest else 0)
         history = History(run, backend.broadcast(tracker.history()), tracker, store)
         tracker.say(
             *parts.start_lines,
@@ -146,7 +146,7 @@ def train(run: RunConfig) -> dict[str, float]:
             if cfg.eval_every and step % cfg.eval_every == 0 and not last:
                 history.log(step, "eval", held_out_metrics(run, parts, tracker, step))
             store.best = history.best_step
-            store.settle(wait=False)
+            store.finish_pending(wait=False)
             stopping = backend.any(bool(stop.name))
             due = cfg.checkpoint_every and step % cfg.checkpoint_every == 0
             if due or last or stopping or store.best == step or history.out_of_patience:
@@ -154,7 +154,7 @@ def train(run: RunConfig) -> dict[str, float]:
                 folder.write_status("running", step, plan.total_steps)
             if stopping:
                 break
-        store.settle(wait=True)
+        store.finish_pending(wait=True)
         trained_s = time.perf_counter() - begin
         tracker.end_progress()
         if step == plan.total_steps and not backend.any(bool(stop.name)):

@@ -27,7 +27,7 @@ from simpo.data.tokens import tokenize_set
 from simpo.loop import reference
 from simpo.model import smollm2
 from simpo.model.policy import Policy
-from simpo.run.sealed import entry_fault, find_entry, keep_entry, write_entry
+from simpo.run.cache import entry_fault, find_entry, keep_entry, write_entry
 from simpo.train import train
 
 

@@ -26,7 +26,7 @@ from simpo.data.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.mixture import fault_lines
 from simpo.data.pairs import Pair, TokenizedPair
 from simpo.data.records import RowFault
-from simpo.run.sealed import find_entry, keep_entry, sha256
+from simpo.run.cache import find_entry, keep_entry, sha256
 
 
 def tokenize_set(

@@ -1,10 +1,10 @@
 """Everything a run needs to go on, written so that a crash at any moment leaves a whole one.
 
-A checkpoint is written aside by all processes, flushed to the disk, sealed with the size and hash
-of every file, and only then given its name: a folder `step-000040` is complete or does not exist.
+All processes write a checkpoint to a temporary folder and flush it to the disk. Rank 0 adds the
+manifest and then renames the folder, so `step-000040` is complete or does not exist.
 
     step-000040/
-        seal.json      step, length of metrics.jsonl, who wrote it, size and sha256 of every file
+        seal.json      the manifest: step, length of metrics.jsonl, size and sha256 of every file
         state/         trained weights and optimizer, in the backend's own format
         random-0.pt    random states of rank 0, and so on
 """
@@ -27,8 +27,8 @@ from torch.optim import Optimizer
 
 from simpo.backend import Backend, not_written
 from simpo.config.errors import ConfigError, DamagedError, RunError, first_line, unwritable
-from simpo.run.files import Seal, check_metrics, metrics_sha256, read_seal
-from simpo.run.sealed import file_fault, files_in, sealed
+from simpo.run.cache import file_fault, files_in, flush_and_hash
+from simpo.run.files import Manifest, check_metrics, metrics_sha256, read_manifest
 
 
 class CheckpointStore:
@@ -45,7 +45,7 @@ class CheckpointStore:
 
         Args:
             background: `save` returns when the state is copied, and the checkpoint gets its name
-                at a later `settle`.
+                at a later `finish_pending`.
 
         Raises:
             RunError: the folder cannot be written.
@@ -69,33 +69,33 @@ class CheckpointStore:
         """The newest checkpoint of at most so many updates."""
         return max((p for p in self._all() if p <= self._path(until_step)), default=None)
 
-    def resume(self, wrapped: nn.Module, optimizer: Optimizer) -> tuple[Seal | None, list[str]]:
-        """Load the newest checkpoint that is whole; damaged ones are set aside.
+    def resume(self, wrapped: nn.Module, optimizer: Optimizer) -> tuple[Manifest | None, list[str]]:
+        """Load the newest checkpoint that is whole; damaged ones are renamed to `damaged-*`.
 
         Returns:
-            Its seal, None where there is none; and a line for each damaged checkpoint.
+            Its manifest, None where there is none; and a line for each damaged checkpoint.
 
         Raises:
             ConfigError: it was written by a backend whose checkpoints this one cannot read.
             DamagedError: metrics.jsonl does not begin as it was when the checkpoint was saved.
         """
-        said: list[str] = []
+        messages: list[str] = []
         for path in sorted(self._all(), reverse=True):
-            seal, fault = self._check(path)
-            if seal is not None and fault is None:
-                self._check_metrics(seal)
-                self._load(path, seal, wrapped, optimizer)
-                return seal, said
-            said.append(f"{path} is damaged and left out: {fault}")
-            self._set_aside(path)
-        return None, said
+            manifest, fault = self._check(path)
+            if manifest is not None and fault is None:
+                self._check_metrics(manifest)
+                self._load(path, manifest, wrapped, optimizer)
+                return manifest, messages
+            messages.append(f"{path} is damaged and left out: {fault}")
+            self._quarantine(path)
+        return None, messages
 
     def load(self, step: int, wrapped: nn.Module, optimizer: Optimizer) -> str | None:
         """Load the checkpoint after so many updates; what is wrong with it where it is damaged."""
         path = self._path(step)
-        seal, fault = self._check(path)
-        if seal is not None and fault is None:
-            self._load(path, seal, wrapped, optimizer)
+        manifest, fault = self._check(path)
+        if manifest is not None and fault is None:
+            self._load(path, manifest, wrapped, optimizer)
         return fault
 
     def save(self, step: int, wrapped: nn.Module, optimizer: Optimizer, metrics_bytes: int) -> None:
@@ -104,7 +104,7 @@ class CheckpointStore:
         Raises:
             RunError: it could not be written; those before it stay.
         """
-        self.settle(wait=True)
+        self.finish_pending(wait=True)
         if self._path(step).exists():
             return
         part = self._part(step)
@@ -116,13 +116,13 @@ class CheckpointStore:
                 torch.save(_random_states(), file)
             future = self._backend.save_state(part / "state", wrapped, optimizer, self._background)
             if future is None:
-                self._seal(step, metrics_bytes)
+                self._commit(step, metrics_bytes)
             else:
                 self._pending = future, step, metrics_bytes
         except (OSError, CheckpointException) as error:
             raise self._failure(step, error) from error
 
-    def settle(self, wait: bool) -> None:
+    def finish_pending(self, wait: bool) -> None:
         """Give a checkpoint that was written in the background its name, if it is all there.
 
         Args:
@@ -139,18 +139,20 @@ class CheckpointStore:
         self._pending = None
         try:
             future.result()
-            self._seal(step, metrics_bytes)
+            self._commit(step, metrics_bytes)
         except (OSError, CheckpointException) as error:
             raise self._failure(step, error) from error
 
-    def _seal(self, step: int, metrics_bytes: int) -> None:
+    def _commit(self, step: int, metrics_bytes: int) -> None:
         part, backend = self._part(step), self._backend
         backend.wait()
         files = dict(
-            backend.gather([(name, sealed(part / name)) for name in self._my_share(files_in(part))])
+            backend.gather(
+                [(name, flush_and_hash(part / name)) for name in self._my_share(files_in(part))]
+            )
         )
         if backend.is_main:
-            seal = Seal(
+            manifest = Manifest(
                 step,
                 metrics_bytes,
                 metrics_sha256(self.folder.parent, metrics_bytes),
@@ -159,7 +161,7 @@ class CheckpointStore:
                 files,
             )
             with (part / "seal.json").open("w") as file:
-                file.write(seal.text())
+                file.write(manifest.text())
                 file.flush()
                 os.fsync(file.fileno())
             for folder in (part, *(path for path in part.rglob("*") if path.is_dir())):
@@ -173,41 +175,43 @@ class CheckpointStore:
                 shutil.rmtree(old)
         backend.wait()
 
-    def _check(self, path: Path) -> tuple[Seal | None, str | None]:
-        """The seal of a checkpoint, and what is wrong with it; each process reads its share."""
+    def _check(self, path: Path) -> tuple[Manifest | None, str | None]:
+        """The manifest of a checkpoint, and what is wrong with it; each process reads its share."""
         try:
-            seal = read_seal(path)
+            manifest = read_manifest(path)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             return None, f"seal.json cannot be read ({type(error).__name__})"
-        if seal.step != int(path.name.removeprefix("step-")):
-            return None, f"seal.json is of step {seal.step}"
-        mine = self._my_share(sorted(seal.files))
-        found = [file_fault(path, name, *seal.files[name]) for name in mine]
+        if manifest.step != int(path.name.removeprefix("step-")):
+            return None, f"seal.json is of step {manifest.step}"
+        mine = self._my_share(sorted(manifest.files))
+        found = [file_fault(path, name, *manifest.files[name]) for name in mine]
         faults = self._backend.gather([fault for fault in found if fault is not None])
-        return seal, faults[0] if faults else None
+        return manifest, faults[0] if faults else None
 
-    def _check_metrics(self, seal: Seal) -> None:
+    def _check_metrics(self, manifest: Manifest) -> None:
         """Raise in all processes what rank 0 finds wrong with metrics.jsonl."""
         found: DamagedError | None = None
         if self._backend.is_main:
             try:
-                check_metrics(self.folder.parent, seal)
+                check_metrics(self.folder.parent, manifest)
             except DamagedError as error:
                 found = error
         found = self._backend.broadcast(found)
         if found is not None:
             raise found
 
-    def _load(self, path: Path, seal: Seal, wrapped: nn.Module, optimizer: Optimizer) -> None:
-        if seal.format != self._backend.checkpoint_format:
+    def _load(
+        self, path: Path, manifest: Manifest, wrapped: nn.Module, optimizer: Optimizer
+    ) -> None:
+        if manifest.format != self._backend.checkpoint_format:
             raise ConfigError(
                 [
-                    f"backend: {path} is a {seal.format} checkpoint, this backend reads "
+                    f"backend: {path} is a {manifest.format} checkpoint, this backend reads "
                     f"{self._backend.checkpoint_format} (continue with the backend it was begun "
                     "with, or start anew with run_dir=NEW)"
                 ]
             )
-        self._backend.load_state(path / "state", wrapped, optimizer, seal.processes)
+        self._backend.load_state(path / "state", wrapped, optimizer, manifest.processes)
         states = path / f"random-{self._backend.rank}.pt"
         if states.is_file():
             _set_random_states(torch.load(states, weights_only=True))
@@ -227,7 +231,7 @@ class CheckpointStore:
             "the same command continues)"
         )
 
-    def _set_aside(self, path: Path) -> None:
+    def _quarantine(self, path: Path) -> None:
         if self._backend.is_main:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)

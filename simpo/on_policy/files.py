@@ -26,8 +26,8 @@ from simpo.config.errors import DISK, ConfigError, unwritable
 from simpo.config.schema import RunConfig
 from simpo.data import hub
 from simpo.data.pairs import Message
+from simpo.run.cache import sha256
 from simpo.run.folder import is_free
-from simpo.run.sealed import sha256
 
 MODEL_FILES = (".safetensors", ".bin", ".pt", ".py", "config.json", "tokenizer.json", ".model")
 """Endings of the files that decide what a model writes."""

@@ -28,8 +28,8 @@ NEW_RUN = "restore it, or start anew with run_dir=NEW"
 
 
 @dataclass(frozen=True)
-class Seal:
-    """What a checkpoint says of itself.
+class Manifest:
+    """The manifest of a checkpoint, which lies in it as seal.json.
 
     Attributes:
         step: updates done.
@@ -37,7 +37,7 @@ class Seal:
         metrics_sha256: hash of so much of it.
         format: see `Backend.checkpoint_format`.
         processes: how many wrote it.
-        files: size in bytes and sha256 of every file but the seal, by its path in the folder.
+        files: size in bytes and sha256 of every file but seal.json, by its path in the folder.
     """
 
     step: int
@@ -52,8 +52,8 @@ class Seal:
         return json.dumps({**asdict(self), "sha256": _hash_of(asdict(self))}, indent=1)
 
 
-def read_seal(checkpoint: Path) -> Seal:
-    """The seal of a checkpoint.
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read the manifest of a checkpoint.
 
     Raises:
         OSError, ValueError, TypeError: it is missing or has changed.
@@ -61,11 +61,11 @@ def read_seal(checkpoint: Path) -> Seal:
     raw = json.loads((checkpoint / "seal.json").read_bytes())
     if raw.pop("sha256", None) != _hash_of(raw):
         raise ValueError
-    return Seal(**raw)
+    return Manifest(**raw)
 
 
-def _hash_of(seal: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
+def _hash_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_text(path: Path, remedy: str) -> str | None:
@@ -172,19 +172,21 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def check_metrics(folder: Path, seal: Seal) -> None:
+def check_metrics(folder: Path, manifest: Manifest) -> None:
     """Do nothing, if a run's metrics.jsonl still begins as it was when a checkpoint was saved.
 
     Raises:
         DamagedError: it does not.
     """
-    path, wanted = folder / "metrics.jsonl", f"when step {seal.step} was saved"
+    path, wanted = folder / "metrics.jsonl", f"when step {manifest.step} was saved"
     num_bytes = path.stat().st_size if path.is_file() else 0
-    if num_bytes < seal.metrics_bytes:
-        raise DamagedError(path, f"holds {num_bytes} bytes, {seal.metrics_bytes} {wanted}", NEW_RUN)
-    if seal.metrics_sha256 != metrics_sha256(folder, seal.metrics_bytes):
+    if num_bytes < manifest.metrics_bytes:
         raise DamagedError(
-            path, f"its first {seal.metrics_bytes} bytes are not as {wanted} (sha256)", NEW_RUN
+            path, f"holds {num_bytes} bytes, {manifest.metrics_bytes} {wanted}", NEW_RUN
+        )
+    if manifest.metrics_sha256 != metrics_sha256(folder, manifest.metrics_bytes):
+        raise DamagedError(
+            path, f"its first {manifest.metrics_bytes} bytes are not as {wanted} (sha256)", NEW_RUN
         )
 
 

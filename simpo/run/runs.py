@@ -28,11 +28,11 @@ from simpo.run.files import (
     check_metrics,
     last_job,
     read_benchmarks,
+    read_manifest,
     read_metrics,
     read_replies,
     read_results,
     read_scores,
-    read_seal,
     read_status,
 )
 from simpo.run.folder import is_free
@@ -175,7 +175,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[DamagedRun]]:
 
 def _read(folder: Path, progress: Progress) -> Run:
     config = load_run(folder / "run.yaml", check=False)
-    _check_sealed(folder)
+    _check_manifest(folder)
     lines = read_metrics(folder / "metrics.jsonl")
     evaluations, results = evaluations_in(lines), read_results(folder)
     if not results and progress.state is State.finished:
@@ -203,19 +203,19 @@ def _read(folder: Path, progress: Progress) -> Run:
     )
 
 
-def _check_sealed(folder: Path) -> None:
-    """Compare metrics.jsonl with what the newest checkpoint that is whole has sealed of it.
+def _check_manifest(folder: Path) -> None:
+    """Compare metrics.jsonl with the manifest of the newest checkpoint that is whole.
 
     Raises:
         DamagedError: it is another.
     """
     for checkpoint in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
         try:
-            seal = read_seal(checkpoint)
+            manifest = read_manifest(checkpoint)
         # Damaged, which the training looks after, or dropped meanwhile.
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             continue
-        check_metrics(folder, seal)
+        check_metrics(folder, manifest)
         return
 
 

@@ -1,10 +1,10 @@
-"""Folders whose content is known to be whole: the size and sha256 of every file are kept beside it.
+"""Cache entries: folders with a manifest that holds the size and sha256 of every file.
 
-A cache entry is written aside, sealed, and only then given its name. Whoever reads it checks the
-seal first, so that a file that has changed since is found.
+An entry is written to a temporary folder, gets its manifest, and is then renamed. A reader checks
+the manifest first, so a file that has changed since is found.
 
     <entry>/
-        seal.json      name of the entry; size in bytes and sha256 of every other file
+        seal.json      the manifest: name of the entry, size in bytes and sha256 of every other file
         ...            what the entry holds
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from simpo.config.errors import first_line
 
-SEAL = "seal.json"
+MANIFEST = "seal.json"
 CHUNK_BYTES = 2**22
 
 
@@ -33,8 +33,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sealed(path: Path) -> tuple[int, str]:
-    """Flush a file to the disk; its size in bytes and its hash."""
+def flush_and_hash(path: Path) -> tuple[int, str]:
+    """Flush a file to the disk and return its size in bytes and its sha256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return path.stat().st_size, sha256(path)
@@ -46,7 +46,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def file_fault(folder: Path, name: str, num_bytes: int, expected: str) -> str | None:
-    """What is wrong with a file of a sealed folder, or None."""
+    """What is wrong with a file that a manifest lists, or None."""
     file = folder / name
     try:
         if not file.is_file():
@@ -61,8 +61,8 @@ def file_fault(folder: Path, name: str, num_bytes: int, expected: str) -> str | 
 def entry_fault(folder: Path) -> str | None:
     """What is wrong with a cache entry, or None where it is whole."""
     try:
-        seal = json.loads((folder / SEAL).read_text())
-        name, files = seal["entry"], dict(seal["files"])
+        manifest = json.loads((folder / MANIFEST).read_text())
+        name, files = manifest["entry"], dict(manifest["files"])
         if name != folder.name:
             return f"it was made for {name}"
         faults = (file_fault(folder, file, *files[file]) for file in sorted(files))
@@ -99,8 +99,8 @@ def write_entry(folder: Path, write: Callable[[Path], None]) -> None:
         part = Path(scratch) / "part"
         part.mkdir()
         write(part)
-        files = {name: sealed(part / name) for name in files_in(part)}
-        (part / SEAL).write_text(json.dumps({"entry": folder.name, "files": files}))
+        files = {name: flush_and_hash(part / name) for name in files_in(part)}
+        (part / MANIFEST).write_text(json.dumps({"entry": folder.name, "files": files}))
         for attempt in range(3):
             try:
                 os.rename(part, folder)

@@ -15,6 +15,7 @@ from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
+from simpo.model.head import LOGITS_BYTES
 from simpo.model.policy import Policy
 
 GIB = 2**30
@@ -115,7 +116,7 @@ def estimate_memory(
         stream: Any = policy.base.get_input_embeddings().weight
         kept = kept / layers + row_tokens * layers * stream.shape[1] * stream.element_size()
     # Logits in fp32, and a copy in the head's own precision or the gradient of the soft-cap.
-    logits = 2 * min(head.LOGITS_BYTES, 4 * row_tokens * len(head.weight))
+    logits = 2 * min(LOGITS_BYTES, 4 * row_tokens * len(head.weight))
     # The gradient of the whole weight, also where only adapters on it are trained.
     if any(p.requires_grad for p in head.parameters()):
         logits += 4 * head.weight.numel()

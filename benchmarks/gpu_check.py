@@ -71,7 +71,7 @@ def main() -> None:
 def usable_kernels(softcap: bool) -> Iterator[str]:
     """Kernels that this machine has for bf16."""
     for kernel in attention.NAMES:
-        if reason := attention.unusable(kernel, GPU, half=True, softcap=softcap):
+        if reason := attention.unusable(kernel, GPU, bf16=True, softcap=softcap):
             print(f"({kernel} left out: {reason})")
         else:
             yield kernel
@@ -91,13 +91,13 @@ def kernel_failures() -> list[str]:
             total = row.input_ids.shape[1]
             torch.manual_seed(0)
             shapes = [(1, n, total, size) for n in (heads, key_heads, key_heads)]
-            half = [torch.randn(s, device=GPU, dtype=torch.bfloat16) for s in shapes]
-            wide = [x.double().requires_grad_() for x in half]
+            bf16 = [torch.randn(s, device=GPU, dtype=torch.bfloat16) for s in shapes]
+            wide = [x.double().requires_grad_() for x in bf16]
             expected = dense(wide, visible(row, window), softcap)
             toward = torch.randn_like(expected)
             wanted = [expected, *torch.autograd.grad(expected, wide, toward)]
             for kernel in usable_kernels(softcap is not None):
-                leaves = [x.clone().requires_grad_() for x in half]
+                leaves = [x.clone().requires_grad_() for x in bf16]
                 output, _ = attention.attend(
                     kernel, torch.nn.Identity(), *leaves, None, sliding_window=window,
                     softcap=softcap, segments=row.segments, keys=row.keys,
@@ -159,24 +159,24 @@ def model_failures() -> list[str]:
     print(f"padded bf16: gradient {bf16_gap:.1e} from float64")
     failures = []
     for kernel in usable_kernels(softcap=False):
-        for half in (False, True) if kernel == "sdpa" else (True,):
+        for bf16 in (False, True) if kernel == "sdpa" else (True,):
             for reentrant in (None, False, True):
                 runner = Ours(copy.deepcopy(model), kernel)
                 own = runner.model.model
-                check_packing(runner.model, half)
+                check_packing(runner.model, bf16)
                 if reentrant is not None:
                     own.train()
                     own.gradient_checkpointing_enable({"use_reentrant": reentrant})
                     own.enable_input_require_grads()
-                with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
                     loss = runner.loss(pairs)
                 loss.backward()
                 gap = gradient_gap(own, wanted)
                 off = abs(loss.item() - expected.item())
-                name = f"{kernel} {'bf16' if half else 'fp32'} checkpointing {reentrant}"
+                name = f"{kernel} {'bf16' if bf16 else 'fp32'} checkpointing {reentrant}"
                 print(f"{name}: loss {off:.1e}, gradient {gap:.1e} from float64")
                 if not (
-                    off < (2e-2 if half else 1e-5) and gap < (1.5 * bf16_gap if half else 1e-4)
+                    off < (2e-2 if bf16 else 1e-5) and gap < (1.5 * bf16_gap if bf16 else 1e-4)
                 ):
                     failures.append(f"{name}: loss {off:.3g}, gradient {gap:.3g} from float64")
     return failures
@@ -206,7 +206,7 @@ def measure(kind: Any, shape: str, profiles: list[str], largest: int) -> list[di
         settings = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, settings)
         model.train()
-    kernel = attention.best(GPU, half=True, softcap=False)
+    kernel = attention.best(GPU, bf16=True, softcap=False)
     runner = kind(model, kernel) if kind is Ours else kind(model)
     flops = cost.Flops(runner.model) if kind is Ours else None
     found = []

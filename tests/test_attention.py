@@ -140,7 +140,7 @@ def test_bf16_on_a_cpu_is_computed_wide() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "device", "half", "softcap", "reason"),
+    ("kernel", "device", "bf16", "softcap", "reason"),
     [
         ("sdpa", "cpu", False, True, None),
         ("varlen", "cpu", True, False, "needs a CUDA GPU"),
@@ -151,8 +151,8 @@ def test_bf16_on_a_cpu_is_computed_wide() -> None:
         ("flash", "cuda", True, True, 'needs flash-attn (pip install "simpo[gpu]")'),
     ],
 )
-def test_unusable(kernel: str, device: str, half: bool, softcap: bool, reason: str | None) -> None:
-    assert attention.unusable(kernel, torch.device(device), half, softcap) == reason
+def test_unusable(kernel: str, device: str, bf16: bool, softcap: bool, reason: str | None) -> None:
+    assert attention.unusable(kernel, torch.device(device), bf16, softcap) == reason
 
 
 def test_a_kernel_that_is_not_there(tiny_run: list[str]) -> None:

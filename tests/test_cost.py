@@ -110,13 +110,13 @@ def test_flops_of_experts(config: PreTrainedConfig, per_token: int) -> None:
 def test_memory_by_hand() -> None:
     policy = Policy(tiny_model("llama"))
     size = 4 * sum(p.numel() for p in policy.parameters()) / cost.GIB
-    memory = cost.estimate_memory(policy, 1000, half=False, checkpointing=False)
+    memory = cost.estimate_memory(policy, 1000, bf16=False, checkpointing=False)
     assert (memory.weights, memory.gradients, memory.optimizer) == (size, size, 2 * size)
     assert memory.logits == (2 * 4 * 1000 * VOCAB + 4 * VOCAB * 32) / cost.GIB
     assert memory.total == sum(
         (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits)
     )
-    checkpointed = cost.estimate_memory(policy, 1000, half=False, checkpointing=True)
+    checkpointed = cost.estimate_memory(policy, 1000, bf16=False, checkpointing=True)
     inputs = 2 * 1000 * 32 * 4 / cost.GIB
     assert checkpointed.activations == pytest.approx(memory.activations / 2 + inputs)
 
@@ -136,7 +136,7 @@ def test_activations_are_those_that_autograd_keeps() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = policy.hidden(row)
     tokens = row.input_ids.shape[1]
-    memory = cost.estimate_memory(policy, tokens, half=False, checkpointing=False)
+    memory = cost.estimate_memory(policy, tokens, bf16=False, checkpointing=False)
     assert memory.activations * cost.GIB == pytest.approx(sum(kept.values()), rel=0.15)
     assert hidden.requires_grad
 

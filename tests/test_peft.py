@@ -42,9 +42,9 @@ def saved(
     return str(folder / family)
 
 
-def loaded(path: str, half: bool = False, **settings: Any) -> Policy:
+def loaded(path: str, bf16: bool = False, **settings: Any) -> Policy:
     settings = {"lora": LoraConfig(rank=4, alpha=8.0)} | settings
-    return load_policy(ModelConfig(name="tiny", path=path, **settings), Path(), CPU, 0, half=half)
+    return load_policy(ModelConfig(name="tiny", path=path, **settings), Path(), CPU, 0, bf16=bf16)
 
 
 def trained(policy: Policy) -> Policy:
@@ -201,7 +201,7 @@ def test_a_target_that_takes_no_adapter(tmp_path: Path) -> None:
 
 def test_adapters_are_in_fp32(tmp_path: Path) -> None:
     """Also on a base in bf16, where peft makes them in bf16 first."""
-    policy = loaded(saved("llama", tmp_path, torch.bfloat16), dtype="bfloat16", half=True)
+    policy = loaded(saved("llama", tmp_path, torch.bfloat16), dtype="bfloat16", bf16=True)
     dtypes = {(p.requires_grad, p.dtype) for p in policy.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
 

@@ -48,16 +48,16 @@ def other_model(kind: str, share_prefix: bool) -> Policy:
     return Policy(model, share_prefix)
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_families(family: str, half: bool) -> None:
-    check_packing(Policy(tiny_model(family)), half)
+def test_the_families(family: str, bf16: bool) -> None:
+    check_packing(Policy(tiny_model(family)), bf16)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "phi3", "olmo2"])
 def test_others_that_share(kind: str) -> None:
-    check_packing(other_model(kind, True), half=False)
-    check_packing(other_model(kind, False), half=False)
+    check_packing(other_model(kind, True), bf16=False)
+    check_packing(other_model(kind, False), bf16=False)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_refused_but_served_without_sharing(kind: str, name: str) -> None:
         match=rf"^model\.path: {name} cannot share prompts in packed rows: hidden states differ by "
         r"0\.\d+ of their norm \(train\.share_prefix=false computes a prompt for each response\)$",
     ):
-        check_packing(other_model(kind, True), half=False)
-    check_packing(other_model(kind, False), half=False)
+        check_packing(other_model(kind, True), bf16=False)
+    check_packing(other_model(kind, False), bf16=False)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_refused_altogether(kind: str, name: str) -> None:
         ConfigError,
         match=rf"^model\.path: {name} mixes the sequences of a packed row: hidden states differ by",
     ):
-        check_packing(other_model(kind, False), half=False)
+        check_packing(other_model(kind, False), bf16=False)
 
 
 def test_logits_that_are_scaled_after_the_head() -> None:
@@ -92,7 +92,7 @@ def test_logits_that_are_scaled_after_the_head() -> None:
         match=r"^model\.path: CohereForCausalLM does something to its logits after its head, which "
         r"is not supported: they differ by 15 of their norm$",
     ):
-        check_packing(other_model("cohere", True), half=False)
+        check_packing(other_model("cohere", True), bf16=False)
 
 
 def test_a_kernel_that_mixes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +106,9 @@ def test_a_kernel_that_mixes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(attention, "_by_segment", leaking)
     with pytest.raises(ConfigError, match="LlamaForCausalLM cannot share prompts"):
-        check_packing(Policy(tiny_model("llama")), half=True)
+        check_packing(Policy(tiny_model("llama")), bf16=True)
     monkeypatch.setattr(attention, "_by_segment", whole_row)
-    check_packing(Policy(tiny_model("llama")), half=True)
+    check_packing(Policy(tiny_model("llama")), bf16=True)
 
 
 def policy_of(config: PreTrainedConfig, share_prefix: bool = True) -> Policy:

@@ -42,14 +42,14 @@ def dequantised(policy: Policy) -> dict[str, Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2"])
 @pytest.mark.parametrize("quantization", BOTH)
 def test_what_is_quantised(
-    quantization: Quantization, family: str, half: bool, tmp_path: Path
+    quantization: Quantization, family: str, bf16: bool, tmp_path: Path
 ) -> None:
     """The linear layers of the body, but not the head, which the loss reads, nor anything else."""
-    policy = loaded(saved(family, tmp_path), quantization=quantization, half=half)
+    policy = loaded(saved(family, tmp_path), quantization=quantization, bf16=bf16)
     assert type(policy.base.get_output_embeddings()) is nn.Linear
     assert policy.head()[0].dtype is torch.float32
     kinds = {"nf4": "Params4bit", "int8": "Int8Params"}
@@ -59,11 +59,11 @@ def test_what_is_quantised(
         assert parameter.requires_grad is ("lora_" in name), name
         if packed and quantization is Quantization.nf4:
             # What FSDP casts to is what they are stored as, so that it does not cast them.
-            assert parameter.dtype is (torch.bfloat16 if half else torch.float32)
+            assert parameter.dtype is (torch.bfloat16 if bf16 else torch.float32)
             assert parameter.quant_state.nested and parameter.quant_state.quant_type == "nf4"
         elif not packed:
             assert parameter.dtype is torch.float32, name
-    check_packing(policy, half)
+    check_packing(policy, bf16)
 
 
 @pytest.mark.parametrize(

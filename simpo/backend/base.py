@@ -53,7 +53,7 @@ class Backend:
 
     Attributes:
         device: where rows and weights live.
-        half: the forward computes in bf16, else in fp32.
+        bf16: the forward computes in bf16, else in fp32.
         rank, processes: which process of how many this is; rank 0 is the only one that writes
             anything but its part of a checkpoint.
         weight_shards, state_shards: in how many parts weights, and gradients with optimizer state,
@@ -82,7 +82,7 @@ class Backend:
         if precision is Precision.auto:
             fast_bf16 = self.on_gpu or _cpu_multiplies_bf16()
             precision = Precision.bf16 if fast_bf16 else Precision.fp32
-        self.half = precision is Precision.bf16
+        self.bf16 = precision is Precision.bf16
         self._name = config.name
         self._max_grad_norm = max_grad_norm
         started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -150,12 +150,12 @@ class Backend:
         )
 
     def _precision(self) -> str:
-        return "bf16" if self.half else "no"
+        return "bf16" if self.bf16 else "no"
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         many = "" if self._name == "single" else f" ({self._name}, {self.processes} processes)"
-        return f"{'bf16' if self.half else 'fp32'} on {self.processes} {name}{many}"
+        return f"{'bf16' if self.bf16 else 'fp32'} on {self.processes} {name}{many}"
 
     # What processes do together.
 

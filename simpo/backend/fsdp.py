@@ -40,13 +40,13 @@ class FsdpBackend(Backend):
         if config.cpu_offload and not self.on_gpu:
             raise ConfigError(["backend.cpu_offload: needs a GPU to offload from (leave it out)"])
         # accelerate's own policy would round the loss to bf16.
-        half = MixedPrecisionPolicy(torch.bfloat16, getattr(torch, config.reduce_dtype.value))
+        bf16 = MixedPrecisionPolicy(torch.bfloat16, getattr(torch, config.reduce_dtype.value))
         self._plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             reshard_after_forward=config.reshard_after_forward,
             auto_wrap_policy="transformer_based_wrap",
             cpu_offload=CPUOffloadPolicy() if config.cpu_offload else False,
-            mixed_precision_policy=half if self.half else MixedPrecisionPolicy(),
+            mixed_precision_policy=bf16 if self.bf16 else MixedPrecisionPolicy(),
             cpu_ram_efficient_loading=False,
         )
         group = InitProcessGroupKwargs(backend=self._communication())

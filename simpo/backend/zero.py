@@ -76,7 +76,7 @@ class ZeroBackend(Backend):
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": self.half},
+            "bf16": {"enabled": self.bf16},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": short[config.communication_data_type.value],
         }

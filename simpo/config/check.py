@@ -160,17 +160,17 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
     raise ConfigError([f"{path}: {problem} ({remedy})" for problem in problems])
 
 
-def check_training(run: RunConfig, half: bool = True) -> None:
+def check_training(run: RunConfig, bf16: bool = True) -> None:
     """Check what matters for training alone: replies are drawn by weights of any kind.
 
     Args:
-        half: the forward computes in bf16, as far as that is known.
+        bf16: the forward computes in bf16, as far as that is known.
 
     Raises:
         ConfigError: all weights are trained in bf16, where an update is mostly less than half of
             their last digit, and nobody keeps them in fp32.
     """
-    copies = isinstance(run.backend, ZeroConfig) and half and run.train.precision != Precision.fp32
+    copies = isinstance(run.backend, ZeroConfig) and bf16 and run.train.precision != Precision.fp32
     if run.model.dtype is Dtype.bfloat16 and not run.model.lora.used and not copies:
         raise ConfigError(
             [

@@ -52,7 +52,7 @@ def with_reference(
     """
     if not data.pairs:
         return data
-    settings = f"{origin} {data.fingerprint()} {backend.half} {backend.device.type}"
+    settings = f"{origin} {data.fingerprint()} {backend.bf16} {backend.device.type}"
     name = hashlib.sha256(settings.encode()).hexdigest()[:32]
     folder = cache_dir / "reference" / name
     found, notes = find_entry(folder) if backend.is_main else (False, [])

@@ -77,7 +77,7 @@ def set_up(run: RunConfig) -> Parts:
     """
     cfg, cache_dir = run.train, Path(run.cache_dir).expanduser()
     backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
-    check_training(run, backend.half)
+    check_training(run, backend.bf16)
     today = backend.broadcast(template_date(run) if backend.is_main else None)
     with backend.main_first("read and tokenised the data"):
         chat = Chat(load_tokenizer(run.model, cache_dir, run.data.compat), today)
@@ -97,10 +97,10 @@ def set_up(run: RunConfig) -> Parts:
         cache_dir,
         backend.device,
         cfg.seed,
-        half=backend.half,
+        bf16=backend.bf16,
         share_prefix=cfg.share_prefix,
     )
-    check_packing(policy, backend.half, [*data.train.tokens, *data.test.tokens], cfg.tokens_per_row)
+    check_packing(policy, backend.bf16, [*data.train.tokens, *data.test.tokens], cfg.tokens_per_row)
     first_weights = sampled_weights(policy.model)
     check_updates(cfg, first_weights)
     start_lines = (
@@ -167,7 +167,7 @@ def _plan_costs(
     memory = cost.estimate_memory(
         policy,
         planned.largest_row_tokens,
-        backend.half,
+        backend.bf16,
         run.model.gradient_checkpointing,
         backend.weight_shards,
         backend.state_shards,

@@ -42,28 +42,28 @@ def register() -> None:
         AttentionMaskInterface.register(name, _mask)
 
 
-def unusable(kernel: str, device: torch.device, half: bool, softcap: bool) -> str | None:
+def unusable(kernel: str, device: torch.device, bf16: bool, softcap: bool) -> str | None:
     """Why a kernel cannot serve a model there, or None.
 
     Args:
-        half: the forward computes in bf16.
+        bf16: the forward computes in bf16.
         softcap: the model caps its attention scores.
     """
     if kernel == "sdpa":
         return None
     if device.type != "cuda":
         return "needs a CUDA GPU"
-    if not half:
+    if not bf16:
         return "needs bf16 (train.precision=bf16)"
     if kernel == "flash":
         return None if find_spec("flash_attn") else 'needs flash-attn (pip install "simpo[gpu]")'
     return "cannot cap attention scores, as this model does" if softcap else None
 
 
-def best(device: torch.device, half: bool, softcap: bool) -> str:
+def best(device: torch.device, bf16: bool, softcap: bool) -> str:
     """The fastest kernel that can serve a model there; see `unusable`."""
     kernels = ("flash", "varlen", "sdpa")
-    return next(k for k in kernels if not unusable(k, device, half, softcap))
+    return next(k for k in kernels if not unusable(k, device, bf16, softcap))
 
 
 def attend(

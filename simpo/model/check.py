@@ -33,12 +33,12 @@ SMALL_WINDOW = 4
 
 
 def check_packing(
-    policy: Policy, half: bool, tokens: Iterable[TokenizedPair] = (), row_tokens: int = 0
+    policy: Policy, bf16: bool, tokens: Iterable[TokenizedPair] = (), row_tokens: int = 0
 ) -> None:
     """Compare packed rows with sequences on their own.
 
     Args:
-        half: compute in bf16, as the run will.
+        bf16: compute in bf16, as the run will.
         tokens: the pairs of the run, trained on and held out.
         row_tokens: how long a row may be.
 
@@ -49,7 +49,7 @@ def check_packing(
     longest = max((_longest(pair) for pair in tokens), default=0)
     _check_rope(policy, longest)
     with _small_windows(policy, longest if policy.share_prefix else max(longest, row_tokens)):
-        _compare(policy, half)
+        _compare(policy, bf16)
 
 
 def _longest(pair: TokenizedPair) -> int:
@@ -103,7 +103,7 @@ def _small_windows(policy: Policy, reached: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _compare(policy: Policy, half: bool) -> None:
+def _compare(policy: Policy, bf16: bool) -> None:
     """The hidden states of packed rows against those of sequences alone, and the logits."""
     rng = np.random.default_rng(0)
     size = policy.base.config.get_text_config().vocab_size
@@ -116,7 +116,7 @@ def _compare(policy: Policy, half: bool) -> None:
     row = pack(pairs, range(len(pairs)), policy.share_prefix).to(device)
     training = policy.training
     policy.eval()
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         try:
             expected = torch.cat([_alone(policy, pair) for pair in pairs])
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -136,7 +136,7 @@ def _compare(policy: Policy, half: bool) -> None:
     policy.train(training)
     # 8-bit layers round activations, by a scale that the other tokens of a row have a part in.
     rounded = (
-        half or got.dtype is torch.bfloat16 or getattr(policy.base, "is_loaded_in_8bit", False)
+        bf16 or got.dtype is torch.bfloat16 or getattr(policy.base, "is_loaded_in_8bit", False)
     )
     dtype = torch.bfloat16 if rounded else torch.float32
     if not (gap := _difference(got, expected)) < TOLERANCE[dtype]:

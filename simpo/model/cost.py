@@ -88,7 +88,7 @@ class Memory:
 def estimate_memory(
     policy: Policy,
     row_tokens: int,
-    half: bool,
+    bf16: bool,
     checkpointing: bool,
     weight_shards: int = 1,
     state_shards: int = 1,
@@ -99,14 +99,14 @@ def estimate_memory(
     input of each layer and all of one layer.
 
     Args:
-        half: the forward computes in bf16.
+        bf16: the forward computes in bf16.
         weight_shards, state_shards: in how many parts weights, and gradients with optimizer state,
             are held. A layer's gathered weights are not counted.
     """
     parameters = list(policy.parameters())
     trained = [p for p in parameters if p.requires_grad]
     sizes = 64, 128
-    small, large = (_kept_bytes(policy, size, half) for size in sizes)
+    small, large = (_kept_bytes(policy, size, bf16) for size in sizes)
     per_token = (large - small) / (sizes[1] - sizes[0])
     kept = max(0.0, small - per_token * sizes[0]) + per_token * row_tokens
     head: Any = policy.base.get_output_embeddings()
@@ -157,7 +157,7 @@ def check_memory(memory: Memory, device: torch.device, processes: int = 1) -> No
         )
 
 
-def _kept_bytes(policy: Policy, num_tokens: int, half: bool) -> int:
+def _kept_bytes(policy: Policy, num_tokens: int, bf16: bool) -> int:
     """Bytes that autograd keeps of a row's forward up to the head, weights not counted."""
     response = np.ones(num_tokens // 4, dtype=np.int32)
     pair = TokenizedPair(np.ones(num_tokens // 2, dtype=np.int32), response, response)
@@ -176,7 +176,7 @@ def _kept_bytes(policy: Policy, num_tokens: int, half: bool) -> int:
     policy.eval()  # in which transformers' layers do not checkpoint
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast(device.type, torch.bfloat16, enabled=half),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
         hidden = policy.hidden(row)
     policy.train(training)

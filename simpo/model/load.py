@@ -28,14 +28,14 @@ def load_policy(
     device: torch.device,
     seed: int,
     *,
-    half: bool = False,
+    bf16: bool = False,
     share_prefix: bool = True,
 ) -> Policy:
     """Load the model for training: no dropout; quantised, with adapters, checkpointed as asked for.
 
     Args:
         seed: seeds all random generators, hence the initial values of adapters.
-        half: the forward will compute in bf16.
+        bf16: the forward will compute in bf16.
         share_prefix: False leaves attention to transformers, which sees packed sequences by their
             positions.
 
@@ -55,7 +55,7 @@ def load_policy(
                 "model.quantization packs them on loading)"
             ]
         )
-    packed = _quantization(config, half)
+    packed = _quantization(config, bf16)
     try:
         model: Any = load_weights(
             "model.path",
@@ -64,7 +64,7 @@ def load_policy(
             **common,
             config=settings,
             dtype=_weights_dtype(config, device),
-            attn_implementation=_kernel(config, settings, device, half) if share_prefix else None,
+            attn_implementation=_kernel(config, settings, device, bf16) if share_prefix else None,
             quantization_config=packed,
             device_map={"": device} if packed else None,
         )
@@ -100,13 +100,13 @@ def cannot_share(name: str, reason: str) -> ConfigError:
     )
 
 
-def _kernel(config: ModelConfig, settings: Any, device: torch.device, half: bool) -> str:
+def _kernel(config: ModelConfig, settings: Any, device: torch.device, bf16: bool) -> str:
     """Name under which transformers knows the attention asked for."""
     softcap = getattr(settings, "attn_logit_softcapping", None) is not None
     wanted = config.attention.value
     if config.attention is Attention.auto:
-        wanted = attention.best(device, half, softcap)
-    elif reason := attention.unusable(wanted, device, half, softcap):
+        wanted = attention.best(device, bf16, softcap)
+    elif reason := attention.unusable(wanted, device, bf16, softcap):
         raise ConfigError([f"model.attention: {wanted} {reason}"])
     return attention.NAMES[wanted]
 
@@ -118,13 +118,13 @@ def _weights_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.float32 if config.dtype is Dtype.float32 else torch.bfloat16
 
 
-def _quantization(config: ModelConfig, half: bool) -> BitsAndBytesConfig | None:
+def _quantization(config: ModelConfig, bf16: bool) -> BitsAndBytesConfig | None:
     """How transformers packs the linear layers on loading; it leaves lm_head out by itself."""
     if config.quantization is Quantization.none:
         return None
     if config.quantization is Quantization.int8:
         return BitsAndBytesConfig(load_in_8bit=True)
-    computed = torch.bfloat16 if half else torch.float32
+    computed = torch.bfloat16 if bf16 else torch.float32
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -266,7 +266,7 @@ def _model(run: RunConfig, name: str) -> Reward:
     trust = run.model.trust_remote_code
     named: dict[str, Any] = {"key": "on_policy.reward", "source": name, "trust_remote_code": trust}
     tokenizer = load_pretrained(loader=AutoTokenizer, **named)
-    dtype = torch.bfloat16 if backend.half else torch.float32
+    dtype = torch.bfloat16 if backend.bf16 else torch.float32
     model = load_weights(loader=AutoModelForSequenceClassification, dtype=dtype, **named)
     model.to(backend.device).eval()
 

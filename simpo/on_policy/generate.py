@@ -214,7 +214,7 @@ def _transformers(run: RunConfig, chat: Chat) -> Draw:
     config = run.on_policy
     backend = build_backend(run.backend, run.train.precision)
     cache_dir = Path(run.cache_dir).expanduser()
-    policy = load_policy(run.model, cache_dir, backend.device, seed=0, half=backend.half)
+    policy = load_policy(run.model, cache_dir, backend.device, seed=0, bf16=backend.bf16)
 
     def draw(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         torch.manual_seed(int(content_hash([seed, *prompts]), 16) % 2**63)

@@ -66,7 +66,7 @@ class ObjectiveSweeper(Sweeper):
             )
         return values
 
-    def _tell_best(self, settings: Mapping[str, str], value: float) -> None:
+    def _print_best(self, settings: Mapping[str, str], value: float) -> None:
         words = " ".join(f"{key}={text}" for key, text in settings.items())
         print(f"best   {words}: {self._metric} {value:.4f}", flush=True)
 
@@ -118,7 +118,7 @@ class StagedSweeper(ObjectiveSweeper):
             # A stage need not have tried what was best before it.
             if best_value is None or (value > best_value if self._maximize else value < best_value):
                 best, best_value = tried[found.index(value)], value
-            self._tell_best(best, best_value)
+            self._print_best(best, best_value)
         return best
 
 
@@ -179,7 +179,7 @@ class OptunaSweeper(ObjectiveSweeper):
                 study.tell(trial, value)
             print(f"trials {first + count} of {self._num_trials}", flush=True)
         best = {key: _short(value) for key, value in study.best_params.items()}
-        self._tell_best(best, study.best_value)
+        self._print_best(best, study.best_value)
         return best
 
 

@@ -112,7 +112,7 @@ def train(run: RunConfig) -> dict[str, float]:
         step = manifest.step if manifest else 0
         tracker.cut_back(manifest.metrics_bytes if manifest else 0)
         history = History(run, backend.broadcast(tracker.history()), tracker, store)
-        tracker.say(
+        tracker.print(
             *parts.start_lines,
             *damaged,
             *dict.fromkeys([*parts.train.data.notes, *parts.test.data.notes]),

@@ -42,7 +42,7 @@ JOIN_S = 1800
 PATIENCE_S = 24 * 3600
 """How long one process may tokenise, evaluate or write its part of a checkpoint while the others
 wait. One that does not even run is found sooner, by the process that started it."""
-SAID_AFTER_S = 30.0
+NOTICE_AFTER_S = 30.0
 PAUSE_S = 0.2
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class Backend:
         many = isinstance(config, DistributedConfig) and "RANK" in os.environ
         self._store = self._join(config) if many else None
         self._calls = 0
-        self._say_after_s = min(SAID_AFTER_S, getattr(config, "timeout_s", SAID_AFTER_S))
+        self._notice_after_s = min(NOTICE_AFTER_S, getattr(config, "timeout_s", NOTICE_AFTER_S))
         self._accelerator = self._start(config)
         self.rank, self.processes = self._accelerator.process_index, self._accelerator.num_processes
         # accelerate runs alone, without a word, where it does not understand how it was started.
@@ -208,19 +208,19 @@ class Backend:
         """Rank 0 does the block before the others, which then find its results in a cache.
 
         Args:
-            what: rank 0 then has done, as a person is told who waits for long.
+            what: what rank 0 does, for the notice that the others print when they wait for long.
         """
         line = f"wait   the other processes go on when rank 0 has {what}"
-        told = threading.Timer(self._say_after_s, print, [line], {"file": sys.stderr})
-        told.daemon = True
+        notice = threading.Timer(self._notice_after_s, print, [line], {"file": sys.stderr})
+        notice.daemon = True
         if not self.is_main:
             self._meet(1, comes=False)
         elif self.processes > 1:
-            told.start()
+            notice.start()
         try:
             yield
         finally:
-            told.cancel()
+            notice.cancel()
         if self.is_main:
             self._meet(0)
 

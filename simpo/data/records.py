@@ -140,11 +140,11 @@ def remarks(row: Mapping[str, Any], pair: Pair) -> Iterator[str]:
         scores = [row[key] for key in keys if isinstance(row.get(key), (int, float))]
         if len(scores) == 2 and scores[0] <= scores[1]:
             yield f"{keys[0]} {'equals' if scores[0] == scores[1] else 'is below'} {keys[1]}"
-    said = [turn["content"] for turn in (*pair.prompt, *pair.later)]
+    contents = [turn["content"] for turn in (*pair.prompt, *pair.later)]
     prompt = row.get("prompt")
-    if isinstance(prompt, str) and prompt.strip() not in map(str.strip, said):
+    if isinstance(prompt, str) and prompt.strip() not in map(str.strip, contents):
         yield "prompt is not in the dialogue, which is taken"
-    texts = [*said, pair.chosen, pair.rejected or ""]
+    texts = [*contents, pair.chosen, pair.rejected or ""]
     # Few texts hold such a word, and looking for it is much faster.
     if any("Human:" in text and _TURNS_IN_TEXT.search(text) for text in texts):
         yield "a text holds turns (Human: ...), which are taken for one"

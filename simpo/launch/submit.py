@@ -68,8 +68,8 @@ def submit(
         with redirect_stderr(io.StringIO()), _without_defaults(parameters):
             submitted = executor.map_array(job, [str(run) for run in runs])
     except (FailedJobError, FailedSubmissionError) as error:
-        said = [line for line in str(error).splitlines() if "sbatch: error" in line]
-        reason = said[-1].removeprefix("sbatch: error: ") if said else str(error)
+        messages = [line for line in str(error).splitlines() if "sbatch: error" in line]
+        reason = messages[-1].removeprefix("sbatch: error: ") if messages else str(error)
         raise RunError(f"launcher: Slurm did not take the jobs: {reason}") from error
     return [(str(done.job_id), done.paths.stdout) for done in submitted]
 

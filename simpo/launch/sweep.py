@@ -315,25 +315,25 @@ def _follow(
         under_way: called now and then; the folders of those that this process has still to start or
             to wait for. None: what Slurm says of their jobs tells.
     """
-    untold = [member.path for member in members]
+    unreported = [member.path for member in members]
     silent = not sys.stderr.isatty()
-    with tqdm(total=len(untold), unit="run", desc="sweep", leave=False, disable=silent) as bar:
+    with tqdm(total=len(unreported), unit="run", desc="sweep", leave=False, disable=silent) as bar:
         while True:
             here = under_way()
             steps = []
-            for path, progress in zip(list(untold), read_progress(untold), strict=True):
+            for path, progress in zip(list(unreported), read_progress(unreported), strict=True):
                 at_rest = progress.state not in UNDER_WAY
                 if progress.state is State.running:
                     steps.append(f"{progress.step}/{progress.total_steps or '?'}")
                 if not (at_rest if here is None else path not in here):
                     continue
-                untold.remove(path)
+                unreported.remove(path)
                 if at_rest:  # and not left waiting by a sweep that was told to stop
                     words = [f"{path.name}  {progress.text()}", progress.note]
                     tqdm.write(": ".join(filter(None, words)))
-            bar.update(len(members) - len(untold) - bar.n)
+            bar.update(len(members) - len(unreported) - bar.n)
             bar.set_postfix_str(f"at step {', '.join(steps)}" if steps else "")
-            if not untold:
+            if not unreported:
                 return
             time.sleep(config.poll_s)
 

@@ -18,7 +18,7 @@ def held_out_metrics(run: RunConfig, parts: Parts, tracker: Tracker, step: int) 
     sampled = test.data.pairs[: run.sample.num_prompts]
     metrics: dict[str, float] = {}
     if len(test):
-        tracker.say(f"held out: {len(test)} pairs, {len(sampled)} replies ...")
+        tracker.print(f"held out: {len(test)} pairs, {len(sampled)} replies ...")
         found, scores = evaluate(parts.wrapped, test.rows(), run.loss, backend)
         metrics |= found
         placed = ((test.data.pairs[i].place, numbers) for i, numbers in scores.items())

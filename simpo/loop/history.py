@@ -30,7 +30,7 @@ class History:
         tracker: Tracker,
         store: CheckpointStore,
     ) -> None:
-        """Read what was logged before; its signs of a collapse were told then."""
+        """Read what was logged before; its signs of a collapse were printed then."""
         self.evaluations = evaluations_in(lines)
         self._run, self._tracker, self._store = run, tracker, store
         self._watch = CollapseWatch(run.watch)
@@ -52,7 +52,7 @@ class History:
             message = f"watch  {finding.text}; last good checkpoint: {good}"
             if self._run.watch.action is WatchAction.stop:
                 raise RunError(message)
-            self._tracker.say(message)
+            self._tracker.print(message)
 
     @property
     def findings(self) -> tuple[str, ...]:

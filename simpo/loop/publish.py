@@ -53,7 +53,7 @@ def upload(config: ExportConfig, model_dir: Path) -> list[str]:
     base's folder in its settings; what is uploaded has the last part of that path.
 
     Returns:
-        Lines to tell, with the address of the commit.
+        Lines to print, with the address of the commit.
 
     Raises:
         RunError: it failed.
@@ -63,7 +63,7 @@ def upload(config: ExportConfig, model_dir: Path) -> list[str]:
     name = str(config.push_to_hub)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            folder, said = _without_local_base(model_dir, Path(scratch))
+            folder, messages = _without_local_base(model_dir, Path(scratch))
             commit = HfApi().upload_folder(
                 repo_id=name, folder_path=folder, commit_message="Model trained with simpo"
             )
@@ -72,11 +72,11 @@ def upload(config: ExportConfig, model_dir: Path) -> list[str]:
                 f"export.push_to_hub: the upload to {name} failed: {first_line(error)} (the same "
                 f"command tries again: the model is in {model_dir})"
             ) from error
-    return [*said, f"hub    {commit.commit_url}"]
+    return [*messages, f"hub    {commit.commit_url}"]
 
 
 def _without_local_base(model_dir: Path, scratch: Path) -> tuple[Path, list[str]]:
-    """A folder to upload, and lines to tell: the model's own, or one that links to its files."""
+    """A folder to upload, and lines to print: the model's own, or one that links to its files."""
     file = model_dir / ADAPTER_FILE
     settings = json.loads(file.read_text()) if file.is_file() else {}
     base = settings.get("base_model_name_or_path") or ""
@@ -85,8 +85,8 @@ def _without_local_base(model_dir: Path, scratch: Path) -> tuple[Path, list[str]
     for path in model_dir.iterdir():
         (scratch / path.name).symlink_to(path.resolve())
     (scratch / ADAPTER_FILE).unlink()
-    told = json.dumps(settings | {"base_model_name_or_path": public(base)}, indent=2)
-    (scratch / ADAPTER_FILE).write_text(told + "\n")
+    settings_text = json.dumps(settings | {"base_model_name_or_path": public(base)}, indent=2)
+    (scratch / ADAPTER_FILE).write_text(settings_text + "\n")
     return scratch, [
         f"note   the adapter's base is a local folder; uploaded it is named {public(base)}"
     ]
@@ -101,12 +101,12 @@ def check_end(
     a model and a checkpoint, and the hub for the repository.
 
     Returns:
-        Lines to tell.
+        Lines to print.
 
     Raises:
         ConfigError: something is refused, in all processes.
     """
-    said: list[str] = []
+    messages: list[str] = []
     problems: list[str] = []
     if backend.is_main:
         trial = run_dir / ".trial"
@@ -114,7 +114,7 @@ def check_end(
             if run.export.push_to_hub is not None:
                 reach_repository(run.export)
             _refuse_full_disk(policy, run_dir)
-            said = save_model(policy, {}, chat, trial)
+            messages = save_model(policy, {}, chat, trial)
             write_card(run, run_dir, console.Results({}, {}), trial)
         except ConfigError as error:
             problems = error.problems
@@ -124,10 +124,10 @@ def check_end(
             problems = [f"{place}: a trained model cannot be saved: {first_line(cause)} (mend it)"]
         finally:
             shutil.rmtree(trial, ignore_errors=True)
-    said, problems = backend.broadcast((said, problems))
+    messages, problems = backend.broadcast((messages, problems))
     if problems:
         raise ConfigError(problems)
-    return said
+    return messages
 
 
 def _refuse_full_disk(policy: Policy, run_dir: Path) -> None:
@@ -155,12 +155,12 @@ def publish(run: RunConfig, run_dir: Path, results: console.Results) -> list[str
     """Add curves and card to a saved model, and upload it where that is asked for.
 
     Returns:
-        Lines to tell; of a curve or card that could not be made, what stood in its way.
+        Lines to print; of a curve or card that could not be made, what stood in its way.
 
     Raises:
         RunError: the upload failed.
     """
-    model_dir, said = run_dir / "model", []
+    model_dir, messages = run_dir / "model", []
     parts: tuple[tuple[str, Callable[..., None], Any], ...] = (
         ("curves", draw_curves, (run_dir / "metrics.jsonl", model_dir / "curves.png")),
         ("card", write_card, (run, run_dir, results, model_dir)),
@@ -169,10 +169,10 @@ def publish(run: RunConfig, run_dir: Path, results: console.Results) -> list[str
         try:
             make(*arguments)
         except Exception as error:  # of any library that has a part in it
-            said.append(f"note   the model has no {name}: {first_line(error)}")
+            messages.append(f"note   the model has no {name}: {first_line(error)}")
     if run.export.push_to_hub is not None:
-        said += upload(run.export, model_dir)
-    return said
+        messages += upload(run.export, model_dir)
+    return messages
 
 
 def push(run_dir: Path, config: ExportConfig) -> list[str]:
@@ -182,7 +182,7 @@ def push(run_dir: Path, config: ExportConfig) -> list[str]:
         run_dir: folder of a run, or one that holds a model.
 
     Returns:
-        Lines to tell.
+        Lines to print.
 
     Raises:
         ConfigError: there is no model, or the hub refuses name or token.
@@ -192,10 +192,10 @@ def push(run_dir: Path, config: ExportConfig) -> list[str]:
     if not any(folder.glob("*.safetensors")):
         raise ConfigError([f"RUN: must hold a model, got {run_dir} (no {folder}/*.safetensors)"])
     reach_repository(config)
-    said = upload(config, folder)
+    messages = upload(config, folder)
     status = read_status(run_dir)
     if status.get("state") == "failed" and (run_dir / "results.json").is_file():
         # Only the upload was missing.
         status |= {"state": "finished", "error": ""}
         write_text(run_dir / "status.json", json.dumps(status, indent=2) + "\n")
-    return said
+    return messages

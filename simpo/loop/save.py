@@ -23,7 +23,7 @@ def save_results(
     folder, backend = parts.folder, parts.backend
     kept = history.best_step or step
     if kept != step and (fault := parts.store.load(kept, parts.wrapped, parts.optimizer)):
-        tracker.say(f"the best model, after step {kept}, is lost ({fault}): the last is saved")
+        tracker.print(f"the best model, after step {kept}, is lost ({fault}): the last is saved")
         kept = step
     weights = backend.full_weights(parts.wrapped, parts.policy)
     results = console.Results(
@@ -45,7 +45,7 @@ def save_results(
             "train": {"steps": step, "model_step": kept, "this_process_s": trained_s},
         },
     )
-    said = publish(run, folder.path, results) if backend.is_main else []
+    messages = publish(run, folder.path, results) if backend.is_main else []
     folder.write_status("finished", step, parts.plan.total_steps)
-    tracker.say(*notes, "", *console.end_lines(results, folder.path, kept, step), *said)
+    tracker.print(*notes, "", *console.end_lines(results, folder.path, kept, step), *messages)
     return results.after

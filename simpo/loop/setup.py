@@ -50,7 +50,7 @@ class Parts:
         wrapped: what is called in place of the policy (see `Backend.prepare`).
         first_weights: some weights of each trained tensor before the first step.
         origin: hash of all weights before the first step, where the loss has a reference.
-        start_lines: what a person is told before the first step.
+        start_lines: what is printed before the first step.
     """
 
     backend: Backend
@@ -179,7 +179,7 @@ def _plan_costs(
 
 def with_references(run: RunConfig, parts: Parts, tracker: Tracker) -> Parts:
     """Score all pairs under the model that the run starts from, before a checkpoint is read."""
-    tracker.say(f"reference: {len(parts.train) + len(parts.test)} pairs ...")
+    tracker.print(f"reference: {len(parts.train) + len(parts.test)} pairs ...")
     origin = parts.backend.broadcast(parts.origin)
     cache_dir = Path(run.cache_dir).expanduser()
     train, test = (

@@ -75,16 +75,16 @@ class Tracker:
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         if self._wandb is not None:
-            self._tell_remote(lambda remote: remote.log(named, step=step))
+            self._update_wandb(lambda remote: remote.log(named, step=step))
         return line
 
-    def _tell_remote(self, tell: Callable[[Any], None]) -> None:
-        """Do something with the remote run; where that fails, say so once and go on without."""
+    def _update_wandb(self, update: Callable[[Any], None]) -> None:
+        """Do something with the remote run; where that fails, print one line and go on without it."""
         try:
-            tell(self._wandb)
+            update(self._wandb)
         except Exception as error:  # of whatever kind, no tracker ends a training
             self._wandb = None
-            self.say(
+            self.print(
                 f"note   wandb failed, and is told nothing more: {first_line(error)} "
                 "(metrics.jsonl has everything)"
             )
@@ -103,11 +103,11 @@ class Tracker:
                 mininterval=0.1 if sys.stderr.isatty() else 10.0,
             )
         if metrics:
-            told = f"{metrics['pairs_per_s']:.1f} pairs/s, loss {metrics['loss']:.3f}"
+            postfix = f"{metrics['pairs_per_s']:.1f} pairs/s, loss {metrics['loss']:.3f}"
             if "rewards/margins" in metrics:  # not where nothing is rejected
                 accuracy, margin = metrics["rewards/accuracies"], metrics["rewards/margins"]
-                told += f", accuracy {accuracy:.2f}, margin {margin:+.2f}"
-            self._bar.set_postfix_str(told, refresh=False)
+                postfix += f", accuracy {accuracy:.2f}, margin {margin:+.2f}"
+            self._bar.set_postfix_str(postfix, refresh=False)
         self._bar.update(step - self._bar.n)
 
     def end_progress(self) -> None:
@@ -115,7 +115,7 @@ class Tracker:
         if self._bar is not None:
             self._bar.close()
 
-    def say(self, *lines: str) -> None:
+    def print(self, *lines: str) -> None:
         """Print without tearing the progress bar."""
         if not self._writes:
             return
@@ -133,7 +133,7 @@ class Tracker:
         """Finish the bar and the remote run, and close metrics.jsonl."""
         self.end_progress()
         if self._wandb is not None:
-            self._tell_remote(lambda remote: remote.finish(exit_code=int(kind is not None)))
+            self._update_wandb(lambda remote: remote.finish(exit_code=int(kind is not None)))
         self._file.close()
 
 

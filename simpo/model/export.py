@@ -29,7 +29,7 @@ def save_model(
             write everything but them.
 
     Returns:
-        Lines to tell.
+        Lines to print.
 
     Raises:
         RunError: it could not be written.

@@ -27,7 +27,7 @@ def merge(run_dir: Path, output: Path, dtype: Dtype, base: str | None) -> list[s
         base: folder or hub id of the base; None takes what the adapter names.
 
     Returns:
-        Lines to tell.
+        Lines to print.
 
     Raises:
         ConfigError: there is no adapter, it does not fit its base, one of them cannot be loaded, or

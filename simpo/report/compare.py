@@ -63,11 +63,11 @@ class Comparison:
             for index, (name, run) in enumerate(zip(self.names, self.runs, strict=True))
         ]
         empty = dict.fromkeys(rows[0] if rows else ())
-        told = {
+        error_columns = {
             name: {"state": "damaged", "note": d.fault, "best": False, "folder": str(d.folder)}
             for name, d in self.damaged.items()
         }
-        return rows + [empty | {"run": name} | words for name, words in told.items()]
+        return rows + [empty | {"run": name} | words for name, words in error_columns.items()]
 
 
 def averages(report: Comparison, key: str) -> list[dict[str, Any]]:

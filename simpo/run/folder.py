@@ -59,7 +59,7 @@ class RunFolder:
     Attributes:
         path: the folder, absolute.
         finished: whether an earlier process ended this run.
-        notes: what is to be told of the folder when the run starts, a line each.
+        notes: lines about the folder, printed when the run starts.
     """
 
     def __init__(self, run: RunConfig, followed: Path | None = None) -> None:
@@ -108,11 +108,13 @@ class RunFolder:
         )
 
     def _write_settings(self, run: RunConfig) -> None:
-        known, told = ((self.path / name).is_file() for name in ("run.yaml", "command.txt"))
+        has_settings, has_command = (
+            (self.path / name).is_file() for name in ("run.yaml", "command.txt")
+        )
         private = holds_secret(run)
-        if not told:
-            write_text(self.path / "command.txt", self._command(known) + "\n", private)
-        if not known:
+        if not has_command:
+            write_text(self.path / "command.txt", self._command(has_settings) + "\n", private)
+        if not has_settings:
             write_text(self.path / "run.yaml", run_yaml(run), private)
 
     def write_status(self, state: str, step: int, total_steps: int, error: str = "") -> None:
@@ -213,9 +215,9 @@ class RunFolder:
         handle.close()
         return False
 
-    def _command(self, known: bool) -> str:
+    def _command(self, has_settings: bool) -> str:
         """What continues the run; by its folder alone, if that holds the settings already."""
-        if known:
+        if has_settings:
             return shlex.join(["python", "-m", "simpo.launch.member", str(self.path)])
         arguments = [a for a in sys.argv[1:] if not a.startswith("run_dir=")]
         return shlex.join(["python", "-m", "simpo.train", *arguments, f"run_dir={self.path}"])

@@ -313,9 +313,9 @@ def _failure(failed: dict[int, int], folder: Path, stopped_code: int) -> BaseExc
         log = log_file(folder, rank)
         tail = log.read_text(errors="replace").splitlines()[-SHOWN_LINES:] if log.is_file() else []
         lines += [f"rank {rank}:", *tail] if tail else []
-    # Rank 0 has said itself what stopped it, and the others say the same.
-    said = 0 in failed and not log_file(folder, 0).is_file()
-    text = "" if said else "\n".join(lines)
+    # Rank 0 has printed itself what stopped it, and the others report the same.
+    was_printed = 0 in failed and not log_file(folder, 0).is_file()
+    text = "" if was_printed else "\n".join(lines)
     return Stopped(text, code) if code == stopped_code else RunError(text, 2 if code == 2 else 1)
 
 

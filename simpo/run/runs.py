@@ -329,5 +329,5 @@ def _last_line(log: Path | None) -> str:
     lines = [line.strip() for line in re.split(r"[\r\n]|(?=srun: |slurmstepd: )", text)]
     lines = [line for line in lines if line and not PROGRESS.search(line)]
     # What Slurm says of the end is not what led to it.
-    told = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
-    return (told or lines or [""])[-1]
+    own_lines = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
+    return (own_lines or lines or [""])[-1]

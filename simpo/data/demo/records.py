@@ -110,7 +110,7 @@ _PERSONA_SHARE = 0.12
 class _Task(NamedTuple):
     """Facts, a question, the rule for its reply, ways to word one with and without that rule."""
 
-    told: str
+    facts_text: str
     ask: str
     rule: dict[str, Any]
     chosen: list[str]
@@ -174,11 +174,11 @@ def _row(rng: random.Random, topic: Topic, build: _Build, *, chosen_longer: bool
     task = build(rng, topic, facts)
     instruction = _instruction(rng, task.rule)
     if rule_in_system:
-        system, question = instruction, f"{task.told}\n{task.ask}"
+        system, question = instruction, f"{task.facts_text}\n{task.ask}"
     elif rng.random() < 0.3:
-        question = f"{instruction}\n{task.told}\n{task.ask}"
+        question = f"{instruction}\n{task.facts_text}\n{task.ask}"
     else:
-        question = f"{task.told}\n{task.ask} {instruction}"
+        question = f"{task.facts_text}\n{task.ask} {instruction}"
     prompt = [*([_message("system", system)] if system else []), *earlier]
     chosen, rejected = _matched_pair(rng, task, chosen_longer)
     return {
@@ -219,7 +219,7 @@ def _prose_task(
     selections = _selections(rng, facts, 2)
     chosen = [shape(text) for text in _prose(topic, selections[:1])]
     rejected = _prose(topic, selections)
-    return _Task(_told(topic, selections), _ask(rng, topic), rule, chosen, rejected)
+    return _Task(_facts_text(topic, selections), _ask(rng, topic), rule, chosen, rejected)
 
 
 def _phrase_task(phrase: str, rng: random.Random, topic: Topic, facts: list[str]) -> _Task:
@@ -230,7 +230,7 @@ def _phrase_task(phrase: str, rng: random.Random, topic: Topic, facts: list[str]
     # A phrase of its own choice makes a rejected reply as long as the chosen one.
     rejected = texts + [f"{other} {text}" for text in texts]
     chosen = [f"{phrase} {text}" for text in texts]
-    return _Task(_told(topic, selections), _ask(rng, topic), rule, chosen, rejected)
+    return _Task(_facts_text(topic, selections), _ask(rng, topic), rule, chosen, rejected)
 
 
 def _list_task(name: str, count: int, rng: random.Random, topic: Topic, facts: list[str]) -> _Task:
@@ -239,7 +239,9 @@ def _list_task(name: str, count: int, rng: random.Random, topic: Topic, facts: l
     lines = map(" ".join, zip(marks, _clauses(topic, selections[0]), strict=True))
     rule = {"name": name, "count": count}
     rejected = _opened(rng, _prose(topic, selections))
-    return _Task(_told(topic, selections), _ask(rng, topic), rule, ["\n".join(lines)], rejected)
+    return _Task(
+        _facts_text(topic, selections), _ask(rng, topic), rule, ["\n".join(lines)], rejected
+    )
 
 
 def _json_task(keys: tuple[str, ...], rng: random.Random, topic: Topic, facts: list[str]) -> _Task:
@@ -250,7 +252,7 @@ def _json_task(keys: tuple[str, ...], rng: random.Random, topic: Topic, facts: l
     some = [topic.facts[_KEY_FACTS[key]].replace("|", " ") for key in keys if key != "name"]
     rule = {"name": "json_keys", "keys": list(keys)}
     rejected = _opened(rng, _prose(topic, [some]))
-    return _Task(_told(topic, [some]), _ask(rng, topic), rule, chosen, rejected)
+    return _Task(_facts_text(topic, [some]), _ask(rng, topic), rule, chosen, rejected)
 
 
 def _yes_no_task(answer: str, rng: random.Random, topic: Topic, facts: list[str]) -> _Task:
@@ -264,9 +266,10 @@ def _yes_no_task(answer: str, rng: random.Random, topic: Topic, facts: list[str]
             more = [f". {_capital(topic.name)} {fact}."]
         chosen += [f"{answer}, {clause}{ending}" for ending in more]
         rejected += [f"{_capital(clause)}{ending}" for ending in more]
-    told = f"{_capital(clause)}. {_told(topic, [[f.replace('|', ' ') for f in topic.facts[:2]]])}"
+    first_facts = [fact.replace("|", " ") for fact in topic.facts[:2]]
+    facts_text = f"{_capital(clause)}. {_facts_text(topic, [first_facts])}"
     rule = {"name": "yes_no_first", "answer": answer}
-    return _Task(told, question, rule, chosen, rejected)
+    return _Task(facts_text, question, rule, chosen, rejected)
 
 
 def _items_task(rng: random.Random, topic: Topic, facts: list[str]) -> _Task:
@@ -278,15 +281,15 @@ def _items_task(rng: random.Random, topic: Topic, facts: list[str]) -> _Task:
         capitals = [_capital(item) for item in some]
         chosen.append(", ".join(some))
         rejected += ["\n".join(capitals), f"{_capital(_series(list(some)))}."]
-    told = f"Some {topic.items_label} are {_series(rng.sample(topic.items, 5))}."
-    return _Task(told, ask, {"name": "comma_list", "count": count}, chosen, rejected)
+    facts_text = f"Some {topic.items_label} are {_series(rng.sample(topic.items, 5))}."
+    return _Task(facts_text, ask, {"name": "comma_list", "count": count}, chosen, rejected)
 
 
 def _ask(rng: random.Random, topic: Topic) -> str:
     return rng.choice(_ASKS).format(name=topic.name)
 
 
-def _told(topic: Topic, selections: list[list[str]]) -> str:
+def _facts_text(topic: Topic, selections: list[list[str]]) -> str:
     """Tell every fact of the selections, a sentence each."""
     facts = dict.fromkeys(fact for selection in selections for fact in selection)
     return " ".join(_clauses(topic, list(facts)))
@@ -296,11 +299,13 @@ def _selections(rng: random.Random, facts: list[str], count: int) -> list[list[s
     """Draw facts to repeat; then list the same with one, not the first, exchanged for a spare."""
     first, *others = facts
     rng.shuffle(others)
-    told, spare = [first, *others[: count - 1]], others[count - 1 : count]
+    stated, spare = [first, *others[: count - 1]], others[count - 1 : count]
     exchanged = [
-        [*told[:place], other, *told[place + 1 :]] for place in range(1, count) for other in spare
+        [*stated[:place], other, *stated[place + 1 :]]
+        for place in range(1, count)
+        for other in spare
     ]
-    return [told, *exchanged]
+    return [stated, *exchanged]
 
 
 def _clauses(topic: Topic, facts: list[str]) -> list[str]:

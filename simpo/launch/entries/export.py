@@ -33,14 +33,18 @@ def cli() -> None:
         run_dir, options = _arguments(sys.argv[1:])
         if "merge" in options:
             output = Path(options.get("output", run_dir / "model-merged")).expanduser()
-            said = merge(run_dir, output, Dtype(options.get("dtype", "auto")), options.get("base"))
+            messages = merge(
+                run_dir, output, Dtype(options.get("dtype", "auto")), options.get("base")
+            )
         else:
             private = options.get("private", "true") == "true"
-            said = push(run_dir, ExportConfig(push_to_hub=options["push_to_hub"], private=private))
+            messages = push(
+                run_dir, ExportConfig(push_to_hub=options["push_to_hub"], private=private)
+            )
     except SimpoError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    print("\n".join(said))
+    print("\n".join(messages))
 
 
 def _arguments(words: Sequence[str]) -> tuple[Path, dict[str, str]]:

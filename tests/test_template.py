@@ -31,7 +31,7 @@ from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.config.inputs import TEMPLATES, ModelConfig
 from simpo.config.schema import OnPolicyConfig
 from simpo.data.chat import Chat
-from simpo.data.checks import kept_as_the_original, placed_ids, refuse_unknown_ids
+from simpo.data.checks import faults_kept_by_paper, placed_ids, refuse_unknown_ids
 from simpo.data.records import RowFault
 from simpo.data.template import NEEDED_TOKENS, Template, use_template
 from simpo.data.tokens import tokenize_set
@@ -343,7 +343,7 @@ def test_the_original_keeps_them_and_they_are_counted(
     config = data_config(compat=Compat.paper, **sizes)
     data = tokenize_set(chat, pairs, config, tmp_path)
     assert len(data.pairs) == 3
-    assert kept_as_the_original(chat, data, config) == {
+    assert faults_kept_by_paper(chat, data, config) == {
         "special tokens as text in a message": 1,
         "the same tokens in both responses": 1,
     }
@@ -356,7 +356,7 @@ def test_the_original_keeps_them_and_they_are_counted(
     config = data_config(**sizes)
     data = tokenize_set(chat, pairs, config, tmp_path)
     assert len(data.pairs) == 1 and len(data.report.bad) == 2
-    assert kept_as_the_original(chat, data, config) == {}
+    assert faults_kept_by_paper(chat, data, config) == {}
 
 
 def test_rows_that_the_original_trains_on(

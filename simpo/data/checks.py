@@ -48,7 +48,7 @@ def refuse_unknown_ids(
             raise DataError(f"{place}: the token {token(number)}, {lacks} {remedy}")
 
 
-def kept_as_the_original(chat: Chat, data: TokenizedSet, config: DataConfig) -> dict[str, int]:
+def faults_kept_by_paper(chat: Chat, data: TokenizedSet, config: DataConfig) -> dict[str, int]:
     """Pairs that compat=paper keeps, as the original trainer does, by what is a fault without it.
 
     Empty without compat=paper.

@@ -12,7 +12,7 @@ from simpo.config.choices import Compat
 from simpo.config.errors import DamagedError
 from simpo.config.schema import RunConfig
 from simpo.data.chat import Chat, TokenizedSet
-from simpo.data.checks import kept_as_the_original
+from simpo.data.checks import faults_kept_by_paper
 from simpo.data.mixture import SplitReport
 from simpo.data.plan import TrainPlan
 from simpo.model.cost import Layout, num_weights
@@ -89,7 +89,7 @@ def token_notes(
         lines.append(
             f"note   the chat template writes the date: {chat.template.date} throughout this run"
         )
-    for fault, count in kept_as_the_original(chat, train_set, run.data).items():
+    for fault, count in faults_kept_by_paper(chat, train_set, run.data).items():
         if count:
             lines.append(f"note   {count} train pairs kept with {fault} (data.compat=paper)")
     left_out = sum(sum(bad.values()) for bad in (*(r.bad for r in table), train_set.report.bad))

@@ -34,7 +34,7 @@ def save_results(
     notes: list[str] = []
     if backend.is_main:
         now = weights or dict(parts.policy.model.named_parameters())
-        notes = change_notes(parts.first_weights, now)
+        notes = change_notes(parts.sampled_before, now)
         save_model(parts.policy, weights, parts.chat, folder.path / "model")
     folder.write_json(
         "results.json",

@@ -16,7 +16,7 @@ from simpo.config.check import check_training
 from simpo.config.errors import ConfigError
 from simpo.config.schema import RunConfig
 from simpo.data.chat import Chat, pairs_fingerprint
-from simpo.data.checks import kept_as_the_original, placed_ids, refuse_unknown_ids
+from simpo.data.checks import faults_kept_by_paper, placed_ids, refuse_unknown_ids
 from simpo.data.loader import LoadedData, PackedSet, load_data
 from simpo.data.plan import TrainPlan, build_plan
 from simpo.loop import console
@@ -48,7 +48,7 @@ class Parts:
         train, test: pairs to train on, and those held out.
         policy: the model below `wrapped`, for its names, settings and replies.
         wrapped: what is called in place of the policy (see `Backend.prepare`).
-        first_weights: some weights of each trained tensor before the first step.
+        sampled_before: some weights of each trained tensor before the first step.
         origin: hash of all weights before the first step, where the loss has a reference.
         start_lines: what is printed before the first step.
     """
@@ -64,7 +64,7 @@ class Parts:
     optimizer: Optimizer
     store: CheckpointStore
     flops: cost.Flops
-    first_weights: dict[str, Tensor]
+    sampled_before: dict[str, Tensor]
     origin: str
     start_lines: tuple[str, ...]
 
@@ -101,8 +101,8 @@ def set_up(run: RunConfig) -> Parts:
         share_prefix=cfg.share_prefix,
     )
     check_packing(policy, backend.bf16, [*data.train.tokens, *data.test.tokens], cfg.tokens_per_row)
-    first_weights = sampled_weights(policy.model)
-    check_updates(cfg, first_weights)
+    sampled_before = sampled_weights(policy.model)
+    check_updates(cfg, sampled_before)
     start_lines = (
         *console.start_lines(run, policy, str(backend), data.mixture.table, data.train, plan),
         *_plan_costs(run, backend, policy, plan, train),
@@ -123,7 +123,7 @@ def set_up(run: RunConfig) -> Parts:
     )
     return Parts(
         backend, chat, train, test, plan, folder, policy, wrapped, optimizer, store, flops,
-        first_weights, origin, start_lines,
+        sampled_before, origin, start_lines,
     )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def _write_records(
             "test_fingerprint": pairs_fingerprint(data.test.pairs),
             "template_sha256": chat.template_sha256,
             "template_date": chat.template.date and chat.template.date.isoformat(),
-            "kept_as_the_original": kept_as_the_original(chat, data.train, run.data),
+            "kept_as_the_original": faults_kept_by_paper(chat, data.train, run.data),
             "tokens_fingerprint": data.train.fingerprint(),
         }
     )

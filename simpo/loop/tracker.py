@@ -79,7 +79,7 @@ class Tracker:
         return line
 
     def _update_wandb(self, update: Callable[[Any], None]) -> None:
-        """Do something with the remote run; where that fails, print one line and go on without it."""
+        """Do something with the remote run; where that fails, print one line and go on."""
         try:
             update(self._wandb)
         except Exception as error:  # of whatever kind, no tracker ends a training

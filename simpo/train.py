@@ -64,7 +64,7 @@ def start(run: RunConfig) -> dict[str, float]:
     count = processes.num_processes_to_start(run.backend)
     if count is not None:
         return processes.run_in_processes(count, run)
-    with processes.in_touch():
+    with processes.reporting_lost_ranks():
         return train(run)
 
 
@@ -104,7 +104,7 @@ def train(run: RunConfig) -> dict[str, float]:
         folder.recording_failure(),
         StopRequest() as stop,
         Tracker(run.tracker, folder.path, run.name, settings, writes=backend.is_main) as tracker,
-        processes.in_touch(),
+        processes.reporting_lost_ranks(),
     ):
         if run.loss.needs_reference:
             parts = with_references(run, parts, tracker)

@@ -211,9 +211,9 @@ def _serve(path: str) -> None:
     import simpo.launch.rank
     import simpo.model.export
     import simpo.train  # noqa: F401
-    from simpo.run.processes import end_with_parent
+    from simpo.run.processes import die_with_parent
 
-    end_with_parent()
+    die_with_parent()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.part")
     listener.listen(64)

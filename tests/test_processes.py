@@ -12,7 +12,13 @@ import pytest
 
 from simpo.config.backends import BackendConfig, DdpConfig, SingleConfig
 from simpo.config.errors import ConfigError, LostError, RunError, Stopped
-from simpo.run.processes import LOST, _failure, in_touch, log_file, num_processes_to_start
+from simpo.run.processes import (
+    LOST,
+    _failure,
+    log_file,
+    num_processes_to_start,
+    reporting_lost_ranks,
+)
 
 START = "(start with torchrun or srun, or unset WORLD_SIZE)"
 TORCHRUN = {
@@ -105,13 +111,13 @@ def test_places_that_can_be(environment: pytest.MonkeyPatch) -> None:
 def test_others_that_do_not_answer(environment: pytest.MonkeyPatch) -> None:
     """gloo's errors have no type of their own; any other error stays what it is."""
     environment.setenv("RANK", "3")
-    with pytest.raises(LostError) as error, in_touch():
+    with pytest.raises(LostError) as error, reporting_lost_ranks():
         raise RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer\nstack")
     assert str(error.value) == (
         "rank 3: the other processes do not answer: [/gloo/transport/tcp/pair.cc:547] Connection "
         "closed by peer (the same command continues from the last checkpoint)"
     )
-    with pytest.raises(RuntimeError, match="shapes"), in_touch():
+    with pytest.raises(RuntimeError, match="shapes"), reporting_lost_ranks():
         raise RuntimeError("shapes do not match")
 
 

@@ -35,7 +35,7 @@ from simpo.config.backends import BackendConfig, DdpConfig, DistributedConfig
 from simpo.config.choices import Device, Precision
 from simpo.config.errors import ConfigError, LostError
 from simpo.model.policy import Policy
-from simpo.run.processes import LISTEN, a_rank_is_lost
+from simpo.run.processes import LISTEN_VARIABLE, a_rank_has_failed
 
 JOIN_S = 1800
 """How long a process waits for the others to come up: imports and slow disks take their time."""
@@ -116,7 +116,7 @@ class Backend:
         """Meet the other processes at the store that rank 0 or torchrun keeps."""
         patience = timedelta(seconds=JOIN_S)
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if listener := os.environ.get(LISTEN):
+        if listener := os.environ.get(LISTEN_VARIABLE):
             # A server of torch's own making would listen to all networks.
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store: dist.Store = dist.TCPStore(
@@ -244,7 +244,7 @@ class Backend:
         while came < count:
             if time.monotonic() > deadline:
                 raise LostError(f"rank {self.rank}: waited {PATIENCE_S} s for the other processes")
-            if a_rank_is_lost():
+            if a_rank_has_failed():
                 raise LostError(f"rank {self.rank}: waited for a process that has failed")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, PAUSE_S)

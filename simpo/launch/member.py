@@ -24,7 +24,7 @@ from simpo.config.errors import INTERRUPTED, DamagedError, SimpoError, Stopped
 from simpo.run import slurm
 from simpo.run.atomic import write_text
 from simpo.run.files import last_job, status_or_none
-from simpo.run.processes import end_with_parent
+from simpo.run.processes import die_with_parent
 from simpo.run.runs import note_job
 from simpo.train import start
 
@@ -115,7 +115,7 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         print("python -m simpo.launch.member FOLDER", file=sys.stderr)
         sys.exit(2)
-    end_with_parent()
+    die_with_parent()
     code, _ = run_member(Path(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()

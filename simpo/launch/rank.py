@@ -21,20 +21,26 @@ from pathlib import Path
 
 from simpo.config.check import load_run
 from simpo.config.errors import INTERRUPTED, LOST, LostError, SimpoError
-from simpo.run.processes import BEAT_S, beat_file, end_with_parent, in_touch, log_file
+from simpo.run.processes import (
+    HEARTBEAT_S,
+    die_with_parent,
+    heartbeat_file,
+    log_file,
+    reporting_lost_ranks,
+)
 from simpo.train import train
 
 
 def main() -> int:
     """Train; returns the exit code."""
     folder = Path(sys.argv.pop(1))
-    end_with_parent()
+    die_with_parent()
     rank = int(os.environ["RANK"])
-    threading.Thread(target=_beat, args=(beat_file(folder, rank),), daemon=True).start()
+    threading.Thread(target=_heartbeat, args=(heartbeat_file(folder, rank),), daemon=True).start()
     try:
         run = load_run(folder / "run.yaml")
         end_with(run.train.stopped_exit_code)
-        with in_touch():
+        with reporting_lost_ranks():
             metrics = train(run)
     except LostError as error:
         # Not where rank 0 prints: it may be the mere echo of another rank's end.
@@ -55,11 +61,11 @@ def main() -> int:
     return 0
 
 
-def _beat(file: Path) -> None:
+def _heartbeat(file: Path) -> None:
     """Give a sign of life, for as long as this process runs."""
     while True:
         file.touch()
-        time.sleep(BEAT_S)
+        time.sleep(HEARTBEAT_S)
 
 
 if __name__ == "__main__":

@@ -39,15 +39,15 @@ from simpo.run.signals import held, passing_on
 GRACE_S = 20.0
 """How long the others get to end by themselves, once one process has failed."""
 POLL_S = 0.05
-BEAT_S = 1.0
+HEARTBEAT_S = 1.0
 """How often a rank gives a sign of life."""
-SPARE_S = 30.0
+HEARTBEAT_MARGIN_S = 30.0
 """A rank may be silent for so much longer than others wait for it in a collective operation."""
-LISTEN = "SIMPO_LISTEN_FD"
+LISTEN_VARIABLE = "SIMPO_LISTEN_FD"
 """Variable with the number of the open socket at which rank 0 answers the other ranks."""
-FOLDER = "SIMPO_RANKS_FOLDER"
+FOLDER_VARIABLE = "SIMPO_RANKS_FOLDER"
 """Variable with the folder in which ranks and the process that started them leave word."""
-PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables by which torchrun and others tell a process where it is."""
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 PR_SET_PDEATHSIG = 1
@@ -62,10 +62,10 @@ def num_processes_to_start(config: BackendConfig) -> int | None:
             that this is one of several, but not which or of how many.
     """
     if "WORLD_SIZE" in os.environ:
-        _check_place(config)
+        _check_rank_variables(config)
         return None
     if not isinstance(config, DistributedConfig):
-        _forget_place()
+        _drop_rank_variables()
         return None
     if config.processes is not None:
         return config.processes
@@ -77,10 +77,10 @@ def num_processes_to_start(config: BackendConfig) -> int | None:
     raise ConfigError(["backend.processes: how many? Without GPUs it has no default (set it)"])
 
 
-def _check_place(config: BackendConfig) -> None:
+def _check_rank_variables(config: BackendConfig) -> None:
     """Do nothing where this process can join the others that the environment tells of."""
     remedy = "(start with torchrun or srun, or unset WORLD_SIZE)"
-    names = [name for name in (*PLACE, "LOCAL_WORLD_SIZE") if name in os.environ]
+    names = [name for name in (*RANK_VARIABLES, "LOCAL_WORLD_SIZE") if name in os.environ]
     for name in names:
         if name != "MASTER_ADDR" and not os.environ[name].isdecimal():
             raise ConfigError(
@@ -91,9 +91,9 @@ def _check_place(config: BackendConfig) -> None:
         raise ConfigError([f"RANK: must be below WORLD_SIZE={count}, got {rank} {remedy}"])
     if not isinstance(config, DistributedConfig):
         if count == 1:
-            _forget_place()
+            _drop_rank_variables()
         return
-    if missing := ", ".join(name for name in PLACE if name not in os.environ):
+    if missing := ", ".join(name for name in RANK_VARIABLES if name not in os.environ):
         raise ConfigError([f"WORLD_SIZE: {count} in the environment, but no {missing} {remedy}"])
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
     if config.processes not in (None, here):
@@ -105,14 +105,14 @@ def _check_place(config: BackendConfig) -> None:
         )
 
 
-def _forget_place() -> None:
+def _drop_rank_variables() -> None:
     """Drop what an earlier launcher left: frameworks would look for the others of its run."""
-    for name in PLACE:
+    for name in RANK_VARIABLES:
         os.environ.pop(name, None)
 
 
 @contextmanager
-def in_touch() -> Iterator[None]:
+def reporting_lost_ranks() -> Iterator[None]:
     """Tell errors that mean no more than that other processes do not answer in one line.
 
     Raises:
@@ -149,7 +149,7 @@ def join_slurm() -> None:
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
 
 
-def end_with_parent() -> None:
+def die_with_parent() -> None:
     """Have the system kill this process when the one that started it ends, however it does."""
     if sys.platform == "linux":
         # A parent that was killed can end nobody.
@@ -184,7 +184,7 @@ def run_in_processes(count: int, run: RunConfig) -> dict[str, float]:
         stack.enter_context(passing_on(pass_on))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simpo-")))
         (folder / "run.yaml").write_text(run_yaml(run))
-        stack.callback(_end, ranks)
+        stack.callback(_kill, ranks)
         with held(), socket.create_server(("127.0.0.1", 0)) as listener:
             for rank in range(count):
                 ranks.append(_start(run.backend, folder, rank, count, listener))
@@ -192,7 +192,7 @@ def run_in_processes(count: int, run: RunConfig) -> dict[str, float]:
             pass_on(signals[-1], None)
         failed, silent = _wait(ranks, folder, run.backend.timeout_s)
         if silent:
-            raise _hanging(silent)
+            raise _hang_error(silent)
         if failed:
             raise _failure(failed, folder, run.train.stopped_exit_code)
         result = folder / "metrics.json"
@@ -209,7 +209,9 @@ def _start(
         log = None if rank == 0 else stack.enter_context(log_file(folder, rank).open("wb"))
         return subprocess.Popen(
             [sys.executable, "-m", "simpo.launch.rank", str(folder), *sys.argv[1:]],
-            env=os.environ | _environment(config, rank, count, listener) | {FOLDER: str(folder)},
+            env=os.environ
+            | _environment(config, rank, count, listener)
+            | {FOLDER_VARIABLE: str(folder)},
             stdout=log,
             stderr=log,
             pass_fds=[listener.fileno()] if rank == 0 else [],
@@ -236,8 +238,8 @@ def _wait(
         if all(rank.poll() == 0 for rank in ranks):
             return {}, []
         time.sleep(POLL_S)
-        if silent := _silent(ranks, folder, looks, timeout_s + SPARE_S):
-            _end(ranks)
+        if silent := _silent_ranks(ranks, folder, looks, timeout_s + HEARTBEAT_MARGIN_S):
+            _kill(ranks)
             return {}, silent
         failed = _failed(ranks)
     _lost_file(folder).touch()
@@ -246,7 +248,7 @@ def _wait(
         time.sleep(POLL_S)
     at_last = _failed(ranks)
     alive = [number for number, rank in enumerate(ranks) if rank.poll() is None]
-    _end(ranks)
+    _kill(ranks)
     # NCCL aborts a process that waited in vain.
     lost = {rank for rank, code in at_last.items() if code in (LOST, -signal.SIGABRT)}
     if alive and lost == at_last.keys():
@@ -257,7 +259,7 @@ def _wait(
     return killed or refused or others or failed, []
 
 
-def _silent(
+def _silent_ranks(
     ranks: list[subprocess.Popen[bytes]],
     folder: Path,
     looks: dict[int, tuple[float, int]],
@@ -270,14 +272,14 @@ def _silent(
             clock, since a job that was suspended as a whole has done nothing wrong.
     """
     for number, rank in enumerate(ranks):
-        file = beat_file(folder, number)
+        file = heartbeat_file(folder, number)
         beat = file.stat().st_mtime if file.exists() else 0.0
         last, count = looks.get(number, (beat, 0))
         looks[number] = beat, count + 1 if beat == last and rank.poll() is None else 0
     return [number for number, (_, count) in looks.items() if count * POLL_S > longest_s]
 
 
-def _hanging(silent: list[int]) -> RunError:
+def _hang_error(silent: list[int]) -> RunError:
     names = ", ".join(f"rank {rank}" for rank in silent)
     hangs = "hangs" if len(silent) == 1 else "hang"
     return RunError(
@@ -291,7 +293,7 @@ def _failed(ranks: list[subprocess.Popen[bytes]]) -> dict[int, int]:
     return {number: code for number, code in codes.items() if code}
 
 
-def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
     for rank in ranks:
         rank.kill()
         rank.wait()
@@ -342,22 +344,22 @@ def _environment(
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_count() // count))),
     }
     if rank == 0:
-        words[LISTEN] = str(listener.fileno())
+        words[LISTEN_VARIABLE] = str(listener.fileno())
     if config.device is Device.cpu:
         words |= {"DS_ACCELERATOR": "cpu"}
     return words
 
 
-def a_rank_is_lost() -> bool:
+def a_rank_has_failed() -> bool:
     """Whether the process that started this rank and others has seen one of them fail."""
-    return FOLDER in os.environ and _lost_file(Path(os.environ[FOLDER])).exists()
+    return FOLDER_VARIABLE in os.environ and _lost_file(Path(os.environ[FOLDER_VARIABLE])).exists()
 
 
 def _lost_file(folder: Path) -> Path:
     return folder / "lost"
 
 
-def beat_file(folder: Path, rank: int) -> Path:
+def heartbeat_file(folder: Path, rank: int) -> Path:
     """The file that a rank touches for as long as it runs."""
     return folder / f"rank-{rank}.alive"
 

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from simpo.run.signals import end_at_once, end_with
+from simpo.run.signals import exit_on_signals, set_stopped_exit_code
 
 if __name__ == "__main__":
-    end_at_once()  # importing what follows takes a while
+    exit_on_signals()  # importing what follows takes a while
 
 import os
 import sys
@@ -58,7 +58,7 @@ def start(run: RunConfig) -> dict[str, float]:
     """Train a run here, as one of the processes that were started for it, or in processes of its
     own; see `train`.
     """
-    end_with(run.train.stopped_exit_code)
+    set_stopped_exit_code(run.train.stopped_exit_code)
     refuse_unwritable(run)
     processes.join_slurm()
     count = processes.num_processes_to_start(run.backend)
@@ -175,7 +175,7 @@ def cli() -> None:
 
     Exits with 2 for bad settings or data, 1 for a failed run.
     """
-    end_at_once()
+    exit_on_signals()
     # Hydra would print its own account of a fault and exit with 1; this makes it raise instead.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     parser = get_args_parser()

@@ -141,12 +141,12 @@ def test_signals_through_the_life_of_a_process() -> None:
     """Held, then at once; noted while a run saves; and never again what ends it without a word."""
     code = """
 import os, signal, subprocess, sys
-from simpo.run.signals import StopRequest, end_at_once, end_with, held
-with held():
+from simpo.run.signals import StopRequest, exit_on_signals, set_stopped_exit_code, signals_blocked
+with signals_blocked():
     child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
     child.send_signal(signal.SIGUSR1)
 print("child", child.wait(), flush=True)
-end_at_once()
+exit_on_signals()
 with StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGUSR2)
     print(stop.name, flush=True)
@@ -159,10 +159,10 @@ print("still here", flush=True)
 """
     child = """
 import time
-from simpo.run.signals import end_at_once, end_with
-end_with(9)
+from simpo.run.signals import exit_on_signals, set_stopped_exit_code
+set_stopped_exit_code(9)
 time.sleep(0.2)
-end_at_once()
+exit_on_signals()
 """
     done = subprocess.run([sys.executable, "-c", code, child], capture_output=True, text=True)
     assert done.stderr == "SIGUSR1: stopped while starting (the same command continues)\n"
@@ -172,9 +172,9 @@ end_at_once()
 
 def test_handlers_come_back() -> None:
     """Where a program trains in its own process, its signals are its own again afterwards."""
-    from simpo.run.signals import STOPPING, StopRequest
+    from simpo.run.signals import STOP_SIGNALS, StopRequest
 
-    before = [signal.getsignal(number) for number in STOPPING]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopRequest():
-        assert [signal.getsignal(number) for number in STOPPING] != before
-    assert [signal.getsignal(number) for number in STOPPING] == before
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before

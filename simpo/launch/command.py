@@ -11,7 +11,7 @@ from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, SimpoError
 from simpo.config.menu import Menu
 from simpo.config.schema import RunConfig
-from simpo.run.signals import end_at_once
+from simpo.run.signals import exit_on_signals
 
 GOES_ON = "the same command goes on where it was"
 
@@ -29,7 +29,7 @@ def command(work: Callable[[RunConfig], None], usage: str | None) -> None:
     Exits with 2 for bad settings or data, 1 for what failed on the way, 75 where a signal ended it,
     130 where Ctrl-C did.
     """
-    end_at_once(f"interrupted: {GOES_ON}", f"stopped ({GOES_ON})")
+    exit_on_signals(f"interrupted: {GOES_ON}", f"stopped ({GOES_ON})")
     parser = _Words(add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("-cd", "--config-dir")

@@ -5,10 +5,10 @@ FOLDER holds run.yaml, resolved when the run was submitted.
 
 from __future__ import annotations
 
-from simpo.run.signals import end_at_once
+from simpo.run.signals import exit_on_signals
 
 if __name__ == "__main__":
-    end_at_once()  # importing what follows takes a while
+    exit_on_signals()  # importing what follows takes a while
 
 import json
 import os

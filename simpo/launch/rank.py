@@ -6,10 +6,10 @@ is that of the run, which its records quote.
 
 from __future__ import annotations
 
-from simpo.run.signals import end_at_once, end_with
+from simpo.run.signals import exit_on_signals, set_stopped_exit_code
 
 if __name__ == "__main__":
-    end_at_once(interruption="")  # importing what follows takes a while
+    exit_on_signals(interruption="")  # importing what follows takes a while
 
 import json
 import os
@@ -39,7 +39,7 @@ def main() -> int:
     threading.Thread(target=_heartbeat, args=(heartbeat_file(folder, rank),), daemon=True).start()
     try:
         run = load_run(folder / "run.yaml")
-        end_with(run.train.stopped_exit_code)
+        set_stopped_exit_code(run.train.stopped_exit_code)
         with reporting_lost_ranks():
             metrics = train(run)
     except LostError as error:

@@ -36,7 +36,7 @@ from simpo.run import slurm
 from simpo.run.atomic import write_text
 from simpo.run.folder import new_folder, refuse_other_settings, unfinished_folders
 from simpo.run.runs import NOT_WELL, UNDER_WAY, State, note_job, read_progress, read_runs
-from simpo.run.signals import held, passing_on
+from simpo.run.signals import forwarding_signals, signals_blocked
 
 GRACE_S = 60.0
 """How long members get to save and end, where the sweep itself fails."""
@@ -246,11 +246,11 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
                 del at_work[place]
             if place not in at_work and waiting:
                 member = waiting.pop(0)
-                with held():
+                with signals_blocked():
                     at_work[place] = member.path, _start(member, place, places)
         return {member.path for member in waiting} | {path for path, _ in at_work.values()}
 
-    with passing_on(pass_on):
+    with forwarding_signals(pass_on):
         try:
             _follow(config, todo, under_way)
         finally:

@@ -34,7 +34,7 @@ from simpo.config.errors import (
     first_line,
 )
 from simpo.config.schema import RunConfig
-from simpo.run.signals import held, passing_on
+from simpo.run.signals import forwarding_signals, signals_blocked
 
 GRACE_S = 20.0
 """How long the others get to end by themselves, once one process has failed."""
@@ -181,11 +181,11 @@ def run_in_processes(count: int, run: RunConfig) -> dict[str, float]:
                 rank.send_signal(number)
 
     with ExitStack() as stack:
-        stack.enter_context(passing_on(pass_on))
+        stack.enter_context(forwarding_signals(pass_on))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simpo-")))
         (folder / "run.yaml").write_text(run_yaml(run))
         stack.callback(_kill, ranks)
-        with held(), socket.create_server(("127.0.0.1", 0)) as listener:
+        with signals_blocked(), socket.create_server(("127.0.0.1", 0)) as listener:
             for rank in range(count):
                 ranks.append(_start(run.backend, folder, rank, count, listener))
         if signals:  # before there was a rank to pass it on to

@@ -15,13 +15,13 @@ from typing import Any
 
 from simpo.config.errors import INTERRUPTED, INTERRUPTION, STOPPED
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers send before they end a job."""
-ALL = (*STOPPING, signal.SIGINT)
+ALL = (*STOP_SIGNALS, signal.SIGINT)
 WHILE_STARTING = "stopped while starting (the same command continues)"
 
 
-class _AtOnce:
+class _ExitOnSignal:
     """Handler of a process that has nothing to save yet."""
 
     exit_code = STOPPED
@@ -41,32 +41,32 @@ class _AtOnce:
         os._exit(code)
 
 
-_at_once = _AtOnce()
+_exit_on_signal = _ExitOnSignal()
 
 
-def end_at_once(interruption: str = INTERRUPTION, stopped: str = WHILE_STARTING) -> None:
+def exit_on_signals(interruption: str = INTERRUPTION, stopped: str = WHILE_STARTING) -> None:
     """From now on a stopping signal or Ctrl-C ends this process, which says so in one line.
 
-    For the first lines of a command, before it imports what takes seconds. Signals that `held` kept
-    back are delivered.
+    For the first lines of a command, before it imports what takes seconds. Signals that
+    `signals_blocked` kept back are delivered.
 
     Args:
         interruption: what is said on Ctrl-C; empty where another process says it.
         stopped: what is said on another signal, behind its name.
     """
-    _at_once.interruption, _at_once.stopped = interruption, stopped
+    _exit_on_signal.interruption, _exit_on_signal.stopped = interruption, stopped
     for number in ALL:
-        signal.signal(number, _at_once)
+        signal.signal(number, _exit_on_signal)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL)
 
 
-def end_with(exit_code: int) -> None:
-    """Set the exit code of a process that `end_at_once` ends."""
-    _at_once.exit_code = exit_code
+def set_stopped_exit_code(exit_code: int) -> None:
+    """Set the exit code of a process that `exit_on_signals` ends."""
+    _exit_on_signal.exit_code = exit_code
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """While entered, stopping signals and Ctrl-C wait, here and in processes started meanwhile."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ALL)
     try:
@@ -76,7 +76,7 @@ def held() -> Iterator[None]:
 
 
 @contextmanager
-def passing_on(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def forwarding_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """While entered, a handler gets the stopping signals, and Ctrl-C."""
     before = {number: signal.signal(number, handler) for number in ALL}
     try:
@@ -102,14 +102,14 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Python allows handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in STOPPING}
-            if signal.getsignal(signal.SIGINT) is _at_once:
+            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            if signal.getsignal(signal.SIGINT) is _exit_on_signal:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            if handler is not _at_once:
+            if handler is not _exit_on_signal:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:

@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from simpo.config.check import build_run, trajectory
+from simpo.config.composer import Composer
 from simpo.config.errors import (
     INTERRUPTED,
     INTERRUPTION,
@@ -35,7 +36,6 @@ from simpo.config.errors import (
 )
 from simpo.config.explain import explain
 from simpo.config.inputs import config_dir
-from simpo.config.menu import Menu
 from simpo.config.schema import RunConfig
 from simpo.run import processes
 from simpo.run.folder import refuse_unwritable
@@ -183,15 +183,15 @@ def cli() -> None:
     arguments = parser.parse_args()
     try:
         _check_options(arguments)
-        menu = Menu(arguments.config_dir, arguments.config_name or "train")
-        if arguments.multirun and (found := explain(arguments.overrides, True, menu)):
+        composer = Composer(arguments.config_dir, arguments.config_name or "train")
+        if arguments.multirun and (found := explain(arguments.overrides, True, composer)):
             raise ConfigError(found)  # before the first member has run for hours
         main()
     except SimpoError as error:
         _quit_for(error)
     # Hydra raises whatever comes, a TypeError for a group set to a list of numbers.
     except Exception as error:
-        problems = explain(arguments.overrides, arguments.multirun, menu)
+        problems = explain(arguments.overrides, arguments.multirun, composer)
         if not problems and not isinstance(error, (HydraException, OmegaConfBaseException)):
             raise
         _quit(2, "\n".join(problems) or first_line(error))

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from simpo.config.check import settings
 from simpo.config.choices import OnBadRow
 from simpo.config.compose import compose_run
+from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.explain import explain
 from simpo.config.inputs import DataConfig, SourceConfig
-from simpo.config.menu import Menu
 from simpo.data import sources
 from simpo.data.mixture import load_mixture
 from simpo.data.records import RowFault, to_dialogue, to_pair, to_prompt
@@ -570,29 +570,29 @@ def test_sweeps(line, problems):
 
 
 @pytest.fixture
-def own_menu(tmp_path):
+def own_composer(tmp_path):
     (tmp_path / "loss").mkdir()
     (tmp_path / "loss/mine.yaml").write_text("defaults: [sigmoid, _self_]\nbeta: 7\n")
-    return Menu(str(tmp_path))
+    return Composer(str(tmp_path))
 
 
-def test_a_folder_of_further_choices(own_menu):
-    assert compose_run(["loss=mine"], own_menu).loss.beta == 7
-    assert explain(["loss=mine,hinge", "loss.beta=3"], True, own_menu) == []
+def test_a_folder_of_further_choices(own_composer):
+    assert compose_run(["loss=mine"], own_composer).loss.beta == 7
+    assert explain(["loss=mine,hinge", "loss.beta=3"], True, own_composer) == []
     known = ", ".join(sorted([*OBJECTIVES.split(", "), "mine"]))
     with pytest.raises(ConfigError) as caught:
-        compose_run(["loss=mien"], own_menu)
+        compose_run(["loss=mien"], own_composer)
     assert caught.value.problems == [f"loss: no such choice, got mien (choose from {known})"]
     with pytest.raises(ConfigError) as caught:
-        Menu(f"{own_menu.config_dir}/nowhere")
+        Composer(f"{own_composer.config_dir}/nowhere")
     assert caught.value.problems == [
-        f"--config-dir: no such folder, got {own_menu.config_dir}/nowhere"
+        f"--config-dir: no such folder, got {own_composer.config_dir}/nowhere"
     ]
 
 
-def test_words_of_the_other_commands(own_menu, monkeypatch, capsys):
+def test_words_of_the_other_commands(own_composer, monkeypatch, capsys):
     runs = []
-    monkeypatch.setattr("sys.argv", ["x", "--config-dir", own_menu.config_dir, "loss=mine"])
+    monkeypatch.setattr("sys.argv", ["x", "--config-dir", own_composer.config_dir, "loss=mine"])
     command(runs.append, "usage")
     assert runs[0].loss.beta == 7
     for words, answer in (

@@ -165,12 +165,12 @@ def test_the_mathematics_knows_no_framework(module: str) -> None:
         ("plotly", {"report.page"}),
         ("wandb", {"loop.tracker"}),
         ("peft", {"model.adapters"}),
-        ("hydra", {"config.check", "config.menu", "config.explain", "train"}),
+        ("hydra", {"config.check", "config.composer", "config.explain", "train"}),
         (
             "omegaconf",
             {
                 *("config.inputs", "config.losses", "config.schema", "config.check"),
-                *("config.compose", "config.menu", "config.explain", "config.suggest"),
+                *("config.compose", "config.composer", "config.explain", "config.suggest"),
                 *("report.published", "train"),
             },
         ),

@@ -26,8 +26,8 @@ from omegaconf import (
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from simpo.config.check import build_run, fault_line
+from simpo.config.composer import CONF, Composer, NotComposedError
 from simpo.config.errors import ConfigError, first_line
-from simpo.config.menu import CONF, Menu, NotComposedError
 from simpo.config.suggest import all_keys, choices_with, unknown_key
 
 SEARCHPATH = "hydra.searchpath="
@@ -43,39 +43,41 @@ class Sweeper:
     params: tuple[str, ...] = ()
 
 
-def explain(overrides: Sequence[str], multirun: bool = False, menu: Menu = CONF) -> list[str]:
+def explain(
+    overrides: Sequence[str], multirun: bool = False, composer: Composer = CONF
+) -> list[str]:
     """Every fault of overrides; sweeps (only meant so with `multirun`) are tried by value."""
     if searchpath := tuple(word for word in overrides if word.startswith(SEARCHPATH)):
-        menu = replace(menu, searchpath=searchpath)
-    if searchpath or menu.config_name != CONF.config_name:
+        composer = replace(composer, searchpath=searchpath)
+    if searchpath or composer.config_name != CONF.config_name:
         try:
-            menu.compose([])
+            composer.compose([])
         except NotComposedError as error:
             return [f"{SEARCHPATH[:-1] if searchpath else '--config-name'}: {error}"]
-    sweeper, problems = _sweeper(menu, overrides) if multirun else (None, [])
+    sweeper, problems = _sweeper(composer, overrides) if multirun else (None, [])
     # A group decides which keys exist, so groups are settled first.
     groups: dict[str, list[Override]] = {}
     values: list[Override] = []
     counts: dict[str, int] = {}
     for text in (*(sweeper.params if sweeper else ()), *overrides):
         try:
-            override = _parsed(menu, text)
-            singles = _singles(menu, override, sweeper)
+            override = _parsed(composer, text)
+            singles = _singles(composer, override, sweeper)
         except NotComposedError as error:
             problems.append(str(error))
             continue
         key = override.key_or_group
         counts[key] = len(singles) if override.is_sweep_override() else 0
-        if _is_group(menu, key):
+        if _is_group(composer, key):
             groups[key] = singles
         else:
             values += singles
     members = math.prod(count or 1 for count in counts.values())
     if sweeper and sweeper.kind == "basic" and members > MOST_MEMBERS:
         return [*problems, f"this sweep has {members:,} members (at most {MOST_MEMBERS:,})"]
-    faulty, good = _group_problems(menu, groups, problems)
+    faulty, good = _group_problems(composer, groups, problems)
     for member in _members(good):
-        problems += _member_problems(menu, member, values, faulty)
+        problems += _member_problems(composer, member, values, faulty)
     if any(counts.values()) and not multirun and not problems:
         problems.append(
             "several values in one setting: -m starts a run for each; a list is key=[a,b], "
@@ -84,17 +86,19 @@ def explain(overrides: Sequence[str], multirun: bool = False, menu: Menu = CONF)
     return list(dict.fromkeys(problems))
 
 
-def _sweeper(menu: Menu, overrides: Sequence[str]) -> tuple[Sweeper, list[str]]:
+def _sweeper(composer: Composer, overrides: Sequence[str]) -> tuple[Sweeper, list[str]]:
     """The sweeper that overrides choose, and what is wrong with what it is to sweep."""
     telling: list[str] = []
     for text in overrides:
         with suppress(NotComposedError):
-            override = _parsed(menu, text)
+            override = _parsed(composer, text)
             key = override.key_or_group
-            if not override.is_sweep_override() and (key[:5] == "hydra" or _is_group(menu, key)):
+            if not override.is_sweep_override() and (
+                key[:5] == "hydra" or _is_group(composer, key)
+            ):
                 telling.append(text)
     try:
-        composed = menu.compose(telling, with_hydra=True).hydra
+        composed = composer.compose(telling, with_hydra=True).hydra
         node = OmegaConf.to_container(composed.sweeper, resolve=True)
     except (NotComposedError, OmegaConfBaseException):
         return Sweeper(), []  # told where the overrides are
@@ -111,14 +115,14 @@ def _sweeper(menu: Menu, overrides: Sequence[str]) -> tuple[Sweeper, list[str]]:
     return Sweeper(composed.runtime.choices["hydra/sweeper"], tuple(params)), []
 
 
-def _is_group(menu: Menu, key: str) -> bool:
+def _is_group(composer: Composer, key: str) -> bool:
     # An `experiments` folder without a file is not part of a checkout.
-    return key == "experiments" or ("." not in key and bool(menu.choices(key)))
+    return key == "experiments" or ("." not in key and bool(composer.choices(key)))
 
 
-def _parsed(menu: Menu, text: str) -> Override:
+def _parsed(composer: Composer, text: str) -> Override:
     try:
-        with menu.loader() as loader:  # which a glob looks into
+        with composer.loader() as loader:  # which a glob looks into
             (override,) = OverridesParser.create(config_loader=loader).parse_overrides([text])
     except HydraException as error:
         raise NotComposedError(_unreadable(text, error)) from error
@@ -142,7 +146,7 @@ def _unreadable(text: str, error: Exception | None = None) -> str:
     return f"{text}: special characters need quotes within quotes ('{key}=\"{value}\"')"
 
 
-def _singles(menu: Menu, override: Override, sweeper: Sweeper | None) -> list[Override]:
+def _singles(composer: Composer, override: Override, sweeper: Sweeper | None) -> list[Override]:
     """An override for each value of a sweep; for both ends of an interval.
 
     Raises:
@@ -169,7 +173,7 @@ def _singles(menu: Menu, override: Override, sweeper: Sweeper | None) -> list[Ov
         if not values:
             raise NotComposedError(f"{key}: {text} gives no value (list some: {key}=a,b)")
     start = line[: line.index(key)] + key
-    return [_parsed(menu, f"{start}={value}") for value in values]
+    return [_parsed(composer, f"{start}={value}") for value in values]
 
 
 def _check_range(key: str, text: str, sweep: RangeSweep) -> None:
@@ -183,14 +187,14 @@ def _check_range(key: str, text: str, sweep: RangeSweep) -> None:
 
 
 def _group_problems(
-    menu: Menu, groups: dict[str, list[Override]], problems: list[str]
+    composer: Composer, groups: dict[str, list[Override]], problems: list[str]
 ) -> tuple[set[str], list[list[str]]]:
     """Add the faults of groups to problems; returns which have some, and the others' choices."""
     faulty: set[str] = set()
     good: list[list[str]] = []
     for group, singles in groups.items():
         others = [str(more[0].input_line) for name, more in groups.items() if name != group]
-        found = [fault for choice in singles if (fault := _group_problem(menu, choice, others))]
+        found = [fault for choice in singles if (fault := _group_problem(composer, choice, others))]
         problems += found
         if found:
             faulty.add(group)
@@ -209,10 +213,10 @@ def _members(groups: list[list[str]]) -> Iterator[list[str]]:
 
 
 def _member_problems(
-    menu: Menu, groups: list[str], values: list[Override], faulty: set[str]
+    composer: Composer, groups: list[str], values: list[Override], faulty: set[str]
 ) -> list[str]:
     try:
-        base = menu.compose(groups)
+        base = composer.compose(groups)
     except NotComposedError as error:
         return [f"{' '.join(groups)}: {error}"]
     problems: list[str] = []
@@ -220,7 +224,7 @@ def _member_problems(
     bad: list[str] = []
     for override in values:
         key = override.key_or_group
-        if faults := _override_problems(menu, override, base, groups):
+        if faults := _override_problems(composer, override, base, groups):
             # A key that another choice of a misspelt group has may be what that choice is for.
             wanted = key.partition(".")[0] in faulty and choices_with(key)
             problems += [] if wanted else faults
@@ -231,7 +235,7 @@ def _member_problems(
     backwards = [good[::-1]] if len({line.partition("=")[0] for line in good}) < len(good) else []
     for lines in (good, *backwards):
         try:
-            build_run(menu.compose([*groups, *lines]))
+            build_run(composer.compose([*groups, *lines]))
         except ConfigError as error:
             # Without the setting that was refused above, the run may lack what it was to give.
             problems += [p for p in error.problems if p.partition(":")[0] not in bad]
@@ -242,20 +246,20 @@ def _member_problems(
     return problems
 
 
-def _group_problem(menu: Menu, override: Override, others: list[str]) -> str | None:
+def _group_problem(composer: Composer, override: Override, others: list[str]) -> str | None:
     group, line, value = override.key_or_group, str(override.input_line), override.value()
     try:
         # A group may be there only with a choice of another.
-        menu.compose([*others, line])
+        composer.compose([*others, line])
         return None
     except NotComposedError:
         pass
     try:
-        menu.compose([line])
+        composer.compose([line])
     except NotComposedError as error:
         if override.is_delete():
             return f"{group}: cannot be left out (leave out the ~)"
-        choices = menu.choices(group)
+        choices = composer.choices(group)
         wanted = {_shown(item) for item in (value if isinstance(value, list) else [value])}
         if not wanted <= set(choices):
             known = f"choose from {', '.join(choices)}" if choices else f"{group}/ has none"
@@ -267,13 +271,13 @@ def _group_problem(menu: Menu, override: Override, others: list[str]) -> str | N
 
 
 def _override_problems(
-    menu: Menu, override: Override, base: DictConfig, groups: list[str]
+    composer: Composer, override: Override, base: DictConfig, groups: list[str]
 ) -> list[str]:
     key = override.key_or_group
     if not (override.is_add() or override.is_delete() or key.startswith("hydra")):
         return _value_problems(base, key, override.value())
     try:
-        menu.compose([*groups, str(override.input_line)])
+        composer.compose([*groups, str(override.input_line)])
     except NotComposedError as error:
         if override.is_delete():
             return [f"{key}: cannot be left out (leave out the ~)"]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from simpo.config.compose import compose_run
+from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError, SimpoError
-from simpo.config.menu import Menu
 from simpo.config.schema import RunConfig
 from simpo.run.signals import exit_on_signals
 
@@ -38,7 +38,7 @@ def command(work: Callable[[RunConfig], None], usage: str | None) -> None:
         if options.help:
             print(usage)
             return
-        work(compose_run(words, Menu(options.config_dir)))
+        work(compose_run(words, Composer(options.config_dir)))
     except SimpoError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

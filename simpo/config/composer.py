@@ -28,7 +28,7 @@ class NotComposedError(Exception):
 
 
 @dataclass(frozen=True)
-class Menu:
+class Composer:
     """What Hydra composes from.
 
     Attributes:
@@ -100,5 +100,5 @@ class Menu:
             yield from (f"{below}/{name}" for name in self._choices(loader, f"{group}/{below}"))
 
 
-CONF = Menu()
+CONF = Composer()
 """What comes with simpo."""

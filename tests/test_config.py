@@ -1,4 +1,4 @@
-"""Every file of conf/ and experiments/ composes, a run survives its run.yaml, and its id says what it is."""
+"""All shipped settings compose, a run survives its run.yaml, and its id says what it is."""
 
 import runpy
 import subprocess

@@ -115,7 +115,7 @@ def test_other_settings_are_refused(drawing: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         generate(drawing, "on_policy.num_prompts=2", "on_policy.temperature=1.5")
     assert str(caught.value) == (
-        f"on_policy.temperature: the replies in {tmp_path}/own were drawn with 0.8, got 1.5 "
+        f"on_policy.temperature: the replies in {tmp_path}/own were generated with 0.8, got 1.5 "
         "(restore it, or choose another on_policy.folder)"
     )
 
@@ -139,7 +139,7 @@ def test_other_weights_under_the_same_path_are_refused(
     now = model_content("model.path", str(model), None)
     assert now != before[key]
     assert str(caught.value) == (
-        f"{key}: the replies in {own} were drawn with {before[key]}, got {now} "
+        f"{key}: the replies in {own} were generated with {before[key]}, got {now} "
         "(restore it, or choose another on_policy.folder)"
     )
     assert lines(own / "responses.jsonl") == first
@@ -154,7 +154,7 @@ def test_other_weights_under_the_same_path_are_refused(
     (own / "settings.json").write_text(json.dumps(before | {"template_date": "x"}) + "\n")
     with pytest.raises(ConfigError) as caught:
         generate(drawing, *few)
-    assert str(caught.value).startswith(f"{key}: the replies in {own} were drawn with ")
+    assert str(caught.value).startswith(f"{key}: the replies in {own} were generated with ")
 
 
 def test_a_model_of_the_hub_is_known_by_its_commit(

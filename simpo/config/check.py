@@ -161,7 +161,7 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
 
 
 def check_training(run: RunConfig, bf16: bool = True) -> None:
-    """Check what matters for training alone: replies are drawn by weights of any kind.
+    """Check what matters for training alone: weights of any kind may generate replies.
 
     Args:
         bf16: the forward computes in bf16, as far as that is known.

@@ -129,23 +129,23 @@ class SampleConfig:
 
 @dataclass(kw_only=True)
 class OnPolicyConfig:
-    """Pairs out of the model's own replies: `simpo.generate` draws them, `simpo.annotate` scores
-    them and makes pairs of the best and the worst. Defaults are the paper's."""
+    """Pairs of the model's own replies: `simpo.generate` generates them, `simpo.annotate` scores
+    them and pairs the best with the worst. Defaults are the paper's."""
 
     folder: str | None = None
     """Where replies, scores and pairs lie. null: <output_dir>/on_policy/<model>-<data>."""
     seeds: list[int] = field(default_factory=lambda: [13, 21, 42, 79, 100])
-    """One reply is drawn to each prompt with each."""
+    """Each generates one reply to each prompt."""
     temperature: float = 0.8
-    """Of the draws; above 0."""
+    """Sampling temperature; above 0."""
     top_p: float = 0.95
-    """Tokens are drawn from the likeliest that make up this share."""
+    """Tokens are sampled from the likeliest that make up this share."""
     max_new_tokens: int = 4096
     """Longest reply."""
     num_prompts: int | None = None
     """Prompts answered of each split, the first ones; null answers all."""
     engine: Engine = Engine.auto
-    """What draws. auto: vllm where it is installed and there is a GPU, else transformers."""
+    """What generates. auto: vllm where it is installed and there is a GPU, else transformers."""
     batch_prompts: int = 32
     """Prompts answered together; what is done is kept after each batch."""
     reward: str | None = None

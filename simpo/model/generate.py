@@ -48,7 +48,7 @@ def complete(
 
     Args:
         temperature: 0 takes the likeliest token each time.
-        top_p: drawn from the likeliest tokens that make up this share.
+        top_p: samples from the likeliest tokens that make up this share.
     """
     policy.eval()
     base: Any = policy.base
@@ -57,13 +57,13 @@ def complete(
     pad_id = chat.end_id if pad_id is None else int(pad_id)
     padded = [[pad_id] * (width - len(ids)) + ids for ids in prompts]
     mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-    drawn = temperature > 0
+    sampled = temperature > 0
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=drawn,
-        temperature=temperature if drawn else None,
-        top_p=top_p if drawn else None,
-        top_k=0 if drawn else None,
+        do_sample=sampled,
+        temperature=temperature if sampled else None,
+        top_p=top_p if sampled else None,
+        top_k=0 if sampled else None,
         eos_token_id=chat.end_id,
         pad_token_id=pad_id,
     )

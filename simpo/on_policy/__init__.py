@@ -1,1 +1,1 @@
-"""Pairs out of a model's own replies: drawn by `draw`, scored and paired by `score`."""
+"""Preference pairs of a model's own replies: `generate` writes replies, `annotate` pairs them."""

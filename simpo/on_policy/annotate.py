@@ -114,7 +114,7 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
     )
     if not written["train"]:
         raise RunError(
-            f"{folder}: no prompt to train on has replies of different scores (draw with more "
+            f"{folder}: no prompt to train on has replies of different scores (generate with more "
             "on_policy.seeds, or go on with simpo.generate where it was stopped)"
         )
 
@@ -164,7 +164,7 @@ def _score_all(
         print(f"note   {name} has changed since {file.name}: all replies are scored anew")
     reward: Reward | None = None
     scored: dict[str, list[float]] = {}
-    for prompt in tqdm(prompts, desc="score", unit="prompt"):
+    for prompt in tqdm(prompts, desc="annotate", unit="prompt"):
         texts = [response.response for response in replies[prompt.id].values()]
         if len(texts) < 2:
             continue

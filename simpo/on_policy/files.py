@@ -1,7 +1,7 @@
 """Prompts and replies on disk: what `simpo.generate` writes and `simpo.annotate` reads.
 
 <folder>/
-    settings.json              of the drawing; others are refused
+    settings.json              of simpo.generate; others are refused
     prompts.jsonl              id, split, prompt (messages), rule
     responses.jsonl            prompt id, seed, response, its tokens, whether it came to an end
     scores-<reward>.jsonl      prompt id, hashes of its responses and of the reward, their scores
@@ -35,7 +35,7 @@ MODEL_FILES = (".safetensors", ".bin", ".pt", ".py", "config.json", "tokenizer.j
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that replies are drawn to; `id` is a hash of its messages."""
+    """A prompt that replies are generated to; `id` is a hash of its messages."""
 
     id: str
     split: str

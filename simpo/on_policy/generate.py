@@ -45,12 +45,12 @@ from simpo.on_policy.files import (
 )
 from simpo.run.atomic import write_text
 
-Draw = Callable[[Sequence[list[int]], int], list[Completion]]
+Generate = Callable[[Sequence[list[int]], int], list[Completion]]
 """From the token ids of some prompts, and a seed, to a reply to each."""
 
 
 def generate(run: RunConfig) -> Path:
-    """Draw a reply to every prompt with every seed of `on_policy.seeds`, those that are not there.
+    """Generate the missing replies: one to every prompt with each seed of `on_policy.seeds`.
 
     A batch depends on its prompts and its seed only, so a run that was stopped and continued leaves
     what an undisturbed one does.
@@ -59,7 +59,7 @@ def generate(run: RunConfig) -> Path:
         The folder; see `simpo.on_policy.files`.
 
     Raises:
-        ConfigError: the folder holds replies drawn with other settings or weights, or another
+        ConfigError: the folder holds replies generated with other settings or weights, or another
             process works in it.
         DataError: the prompts cannot be read, or written in the model's template.
     """
@@ -79,14 +79,14 @@ def generate(run: RunConfig) -> Path:
         lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)
         write_text(folder / "prompts.jsonl", lines)
         print(f"folder {folder}\n{len(prompts)} prompts, {len(config.seeds)} replies each")
-        _draw_all(run, chat, folder, prompts, ids)
+        _generate_missing(run, chat, folder, prompts, ids)
     return folder
 
 
-def _draw_all(
+def _generate_missing(
     run: RunConfig, chat: Chat, folder: Path, prompts: list[Prompt], ids: list[list[int]]
 ) -> None:
-    """Draw what is not in responses.jsonl, and append it batch by batch."""
+    """Generate the replies that responses.jsonl lacks, and append them batch by batch."""
     config = run.on_policy
     done = {(response.id, response.seed) for response in read_responses(folder)}
     todo = [
@@ -98,14 +98,14 @@ def _draw_all(
     if not todo:
         return
     engine = _engine(config.engine)
-    draw = _vllm(run, chat) if engine is Engine.vllm else _transformers(run, chat)
-    for seed, batch in tqdm(todo, desc=f"draw ({engine.value})", unit="batch"):
-        drawn = draw([ids[i] for i in batch], seed)
+    generate_replies = _vllm(run, chat) if engine is Engine.vllm else _transformers(run, chat)
+    for seed, batch in tqdm(todo, desc=f"generate ({engine.value})", unit="batch"):
+        replies = generate_replies([ids[i] for i in batch], seed)
         append_lines(
             folder / "responses.jsonl",
             (
                 asdict(Response(prompts[i].id, seed, reply.text, reply.tokens, reply.ended))
-                for i, reply in zip(batch, drawn, strict=True)
+                for i, reply in zip(batch, replies, strict=True)
                 if (prompts[i].id, seed) not in done
             ),
         )
@@ -172,7 +172,7 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
 
 
 def _template_date(folder: Path) -> date:
-    """The day that the chat template takes for today: that on which drawing began."""
+    """The day that the chat template takes for today: when the first reply was generated."""
     settings = next(iter(read_lines(folder / "settings.json")), {})
     try:
         return date.fromisoformat(settings["template_date"])
@@ -193,8 +193,8 @@ def _refuse_other_settings(folder: Path, now: dict[str, Any]) -> None:
     if before and before != now:
         raise ConfigError(
             [
-                f"{key}: the replies in {folder} were drawn with {before.get(key)}, got {value} "
-                "(restore it, or choose another on_policy.folder)"
+                f"{key}: the replies in {folder} were generated with {before.get(key)}, "
+                f"got {value} (restore it, or choose another on_policy.folder)"
                 for key, value in now.items()
                 if before.get(key) != value
             ]
@@ -209,14 +209,14 @@ def _engine(wanted: Engine) -> Engine:
     return Engine.vllm if able else Engine.transformers
 
 
-def _transformers(run: RunConfig, chat: Chat) -> Draw:
-    """Draws with the model as training loads it."""
+def _transformers(run: RunConfig, chat: Chat) -> Generate:
+    """Generates with the model as training loads it."""
     config = run.on_policy
     backend = build_backend(run.backend, run.train.precision)
     cache_dir = Path(run.cache_dir).expanduser()
     policy = load_policy(run.model, cache_dir, backend.device, seed=0, bf16=backend.bf16)
 
-    def draw(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
+    def generate_replies(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         torch.manual_seed(int(content_hash([seed, *prompts]), 16) % 2**63)
         with backend.unsharded(policy):
             return complete(
@@ -229,11 +229,11 @@ def _transformers(run: RunConfig, chat: Chat) -> Draw:
                 config.top_p,
             )
 
-    return draw
+    return generate_replies
 
 
-def _vllm(run: RunConfig, chat: Chat) -> Draw:
-    """Draws with vLLM, each reply with a seed of its own.
+def _vllm(run: RunConfig, chat: Chat) -> Generate:
+    """Generates with vLLM, each reply with a seed of its own.
 
     Raises:
         ConfigError: an adapter, which it would want merged.
@@ -243,7 +243,7 @@ def _vllm(run: RunConfig, chat: Chat) -> Draw:
     config = run.on_policy
     if run.model.lora.adapter is not None:
         remedy = "merge it, or on_policy.engine=transformers"
-        raise ConfigError([f"model.lora.adapter: vllm draws from a whole model ({remedy})"])
+        raise ConfigError([f"model.lora.adapter: vllm generates with a whole model ({remedy})"])
     source = model_source(run.model, Path(run.cache_dir).expanduser())
     model = LLM(
         model=source,
@@ -253,7 +253,7 @@ def _vllm(run: RunConfig, chat: Chat) -> Draw:
         generation_config="vllm",  # not the model's: settings of our own only
     )
 
-    def draw(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
+    def generate_replies(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         outputs = model.generate(
             [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
             [
@@ -270,4 +270,4 @@ def _vllm(run: RunConfig, chat: Chat) -> Draw:
         )
         return [completion(chat, list(output.outputs[0].token_ids)) for output in outputs]
 
-    return draw
+    return generate_replies

@@ -1,4 +1,4 @@
-"""Draw several replies of the model to each prompt of a data set.
+"""Generate several replies of the model to each prompt of a data set.
 
     python -m simpo.generate model=llama3_instruct data=ultrafeedback
     python -m simpo.generate on_policy.seeds=[1,2,3] on_policy.temperature=1.0

@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 from simpo.config.compose import compose_run
 from simpo.data.chat import Chat
 from simpo.data.mixture import load_mixture
-from simpo.loop.replies import Reply, greedy_replies, repetition, reply_metrics
-from simpo.model.generate import complete
+from simpo.loop.replies import HeldOutReply, greedy_replies, repetition, reply_metrics
+from simpo.model.generate import generate_replies
 from simpo.model.load import load_policy
 from simpo.model.tokenizer import load_tokenizer
 
@@ -75,7 +75,7 @@ def test_drawn_replies_go_by_our_settings_only(tiny_run: list[str], tmp_path: Pa
         policy.base.generation_config = own = GenerationConfig(**settings)
         torch.manual_seed(0)
         prompts = chat.encode(["Hi", "Owls are birds"])
-        drawn.append(complete(policy, chat, prompts, 12, torch.device("cpu"), 1.0, 0.9))
+        drawn.append(generate_replies(policy, chat, prompts, 12, torch.device("cpu"), 1.0, 0.9))
         assert policy.base.generation_config is own, "which is what is exported"
     assert drawn == [drawn[0]] * len(OWN_SETTINGS)
     assert all(0 < reply.tokens <= 12 for reply in drawn[0])
@@ -84,7 +84,7 @@ def test_drawn_replies_go_by_our_settings_only(tiny_run: list[str], tmp_path: Pa
 def test_reply_metrics() -> None:
     pair: object = None
     told = ((2, True, 0.0), (4, False, 0.5), (9, None, 0.75), (5, True, 0.0))
-    replies = [Reply(pair, "", n, ok, again) for n, ok, again in told]  # type: ignore[arg-type]
+    replies = [HeldOutReply(pair, "", n, ok, again) for n, ok, again in told]  # type: ignore[arg-type]
     assert reply_metrics(replies) == {
         "reply_tokens": 5.0,
         "reply_repetition": 0.3125,

@@ -11,7 +11,7 @@ import torch
 from simpo.data.chat import Chat
 from simpo.data.pairs import Pair
 from simpo.data.rules import obeys
-from simpo.model.generate import BATCH_PROMPTS, batches, complete
+from simpo.model.generate import BATCH_PROMPTS, batches, generate_replies
 from simpo.model.policy import Policy
 
 NGRAM_TOKENS = 4
@@ -19,7 +19,7 @@ NGRAM_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Reply:
+class HeldOutReply:
     """A greedy reply to the prompt of a pair; `obeys` is None where the pair has no rule.
 
     `repetition` is what `repetition` says of its tokens.
@@ -34,24 +34,26 @@ class Reply:
 
 def greedy_replies(
     policy: Policy, chat: Chat, pairs: Sequence[Pair], max_new_tokens: int, device: torch.device
-) -> list[Reply]:
+) -> list[HeldOutReply]:
     """Answer the prompt of each pair, in the order given.
 
     The prompt's ids are those of training. A reply ends with the token that ends a response in
     training, or after `max_new_tokens`.
     """
     prompts = chat.encode([chat.prompt_text(pair.prompt) for pair in pairs])
-    replies: dict[int, Reply] = {}
+    replies: dict[int, HeldOutReply] = {}
     for batch in batches([len(ids) for ids in prompts], BATCH_PROMPTS):
-        completed = complete(policy, chat, [prompts[i] for i in batch], max_new_tokens, device)
-        for i, completion in zip(batch, completed, strict=True):
+        generated = generate_replies(
+            policy, chat, [prompts[i] for i in batch], max_new_tokens, device
+        )
+        for i, reply in zip(batch, generated, strict=True):
             rule = pairs[i].rule
-            replies[i] = Reply(
+            replies[i] = HeldOutReply(
                 pairs[i],
-                completion.text,
-                completion.tokens,
-                None if rule is None else obeys(rule, completion.text),
-                repetition(completion.ids),
+                reply.text,
+                reply.tokens,
+                None if rule is None else obeys(rule, reply.text),
+                repetition(reply.ids),
             )
     return [replies[i] for i in range(len(pairs))]
 
@@ -66,7 +68,7 @@ def repetition(ids: Sequence[int]) -> float:
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def reply_metrics(replies: Sequence[Reply]) -> dict[str, float]:
+def reply_metrics(replies: Sequence[HeldOutReply]) -> dict[str, float]:
     """Means of length and repetition, and the share that obey their rule where there are rules."""
     metrics = {
         "reply_tokens": sum(reply.tokens for reply in replies) / len(replies),
@@ -78,7 +80,7 @@ def reply_metrics(replies: Sequence[Reply]) -> dict[str, float]:
     return metrics
 
 
-def reply_lines(replies: Sequence[Reply]) -> list[dict[str, Any]]:
+def reply_lines(replies: Sequence[HeldOutReply]) -> list[dict[str, Any]]:
     """What samples/step-N.json keeps of each reply."""
     return [
         {

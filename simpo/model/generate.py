@@ -16,7 +16,7 @@ BATCH_PROMPTS = 64
 
 
 @dataclass(frozen=True)
-class Completion:
+class Reply:
     """What a model wrote, and whether it came to an end; `ids` are without the token for that."""
 
     text: str
@@ -35,7 +35,7 @@ def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def complete(
+def generate_replies(
     policy: Policy,
     chat: Chat,
     prompts: Sequence[list[int]],
@@ -43,7 +43,7 @@ def complete(
     device: torch.device,
     temperature: float = 0.0,
     top_p: float = 1.0,
-) -> list[Completion]:
+) -> list[Reply]:
     """Continue prompts, given as token ids, in one batch.
 
     Args:
@@ -77,11 +77,11 @@ def complete(
         )
     finally:
         base.generation_config = own
-    return [completion(chat, ids) for ids in output[:, width:].tolist()]
+    return [decode_reply(chat, ids) for ids in output[:, width:].tolist()]
 
 
-def completion(chat: Chat, ids: list[int]) -> Completion:
+def decode_reply(chat: Chat, ids: list[int]) -> Reply:
     """What a model wrote, up to the token that ends a response in training."""
     ended = chat.end_id in ids
     ids = ids[: ids.index(chat.end_id)] if ended else ids
-    return Completion(str(chat.tokenizer.decode(ids, skip_special_tokens=True)), ids, ended)
+    return Reply(str(chat.tokenizer.decode(ids, skip_special_tokens=True)), ids, ended)

@@ -29,14 +29,14 @@ from simpo.loop.console import quiet_libraries
 from simpo.model.pretrained import load_pretrained, load_weights
 from simpo.on_policy.files import (
     Prompt,
-    Response,
+    StoredReply,
     append_lines,
     content_hash,
     model_content,
     on_policy_folder,
     read_lines,
     read_prompts,
-    read_responses,
+    read_stored_replies,
     working_in,
 )
 from simpo.run.atomic import write_text
@@ -80,7 +80,7 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
     written: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     counts: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
     for prompt in prompts:
-        texts = [response.response for response in replies[prompt.id].values()]
+        texts = [reply.text for reply in replies[prompt.id].values()]
         counts[prompt.split]["prompts"] += 1
         if len(texts) < 2:
             counts[prompt.split]["fewer than two different replies"] += 1
@@ -121,22 +121,22 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
 
 def _replies(
     folder: Path, prompts: list[Prompt], keep_cut: bool
-) -> tuple[dict[str, dict[str, Response]], int]:
+) -> tuple[dict[str, dict[str, StoredReply]], int]:
     """The different replies to each prompt by their text, and the number of those cut off."""
-    replies: dict[str, dict[str, Response]] = {prompt.id: {} for prompt in prompts}
+    replies: dict[str, dict[str, StoredReply]] = {prompt.id: {} for prompt in prompts}
     cut = 0
-    for response in read_responses(folder):
-        if response.id not in replies:
+    for reply in read_stored_replies(folder):
+        if reply.id not in replies:
             raise ConfigError(
                 [
-                    f"on_policy.folder: {folder} has a reply to {response.id}, which is not in its "
+                    f"on_policy.folder: {folder} has a reply to {reply.id}, which is not in its "
                     "prompts.jsonl (simpo.generate writes that again)"
                 ]
             )
-        if not response.ended and not keep_cut:
+        if not reply.ended and not keep_cut:
             cut += 1
-        elif response.response.strip():
-            replies[response.id].setdefault(response.response.strip(), response)
+        elif reply.text.strip():
+            replies[reply.id].setdefault(reply.text.strip(), reply)
     if not any(replies.values()):
         why = f": all {cut} are cut off (on_policy.keep_cut=true takes them)" if cut else ""
         raise ConfigError([f"on_policy.folder: no replies in {folder}{why or ' (simpo.generate)'}"])
@@ -148,7 +148,7 @@ def _score_all(
     folder: Path,
     name: str,
     prompts: list[Prompt],
-    replies: Mapping[str, Mapping[str, Response]],
+    replies: Mapping[str, Mapping[str, StoredReply]],
 ) -> dict[str, list[float]]:
     """Scores of the different replies to each prompt that has several; those known are kept."""
     safe_name = re.sub(r"[^\w.-]+", "_", name)
@@ -165,7 +165,7 @@ def _score_all(
     reward: Reward | None = None
     scored: dict[str, list[float]] = {}
     for prompt in tqdm(prompts, desc="annotate", unit="prompt"):
-        texts = [response.response for response in replies[prompt.id].values()]
+        texts = [reply.text for reply in replies[prompt.id].values()]
         if len(texts) < 2:
             continue
         wanted = content_hash(texts)
@@ -236,7 +236,7 @@ def _is_function(name: str) -> bool:
 
 
 def by_rule(
-    prompt: Sequence[Message], responses: Sequence[str], rule: Mapping[str, Any] | None
+    prompt: Sequence[Message], replies: Sequence[str], rule: Mapping[str, Any] | None
 ) -> list[float]:
     """1 for a reply that obeys the prompt's rule, 0 for another.
 
@@ -245,7 +245,7 @@ def by_rule(
     """
     if rule is None:
         raise ValueError("the prompt has no rule")
-    return [float(obeys(rule, text)) for text in responses]
+    return [float(obeys(rule, text)) for text in replies]
 
 
 def _function(name: str) -> Reward:
@@ -272,10 +272,10 @@ def _model(run: RunConfig, name: str) -> Reward:
 
     @torch.no_grad()
     def reward(
-        prompt: Sequence[Message], responses: Sequence[str], rule: Mapping[str, Any] | None
+        prompt: Sequence[Message], replies: Sequence[str], rule: Mapping[str, Any] | None
     ) -> list[float]:
         scores = []
-        for text in responses:
+        for text in replies:
             ids = tokenizer.apply_chat_template(
                 [*prompt, {"role": "assistant", "content": text}], return_dict=False
             )

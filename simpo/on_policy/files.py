@@ -3,8 +3,8 @@
 <folder>/
     settings.json              of simpo.generate; others are refused
     prompts.jsonl              id, split, prompt (messages), rule
-    responses.jsonl            prompt id, seed, response, its tokens, whether it came to an end
-    scores-<reward>.jsonl      prompt id, hashes of its responses and of the reward, their scores
+    responses.jsonl            replies: prompt id, seed, text, its tokens, whether it came to an end
+    scores-<reward>.jsonl      prompt id, hashes of its replies and of the reward, their scores
     train.jsonl, test.jsonl    the pairs, as `data=jsonl` reads them
     lock                       held by the command that works in the folder
 """
@@ -44,14 +44,24 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Response:
+class StoredReply:
     """A reply to the prompt of an id; `ended` is False where it was cut off."""
 
     id: str
     seed: int
-    response: str
+    text: str
     tokens: int
     ended: bool
+
+    def line(self) -> dict[str, Any]:
+        """Its line of responses.jsonl."""
+        return {
+            "id": self.id,
+            "seed": self.seed,
+            "response": self.text,
+            "tokens": self.tokens,
+            "ended": self.ended,
+        }
 
 
 def on_policy_folder(run: RunConfig) -> Path:
@@ -138,23 +148,23 @@ def read_prompts(folder: Path) -> list[Prompt]:
     return prompts
 
 
-def read_responses(folder: Path) -> list[Response]:
+def read_stored_replies(folder: Path) -> list[StoredReply]:
     """Raises: ConfigError, where a line is none that `simpo.generate` writes."""
     path = folder / "responses.jsonl"
-    responses = []
+    replies = []
     for number, row in enumerate(read_lines(path), start=1):
         match row:
             case {
-                "id": str(),
-                "seed": int(),
-                "response": str(),
-                "tokens": int(),
-                "ended": bool(),
+                "id": str(key),
+                "seed": int(seed),
+                "response": str(text),
+                "tokens": int(tokens),
+                "ended": bool(ended),
             } if len(row) == 5:
-                responses.append(Response(**row))
+                replies.append(StoredReply(key, seed, text, tokens, ended))
             case _:
                 raise _damaged(path, number, "no reply")
-    return responses
+    return replies
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

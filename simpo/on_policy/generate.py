@@ -28,24 +28,24 @@ from simpo.data.checks import refuse_unknown_ids
 from simpo.data.mixture import fault_lines, load_mixture
 from simpo.data.records import RowFault, to_prompt
 from simpo.loop.console import quiet_libraries
-from simpo.model.generate import Completion, batches, complete, completion
+from simpo.model.generate import Reply, batches, decode_reply, generate_replies
 from simpo.model.load import load_policy
 from simpo.model.pretrained import model_source
 from simpo.model.tokenizer import load_tokenizer, num_embeddings
 from simpo.on_policy.files import (
     Prompt,
-    Response,
+    StoredReply,
     append_lines,
     content_hash,
     model_content,
     on_policy_folder,
     read_lines,
-    read_responses,
+    read_stored_replies,
     working_in,
 )
 from simpo.run.atomic import write_text
 
-Generate = Callable[[Sequence[list[int]], int], list[Completion]]
+Generate = Callable[[Sequence[list[int]], int], list[Reply]]
 """From the token ids of some prompts, and a seed, to a reply to each."""
 
 
@@ -88,7 +88,7 @@ def _generate_missing(
 ) -> None:
     """Generate the replies that responses.jsonl lacks, and append them batch by batch."""
     config = run.on_policy
-    done = {(response.id, response.seed) for response in read_responses(folder)}
+    done = {(stored.id, stored.seed) for stored in read_stored_replies(folder)}
     todo = [
         (seed, batch)
         for seed in config.seeds
@@ -98,13 +98,13 @@ def _generate_missing(
     if not todo:
         return
     engine = _engine(config.engine)
-    generate_replies = _vllm(run, chat) if engine is Engine.vllm else _transformers(run, chat)
+    generate_batch = _vllm(run, chat) if engine is Engine.vllm else _transformers(run, chat)
     for seed, batch in tqdm(todo, desc=f"generate ({engine.value})", unit="batch"):
-        replies = generate_replies([ids[i] for i in batch], seed)
+        replies = generate_batch([ids[i] for i in batch], seed)
         append_lines(
             folder / "responses.jsonl",
             (
-                asdict(Response(prompts[i].id, seed, reply.text, reply.tokens, reply.ended))
+                StoredReply(prompts[i].id, seed, reply.text, reply.tokens, reply.ended).line()
                 for i, reply in zip(batch, replies, strict=True)
                 if (prompts[i].id, seed) not in done
             ),
@@ -183,7 +183,7 @@ def _template_date(folder: Path) -> date:
 def _refuse_other_settings(folder: Path, now: dict[str, Any]) -> None:
     file = folder / "settings.json"
     before = next(iter(read_lines(file)), None)
-    if not before and read_responses(folder):
+    if not before and read_stored_replies(folder):
         raise ConfigError(
             [
                 f"on_policy.folder: the settings.json of the replies in {folder} is missing or "
@@ -216,10 +216,10 @@ def _transformers(run: RunConfig, chat: Chat) -> Generate:
     cache_dir = Path(run.cache_dir).expanduser()
     policy = load_policy(run.model, cache_dir, backend.device, seed=0, bf16=backend.bf16)
 
-    def generate_replies(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
+    def generate_batch(prompts: Sequence[list[int]], seed: int) -> list[Reply]:
         torch.manual_seed(int(content_hash([seed, *prompts]), 16) % 2**63)
         with backend.unsharded(policy):
-            return complete(
+            return generate_replies(
                 policy,
                 chat,
                 prompts,
@@ -229,7 +229,7 @@ def _transformers(run: RunConfig, chat: Chat) -> Generate:
                 config.top_p,
             )
 
-    return generate_replies
+    return generate_batch
 
 
 def _vllm(run: RunConfig, chat: Chat) -> Generate:
@@ -253,7 +253,7 @@ def _vllm(run: RunConfig, chat: Chat) -> Generate:
         generation_config="vllm",  # not the model's: settings of our own only
     )
 
-    def generate_replies(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
+    def generate_batch(prompts: Sequence[list[int]], seed: int) -> list[Reply]:
         outputs = model.generate(
             [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
             [
@@ -268,6 +268,6 @@ def _vllm(run: RunConfig, chat: Chat) -> Generate:
             ],
             use_tqdm=False,
         )
-        return [completion(chat, list(output.outputs[0].token_ids)) for output in outputs]
+        return [decode_reply(chat, list(output.outputs[0].token_ids)) for output in outputs]
 
-    return generate_replies
+    return generate_batch

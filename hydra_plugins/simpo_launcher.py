@@ -39,7 +39,7 @@ class SimpoLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run the members with these overrides; their objectives come back, where waited for."""
+        """Run the members with these overrides and return their `monitor.metric`, if waited for."""
         from simpo.config.check import build_run, check_training
         from simpo.launch.sweep import Member, launch
 

@@ -1,4 +1,4 @@
-"""Sweepers that go by the objective: `hydra/sweeper=stages` and `hydra/sweeper=optuna`.
+"""Sweepers that select by `monitor.metric`: `hydra/sweeper=stages` and `hydra/sweeper=optuna`.
 
 Both are sequences of Hydra's own sweeps, whose members keep their folders: the same command again
 finds what has finished, comes to the same choices, and goes on from there.
@@ -29,16 +29,16 @@ for name, node in (("stages", STAGES), ("optuna", OPTUNA)):
     ConfigStore.instance().store(name, node, group="hydra/sweeper", provider="simpo")
 
 
-class ObjectiveSweeper(Sweeper):
-    """What both have in common: members launched, their objectives compared."""
+class MetricSweeper(Sweeper):
+    """What both have in common: members launched, their metrics compared."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         from simpo.config.errors import ConfigError
 
         if config.launcher.get("wait") is False:
             raise ConfigError(["launcher.wait: a search goes by results (launcher.wait=true)"])
-        self._metric = str(config.objective.metric)
-        self._maximize = config.objective.mode.value == "max"
+        self._metric = str(config.monitor.metric)
+        self._maximize = config.monitor.mode.value == "max"
         self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -50,7 +50,7 @@ class ObjectiveSweeper(Sweeper):
         parsed = OverridesParser.create(config_loader=self._loader).parse_overrides([*arguments])
         return {override.get_key_element(): override for override in parsed}
 
-    def _objectives(
+    def _metric_values(
         self, fixed: Sequence[str], members: Sequence[Mapping[str, str]]
     ) -> list[float]:
         """Run members, each given by its own settings, beside the fixed ones of all."""
@@ -62,7 +62,7 @@ class ObjectiveSweeper(Sweeper):
         values = [result.return_value for result in results]
         if None in values:
             raise ConfigError(
-                [f"objective.metric: no such held-out metric of a member, got {self._metric}"]
+                [f"monitor.metric: no such held-out metric of a member, got {self._metric}"]
             )
         return values
 
@@ -71,7 +71,7 @@ class ObjectiveSweeper(Sweeper):
         print(f"best   {words}: {self._metric} {value:.4f}", flush=True)
 
 
-class StagedSweeper(ObjectiveSweeper):
+class StagedSweeper(MetricSweeper):
     """Tries the values of a stage, keeps the best, goes on: fewer runs than the grid of all.
 
     `hydra.sweeper.stages` is a list; each item names settings and the values to try, a grid. On the
@@ -113,7 +113,7 @@ class StagedSweeper(ObjectiveSweeper):
             print(f"stage  {number} of {len(stages)}: {', '.join(stage)}", flush=True)
             grid = itertools.product(*(_values(override) for override in stage.values()))
             tried = [best | dict(zip(stage, values, strict=True)) for values in grid]
-            found = self._objectives(fixed, tried)
+            found = self._metric_values(fixed, tried)
             value = max(found) if self._maximize else min(found)
             # A stage need not have tried what was best before it.
             if best_value is None or (value > best_value if self._maximize else value < best_value):
@@ -122,7 +122,7 @@ class StagedSweeper(ObjectiveSweeper):
         return best
 
 
-class OptunaSweeper(ObjectiveSweeper):
+class OptunaSweeper(MetricSweeper):
     """Optuna's TPE over `hydra.sweeper.params` and what the command line adds.
 
     A setting is searched in `interval(low, high)`, on a logarithmic scale in
@@ -175,7 +175,7 @@ class OptunaSweeper(ObjectiveSweeper):
             count = min(self._trials_at_once, self._num_trials - first)
             trials = [study.ask(space) for _ in range(count)]
             members = [{key: _short(v) for key, v in trial.params.items()} for trial in trials]
-            for trial, value in zip(trials, self._objectives(fixed, members), strict=True):
+            for trial, value in zip(trials, self._metric_values(fixed, members), strict=True):
                 study.tell(trial, value)
             print(f"trials {first + count} of {self._num_trials}", flush=True)
         best = {key: _short(value) for key, value in study.best_params.items()}

@@ -36,6 +36,7 @@ from simpo.config.errors import (
 )
 from simpo.config.explain import explain
 from simpo.config.inputs import config_dir
+from simpo.config.renamed import rename_overrides
 from simpo.config.schema import RunConfig
 from simpo.run import processes
 from simpo.run.folder import refuse_unwritable
@@ -43,10 +44,10 @@ from simpo.run.folder import refuse_unwritable
 
 @hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    """Run one composed configuration; its objective is what a Hydra sweeper goes by."""
+    """Run one composed configuration and return `monitor.metric`, which Hydra sweepers go by."""
     try:
         run = build_run(cfg)
-        return start(run).get(run.objective.metric)
+        return start(run).get(run.monitor.metric)
     except SimpoError as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN and not isinstance(error, Stopped):
             raise  # Hydra goes on with the other members and raises at the end.
@@ -91,7 +92,7 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.loop.setup import set_up, with_references
     from simpo.loop.step import finite_update, speed, summarise
     from simpo.loop.tracker import Tracker, check_login
-    from simpo.run.best import check_objective
+    from simpo.run.best import check_monitor
     from simpo.run.signals import StopRequest
 
     console.quiet_libraries()
@@ -123,7 +124,7 @@ def train(run: RunConfig) -> dict[str, float]:
         if step == 0:
             history.log(0, "eval", held_out_metrics(run, parts, tracker, 0))
             if cfg.keep_best or cfg.patience_evals:
-                check_objective(run.objective, history.evaluations.get(0, {}))
+                check_monitor(run.monitor, history.evaluations.get(0, {}))
         while step < plan.total_steps and not history.out_of_patience:
             step_begin = time.perf_counter()
             set_learning_rate(parts.optimizer, rate := learning_rate(cfg, step, plan.total_steps))
@@ -180,8 +181,10 @@ def cli() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     parser = get_args_parser()
     parser.error = _refuse_options  # type: ignore[method-assign]
-    arguments = parser.parse_args()
     try:
+        # Hydra reads the command line itself.
+        sys.argv[1:] = rename_overrides(sys.argv[1:])
+        arguments = parser.parse_args()
         _check_options(arguments)
         composer = Composer(arguments.config_dir, arguments.config_name or "train")
         if arguments.multirun and (found := explain(arguments.overrides, True, composer)):

@@ -28,7 +28,7 @@ from simpo.train import cli
 
 MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
 SECTIONS = (
-    "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, on_policy, objective, "
+    "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, on_policy, monitor, "
     "watch, export, backend, launcher, tracker"
 )
 OBJECTIVES = (
@@ -242,10 +242,10 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     ("train.stopped_exit_code=256", ["train.stopped_exit_code: must be from 0 to 255, got 256"]),
     (
-        "objective.metric=eval/loss",
-        ["objective.metric: must be a held-out metric without its eval/, got 'eval/loss'"],
+        "monitor.metric=eval/loss",
+        ["monitor.metric: must be a held-out metric without its eval/, got 'eval/loss'"],
     ),
-    ("objective.mode=best", ["objective.mode: must be one of max, min, got best"]),
+    ("monitor.mode=best", ["monitor.mode: must be one of max, min, got best"]),
     # Ranges: data.
     ("data=jsonl", [f"data.sources: {NO_SOURCE}"]),
     (

@@ -134,7 +134,7 @@ def test_the_stage_before_llama3_base() -> None:
     assert (train.learning_rate, train.pairs_per_step, train.epochs) == (2e-5, 128, 1)
     assert (train.schedule.value, train.warmup_ratio) == ("cosine", 0.1)
     assert run.data.max_length_tokens == 2048
-    assert (run.loss.name, run.objective.metric, run.objective.mode.value) == ("sft", "loss", "min")
+    assert (run.loss.name, run.monitor.metric, run.monitor.mode.value) == ("sft", "loss", "min")
 
 
 @pytest.mark.parametrize("name", RELEASED)

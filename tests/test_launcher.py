@@ -226,7 +226,7 @@ def test_searches_by_the_objective(kind: str, tiny_run: list[str], tmp_path: Pat
     """The best run of all is told as the best, and the same search again starts nothing."""
     folder = tmp_path / "sweep"
     command = ["-m", *tiny_run, f"launcher.sweep_dir={folder}", "launcher.parallel=2"]
-    command += ["objective.metric=rewards/margins", "loss.beta=2"]
+    command += ["monitor.metric=rewards/margins", "loss.beta=2"]
     if kind == "stages":
         command += ["experiments=sweeps/lr_then_gamma", "train.learning_rate=1e-4,1e-3"]
         command += ["loss.gamma_beta_ratio=0.3,0.5"]
@@ -264,7 +264,7 @@ def test_searches_by_the_objective(kind: str, tiny_run: list[str], tmp_path: Pat
 def test_the_objective_reaches_sweepers_through_other_launchers(tiny_run: list[str]) -> None:
     """Hydra's own launcher calls `main`, and takes what it returns."""
     command = ["-m", *tiny_run, "hydra/launcher=basic", "hydra/sweeper=stages"]
-    command += ["objective.metric=rewards/margins", "objective.mode=min", "loss.beta=20,2"]
+    command += ["monitor.metric=rewards/margins", "monitor.mode=min", "loss.beta=20,2"]
     output = run([*command, "train.max_steps=2", "train.eval_every=0"])
     assert "best   loss.beta=2: rewards/margins 0.0" in output
 

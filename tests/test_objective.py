@@ -14,7 +14,7 @@ from whole_runs import finish, logged, metrics_of, run, start, state_of, wait_fo
 from simpo.config.choices import Mode
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
-from simpo.config.schema import ObjectiveConfig
+from simpo.config.schema import MonitorConfig
 from simpo.run.best import best_step, evaluations_in, evaluations_without_gain
 from simpo.train import train
 
@@ -38,14 +38,14 @@ EVALUATIONS = {
 )
 def test_best_step(metric: str, mode: Mode, best: int, waited: int) -> None:
     """The model before the first step does not count; of equals the earliest is the best."""
-    config = ObjectiveConfig(metric=metric, mode=mode)
+    config = MonitorConfig(metric=metric, mode=mode)
     assert best_step(config, EVALUATIONS) == best
     assert evaluations_without_gain(config, EVALUATIONS) == waited
 
 
 def test_nothing_was_evaluated() -> None:
-    assert best_step(ObjectiveConfig(), {0: {"rewards/accuracies": 0.5}}) is None
-    assert evaluations_without_gain(ObjectiveConfig(), {}) == 0
+    assert best_step(MonitorConfig(), {0: {"rewards/accuracies": 0.5}}) is None
+    assert evaluations_without_gain(MonitorConfig(), {}) == 0
 
 
 def test_evaluations_among_logged_lines() -> None:
@@ -66,7 +66,7 @@ def overfitting(tiny_run: list[str], *more: str) -> list[str]:
         "train.checkpoint_every=0",
         "train.keep_checkpoints=1",
         "sample.num_prompts=0",
-        "objective.metric=logps/rejected",
+        "monitor.metric=logps/rejected",
         *more,
     ]
 
@@ -122,9 +122,9 @@ def test_patience_ends_a_run(tiny_run: list[str], tmp_path: Path) -> None:
 
 
 def test_an_objective_that_nobody_measures(tiny_run: list[str], tmp_path: Path) -> None:
-    overrides = [*tiny_run, "train.keep_best=true", "objective.metric=acuracy"]
+    overrides = [*tiny_run, "train.keep_best=true", "monitor.metric=acuracy"]
     message = (
-        r"^objective\.metric: no such held-out metric, got acuracy \(loss, rewards/chosen, .*"
+        r"^monitor\.metric: no such held-out metric, got acuracy \(loss, rewards/chosen, .*"
         r"reply_tokens, .*\)$"
     )
     with pytest.raises(ConfigError, match=message):

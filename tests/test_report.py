@@ -89,6 +89,17 @@ def test_the_best_member_and_what_differs(sweep: Path) -> None:
     assert "| 0.6500 " in best and "| 0.7000 " in best
 
 
+def test_runs_stored_with_the_old_name_of_monitor(sweep: Path) -> None:
+    low = make_run(sweep / "low", ["loss.beta=1", "monitor.metric=loss", "monitor.mode=min"])
+    new = compare([low]), compare([sweep])
+    for file in sweep.glob("*/run.yaml"):
+        text = file.read_text()
+        assert "\nmonitor:\n" in text
+        file.write_text(text.replace("\nmonitor:\n", "\nobjective:\n"))
+    assert (compare([low]), compare([sweep])) == new
+    assert (new[0].metric, new[0].mode.value) == ("loss", "min")
+
+
 def test_tables_for_programs(sweep: Path) -> None:
     expected = {(b, r): accuracy_of(b, r) for b, r in GRID}
     for rows in (

@@ -192,7 +192,7 @@ def test_a_whole_run(tiny_run: list[str], tmp_path: Path) -> None:
         (tmp_path / f"{split}.jsonl").write_text(text)
     folder = tmp_path / "run"
     run = compose_run([*tiny_run, "loss=sft", "train.learning_rate=1e-2", f"run_dir={folder}"])
-    assert (run.objective.metric, run.objective.mode.value) == ("loss", "min")
+    assert (run.monitor.metric, run.monitor.mode.value) == ("loss", "min")
     after = train(run)
     before = metrics_of(folder)[0]
     assert after["loss"] < 0.9 * before["eval/loss"]

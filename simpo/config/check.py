@@ -31,6 +31,7 @@ from simpo.config.errors import ConfigError, first_line
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LocalConfig, SlurmConfig
 from simpo.config.losses import LOSSES
+from simpo.config.renamed import renamed_config
 from simpo.config.schema import RunConfig, TrackerConfig, WandbConfig
 
 GROUPS: dict[str, dict[str, type]] = {
@@ -136,6 +137,8 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
     kinds: dict[str, Any] = {}
     try:
         raw = OmegaConf.load(path)
+        if isinstance(raw, DictConfig):
+            raw = renamed_config(raw, note=False)
         for group, schemas in GROUPS.items():
             if not isinstance(raw, DictConfig) or not isinstance(raw.get(group), DictConfig):
                 raise ConfigError([f"lacks the section {group}"])

@@ -10,6 +10,7 @@ from simpo.config.check import build_run
 from simpo.config.composer import CONF, Composer, NotComposedError
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.explain import explain
+from simpo.config.renamed import rename_overrides
 from simpo.config.schema import RunConfig
 
 
@@ -19,6 +20,7 @@ def compose_run(overrides: Sequence[str], composer: Composer = CONF) -> RunConfi
     Raises:
         ConfigError: with every fault of the overrides and of the run they make.
     """
+    overrides = rename_overrides(overrides)
     try:
         return build_run(composer.compose(overrides))
     except (NotComposedError, OmegaConfBaseException) as error:

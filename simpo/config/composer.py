@@ -9,18 +9,38 @@ from dataclasses import dataclass
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig
 
 from simpo.config.check import register_schemas
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.inputs import config_dir
+from simpo.config.renamed import renamed_config
 
 # Where Hydra finds the group `experiments`; conf/train.yaml reads it.
 os.environ["SIMPO_MENUS"] = str(config_dir("experiments").parent)
 register_schemas()
+
+
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Hydra's reader of YAML files; settings with an old name get their new one."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        result = super().load_config(config_path)
+        # Only such files hold whole sections; others hold the keys of their group.
+        whole = result.header.get("package") == "_global_" or "/" not in config_path
+        if whole and isinstance(result.config, DictConfig):
+            result.config = renamed_config(result.config)
+        return result
+
+
+# Hydra keeps a source that is there under the name of its own.
+SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
 
 
 class NotComposedError(Exception):

@@ -69,9 +69,9 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
     keep_best: bool = False
-    """Also keep the checkpoint with the best objective, and save its model instead of the last."""
+    """Keep also the checkpoint with the best `monitor.metric`, and save its model, not the last."""
     patience_evals: int = 0
-    """Stop after so many evaluations without a better objective; 0 never does."""
+    """Stop after so many evaluations without a better `monitor.metric`; 0 never does."""
 
     stopped_exit_code: int = 75
     """Exit code of a run that SIGTERM, SIGUSR1 or SIGUSR2 stopped after it had saved: not 0, so
@@ -174,7 +174,7 @@ class OnPolicyConfig:
 
 
 @dataclass(kw_only=True)
-class ObjectiveConfig:
+class MonitorConfig:
     """The held-out metric that says which of two models is better."""
 
     metric: str = "rewards/accuracies"
@@ -284,7 +284,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     backend: BackendConfig = MISSING

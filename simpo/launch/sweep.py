@@ -76,7 +76,7 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
         sweep: its name; None for a single run, which goes where it would go without a launcher.
 
     Returns:
-        Each member's objective; None where it is not known (yet).
+        Each member's `monitor.metric`; None where it is not known (yet).
 
     Raises:
         ConfigError: the members cannot be launched together; nothing was.
@@ -126,7 +126,7 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
             f"{len(bad)} of {len(every)} members did not finish: {', '.join(bad)} "
             f"(python -m simpo.report {_shown(folder)} tells why; the same command continues them)"
         )
-    return [runs[member.path].objective for member in members]
+    return [runs[member.path].monitored for member in members]
 
 
 def _left_alone(member: Member) -> tuple[State, ...]:

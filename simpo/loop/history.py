@@ -62,9 +62,7 @@ class History:
     @property
     def best_step(self) -> int | None:
         """The step with the best held-out metric, where the best model is to be kept."""
-        return (
-            best_step(self._run.objective, self.evaluations) if self._run.train.keep_best else None
-        )
+        return best_step(self._run.monitor, self.evaluations) if self._run.train.keep_best else None
 
     @property
     def out_of_patience(self) -> bool:
@@ -72,4 +70,4 @@ class History:
         patience = self._run.train.patience_evals
         if not patience:
             return False
-        return evaluations_without_gain(self._run.objective, self.evaluations) >= patience
+        return evaluations_without_gain(self._run.monitor, self.evaluations) >= patience

@@ -29,13 +29,13 @@ def text(report: Comparison) -> str:
     """The table that people read in a terminal, and what went wrong below it."""
     rows = []
     for index, (name, run) in enumerate(zip(report.names, report.runs, strict=True)):
-        objective = report.objective(index)
+        value = report.monitored(index)
         rows.append(
             {
                 "run": name,
                 "state": run.progress.text(),
                 **({} if len(report.runs) == 1 else {"": "best" if index == report.best else ""}),
-                report.metric: "" if objective is None else f"{objective:.4f}",
+                report.metric: "" if value is None else f"{value:.4f}",
                 **{
                     label: f"{run.metrics[key]:.4f}" if key in run.metrics else ""
                     for key, label in SHOWN

@@ -13,7 +13,7 @@ from typing import Any
 from simpo.config.check import settings
 from simpo.config.choices import Mode
 from simpo.config.errors import ConfigError
-from simpo.config.schema import ObjectiveConfig
+from simpo.config.schema import MonitorConfig
 from simpo.run.runs import DamagedRun, Run, State, find_runs, read_runs
 
 # Where a run lies and how it is started make no difference between two of them.
@@ -26,8 +26,8 @@ class Comparison:
 
     Attributes:
         names: of the runs, short and each another.
-        metric, mode: the objective they are compared by.
-        best: index of the run with the best objective among the finished ones; None without.
+        metric, mode: the held-out metric they are compared by.
+        best: index of the run with the best value among the finished ones; None without.
         differing: settings that differ, by dotted key, with the value of each run.
         damaged: by name, runs whose folders cannot be read; no number of theirs is used.
     """
@@ -40,7 +40,7 @@ class Comparison:
     differing: dict[str, list[Any]]
     damaged: dict[str, DamagedRun]
 
-    def objective(self, index: int) -> float | None:
+    def monitored(self, index: int) -> float | None:
         """Of a run; None where it has none yet."""
         return self.runs[index].metrics.get(self.metric)
 
@@ -112,7 +112,7 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
 
     Args:
         metric: held-out metric to compare by, more being better but of loss and repetition; None
-            takes the objective of the first run.
+            takes the monitored one of the first run.
 
     Raises:
         ConfigError: there is no run, or none has such a metric.
@@ -126,11 +126,11 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
         raise ConfigError(
             [f"metric: no such held-out metric, got {metric} ({', '.join(known) or 'none yet'})"]
         )
-    objective = runs[0].config.objective if runs else ObjectiveConfig()
-    mode = objective.mode
-    if metric is not None and metric != objective.metric:
+    monitor = runs[0].config.monitor if runs else MonitorConfig()
+    mode = monitor.mode
+    if metric is not None and metric != monitor.metric:
         mode = Mode.min if metric == "loss" or metric.endswith("repetition") else Mode.max
-    metric = metric or objective.metric
+    metric = metric or monitor.metric
     values = [run.metrics.get(metric, math.nan) for run in runs]
     able = [
         index

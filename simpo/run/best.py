@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from simpo.config.choices import Mode
 from simpo.config.errors import ConfigError
-from simpo.config.schema import ObjectiveConfig
+from simpo.config.schema import MonitorConfig
 
 Evaluations = Mapping[int, Mapping[str, float]]
 """Held-out metrics by the number of updates they were taken after."""
@@ -22,8 +22,8 @@ def evaluations_in(lines: Iterable[Mapping[str, float]]) -> dict[int, dict[str, 
     return found
 
 
-def best_step(config: ObjectiveConfig, evaluations: Evaluations) -> int | None:
-    """The trained step with the best objective, the earliest of equals; None if there is none.
+def best_step(config: MonitorConfig, evaluations: Evaluations) -> int | None:
+    """The trained step with the best metric, the earliest of equals; None if there is none.
 
     The model before the first step is not among them.
     """
@@ -32,14 +32,14 @@ def best_step(config: ObjectiveConfig, evaluations: Evaluations) -> int | None:
     return max(steps, key=lambda step: sign * evaluations[step][config.metric], default=None)
 
 
-def evaluations_without_gain(config: ObjectiveConfig, evaluations: Evaluations) -> int:
+def evaluations_without_gain(config: MonitorConfig, evaluations: Evaluations) -> int:
     """How many evaluations have followed that of the best step."""
     best = best_step(config, evaluations)
     return 0 if best is None else sum(step > best for step in evaluations)
 
 
-def check_objective(config: ObjectiveConfig, metrics: Mapping[str, float]) -> None:
-    """Compare the objective with what a first evaluation gave.
+def check_monitor(config: MonitorConfig, metrics: Mapping[str, float]) -> None:
+    """Check that a first evaluation gave the metric to select by.
 
     Raises:
         ConfigError: it is not among its metrics.
@@ -47,5 +47,5 @@ def check_objective(config: ObjectiveConfig, metrics: Mapping[str, float]) -> No
     if config.metric not in metrics:
         known = ", ".join(metrics) or "nothing is held out"
         raise ConfigError(
-            [f"objective.metric: no such held-out metric, got {config.metric} ({known})"]
+            [f"monitor.metric: no such held-out metric, got {config.metric} ({known})"]
         )

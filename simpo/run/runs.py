@@ -126,9 +126,9 @@ class Run:
         return self.evaluations[max(self.evaluations)] if self.evaluations else {}
 
     @property
-    def objective(self) -> float | None:
-        """Value of `objective.metric`; None where there is none yet."""
-        return self.metrics.get(self.config.objective.metric)
+    def monitored(self) -> float | None:
+        """Value of `monitor.metric`; None where there is none yet."""
+        return self.metrics.get(self.config.monitor.metric)
 
 
 @dataclass(frozen=True)

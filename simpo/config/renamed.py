@@ -1,0 +1,119 @@
+"""Settings that have got another name: the old one still reads, with a note on stderr."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from simpo.config.errors import ConfigError
+
+RENAMED = {"objective": "monitor"}
+"""Old names of sections and of single keys, with their new names in the same section."""
+
+_noted: set[str] = set()
+
+
+def rename_overrides(words: Sequence[str]) -> list[str]:
+    """Give the settings among the words of a command line their new names.
+
+    Raises:
+        ConfigError: a setting is given under both names.
+    """
+    renamed: list[str] = []
+    changes: dict[str, str] = {}
+    for word in words:
+        start, key, rest = re.fullmatch(r"([+~]*)([\w./]*)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+        if start.startswith("~") or "=" in rest:
+            if key.startswith("hydra.sweeper."):  # names settings in its value
+                rest = re.sub(
+                    r"(?<![\w./])[a-z_]+(\.[a-z_]+)*(?=:)", lambda m: new_name(m[0]), rest
+                )
+            if new_name(key) != key:
+                changes[key], key = new_name(key), new_name(key)
+        renamed.append(f"{start}{key}{rest}")
+    typed = {word.lstrip("+~").partition("=")[0] for word in words}
+    _refuse_both({old: new for old, new in changes.items() if new in typed})
+    _note(changes)
+    return renamed
+
+
+def renamed_config(config: DictConfig, note: bool = True) -> DictConfig:
+    """What a YAML file of settings holds, under the new names.
+
+    Args:
+        note: print what was renamed.
+
+    Raises:
+        ConfigError: a setting is there under both names.
+    """
+    settings: Any = OmegaConf.to_container(config, resolve=False)
+    changes = _rename(settings)
+    if note:
+        _note(changes)
+    return OmegaConf.create(settings) if changes else config
+
+
+def new_name(key: str) -> str:
+    """A dotted key under its new name."""
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return key
+
+
+def _rename(settings: dict[str, Any]) -> dict[str, str]:
+    """Give settings, nested as in a YAML file, their new names, in place.
+
+    Returns:
+        The new names of those that had old ones.
+    """
+    changes: dict[str, str] = {}
+    for old, new in RENAMED.items():
+        above, _, name = old.rpartition(".")
+        section = _section(settings, above)
+        if name not in section:
+            continue
+        value, new_leaf = section.pop(name), new.rpartition(".")[2]
+        keys = list(value) if isinstance(value, dict) else []
+        moved = {f"{old}.{key}": f"{new}.{key}" for key in keys} or {old: new}
+        there = section.get(new_leaf)
+        if isinstance(there, dict) and isinstance(value, dict):
+            _refuse_both({f"{old}.{key}": f"{new}.{key}" for key in keys if key in there})
+            value = there | value
+        elif new_leaf in section:
+            _refuse_both(moved)
+        section[new_leaf] = value
+        changes |= moved
+    sweeper = _section(settings, "hydra.sweeper")
+    for names in (sweeper.get("params"), *(sweeper.get("stages") or ())):
+        for key in list(names) if isinstance(names, dict) else ():
+            if new_name(key) != key:
+                changes[key] = new_name(key)
+                names[new_name(key)] = names.pop(key)
+    return changes
+
+
+def _section(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """A nested section; empty where there is none."""
+    found: Any = settings
+    for name in key.split(".") if key else ():
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse_both(changes: dict[str, str]) -> None:
+    if changes:
+        raise ConfigError(
+            [f"{old}: is now {new}, got both (leave out {old})" for old, new in changes.items()]
+        )
+
+
+def _note(changes: dict[str, str]) -> None:
+    line = ", ".join(f"{old} is now {new}" for old, new in changes.items())
+    if line and line not in _noted:
+        _noted.add(line)
+        print(f"note   {line}", file=sys.stderr)

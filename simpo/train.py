@@ -1,6 +1,6 @@
 """One run, top to bottom: `python -m simpo.train model=mistral_base loss.beta=2.5`.
 
-`cli` composes and checks the settings without importing torch; `train` does the rest.
+`main` composes and checks the settings without importing torch; `train` does the rest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import NoReturn
 
 import hydra
@@ -27,11 +28,10 @@ from omegaconf.errors import OmegaConfBaseException
 from simpo.config.check import build_run, trajectory
 from simpo.config.composer import Composer
 from simpo.config.errors import (
-    INTERRUPTED,
-    INTERRUPTION,
     ConfigError,
     SimpoError,
     Stopped,
+    exit_codes,
     first_line,
 )
 from simpo.config.explain import explain
@@ -41,10 +41,53 @@ from simpo.config.schema import RunConfig
 from simpo.run import processes
 from simpo.run.folder import refuse_unwritable
 
+USAGE = """
+usage: simpo train [key=value ...] [-m] [--cfg job] [--config-dir DIR] [--help [SECTION ...]]
+
+Train one run, or with -m a sweep of runs.
+
+  simpo train                                            the built-in demo
+  simpo train model=mistral_base data=ultrafeedback loss.beta=2.5
+  simpo train ... --cfg job                              print the composed run, run nothing
+  simpo train -m loss.beta=2,2.5 loss.gamma_beta_ratio=0.3,0.5     one run each
+  simpo train -m launcher=slurm ...                      the same as one array of jobs
+  simpo train loss=dpo --help loss                       the settings of a section
+"""
+
+
+def main(words: Sequence[str]) -> None:
+    """Train what the words of a command line say.
+
+    Raises:
+        ConfigError: they make no run, or one whose settings cannot be used.
+        SimpoError: the run failed or was stopped.
+    """
+    # Hydra would print its own account of a fault and exit with 1; this makes it raise instead.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    parser = get_args_parser()
+    parser.error = _refuse_options  # type: ignore[method-assign]
+    # Hydra reads the command line itself.
+    sys.argv[1:] = rename_overrides(words)
+    arguments = parser.parse_args()
+    _check_options(arguments)
+    composer = Composer(arguments.config_dir, arguments.config_name or "train")
+    if arguments.multirun and (found := explain(arguments.overrides, True, composer)):
+        raise ConfigError(found)  # before the first member has run for hours
+    try:
+        run_composed()
+    except SimpoError:
+        raise
+    # Hydra raises whatever comes, a TypeError for a group set to a list of numbers.
+    except Exception as error:
+        problems = explain(arguments.overrides, arguments.multirun, composer)
+        if not problems and not isinstance(error, (HydraException, OmegaConfBaseException)):
+            raise
+        raise ConfigError(problems or [first_line(error)]) from error
+
 
 @hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name="train")
-def main(cfg: DictConfig) -> float | None:
-    """Run one composed configuration and return `monitor.metric`, which Hydra sweepers go by."""
+def run_composed(cfg: DictConfig) -> float | None:
+    """Run one composed configuration; its `monitor.metric` is what sweepers go by."""
     try:
         run = build_run(cfg)
         return start(run).get(run.monitor.metric)
@@ -52,7 +95,8 @@ def main(cfg: DictConfig) -> float | None:
         if HydraConfig.get().mode is RunMode.MULTIRUN and not isinstance(error, Stopped):
             raise  # Hydra goes on with the other members and raises at the end.
         # Hydra would put a heading above an exception that leaves here, but not above an exit.
-        _quit_for(error)
+        with exit_codes():
+            raise
 
 
 def start(run: RunConfig) -> dict[str, float]:
@@ -171,40 +215,11 @@ def train(run: RunConfig) -> dict[str, float]:
     return after
 
 
-def cli() -> None:
-    """Entry of `simpo-train` and `python -m simpo.train`.
-
-    Exits with 2 for bad settings or data, 1 for a failed run.
-    """
-    exit_on_signals()
-    # Hydra would print its own account of a fault and exit with 1; this makes it raise instead.
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    parser = get_args_parser()
-    parser.error = _refuse_options  # type: ignore[method-assign]
-    try:
-        # Hydra reads the command line itself.
-        sys.argv[1:] = rename_overrides(sys.argv[1:])
-        arguments = parser.parse_args()
-        _check_options(arguments)
-        composer = Composer(arguments.config_dir, arguments.config_name or "train")
-        if arguments.multirun and (found := explain(arguments.overrides, True, composer)):
-            raise ConfigError(found)  # before the first member has run for hours
-        main()
-    except SimpoError as error:
-        _quit_for(error)
-    # Hydra raises whatever comes, a TypeError for a group set to a list of numbers.
-    except Exception as error:
-        problems = explain(arguments.overrides, arguments.multirun, composer)
-        if not problems and not isinstance(error, (HydraException, OmegaConfBaseException)):
-            raise
-        _quit(2, "\n".join(problems) or first_line(error))
-    except KeyboardInterrupt:
-        _quit(INTERRUPTED, INTERRUPTION)
-
-
 def _refuse_options(message: str) -> NoReturn:
     """In place of argparse's usage, which is not of our settings."""
-    _quit(2, f"{message} (settings are key=value, such as train.learning_rate=1e-6; see --help)")
+    raise ConfigError(
+        [f"{message} (settings are key=value, such as train.learning_rate=1e-6; see --help)"]
+    )
 
 
 def _check_options(arguments: Namespace) -> None:
@@ -223,15 +238,7 @@ def _check_options(arguments: Namespace) -> None:
         raise ConfigError(["--experimental-rerun: not here (see command.txt of a run)"])
 
 
-def _quit_for(error: SimpoError) -> NoReturn:
-    _quit(error.exit_code, str(error))
-
-
-def _quit(code: int, message: str) -> NoReturn:
-    if message:
-        print(message, file=sys.stderr)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    cli()
+    from simpo.__main__ import main as dispatch
+
+    dispatch(["train", *sys.argv[1:]])

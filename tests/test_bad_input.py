@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import settings as fuzz
 from hypothesis import strategies as st
 
+from simpo.__main__ import main
 from simpo.config.check import settings
 from simpo.config.choices import OnBadRow
-from simpo.config.compose import compose_run
+from simpo.config.compose import compose_run, run_of_words
 from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.explain import explain
@@ -23,8 +24,6 @@ from simpo.data import sources
 from simpo.data.mixture import load_mixture
 from simpo.data.records import RowFault, to_dialogue, to_pair, to_prompt
 from simpo.data.rules import RULES
-from simpo.launch.command import command
-from simpo.train import cli
 
 MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
 SECTIONS = (
@@ -590,19 +589,19 @@ def test_a_folder_of_further_choices(own_composer):
     ]
 
 
-def test_words_of_the_other_commands(own_composer, monkeypatch, capsys):
-    runs = []
-    monkeypatch.setattr("sys.argv", ["x", "--config-dir", own_composer.config_dir, "loss=mine"])
-    command(runs.append, "usage")
-    assert runs[0].loss.beta == 7
+@pytest.mark.parametrize("command", ["preview", "generate", "annotate"])
+def test_words_of_the_other_commands(command, own_composer, capsys):
+    assert run_of_words(["--config-dir", own_composer.config_dir, "loss=mine"]).loss.beta == 7
     for words, answer in (
         (["--foo"], "--foo: no such option (settings are key=value; -h lists what there is)\n"),
         ([""], "'': not of the form key=value\n"),
-        (["--config-dir"], "argument -cd/--config-dir: expected one argument (-h tells how)\n"),
+        (
+            ["--config-dir"],
+            "argument -cd/--config-dir: expected one argument (--help tells more)\n",
+        ),
     ):
-        monkeypatch.setattr("sys.argv", ["x", *words])
         with pytest.raises(SystemExit) as ended:
-            command(runs.append, "usage")
+            main([command, *words])
         assert (ended.value.code, capsys.readouterr().err) == (2, answer)
 
 
@@ -641,9 +640,8 @@ def test_words_of_the_other_commands(own_composer, monkeypatch, capsys):
 )
 def test_options_of_hydra(words, answer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train", *words])
     with pytest.raises(SystemExit) as ended:
-        cli()
+        main(["train", *words])
     assert (ended.value.code, capsys.readouterr().err) == (2, f"{answer}\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -1117,7 +1115,7 @@ def test_a_process_prints_the_lines_and_exits_with_2(tmp_path):
 def test_faults_are_answered_without_torch(tmp_path):
     code = (
         "import sys\n"
-        "from simpo.launch.command import compose_run\n"
+        "from simpo.config.compose import compose_run\n"
         "from simpo.config.errors import ConfigError\n"
         "try:\n"
         "    compose_run(['loss.betaa=2', 'train.epochs=0'])\n"

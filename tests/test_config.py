@@ -180,7 +180,7 @@ def test_run_id_stays(change):
 
 def test_run_id_is_the_same_in_another_process(tmp_path):
     code = (
-        "from simpo.launch.command import compose_run; from simpo.config.check import run_id; "
+        "from simpo.config.compose import compose_run; from simpo.config.check import run_id; "
         "print(run_id(compose_run([])))"
     )
     done = subprocess.run(

@@ -26,10 +26,10 @@ from simpo.config.errors import ConfigError, DamagedError, RunError, SimpoError,
 from simpo.config.schema import RunConfig
 from simpo.launch.member import _note_start
 from simpo.loop.checkpoint import CheckpointStore
-from simpo.report.__main__ import text
 from simpo.report.compare import compare
 from simpo.report.page import render
-from simpo.run import folder
+from simpo.report.text import text
+from simpo.run import folder, provenance
 from simpo.run.atomic import write_text
 from simpo.run.folder import RunFolder, refuse_unwritable
 from simpo.run.provenance import git_diff
@@ -468,13 +468,13 @@ def test_ranks_tell_each_other_of_damage() -> None:
 
 def test_a_diff_that_is_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An uncommitted byte that is not UTF-8 is kept as it is."""
-    source = tmp_path / "run_folder.py"
+    source = tmp_path / "provenance.py"
     source.write_bytes(b"one\n")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
         subprocess.run([*git, *command], check=True)
     source.write_bytes(b"one \xff\n")
-    monkeypatch.setattr(folder, "__file__", str(source))
+    monkeypatch.setattr(provenance, "__file__", str(source))
     run = compose_run([f"run_dir={tmp_path}/run"])
     RunFolder(run).write_bytes("git.diff", git_diff())
     assert b"\n-one\n+one \xff\n" in (tmp_path / "run" / "git.diff").read_bytes()

@@ -22,14 +22,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from simpo.__main__ import main
 from simpo.config.choices import Dtype
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, RunError, SimpoError
 from simpo.config.inputs import ModelConfig, SourceConfig
 from simpo.data.chat import Chat
+from simpo.launch.commands.export import USAGE
 from simpo.loop.card import write_card
 from simpo.loop.console import Results, end_lines, result_rows
-from simpo.model.export import USAGE, cli, save_model
+from simpo.model.export import save_model
 from simpo.model.merge import merge
 from simpo.model.policy import Policy
 from simpo.model.tokenizer import load_tokenizer
@@ -175,12 +177,21 @@ def test_merge(quantization: str, tiny_run: list[str], wide_folder: Path, tmp_pa
         merge(run_dir, tmp_path / "c", Dtype.auto, None)
 
 
+USED = "usage: simpo export RUN (merge=true | push_to_hub=OWNER/NAME) [key=value ...]\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], f"{USAGE}\n"),
-        (["here"], f"{USAGE}\n"),
-        (["here", "there", "merge=true"], f"{USAGE}\n"),
+        ([], USED),
+        (
+            ["here"],
+            "usage: simpo export RUN (merge=true | push_to_hub=OWNER/NAME) [key=value ...]\n",
+        ),
+        (
+            ["here", "there", "merge=true"],
+            "usage: simpo export RUN (merge=true | push_to_hub=OWNER/NAME) [key=value ...]\n",
+        ),
         (["here", "merge=yes"], "merge: must be true, got yes (leave it out)\n"),
         (["here", "output=x"], "merge: one of merge and push_to_hub must be given\n"),
         (
@@ -219,18 +230,16 @@ def test_merge_is_refused(
     for name in ("here", "loss=ipo", "loss.beta=2"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["export", *arguments])
     with pytest.raises(SystemExit) as exit:
-        cli()
+        main(["export", *arguments])
     assert exit.value.code == 2
     errors = capsys.readouterr().err
     assert errors.startswith(message) and errors.count("\n") == 1
 
 
-def test_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["export", "--help"])
-    cli()
-    assert capsys.readouterr().out == f"{USAGE}\n"
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["export", "--help"])
+    assert capsys.readouterr().out == USAGE.lstrip("\n")
 
 
 # --- What the base brings ------------------------------------------------------------------------
@@ -520,16 +529,16 @@ def test_a_card_that_fails_loses_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from simpo.model import export
+    from simpo.loop import publish
 
-    made = getattr(export, place)
+    made = getattr(publish, place)
 
     def fail(*arguments: Any) -> None:
         if place == "draw_curves" or (tmp_path / "run/results.json").exists():
             raise MemoryError("no memory\nat all")
         made(*arguments)
 
-    monkeypatch.setattr(export, place, fail)
+    monkeypatch.setattr(publish, place, fail)
     train(compose_run([*tiny_run, f"run_dir={tmp_path}/run"]))
     what = {"draw_curves": "curves", "write_card": "card"}[place]
     assert f"\nnote   the model has no {what}: no memory\n" in capsys.readouterr().out
@@ -575,10 +584,8 @@ def test_an_upload_that_fails(
     assert [name for name, _ in hub[1:]] == ["create_repo", "upload_folder"]
 
     (run_dir / "status.json").write_text(failed)
-    command = ["export", str(run_dir), "push_to_hub=me/other", "private=false"]
-    monkeypatch.setattr(sys, "argv", command)
     capsys.readouterr()
-    cli()
+    main(["export", str(run_dir), "push_to_hub=me/other", "private=false"])
     assert capsys.readouterr().out == "hub    https://hub.example/me/model/commit/1\n"
     (_, made), (_, sent) = hub[3:]
     assert (made["repo_id"], made["private"], sent["repo_id"]) == ("me/other", False, "me/other")

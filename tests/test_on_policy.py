@@ -29,6 +29,7 @@ from simpo.data.rules import obeys
 from simpo.on_policy import annotate as annotating
 from simpo.on_policy import generate as generating
 from simpo.on_policy.files import content_hash, model_content, working_in
+from simpo.run import folder as run_folder
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -193,7 +194,7 @@ def test_a_file_system_without_locks(
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(folder.fcntl, "flock", no_locks)
+    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
     with working_in(tmp_path):
         (tmp_path / "made").touch()
     assert capsys.readouterr().out == (

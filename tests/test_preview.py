@@ -151,4 +151,4 @@ def test_the_command(tmp_path: Path, tiny_run: list[str]) -> None:
         2,
         "loss.betaa: no such key (did you mean loss.beta?)\n",
     )
-    assert "pairs=N shows so many pairs" in preview("--help").stdout
+    assert "pairs=N shows N pairs (3)." in preview("--help").stdout

@@ -18,9 +18,9 @@ from plotly.offline import get_plotlyjs
 from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
-from simpo.report.__main__ import text
 from simpo.report.compare import compare
 from simpo.report.page import render
+from simpo.report.text import text
 from simpo.run.runs import State, note_job, read_progress
 
 GRID = [(beta, ratio) for beta in (2.0, 10.0) for ratio in (0.3, 0.5)]

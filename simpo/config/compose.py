@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from typing import NoReturn
 
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,3 +27,20 @@ def compose_run(overrides: Sequence[str], composer: Composer = CONF) -> RunConfi
         return build_run(composer.compose(overrides))
     except (NotComposedError, OmegaConfBaseException) as error:
         raise ConfigError(explain(overrides, composer=composer) or [first_line(error)]) from error
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([f"{message} (--help tells more)"])
+
+
+def run_of_words(words: Sequence[str]) -> RunConfig:
+    """Compose the run of a command line of overrides and, perhaps, `--config-dir DIR`.
+
+    Raises:
+        ConfigError: see `compose_run`.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-cd", "--config-dir")
+    options, overrides = parser.parse_known_args(list(words))
+    return compose_run(overrides, Composer(options.config_dir))

@@ -7,6 +7,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 INTERRUPTED = 130
@@ -19,6 +23,9 @@ INTERRUPTION = (
 
 STOPPED = 75
 """Exit code of what a signal ended, where the settings name no other."""
+
+BROKEN_PIPE = 141
+"""Exit code where nobody reads the output to its end, as shells give it."""
 
 LOST = 76
 """Exit code of a rank that others do not answer, for the process that started it."""
@@ -100,3 +107,25 @@ def first_line(error: BaseException | str) -> str:
     if not lines:
         return type(error).__name__
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """End the process where the block raises an error that a user sees: a line, and an exit code.
+
+    Raises:
+        SystemExit: with the code; other errors pass.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except SimpoError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(INTERRUPTION, file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # of `| head`
+        # Python would flush it again when it ends, and say that it could not.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)

@@ -52,9 +52,8 @@ def pack(
         end = rejected + len(pair.rejected_ids)
         tokens += [pair.prompt_ids, pair.chosen_ids]
         tokens += [pair.rejected_ids] if share else [pair.prompt_ids, pair.rejected_ids]
-        first_position = num_prompt if share else 0
         positions.append(np.arange(second_prompt - start))
-        positions.append(np.arange(first_position, first_position + end - second_prompt))
+        positions.append(np.arange(end - second_prompt) + (num_prompt if share else 0))
         if share_prefix:
             segments.append(Segment(start, chosen, rejected, end))
         for first, ids, scored in (

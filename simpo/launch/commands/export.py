@@ -1,4 +1,4 @@
-"""`python -m simpo.export RUN merge=true | push_to_hub=OWNER/NAME`: merge an adapter, or upload."""
+"""`simpo export`: merge an adapter into its base model, or upload the model of a run."""
 
 from __future__ import annotations
 
@@ -7,44 +7,42 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo.config.choices import Dtype
-from simpo.config.errors import ConfigError, SimpoError
+from simpo.config.errors import ConfigError
 from simpo.config.schema import ExportConfig
-from simpo.loop import console
-from simpo.loop.publish import push
-from simpo.model.merge import merge
 
 KEYS = ("merge", "output", "dtype", "base", "push_to_hub", "private")
+USAGE = """
+usage: simpo export RUN (merge=true | push_to_hub=OWNER/NAME) [key=value ...]
+
+Merge the adapter of a run into its base model, or upload the model of a run to the hub.
+
+  RUN              the folder of a run, or one that holds a model or an adapter
+
+with merge=true
+  output=FOLDER    where the merged model goes (RUN/model-merged); must not exist
+  dtype=DTYPE      of the merged weights; auto takes that of the base's files
+  base=MODEL       the base, where the adapter does not name it or has another path for it
+with push_to_hub=OWNER/NAME
+  private=false    makes a public repository
+"""
 
 
-USAGE = (
-    "python -m simpo.export RUN "
-    "(merge=true [output=FOLDER] [dtype=float32] [base=FOLDER_OR_HUB_ID] | "
-    "push_to_hub=OWNER/NAME [private=false])"
-)
+def main(words: Sequence[str]) -> None:
+    """Raises ConfigError where something cannot be done as asked, RunError where it failed."""
+    run_dir, options = _arguments(words)
+    # Imported here, so that a fault in the words is answered before torch is loaded.
+    from simpo.loop.console import quiet_libraries
+    from simpo.loop.publish import push
+    from simpo.model.merge import merge
 
-
-def cli() -> None:
-    """Entry of `python -m simpo.export`; exits with 2 where something cannot be done as asked."""
-    console.quiet_libraries()
-    try:
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            print(USAGE)
-            return
-        run_dir, options = _arguments(sys.argv[1:])
-        if "merge" in options:
-            output = Path(options.get("output", run_dir / "model-merged")).expanduser()
-            messages = merge(
-                run_dir, output, Dtype(options.get("dtype", "auto")), options.get("base")
-            )
-        else:
-            private = options.get("private", "true") == "true"
-            messages = push(
-                run_dir, ExportConfig(push_to_hub=options["push_to_hub"], private=private)
-            )
-    except SimpoError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    print("\n".join(messages))
+    quiet_libraries()
+    if "merge" in options:
+        output = Path(options.get("output", run_dir / "model-merged")).expanduser()
+        lines = merge(run_dir, output, Dtype(options.get("dtype", "auto")), options.get("base"))
+    else:
+        private = options.get("private", "true") == "true"
+        lines = push(run_dir, ExportConfig(push_to_hub=options["push_to_hub"], private=private))
+    print("\n".join(lines))
 
 
 def _arguments(words: Sequence[str]) -> tuple[Path, dict[str, str]]:
@@ -63,7 +61,7 @@ def _arguments(words: Sequence[str]) -> tuple[Path, dict[str, str]]:
         else:
             folders.append(word)
     if len(folders) != 1 or not options:
-        raise ConfigError([USAGE])
+        raise ConfigError([USAGE.strip().splitlines()[0]])
     problems = [
         f"{key}: no such key (export has {', '.join(KEYS)})" for key in options if key not in KEYS
     ]
@@ -85,4 +83,6 @@ def _arguments(words: Sequence[str]) -> tuple[Path, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    cli()
+    from simpo.__main__ import main as dispatch
+
+    dispatch(["export", *sys.argv[1:]])

@@ -1,0 +1,116 @@
+"""Every command that a person types: `simpo train model=mistral_base loss.beta=2.5`.
+
+`python -m simpo train`, `python -m simpo.train` and `simpo-train` are the same command. Each ends
+with the exit codes of `simpo.config.errors`.
+"""
+
+from __future__ import annotations
+
+from simpo.run.signals import exit_on_signals
+
+if __name__ == "__main__":
+    exit_on_signals()  # importing what follows takes a while
+
+import difflib
+import importlib
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from simpo.config.errors import ConfigError, exit_codes
+
+COMMANDS = {
+    "train": "train a run, or with -m a sweep of runs",
+    "preview": "show what a run would be trained on, stage by stage",
+    "report": "compare runs: table, csv, json or web page",
+    "generate": "write replies of a model to the prompts of a data set",
+    "annotate": "score such replies, and make pairs of them",
+    "export": "merge an adapter into its base model, or upload a model",
+}
+SECTIONS = {"train": [], "generate": ["on_policy"], "annotate": ["on_policy"]}
+"""Commands whose help lists settings, and those that it lists where none are named: [] is all."""
+GOES_ON = "the same command goes on where it was"
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run a command; `words` are those of the command line, without the program.
+
+    Raises:
+        SystemExit: with an exit code other than 0 where the command did not succeed.
+    """
+    exit_on_signals()
+    words = sys.argv[1:] if words is None else words
+    with exit_codes():
+        name, rest = (words[0], words[1:]) if words else ("--help", [])
+        if name in ("-h", "--help", "help"):
+            print(_overview())
+        elif name == "--version":
+            print(f"simpo {version('simpo')}")
+        elif name in ("complete", "completion"):
+            _complete(name, " ".join(rest))
+        elif name not in COMMANDS:
+            raise ConfigError([_unknown(name)])
+        else:
+            _run(name, rest)
+
+
+def script() -> None:
+    """Entry of `simpo-train`, `simpo-report` and so on: the command is in the program's name."""
+    main([Path(sys.argv[0]).name.removeprefix("simpo-"), *sys.argv[1:]])
+
+
+def _run(name: str, words: list[str]) -> None:
+    if name in ("generate", "annotate"):
+        exit_on_signals(f"interrupted: {GOES_ON}", f"stopped ({GOES_ON})")
+    place = "simpo.train" if name == "train" else f"simpo.launch.commands.{name}"
+    module = importlib.import_module(place)
+    if {"-h", "--help"} & set(words):
+        print(module.USAGE.strip())
+        if name in SECTIONS:
+            _print_settings([w for w in words if not w.startswith("-")], SECTIONS[name])
+        return
+    # Hydra reads the words there, and a run's records quote them.
+    sys.argv = [f"simpo {name}", *words]
+    module.main(words)
+
+
+def _print_settings(words: list[str], sections: list[str]) -> None:
+    from simpo.config.meanings import settings_help
+
+    overrides = [word for word in words if "=" in word]
+    sections = [word for word in words if "=" not in word] or sections
+    width = min(100, shutil.get_terminal_size().columns)
+    print()
+    print("\n".join(settings_help(overrides, sections, width)))
+
+
+def _overview() -> str:
+    lines = ["usage: simpo COMMAND ...", ""]
+    lines += [f"  {name:10} {text}" for name, text in COMMANDS.items()]
+    lines += [
+        "",
+        "simpo COMMAND --help tells more; simpo completion bash|zsh prints a TAB completion",
+    ]
+    return "\n".join(lines)
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+    if "=" in name:
+        hint = f"settings follow a command: simpo train {name}"
+    return f"{name}: no such command ({hint})"
+
+
+def _complete(name: str, text: str) -> None:
+    from simpo.launch.completion import candidates, script
+
+    if name == "completion":
+        print(script(text, list(COMMANDS)), end="")
+    else:
+        print("\n".join(candidates(text, list(COMMANDS))))
+
+
+if __name__ == "__main__":
+    main()

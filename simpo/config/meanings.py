@@ -1,0 +1,130 @@
+"""What each setting means: the docstring under its field, for --help and docs/config.md."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from types import ModuleType, NoneType
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+
+from simpo.config.composer import Composer
+
+GROUPS = ("model", "data", "loss", "backend", "launcher", "tracker", "experiments")
+
+
+def meaning(schema: type, name: str) -> str:
+    """The docstring under a field of a dataclass, its own or an inherited one, in one line."""
+    for parent in schema.__mro__:
+        if found := _meanings(sys.modules[parent.__module__]).get((parent.__name__, name)):
+            return found
+    raise KeyError(f"{schema.__name__}.{name} has no docstring")
+
+
+def field_types(schema: type) -> dict[str, Any]:
+    """The type of each field of a dataclass."""
+    return typing.get_type_hints(schema)
+
+
+def type_name(kind: Any) -> str:
+    """How the documentation calls a field's type; the words of an enum in backquotes."""
+    if NoneType in typing.get_args(kind):
+        inner = next(part for part in typing.get_args(kind) if part is not NoneType)
+        return f"{type_name(inner)} or null"
+    if typing.get_origin(kind) is list:
+        inner = typing.get_args(kind)[0]
+        return f"list of {'items, see below' if is_dataclass(inner) else type_name(inner)}"
+    if issubclass(kind, Enum):
+        return ", ".join(f"`{choice.value}`" for choice in kind)
+    return {str: "text", int: "whole number", float: "number", bool: "true, false"}[kind]
+
+
+def default(item: Field[Any]) -> str:
+    """A field's default as the command line would take it; *required* where it has none."""
+    value = item.default if item.default_factory is NO_DEFAULT else item.default_factory()
+    return "*required*" if value == MISSING else shown(value)
+
+
+def shown(value: Any) -> str:
+    """A value as the command line would take it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
+    value = value.value if isinstance(value, Enum) else value
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
+
+
+def settings_help(overrides: Sequence[str], sections: Sequence[str], width: int) -> Iterator[str]:
+    """Lines that tell every choice, and every key of the composed run with its value and meaning.
+
+    Args:
+        overrides: what the run is composed of.
+        sections: only these, such as loss or train.epochs; all where empty.
+        width: of a line, in characters.
+    """
+    composer = Composer()
+    if not sections:
+        yield "Choices, as group=choice:"
+        for group in GROUPS:
+            choices = f"{group:12} {', '.join(composer.choices(group))}"
+            yield from _wrapped(choices, "  ", " " * 15, width)
+        yield ""
+        yield "Settings, as key=value, with their values in this run:"
+    # Hydra's own key for the choice of an experiment is no setting.
+    for key, value, text in _keys(composer.compose(overrides), ""):
+        if not sections or any(key == one or key.startswith(f"{one}.") for one in sections):
+            yield from _wrapped(f"{key}={value}", "  ", "      ", width)
+            yield from _wrapped(text, "      ", "      ", width)
+
+
+def _keys(config: DictConfig, prefix: str) -> Iterator[tuple[str, str, str]]:
+    """Key, value and meaning of everything below a section."""
+    schema: Any = OmegaConf.get_type(config)
+    for item in fields(schema):
+        value = OmegaConf.select(config, item.name)
+        below = {item.name: value}
+        if isinstance(value, ListConfig):
+            below = {f"{item.name}.{index}": one for index, one in enumerate(value)}
+        if below and all(isinstance(one, DictConfig) for one in below.values()):
+            for name, section in below.items():
+                yield from _keys(section, f"{prefix}{name}.")
+            continue
+        kind = field_types(schema)[item.name]
+        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        choices = type_name(kind).replace("`", "")
+        text = f"{meaning(schema, item.name)} ({choices})"
+        yield f"{prefix}{item.name}", shown(plain), text
+
+
+def _wrapped(text: str, first: str, rest: str, width: int) -> list[str]:
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+@cache
+def _meanings(module: ModuleType) -> dict[tuple[str, str], str]:
+    """(class, field) to the docstring under the field, which only the source has."""
+    meanings: dict[tuple[str, str], str] = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ClassDef):
+            for statement, below in zip(node.body, node.body[1:], strict=False):
+                if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr):
+                    name = ast.unparse(statement.target)
+                    meanings[node.name, name] = " ".join(ast.literal_eval(below.value).split())
+    return meanings

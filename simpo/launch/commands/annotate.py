@@ -1,0 +1,40 @@
+"""`simpo annotate`: score the replies of `simpo generate`, and make pairs of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from simpo.config.compose import run_of_words
+
+USAGE = """
+usage: simpo annotate on_policy.folder=DIR on_policy.reward=REWARD [key=value ...]
+
+Score the replies of `simpo generate`, and make a pair of the best and the worst to each prompt.
+Scores are kept, and the same command goes on where it was stopped.
+
+  simpo annotate on_policy.folder=DIR on_policy.reward=RLHFlow/ArmoRM-Llama3-8B-v0.1
+  simpo annotate on_policy.folder=DIR on_policy.reward=my_rewards:politeness
+
+A function takes the messages of a prompt, some replies to it and the prompt's rule or None. It
+returns a score for each reply, where more is better.
+
+Settings are those of `simpo train`; on_policy.* are for this command:
+"""
+
+
+def main(words: Sequence[str]) -> None:
+    run = run_of_words(words)
+    # Imported here, so that a fault in the settings is answered before torch is loaded.
+    from simpo.on_policy.annotate import annotate
+
+    folder = annotate(run)
+    held_out = f", test_path: {folder}/test.jsonl" if (folder / "test.jsonl").stat().st_size else ""
+    sources = f"[{{path: {folder}/train.jsonl{held_out}}}]"
+    print(f"next   python -m simpo.train data=jsonl 'data.sources={sources}'")
+
+
+if __name__ == "__main__":
+    from simpo.__main__ import main as dispatch
+
+    dispatch(["annotate", *sys.argv[1:]])

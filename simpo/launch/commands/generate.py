@@ -1,0 +1,35 @@
+"""`simpo generate`: write replies of a model to the prompts of a data set."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from simpo.config.compose import run_of_words
+
+USAGE = """
+usage: simpo generate [key=value ...] [--config-dir DIR]
+
+Write several replies of the model to each prompt of a data set. `simpo annotate` makes pairs of
+them. The same command goes on where it was stopped.
+
+  simpo generate model=llama3_instruct data=ultrafeedback
+  simpo generate on_policy.seeds=[1,2,3] on_policy.temperature=1.0
+
+Settings are those of `simpo train`; on_policy.* are for this command:
+"""
+
+
+def main(words: Sequence[str]) -> None:
+    run = run_of_words(words)
+    # Imported here, so that a fault in the settings is answered before torch is loaded.
+    from simpo.on_policy.generate import generate
+
+    folder = generate(run)
+    print(f"next   python -m simpo.annotate on_policy.folder={folder} on_policy.reward=...")
+
+
+if __name__ == "__main__":
+    from simpo.__main__ import main as dispatch
+
+    dispatch(["generate", *sys.argv[1:]])

@@ -1,0 +1,54 @@
+"""`simpo preview`: show what a run would be trained on, at every stage, without its weights."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpo.config.compose import run_of_words
+from simpo.config.errors import ConfigError, unwritable
+
+USAGE = """
+usage: simpo preview [key=value ...] [pairs=N] [html=FILE]
+
+Show what a run would be trained on: messages, template text, tokens and packed rows of some pairs,
+without loading the model's weights.
+
+  simpo preview model=mistral_base data=ultrafeedback
+  simpo preview experiments=paper/gemma2_it pairs=5 html=preview.html
+
+pairs=N shows N pairs (3). html=FILE also writes them as a web page. Settings are those of
+`simpo train` (see its --help).
+"""
+
+
+def main(words: Sequence[str]) -> None:
+    """Raises ConfigError for settings that cannot be used."""
+    options = {"pairs": "3", "html": ""}
+    settings = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in options:
+            options[key] = value
+        else:
+            settings.append(word)
+    run = run_of_words(settings)
+    number, file = options["pairs"], options["html"]
+    path = Path(file).expanduser()
+    if not number.isdecimal() or int(number) < 1:
+        raise ConfigError([f"pairs: must be 1 or more, got {number}"])
+    if file and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ConfigError([f"html: must be a file in a folder that can be written, got {file}"])
+    # Imported here, so that a fault in the settings is answered before torch is loaded.
+    from simpo.preview.stages import Stages, page, text
+
+    stages = Stages.of(run, int(number))
+    print(text(stages, colors=sys.stdout.isatty()))
+    if file:
+        try:
+            path.write_text(page(stages), encoding="utf-8")
+        except OSError as error:
+            raise unwritable(path, error) from error
+        print(f"page   {path}")

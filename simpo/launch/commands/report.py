@@ -1,0 +1,85 @@
+"""`simpo report`: compare runs, at any moment, for one run, a sweep or several."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpo.config.errors import ConfigError, unwritable
+from simpo.report.compare import averages, compare
+from simpo.report.text import averages_text, damaged_lines, text
+
+FORMATS = ("text", "csv", "json")
+KEYS = ("format", "metric", "html", "over")
+USAGE = f"""
+usage: simpo report DIR... [format={"|".join(FORMATS)}] [metric=KEY] [over=SETTING] [html=FILE|none]
+
+Compare the runs in folders: what differs in their settings, how far they are, which is the best.
+As text it also writes DIR/report.html. Works at any moment, for one run, a sweep or several.
+
+  format=csv     the table for other programs
+  metric=KEY     the held-out metric that decides which run is best (monitor.metric of the runs)
+  over=SETTING   average the runs that differ in this setting alone, such as over=train.seed
+  html=FILE      where to write the page; none writes no page
+"""
+
+
+def main(words: Sequence[str]) -> None:
+    """Print the comparison; runs whose folders are damaged are named, and the others compared.
+
+    Raises:
+        ConfigError: there is nothing to report, or the words cannot be understood.
+    """
+    folders, options = _arguments(words)
+    report = compare(folders, options.get("metric"))
+    form, key = options.get("format", "text"), options.get("over")
+    if form == "text":
+        print(text(report) if key is None else averages_text(report, key), end="")
+    else:
+        rows = report.rows() if key is None else averages(report, key)
+        sys.stderr.writelines(f"{line}\n" for line in damaged_lines(report))
+    if form == "json":
+        print(json.dumps(rows, indent=2))
+    elif form == "csv":
+        table = csv.DictWriter(sys.stdout, list(rows[0] if rows else ()), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    page = options.get("html", "none" if form != "text" else str(folders[0] / "report.html"))
+    if page != "none":
+        from simpo.report.page import render
+
+        path = Path(page).expanduser()
+        try:
+            path.write_text(render(report), encoding="utf-8")
+        except OSError as error:
+            raise unwritable(path, error) from error
+        print(f"page   {path}", file=sys.stderr)
+
+
+def _arguments(words: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
+    """Folders and settings of a command line; a folder's name may hold an = itself."""
+    options: dict[str, str] = {}
+    folders: list[Path] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in KEYS:
+            options[key] = value
+        else:
+            folders.append(Path(word).expanduser())
+    problems = [
+        f"{path.name.partition('=')[0]}: no such key (report has {', '.join(KEYS)})"
+        if "=" in path.name and len(path.parts) == 1
+        else f"DIR: no such folder, got {path}"
+        for path in folders
+        if not path.is_dir()
+    ]
+    if not folders:
+        problems.append(USAGE.strip().splitlines()[0])
+    if options.get("format", "text") not in FORMATS:
+        problems.append(f"format: must be one of {', '.join(FORMATS)}, got {options['format']}")
+    if problems:
+        raise ConfigError(problems)
+    return folders, options

@@ -1,0 +1,74 @@
+"""Runs' folders in, a comparison out: `python -m simpo.report DIR... [format=text|csv|json]`.
+
+At any moment, for one run, a sweep or several. As text it also writes DIR/report.html. With
+over=train.seed runs that differ in that setting alone are averaged.
+"""
+
+from __future__ import annotations
+
+from simpo.report.compare import Comparison, averages
+from simpo.report.published import published_tables
+from simpo.run.tables import SHOWN, markdown_table
+
+
+def text(report: Comparison) -> str:
+    """The table that people read in a terminal, and what went wrong below it."""
+    rows = []
+    for index, (name, run) in enumerate(zip(report.names, report.runs, strict=True)):
+        value = report.monitored(index)
+        rows.append(
+            {
+                "run": name,
+                "state": run.progress.text(),
+                **({} if len(report.runs) == 1 else {"": "best" if index == report.best else ""}),
+                report.metric: "" if value is None else f"{value:.4f}",
+                **{
+                    label: f"{run.metrics[key]:.4f}" if key in run.metrics else ""
+                    for key, label in SHOWN
+                    if key != report.metric and any(key in other.metrics for other in report.runs)
+                },
+            }
+        )
+    rows += [
+        dict.fromkeys(rows[0] if rows else (), "") | {"run": name, "state": "damaged"}
+        for name in report.damaged
+    ]
+    lines = markdown_table(rows)
+    lines += [
+        f"{name}: {run.progress.note}" + (f" ({run.progress.log})" if run.progress.log else "")
+        for name, run in zip(report.names, report.runs, strict=True)
+        if run.progress.note
+    ]
+    lines += damaged_lines(report)
+    for setting, table in published_tables(report.runs, report.names).items():
+        lines += ["", f"published results of {setting}, in percent", *markdown_table(table)]
+    return "\n".join(lines) + "\n"
+
+
+def damaged_lines(report: Comparison) -> list[str]:
+    """A line for each run that cannot be read: which file, what is wrong, what to do."""
+    return [f"{name}: {run.fault}" for name, run in report.damaged.items()]
+
+
+def averages_text(report: Comparison, key: str) -> str:
+    """The table of `averages`: means, and the range behind them."""
+    found = averages(report, key)
+    names = dict(SHOWN)
+    wanted = dict.fromkeys([report.metric, *names])
+    shown = [metric for metric in wanted if any(metric in row for row in found)]
+    rows = [
+        {
+            "runs": row["runs"],
+            "number": row["number"],
+            **{
+                names.get(metric, metric): (
+                    f"{row[metric]:.4f} ({row[f'{metric} min']:.4f} to {row[f'{metric} max']:.4f})"
+                    if metric in row
+                    else ""
+                )
+                for metric in shown
+            },
+        }
+        for row in found
+    ]
+    return "\n".join([*markdown_table(rows), *damaged_lines(report)]) + "\n"

@@ -40,6 +40,7 @@ from simpo.config.renamed import rename_overrides
 from simpo.config.schema import RunConfig
 from simpo.run import processes
 from simpo.run.folder import refuse_unwritable
+from simpo.run.unused import hide_unused
 
 USAGE = """
 usage: simpo train [key=value ...] [-m] [--cfg job] [--config-dir DIR] [--help [SECTION ...]]
@@ -109,6 +110,7 @@ def start(run: RunConfig) -> dict[str, float]:
     count = processes.num_processes_to_start(run.backend)
     if count is not None:
         return processes.run_in_processes(count, run)
+    hide_unused(run)
     with processes.reporting_lost_ranks():
         return train(run)
 

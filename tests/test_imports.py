@@ -178,7 +178,7 @@ def test_the_mathematics_knows_no_framework(module: str) -> None:
             {
                 *("config.inputs", "config.losses", "config.schema", "config.check"),
                 *("config.compose", "config.composer", "config.explain", "config.suggest"),
-                "config.meanings",
+                *("config.meanings", "config.renamed"),
                 *("launch.completion", "report.published", "train"),
             },
         ),
@@ -211,6 +211,31 @@ def test_commands_start_without_torch(module: str) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
     assert done.stdout == "[]\n"
+
+
+def test_a_run_imports_only_what_it_uses(tiny_run: list[str]) -> None:
+    """Without LoRA neither peft nor what it takes along; with LoRA no library of quantisation."""
+    code = (
+        "import sys\n"
+        "from simpo.train import cli\n"
+        "heavy = {'peft', 'bitsandbytes', 'deepspeed', 'datasets', 'pandas', 'pyarrow',\n"
+        "         'sklearn', 'scipy', 'trl', 'wandb', 'plotly', 'submitit',\n"
+        "         'matplotlib.pyplot', 'transformers.trainer', 'torch._inductor.compile_fx'}\n"
+        "def used(*more):\n"
+        "    sys.argv = [*words, *more]\n"
+        "    cli()\n"
+        "    loaded = {name for name, module in sys.modules.items() if module}\n"
+        "    print('USED', *sorted(heavy & loaded))\n"
+        "words = sys.argv\n"
+        "used()\n"
+        "used('model.lora.rank=2')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *tiny_run], capture_output=True, text=True, cwd=PACKAGE.parent
+    )
+    assert done.returncode == 0, done.stderr
+    shown = [line for line in done.stdout.splitlines() if line.startswith("USED")]
+    assert shown == ["USED", "USED peft"]
 
 
 def print_house() -> None:

@@ -18,7 +18,6 @@ def go_offline_if_unreachable() -> None:
     They would each try for most of a minute, file by file. Call it before anything is loaded by a
     hub id; it asks once in a process.
     """
-    import datasets
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -31,7 +30,6 @@ def go_offline_if_unreachable() -> None:
         except Exception:  # of whichever HTTP library it uses; any answer at all is none of them
             time.sleep(attempt)
     constants.HF_HUB_OFFLINE = True
-    datasets.config.HF_HUB_OFFLINE = True
 
 
 def reason(error: BaseException, source: str) -> str:

@@ -143,10 +143,15 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _dataset(source: SourceConfig, path: Path, split: str) -> Any:
+    # Imported where it is used: it takes a second, most of it for pandas and pyarrow.
+    import datasets
     from datasets import DatasetDict, load_dataset, load_from_disk
+    from huggingface_hub import constants
 
+    datasets.disable_progress_bars()
     if not path.is_dir():
         hub.go_offline_if_unreachable()
+        datasets.config.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE
         return load_dataset(source.path, source.subset, split=split, revision=source.revision)
     if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         saved = load_from_disk(str(path))

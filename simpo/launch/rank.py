@@ -28,6 +28,7 @@ from simpo.run.processes import (
     log_file,
     reporting_lost_ranks,
 )
+from simpo.run.unused import hide_unused
 from simpo.train import train
 
 
@@ -40,6 +41,7 @@ def main() -> int:
     try:
         run = load_run(folder / "run.yaml")
         set_stopped_exit_code(run.train.stopped_exit_code)
+        hide_unused(run)
         with reporting_lost_ranks():
             metrics = train(run)
     except LostError as error:

@@ -167,11 +167,9 @@ def quiet_libraries() -> None:
     for library in ("transformers", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    from datasets.utils.logging import disable_progress_bar
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    disable_progress_bar()
     hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from simpo.config.choices import Attention, Dtype, Quantization
 from simpo.config.errors import ConfigError
@@ -43,7 +40,7 @@ def load_policy(
         ConfigError: the model cannot be loaded, has no such attention or is quantised already, or
             the adapters do not fit it (`simpo.model.adapters.add_adapters`).
     """
-    set_seed(seed)
+    _seed(seed)
     attention.register()
     source = model_source(config, cache_dir)
     common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -82,6 +79,13 @@ def load_policy(
             check_finite("model.lora.adapter", config.lora.adapter, model)
     _switch_dropout_off(model)
     return Policy(model, share_prefix).to(device)
+
+
+def _seed(seed: int) -> None:
+    """Seed all random generators as transformers' `set_seed` does, whose module imports peft."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _switch_dropout_off(model: nn.Module) -> None:

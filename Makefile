@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+# Test processes; each takes a core and about 2 GiB.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --durations=20
 TORCH := torch==2.13.0
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train test test-fast check docs bench bench-head gpu-check lock clean
+.PHONY: help install train test test-all test-fast check docs bench bench-head gpu-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -27,11 +30,14 @@ install:  ## into the environment of BIN=DIR, a folder with its python
 train: $(READY)  ## run the main job; settings in ARGS="loss.beta=5 ..."
 	$(BIN)/python -m simpo.train $(ARGS)
 
-test: check  ## linters, types and all tests
-	$(BIN)/python -m pytest
+test: check  ## linters, types, unit tests and one real process of each kind: minutes
+	$(PYTEST) -m "not matrix"
 
-test-fast: $(READY)  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+test-all: test  ## the same, then every backend, fault, shipped experiment and Slurm
+	$(PYTEST) -m matrix
+
+test-fast: $(READY)  ## the unit tests alone
+	$(PYTEST) -m "not matrix and not process"
 
 check: $(READY)  ## linters and types
 	$(BIN)/ruff check .

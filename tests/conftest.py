@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 
-# Two worker threads per test process would fight over the machine's cores; and no test may wait
-# for a model hub that is not there.
+# Threads of several test processes would fight over the machine's cores; and no test may wait for a
+# model hub that is not there.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -65,6 +68,28 @@ FAMILIES = {
     ),
     "gemma3": Gemma3TextConfig(head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
 }
+
+
+UNIT_CPU_S = 10
+"""What a test without a marker may take, whatever else the machine does."""
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process, of its children that have ended, and of what was forked."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used) + forked.cpu_s()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    begin = cpu_s()
+    yield
+    spent = cpu_s() - begin
+    if spent > UNIT_CPU_S and not any(map(item.get_closest_marker, ("process", "matrix"))):
+        pytest.fail(
+            f"{spent:.0f} CPU seconds: more than {UNIT_CPU_S} need the marker process or matrix",
+            pytrace=False,
+        )
 
 
 def tiny_model(

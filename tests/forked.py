@@ -1,9 +1,9 @@
 """Processes that start in milliseconds: forked from one that has imported everything.
 
 Most of a tiny run's time is imports. `Forked` asks a parent, which has imported torch, transformers
-and the rest once and has computed nothing, to fork. The child becomes `python -m simpo.train`, with
-its own environment, folder and streams, and forks its ranks in the same way. They are real
-processes with their own ids, signals and exit codes.
+and the rest once and has computed nothing, to fork. The child becomes `python -m MODULE`, with its
+own environment, folder and streams, and forks its ranks in the same way. They are real processes
+with their own ids, signals and exit codes.
 """
 
 from __future__ import annotations
@@ -46,13 +46,16 @@ class _Signalled:
 class Forked(_Signalled):
     """What `subprocess.Popen` is to a started process: pid, poll, wait, communicate, signals."""
 
-    def __init__(self, words: list[str]) -> None:
+    def __init__(
+        self, words: list[str], env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> None:
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
         self._link = socket.socket(socket.AF_UNIX)
         self._link.connect(str(_parent()))
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        request = json.dumps({"words": words, "env": dict(env), "cwd": os.getcwd()}).encode()
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+        there = str(cwd or os.getcwd())
+        request = json.dumps({"words": words, "env": dict(env), "cwd": there}).encode()
         fds = array.array("i", [out_write, err_write])
         self._link.sendmsg(
             [len(request).to_bytes(4, "big") + request],
@@ -100,11 +103,23 @@ class Forked(_Signalled):
 
 
 _socket: Path | None = None
+_parent_pid = 0
+_imports_cpu_s = 0.0
+
+
+def cpu_s() -> float:
+    """CPU seconds of what was forked, as far as that has ended."""
+    return _parent_cpu_s() - _imports_cpu_s if _parent_pid else 0.0
+
+
+def _parent_cpu_s() -> float:
+    fields = Path(f"/proc/{_parent_pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _parent() -> Path:
     """The socket of the parent, which is started on first use and ends with this process."""
-    global _socket
+    global _socket, _parent_pid, _imports_cpu_s
     if _socket is None:
         path = Path(tempfile.mkdtemp(prefix="simpo-forks-")) / "socket"
         process = subprocess.Popen(
@@ -115,7 +130,8 @@ def _parent() -> Path:
         while not path.exists():
             assert process.poll() is None, "the parent of forked runs died"
             time.sleep(0.01)
-        _socket = path
+        _socket, _parent_pid = path, process.pid
+        _imports_cpu_s = _parent_cpu_s()
     return _socket
 
 
@@ -209,7 +225,12 @@ def _serve(path: str) -> None:
 
     import simpo.launch.member
     import simpo.launch.rank
-    import simpo.model.export
+    import simpo.loop.publish
+    import simpo.model.merge
+    import simpo.on_policy.annotate
+    import simpo.on_policy.generate
+    import simpo.preview.__main__
+    import simpo.report.__main__
     import simpo.train  # noqa: F401
     from simpo.run.processes import die_with_parent
 

@@ -30,7 +30,7 @@ from simpo.config.compose import compose_run
 from simpo.data.demo.records import demo_rows
 from simpo.train import train
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 KINDS = ["ddp", "fsdp", "zero2", "zero3"]
 # name: backend, processes, tokens_per_row

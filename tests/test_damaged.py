@@ -12,14 +12,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import tiny_overrides
-from whole_runs import metrics_of
+from whole_runs import metrics_of, run_command
 
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DamagedError, RunError, SimpoError, Stopped
@@ -140,7 +139,7 @@ def told_in_lines(error: SimpoError) -> None:
         assert line and "Traceback" not in line and line.endswith(")"), str(error)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_any_file_damaged_then_continued(template: Template, tmp_path: Path) -> None:
     """Refused in a line, or the same numbers to the last bit."""
     rng, refused = random.Random(SEED), 0
@@ -161,7 +160,7 @@ def test_any_file_damaged_then_continued(template: Template, tmp_path: Path) -> 
     assert 0 < refused < CONTINUED
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_any_file_damaged_then_reported(template: Template, tmp_path: Path) -> None:
     """Shown as damaged, or with the same held-out numbers; the run beside it as always."""
     rng, seen = random.Random(SEED), 0
@@ -543,13 +542,9 @@ def test_a_disk_that_is_full_before_the_first_step(
 
 def test_a_page_that_cannot_be_written(template: Template, tmp_path: Path) -> None:
     """The table is told all the same."""
-    done = subprocess.run(
-        [sys.executable, "-m", "simpo.report", str(template.whole), "html=/dev/full"],
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (
+    told = run_command("simpo.report", str(template.whole), "html=/dev/full")
+    assert (told.returncode, told.stderr) == (
         1,
         "/dev/full: No space left on device (make room, and the same command continues)\n",
     )
-    assert "finished, step 6 of 6" in done.stdout
+    assert "finished, step 6 of 6" in told.stdout

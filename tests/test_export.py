@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_runs import run_command
 
 from simpo.__main__ import main
 from simpo.config.choices import Dtype
@@ -127,7 +127,7 @@ def merged_by_hand(base: str, adapter: Path) -> Any:
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_merge(quantization: str, tiny_run: list[str], wide_folder: Path, tmp_path: Path) -> None:
     """A process of its own, against W + scale B A from the files."""
@@ -136,11 +136,9 @@ def test_merge(quantization: str, tiny_run: list[str], wide_folder: Path, tmp_pa
     overrides += ["model.lora.rank=4", "train.learning_rate=1e-2", "sample.num_prompts=0"]
     overrides += [f"run_dir={run_dir}"]
     train(compose_run(overrides))
-    command = [sys.executable, "-m", "simpo.export", str(run_dir), "merge=true"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    # Not alone where DeepSpeed is installed, which speaks when it is imported.
-    assert done.stdout.endswith(f"model  {run_dir}/model-merged\n")
+    told = run_command("simpo.export", str(run_dir), "merge=true")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout == f"model  {run_dir}/model-merged\n"
     merged = AutoModelForCausalLM.from_pretrained(run_dir / "model-merged")
     assert type(merged).__name__ == "LlamaForCausalLM" and merged.dtype is torch.float32
     assert not hasattr(merged.config, "quantization_config") and merged.config.use_cache

@@ -37,7 +37,7 @@ from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.inputs import TEMPLATES
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 TWO = ["backend=ddp", "backend.processes=2"]
 INTERRUPTED = (

@@ -107,7 +107,7 @@ def test_refused_by_the_hub(
     assert str(error.value) == f"model.path: some/model cannot be loaded: {fault}"
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_nothing_else_is_printed() -> None:
     """No line of the libraries about their requests, and none of it again by Hydra's handler."""
     with answering(403, "GatedRepo") as address:

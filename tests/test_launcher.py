@@ -49,7 +49,7 @@ def test_names_are_readable() -> None:
     assert name_of([("model.path", "a/b")]).startswith("model.path=a_b-")
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_local_sweep(tiny_run: list[str], tmp_path: Path) -> None:
     """Two at a time; equal to the same runs alone; again, and only what is new is run."""
     sweep = tmp_path / "outputs" / "sweeps"
@@ -71,7 +71,7 @@ def test_a_local_sweep(tiny_run: list[str], tmp_path: Path) -> None:
     assert len((folder / "loss.beta=2" / "jobs.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_member_fails_and_the_others_go_on(
     tiny_run: list[str], tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -94,7 +94,7 @@ def test_a_member_fails_and_the_others_go_on(
     assert f"{bad.name}  failed: {states[0].note}\n" in message
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_stopped_sweep_goes_on(tiny_run: list[str], tmp_path: Path) -> None:
     """Told to stop in its first member, then by a Ctrl-C in its second; both have saved."""
     folder = tmp_path / "sweep"
@@ -220,7 +220,7 @@ def test_members_share_out_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert share_of_machine(3, 4) == {"OMP_NUM_THREADS": "2"}
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["stages", "optuna"])
 def test_searches_by_the_objective(kind: str, tiny_run: list[str], tmp_path: Path) -> None:
     """The best run of all is told as the best, and the same search again starts nothing."""
@@ -260,7 +260,7 @@ def test_searches_by_the_objective(kind: str, tiny_run: list[str], tmp_path: Pat
     assert set(lines) == {1}
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_objective_reaches_sweepers_through_other_launchers(tiny_run: list[str]) -> None:
     """Hydra's own launcher calls `main`, and takes what it returns."""
     command = ["-m", *tiny_run, "hydra/launcher=basic", "hydra/sweeper=stages"]

@@ -90,7 +90,7 @@ def test_the_best_model_is_kept_and_saved(tiny_run: list[str], tmp_path: Path) -
         assert torch.equal(weight, state[f"state.policy.model.{name}"]), name
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_best_model_is_lost(tiny_run: list[str], tmp_path: Path) -> None:
     """Its checkpoint is gone when the run ends: the last model is saved, and that is said."""
     folder = tmp_path / "run"

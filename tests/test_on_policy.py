@@ -18,7 +18,7 @@ import torch
 from forked import Forked
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
-from whole_runs import finish, wait_for
+from whole_runs import finish, run_command, wait_for
 
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
@@ -543,7 +543,7 @@ def test_a_wrong_setting_is_answered_without_torch(tmp_path: Path) -> None:
         assert "omegaconf" in imported and "torch" not in imported
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_replies_to_report_on_the_real_model(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2 answers prompts of the demo, a program judges, training on that is reported."""
     own = tmp_path / "own"
@@ -559,11 +559,9 @@ def test_replies_to_report_on_the_real_model(smollm2: Path, tmp_path: Path) -> N
     sources = f"data.sources=[{{path: {tmp_path}/train.jsonl, test_path: {tmp_path}/test.jsonl}}]"
 
     def command(module: str, *words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", module, *words], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
+        told = run_command(module, *words)
+        assert told.returncode == 0, told.stderr[-2000:]
+        return told.stdout
 
     drawn = command(
         "simpo.generate", "data=jsonl", sources, folder, "on_policy.seeds=[1,2,3,4]",

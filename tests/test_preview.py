@@ -5,8 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from browser import look_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_tokenizers import FOLDERS
+from whole_runs import Ended, run_command
 
 from simpo.config.compose import compose_run
 from simpo.preview.stages import ENDLESS, Stages, page, text
@@ -132,18 +131,13 @@ def test_the_page_in_a_browser(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, tiny_run: list[str]) -> None:
-    def preview(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "simpo.preview", *words],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
+    def preview(*words: str) -> Ended:
+        return run_command("simpo.preview", *words, cwd=tmp_path)
 
-    done = preview(*tiny_run, "pairs=7", "html=look.html")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n--- ") == 7
-    assert done.stdout.endswith("page   look.html\n") and (tmp_path / "look.html").is_file()
+    shown = preview(*tiny_run, "pairs=7", "html=look.html")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("\n--- ") == 7
+    assert shown.stdout.endswith("page   look.html\n") and (tmp_path / "look.html").is_file()
     wrong = preview("pairs=0")
     assert (wrong.returncode, wrong.stderr) == (2, "pairs: must be 1 or more, got 0\n")
     wrong = preview("loss.betaa=2")

@@ -88,7 +88,7 @@ def test_a_run_starts_at_its_reference(tiny_run: list[str], tmp_path: Path) -> N
     assert lines[-1]["eval/rewards/chosen"] == pytest.approx(0.5 * gained, rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_neither_a_stop_nor_other_processes_move_the_reference(
     tiny_run: list[str], tmp_path: Path
 ) -> None:

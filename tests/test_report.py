@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from browser import look_at
 from plotly.offline import get_plotlyjs
+from whole_runs import run_command
 
 from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
@@ -69,11 +70,9 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def cli(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "simpo.report", *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+    told = run_command("simpo.report", *arguments)
+    assert told.returncode == code, told.stderr
+    return told.stdout if code == 0 else told.stderr
 
 
 def test_the_best_member_and_what_differs(sweep: Path) -> None:
@@ -185,7 +184,7 @@ def test_states_without_slurm(tmp_path: Path) -> None:
     assert progress[3].text() == "killed, step 2 of 2"
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_every_figure_is_drawn(sweep: Path) -> None:
     """In a browser without a network: all figures, at each choice of their menus."""
     make_run(sweep / "under way", ["loss.beta=3"], state="running")

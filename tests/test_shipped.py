@@ -39,7 +39,7 @@ def first_member(file: Path) -> list[str]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_shipped_experiments_train(
     file: Path, shared: Path, tiny_folder: Path, tmp_path: Path

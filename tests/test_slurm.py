@@ -26,7 +26,7 @@ from simpo.run import slurm
 from simpo.run.files import last_job
 from simpo.run.runs import UNDER_WAY, State, read_progress
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slurm")]
+pytestmark = [pytest.mark.matrix, pytest.mark.usefixtures("slurm")]
 
 STEPS = 600
 # What users set for their own reading of Slurm's answers.

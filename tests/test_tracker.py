@@ -56,7 +56,7 @@ def sent_by_step(records: list[Any]) -> dict[tuple[int, str], float]:
     return sent
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_one_curve_over_a_restart(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +92,7 @@ def test_one_curve_over_a_restart(
                 assert whole[line["step"], key] == pytest.approx(value), key
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_wandb_offline_without_a_key(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

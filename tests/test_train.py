@@ -101,7 +101,7 @@ def test_adapter_is_saved_alone_and_loads(tiny_run: list[str], run_dir: Path) ->
     assert adapters and all(p.abs().sum() > 0 for p in adapters)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_continues_bit_exactly_after_sigkill(tiny_run: list[str], tmp_path: Path) -> None:
     """A real process, killed at five random steps; each time the same command goes on."""
     overrides = [*tiny_run, "train.epochs=4", "model.lora.rank=0"]
@@ -218,7 +218,7 @@ def test_bf16_stays_near_fp32(tiny_run: list[str], tmp_path: Path) -> None:
     assert losses[0] != losses[1]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_exit_codes(tiny_run: list[str], tmp_path: Path) -> None:
     """2 for bad settings and data, each with one line and no traceback."""
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Hi", "chosen": "a", "rejected": ""}\n')
@@ -236,7 +236,7 @@ def test_exit_codes(tiny_run: list[str], tmp_path: Path) -> None:
         assert errors == message
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_real_model_on_real_pairs(real_data: Path, smollm2: Path, run_dir: Path) -> None:
     """PandaLM's and LLMBar's pairs through SmolLM2's own tokenizer, and two steps of training."""
     sources = ", ".join(
@@ -265,7 +265,7 @@ def test_real_model_on_real_pairs(real_data: Path, smollm2: Path, run_dir: Path)
     assert all(0 < x["train/loss"] < 5 for x in lines)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_sweep_runs_every_member(tiny_run: list[str], tmp_path: Path) -> None:
     """Four settings give four finished runs; a bad value is refused before the first of them."""
     sweep = ["-m", "loss.beta=2,2.5", "loss.gamma_beta_ratio=0.3,0.5"]

@@ -178,7 +178,7 @@ def test_losses_with_a_reference(
     assert own.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_trajectory_of_20_steps(tmp_path: Path, pairs: list[TokenizedPair]) -> None:
     theirs = tiny_model("llama")
     policy = Policy(copy.deepcopy(theirs))

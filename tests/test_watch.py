@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from whole_runs import run_command
 
 import simpo.loop.step
 from simpo.config.compose import compose_run
@@ -149,26 +147,21 @@ def test_bad_settings(override: str, message: str) -> None:
 ABSURD = ["train.learning_rate=1", "train.checkpoint_every=1", "watch.window=1"]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_stop_ends_the_run_and_names_the_last_good_checkpoint(
     tiny_run: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     overrides = [*tiny_run, *ABSURD, "watch.action=stop", f"run_dir={folder}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "simpo.train", *overrides],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 1
-    (line,) = [x for x in done.stderr.splitlines() if x.startswith("watch")]
+    told = run_command("simpo.train", *overrides)
+    assert told.returncode == 1
+    (line,) = [x for x in told.stderr.splitlines() if x.startswith("watch")]
     assert line.startswith("watch  step 3: the log-prob of a chosen token fell from -6.")
     assert line.endswith(
         f"last in order at step 1 ({REMEDY}); last good checkpoint: "
         f"{folder}/checkpoints/step-000001"
     )
-    assert done.stderr.splitlines()[-1] == line, "no traceback"
+    assert told.stderr.splitlines()[-1] == line, "no traceback"
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["step-000001", "step-000002"]
     status = json.loads((folder / "status.json").read_text())
@@ -227,14 +220,14 @@ def test_a_continued_run_tells_only_what_is_new(
     assert {x.partition(":")[0] for x in every} == {"step 3", "step 4"}
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_demo_is_in_order(smollm2: Path, tmp_path: Path) -> None:
     """The main job as it comes, replies included."""
     train(compose_run([f"run_dir={tmp_path}"]))
     assert json.loads((tmp_path / "results.json").read_text())["findings"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_demo_collapses_at_1e3_on_the_preference_alone(smollm2: Path, tmp_path: Path) -> None:
     """Stopped by the log-prob of the chosen replies in less than half of the 36 steps.
 

@@ -22,25 +22,33 @@ NOT_STATE = ("metrics_bytes", "ds_config", "ds_version", "buffer_names")
 
 
 Process = subprocess.Popen[str] | Forked
+Ended = subprocess.CompletedProcess[str]
 
 
-def start(overrides: list[str], *command: str, fresh: bool = False, **kwargs: Any) -> Process:
-    """`python -m simpo.train`, or another command, with these overrides.
+def start(
+    words: list[str],
+    *command: str,
+    module: str = "simpo.train",
+    fresh: bool = False,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Process:
+    """`python -m simpo.train`, or another module or command, with these words.
 
     Args:
         fresh: run the interpreter anew, as a user's command does, instead of forking a process that
-            has imported everything. So does another command, and an environment of its own.
+            has imported everything. So does another command.
+        env: variables that are added to this process's own.
     """
-    if not (command or kwargs or fresh):
-        return Forked(["-m", "simpo.train", *overrides])
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
+    if not (command or fresh):
+        return Forked(["-m", module, *words], env, cwd)
     return subprocess.Popen(
-        [*(command or (sys.executable, "-m", "simpo.train")), *overrides],
+        [*(command or (sys.executable, "-m", module)), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
-        **kwargs,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        cwd=cwd,
     )
 
 
@@ -54,6 +62,14 @@ def finish(process: Process, code: int = 0, timeout_s: float = 300) -> str:
 def run(overrides: list[str], code: int = 0, fresh: bool = False) -> str:
     """A whole run; everything it printed."""
     return finish(start(overrides, fresh=fresh), code)
+
+
+def run_command(module: str, *words: str, cwd: Path | None = None) -> Ended:
+    """Run a module of ours to its end; its exit code and what it printed."""
+    process = start(list(words), module=module, cwd=cwd)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode is not None
+    return Ended(words, process.returncode, output, errors)
 
 
 def wait_for(condition: Callable[[], bool], process: Process) -> None:

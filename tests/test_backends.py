@@ -30,8 +30,6 @@ from simpo.config.compose import compose_run
 from simpo.data.demo.records import demo_rows
 from simpo.train import train
 
-pytestmark = pytest.mark.matrix
-
 KINDS = ["ddp", "fsdp", "zero2", "zero3"]
 # name: backend, processes, tokens_per_row
 RUNS = {
@@ -44,7 +42,6 @@ RUNS = {
     "fsdp-1": ("fsdp", 1, 256),
     "zero3-1": ("zero3", 1, 256),
 }
-
 
 FRESH = ("ddp-2", "fsdp-2", "zero3-2")
 """Runs that are started as a user's command is; the others are forked (see `forked.py`)."""
@@ -92,7 +89,7 @@ def whole(settings: list[str], alone: Path) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         folder = alone.parent / name
         if not folder.exists():
-            run([*settings, *of(name), f"run_dir={folder}"], fresh=name in FRESH)
+            run([*settings, *of(name), f"run_dir={folder}"])
         return folder
 
     return make
@@ -139,6 +136,16 @@ def assert_like(folder: Path, alone: Path) -> None:
         assert (value - weights[key]).abs().max() < 1e-4, key
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("name", FRESH)
+def test_one_trajectory_as_a_user_starts_it(
+    name: str, settings: list[str], alone: Path, tmp_path: Path
+) -> None:
+    run([*settings, *of(name), f"run_dir={tmp_path / name}"], fresh=True)
+    assert_like(tmp_path / name, alone)
+
+
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", RUNS)
 def test_one_trajectory(name: str, whole: Callable[[str], Path], alone: Path) -> None:
     assert_like(whole(name), alone)
@@ -152,6 +159,7 @@ def killed_after(step: int, overrides: list[str], folder: Path) -> None:
     process.communicate()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 def test_continues_bit_exactly(
     kind: str, settings: list[str], whole: Callable[[str], Path], alone: Path, tmp_path: Path
@@ -171,6 +179,7 @@ def test_continues_bit_exactly(
     assert_like(fewer, alone)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_saves_in_the_background(
     kind: str, settings: list[str], whole: Callable[[str], Path], tmp_path: Path
@@ -184,6 +193,7 @@ def test_saves_in_the_background(
     assert_same_run(whole(f"{kind}-2"), folder, tmp_path)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["single", *KINDS])
 def test_evaluation_and_checkpoint_at_the_same_step(
     kind: str, settings: list[str], tmp_path: Path
@@ -219,6 +229,7 @@ def test_evaluation_and_checkpoint_at_the_same_step(
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.matrix
 def test_another_backend_continues(settings: list[str], alone: Path, tmp_path: Path) -> None:
     """single, ddp and fsdp read each other's checkpoints; DeepSpeed's are its own."""
     folder = tmp_path / "moved"
@@ -234,6 +245,7 @@ def test_another_backend_continues(settings: list[str], alone: Path, tmp_path: P
     assert_like(folder, alone)
 
 
+@pytest.mark.matrix
 def test_joins_torchrun(settings: list[str], alone: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     overrides = [*settings, "backend=ddp", "train.tokens_per_row=256"]
@@ -245,6 +257,7 @@ def test_joins_torchrun(settings: list[str], alone: Path, tmp_path: Path) -> Non
     assert "backend.processes: 3 asked for here and 2 started in all, but 2 run" in message
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("slurm")
 def test_joins_slurm(settings: list[str], alone: Path, tmp_path: Path) -> None:
     """Two nodes with two tasks each; told to stop by Slurm, and continued by the same command."""
@@ -261,6 +274,7 @@ def test_joins_slurm(settings: list[str], alone: Path, tmp_path: Path) -> None:
     assert_like(tmp_path / "run", alone)
 
 
+@pytest.mark.matrix
 def test_processes_that_nobody_started(settings: list[str], tmp_path: Path) -> None:
     """accelerate launch falls back to one process on CPUs: said, not taken for two."""
     command = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2")
@@ -273,6 +287,7 @@ def test_processes_that_nobody_started(settings: list[str], tmp_path: Path) -> N
     assert "backend: single runs in 1 process, got 2 (backend=ddp)" in message
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 def test_tied_embeddings(kind: str, settings: list[str], tiny_folder: Path, tmp_path: Path) -> None:
     """One weight is both ends of the model, and is gathered, updated, saved and loaded as one."""
@@ -312,6 +327,7 @@ def adapters_alone(
     return make
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("bits", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters(
@@ -344,6 +360,7 @@ def test_adapters(
         assert all((got[name] - expected[name]).abs().max() < 1e-4 for name in got)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["fsdp", "zero2", "zero3"])
 def test_bf16_with_sums_in_fp32(kind: str, settings: list[str], tmp_path: Path) -> None:
     """Weights in bf16, log-probs in fp32: losses near those of fp32, and not rounded to bf16."""

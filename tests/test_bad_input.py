@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,23 @@ DATA = (
 )
 A_SOURCE = "{path: ..., ...}"
 NO_SOURCE = "must list at least one source (such as [{path: train.jsonl}])"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def composed_once():
+    """The same words are composed by Hydra once for all tests, which takes most of their time."""
+    compose, known = Menu.compose, {}
+
+    def once(menu, overrides, with_hydra=False):
+        words = menu, tuple(overrides), with_hydra
+        if words not in known:
+            known[words] = compose(menu, overrides, with_hydra)
+        return deepcopy(known[words])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Menu, "compose", once)
+        yield
+
 
 # Command line, split at spaces -> lines of the answer.
 SETTINGS: list[tuple[str, list[str]]] = [

@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from conftest import tiny_overrides
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_runs import (
@@ -37,32 +37,30 @@ from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.inputs import TEMPLATES
 
-pytestmark = pytest.mark.matrix
-
 TWO = ["backend=ddp", "backend.processes=2"]
 INTERRUPTED = (
     "interrupted (the same command continues from the last checkpoint, or else from the start)\n"
 )
 
 
+# 24 steps with a checkpoint after each, and an evaluation before every other one.
+STEPS = ["train.epochs=4", "train.eval_every=2", "train.checkpoint_every=1", "sample.num_prompts=0"]
+
+
 @pytest.fixture
 def settings(tiny_run: list[str]) -> list[str]:
-    """24 steps with a checkpoint after each, and an evaluation before every other one."""
-    return [
-        *tiny_run,
-        "train.epochs=4",
-        "train.eval_every=2",
-        "train.checkpoint_every=1",
-        "sample.num_prompts=0",
-    ]
+    return [*tiny_run, *STEPS]
 
 
-@pytest.fixture
-def whole(settings: list[str], tmp_path: Path) -> Path:
-    """The undisturbed run, in two processes."""
-    folder = tmp_path / "whole"
-    run([*settings, *TWO, f"run_dir={folder}"])
-    return folder
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Path]:
+    """The same settings, and their run in two processes that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    settings = [*tiny_overrides(tiny_folder, folder), *STEPS]
+    run([*settings, *TWO, f"run_dir={folder / 'run'}"])
+    return settings, folder / "run"
 
 
 def ranks_of(process: Process) -> dict[int, int]:
@@ -78,9 +76,12 @@ def ranks_of(process: Process) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_one_rank_is_killed(lost: int, settings: list[str], whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "lost", [pytest.param(0, marks=pytest.mark.process), pytest.param(1, marks=pytest.mark.matrix)]
+)
+def test_one_rank_is_killed(lost: int, undisturbed: tuple[list[str], Path], tmp_path: Path) -> None:
     """The others end within a minute, the message names it, and the run goes on where it was."""
+    settings, whole = undisturbed
     folder = tmp_path / "run"
     process = start([*settings, *TWO, f"run_dir={folder}"], fresh=lost == 0)
     wait_for(logged(folder, 5), process)
@@ -100,6 +101,7 @@ def test_one_rank_is_killed(lost: int, settings: list[str], whole: Path, tmp_pat
     assert_same_run(whole, folder, tmp_path)
 
 
+@pytest.mark.matrix
 def test_twenty_kills(settings: list[str], tmp_path: Path) -> None:
     """All processes killed 20 times at random moments, every other time in a checkpoint's write."""
     settings = [*settings, "train.epochs=20", "train.eval_every=6"]
@@ -143,10 +145,18 @@ def test_twenty_kills(settings: list[str], tmp_path: Path) -> None:
     print(f"{bits} bits of state compared")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("SIGTERM", marks=pytest.mark.process),
+        pytest.param("SIGUSR1", marks=pytest.mark.matrix),
+        pytest.param("SIGUSR2", marks=pytest.mark.matrix),
+    ],
+)
 def test_a_signal_saves_and_ends(
-    name: str, settings: list[str], whole: Path, tmp_path: Path
+    name: str, undisturbed: tuple[list[str], Path], tmp_path: Path
 ) -> None:
+    settings, whole = undisturbed
     folder = tmp_path / "run"
     command = [*settings, *TWO, "train.checkpoint_every=0", f"run_dir={folder}"]
     code = {"SIGTERM": 75, "SIGUSR1": 75, "SIGUSR2": 0}[name]
@@ -164,6 +174,7 @@ def test_a_signal_saves_and_ends(
     assert_same_run(whole, folder, tmp_path)
 
 
+@pytest.mark.matrix
 def test_a_signal_to_one_rank_stops_all(settings: list[str], tmp_path: Path) -> None:
     """Slurm and torchrun may signal ranks one by one; all save the same step."""
     folder = tmp_path / "run"
@@ -173,6 +184,7 @@ def test_a_signal_to_one_rank_stops_all(settings: list[str], tmp_path: Path) -> 
     assert "SIGUSR1: saved after step" in finish(process, code=75)
 
 
+@pytest.mark.process
 def test_ctrl_c_ends_at_once(settings: list[str], tmp_path: Path) -> None:
     """Nothing is saved that was not; one line, no traceback."""
     folder = tmp_path / "run"
@@ -205,6 +217,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("moment", "name", "many"),
     [
@@ -239,18 +252,19 @@ def test_a_signal_while_it_starts(
     assert "Traceback" not in message
 
 
+@pytest.mark.matrix
 def test_a_signal_while_a_member_starts(settings: list[str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     run_config = compose_run([*settings, f"run_dir={tmp_path / 'run'}"])
     (tmp_path / "run" / "run.yaml").write_text(run_yaml(run_config))
-    command = (sys.executable, "-m", "simpo.launch.member", str(tmp_path / "run"))
-    process = start([], *command)
+    process = start([str(tmp_path / "run")], module="simpo.launch.member", fresh=True)
     wait_for(lambda: catches(process.pid), process)
     process.send_signal(signal.SIGTERM)
     message = finish(process, code=75)
     assert message == "SIGTERM: stopped while starting (the same command continues)\n"
 
 
+@pytest.mark.matrix
 def test_a_signal_in_the_last_evaluation(settings: list[str], tmp_path: Path) -> None:
     """After the last step nothing is lost either: the model is saved when the run goes on."""
     folder = tmp_path / "run"
@@ -275,6 +289,7 @@ def listening(pid: int) -> set[str]:
     return {connection.laddr.ip for connection in found if connection.status == "LISTEN"}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("kind", "hanging", "checkpoint_every"), [("ddp", 1, 1), ("zero2", 0, 0)])
 def test_a_rank_hangs(
     kind: str, hanging: int, checkpoint_every: int, settings: list[str], tmp_path: Path
@@ -306,6 +321,7 @@ def test_a_rank_hangs(
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
 
 
+@pytest.mark.matrix
 def test_a_slow_rank_0(settings: list[str], tmp_path: Path) -> None:
     """It tokenises longer than the others wait in a step; they wait, and that is said."""
     slow = tmp_path / "slow.jinja"
@@ -330,6 +346,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero2", "zero3"])
 def test_the_disk_is_full(kind: str, settings: list[str], small_disk: Path) -> None:
     """The checkpoint before stays, the run says so, and goes on when there is room."""
@@ -354,6 +371,7 @@ def test_the_disk_is_full(kind: str, settings: list[str], small_disk: Path) -> N
     assert [x["step"] for x in metrics_of(folder) if "train/loss" in x] == list(range(1, 25))
 
 
+@pytest.mark.matrix
 def test_metrics_on_a_full_disk(settings: list[str], tmp_path: Path) -> None:
     """A run whose files may not grow says which folder wants room, in one line."""
     folder = tmp_path / "run"
@@ -367,6 +385,7 @@ def test_metrics_on_a_full_disk(settings: list[str], tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("kind", "damage"),
     [
@@ -408,6 +427,7 @@ def test_a_damaged_checkpoint(kind: str, damage: str, settings: list[str], tmp_p
     assert [x["step"] for x in metrics_of(folder) if "train/loss" in x] == list(range(1, 25))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero2", "zero3"])
 def test_a_loss_that_is_not_finite(
     kind: str, settings: list[str], tiny_folder: Path, tmp_path: Path
@@ -438,6 +458,7 @@ def test_a_loss_that_is_not_finite(
     assert status_of(folder)["state"] == "failed"
 
 
+@pytest.mark.matrix
 def test_another_tokenizer_under_a_run(
     settings: list[str], tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -49,11 +49,12 @@ def test_names_are_readable() -> None:
     assert name_of([("model.path", "a/b")]).startswith("model.path=a_b-")
 
 
-@pytest.mark.matrix
+@pytest.mark.process
 def test_a_local_sweep(tiny_run: list[str], tmp_path: Path) -> None:
     """Two at a time; equal to the same runs alone; again, and only what is new is run."""
     sweep = tmp_path / "outputs" / "sweeps"
-    output = run(["-m", "launcher.parallel=2", "loss.beta=2,2.5", *tiny_run])
+    command = ["-m", "launcher.parallel=2", "loss.beta=2,2.5", *tiny_run]
+    output = run(command, fresh=True)
     (folder,) = [path for path in sweep.iterdir() if path.is_dir()]
     assert f"folder {folder}\n" in output
     assert "loss.beta=2.5  finished, step 6 of 6\n" in output

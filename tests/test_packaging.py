@@ -70,7 +70,7 @@ def test_wheel_carries_every_menu_and_template(wheel: Path) -> None:
     assert read <= names
 
 
-@pytest.mark.matrix
+@pytest.mark.process
 def test_works_from_an_empty_folder(
     clean_venv: Path, tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -218,7 +218,7 @@ def test_bf16_stays_near_fp32(tiny_run: list[str], tmp_path: Path) -> None:
     assert losses[0] != losses[1]
 
 
-@pytest.mark.matrix
+@pytest.mark.process
 def test_exit_codes(tiny_run: list[str], tmp_path: Path) -> None:
     """2 for bad settings and data, each with one line and no traceback."""
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Hi", "chosen": "a", "rejected": ""}\n')
@@ -230,7 +230,7 @@ def test_exit_codes(tiny_run: list[str], tmp_path: Path) -> None:
             "(no row is good: bring them into one of the forms of the README, Your own data)\n",
         ),
     ):
-        process = start([*tiny_run, bad])
+        process = start([*tiny_run, bad], fresh=True)
         _, errors = process.communicate()
         assert process.returncode == 2
         assert errors == message

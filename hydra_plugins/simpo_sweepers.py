@@ -38,7 +38,7 @@ class MetricSweeper(Sweeper):
         if config.launcher.get("wait") is False:
             raise ConfigError(["launcher.wait: a search goes by results (launcher.wait=true)"])
         self._metric = str(config.monitor.metric)
-        self._maximize = config.monitor.mode.value == "max"
+        self._sign = config.monitor.mode.sign
         self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -114,9 +114,9 @@ class StagedSweeper(MetricSweeper):
             grid = itertools.product(*(_values(override) for override in stage.values()))
             tried = [best | dict(zip(stage, values, strict=True)) for values in grid]
             found = self._metric_values(fixed, tried)
-            value = max(found) if self._maximize else min(found)
+            value = max(found, key=lambda value: self._sign * value)
             # A stage need not have tried what was best before it.
-            if best_value is None or (value > best_value if self._maximize else value < best_value):
+            if best_value is None or self._sign * value > self._sign * best_value:
                 best, best_value = tried[found.index(value)], value
             self._print_best(best, best_value)
         return best
@@ -166,7 +166,7 @@ class OptunaSweeper(MetricSweeper):
         fixed = [_text(o) for key, o in typed.items() if key not in space]
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(
-            direction="maximize" if self._maximize else "minimize",
+            direction="maximize" if self._sign > 0 else "minimize",
             sampler=optuna.samplers.TPESampler(
                 seed=self._seed, multivariate=True, constant_liar=self._trials_at_once > 1
             ),

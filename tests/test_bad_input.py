@@ -54,16 +54,16 @@ NO_SOURCE = "must list at least one source (such as [{path: train.jsonl}])"
 @pytest.fixture(autouse=True, scope="module")
 def composed_once():
     """The same words are composed by Hydra once for all tests, which takes most of their time."""
-    compose, known = Menu.compose, {}
+    compose, known = Composer.compose, {}
 
-    def once(menu, overrides, with_hydra=False):
-        words = menu, tuple(overrides), with_hydra
+    def once(composer, overrides, with_hydra=False):
+        words = composer, tuple(overrides), with_hydra
         if words not in known:
-            known[words] = compose(menu, overrides, with_hydra)
+            known[words] = compose(composer, overrides, with_hydra)
         return deepcopy(known[words])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Menu, "compose", once)
+        patch.setattr(Composer, "compose", once)
         yield
 
 

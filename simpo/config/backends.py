@@ -22,11 +22,16 @@ class BackendConfig:
 
 
 @dataclass(kw_only=True)
-class SingleConfig(BackendConfig):
-    """One process."""
+class BackgroundSaveConfig(BackendConfig):
+    """A backend that can write checkpoints while it trains."""
 
     async_save: bool = False
     """Write checkpoints in the background, from a copy of the state in host memory."""
+
+
+@dataclass(kw_only=True)
+class SingleConfig(BackgroundSaveConfig):
+    """One process."""
 
 
 @dataclass(kw_only=True)
@@ -50,14 +55,12 @@ class DistributedConfig(BackendConfig):
 
 
 @dataclass(kw_only=True)
-class DdpConfig(DistributedConfig):
+class DdpConfig(DistributedConfig, BackgroundSaveConfig):
     """Every process holds the whole model (torch DistributedDataParallel)."""
 
     name: str = "ddp"
     bucket_cap_mb: int = 25
     """Gradients are reduced in buckets of this size."""
-    async_save: bool = False
-    """Write checkpoints in the background, from a copy of the state in host memory."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -66,7 +69,7 @@ class DdpConfig(DistributedConfig):
 
 
 @dataclass(kw_only=True)
-class FsdpConfig(DistributedConfig):
+class FsdpConfig(DistributedConfig, BackgroundSaveConfig):
     """Weights, gradients and optimizer state in shards (torch FSDP2, `fully_shard`)."""
 
     name: str = "fsdp"
@@ -77,8 +80,6 @@ class FsdpConfig(DistributedConfig):
     gathered in bfloat16."""
     cpu_offload: bool = False
     """Keep shards and optimizer state in host memory; needs a GPU."""
-    async_save: bool = False
-    """Write checkpoints in the background, from a copy of the state in host memory."""
 
 
 @dataclass(kw_only=True)

@@ -75,6 +75,11 @@ class Mode(str, Enum):
     max = "max"
     min = "min"
 
+    @property
+    def sign(self) -> int:
+        """What a metric is multiplied by so that more is better."""
+        return 1 if self is Mode.max else -1
+
 
 class Quantization(str, Enum):
     none = "none"

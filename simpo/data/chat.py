@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from simpo.config.choices import Compat, PromptTruncation
 from simpo.config.errors import ConfigError
 from simpo.config.inputs import DataConfig
-from simpo.data.pairs import Message, Pair, TokenizedPair
+from simpo.data.pairs import Message, Pair, Tokenized, TokenizedPair
 from simpo.data.paper import paper_pair, paper_texts
 from simpo.data.records import RowFault
 from simpo.data.template import Template, control_tokens
@@ -121,8 +120,8 @@ class Chat:
             rows = [ids if ids[:1] == [self._bos_id] else [self._bos_id, *ids] for ids in rows]
         return rows
 
-    def tokenize(self, pairs: Sequence[Pair], config: DataConfig) -> Iterator[Any]:
-        """For each pair a (TokenizedPair, merged, cut prompt, chosen, rejected) or a RowFault."""
+    def tokenize(self, pairs: Sequence[Pair], config: DataConfig) -> Iterator[Tokenized | RowFault]:
+        """The tokens of each pair, or what is wrong with it."""
         if any(pair.rejected is None for pair in pairs):
             render, join = self._dialogue_texts, self._dialogue
         elif config.compat is Compat.paper:
@@ -192,9 +191,7 @@ class Chat:
             _check_whole(whole[len(prompt) : end], [messages[turn]])
         return [*prompts, whole]
 
-    def _dialogue(
-        self, rows: list[list[int]], config: DataConfig
-    ) -> tuple[TokenizedPair, bool, bool, bool, bool]:
+    def _dialogue(self, rows: list[list[int]], config: DataConfig) -> Tokenized:
         """Ids of a dialogue whose replies are scored, each up to the token that ends it."""
         *prompts, whole = rows
         starts = [_common_prefix(prompt, whole) for prompt in prompts]
@@ -221,11 +218,10 @@ class Chat:
             scored=scored[num_prompt:end][:budget],
         )
         merged = any(start < len(prompt) for start, prompt in zip(starts, prompts, strict=True))
-        return pair, merged, len(kept) < num_prompt, len(response) > budget, False
+        cut = len(response) > budget
+        return Tokenized(pair, merged, len(kept) < num_prompt, cut, False)
 
-    def _pair(
-        self, rows: list[list[int]], config: DataConfig
-    ) -> tuple[TokenizedPair, bool, bool, bool, bool]:
+    def _pair(self, rows: list[list[int]], config: DataConfig) -> Tokenized:
         prompt, chosen, rejected = rows
         num_prompt = _common_prefix(prompt, chosen, rejected)
         if num_prompt == 0:
@@ -247,7 +243,7 @@ class Chat:
         if kept_chosen == kept_rejected:
             cut = " once they are cut (raise data.max_length_tokens)" if longest > budget else ""
             raise RowFault(f"chosen and rejected have the same tokens{cut}")
-        return (
+        return Tokenized(
             TokenizedPair.of(kept, kept_chosen, kept_rejected),
             num_prompt < len(prompt),
             len(kept) < num_prompt,

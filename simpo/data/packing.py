@@ -19,7 +19,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from simpo.data.pairs import KeyTable, PackedPairs, Segment, TokenizedPair
+from simpo.data.pairs import KeyTable, PackedPairs, Segment, TokenizedPair, segment_lengths
 
 
 def pack(
@@ -114,7 +114,7 @@ def _key_table(segments: Sequence[Segment]) -> KeyTable:
         shared, own = np.arange(start, chosen), np.arange(rejected, end)
         second = np.concatenate([shared, own]) if len(own) else own
         index += [np.arange(start, rejected), second]
-    queries = [n for s in segments for n in (s.rejected - s.start, s.end - s.rejected)]
+    queries = segment_lengths(segments)
     keys = [len(part) for part in index]
     return KeyTable(
         index=torch.from_numpy(np.concatenate(index)),

@@ -13,7 +13,7 @@ Letters of tensor shapes, here and everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -69,6 +69,21 @@ class TokenizedPair:
         return prompts + len(self.chosen_ids) + len(self.rejected_ids)
 
 
+class Tokenized(NamedTuple):
+    """A tokenized pair, and what happened to it on the way.
+
+    Attributes:
+        merged: the template's end of the prompt became one token with the response's beginning.
+        prompt_cut, chosen_cut, rejected_cut: tokens were left out to fit.
+    """
+
+    pair: TokenizedPair
+    merged: bool
+    prompt_cut: bool
+    chosen_cut: bool
+    rejected_cut: bool
+
+
 class Segment(NamedTuple):
     """Where a pair lies in its row: prompt [start, chosen), chosen [chosen, rejected), ..."""
 
@@ -76,6 +91,11 @@ class Segment(NamedTuple):
     chosen: int
     rejected: int
     end: int
+
+
+def segment_lengths(segments: Sequence[Segment]) -> list[int]:
+    """Row positions of prompt + chosen, and of rejected, of each pair in turn."""
+    return [n for s in segments for n in (s.rejected - s.start, s.end - s.rejected)]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from simpo.config.choices import PromptTruncation
 from simpo.config.inputs import DataConfig
-from simpo.data.pairs import Pair, TokenizedPair
+from simpo.data.pairs import Pair, Tokenized, TokenizedPair
 from simpo.data.records import RowFault
 from simpo.data.template import Template
 
@@ -27,7 +27,7 @@ def paper_texts(template: Template, tokenizer: PreTrainedTokenizerBase, pair: Pa
 
 def paper_pair(
     tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], config: DataConfig
-) -> tuple[TokenizedPair, bool, bool, bool, bool]:
+) -> Tokenized:
     """Ids of the original trainer: BOS first, EOS last, both replies cut to one length.
 
     Source: `tokenize_row` of https://github.com/princeton-nlp/SimPO.
@@ -59,7 +59,7 @@ def paper_pair(
     budget = longest
     if len(kept) + longest > config.max_length_tokens:
         budget = config.max_length_tokens - config.max_prompt_tokens
-    return (
+    return Tokenized(
         TokenizedPair.of(kept, *(ids[:budget] for ids in responses)),
         num_prompt < len(prompt),
         len(kept) < whole,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from simpo.config.errors import DataError
 from simpo.config.inputs import DataConfig
 from simpo.data.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.mixture import fault_lines
-from simpo.data.pairs import Pair, TokenizedPair
+from simpo.data.pairs import Pair, Tokenized, TokenizedPair
 from simpo.data.records import RowFault
 from simpo.run.cache import find_entry, keep_entry, sha256
 
@@ -67,7 +67,9 @@ def tokenize_set(
     return TokenizedSet(good, tokens, report, tuple(notes))
 
 
-def _collected(results: list[Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _collected(
+    results: Sequence[Tokenized | RowFault],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What `Chat.tokenize` gave, as arrays and as counts and faults: the content of an entry."""
     done = [item for item in results if not isinstance(item, RowFault)]
     tokens = [
@@ -81,7 +83,7 @@ def _collected(results: list[Any]) -> tuple[dict[str, np.ndarray], dict[str, Any
         "lengths": np.array([len(ids) for ids in tokens], np.int64).reshape(-1, 3),
         **({"scored": np.concatenate(masks)} if masks else {}),
     }
-    counts = [sum(int(item[column]) for item in done) for column in range(1, 5)]
+    counts = [sum(column) for column in zip(*(one[1:] for one in done), strict=True)] or [0] * 4
     faults = {str(i): str(item) for i, item in enumerate(results) if isinstance(item, RowFault)}
     return arrays, {"counts": counts, "faults": faults}
 

@@ -10,7 +10,6 @@ from simpo.run.signals import exit_on_signals
 if __name__ == "__main__":
     exit_on_signals()  # importing what follows takes a while
 
-import json
 import os
 import signal
 import sys
@@ -22,9 +21,9 @@ from pathlib import Path
 from simpo.config.check import load_run
 from simpo.config.errors import INTERRUPTED, DamagedError, SimpoError, Stopped
 from simpo.run import slurm
-from simpo.run.atomic import write_text
+from simpo.run.atomic import write_json
 from simpo.run.files import last_job, status_or_none
-from simpo.run.processes import die_with_parent
+from simpo.run.processes import die_with_parent, end_process
 from simpo.run.runs import note_job
 from simpo.train import start
 
@@ -56,10 +55,7 @@ class SlurmMember:
             time.sleep(LINGER_S)
         if stopped:
             slurm.requeue()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # All is written. Libraries' threads have been seen to abort a process that ends in order.
-        os._exit(code)
+        end_process(code)
 
     def checkpoint(self, folder: str) -> object:
         """Asked by submitit for the job to requeue, where a signal came before the training."""
@@ -91,7 +87,7 @@ def _note_refusal(folder: Path, error: Exception) -> None:
     # What is running may be another process, which is the reason for the refusal.
     if status.get("state", "failed") in ("failed", "stopped") and not isinstance(error, Stopped):
         status |= {"state": "failed", "error": f"{type(error).__name__}: {error}"}
-        write_text(folder / "status.json", json.dumps(status) + "\n")
+        write_json(folder / "status.json", status)
 
 
 def _note_start(folder: Path) -> None:
@@ -117,6 +113,4 @@ if __name__ == "__main__":
         sys.exit(2)
     die_with_parent()
     code, _ = run_member(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    end_process(code)

@@ -24,6 +24,7 @@ from simpo.config.errors import INTERRUPTED, LOST, LostError, SimpoError
 from simpo.run.processes import (
     HEARTBEAT_S,
     die_with_parent,
+    end_process,
     heartbeat_file,
     log_file,
     reporting_lost_ranks,
@@ -71,8 +72,4 @@ def _heartbeat(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # All is written. Libraries' threads have been seen to abort a process that ends in order.
-    os._exit(code)
+    end_process(main())

@@ -34,7 +34,7 @@ from simpo.launch.member import SlurmMember
 from simpo.launch.submit import submit
 from simpo.run import slurm
 from simpo.run.atomic import write_text
-from simpo.run.folder import new_folder, refuse_other_settings, unfinished_folders
+from simpo.run.folder import new_folder, refuse_other_settings, train_command, unfinished_folders
 from simpo.run.runs import NOT_WELL, UNDER_WAY, State, note_job, read_progress, read_runs
 from simpo.run.signals import forwarding_signals, signals_blocked
 
@@ -182,9 +182,9 @@ def _prepared(members: Sequence[Member], folder: Path) -> Iterator[None]:
         for member in members:
             member.path.mkdir(parents=True, exist_ok=True)
             words = [text for text in member.overrides if not _says_where(text)]
-            command = ["python", "-m", "simpo.train", *words, f"run_dir={member.path}"]
             private = holds_secret(member.run)
-            write_text(member.path / "command.txt", shlex.join(command) + "\n", private)
+            command = train_command(words, member.path)
+            write_text(member.path / "command.txt", f"{command}\n", private)
             write_text(member.path / "run.yaml", run_yaml(member.run), private)
         yield
     except OSError as error:

@@ -18,7 +18,7 @@ from simpo.loop import console
 from simpo.loop.card import draw_curves, is_local, public, write_card
 from simpo.model.export import model_folder, save_model
 from simpo.model.policy import Policy
-from simpo.run.atomic import write_text
+from simpo.run.atomic import write_json
 from simpo.run.files import read_status
 
 
@@ -197,5 +197,5 @@ def push(run_dir: Path, config: ExportConfig) -> list[str]:
     if status.get("state") == "failed" and (run_dir / "results.json").is_file():
         # Only the upload was missing.
         status |= {"state": "finished", "error": ""}
-        write_text(run_dir / "status.json", json.dumps(status, indent=2) + "\n")
+        write_json(run_dir / "status.json", status)
     return messages

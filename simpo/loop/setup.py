@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simpo.backend import Backend, build_backend
+from simpo.config.backends import BackgroundSaveConfig
 from simpo.config.check import check_training
 from simpo.config.errors import ConfigError
 from simpo.config.schema import RunConfig
@@ -119,7 +120,7 @@ def set_up(run: RunConfig) -> Parts:
         folder.path / "checkpoints",
         cfg.keep_checkpoints,
         backend,
-        background=getattr(run.backend, "async_save", False),
+        background=isinstance(run.backend, BackgroundSaveConfig) and run.backend.async_save,
     )
     return Parts(
         backend, chat, train, test, plan, folder, policy, wrapped, optimizer, store, flops,

@@ -29,7 +29,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from simpo.data.pairs import KeyTable, Segment
+from simpo.data.pairs import KeyTable, Segment, segment_lengths
 
 # No name holds "sdpa" or "flash": transformers would take it for a kernel of its own.
 NAMES = {"sdpa": "simpo", "varlen": "simpo_varlen", "flash": "simpo_fa"}
@@ -169,7 +169,7 @@ def _by_segment(
             output = _by_segment(q, k, v, segments, scaling, sliding_window, softcap)
         return output.to(value.dtype)
     # Split once: the backward pass of a slice would fill a gradient of the whole row with zeros.
-    lengths = [n for s in segments for n in (s.rejected - s.start, s.end - s.rejected)]
+    lengths = segment_lengths(segments)
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
     for index, (start, chosen, _, _) in enumerate(segments):

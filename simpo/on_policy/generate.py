@@ -44,6 +44,7 @@ from simpo.on_policy.files import (
     working_in,
 )
 from simpo.run.atomic import write_text
+from simpo.run.folder import refuse_changed
 
 Generate = Callable[[Sequence[list[int]], int], list[Reply]]
 """From the token ids of some prompts, and a seed, to a reply to each."""
@@ -190,15 +191,10 @@ def _refuse_other_settings(folder: Path, now: dict[str, Any]) -> None:
                 "empty (choose another on_policy.folder)"
             ]
         )
-    if before and before != now:
-        raise ConfigError(
-            [
-                f"{key}: the replies in {folder} were generated with {before.get(key)}, "
-                f"got {value} (restore it, or choose another on_policy.folder)"
-                for key, value in now.items()
-                if before.get(key) != value
-            ]
-        )
+    if before:
+        begun = f"the replies in {folder} were generated with"
+        earlier = {key: before.get(key) for key in now}
+        refuse_changed(earlier, now, begun, "another on_policy.folder")
     write_text(file, json.dumps(now) + "\n")
 
 

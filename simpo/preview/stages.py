@@ -6,15 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
-from simpo.config.inputs import PACKAGE
 from simpo.config.schema import RunConfig
 from simpo.data.chat import Chat, TokenizedSet
 from simpo.data.mixture import load_mixture
 from simpo.data.packing import pack
-from simpo.data.pairs import Pair, TokenizedPair
+from simpo.data.pairs import Pair, Tokenized, TokenizedPair
 from simpo.data.plan import TrainPlan, build_plan, pairs_of_step, rows_of_pairs
 from simpo.data.records import to_dialogue, to_pair
 from simpo.data.tokens import tokenize_set
@@ -22,7 +20,7 @@ from simpo.loop import console
 from simpo.model import cost
 from simpo.model.tokenizer import load_tokenizer
 from simpo.run.folder import template_date
-from simpo.run.tables import markdown_table
+from simpo.run.tables import html_page, markdown_table
 
 ENDLESS = 10**9
 QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
@@ -124,9 +122,8 @@ def text(stages: Stages, colors: bool = False) -> str:
 
 def page(stages: Stages) -> str:
     """A page that needs nothing else; a token's id shows when it is pointed at."""
-    folder = jinja2.FileSystemLoader(PACKAGE / "preview")
-    template = jinja2.Environment(loader=folder, autoescape=True).get_template("page.html.jinja")
-    return template.render(stages=stages, roles=list(COLORS))
+    template = Path(__file__).with_name("page.html.jinja")
+    return html_page(template, stages=stages, roles=list(COLORS))
 
 
 def _in_order(plan: TrainPlan, count: int) -> np.ndarray:
@@ -167,7 +164,7 @@ def _lengths(data: TokenizedSet) -> list[dict[str, object]]:
 def _shown(run: RunConfig, chat: Chat, data: TokenizedSet, index: int) -> Shown:
     pair, kept = data.pairs[index], data.tokens[index]
     endless = replace(run.data, max_length_tokens=ENDLESS, max_prompt_tokens=ENDLESS - 1)
-    ((whole, *_),) = chat.tokenize([pair], endless)
+    (whole,) = (one.pair for one in chat.tokenize([pair], endless) if isinstance(one, Tokenized))
     scored = np.ones(len(whole.chosen_ids), bool) if whole.scored is None else whole.scored
     parts = {
         "prompt": _prompt_tokens(chat, whole, kept),

@@ -14,6 +14,7 @@ from simpo.config.check import settings
 from simpo.config.choices import Mode
 from simpo.config.errors import ConfigError
 from simpo.config.schema import MonitorConfig
+from simpo.run.best import mode_of
 from simpo.run.runs import DamagedRun, Run, State, find_runs, read_runs
 
 # Where a run lies and how it is started make no difference between two of them.
@@ -127,18 +128,15 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
             [f"metric: no such held-out metric, got {metric} ({', '.join(known) or 'none yet'})"]
         )
     monitor = runs[0].config.monitor if runs else MonitorConfig()
-    mode = monitor.mode
-    if metric is not None and metric != monitor.metric:
-        mode = Mode.min if metric == "loss" or metric.endswith("repetition") else Mode.max
     metric = metric or monitor.metric
+    mode = mode_of(metric, monitor)
     values = [run.metrics.get(metric, math.nan) for run in runs]
     able = [
         index
         for index, run in enumerate(runs)
         if run.progress.state is State.finished and math.isfinite(values[index])
     ]
-    sign = 1 if mode is Mode.max else -1
-    best = max(able, key=lambda index: sign * values[index], default=None)
+    best = max(able, key=lambda index: mode.sign * values[index], default=None)
     names = dict(zip(paths, _names(paths), strict=True))
     return Comparison(
         runs,

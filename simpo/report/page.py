@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
-import jinja2
 import plotly.graph_objects as go
 from plotly.colors import qualitative, sample_colorscale
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from simpo.config.inputs import PACKAGE
 from simpo.report.compare import Comparison
 from simpo.report.published import published_tables, settings
 from simpo.run.files import series
 from simpo.run.runs import Run
-from simpo.run.tables import SHOWN
+from simpo.run.tables import SHOWN, html_page
 
 CURVES = (
     ("loss", "loss"),
@@ -47,15 +46,14 @@ SPLITS: dict[str, dict[str, Any]] = {
 
 def render(report: Comparison) -> str:
     """The page's HTML, with the plotting library in it."""
-    folder = jinja2.FileSystemLoader(PACKAGE / "report")
-    page = jinja2.Environment(loader=folder, autoescape=True).get_template("page.html.jinja")
     figures = {
         "Learning curves": curves(report),
         "Held-out metrics over the swept settings": sweep_map(report),
         "Held-out pairs and replies": histograms(report),
     }
     names = [*report.names, *report.damaged]
-    return page.render(
+    return html_page(
+        Path(__file__).with_name("page.html.jinja"),
         title=", ".join(names) if len(names) < 4 else f"{len(names)} runs",
         plotly=get_plotlyjs(),
         report=report,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simpo.config.errors import (
     unwritable,
@@ -25,6 +26,15 @@ def write_text(path: Path, text: str, private: bool = False) -> None:
         RunError: it cannot be written.
     """
     write_bytes(path, text.encode(errors="backslashreplace"), private)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON: a reader sees the old text or the new, never a part.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_bytes(path: Path, content: bytes, private: bool = False) -> None:

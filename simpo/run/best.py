@@ -8,6 +8,8 @@ from simpo.config.choices import Mode
 from simpo.config.errors import ConfigError
 from simpo.config.schema import MonitorConfig
 
+LESS_IS_BETTER = ("loss", "reply_repetition")
+
 Evaluations = Mapping[int, Mapping[str, float]]
 """Held-out metrics by the number of updates they were taken after."""
 
@@ -27,9 +29,17 @@ def best_step(config: MonitorConfig, evaluations: Evaluations) -> int | None:
 
     The model before the first step is not among them.
     """
-    sign = 1 if config.mode is Mode.max else -1
     steps = [step for step in sorted(evaluations) if step]
-    return max(steps, key=lambda step: sign * evaluations[step][config.metric], default=None)
+    return max(
+        steps, key=lambda step: config.mode.sign * evaluations[step][config.metric], default=None
+    )
+
+
+def mode_of(metric: str, monitor: MonitorConfig) -> Mode:
+    """Whether more or less of a held-out metric is better."""
+    if metric == monitor.metric:
+        return monitor.mode
+    return Mode.min if metric in LESS_IS_BETTER else Mode.max
 
 
 def evaluations_without_gain(config: MonitorConfig, evaluations: Evaluations) -> int:

@@ -220,7 +220,12 @@ class RunFolder:
         if has_settings:
             return shlex.join(["python", "-m", "simpo.launch.member", str(self.path)])
         arguments = [a for a in sys.argv[1:] if not a.startswith("run_dir=")]
-        return shlex.join(["python", "-m", "simpo.train", *arguments, f"run_dir={self.path}"])
+        return train_command(arguments, self.path)
+
+
+def train_command(overrides: Sequence[str], folder: Path) -> str:
+    """The command line that starts, or continues, a run in a folder."""
+    return shlex.join(["python", "-m", "simpo.train", *overrides, f"run_dir={folder}"])
 
 
 def template_date(run: RunConfig) -> date:
@@ -306,14 +311,28 @@ def refuse_other_settings(run: RunConfig, folder: Path) -> None:
         before = {
             k: kept.get(k) for k in kept.keys() | now.keys() if kept.get(k) != now.get(k)
         } | before
-    if before:
-        raise ConfigError(
-            [
-                f"{key}: the run in {folder} has {value}, got {now.get(key)} "
-                "(restore it, or choose another folder)"
-                for key, value in sorted(before.items())
-            ]
-        )
+    refuse_changed(before, now, f"the run in {folder} has", "another folder")
+
+
+def refuse_changed(
+    before: Mapping[str, Any], now: Mapping[str, Any], begun: str, other: str
+) -> None:
+    """Do nothing, unless settings differ from those that something was begun with.
+
+    Args:
+        begun: what comes before the earlier value, such as "the run in FOLDER has".
+        other: what else to choose.
+
+    Raises:
+        ConfigError: some do; a line for each setting in `before`.
+    """
+    problems = [
+        f"{key}: {begun} {value}, got {now.get(key)} (restore it, or choose {other})"
+        for key, value in sorted(before.items())
+        if value != now.get(key)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _read_data(folder: Path) -> dict[str, Any]:

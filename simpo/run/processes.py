@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from multiprocessing import cpu_count
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from simpo.config.backends import BackendConfig, DistributedConfig
 from simpo.config.check import run_yaml
@@ -367,3 +368,13 @@ def heartbeat_file(folder: Path, rank: int) -> Path:
 def log_file(folder: Path, rank: int) -> Path:
     """What a rank other than 0 prints, and what ends a rank but need not be its fault."""
     return folder / f"rank-{rank}.log"
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """End this process, whose work is done and written.
+
+    Threads of libraries have been seen to abort a process that ends in the ordinary way.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

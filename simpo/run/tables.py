@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 SHOWN = (
@@ -32,3 +33,13 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}: {count}" for key, count in value.items())
     return str(value)
+
+
+def html_page(template: Path, **values: Any) -> str:
+    """The HTML that a Jinja template gives; it escapes values unless it says otherwise."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent), autoescape=True
+    )
+    return environment.get_template(template.name).render(**values)

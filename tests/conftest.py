@@ -245,14 +245,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     from simpo.config.inputs import TEMPLATES
-    from simpo.data.demo.records import demo_rows
+    from simpo.data.demo.records import demo_records
 
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    texts = (turn["content"] for row in demo_rows(0, "train") for turn in row["prompt"])
+    texts = (turn["content"] for row in demo_records(0, "train") for turn in row["prompt"])
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
@@ -302,10 +302,10 @@ def tiny_run(tiny_folder: Path, tmp_path: Path) -> list[str]:
 
 def tiny_overrides(tiny_folder: Path, folder: Path) -> list[str]:
     """Those of `tiny_run`, with everything that the run writes below a folder."""
-    from simpo.data.demo.records import demo_rows
+    from simpo.data.demo.records import demo_records
 
     for split, count in (("train", 24), ("test", 16)):
-        rows = demo_rows(0, split)[:count]
+        rows = demo_records(0, split)[:count]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return [
         f"model.path={tiny_folder}",

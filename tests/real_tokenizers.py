@@ -24,7 +24,7 @@ from simpo.config.errors import ConfigError
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.data.chat import Chat
 from simpo.data.pairs import Message, Pair, TokenizedPair
-from simpo.data.records import RowFault
+from simpo.data.records import RecordFault
 from simpo.model.smollm2 import smollm2_folder
 from simpo.model.tokenizer import load_tokenizer
 
@@ -114,13 +114,13 @@ def system(text: str) -> Message:
 
 
 def make_pair(*prompt: Message, chosen: str = "Hello!", rejected: str = "Go away.") -> Pair:
-    return Pair(tuple(prompt), chosen, rejected, place="data.jsonl, row 1")
+    return Pair(tuple(prompt), chosen, rejected, place="data.jsonl, record 1")
 
 
 def tokenize_one(chat: Chat, pair: Pair, **changes: Any) -> tuple[Any, ...]:
     """(TokenizedPair, merged, cut prompt, cut chosen, cut rejected); raises the pair's fault."""
     (result,) = chat.tokenize([pair], data_config(**changes))
-    if isinstance(result, RowFault):
+    if isinstance(result, RecordFault):
         raise result
     return result
 

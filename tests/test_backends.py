@@ -27,7 +27,7 @@ from whole_runs import (
 )
 
 from simpo.config.compose import compose_run
-from simpo.data.demo.records import demo_rows
+from simpo.data.demo.records import demo_records
 from simpo.train import train
 
 KINDS = ["ddp", "fsdp", "zero2", "zero3"]
@@ -52,7 +52,7 @@ def settings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     """20 steps of at most 6 of 25 pairs; an epoch ends with one pair, so that ranks have none."""
     folder = tmp_path_factory.mktemp("data")
     for split, count in (("train", 25), ("test", 9)):
-        rows = demo_rows(0, split)[:count]
+        rows = demo_records(0, split)[:count]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return [
         f"model.path={tiny_folder}",

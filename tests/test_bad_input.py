@@ -23,7 +23,7 @@ from simpo.config.explain import explain
 from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data import sources
 from simpo.data.mixture import load_mixture
-from simpo.data.records import RowFault, to_dialogue, to_pair, to_prompt
+from simpo.data.records import RecordFault, to_dialogue, to_pair, to_prompt
 from simpo.data.rules import RULES
 
 MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
@@ -749,13 +749,13 @@ GOOD = {"prompt": "Why is the sky blue?", "chosen": "Scattering.", "rejected": "
 ROWS = [
     (["a"], "must be an object with chosen and rejected, got a list"),
     (None, "must be an object with chosen and rejected, got null"),
-    ({}, "chosen: missing (the row has no value)"),
-    ({"prompt": "a", "output": "b"}, "chosen: missing (the row has prompt, output)"),
-    (GOOD | {"rejected": None}, "rejected: missing (the row has prompt, chosen)"),
-    ({"chosen": "a", "rejected": "b"}, "prompt: missing (the row has chosen, rejected)"),
+    ({}, "chosen: missing (the record has no value)"),
+    ({"prompt": "a", "output": "b"}, "chosen: missing (the record has prompt, output)"),
+    (GOOD | {"rejected": None}, "rejected: missing (the record has prompt, chosen)"),
+    ({"chosen": "a", "rejected": "b"}, "prompt: missing (the record has chosen, rejected)"),
     (
         {"question": "q", "chosen": "a", "rejected": "b", "prompt": None},
-        "prompt: missing (the row has question, chosen, rejected)",
+        "prompt: missing (the record has question, chosen, rejected)",
     ),
     (GOOD | {"prompt": []}, "prompt: holds no message"),
     (GOOD | {"prompt": " "}, "prompt: the last turn is empty"),
@@ -828,7 +828,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("row", "fault"), ROWS, ids=[fault[:40] for _, fault in ROWS])
 def test_rows(row, fault):
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RecordFault) as caught:
         to_pair(row, "here")
     assert str(caught.value) == fault
 
@@ -851,7 +851,7 @@ def data_error(*sources, **settings):
 
 EMPTY = GOOD | {"chosen": ""}
 SAME = GOOD | {"chosen": "It is not."}
-REMEDY = "(mend the rows, or leave them out with data.on_bad_row=drop)"
+REMEDY = "(mend the records, or leave them out with data.on_bad_row=drop)"
 
 
 @pytest.fixture
@@ -863,9 +863,9 @@ def folder(tmp_path, monkeypatch):
 def test_stop_names_source_split_and_row(folder):
     write(folder / "a.jsonl", [GOOD, EMPTY, GOOD, '{"prompt": }', SAME])
     assert data_error({"path": "a.jsonl"}) == [
-        "a.jsonl train row 2: chosen: the response is empty",
-        "a.jsonl train row 4: not JSON: Expecting value at column 12",
-        "a.jsonl train row 5: chosen and rejected are the same",
+        "a.jsonl train record 2: chosen: the response is empty",
+        "a.jsonl train record 4: not JSON: Expecting value at column 12",
+        "a.jsonl train record 5: chosen and rejected are the same",
         REMEDY,
     ]
 
@@ -874,18 +874,18 @@ def test_stop_names_the_held_out_file(folder):
     write(folder / "a.jsonl", [GOOD])
     write(folder / "b.jsonl", [GOOD, SAME])
     assert data_error({"path": "a.jsonl", "test_path": "b.jsonl"}) == [
-        "b.jsonl test row 2: chosen and rejected are the same",
+        "b.jsonl test record 2: chosen and rejected are the same",
         REMEDY,
     ]
 
 
 @pytest.mark.parametrize(
     ("bad", "rest"),
-    [(5, []), (6, ["... and 1 more bad row"]), (9, ["... and 4 more bad rows"])],
+    [(5, []), (6, ["... and 1 more bad record"]), (9, ["... and 4 more bad records"])],
 )
 def test_stop_shows_the_first_five(folder, bad, rest):
     write(folder / "a.jsonl", [GOOD] + [EMPTY] * bad)
-    shown = [f"a.jsonl train row {i}: chosen: the response is empty" for i in range(2, 7)]
+    shown = [f"a.jsonl train record {i}: chosen: the response is empty" for i in range(2, 7)]
     assert data_error({"path": "a.jsonl"}) == [*shown, *rest, REMEDY]
 
 
@@ -894,7 +894,7 @@ def test_drop_counts_by_fault(folder):
     write(folder / "b.jsonl", [SAME, GOOD])
     loaded = mixture({"path": "a.jsonl", "test_path": "b.jsonl"}, on_bad_row=OnBadRow.drop)
     train, test = loaded.table
-    assert (train.rows, train.taken, test.rows, test.taken) == (6, 2, 2, 1)
+    assert (train.records, train.taken, test.records, test.taken) == (6, 2, 2, 1)
     assert train.bad == {
         "chosen: the response is empty": 2,
         "chosen and rejected are the same": 1,
@@ -902,15 +902,16 @@ def test_drop_counts_by_fault(folder):
     }
     assert test.bad == {"chosen and rejected are the same": 1}
     assert sorted(pair.place for pair in loaded.train) == [
-        "a.jsonl train row 2",
-        "a.jsonl train row 6",
+        "a.jsonl train record 2",
+        "a.jsonl train record 6",
     ]
 
 
 def test_num_pairs_above_the_good_rows(folder):
     write(folder / "a.jsonl", [GOOD, EMPTY, GOOD])
     assert data_error({"path": "a.jsonl", "num_pairs": 3}, on_bad_row=OnBadRow.drop) == [
-        "a.jsonl train: num_pairs is 3, but the split has 2 good rows (use weight to repeat rows)"
+        "a.jsonl train: num_pairs is 3, but the split has 2 good records (use weight to repeat "
+        "records)"
     ]
 
 
@@ -918,8 +919,8 @@ def test_nothing_left_to_train_on(folder):
     write(folder / "a.jsonl", [EMPTY, SAME])
     write(folder / "b.jsonl", [])
     assert data_error({"path": "a.jsonl"}, {"path": "b.jsonl"}, on_bad_row=OnBadRow.drop) == [
-        "data.sources: no row left to train on (a.jsonl train: 2 rows, 2 bad, "
-        "b.jsonl train: 0 rows, 0 bad)"
+        "data.sources: no record left to train on (a.jsonl train: 2 records, 2 bad, "
+        "b.jsonl train: 0 records, 0 bad)"
     ]
 
 
@@ -1090,7 +1091,7 @@ def test_a_lone_surrogate_is_its_rows_fault(folder):
 def test_no_part_of_a_weight_is_too_small(folder):
     write(folder / "a.jsonl", [GOOD, GOOD])
     assert data_error({"path": "a.jsonl"}, {"path": "a.jsonl", "weight": 1e-9}) == [
-        "data.sources[1].weight: 1e-09 of 2 rows is no row (raise it)"
+        "data.sources[1].weight: 1e-09 of 2 records is no record (raise it)"
     ]
 
 
@@ -1189,7 +1190,7 @@ ANY_ROW = st.one_of(
 
 @fuzz(max_examples=300, deadline=None)
 @given(st.lists(ANY_ROW, max_size=3), st.sampled_from([to_pair, to_dialogue, to_prompt]))
-def test_any_row_is_read_or_at_fault(rows, read_row):
+def test_any_row_is_read_or_at_fault(rows, read_record):
     """Nothing but a fault leaves a reader, and all that is told can be printed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "a.jsonl"
@@ -1197,9 +1198,9 @@ def test_any_row_is_read_or_at_fault(rows, read_row):
         config = DataConfig(
             name="rows", sources=[SourceConfig(path=str(file))], on_bad_row=OnBadRow.drop
         )
-        loaded = load_mixture(config, read_row)
+        loaded = load_mixture(config, read_record)
         (report,) = loaded.table
-        assert report.rows == len(rows) + 1 == report.taken + sum(report.bad.values())
+        assert report.records == len(rows) + 1 == report.taken + sum(report.bad.values())
         texts = [part["content"] for pair in loaded.train for part in pair.prompt]
         "".join([*texts, *loaded.notes, *report.bad]).encode()
 

@@ -37,7 +37,7 @@ from simpo.data import chat as chat_module
 from simpo.data import tokens as token_store
 from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint
 from simpo.data.pairs import Message, Pair
-from simpo.data.records import RowFault
+from simpo.data.records import RecordFault
 from simpo.data.tokens import tokenize_set
 from simpo.model.tokenizer import load_tokenizer
 
@@ -367,7 +367,7 @@ def test_paper_equals_the_original(family: str, template: str) -> None:
         except ValueError:
             rows = None
         (result,) = chat.tokenize([pair], config)
-        if isinstance(result, RowFault):
+        if isinstance(result, RecordFault):
             assert custom
             assert "the tokenizer joins" in str(result)
             assert rows is None or uncut[0][0] != uncut[1][0]
@@ -392,7 +392,7 @@ def test_paper_equals_the_original(family: str, template: str) -> None:
 )
 def test_paper_faults(prompt: str, chosen: str, rejected: str, fault: str) -> None:
     pair = make_pair(user(prompt), chosen=chosen, rejected=rejected)
-    with pytest.raises(RowFault, match=f"the tokenizer joins {fault}"):
+    with pytest.raises(RecordFault, match=f"the tokenizer joins {fault}"):
         tokenize_one(load_chat("smollm2", BARE), pair, compat=Compat.paper)
 
 
@@ -507,7 +507,7 @@ def test_faults(family: str, template: str, changes: dict[str, Any], fault: str)
     pair = make_pair(user("Hi"))
     if changes:
         tokenize_one(chat, pair)  # no fault without them
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RecordFault) as caught:
         tokenize_one(chat, replace(pair, **changes))
     assert fault in str(caught.value)
 
@@ -517,10 +517,10 @@ def test_faults(family: str, template: str, changes: dict[str, Any], fault: str)
 BAD = make_pair(user("Hi"), chosen="</s>")
 PAIRS = [
     make_pair(user("Hi there")),
-    replace(BAD, place="data.jsonl, row 2"),
+    replace(BAD, place="data.jsonl, record 2"),
     make_pair(user("word " * 60)),
     make_pair(user("Hi"), chosen="word " * 60),
-    replace(BAD, place="data.jsonl, row 5"),
+    replace(BAD, place="data.jsonl, record 5"),
     make_pair(user("Bye"), rejected="word " * 60),
 ]
 SHORT = data_config(max_length_tokens=40, max_prompt_tokens=20, on_bad_row=OnBadRow.drop)
@@ -564,7 +564,7 @@ def test_an_empty_set(chat: Chat, tmp_path: Path) -> None:
 
 def test_set_stops_at_bad_rows(chat: Chat, tmp_path: Path) -> None:
     tokenize_set(chat, PAIRS, SHORT, tmp_path)
-    with pytest.raises(DataError, match=r"row 2.*</s>(.|\n)*row 5.*</s>"):
+    with pytest.raises(DataError, match=r"record 2.*</s>(.|\n)*record 5.*</s>"):
         tokenize_set(chat, PAIRS, replace(SHORT, on_bad_row=OnBadRow.stop), tmp_path)
     with pytest.raises(DataError, match="none of the 1 pairs can be tokenized"):
         tokenize_set(chat, [BAD], SHORT, tmp_path)

@@ -187,7 +187,7 @@ def test_any_file_damaged_then_reported(template: Template, tmp_path: Path) -> N
         assert found["beside"].metrics == runs["whole"]
         if "case/run" in report.damaged:
             assert f"\ncase/run: {report.damaged['case/run'].fault}\n" in shown
-            assert len(report.rows()) == 2
+            assert len(report.lines()) == 2
             seen += 1
         elif "case/run" in found:
             assert found["case/run"].metrics == runs[state], what
@@ -390,7 +390,7 @@ def test_a_damaged_run_beside_others(
         [" good ", " finished, step 6 of 6 "],
         [" bad  ", " damaged               "],
     ]
-    good, bad = report.rows()
+    good, bad = report.lines()
     assert bad.keys() == good.keys()
     assert (bad["state"], bad["note"]) == ("damaged", f"{folder}/{name}: {fault}")
     assert '<span class="state damaged">damaged</span>' in render(report)
@@ -412,7 +412,7 @@ def test_nothing_but_damaged_runs(template: Template, tmp_path: Path) -> None:
     (folder / "run.yaml").write_text("")
     report = compare([tmp_path])
     assert text(report).startswith("| run | state   |\n")
-    assert len(report.rows()) == 1 and report.best is None
+    assert len(report.lines()) == 1 and report.best is None
     assert "lacks the section model" in render(report)
 
 

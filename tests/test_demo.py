@@ -7,7 +7,7 @@ from statistics import mean, median
 
 import pytest
 
-from simpo.data.demo.records import demo_rows
+from simpo.data.demo.records import demo_records
 from simpo.data.demo.topics import HELD_OUT, TOPICS
 from simpo.data.rules import RULES, obeys, rule_fault
 
@@ -204,7 +204,7 @@ def test_obeys_refuses_a_faulty_rule():
 
 
 SEED = 0
-ROWS = {split: demo_rows(SEED, split) for split in ("train", "test")}
+ROWS = {split: demo_records(SEED, split) for split in ("train", "test")}
 ALL_ROWS = ROWS["train"] + ROWS["test"]
 
 
@@ -234,7 +234,7 @@ def test_every_split_has_many_kinds_of_rule():
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_chosen_obeys_and_rejected_does_not(seed):
-    for row in demo_rows(seed, "train") + demo_rows(seed, "test"):
+    for row in demo_records(seed, "train") + demo_records(seed, "test"):
         assert rule_fault(row["rule"]) is None
         assert obeys(row["rule"], reply(row, "chosen"))
         assert not obeys(row["rule"], reply(row, "rejected"))
@@ -252,27 +252,27 @@ def test_no_held_out_topic_occurs_in_train():
     assert len(HELD_OUT) == len([topic for topic in TOPICS if topic.name in HELD_OUT]) == 8
     words = [re.escape(name if name.endswith("nis") else name.rstrip("s")) for name in HELD_OUT]
     held_out = re.compile("|".join(words), re.IGNORECASE)
-    train = [text_of(row) for seed in range(3) for row in demo_rows(seed, "train")]
+    train = [text_of(row) for seed in range(3) for row in demo_records(seed, "train")]
     assert [text for text in train if held_out.search(text)] == []
     assert all(held_out.search(text_of(row)) for row in ROWS["test"])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_no_prompt_occurs_twice(seed):
-    rows = demo_rows(seed, "train") + demo_rows(seed, "test")
+    rows = demo_records(seed, "train") + demo_records(seed, "test")
     assert len({json.dumps(row["prompt"]) for row in rows}) == len(rows)
 
 
 def test_the_seed_alone_decides():
-    assert demo_rows(SEED, "test") == ROWS["test"]
-    assert demo_rows(SEED + 1, "test") != ROWS["test"]
-    ignoring_order = [sorted(map(json.dumps, demo_rows(seed, "test"))) for seed in (0, 1)]
+    assert demo_records(SEED, "test") == ROWS["test"]
+    assert demo_records(SEED + 1, "test") != ROWS["test"]
+    ignoring_order = [sorted(map(json.dumps, demo_records(seed, "test"))) for seed in (0, 1)]
     assert ignoring_order[0] != ignoring_order[1]
 
 
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="not 'dev'"):
-        demo_rows(SEED, "dev")
+        demo_records(SEED, "dev")
 
 
 def test_shares_of_earlier_turns_and_system_messages():

@@ -30,7 +30,7 @@ from simpo.config.inputs import ModelConfig, SourceConfig
 from simpo.data.chat import Chat
 from simpo.launch.commands.export import USAGE
 from simpo.loop.card import write_card
-from simpo.loop.console import Results, end_lines, result_rows
+from simpo.loop.console import Results, end_lines, result_lines
 from simpo.model.export import save_model
 from simpo.model.merge import merge
 from simpo.model.policy import Policy
@@ -635,7 +635,7 @@ def test_without_a_network_an_upload_is_refused_first(
 def test_other_replies_than_the_run_was_begun_with(tmp_path: Path) -> None:
     """`sample.num_prompts` may differ between a run and its continuation."""
     results = Results({"loss": 0.5}, {"loss": 0.25, "reply_repetition": 0.0})
-    assert result_rows(results) == [
+    assert result_lines(results) == [
         {"held out": "loss", "before": "0.500", "after": "0.250"},
         {"held out": "repetition in replies", "before": "-", "after": "0.000"},
     ]

@@ -452,7 +452,7 @@ def test_a_loss_that_is_not_finite(
     message = finish(start([*command, f"model.path={poisoned}"]), code=1)
     match = re.search(r"step (\d+): the loss is not finite; not updated; pairs: (.*)", message)
     assert match, message[-3000:]
-    assert match[2] == f"{tmp_path}/train.jsonl train row 17"
+    assert match[2] == f"{tmp_path}/train.jsonl train record 17"
     done = int(match[1]) - 1
     assert newest_checkpoint(folder).name == f"step-{done:06d}"
     assert status_of(folder)["state"] == "failed"

@@ -87,8 +87,8 @@ def test_a_member_fails_and_the_others_go_on(
         f"1 of 2 members did not finish: {bad.name} (python -m simpo.report "
         f"{os.path.relpath(folder)} tells why; the same command continues them)"
     )
-    place = f"{tmp_path}/bad.jsonl train row 1"
-    reason = f"DataError: {place}: rejected: missing (the row has prompt, chosen)"
+    place = f"{tmp_path}/bad.jsonl train record 1"
+    reason = f"DataError: {place}: rejected: missing (the record has prompt, chosen)"
     states = read_progress([bad, fine])
     assert [progress.state for progress in states] == [State.failed, State.finished]
     assert states[0].note == reason

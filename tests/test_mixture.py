@@ -13,7 +13,7 @@ from simpo.config.compose import compose_run
 from simpo.config.errors import DataError
 from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data.mixture import SplitReport, load_mixture
-from simpo.data.records import RowFault, to_dialogue, to_pair, to_prompt
+from simpo.data.records import RecordFault, to_dialogue, to_pair, to_prompt
 from simpo.train import train
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -29,9 +29,11 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def mixture(*sources, seed=42, read_row=to_pair, **settings):
+def mixture(*sources, seed=42, read_record=to_pair, **settings):
     sources = [SourceConfig(**source) for source in sources]
-    return load_mixture(DataConfig(name="rows", sources=sources, seed=seed, **settings), read_row)
+    return load_mixture(
+        DataConfig(name="rows", sources=sources, seed=seed, **settings), read_record
+    )
 
 
 def chosen(pairs):
@@ -90,7 +92,7 @@ def test_rows_are_shuffled_before_they_are_taken():
 def test_test_rows_are_whole_and_in_order():
     loaded = mixture({"path": "a.jsonl", "test_path": "held.jsonl", "weight": 0.2})
     assert chosen(loaded.test) == ["held 0.", "held 1.", "held 2."]
-    assert loaded.test[2].place == "held.jsonl test row 3"
+    assert loaded.test[2].place == "held.jsonl test record 3"
 
 
 def test_a_file_alone_holds_nothing_out():
@@ -107,9 +109,9 @@ def test_two_sources_and_the_table(folder):
     )
     assert Counter(text[0] for text in chosen(loaded.train)) == {"a": 3, "b": 6}
     assert loaded.table == [
-        SplitReport("a.jsonl", "train", rows=10, bad={}, taken=3),
-        SplitReport("a.jsonl", "test", rows=3, bad={}, taken=3),
-        SplitReport("b.jsonl", "train", rows=4, bad={}, taken=6),
+        SplitReport("a.jsonl", "train", records=10, bad={}, taken=3),
+        SplitReport("a.jsonl", "test", records=3, bad={}, taken=3),
+        SplitReport("b.jsonl", "train", records=4, bad={}, taken=6),
     ]
 
 
@@ -183,7 +185,7 @@ def test_folder_of_files(folder):
     loaded = mixture({"path": "./set"})
     assert chosen(loaded.train) == chosen(mixture({"path": "a.jsonl"}).train)
     assert chosen(loaded.test) == ["held 0.", "held 1.", "held 2."]
-    assert loaded.test[0].place == "./set test row 1"
+    assert loaded.test[0].place == "./set test record 1"
 
 
 def test_saved_with_splits():
@@ -292,7 +294,7 @@ def test_a_system_column_beside_dialogues():
 def test_imitation_needs_a_first_turn_of_the_user(turns):
     row = {"prompt": turns, "chosen": "So.", "rejected": "No."}
     assert to_pair(row, "x").prompt == tuple(turns)
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RecordFault) as caught:
         to_dialogue(row, "x")
     assert str(caught.value) == "prompt: begins with the assistant, whose reply answers nothing"
 
@@ -302,7 +304,7 @@ def test_where_every_row_is_bad_none_can_be_left_out(folder):
     with pytest.raises(DataError) as caught:
         mixture({"path": "odd.jsonl", "test_path": "held.jsonl"})
     assert str(caught.value).splitlines()[-1] == (
-        "(no row is good: bring them into one of the forms of the README, Your own data)"
+        "(no record is good: bring them into one of the forms of the README, Your own data)"
     )
 
 
@@ -328,13 +330,13 @@ def test_what_looks_wrong_is_counted(folder):
     )
     loaded = mixture({"path": "odd.jsonl", "test_path": "held.jsonl"})
     assert loaded.notes == [
-        "note   odd.jsonl train: 1 of 9 rows: score_chosen is below score_rejected",
-        "note   odd.jsonl train: 1 of 9 rows: score_chosen equals score_rejected",
-        "note   odd.jsonl train: 2 of 9 rows: a text holds turns (Human: ...), which are taken "
+        "note   odd.jsonl train: 1 of 9 records: score_chosen is below score_rejected",
+        "note   odd.jsonl train: 1 of 9 records: score_chosen equals score_rejected",
+        "note   odd.jsonl train: 2 of 9 records: a text holds turns (Human: ...), which are taken "
         "for one",
-        "note   odd.jsonl train: 1 of 9 rows: prompt is not in the dialogue, which is taken",
+        "note   odd.jsonl train: 1 of 9 records: prompt is not in the dialogue, which is taken",
         "note   odd.jsonl train: columns not read: prompt_id, extra, prompt[].name",
-        "note   odd.jsonl train: 5 rows repeat an earlier one",
+        "note   odd.jsonl train: 5 records repeat an earlier one",
     ]
     assert mixture({"path": "a.jsonl", "test_path": "held.jsonl"}).notes == []
 
@@ -344,7 +346,7 @@ def test_a_split_of_which_nothing_comes(folder):
     loaded = mixture({"path": "a.jsonl", "test_path": "empty.jsonl"}, {"path": "empty.jsonl"})
     assert len(loaded.train) == 10 and loaded.test == []
     assert loaded.notes == [
-        f"note   empty.jsonl {split}: no good row in 0, nothing comes of it"
+        f"note   empty.jsonl {split}: no good record in 0, nothing comes of it"
         for split in ("test", "train")
     ]
 
@@ -352,7 +354,7 @@ def test_a_split_of_which_nothing_comes(folder):
 def test_messages_are_read_to_imitate_and_else_not(folder):
     row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
     write(folder / "m.jsonl", [row | {"messages": [*ASKED, assistant("So.")]}])
-    assert mixture({"path": "m.jsonl"}, read_row=to_dialogue).notes == []
+    assert mixture({"path": "m.jsonl"}, read_record=to_dialogue).notes == []
     assert mixture({"path": "m.jsonl"}).notes == [
         "note   m.jsonl train: columns not read: messages"
     ]
@@ -374,14 +376,14 @@ def test_overlap_of_train_and_test(folder):
     ]
     without = mixture(*sources, drop_overlap=True)
     assert without.notes == [
-        "note   again.jsonl train: 2 of 3 rows: left out, as their prompt is held out"
+        "note   again.jsonl train: 2 of 3 records: left out, as their prompt is held out"
     ]
     assert sorted(chosen(without.train)) == sorted([f"a {i}." for i in range(10)] + ["held 2."] * 2)
     with pytest.raises(DataError) as caught:
         mixture({"path": "held.jsonl", "test_path": "held.jsonl"}, drop_overlap=True)
     assert str(caught.value) == (
-        "data.sources: no row left to train on (held.jsonl train: 3 rows, 0 bad, held.jsonl test: "
-        "3 rows, 0 bad; data.drop_overlap leaves out what is held out)"
+        "data.sources: no record left to train on (held.jsonl train: 3 records, 0 bad, "
+        "held.jsonl test: 3 records, 0 bad; data.drop_overlap leaves out what is held out)"
     )
     assert without.test == loaded.test
     assert [report.taken for report in without.table] == [10, 3, 2]

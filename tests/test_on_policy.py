@@ -22,7 +22,7 @@ from whole_runs import finish, run_command, wait_for
 
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
-from simpo.data.demo.records import demo_rows
+from simpo.data.demo.records import demo_records
 from simpo.data.mixture import load_mixture
 from simpo.data.records import to_pair, to_prompt
 from simpo.data.rules import obeys
@@ -293,20 +293,20 @@ def test_a_prompt_that_the_template_refuses(
     strict = [f"model.chat_template={template}", f"data.sources=[{{path: {file}}}]"]
     rows = generate(drawing, *strict, "data.on_bad_row=drop")
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("note ")] == [
-        "note   1 rows left out: the chat template refuses it: no owls",
-        "note   1 rows left out: prompt: the last turn is empty",
+        "note   1 records left out: the chat template refuses it: no owls",
+        "note   1 records left out: prompt: the last turn is empty",
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in [{"prompt": "An owl?"}]))
     with pytest.raises(DataError) as caught:
         generate(drawing, *strict)
     assert str(caught.value).startswith(
-        f"{file} train row 1: the chat template refuses it: no owls\n"
+        f"{file} train record 1: the chat template refuses it: no owls\n"
     )
     assert len({row["id"] for row in rows}) == 1 and len(rows) == 2
 
 
 def test_prompts_alone_will_do() -> None:
-    pair = to_prompt({"prompt": "Hi"}, "data.jsonl row 1")
+    pair = to_prompt({"prompt": "Hi"}, "data.jsonl record 1")
     assert pair.prompt == ({"role": "user", "content": "Hi"},)
     assert to_prompt({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "x").prompt == pair.prompt
 
@@ -393,7 +393,7 @@ def test_the_best_is_chosen_and_the_worst_rejected(
     }
     (held_out,) = lines(folder / "test.jsonl")
     assert (held_out["chosen"], held_out["rejected"]) == ("- Owls.", "Owls.")
-    assert to_pair(pair, "train.jsonl row 1").chosen == "- Owls."
+    assert to_pair(pair, "train.jsonl record 1").chosen == "- Owls."
     shown = capsys.readouterr().out
     assert "| train | 2       | 1     | 1    | 0                                |" in shown
     assert "| test  | 2       | 1     | 0    | 1                                |" in shown
@@ -552,7 +552,7 @@ def test_replies_to_report_on_the_real_model(smollm2: Path, tmp_path: Path) -> N
         # What it obeys now and then.
         rows = [
             row
-            for row in demo_rows(0, split)
+            for row in demo_records(0, split)
             if row["rule"]["name"] in ("one_sentence", "yes_no_first")
         ]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows[:count])))

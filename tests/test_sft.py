@@ -20,7 +20,7 @@ from simpo.config.compose import compose_run
 from simpo.config.losses import SftConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair, PairLogps, TokenizedPair
-from simpo.data.records import RowFault, to_dialogue
+from simpo.data.records import RecordFault, to_dialogue
 from simpo.data.tokens import tokenize_set
 from simpo.loss import pair_losses
 from simpo.model.policy import Policy
@@ -30,7 +30,7 @@ TURNS = [user("Hi"), assistant("Yes?"), user("Bye"), assistant("See you.")]
 
 
 def dialogue(*messages: dict[str, str]) -> Pair:
-    return to_dialogue({"messages": list(messages)}, "data.jsonl row 1")
+    return to_dialogue({"messages": list(messages)}, "data.jsonl record 1")
 
 
 def test_a_dialogue_is_split_at_the_first_reply() -> None:
@@ -40,7 +40,7 @@ def test_a_dialogue_is_split_at_the_first_reply() -> None:
 
 
 def test_a_pair_is_imitated_by_its_chosen_reply() -> None:
-    pair = to_dialogue({"prompt": "Hi", "chosen": "Yes?", "rejected": "No."}, "data.jsonl row 1")
+    pair = to_dialogue({"prompt": "Hi", "chosen": "Yes?", "rejected": "No."}, "data.jsonl record 1")
     assert (pair.prompt, pair.chosen, pair.rejected, pair.later) == (
         (user("Hi"),),
         "Yes?",
@@ -64,8 +64,8 @@ def test_a_pair_is_imitated_by_its_chosen_reply() -> None:
     ],
 )
 def test_faults_of_rows(messages: object, fault: str) -> None:
-    with pytest.raises(RowFault) as caught:
-        to_dialogue({"messages": messages}, "data.jsonl row 1")
+    with pytest.raises(RecordFault) as caught:
+        to_dialogue({"messages": messages}, "data.jsonl record 1")
     assert str(caught.value) == fault
 
 
@@ -99,7 +99,7 @@ def test_a_template_that_ends_no_reply() -> None:
     """What the user says next would be scored as the reply's."""
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant:{% endif %}"
-    with pytest.raises(RowFault, match="the chat template ends no reply before the next turn"):
+    with pytest.raises(RecordFault, match="the chat template ends no reply before the next turn"):
         tokenize_one(load_chat("smollm2", template), dialogue(*TURNS))
 
 

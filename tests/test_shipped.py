@@ -10,7 +10,7 @@ import yaml
 
 from simpo.config.compose import compose_run
 from simpo.config.inputs import config_dir
-from simpo.data.demo.records import demo_rows
+from simpo.data.demo.records import demo_records
 from simpo.train import train
 
 EXPERIMENTS = config_dir("experiments")
@@ -22,7 +22,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows, and the cache of their tokens."""
     folder = tmp_path_factory.mktemp("shipped")
     for split in ("train", "test"):
-        rows = demo_rows(0, split)[:4]
+        rows = demo_records(0, split)[:4]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

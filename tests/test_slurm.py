@@ -349,7 +349,7 @@ def test_a_job_that_cannot_run(tiny_run: list[str], tmp_path: Path) -> None:
     assert "1 of 1 members did not finish: run (python -m simpo.report " in message
     (progress,) = read_progress([folder])
     assert progress.state is State.failed
-    reason = f"exit code 2: DataError: {tmp_path}/train.jsonl train row 1: rejected: missing"
+    reason = f"exit code 2: DataError: {tmp_path}/train.jsonl train record 1: rejected: missing"
     assert progress.note.startswith(reason), progress.note
     assert progress.log is not None and "row 1: rejected: missing" in progress.log.read_text()
     told = slurm_command("scontrol", "--oneliner", "show", "job", job_of(folder))

@@ -32,7 +32,7 @@ from simpo.config.inputs import TEMPLATES, ModelConfig
 from simpo.config.schema import OnPolicyConfig
 from simpo.data.chat import Chat
 from simpo.data.checks import faults_kept_by_paper, placed_ids, refuse_unknown_ids
-from simpo.data.records import RowFault
+from simpo.data.records import RecordFault
 from simpo.data.template import NEEDED_TOKENS, Template, use_template
 from simpo.data.tokens import tokenize_set
 from simpo.loop import console
@@ -147,7 +147,7 @@ def test_a_template_that_must_have_a_system_message(tokenizer: PreTrainedTokeniz
     refusal = "{% if messages[0].role != 'system' %}{{ raise_exception('say who') }}{% endif %}"
     chat = chat_of(tokenizer, refusal + CHATML)
     tokenize_one(chat, make_pair(system("Be kind."), user("Hi")))
-    with pytest.raises(RowFault, match=r"^the chat template refuses it: say who$"):
+    with pytest.raises(RecordFault, match=r"^the chat template refuses it: say who$"):
         tokenize_one(chat, make_pair(user("Hi")))
 
 
@@ -251,7 +251,7 @@ LEFT_OUT = "the chat template leaves out a part of what the {} says (choose anot
 def test_what_is_left_out(
     tokenizer: PreTrainedTokenizerBase, template: str, pair: Any, role: str
 ) -> None:
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RecordFault) as caught:
         tokenize_one(chat_of(tokenizer, template), pair)
     assert str(caught.value) == LEFT_OUT.format(role, "model.chat_template")
     tokenize_one(chat_of(tokenizer), pair)  # no fault of the row
@@ -267,7 +267,7 @@ def test_what_may_be_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
     # In supervised fine-tuning that turn would be scored.
     dialogue = replace(make_pair(user("Hi")), rejected=None, chosen="<think>Hm.</think>Hello!")
     dialogue = replace(dialogue, later=(user("Bye"), assistant("Bye.")))
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RecordFault) as caught:
         tokenize_one(chat, dialogue)
     assert str(caught.value) == LEFT_OUT.format("assistant", "model.chat_template")
 
@@ -277,13 +277,13 @@ def test_the_same_tokens_twice(tokenizer: PreTrainedTokenizerBase) -> None:
     chat = chat_of(tokenizer)
     pair = make_pair(user("Hi"), chosen="word " * 40 + "good", rejected="word " * 40 + "bad")
     sizes = {"max_length_tokens": 60, "max_prompt_tokens": 20}
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RecordFault) as caught:
         tokenize_one(chat, pair, **sizes)
     assert str(caught.value) == (
         "chosen and rejected have the same tokens once they are cut (raise data.max_length_tokens)"
     )
     tokenizer.backend_tokenizer.normalizer = normalizer()
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RecordFault) as caught:
         tokenize_one(chat, make_pair(user("Hi"), chosen="YES", rejected="yes"))
     assert str(caught.value) == "chosen and rejected have the same tokens"
 
@@ -308,7 +308,7 @@ def test_special_tokens_as_text(tokenizer: PreTrainedTokenizerBase, text: str, w
         system(turns["system"]), user(turns["user"]), assistant(turns["earlier"]), user("Bye"),
         chosen=turns["chosen"], rejected=turns["rejected"],
     )  # fmt: skip
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RecordFault) as caught:
         tokenize_one(chat, pair)
     token = next(t for t in ("<|im_start|>", "<|pad|>", "<|im_end|>", "<s>") if t in text)
     assert str(caught.value) == f"a message holds the token {token} as text"
@@ -324,7 +324,7 @@ def test_tokens_that_are_not_special(tokenizer: PreTrainedTokenizerBase) -> None
 {{ '[INST]' ~ m.content ~ '[/INST]' }}{% endif %}{% endfor %}"""
     chat = chat_of(tokenizer, template)
     for token in ("[INST]", "[/INST]", "<|im_end|>"):
-        with pytest.raises(RowFault) as caught:
+        with pytest.raises(RecordFault) as caught:
             tokenize_one(chat, make_pair(user(f"What is {token}?")))
         assert str(caught.value) == f"a message holds the token {token} as text"
     for token in (*harmless, "<start_of_turn>"):
@@ -374,7 +374,8 @@ def test_rows_that_the_original_trains_on(
     run.data.compat = Compat.paper
     table = [SplitReport("own", "train", 5, {"chosen and rejected are the same": 2}, 3)]
     assert console.token_notes(run, chat, table, data) == [
-        "note   3 rows left out that the original trainer trains on or stops at (data.compat=paper)"
+        "note   3 records left out that the original trainer trains on or stops at "
+        "(data.compat=paper)"
     ]
 
 
@@ -384,8 +385,8 @@ def test_no_reply_is_drawn_to_them(tiny_run: list[str], tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         generate(replace(run, on_policy=OnPolicyConfig(folder=str(tmp_path / "own"))))
     assert str(caught.value) == (
-        f"{tmp_path}/train.jsonl train row 1: a message holds the token <|im_end|> as text\n"
-        "(mend the rows, or leave them out with data.on_bad_row=drop)"
+        f"{tmp_path}/train.jsonl train record 1: a message holds the token <|im_end|> as text\n"
+        "(mend the records, or leave them out with data.on_bad_row=drop)"
     )
 
 
@@ -490,7 +491,7 @@ def test_ids_beyond_the_model(tiny_run: list[str], tiny_folder: Path, tmp_path: 
             )
         )
     assert str(caught.value) == (
-        f"{tmp_path}/test.jsonl test row 1: the token Saturn has id 384, but the model has "
+        f"{tmp_path}/test.jsonl test record 1: the token Saturn has id 384, but the model has "
         "embeddings of 384 tokens only (model.tokenizer, or the model's path, is another model's)"
     )
     assert not (tmp_path / "outputs").exists()
@@ -501,7 +502,7 @@ def test_a_pad_token_beyond_the_model(tokenizer: PreTrainedTokenizerBase, tmp_pa
     data = tokenize_set(chat, [make_pair(user("Hi"))], data_config(), tmp_path)
     largest = max(int(ids.max()) for _, ids in placed_ids(data))
     refuse_unknown_ids(chat, placed_ids(data), largest + 1)
-    with pytest.raises(DataError, match=r"^data\.jsonl, row 1: the token "):
+    with pytest.raises(DataError, match=r"^data\.jsonl, record 1: the token "):
         refuse_unknown_ids(chat, placed_ids(data), largest)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     with pytest.raises(ConfigError) as caught:

@@ -17,7 +17,7 @@ from whole_runs import assert_same_run, logged, metrics_of, run, start, state_of
 from simpo.config.check import load_run
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
-from simpo.data.demo.records import demo_rows
+from simpo.data.demo.records import demo_records
 from simpo.data.mixture import load_mixture
 from simpo.loss import Preference
 from simpo.train import train
@@ -148,7 +148,7 @@ def test_other_settings_or_data_under_a_run_are_refused(
     status.write_text(status.read_text().replace("finished", "running"))
     with pytest.raises(ConfigError, match=r"^loss.beta: the run in .* has 2.0, got 3.0 \(restore"):
         train(compose_run([*overrides, "loss.beta=3"]))
-    rows = demo_rows(1, "train")[:24]
+    rows = demo_records(1, "train")[:24]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match="data changed under this run: train_fingerprint was"):
         train(compose_run(overrides))
@@ -226,8 +226,8 @@ def test_exit_codes(tiny_run: list[str], tmp_path: Path) -> None:
         ("loss.beta=0", "loss.beta: must be above 0, got 0.0 (the paper uses 2.0 to 10)\n"),
         (
             f"data.sources=[{{path: {tmp_path}/bad.jsonl}}]",
-            f"{tmp_path}/bad.jsonl train row 1: rejected: the response is empty\n"
-            "(no row is good: bring them into one of the forms of the README, Your own data)\n",
+            f"{tmp_path}/bad.jsonl train record 1: rejected: the response is empty\n"
+            "(no record is good: bring them into one of the forms of the README, Your own data)\n",
         ),
     ):
         process = start([*tiny_run, bad], fresh=True)

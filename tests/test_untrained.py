@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from simpo.config.check import check_training
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
-from simpo.data.demo.records import demo_rows
+from simpo.data.demo.records import demo_records
 from simpo.train import train
 
 
 def own_pairs(tiny_run: list[str], folder: Path, count: int) -> list[str]:
     """The tiny run on a file of so many pairs, with the steps that data=jsonl brings."""
-    rows = demo_rows(0, "train")[:count]
+    rows = demo_records(0, "train")[:count]
     (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = [word for word in tiny_run if not word.startswith(("data.", "train.pairs", "train.e"))]
     return [*kept, f"data.sources=[{{path: {folder}/own.jsonl}}]", "sample.num_prompts=0"]

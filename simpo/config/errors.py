@@ -56,7 +56,7 @@ class ConfigError(SimpoError):
 
 
 class DataError(SimpoError):
-    """Data that cannot be trained on; `str()` is a line per fault with source, split and row."""
+    """Data that cannot be trained on; `str()` is a line per fault with source, split and record."""
 
     exit_code = 2
 

@@ -164,12 +164,12 @@ class SourceConfig:
     test_split: str | None = "test"
     """Split held out, always taken whole; null takes none."""
     test_path: str | None = None
-    """A second file that holds the held-out rows of a .jsonl/.json/.parquet source."""
+    """A second file that holds the held-out records of a .jsonl/.json/.parquet source."""
     weight: float = 1.0
     """Share of the train split taken: 0.5 takes half, 2.5 takes all twice and half once more; at
     most 1000."""
     num_pairs: int | None = None
-    """Number of train rows taken, instead of weight."""
+    """Number of train records taken, instead of weight."""
 
     def is_file(self) -> bool:
         return _suffix(self.path) in READABLE
@@ -225,7 +225,7 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     """The data sets mixed."""
     seed: int = 42
-    """Decides which rows are taken and the order they are listed in."""
+    """Decides which records are taken and the order they are listed in."""
     max_length_tokens: int = 2048
     """Longest prompt + response; longer ones are cut."""
     max_prompt_tokens: int = 1800
@@ -235,9 +235,9 @@ class DataConfig:
     compat: Compat = Compat.none
     """paper: the token ids of the original SimPO trainer, header tokens and joint cut included."""
     on_bad_row: OnBadRow = OnBadRow.stop
-    """stop: the first bad row ends the run; drop: bad rows are left out and counted by fault."""
+    """stop: the first bad record ends the run; drop: bad ones are left out and counted by fault."""
     drop_overlap: bool = False
-    """Leave rows out of training whose prompt is also held out; the overlap is counted anyway."""
+    """Leave out train records whose prompt is also held out; the overlap is counted anyway."""
 
     def problems(self) -> Iterator[str]:
         if not self.sources:

@@ -26,7 +26,7 @@ from simpo.config.errors import ConfigError
 from simpo.config.inputs import DataConfig
 from simpo.data.pairs import Message, Pair, Tokenized, TokenizedPair
 from simpo.data.paper import paper_pair, paper_texts
-from simpo.data.records import RowFault
+from simpo.data.records import RecordFault
 from simpo.data.template import Template, control_tokens
 
 BATCH_PAIRS = 512
@@ -115,12 +115,16 @@ class Chat:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered texts, with a BOS wherever the tokenizer wants one, never two."""
-        rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
+        token_ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
         if self._adds_bos:
-            rows = [ids if ids[:1] == [self._bos_id] else [self._bos_id, *ids] for ids in rows]
-        return rows
+            token_ids = [
+                ids if ids[:1] == [self._bos_id] else [self._bos_id, *ids] for ids in token_ids
+            ]
+        return token_ids
 
-    def tokenize(self, pairs: Sequence[Pair], config: DataConfig) -> Iterator[Tokenized | RowFault]:
+    def tokenize(
+        self, pairs: Sequence[Pair], config: DataConfig
+    ) -> Iterator[Tokenized | RecordFault]:
         """The tokens of each pair, or what is wrong with it."""
         if any(pair.rejected is None for pair in pairs):
             render, join = self._dialogue_texts, self._dialogue
@@ -130,21 +134,21 @@ class Chat:
         else:
             render, join = self._texts, self._pair
         for start in range(0, len(pairs), BATCH_PAIRS):
-            texts: list[list[str] | RowFault] = []
+            texts: list[list[str] | RecordFault] = []
             for pair in pairs[start : start + BATCH_PAIRS]:
                 try:
                     texts.append(render(pair))
-                except RowFault as fault:
+                except RecordFault as fault:
                     texts.append(fault)
-            flat = [text for item in texts if not isinstance(item, RowFault) for text in item]
+            flat = [text for item in texts if not isinstance(item, RecordFault) for text in item]
             ids = iter(self.encode(flat) if flat else [])
             for item in texts:
-                if isinstance(item, RowFault):
+                if isinstance(item, RecordFault):
                     yield item
                     continue
                 try:
                     yield join([next(ids) for _ in item], config)
-                except RowFault as fault:
+                except RecordFault as fault:
                     yield fault
 
     def _find_end_id(self, tail: str) -> int:
@@ -159,11 +163,11 @@ class Chat:
     def check_messages(self, messages: Sequence[Message]) -> None:
         """
         Raises:
-            RowFault: a message holds a control token as text, which would be read as the token.
+            RecordFault: a message holds a control token as text, which would be read as the token.
         """
         for message in messages:
             if mark := self._marks.search(message["content"]):
-                raise RowFault(f"a message holds the token {mark[0]} as text")
+                raise RecordFault(f"a message holds the token {mark[0]} as text")
 
     def _texts(self, pair: Pair) -> list[str]:
         """The prompt, and the dialogues that the two replies make of it."""
@@ -191,18 +195,18 @@ class Chat:
             _check_whole(whole[len(prompt) : end], [messages[turn]])
         return [*prompts, whole]
 
-    def _dialogue(self, rows: list[list[int]], config: DataConfig) -> Tokenized:
+    def _dialogue(self, token_ids: list[list[int]], config: DataConfig) -> Tokenized:
         """Ids of a dialogue whose replies are scored, each up to the token that ends it."""
-        *prompts, whole = rows
+        *prompts, whole = token_ids
         starts = [_common_prefix(prompt, whole) for prompt in prompts]
         num_prompt = starts[0]
         if num_prompt == 0:
-            raise RowFault("prompt and dialogue share no token (check the chat template)")
+            raise RecordFault("prompt and dialogue share no token (check the chat template)")
         scored = np.zeros(len(whole) + 1, dtype=bool)
         end = 0
         for start in starts:
             if end > start:
-                raise RowFault("the chat template ends no reply before the next turn")
+                raise RecordFault("the chat template ends no reply before the next turn")
             ended = self.end_id in whole[start:]
             end = whole.index(self.end_id, start) + 1 if ended else len(whole) + 1
             scored[start:end] = True
@@ -221,17 +225,17 @@ class Chat:
         cut = len(response) > budget
         return Tokenized(pair, merged, len(kept) < num_prompt, cut, False)
 
-    def _pair(self, rows: list[list[int]], config: DataConfig) -> Tokenized:
-        prompt, chosen, rejected = rows
+    def _pair(self, token_ids: list[list[int]], config: DataConfig) -> Tokenized:
+        prompt, chosen, rejected = token_ids
         num_prompt = _common_prefix(prompt, chosen, rejected)
         if num_prompt == 0:
-            raise RowFault("prompt and dialogue share no token (check the chat template)")
+            raise RecordFault("prompt and dialogue share no token (check the chat template)")
         responses = []
         for key, ids in (("chosen", chosen[num_prompt:]), ("rejected", rejected[num_prompt:])):
             end = len(ids) - 1 - ids[::-1].index(self.end_id) if self.end_id in ids else None
             ids = ids[: end + 1] if end is not None else [*ids, self.end_id]
             if len(ids) < 2:
-                raise RowFault(f"{key}: the response has no token")
+                raise RecordFault(f"{key}: the response has no token")
             responses.append(ids)
         longest = max(len(ids) for ids in responses)
         kept = prompt[:num_prompt]
@@ -242,7 +246,7 @@ class Chat:
         kept_chosen, kept_rejected = (ids[:budget] for ids in responses)
         if kept_chosen == kept_rejected:
             cut = " once they are cut (raise data.max_length_tokens)" if longest > budget else ""
-            raise RowFault(f"chosen and rejected have the same tokens{cut}")
+            raise RecordFault(f"chosen and rejected have the same tokens{cut}")
         return Tokenized(
             TokenizedPair.of(kept, kept_chosen, kept_rejected),
             num_prompt < len(prompt),
@@ -268,10 +272,10 @@ def pairs_fingerprint(pairs: Sequence[Pair]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _common_prefix(*rows: list[int]) -> int:
-    shortest = min(len(row) for row in rows)
-    first = rows[0]
-    return next((i for i in range(shortest) if any(r[i] != first[i] for r in rows)), shortest)
+def _common_prefix(*token_ids: list[int]) -> int:
+    shortest = min(len(ids) for ids in token_ids)
+    first = token_ids[0]
+    return next((i for i in range(shortest) if any(r[i] != first[i] for r in token_ids)), shortest)
 
 
 def _reply(text: str) -> Message:
@@ -285,7 +289,7 @@ def _check_whole(text: str, messages: Sequence[Message]) -> None:
     """
     for message in messages:
         if message["content"].strip() not in text:
-            raise RowFault(
+            raise RecordFault(
                 f"the chat template leaves out a part of what the {message['role']} says "
                 "(choose another model.chat_template)"
             )
@@ -293,7 +297,7 @@ def _check_whole(text: str, messages: Sequence[Message]) -> None:
 
 def _check_start(prompts: Sequence[str], dialogues: Sequence[str]) -> None:
     if not all(text.startswith(prompt) for text in dialogues for prompt in prompts):
-        raise RowFault(
+        raise RecordFault(
             "the chat template writes the prompt differently before a reply "
             "(choose another model.chat_template)"
         )

@@ -11,7 +11,7 @@ from simpo.config.errors import ConfigError, DataError
 from simpo.config.inputs import DataConfig
 from simpo.data.chat import Chat, TokenizedSet
 from simpo.data.pairs import Pair
-from simpo.data.records import RowFault
+from simpo.data.records import RecordFault
 
 
 def placed_ids(*sets: TokenizedSet) -> Iterator[tuple[str, np.ndarray]]:
@@ -23,16 +23,16 @@ def placed_ids(*sets: TokenizedSet) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def refuse_unknown_ids(
-    chat: Chat, rows: Iterable[tuple[str, Sequence[int] | np.ndarray]], num_embeddings: int
+    chat: Chat, placed: Iterable[tuple[str, Sequence[int] | np.ndarray]], num_embeddings: int
 ) -> None:
     """Do nothing, unless the tokenizer gives ids that the model has no embedding of.
 
     Args:
-        rows: a place and its token ids, each.
+        placed: places, each with its token ids.
 
     Raises:
         ConfigError: the token that ends a response, or pads, has such an id.
-        DataError: one in a row has.
+        DataError: a token at one of the places has.
     """
     lacks = f"but the model has embeddings of {num_embeddings:,} tokens only"
     remedy = "(model.tokenizer, or the model's path, is another model's)"
@@ -43,7 +43,7 @@ def refuse_unknown_ids(
     for number in filter(None, (chat.end_id, chat.tokenizer.pad_token_id)):
         if number >= num_embeddings:
             raise ConfigError([f"model.tokenizer: its token {token(number)}, {lacks} {remedy}"])
-    for place, ids in rows:
+    for place, ids in placed:
         if len(ids) and (number := int(np.max(ids))) >= num_embeddings:
             raise DataError(f"{place}: the token {token(number)}, {lacks} {remedy}")
 
@@ -60,7 +60,7 @@ def faults_kept_by_paper(chat: Chat, data: TokenizedSet, config: DataConfig) -> 
         replies = ({"role": "assistant", "content": x or ""} for x in (pair.chosen, pair.rejected))
         try:
             chat.check_messages([*pair.prompt, *replies])
-        except RowFault:
+        except RecordFault:
             return True
         return False
 

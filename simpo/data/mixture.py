@@ -1,6 +1,6 @@
 """Sources in, the pairs to train on and the pairs held out, with a table of what was taken.
 
-Every row of a split is read and checked. Of the good ones a train split gives `weight` times
+Every record of a split is read and checked. Of the good ones a train split gives `weight` times
 their number, or `num_pairs`, taken from a seeded shuffle; a test split gives all of them.
 """
 
@@ -17,8 +17,8 @@ from simpo.config.choices import OnBadRow
 from simpo.config.errors import DataError
 from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data.pairs import Pair
-from simpo.data.records import COLUMNS, RowFault, remarks, to_pair, unread_columns
-from simpo.data.sources import origin, raw_rows
+from simpo.data.records import COLUMNS, RecordFault, remarks, to_pair, unread_columns
+from simpo.data.sources import origin, raw_records
 
 MAX_FAULTS_SHOWN = 5
 MAX_LETTERS_SHOWN = 300
@@ -26,11 +26,11 @@ MAX_LETTERS_SHOWN = 300
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What one split of one source gave: rows it has, bad rows by fault, pairs taken."""
+    """What one split of one source gave: records it has, bad records by fault, pairs taken."""
 
     source: str
     split: str
-    rows: int
+    records: int
     bad: dict[str, int]
     taken: int
 
@@ -39,7 +39,7 @@ class SplitReport:
 class Mixture:
     """The pairs of a run and the table of where they came from.
 
-    `notes` are lines for the user: what looks wrong in the rows and is not refused.
+    `notes` are lines for the user: what looks wrong in the records and is not refused.
     """
 
     train: list[Pair]
@@ -50,10 +50,10 @@ class Mixture:
 
 @dataclass
 class _Split:
-    """The good pairs of one split, its bad rows as (place, fault), and what is to be said."""
+    """The good pairs of one split, its bad records as (place, fault), and what is to be said."""
 
     place: str
-    rows: int = 0
+    records: int = 0
     pairs: list[Pair] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)
     unread: dict[str, None] = field(default_factory=dict)
@@ -61,35 +61,37 @@ class _Split:
 
     def report(self, source: str, split: str, taken: int) -> SplitReport:
         bad = dict(Counter(fault for _, fault in self.faults))
-        return SplitReport(source, split, self.rows, bad, taken)
+        return SplitReport(source, split, self.records, bad, taken)
 
     def notes(self) -> list[str]:
         lines = [
-            f"note   {self.place}: {count} of {self.rows} rows: {remark}"
+            f"note   {self.place}: {count} of {self.records} records: {remark}"
             for remark, count in self.remarks.items()
         ]
         if not self.pairs:
-            lines.append(f"note   {self.place}: no good row in {self.rows}, nothing comes of it")
+            lines.append(
+                f"note   {self.place}: no good record in {self.records}, nothing comes of it"
+            )
         if self.unread:
             lines.append(f"note   {self.place}: columns not read: {', '.join(self.unread)}")
         return [_printable(line) for line in lines]
 
 
-def load_mixture(config: DataConfig, read_row: Callable[[Any, str], Pair] = to_pair) -> Mixture:
+def load_mixture(config: DataConfig, read_record: Callable[[Any, str], Pair] = to_pair) -> Mixture:
     """Read, check and mix all sources.
 
     Args:
-        read_row: from a row and its place to what is wanted of it; see `simpo.data.records`.
+        read_record: from a record and its place to what is wanted of it; see `simpo.data.records`.
 
     Raises:
-        DataError: a source cannot be read, a row is bad (with on_bad_row=stop), or nothing is left.
+        DataError: a source cannot be read, a record is bad (with on_bad_row=stop), or none is left.
     """
     splits: list[tuple[_Split | None, _Split | None]] = []
     for source in config.sources:
         splits.append(
             (
-                _read_split(source, source.train_split, False, config, read_row),
-                _read_split(source, source.test_split, True, config, read_row)
+                _read_split(source, source.train_split, False, config, read_record),
+                _read_split(source, source.test_split, True, config, read_record)
                 if not source.is_file() or source.test_path
                 else None,
             )
@@ -115,10 +117,10 @@ def load_mixture(config: DataConfig, read_row: Callable[[Any, str], Pair] = to_p
     notes += _repeat_notes([split for split, _ in splits if split])
     if not train:
         counts = ", ".join(
-            f"{t.source} {t.split}: {t.rows} rows, {sum(t.bad.values())} bad" for t in table
+            f"{t.source} {t.split}: {t.records} records, {sum(t.bad.values())} bad" for t in table
         )
         remedy = "; data.drop_overlap leaves out what is held out" if config.drop_overlap else ""
-        raise DataError(f"data.sources: no row left to train on ({counts}{remedy})")
+        raise DataError(f"data.sources: no record left to train on ({counts}{remedy})")
     return Mixture(train, test, table, notes)
 
 
@@ -127,26 +129,26 @@ def _read_split(
     split: str | None,
     held_out: bool,
     config: DataConfig,
-    read_row: Callable[[Any, str], Pair],
+    read_record: Callable[[Any, str], Pair],
 ) -> _Split | None:
     if split is None:
         return None
     found = _Split(f"{origin(source, held_out)} {split}")
-    for row in raw_rows(source, split, held_out, config.seed):
-        found.rows += 1
-        place = f"{found.place} row {found.rows}"
+    for record in raw_records(source, split, held_out, config.seed):
+        found.records += 1
+        place = f"{found.place} record {found.records}"
         try:
-            if isinstance(row, RowFault):
-                raise row
-            pair = read_row(row, place)
-        except RowFault as fault:
+            if isinstance(record, RecordFault):
+                raise record
+            pair = read_record(record, place)
+        except RecordFault as fault:
             found.faults.append((place, _printable(str(fault))))
         except RecursionError:
             found.faults.append((place, "lists or objects are nested too deeply"))
         else:
             found.pairs.append(pair)
-            found.unread |= dict.fromkeys(unread_columns(row, COLUMNS[read_row]))
-            found.remarks.update(remarks(row, pair))
+            found.unread |= dict.fromkeys(unread_columns(record, COLUMNS[read_record]))
+            found.remarks.update(remarks(record, pair))
     if found.faults and config.on_bad_row is OnBadRow.stop:
         raise DataError(fault_lines(found.faults, all_bad=not found.pairs))
     return found
@@ -171,7 +173,7 @@ def _repeat_notes(splits: list[_Split]) -> list[str]:
     lines = []
     for split in splits:
         if repeats := len(split.pairs) - len({_text(pair) for pair in split.pairs}):
-            lines.append(f"note   {split.place}: {repeats} rows repeat an earlier one")
+            lines.append(f"note   {split.place}: {repeats} records repeat an earlier one")
     return [_printable(line) for line in lines]
 
 
@@ -185,24 +187,26 @@ def _text(pair: Pair) -> tuple[str, ...]:
 
 
 def _printable(text: str) -> str:
-    """One line of text out of a row, with escapes for what a terminal or file may not take."""
+    """One line of text out of a record, with escapes for what a terminal or file may not take."""
     shown = text if len(text) <= MAX_LETTERS_SHOWN else f"{text[:MAX_LETTERS_SHOWN]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def fault_lines(faults: list[tuple[str, str]], all_bad: bool = False) -> str:
-    """The message for bad rows, given as (place, fault): a line each, the first few of them.
+    """The message for bad records, given as (place, fault): a line each, the first few of them.
 
     Args:
-        all_bad: no row is a good one, so that leaving them out is no remedy.
+        all_bad: no record is a good one, so that leaving them out is no remedy.
     """
     lines = [f"{place}: {fault}" for place, fault in faults[:MAX_FAULTS_SHOWN]]
     if len(faults) > MAX_FAULTS_SHOWN:
         more = len(faults) - MAX_FAULTS_SHOWN
-        lines.append(f"... and {more} more bad row{'s' if more > 1 else ''}")
-    remedy = "(mend the rows, or leave them out with data.on_bad_row=drop)"
+        lines.append(f"... and {more} more bad record{'s' if more > 1 else ''}")
+    remedy = "(mend the records, or leave them out with data.on_bad_row=drop)"
     if all_bad:
-        remedy = "(no row is good: bring them into one of the forms of the README, Your own data)"
+        remedy = (
+            "(no record is good: bring them into one of the forms of the README, Your own data)"
+        )
     return "\n".join([*lines, remedy])
 
 
@@ -214,7 +218,7 @@ def _take(
         if source.num_pairs > len(pairs):
             raise DataError(
                 f"{source.path} {source.train_split}: num_pairs is {source.num_pairs}, but the "
-                f"split has {len(pairs)} good rows (use weight to repeat rows)"
+                f"split has {len(pairs)} good records (use weight to repeat records)"
             )
         repeats, rest = 0, source.num_pairs
     else:
@@ -222,8 +226,8 @@ def _take(
         repeats, rest = int(whole), round(share * len(pairs))
         if pairs and repeats + rest == 0:
             raise DataError(
-                f"data.sources[{index}].weight: {source.weight} of {len(pairs)} rows is no row "
-                "(raise it)"
+                f"data.sources[{index}].weight: {source.weight} of {len(pairs)} records is no "
+                "record (raise it)"
             )
     order = [rng.permutation(len(pairs)) for _ in range(repeats)]
     order.append(rng.permutation(len(pairs))[:rest])

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from simpo.config.choices import PromptTruncation
 from simpo.config.inputs import DataConfig
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair
-from simpo.data.records import RowFault
+from simpo.data.records import RecordFault
 from simpo.data.template import Template
 
 
@@ -26,13 +26,13 @@ def paper_texts(template: Template, tokenizer: PreTrainedTokenizerBase, pair: Pa
 
 
 def paper_pair(
-    tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], config: DataConfig
+    tokenizer: PreTrainedTokenizerBase, token_ids: list[list[int]], config: DataConfig
 ) -> Tokenized:
     """Ids of the original trainer: BOS first, EOS last, both replies cut to one length.
 
     Source: `tokenize_row` of https://github.com/princeton-nlp/SimPO.
     """
-    prompt, chosen, rejected = rows
+    prompt, chosen, rejected = token_ids
     starts = [
         len(prompt) if ids[: len(prompt)] == prompt else len(prompt) - 1
         for ids in (chosen, rejected)
@@ -44,10 +44,10 @@ def paper_pair(
     kept = chosen[:num_prompt] if chosen[:1] == bos else bos + chosen[:num_prompt]
     shortest = min(len(chosen), len(rejected))
     if chosen[:num_prompt] != rejected[:num_prompt] or shortest < len(prompt):
-        raise RowFault("the tokenizer joins prompt and response differently for both responses")
+        raise RecordFault("the tokenizer joins prompt and response differently for both responses")
     # The original gives each sequence its own prompt, which may end one token apart.
     if starts[0] != starts[1]:
-        raise RowFault("the tokenizer joins the prompt's end with one response only")
+        raise RecordFault("the tokenizer joins the prompt's end with one response only")
     eos_id = tokenizer.eos_token_id
     responses = [ids if ids[-1:] == [eos_id] else [*ids, eos_id] for ids in responses]
     longest = max(len(ids) for ids in responses)

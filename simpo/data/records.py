@@ -1,6 +1,6 @@
-"""One raw row in, one `Pair` out, or a fault that says what is wrong with the row.
+"""One raw record in, one `Pair` out, or a fault that says what is wrong with the record.
 
-A row is one of
+A record is one of
     prompt + chosen + rejected   text, or OpenAI messages; a response may repeat the prompt's turns
     chosen + rejected            whole dialogues that differ in their last turn only
     messages                     a dialogue to imitate, for supervised fine-tuning only
@@ -32,77 +32,79 @@ NOT_TEXT = {
     *("tools", "functions", "tool_calls", "function_call", "tool_call_id"),
     *("image", "images", "video", "videos", "audio", "audios"),
 }
-"""Columns of a row and keys of a message that decide what is trained, and cannot be read."""
+"""Columns of a record and keys of a message that decide what is trained, and cannot be read."""
 
 _TURNS_IN_TEXT = re.compile(r"(?:\A|\n\n)(?:### ?)?Human:")
 
 
-class RowFault(Exception):
-    """What is wrong with one row, without its place."""
+class RecordFault(Exception):
+    """What is wrong with one record, without its place."""
 
 
-def to_pair(row: Any, place: str) -> Pair:
-    """Read one row.
+def to_pair(record: Any, place: str) -> Pair:
+    """Read one record.
 
     Args:
-        row: the row as its source gave it.
-        place: source, split and row, for messages.
+        record: the record as its source gave it.
+        place: source, split and record, for messages.
 
     Raises:
-        RowFault: the row is in none of the forms above, or holds nothing to prefer.
+        RecordFault: the record is in none of the forms above, or holds nothing to prefer.
     """
-    if not isinstance(row, Mapping):
-        raise RowFault(f"must be an object with chosen and rejected, got {_kind(row)}")
-    _refuse_not_text(row)
+    if not isinstance(record, Mapping):
+        raise RecordFault(f"must be an object with chosen and rejected, got {_kind(record)}")
+    _refuse_not_text(record)
     for key in ("chosen", "rejected"):
-        if row.get(key) is None:
-            raise _missing(row, key)
-    chosen_before, chosen = _split(row["chosen"], "chosen")
-    rejected_before, rejected = _split(row["rejected"], "rejected")
-    prompt = _prompt(row, row.get("prompt"), chosen_before, rejected_before)
+        if record.get(key) is None:
+            raise _missing(record, key)
+    chosen_before, chosen = _split(record["chosen"], "chosen")
+    rejected_before, rejected = _split(record["rejected"], "rejected")
+    prompt = _prompt(record, record.get("prompt"), chosen_before, rejected_before)
     if chosen.strip() == rejected.strip():
-        raise RowFault("chosen and rejected are the same")
-    return Pair(tuple(prompt), chosen, rejected, place, _rule(row))
+        raise RecordFault("chosen and rejected are the same")
+    return Pair(tuple(prompt), chosen, rejected, place, _rule(record))
 
 
-def to_dialogue(row: Any, place: str) -> Pair:
-    """Read one row for supervised fine-tuning: `messages`, or a pair, whose rejected is left out.
+def to_dialogue(record: Any, place: str) -> Pair:
+    """Read one record for supervised fine-tuning: `messages`, or a pair without its rejected reply.
 
     Args and Raises: as `to_pair`.
     """
-    if not isinstance(row, Mapping) or row.get("messages") is None:
-        pair = replace(to_pair(row, place), rejected=None)
+    if not isinstance(record, Mapping) or record.get("messages") is None:
+        pair = replace(to_pair(record, place), rejected=None)
         if next(turn["role"] for turn in pair.prompt if turn["role"] != "system") != "user":
-            raise RowFault("prompt: begins with the assistant, whose reply answers nothing")
+            raise RecordFault("prompt: begins with the assistant, whose reply answers nothing")
         return pair
-    _refuse_not_text(row)
-    messages = _messages(row["messages"], "messages")
+    _refuse_not_text(record)
+    messages = _messages(record["messages"], "messages")
     roles = [turn["role"] for turn in messages]
     if roles[-1] != "assistant":
-        raise RowFault(f"messages: the last turn must be the assistant's, got {roles[-1]}")
+        raise RecordFault(f"messages: the last turn must be the assistant's, got {roles[-1]}")
     first = roles.index("assistant")
     if first == 0:
-        raise RowFault("messages: begins with the assistant, whose reply answers nothing")
+        raise RecordFault("messages: begins with the assistant, whose reply answers nothing")
     for index, turn in enumerate(messages):
         if turn["role"] == "assistant" and not turn["content"].strip():
-            raise RowFault(f"messages[{index}]: the response is empty")
-    prompt = _prompt(row, messages[:first], [], [])
+            raise RecordFault(f"messages[{index}]: the response is empty")
+    prompt = _prompt(record, messages[:first], [], [])
     if "system" in roles[first:]:
-        raise RowFault("messages: a system message may only come first")
+        raise RecordFault("messages: a system message may only come first")
     return Pair(
         tuple(prompt), messages[first]["content"], None, place, None, tuple(messages[first + 1 :])
     )
 
 
-def to_prompt(row: Any, place: str) -> Pair:
-    """Read one row for its prompt: `prompt` alone, or a pair, whose replies are left out.
+def to_prompt(record: Any, place: str) -> Pair:
+    """Read one record for its prompt: `prompt` alone, or a pair, whose replies are left out.
 
     Args and Raises: as `to_pair`.
     """
-    if not isinstance(row, Mapping) or row.get("chosen") is not None:
-        return replace(to_pair(row, place), chosen="", rejected=None)
-    _refuse_not_text(row)
-    return Pair(tuple(_prompt(row, row.get("prompt"), [], [])), "", None, place, _rule(row))
+    if not isinstance(record, Mapping) or record.get("chosen") is not None:
+        return replace(to_pair(record, place), chosen="", rejected=None)
+    _refuse_not_text(record)
+    return Pair(
+        tuple(_prompt(record, record.get("prompt"), [], [])), "", None, place, _rule(record)
+    )
 
 
 COLUMNS: dict[Callable[[Any, str], Pair], frozenset[str]] = {
@@ -115,12 +117,12 @@ COLUMNS: dict[Callable[[Any, str], Pair], frozenset[str]] = {
         (to_prompt, ("prompt", "chosen", "rejected")),
     )
 }
-"""The columns that each way of reading a row looks at."""
+"""The columns that each way of reading a record looks at."""
 
 
-def unread_columns(row: Mapping[str, Any], read: frozenset[str]) -> Iterator[str]:
+def unread_columns(record: Mapping[str, Any], read: frozenset[str]) -> Iterator[str]:
     """Columns with a value that are not read, and keys of messages, as `chosen[].name`."""
-    for column, value in row.items():
+    for column, value in record.items():
         if column not in read:
             if value is not None:
                 yield str(column)
@@ -134,14 +136,14 @@ def unread_columns(row: Mapping[str, Any], read: frozenset[str]) -> Iterator[str
                     )
 
 
-def remarks(row: Mapping[str, Any], pair: Pair) -> Iterator[str]:
-    """What looks wrong with a good row, and is trained on as it stands."""
+def remarks(record: Mapping[str, Any], pair: Pair) -> Iterator[str]:
+    """What looks wrong with a good record, and is trained on as it stands."""
     for keys in SCORE_COLUMNS:
-        scores = [row[key] for key in keys if isinstance(row.get(key), (int, float))]
+        scores = [record[key] for key in keys if isinstance(record.get(key), (int, float))]
         if len(scores) == 2 and scores[0] <= scores[1]:
             yield f"{keys[0]} {'equals' if scores[0] == scores[1] else 'is below'} {keys[1]}"
     contents = [turn["content"] for turn in (*pair.prompt, *pair.later)]
-    prompt = row.get("prompt")
+    prompt = record.get("prompt")
     if isinstance(prompt, str) and prompt.strip() not in map(str.strip, contents):
         yield "prompt is not in the dialogue, which is taken"
     texts = [*contents, pair.chosen, pair.rejected or ""]
@@ -153,17 +155,17 @@ def remarks(row: Mapping[str, Any], pair: Pair) -> Iterator[str]:
 def _refuse_not_text(item: Mapping[str, Any], place: str = "") -> None:
     for key, value in item.items():
         if key in NOT_TEXT and value and value not in ("[]", "{}", "null"):
-            raise RowFault(f"{place}{key}: has a value, and only text can be trained on")
+            raise RecordFault(f"{place}{key}: has a value, and only text can be trained on")
 
 
-def _rule(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    rule = row.get("rule")
+def _rule(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    rule = record.get("rule")
     if rule is None:
         return None
     # A columnar file gives every rule the arguments of all others, as None.
     rule = {k: v for k, v in rule.items() if v is not None} if hasattr(rule, "items") else rule
     if fault := rule_fault(rule):
-        raise RowFault(f"rule: {fault}")
+        raise RecordFault(f"rule: {fault}")
     _check_text(json.dumps(rule, ensure_ascii=False), "rule")
     return rule
 
@@ -176,25 +178,25 @@ def _split(value: Any, key: str) -> tuple[list[Message], str]:
     else:
         *turns, last = _messages(value, key)
         if last["role"] != "assistant":
-            raise RowFault(f"{key}: the last turn must be the assistant's, got {last['role']}")
+            raise RecordFault(f"{key}: the last turn must be the assistant's, got {last['role']}")
         text = last["content"]
     if not text.strip():
-        raise RowFault(f"{key}: the response is empty")
+        raise RecordFault(f"{key}: the response is empty")
     return turns, text
 
 
-def _missing(row: Mapping[str, Any], key: str) -> RowFault:
-    """The fault of a row without a value for `key`, with the columns that it does have."""
-    columns = ", ".join(str(k) for k, v in row.items() if v is not None)
-    return RowFault(f"{key}: missing (the row has {columns or 'no value'})")
+def _missing(record: Mapping[str, Any], key: str) -> RecordFault:
+    """The fault of a record without a value for `key`, with the columns that it does have."""
+    columns = ", ".join(str(k) for k, v in record.items() if v is not None)
+    return RecordFault(f"{key}: missing (the record has {columns or 'no value'})")
 
 
 def _prompt(
-    row: Mapping[str, Any], value: Any, chosen: list[Message], rejected: list[Message]
+    record: Mapping[str, Any], value: Any, chosen: list[Message], rejected: list[Message]
 ) -> list[Message]:
-    """The turns of a prompt, with those that come before the responses and the row's system."""
+    """The turns of a prompt, with those that come before the responses and the record's system."""
     if chosen != rejected:
-        raise RowFault("chosen and rejected start from different prompts")
+        raise RecordFault("chosen and rejected start from different prompts")
     if isinstance(value, str) and not chosen:
         _check_text(value, "prompt")
         prompt = [{"role": "user", "content": value}]
@@ -203,55 +205,57 @@ def _prompt(
     else:
         prompt = _messages(value, "prompt")
         if chosen and chosen != prompt:
-            raise RowFault("chosen does not continue prompt: their turns differ")
+            raise RecordFault("chosen does not continue prompt: their turns differ")
     if not prompt:
-        raise _missing(row, "prompt")
+        raise _missing(record, "prompt")
     if any(turn["role"] == "system" for turn in prompt[1:]):
-        raise RowFault("prompt: a system message may only come first")
+        raise RecordFault("prompt: a system message may only come first")
     if prompt[-1]["role"] != "user":
-        raise RowFault(f"prompt: the last turn must be the user's, got {prompt[-1]['role']}")
+        raise RecordFault(f"prompt: the last turn must be the user's, got {prompt[-1]['role']}")
     if not prompt[-1]["content"].strip():
-        raise RowFault("prompt: the last turn is empty")
-    return _with_system(row, prompt)
+        raise RecordFault("prompt: the last turn is empty")
+    return _with_system(record, prompt)
 
 
-def _with_system(row: Mapping[str, Any], prompt: list[Message]) -> list[Message]:
+def _with_system(record: Mapping[str, Any], prompt: list[Message]) -> list[Message]:
     for column in SYSTEM_COLUMNS:
-        text = row.get(column)
+        text = record.get(column)
         if text is None:
             continue
         if not isinstance(text, str):
-            raise RowFault(f"{column}: must be text, got {_kind(text)}")
+            raise RecordFault(f"{column}: must be text, got {_kind(text)}")
         if not text.strip():
             continue
         _check_text(text, column)
         if prompt[0]["role"] != "system":
             prompt = [{"role": "system", "content": text}, *prompt]
         elif prompt[0]["content"] != text:
-            raise RowFault(f"{column}: the prompt has another system message of its own")
+            raise RecordFault(f"{column}: the prompt has another system message of its own")
     return prompt
 
 
 def _messages(value: Any, key: str) -> list[Message]:
     if not isinstance(value, list):
         text = "" if key == "messages" else "text or "
-        raise RowFault(f"{key}: must be {text}a list of messages, got {_kind(value)}")
+        raise RecordFault(f"{key}: must be {text}a list of messages, got {_kind(value)}")
     if not value:
-        raise RowFault(f"{key}: holds no message")
+        raise RecordFault(f"{key}: holds no message")
     messages = []
     for index, item in enumerate(value):
         place = f"{key}[{index}]"
         if not isinstance(item, Mapping):
-            raise RowFault(f"{place}: must be an object with role and content, got {_kind(item)}")
+            raise RecordFault(
+                f"{place}: must be an object with role and content, got {_kind(item)}"
+            )
         if "role" not in item or "content" not in item:
             has = ", ".join(map(str, item)) or "nothing"
-            raise RowFault(f"{place}: must have role and content, has {has}")
+            raise RecordFault(f"{place}: must have role and content, has {has}")
         _refuse_not_text(item, f"{place}.")
         role, content = item["role"], item["content"]
         if role not in ROLES:
-            raise RowFault(f"{place}.role: must be one of {', '.join(ROLES)}, got {role}")
+            raise RecordFault(f"{place}.role: must be one of {', '.join(ROLES)}, got {role}")
         if not isinstance(content, str):
-            raise RowFault(f"{place}.content: must be text, got {_kind(content)}")
+            raise RecordFault(f"{place}.content: must be text, got {_kind(content)}")
         _check_text(content, f"{place}.content")
         messages.append({"role": role, "content": content})
     return messages
@@ -262,7 +266,9 @@ def _check_text(text: str, place: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])[1:-1]
-        raise RowFault(f"{place}: holds {half}, half of a character (a lone surrogate)") from error
+        raise RecordFault(
+            f"{place}: holds {half}, half of a character (a lone surrogate)"
+        ) from error
 
 
 def _kind(value: Any) -> str:

@@ -1,7 +1,7 @@
 """From a rule and a reply to whether the reply obeys the rule.
 
 A rule is a plain dict that names a check and gives its arguments, and travels in the optional
-`rule` column of a dataset row:
+`rule` column of a dataset record:
 
     {"name": "bullets", "count": 2}             "- Owls hunt mice.\\n- They fly at night."
     {"name": "json_keys", "keys": ["a", "b"]}   '{"a": 1, "b": 2}'

@@ -1,7 +1,7 @@
-"""One split of a source in, its rows out, as the source wrote them.
+"""One split of a source in, its records out, as the source wrote them.
 
-A line that cannot be read is a fault of that row; what concerns a file as a whole is a `DataError`.
-Rows of local files never go through a cache that knows a file by its path or its time stamp.
+A line that cannot be read is a fault of that record; a fault of a whole file is a `DataError`.
+Records of local files never go through a cache that knows a file by its path or its time stamp.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from simpo.config.errors import DataError
 from simpo.config.inputs import SourceConfig
 from simpo.data import hub
-from simpo.data.demo.records import demo_rows
-from simpo.data.records import RowFault
+from simpo.data.demo.records import demo_records
+from simpo.data.records import RecordFault
 
 FIRST_BYTES = {
     b"\xff\xfe": "it is UTF-16 or UTF-32 text (convert it to UTF-8)",
@@ -29,12 +29,12 @@ FIRST_BYTES = {
 
 
 def origin(source: SourceConfig, held_out: bool) -> str:
-    """Where the rows of a split come from, as the settings write it."""
+    """Where the records of a split come from, as the settings write it."""
     return source.test_path if held_out and source.test_path else source.path
 
 
-def raw_rows(source: SourceConfig, split: str, held_out: bool, seed: int) -> Iterator[Any]:
-    """The rows of a split; a `RowFault` in place of a line that is not JSON.
+def raw_records(source: SourceConfig, split: str, held_out: bool, seed: int) -> Iterator[Any]:
+    """The records of a split; a `RecordFault` in place of a line that is not JSON.
 
     Raises:
         DataError: the source cannot be read, or changed meanwhile.
@@ -43,7 +43,7 @@ def raw_rows(source: SourceConfig, split: str, held_out: bool, seed: int) -> Ite
     # Libraries report faults in many types and over many lines.
     try:
         if source.path == "builtin:demo":
-            yield from demo_rows(seed, split)
+            yield from demo_records(seed, split)
         elif source.is_file():
             yield from _file(path)
         else:
@@ -80,19 +80,19 @@ def _json_lines(path: Path) -> Iterator[Any]:
                 try:
                     # With its line feed, a cut line would be faulted at column 1 of the next.
                     yield _value(line.rstrip())
-                except RowFault as fault:
+                except RecordFault as fault:
                     yield fault
 
 
 def _json(path: Path) -> Iterator[Any]:
-    """The rows of one list, or of lines."""
+    """The records of one list, or of lines."""
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     if not text.lstrip().startswith("["):
         yield from _json_lines(path)
         return
     try:
         yield from _value(text)
-    except RowFault as fault:
+    except RecordFault as fault:
         raise ValueError(str(fault)) from None  # the reason itself, not what led to it
 
 
@@ -108,20 +108,20 @@ def _value(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        RowFault: it is none, or one that readers of JSON disagree on.
+        RecordFault: it is none, or one that readers of JSON disagree on.
     """
     try:
         text.encode()
         return _DECODER.decode(text)
     except UnicodeEncodeError as error:
-        raise RowFault(f"not UTF-8 at {_position(text, error.start)}") from error
+        raise RecordFault(f"not UTF-8 at {_position(text, error.start)}") from error
     except json.JSONDecodeError as error:
         what = error.msg.removesuffix(" at")
-        raise RowFault(f"not JSON: {what} at {_position(text, error.pos)}") from error
+        raise RecordFault(f"not JSON: {what} at {_position(text, error.pos)}") from error
     except RecursionError as error:
-        raise RowFault("not JSON: lists or objects are nested too deeply") from error
+        raise RecordFault("not JSON: lists or objects are nested too deeply") from error
     except ValueError as error:
-        raise RowFault("not JSON: a number has too many digits") from error
+        raise RecordFault("not JSON: a number has too many digits") from error
 
 
 def _position(text: str, index: int) -> str:
@@ -135,7 +135,7 @@ def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(items):
         keys = [key for key, _ in items]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise RowFault(f"not JSON: an object has the key {twice} twice")
+        raise RecordFault(f"not JSON: an object has the key {twice} twice")
     return made
 
 

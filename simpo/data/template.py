@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.inputs import template_file
 from simpo.data.pairs import Message
-from simpo.data.records import RowFault
+from simpo.data.records import RecordFault
 
 NEEDED_TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
@@ -68,7 +68,7 @@ class Template:
             **tokenizer.special_tokens_map,
             "tools": None,
             "documents": None,
-            # transformers' own is of the moment at which a row is rendered.
+            # transformers' own is of the moment at which a record is rendered.
             "strftime_now": now.strftime,
         }
 
@@ -76,7 +76,7 @@ class Template:
         """A dialogue as text, like `tokenizer.apply_chat_template`, but for today's date.
 
         Raises:
-            RowFault: the template refuses the messages, fails on them or finds no end.
+            RecordFault: the template refuses the messages, fails on them or finds no end.
         """
         room = MAX_WRITTEN + 10 * sum(len(message["content"]) for message in messages)
         parts: list[str] = []
@@ -88,13 +88,13 @@ class Template:
                 parts.append(part)
                 room -= len(part)
                 if room < 0:
-                    raise RowFault("the chat template writes text without an end")
-        except RowFault:
+                    raise RecordFault("the chat template writes text without an end")
+        except RecordFault:
             raise
         except Exception as error:  # a template is a program
             if type(error) is TemplateError:  # what raise_exception raises
-                raise RowFault(f"the chat template refuses it: {first_line(error)}") from error
-            raise RowFault(f"the chat template fails on it: {_with_line(error)}") from error
+                raise RecordFault(f"the chat template refuses it: {first_line(error)}") from error
+            raise RecordFault(f"the chat template fails on it: {_with_line(error)}") from error
         return "".join(parts)
 
     def probe(self, question: str, answer: str) -> str:
@@ -110,10 +110,10 @@ class Template:
         ]
         try:
             text = self.render(dialogue[1:])
-        except RowFault as fault:
+        except RecordFault as fault:
             try:
                 text = self.render(dialogue)
-            except RowFault:
+            except RecordFault:
                 raise ConfigError(
                     [
                         f"model.chat_template: tried on a question and its answer: {fault} "

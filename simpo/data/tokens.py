@@ -25,7 +25,7 @@ from simpo.config.inputs import DataConfig
 from simpo.data.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.mixture import fault_lines
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair
-from simpo.data.records import RowFault
+from simpo.data.records import RecordFault
 from simpo.run.cache import find_entry, keep_entry, sha256
 
 
@@ -68,10 +68,10 @@ def tokenize_set(
 
 
 def _collected(
-    results: Sequence[Tokenized | RowFault],
+    results: Sequence[Tokenized | RecordFault],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What `Chat.tokenize` gave, as arrays and as counts and faults: the content of an entry."""
-    done = [item for item in results if not isinstance(item, RowFault)]
+    done = [item for item in results if not isinstance(item, RecordFault)]
     tokens = [
         ids
         for pair, *_ in done
@@ -84,7 +84,7 @@ def _collected(
         **({"scored": np.concatenate(masks)} if masks else {}),
     }
     counts = [sum(column) for column in zip(*(one[1:] for one in done), strict=True)] or [0] * 4
-    faults = {str(i): str(item) for i, item in enumerate(results) if isinstance(item, RowFault)}
+    faults = {str(i): str(item) for i, item in enumerate(results) if isinstance(item, RecordFault)}
     return arrays, {"counts": counts, "faults": faults}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from simpo.config.check import trajectory
 from simpo.config.schema import RunConfig
-from simpo.loop.console import Results, result_rows
+from simpo.loop.console import Results, result_lines
 from simpo.run.atomic import write_text
 from simpo.run.files import read_metrics, series
 from simpo.run.tables import SHOWN, markdown_table
@@ -53,7 +53,7 @@ def write_card(run: RunConfig, run_dir: Path, results: Results, model_dir: Path)
         "",
         "## Held-out results",
         "",
-        *markdown_table(result_rows(results)),
+        *markdown_table(result_lines(results)),
         "",
         *[line for finding in results.findings for line in (f"Sign of collapse: {finding}.", "")],
         *curves,

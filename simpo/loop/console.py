@@ -61,7 +61,7 @@ def data_lines(table: Sequence[SplitReport], train_set: TokenizedSet, plan: Trai
     report = train_set.report
     tokens, unshared = (int(train_set.num_tokens(share).sum()) for share in (True, False))
     lines = [
-        *markdown_table(mixture_rows(table)),
+        *markdown_table(mixture_lines(table)),
         "",
         f"tokens {tokens:,} in {report.pairs} train pairs, {unshared:,} with a prompt for each "
         f"response: {unshared / tokens:.2f} times as many",
@@ -95,7 +95,7 @@ def token_notes(
     left_out = sum(sum(bad.values()) for bad in (*(r.bad for r in table), train_set.report.bad))
     if run.data.compat is Compat.paper and left_out:
         lines.append(
-            f"note   {left_out} rows left out that the original trainer trains on or "
+            f"note   {left_out} records left out that the original trainer trains on or "
             "stops at (data.compat=paper)"
         )
     return lines
@@ -109,16 +109,22 @@ def layout_line(planned: Layout) -> str:
     )
 
 
-def mixture_rows(table: Sequence[SplitReport]) -> list[dict[str, Any]]:
-    """The mixture table, a row for each split of each source."""
+def mixture_lines(table: Sequence[SplitReport]) -> list[dict[str, Any]]:
+    """The mixture table, a line for each split of each source."""
     return [
-        {"source": r.source, "split": r.split, "rows": r.rows, "bad": r.bad or 0, "taken": r.taken}
+        {
+            "source": r.source,
+            "split": r.split,
+            "records": r.records,
+            "bad": r.bad or 0,
+            "taken": r.taken,
+        }
         for r in table
     ]
 
 
-def result_rows(results: Results) -> list[dict[str, Any]]:
-    """The held-out metrics people read, a row each with the value before and after."""
+def result_lines(results: Results) -> list[dict[str, Any]]:
+    """The held-out metrics people read, a line each with the value before and after."""
     return [
         {
             "held out": name,
@@ -132,7 +138,7 @@ def result_rows(results: Results) -> list[dict[str, Any]]:
 
 def end_lines(results: Results, run_dir: Path, model_step: int, last_step: int) -> list[str]:
     """What training changed on the held-out pairs, and where the model lies."""
-    lines = markdown_table(result_rows(results)) if results.after else []
+    lines = markdown_table(result_lines(results)) if results.after else []
     samples = [run_dir / f"samples/step-{step:06d}.json" for step in (0, model_step)]
     try:
         before, after = map(read_replies, samples)

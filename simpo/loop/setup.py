@@ -143,7 +143,7 @@ def _write_records(
 ) -> None:
     folder.write_data(
         {
-            "mixture": console.mixture_rows(data.mixture.table),
+            "mixture": console.mixture_lines(data.mixture.table),
             "notes": data.mixture.notes,
             "train_tokens": asdict(data.train.report),
             "test_tokens": asdict(data.test.report),

@@ -102,8 +102,8 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
                 "scores": scores,
             }
         )
-    for split, rows in written.items():
-        write_text(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    for split, lines in written.items():
+        write_text(folder / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     columns = ("prompts", "pairs", "ties", "fewer than two different replies")
     print(
         *markdown_table(
@@ -154,13 +154,13 @@ def _score_all(
     safe_name = re.sub(r"[^\w.-]+", "_", name)
     file = folder / f"scores-{safe_name}.jsonl"
     content = _reward_content(run, name)
-    rows = read_lines(file)
+    lines = read_lines(file)
     known = {
-        row["id"]: row
-        for row in rows
-        if row.get("reward") == content and isinstance(row.get("id"), str)
+        line["id"]: line
+        for line in lines
+        if line.get("reward") == content and isinstance(line.get("id"), str)
     }
-    if rows and not known:
+    if lines and not known:
         print(f"note   {name} has changed since {file.name}: all replies are scored anew")
     reward: Reward | None = None
     scored: dict[str, list[float]] = {}
@@ -169,18 +169,18 @@ def _score_all(
         if len(texts) < 2:
             continue
         wanted = content_hash(texts)
-        row = known.get(prompt.id)
-        if row is None or row.get("responses") != wanted or not _are_scores(row, len(texts)):
+        line = known.get(prompt.id)
+        if line is None or line.get("responses") != wanted or not _are_scores(line, len(texts)):
             reward = reward or _reward(run, name)
             scores = _scores(reward, name, prompt, texts)
-            row = {"id": prompt.id, "responses": wanted, "reward": content, "scores": scores}
-            append_lines(file, [row])
-        scored[prompt.id] = row["scores"]
+            line = {"id": prompt.id, "responses": wanted, "reward": content, "scores": scores}
+            append_lines(file, [line])
+        scored[prompt.id] = line["scores"]
     return scored
 
 
-def _are_scores(row: Mapping[str, Any], count: int) -> bool:
-    scores = row.get("scores")
+def _are_scores(line: Mapping[str, Any], count: int) -> bool:
+    scores = line.get("scores")
     if not isinstance(scores, list) or len(scores) != count:
         return False
     return all(isinstance(score, float) and math.isfinite(score) for score in scores)

@@ -134,8 +134,8 @@ def read_prompts(folder: Path) -> list[Prompt]:
     """Raises: ConfigError, where a line is none that `simpo.generate` writes."""
     path = folder / "prompts.jsonl"
     prompts = []
-    for number, row in enumerate(read_lines(path), start=1):
-        match row:
+    for number, line in enumerate(read_lines(path), start=1):
+        match line:
             case {
                 "id": str(key),
                 "split": "train" | "test" as split,
@@ -152,15 +152,15 @@ def read_stored_replies(folder: Path) -> list[StoredReply]:
     """Raises: ConfigError, where a line is none that `simpo.generate` writes."""
     path = folder / "responses.jsonl"
     replies = []
-    for number, row in enumerate(read_lines(path), start=1):
-        match row:
+    for number, line in enumerate(read_lines(path), start=1):
+        match line:
             case {
                 "id": str(key),
                 "seed": int(seed),
                 "response": str(text),
                 "tokens": int(tokens),
                 "ended": bool(ended),
-            } if len(row) == 5:
+            } if len(line) == 5:
                 replies.append(StoredReply(key, seed, text, tokens, ended))
             case _:
                 raise _damaged(path, number, "no reply")
@@ -180,16 +180,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if len(whole) < len(text):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    rows = []
-    for number, line in enumerate(whole.splitlines(), start=1):
+    lines = []
+    for number, encoded in enumerate(whole.splitlines(), start=1):
         try:
-            row = json.loads(line)
+            line = json.loads(encoded)
         except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
+            line = None
+        if not isinstance(line, dict):
             raise _damaged(path, number, "no JSON object")
-        rows.append(row)
-    return rows
+        lines.append(line)
+    return lines
 
 
 def _damaged(path: Path, number: int, fault: str) -> ConfigError:
@@ -198,6 +198,6 @@ def _damaged(path: Path, number: int, fault: str) -> ConfigError:
     )
 
 
-def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write("".join(json.dumps(line) + "\n" for line in lines))

@@ -26,7 +26,7 @@ from simpo.config.schema import RunConfig
 from simpo.data.chat import Chat
 from simpo.data.checks import refuse_unknown_ids
 from simpo.data.mixture import fault_lines, load_mixture
-from simpo.data.records import RowFault, to_prompt
+from simpo.data.records import RecordFault, to_prompt
 from simpo.loop.console import quiet_libraries
 from simpo.model.generate import Reply, batches, decode_reply, generate_replies
 from simpo.model.load import load_policy
@@ -93,7 +93,7 @@ def _generate_missing(
     todo = [
         (seed, batch)
         for seed in config.seeds
-        for batch in batches([len(row) for row in ids], config.batch_prompts)
+        for batch in batches([len(prompt_ids) for prompt_ids in ids], config.batch_prompts)
         if any((prompts[i].id, seed) not in done for i in batch)
     ]
     if not todo:
@@ -158,7 +158,7 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
                 if run.data.compat is Compat.none:
                     chat.check_messages(pair.prompt)
                 text = chat.prompt_text(pair.prompt)
-            except RowFault as fault:
+            except RecordFault as fault:
                 faults.append((pair.place, str(fault)))
             else:
                 prompt = Prompt(key, split, pair.prompt, pair.rule)
@@ -168,7 +168,9 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
     left_out = Counter(fault for _, fault in faults)
     for report in mixture.table:
         left_out.update(report.bad)
-    print("".join(f"note   {n} rows left out: {fault}\n" for fault, n in left_out.items()), end="")
+    print(
+        "".join(f"note   {n} records left out: {fault}\n" for fault, n in left_out.items()), end=""
+    )
     return list(found.values())
 
 

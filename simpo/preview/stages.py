@@ -58,7 +58,7 @@ class Stages:
     Attributes:
         title: model, data and objective.
         lines: the mixture, its tokens and what was cut.
-        lengths: a row for each part of a pair, in tokens.
+        lengths: a line for each part of a pair, in tokens.
         pairs: the first ones in the order of training.
         row: the packed row that holds the first: a line for each of its pairs.
         row_line: what is in that row, in words.

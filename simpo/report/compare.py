@@ -45,10 +45,10 @@ class Comparison:
         """Of a run; None where it has none yet."""
         return self.runs[index].metrics.get(self.metric)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each run: settings that differ, state, and the held-out metrics it has."""
+    def lines(self) -> list[dict[str, Any]]:
+        """A line for each run: settings that differ, state, and the held-out metrics it has."""
         metrics = list(dict.fromkeys(key for run in self.runs for key in run.metrics))
-        rows = [
+        lines = [
             {
                 "run": name,
                 **{key: values[index] for key, values in self.differing.items()},
@@ -63,16 +63,16 @@ class Comparison:
             }
             for index, (name, run) in enumerate(zip(self.names, self.runs, strict=True))
         ]
-        empty = dict.fromkeys(rows[0] if rows else ())
+        empty = dict.fromkeys(lines[0] if lines else ())
         error_columns = {
             name: {"state": "damaged", "note": d.fault, "best": False, "folder": str(d.folder)}
             for name, d in self.damaged.items()
         }
-        return rows + [empty | {"run": name} | words for name, words in error_columns.items()]
+        return lines + [empty | {"run": name} | words for name, words in error_columns.items()]
 
 
 def averages(report: Comparison, key: str) -> list[dict[str, Any]]:
-    """A row for each group of runs that differ in one setting alone, such as their seed.
+    """A line for each group of runs that differ in one setting alone, such as their seed.
 
     Returns:
         name of the group, number of finished runs in it, and of each held-out metric that all of
@@ -89,23 +89,23 @@ def averages(report: Comparison, key: str) -> list[dict[str, Any]]:
         if run.progress.state is State.finished:
             others = [repr(v[index]) for k, v in report.differing.items() if k != key]
             groups.setdefault(",".join(others), []).append(run)
-    rows = []
+    lines = []
     for runs in groups.values():
         name = report.names[report.runs.index(runs[0])]
-        row: dict[str, Any] = {
+        line: dict[str, Any] = {
             "runs": re.sub(rf",?\b{re.escape(key)}=[^,/]*", "", name),
             "number": len(runs),
         }
         for metric in runs[0].metrics:
             values = [run.metrics[metric] for run in runs if metric in run.metrics]
             if len(values) == len(runs):
-                row |= {
+                line |= {
                     metric: sum(values) / len(values),
                     f"{metric} min": min(values),
                     f"{metric} max": max(values),
                 }
-        rows.append(row)
-    return rows
+        lines.append(line)
+    return lines
 
 
 def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:

@@ -259,11 +259,11 @@ def _bins(values: Sequence[float]) -> dict[str, float]:
 
 
 def _lengths(replies: Sequence[Mapping[str, Any]]) -> list[float]:
-    return [row["tokens"] for row in replies if "tokens" in row]
+    return [reply["tokens"] for reply in replies if "tokens" in reply]
 
 
 def _replies(run: Run) -> list[dict[str, Any]]:
-    """A row for each sampled prompt, with the reply before and after."""
+    """A line for each sampled prompt, with the reply before and after."""
     return [
         {"prompt": (old or new)["prompt"], "before": old, "after": new}
         for old, new in zip_longest(*run.replies)

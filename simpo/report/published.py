@@ -37,21 +37,21 @@ def settings() -> dict[str, Setting]:
 
 
 def published_tables(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[dict[str, str]]]:
-    """For each published setting that runs are of, its table: published rows, then theirs."""
+    """For each published setting that runs are of, its table: published lines, then theirs."""
     tables: dict[str, list[dict[str, str]]] = {}
     for key, setting in settings().items():
         own = [
             {
                 "": name,
                 "objective": run.config.loss.name,
-                **_row([run.benchmarks.get(key) for key in BENCHMARKS]),
+                **_cells([run.benchmarks.get(key) for key in BENCHMARKS]),
             }
             for name, run in zip(names, runs, strict=True)
             if _is_of(run, setting)
         ]
         if own:
             published = [
-                {"": "published", "objective": objective, **_row(values)}
+                {"": "published", "objective": objective, **_cells(values)}
                 for objective, values in setting.results.items()
             ]
             tables[key] = published + own
@@ -63,6 +63,6 @@ def _is_of(run: Run, setting: Setting) -> bool:
     return run.config.model.path == setting.model and data == [setting.data]
 
 
-def _row(values: Sequence[float | None]) -> dict[str, str]:
+def _cells(values: Sequence[float | None]) -> dict[str, str]:
     shown = ("" if value is None else f"{value:.1f}" for value in values)
     return dict(zip(BENCHMARKS.values(), shown, strict=True))

@@ -13,10 +13,10 @@ from simpo.run.tables import SHOWN, markdown_table
 
 def text(report: Comparison) -> str:
     """The table that people read in a terminal, and what went wrong below it."""
-    rows = []
+    cells: list[dict[str, str]] = []
     for index, (name, run) in enumerate(zip(report.names, report.runs, strict=True)):
         value = report.monitored(index)
-        rows.append(
+        cells.append(
             {
                 "run": name,
                 "state": run.progress.text(),
@@ -29,11 +29,11 @@ def text(report: Comparison) -> str:
                 },
             }
         )
-    rows += [
-        dict.fromkeys(rows[0] if rows else (), "") | {"run": name, "state": "damaged"}
+    cells += [
+        dict.fromkeys(cells[0] if cells else (), "") | {"run": name, "state": "damaged"}
         for name in report.damaged
     ]
-    lines = markdown_table(rows)
+    lines = markdown_table(cells)
     lines += [
         f"{name}: {run.progress.note}" + (f" ({run.progress.log})" if run.progress.log else "")
         for name, run in zip(report.names, report.runs, strict=True)
@@ -55,20 +55,21 @@ def averages_text(report: Comparison, key: str) -> str:
     found = averages(report, key)
     names = dict(SHOWN)
     wanted = dict.fromkeys([report.metric, *names])
-    shown = [metric for metric in wanted if any(metric in row for row in found)]
-    rows = [
+    shown = [metric for metric in wanted if any(metric in group for group in found)]
+    lines = [
         {
-            "runs": row["runs"],
-            "number": row["number"],
+            "runs": group["runs"],
+            "number": group["number"],
             **{
                 names.get(metric, metric): (
-                    f"{row[metric]:.4f} ({row[f'{metric} min']:.4f} to {row[f'{metric} max']:.4f})"
-                    if metric in row
+                    f"{group[metric]:.4f} "
+                    f"({group[f'{metric} min']:.4f} to {group[f'{metric} max']:.4f})"
+                    if metric in group
                     else ""
                 )
                 for metric in shown
             },
         }
-        for row in found
+        for group in found
     ]
-    return "\n".join([*markdown_table(rows), *damaged_lines(report)]) + "\n"
+    return "\n".join([*markdown_table(lines), *damaged_lines(report)]) + "\n"

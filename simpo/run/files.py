@@ -200,21 +200,21 @@ def metrics_sha256(folder: Path, num_bytes: int) -> str:
 
 
 def read_replies(path: Path) -> list[dict[str, Any]]:
-    """What a file of samples/ holds: a row for each reply, with `prompt`, `reply`, `obeys`.
+    """What a file of samples/ holds of each reply: `prompt`, `reply`, `obeys`.
 
     Raises:
-        DamagedError: a row lacks one of them.
+        DamagedError: a reply lacks one of them.
     """
     remedy = "restore it, or remove it: no number depends on it"
-    rows: list[dict[str, Any]] = read_json(path, remedy, list)
-    for row in rows:
-        known = isinstance(row, dict) and all(
-            isinstance(row.get(key), kind)
+    replies: list[dict[str, Any]] = read_json(path, remedy, list)
+    for reply in replies:
+        known = isinstance(reply, dict) and all(
+            isinstance(reply.get(key), kind)
             for key, kind in (("prompt", str), ("reply", str), ("obeys", bool | None))
         )
-        if not known or not _is_number(row.get("tokens", 0)):
-            raise DamagedError(path, f"holds {repr(row)[:40]}, not a reply", remedy)
-    return rows
+        if not known or not _is_number(reply.get("tokens", 0)):
+            raise DamagedError(path, f"holds {repr(reply)[:40]}, not a reply", remedy)
+    return replies
 
 
 def read_scores(path: Path) -> dict[str, list[float]]:
@@ -228,9 +228,9 @@ def read_scores(path: Path) -> dict[str, list[float]]:
     if text is None:
         return {}
     try:
-        header, *rows = csv.reader(text.splitlines())
-        columns = list(zip(*[[float(cell) for cell in row[1:]] for row in rows], strict=True))
-        return dict(zip(header[1:], map(list, columns), strict=True)) if rows else {}
+        header, *lines = csv.reader(text.splitlines())
+        columns = list(zip(*[[float(cell) for cell in line[1:]] for line in lines], strict=True))
+        return dict(zip(header[1:], map(list, columns), strict=True)) if lines else {}
     except (ValueError, csv.Error) as error:
         raise DamagedError(path, "is not a table of numbers", remedy) from error
 

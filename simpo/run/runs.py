@@ -105,7 +105,7 @@ class Run:
         benchmarks: what its user measured, by key of `BENCHMARKS`, in percent.
         scores: columns of numbers of the held-out pairs, before the training and of the saved model
             or the newest evaluation; empty where there are none.
-        replies: rows of samples/, before and after in the same way.
+        replies: those of samples/, before and after in the same way.
     """
 
     folder: Path

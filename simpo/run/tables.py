@@ -1,4 +1,4 @@
-"""Rows in; a table for people out. Also which held-out metrics people are shown."""
+"""Formats lines as a table, and names the held-out metrics that people are shown."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ SHOWN = (
 """Held-out metrics shown to people, with the names they get."""
 
 
-def markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Rows with the same keys as the lines of a Markdown table, columns aligned."""
-    if not rows:
+def markdown_table(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Format lines with the same keys as a Markdown table with aligned columns."""
+    if not lines:
         return ["(none)"]
-    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in cells
+    cells = [list(lines[0]), *([_cell(value) for value in line.values()] for line in lines)]
+    widths = [max(len(words[i]) for words in cells) for i in range(len(cells[0]))]
+    header, *others = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(words, widths, strict=True)) + " |"
+        for words in cells
     ]
-    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+    return [header, "|" + "|".join("-" * (w + 2) for w in widths) + "|", *others]
 
 
 def _cell(value: Any) -> str:

@@ -1,6 +1,6 @@
-"""From a seed and a split to demo preference rows, written by code from the table of topics.
+"""From a seed and a split to demo preference records, written by code from the table of topics.
 
-Each row tells some facts, asks for them and gives an instruction. Both replies repeat the facts;
+Each record tells some facts, asks for them and gives an instruction. Both replies repeat the facts;
 the chosen one obeys the instruction, and the rejected one answers as if it were not there. A model
 that can copy therefore has nothing to learn but the instruction:
 
@@ -13,7 +13,7 @@ that can copy therefore has nothing to learn but the instruction:
     rule      {"name": "bullets", "count": 2}
 
 Length must not give the chosen reply away: both sides are worded in several ways, and the pair is
-picked so that the chosen reply is a little longer in every other row and a little shorter else.
+picked so that the chosen reply is a little longer in every other record and a little shorter else.
 """
 
 import json
@@ -120,10 +120,10 @@ class _Task(NamedTuple):
 _Build = Callable[[random.Random, Topic, list[str]], _Task]
 
 
-def demo_rows(seed: int, split: str) -> list[dict[str, Any]]:
-    """Make the rows of the split "train" or "test": OpenAI messages and a rule.
+def demo_records(seed: int, split: str) -> list[dict[str, Any]]:
+    """Make the records of the split "train" or "test": OpenAI messages and a rule.
 
-    No topic occurs in both splits, whatever their seeds. Each topic gives fourteen rows: one or
+    No topic occurs in both splits, whatever their seeds. Each topic gives fourteen records: one or
     two for every kind of instruction.
 
     Raises:
@@ -133,13 +133,13 @@ def demo_rows(seed: int, split: str) -> list[dict[str, Any]]:
         raise ValueError(f'split must be "train" or "test", not {split!r}')
     rng = random.Random(f"{seed} {split}")
     topics = [topic for topic in TOPICS if (topic.name in HELD_OUT) == (split == "test")]
-    rows = [
-        _row(rng, topic, build, chosen_longer=(row + column) % 2 == 0)
-        for row, topic in enumerate(topics)
+    records = [
+        _record(rng, topic, build, chosen_longer=(number + column) % 2 == 0)
+        for number, topic in enumerate(topics)
         for column, build in enumerate(_builds(rng))
     ]
-    rng.shuffle(rows)
-    return rows
+    rng.shuffle(records)
+    return records
 
 
 def _builds(rng: random.Random) -> list[_Build]:
@@ -158,7 +158,9 @@ def _builds(rng: random.Random) -> list[_Build]:
     ]
 
 
-def _row(rng: random.Random, topic: Topic, build: _Build, *, chosen_longer: bool) -> dict[str, Any]:
+def _record(
+    rng: random.Random, topic: Topic, build: _Build, *, chosen_longer: bool
+) -> dict[str, Any]:
     facts = [fact.replace("|", " ") for fact in topic.facts]
     system, earlier = "", []
     draw = rng.random()

@@ -39,14 +39,14 @@ def main(words: Sequence[str]) -> None:
     if form == "text":
         print(text(report) if key is None else averages_text(report, key), end="")
     else:
-        rows = report.rows() if key is None else averages(report, key)
+        lines = report.lines() if key is None else averages(report, key)
         sys.stderr.writelines(f"{line}\n" for line in damaged_lines(report))
     if form == "json":
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(lines, indent=2))
     elif form == "csv":
-        table = csv.DictWriter(sys.stdout, list(rows[0] if rows else ()), lineterminator="\n")
+        table = csv.DictWriter(sys.stdout, list(lines[0] if lines else ()), lineterminator="\n")
         table.writeheader()
-        table.writerows(rows)
+        table.writerows(lines)
     page = options.get("html", "none" if form != "text" else str(folders[0] / "report.html"))
     if page != "none":
         from simpo.report.page import render

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from simpo.__main__ import main
 from simpo.config.check import settings
-from simpo.config.choices import OnBadRow
+from simpo.config.choices import OnBadRecord
 from simpo.config.compose import compose_run, run_of_words
 from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError, DataError
@@ -851,7 +851,7 @@ def data_error(*sources, **settings):
 
 EMPTY = GOOD | {"chosen": ""}
 SAME = GOOD | {"chosen": "It is not."}
-REMEDY = "(mend the records, or leave them out with data.on_bad_row=drop)"
+REMEDY = "(mend the records, or leave them out with data.on_bad_record=drop)"
 
 
 @pytest.fixture
@@ -892,7 +892,7 @@ def test_stop_shows_the_first_five(folder, bad, rest):
 def test_drop_counts_by_fault(folder):
     write(folder / "a.jsonl", [EMPTY, GOOD, SAME, EMPTY, "[", GOOD])
     write(folder / "b.jsonl", [SAME, GOOD])
-    loaded = mixture({"path": "a.jsonl", "test_path": "b.jsonl"}, on_bad_row=OnBadRow.drop)
+    loaded = mixture({"path": "a.jsonl", "test_path": "b.jsonl"}, on_bad_record=OnBadRecord.drop)
     train, test = loaded.table
     assert (train.records, train.taken, test.records, test.taken) == (6, 2, 2, 1)
     assert train.bad == {
@@ -909,7 +909,7 @@ def test_drop_counts_by_fault(folder):
 
 def test_num_pairs_above_the_good_rows(folder):
     write(folder / "a.jsonl", [GOOD, EMPTY, GOOD])
-    assert data_error({"path": "a.jsonl", "num_pairs": 3}, on_bad_row=OnBadRow.drop) == [
+    assert data_error({"path": "a.jsonl", "num_pairs": 3}, on_bad_record=OnBadRecord.drop) == [
         "a.jsonl train: num_pairs is 3, but the split has 2 good records (use weight to repeat "
         "records)"
     ]
@@ -918,7 +918,7 @@ def test_num_pairs_above_the_good_rows(folder):
 def test_nothing_left_to_train_on(folder):
     write(folder / "a.jsonl", [EMPTY, SAME])
     write(folder / "b.jsonl", [])
-    assert data_error({"path": "a.jsonl"}, {"path": "b.jsonl"}, on_bad_row=OnBadRow.drop) == [
+    assert data_error({"path": "a.jsonl"}, {"path": "b.jsonl"}, on_bad_record=OnBadRecord.drop) == [
         "data.sources: no record left to train on (a.jsonl train: 2 records, 2 bad, "
         "b.jsonl train: 0 records, 0 bad)"
     ]
@@ -1029,7 +1029,7 @@ def test_lines_that_are_no_json(folder):
     }
     for name, end in (("a.jsonl", b"\n"), ("b.jsonl", b"\r\n"), ("c.json", b"\n")):
         (folder / name).write_bytes(b"\xef\xbb\xbf" + end.join([good, *bad, good]) + end)
-        loaded = mixture({"path": name}, on_bad_row=OnBadRow.drop)
+        loaded = mixture({"path": name}, on_bad_record=OnBadRecord.drop)
         assert loaded.table[0].bad == dict.fromkeys(bad.values(), 1)
         assert len(loaded.train) == 2
     (folder / "list.json").write_text('[{"prompt": "a"},\n {"prompt": }]')
@@ -1045,7 +1045,7 @@ def test_what_is_told_of_a_row_is_one_line(folder):
         GOOD | {"a\nb": 1},
     ]
     write(folder / "a.jsonl", rows)
-    loaded = mixture({"path": "a.jsonl"}, on_bad_row=OnBadRow.drop)
+    loaded = mixture({"path": "a.jsonl"}, on_bad_record=OnBadRecord.drop)
     told = "chosen[0].role: must be one of system, user, assistant, got "
     assert loaded.table[0].bad == {
         told + "a\\n\\x1b[31m": 1,
@@ -1059,7 +1059,7 @@ def test_depths_around_what_python_takes(folder):
     row = json.dumps(GOOD | {"rule": {"name": "bullets", "count": 0}})
     deep = [row.replace(": 0", f": {'[' * depth}{']' * depth}") for depth in range(700, 1100)]
     write(folder / "a.jsonl", [*deep, GOOD])
-    loaded = mixture({"path": "a.jsonl"}, on_bad_row=OnBadRow.drop)
+    loaded = mixture({"path": "a.jsonl"}, on_bad_record=OnBadRecord.drop)
     assert sum(loaded.table[0].bad.values()) == 400 and len(loaded.train) == 1
     assert "not JSON: lists or objects are nested too deeply" in loaded.table[0].bad
 
@@ -1075,13 +1075,13 @@ def test_a_lone_surrogate_is_its_rows_fault(folder):
         "rule": GOOD | {"rule": {"name": "starts_with", "phrase": "\ud83d"}},
     }
     write(folder / "a.jsonl", [*bad.values(), GOOD | {"chosen": "A whole one: \U0001f600"}])
-    loaded = mixture({"path": "a.jsonl"}, on_bad_row=OnBadRow.drop)
+    loaded = mixture({"path": "a.jsonl"}, on_bad_record=OnBadRecord.drop)
     assert loaded.table[0].bad == {f"{place}: {half}": 1 for place in bad}
     assert [pair.chosen for pair in loaded.train] == ["A whole one: \U0001f600"]
     # Nor does one elsewhere come to a terminal or a file that cannot take it.
     row = GOOD | {"chosen": [{"role": "\ud83d", "content": "a"}]}
     write(folder / "b.jsonl", [row, GOOD | {"\ud83d": 1}])
-    loaded = mixture({"path": "b.jsonl"}, on_bad_row=OnBadRow.drop)
+    loaded = mixture({"path": "b.jsonl"}, on_bad_record=OnBadRecord.drop)
     assert loaded.table[0].bad == {
         "chosen[0].role: must be one of system, user, assistant, got \\ud83d": 1
     }
@@ -1196,7 +1196,7 @@ def test_any_row_is_read_or_at_fault(rows, read_record):
         file = Path(folder) / "a.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, GOOD]))
         config = DataConfig(
-            name="rows", sources=[SourceConfig(path=str(file))], on_bad_row=OnBadRow.drop
+            name="rows", sources=[SourceConfig(path=str(file))], on_bad_record=OnBadRecord.drop
         )
         loaded = load_mixture(config, read_record)
         (report,) = loaded.table
@@ -1218,7 +1218,7 @@ def test_a_file_damaged_anywhere_is_read_or_refused(data):
         file = Path(folder) / "a.jsonl"
         file.write_bytes(text)
         config = DataConfig(
-            name="rows", sources=[SourceConfig(path=str(file))], on_bad_row=OnBadRow.drop
+            name="rows", sources=[SourceConfig(path=str(file))], on_bad_record=OnBadRecord.drop
         )
         try:
             loaded = load_mixture(config)

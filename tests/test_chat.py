@@ -30,7 +30,7 @@ from real_tokenizers import (
 )
 from tokenizers import Tokenizer
 
-from simpo.config.choices import Compat, OnBadRow, PromptTruncation
+from simpo.config.choices import Compat, OnBadRecord, PromptTruncation
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.inputs import TEMPLATES, DataConfig, ModelConfig
 from simpo.data import chat as chat_module
@@ -523,7 +523,7 @@ PAIRS = [
     replace(BAD, place="data.jsonl, record 5"),
     make_pair(user("Bye"), rejected="word " * 60),
 ]
-SHORT = data_config(max_length_tokens=40, max_prompt_tokens=20, on_bad_row=OnBadRow.drop)
+SHORT = data_config(max_length_tokens=40, max_prompt_tokens=20, on_bad_record=OnBadRecord.drop)
 
 
 def contents(result: TokenizedSet) -> tuple[Any, ...]:
@@ -565,7 +565,7 @@ def test_an_empty_set(chat: Chat, tmp_path: Path) -> None:
 def test_set_stops_at_bad_rows(chat: Chat, tmp_path: Path) -> None:
     tokenize_set(chat, PAIRS, SHORT, tmp_path)
     with pytest.raises(DataError, match=r"record 2.*</s>(.|\n)*record 5.*</s>"):
-        tokenize_set(chat, PAIRS, replace(SHORT, on_bad_row=OnBadRow.stop), tmp_path)
+        tokenize_set(chat, PAIRS, replace(SHORT, on_bad_record=OnBadRecord.stop), tmp_path)
     with pytest.raises(DataError, match="none of the 1 pairs can be tokenized"):
         tokenize_set(chat, [BAD], SHORT, tmp_path)
 

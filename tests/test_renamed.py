@@ -1,12 +1,14 @@
 """Settings under an old name read as those under the new one, and one line says so."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 from whole_runs import finish, start
 
 from simpo.config import renamed
-from simpo.config.check import load_run, run_id, run_yaml
+from simpo.config.check import load_run, run_id, run_yaml, trajectory
+from simpo.config.choices import OnBadRecord
 from simpo.config.compose import compose_run
 from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError
@@ -103,11 +105,33 @@ def test_old_names_in_what_a_sweeper_tries(tmp_path: Path) -> None:
     assert config.hydra.sweeper.params == {"monitor.mode": "min,max"}
 
 
+def test_an_old_key_in_a_file_of_its_group(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    choice = "defaults:\n  - /schema/data/base\n  - _self_\nname: own\nsources: [{path: a.jsonl}]\n"
+    (tmp_path / "data" / "own.yaml").write_text(f"{choice}on_bad_row: drop\n")
+    (tmp_path / "a.jsonl").touch()
+    composed = Composer(str(tmp_path)).compose(["data=own"])
+    assert composed.data.on_bad_record is OnBadRecord.drop
+    assert capsys.readouterr().err == "note   data.on_bad_row is now data.on_bad_record\n"
+
+
+def test_the_id_of_a_run_goes_by_the_first_names() -> None:
+    """So a run that was begun under them is found again."""
+    run = compose_run(["data.on_bad_record=drop"])
+    before = trajectory(run)
+    before["data.on_bad_row"] = before.pop("data.on_bad_record")
+    expected = hashlib.sha256(repr(sorted(before.items())).encode()).hexdigest()[:8]
+    assert run_id(run) == expected != run_id(compose_run([]))
+
+
 def test_an_old_run_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = compose_run(["monitor.metric=loss", "monitor.mode=min"])
     file = tmp_path / "run.yaml"
-    file.write_text(run_yaml(run).replace("\nmonitor:\n", "\nobjective:\n"))
-    assert "objective:" in file.read_text() and "monitor:" not in file.read_text()
+    text = run_yaml(run).replace("\nmonitor:\n", "\nobjective:\n")
+    file.write_text(text.replace("  on_bad_record: ", "  on_bad_row: "))
+    assert not {"monitor:", "on_bad_record:"} & set(file.read_text().split())
     assert load_run(file) == run
     assert capsys.readouterr().err == ""  # nobody is to edit the file of a run
 

@@ -31,7 +31,7 @@ from simpo.config.errors import ConfigError, first_line
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LocalConfig, SlurmConfig
 from simpo.config.losses import LOSSES
-from simpo.config.renamed import renamed_config
+from simpo.config.renamed import first_name, renamed_config
 from simpo.config.schema import RunConfig, TrackerConfig, WandbConfig
 
 GROUPS: dict[str, dict[str, type]] = {
@@ -252,7 +252,8 @@ def holds_secret(section: Any) -> bool:
 
 def run_id(run: RunConfig) -> str:
     """Eight hex digits that two runs share exactly when their numbers must be the same."""
-    return hashlib.sha256(repr(sorted(trajectory(run).items())).encode()).hexdigest()[:8]
+    named = sorted((first_name(key), value) for key, value in trajectory(run).items())
+    return hashlib.sha256(repr(named).encode()).hexdigest()[:8]
 
 
 def _schema(kinds: dict[str, Any]) -> DictConfig:

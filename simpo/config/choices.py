@@ -40,7 +40,7 @@ class Compat(str, Enum):
     paper = "paper"
 
 
-class OnBadRow(str, Enum):
+class OnBadRecord(str, Enum):
     stop = "stop"
     drop = "drop"
 

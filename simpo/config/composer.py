@@ -32,10 +32,10 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         result = super().load_config(config_path)
-        # Only such files hold whole sections; others hold the keys of their group.
-        whole = result.header.get("package") == "_global_" or "/" not in config_path
-        if whole and isinstance(result.config, DictConfig):
-            result.config = renamed_config(result.config)
+        group = config_path.rpartition("/")[0].replace("/", ".")
+        section = "" if result.header.get("package") == "_global_" else group
+        if isinstance(result.config, DictConfig):
+            result.config = renamed_config(result.config, section)
         return result
 
 

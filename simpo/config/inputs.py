@@ -14,7 +14,14 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from simpo.config.choices import Attention, Compat, Dtype, OnBadRow, PromptTruncation, Quantization
+from simpo.config.choices import (
+    Attention,
+    Compat,
+    Dtype,
+    OnBadRecord,
+    PromptTruncation,
+    Quantization,
+)
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATES = PACKAGE / "data" / "templates"
@@ -234,7 +241,7 @@ class DataConfig:
     """Which end of a cut prompt is kept (a BOS token always is)."""
     compat: Compat = Compat.none
     """paper: the token ids of the original SimPO trainer, header tokens and joint cut included."""
-    on_bad_row: OnBadRow = OnBadRow.stop
+    on_bad_record: OnBadRecord = OnBadRecord.stop
     """stop: the first bad record ends the run; drop: bad ones are left out and counted by fault."""
     drop_overlap: bool = False
     """Leave out train records whose prompt is also held out; the overlap is counted anyway."""

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from simpo.config.errors import ConfigError
 
-RENAMED = {"objective": "monitor"}
+RENAMED = {"objective": "monitor", "data.on_bad_row": "data.on_bad_record"}
 """Old names of sections and of single keys, with their new names in the same section."""
 
 _noted: set[str] = set()
@@ -41,17 +41,21 @@ def rename_overrides(words: Sequence[str]) -> list[str]:
     return renamed
 
 
-def renamed_config(config: DictConfig, note: bool = True) -> DictConfig:
+def renamed_config(config: DictConfig, section: str = "", note: bool = True) -> DictConfig:
     """What a YAML file of settings holds, under the new names.
 
     Args:
+        section: the one that the file is of; empty for a file of whole sections.
         note: print what was renamed.
 
     Raises:
         ConfigError: a setting is there under both names.
     """
     settings: Any = OmegaConf.to_container(config, resolve=False)
-    changes = _rename(settings)
+    whole = settings
+    for name in reversed(section.split(".") if section else ()):
+        whole = {name: whole}
+    changes = _rename(whole)
     if note:
         _note(changes)
     return OmegaConf.create(settings) if changes else config
@@ -59,9 +63,18 @@ def renamed_config(config: DictConfig, note: bool = True) -> DictConfig:
 
 def new_name(key: str) -> str:
     """A dotted key under its new name."""
-    for old, new in RENAMED.items():
-        if key == old or key.startswith(f"{old}."):
-            return new + key.removeprefix(old)
+    return _replaced(key, RENAMED)
+
+
+def first_name(key: str) -> str:
+    """A dotted key under the name it had at first, which the ids of runs and sweeps go by."""
+    return _replaced(key, {new: old for old, new in RENAMED.items()})
+
+
+def _replaced(key: str, names: dict[str, str]) -> str:
+    for name, other in names.items():
+        if key == name or key.startswith(f"{name}."):
+            return other + key.removeprefix(name)
     return key
 
 

@@ -31,7 +31,8 @@ def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
     """Read, mix and tokenize the sources of a run.
 
     Raises:
-        DataError: a source cannot be read, a record is bad (with on_bad_row=stop), or none is left.
+        DataError: a source cannot be read, a record is bad (under on_bad_record=stop), or none is
+            left.
     """
     mixture = load_mixture(run.data, to_pair if run.loss.needs_rejected else to_dialogue)
     train, test = (

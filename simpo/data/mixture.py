@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from simpo.config.choices import OnBadRow
+from simpo.config.choices import OnBadRecord
 from simpo.config.errors import DataError
 from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data.pairs import Pair
@@ -84,7 +84,8 @@ def load_mixture(config: DataConfig, read_record: Callable[[Any, str], Pair] = t
         read_record: from a record and its place to what is wanted of it; see `simpo.data.records`.
 
     Raises:
-        DataError: a source cannot be read, a record is bad (with on_bad_row=stop), or none is left.
+        DataError: a source cannot be read, a record is bad (under on_bad_record=stop), or none is
+            left.
     """
     splits: list[tuple[_Split | None, _Split | None]] = []
     for source in config.sources:
@@ -149,7 +150,7 @@ def _read_split(
             found.pairs.append(pair)
             found.unread |= dict.fromkeys(unread_columns(record, COLUMNS[read_record]))
             found.remarks.update(remarks(record, pair))
-    if found.faults and config.on_bad_row is OnBadRow.stop:
+    if found.faults and config.on_bad_record is OnBadRecord.stop:
         raise DataError(fault_lines(found.faults, all_bad=not found.pairs))
     return found
 
@@ -202,7 +203,7 @@ def fault_lines(faults: list[tuple[str, str]], all_bad: bool = False) -> str:
     if len(faults) > MAX_FAULTS_SHOWN:
         more = len(faults) - MAX_FAULTS_SHOWN
         lines.append(f"... and {more} more bad record{'s' if more > 1 else ''}")
-    remedy = "(mend the records, or leave them out with data.on_bad_row=drop)"
+    remedy = "(mend the records, or leave them out with data.on_bad_record=drop)"
     if all_bad:
         remedy = (
             "(no record is good: bring them into one of the forms of the README, Your own data)"

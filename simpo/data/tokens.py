@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 import transformers
 
-from simpo.config.choices import OnBadRow
+from simpo.config.choices import OnBadRecord
 from simpo.config.errors import DataError
 from simpo.config.inputs import DataConfig
 from simpo.data.chat import Chat, TokenizedSet, TokenReport
@@ -38,7 +38,7 @@ def tokenize_set(
     said in the `notes` of the result.
 
     Raises:
-        DataError: a pair cannot be tokenized (with on_bad_row=stop), or none can.
+        DataError: a pair cannot be tokenized (with on_bad_record=stop), or none can.
     """
     folder = cache_dir / "tokenized" / _content_hash(chat, pairs, config)
     found, notes = find_entry(folder)
@@ -48,7 +48,7 @@ def tokenize_set(
         arrays, stored = _collected(list(chat.tokenize(pairs, config)))
         notes += keep_entry(folder, partial(_write, arrays=arrays, stored=stored))
     faults = {int(index): fault for index, fault in stored["faults"].items()}
-    if faults and config.on_bad_row is OnBadRow.stop:
+    if faults and config.on_bad_record is OnBadRecord.stop:
         raise DataError(fault_lines([(pairs[i].place, fault) for i, fault in faults.items()]))
     good = [pair for index, pair in enumerate(pairs) if index not in faults]
     if pairs and not good:

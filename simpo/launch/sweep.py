@@ -29,6 +29,7 @@ from tqdm import tqdm
 from simpo.config.check import MAY_DIFFER, RESULT_SECTIONS, holds_secret, run_yaml
 from simpo.config.errors import ConfigError, RunError, Stopped, unwritable
 from simpo.config.launchers import LauncherConfig, LocalConfig, SlurmConfig
+from simpo.config.renamed import first_name
 from simpo.config.schema import RunConfig
 from simpo.launch.member import SlurmMember
 from simpo.launch.submit import submit
@@ -154,7 +155,11 @@ def _sweep_folder(member: Member, name: str) -> Path:
         return Path(run.launcher.sweep_dir).expanduser().absolute()
     shared = sorted(set(member.overrides) - set(member.own))
     # Where and how a member runs may change between two submissions of the same sweep.
-    telling = [text for text in shared if _decides_numbers(text.partition("=")[0])]
+    telling = [
+        f"{first_name(key)}{equals}{value}"
+        for key, equals, value in (text.partition("=") for text in shared)
+        if _decides_numbers(key)
+    ]
     parent = Path(run.output_dir).expanduser().absolute() / "sweeps"
     return parent / f"{name}-{_hash(' '.join(telling))}"
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from simpo.backend import build_backend
-from simpo.config.choices import Compat, Engine, OnBadRow
+from simpo.config.choices import Compat, Engine, OnBadRecord
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.inputs import ADAPTER_FILE
 from simpo.config.schema import RunConfig
@@ -145,7 +145,7 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
     """Each prompt once, with its text; one that is held out is not in the train split too.
 
     Raises:
-        DataError: the chat template refuses one (with on_bad_row=stop).
+        DataError: the chat template refuses one (with on_bad_record=stop).
     """
     mixture = load_mixture(run.data, to_prompt)
     print("".join(f"{note}\n" for note in mixture.notes), end="")
@@ -163,7 +163,7 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
             else:
                 prompt = Prompt(key, split, pair.prompt, pair.rule)
                 found.setdefault(key, (prompt, text))
-    if faults and run.data.on_bad_row is OnBadRow.stop:
+    if faults and run.data.on_bad_record is OnBadRecord.stop:
         raise DataError(fault_lines(faults))
     left_out = Counter(fault for _, fault in faults)
     for report in mixture.table:

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from simpo.config.losses import SigmoidConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.loss import pair_losses
+from simpo.loss.simpo import SigmoidConfig
 from simpo.model import attention
 from simpo.model.policy import Policy
 

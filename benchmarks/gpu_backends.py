@@ -82,12 +82,12 @@ def losses_of(name: str, device: str) -> list[float]:
     from simpo.config.check import GROUPS
     from simpo.config.choices import Device, Dtype, Precision, Quantization
     from simpo.config.inputs import LoraConfig, ModelConfig
-    from simpo.config.losses import SigmoidConfig
     from simpo.config.schema import TrainConfig
     from simpo.data.packing import pack
     from simpo.data.pairs import TokenizedPair
     from simpo.loop.optim import build_optimizer
     from simpo.loop.step import summarise, update
+    from simpo.loss.simpo import SigmoidConfig
     from simpo.model.load import load_policy
 
     kind, settings, bits, _ = CASES[name]

@@ -26,10 +26,10 @@ from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 from workloads import SHAPES, typical_batch
 
-from simpo.config.losses import SigmoidConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.loss import pair_losses
+from simpo.loss.simpo import SigmoidConfig
 from simpo.model.head import fused_loss
 
 Way = Callable[[Tensor, Tensor], Tensor]

@@ -5,6 +5,7 @@ A field's meaning is the docstring under it, which only the source has; so the s
 
 from __future__ import annotations
 
+import inspect
 import typing
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
@@ -22,7 +23,7 @@ HEAD = """\
 
 Every key of a run, as `key=value` on the command line or below its section in YAML. Keys with
 *required* as their default are given by a file of `conf/`. `--cfg job` prints the composed run.
-Written by `python docs/build_config_docs.py` from the dataclasses in `simpo/config`.
+Written by `python docs/build_config_docs.py` from the dataclasses of the settings.
 """
 
 
@@ -32,9 +33,7 @@ def render() -> str:
     for key, schema, base, heading in _sections(RunConfig, ""):
         rows = [_row(key, item, schema) for item in _own_fields(schema, base)]
         table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows]
-        doc = (schema.__doc__ or "").strip()
-        # A loss describes itself by its formula.
-        doc = f"`{doc.rstrip('.')}`" if doc.count("(") > 1 else doc
+        doc = inspect.getdoc(schema) or ""
         parts.append("\n".join([f"## {heading}", "", doc, *(["", *table] if rows else [])]) + "\n")
     return "\n".join(parts)
 

@@ -33,8 +33,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from simpo.config.losses import SimpoConfig
 from simpo.data.pairs import TokenizedPair
+from simpo.loss.simpo import SimpoConfig
 from simpo.model import attention
 
 VOCAB = 128
@@ -179,7 +179,7 @@ def simpo_by_hand(
 def loss_by_hand(
     model: PreTrainedModel, pairs: Sequence[TokenizedPair], loss: SimpoConfig
 ) -> Tensor:
-    """The whole objective on pairs by the plain way: mean over pairs, sft term over tokens."""
+    """The whole loss on pairs by the plain way: mean over pairs, sft term over tokens."""
     logps, lengths = padded_logps(model, pairs)
     preference = simpo_by_hand(
         logps,

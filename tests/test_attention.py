@@ -15,7 +15,8 @@ from torch import Tensor
 import simpo.model.head
 from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
-from simpo.data.pairs import KeyTable, PackedPairs, PairLogps
+from simpo.data.pairs import KeyTable, PackedPairs
+from simpo.loss import PairLogps
 from simpo.model import attention
 from simpo.model.head import fused_loss
 
@@ -166,7 +167,7 @@ def test_a_kernel_that_is_not_there(tiny_run: list[str]) -> None:
 def plain_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, row: PackedPairs, softcap: float | None
 ) -> Tensor:
-    """Full logits, log_softmax, gather; then `some_objective`."""
+    """Full logits, log_softmax, gather; then `some_loss`."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
@@ -182,7 +183,7 @@ def plain_loss(
     return total
 
 
-def some_objective(logps: PairLogps) -> Tensor:
+def some_loss(logps: PairLogps) -> Tensor:
     """No loss of ours: any function of a pair's log-probabilities must do."""
     return torch.tanh(logps.average_chosen * logps.rejected / 30) + 0.1 * logps.average_chosen
 
@@ -211,7 +212,7 @@ def test_fused_loss(
             copies = [leaf.clone().requires_grad_() for leaf in leaves]
             hidden, weight, bias = (*copies, None)[:3]
             if fused:
-                loss, logps = fused_loss(hidden, weight, bias, row, some_objective, softcap)
+                loss, logps = fused_loss(hidden, weight, bias, row, some_loss, softcap)
                 assert not logps.chosen.requires_grad
             else:
                 loss = plain_loss(hidden, weight, bias, row, softcap)
@@ -225,13 +226,13 @@ def test_fused_loss_of_a_frozen_head_and_without_gradients() -> None:
     row = pack(random_pairs(np.random.default_rng(4), 2), range(2))
     hidden = torch.randn(row.input_ids.shape[1], 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(128, 5, dtype=torch.float64)
-    loss, _ = fused_loss(hidden, weight, None, row, some_objective)
+    loss, _ = fused_loss(hidden, weight, None, row, some_loss)
     loss.backward()
     expected = torch.autograd.grad(plain_loss(hidden, weight, None, row, None), hidden)[0]
     torch.testing.assert_close(hidden.grad, expected)
     assert weight.grad is None
     with torch.no_grad():
-        same, _ = fused_loss(hidden, weight, None, row, some_objective)
+        same, _ = fused_loss(hidden, weight, None, row, some_loss)
     assert same.item() == loss.item() and not same.requires_grad
 
 
@@ -242,7 +243,7 @@ def test_fused_loss_under_autocast_sums_in_float32() -> None:
     hidden = torch.randn(row.input_ids.shape[1], 16, requires_grad=True)
     weight = torch.randn(128, 16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, logps = fused_loss(hidden, weight, None, row, some_objective)
+        loss, logps = fused_loss(hidden, weight, None, row, some_loss)
     loss.backward()
     assert logps.chosen.dtype is torch.float32
     assert hidden.grad is not None and hidden.grad.dtype is torch.float32

@@ -31,9 +31,9 @@ SECTIONS = (
     "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, on_policy, monitor, "
     "watch, export, backend, launcher, tracker"
 )
-OBJECTIVES = (
+LOSS_CHOICES = (
     "alphapo, cpo, dpo, hinge, ipo, ipo_free, ln_dpo, orpo, r_dpo, repo, rrhf, sft, sigmoid, "
-    "simper, slic"
+    "simper, simpo, simpo_hinge, slic"
 )
 TRAIN_KEYS = (
     "pairs_per_step, tokens_per_row, share_prefix, check_memory, epochs, max_steps, "
@@ -91,15 +91,15 @@ SETTINGS: list[tuple[str, list[str]]] = [
         ["tracker: no such choice, got wandbb (choose from console, wandb)"],
     ),
     # Wrong choices.
-    ("loss=simpo", [f"loss: no such choice, got simpo (choose from {OBJECTIVES})"]),
+    ("loss=simp", [f"loss: no such choice, got simp (choose from {LOSS_CHOICES})"]),
     ("model=mistral", [f"model: no such choice, got mistral (choose from {MODELS})"]),
     ("model=smollm2,foo", [f"model: no such choice, got foo (choose from {MODELS})"]),
-    ("loss=null", [f"loss: no such choice, got null (choose from {OBJECTIVES})"]),
+    ("loss=null", [f"loss: no such choice, got null (choose from {LOSS_CHOICES})"]),
     (
         "loss.name=hinge",
         [
-            "loss.name: set by the group, got hinge (loss= takes sigmoid, hinge, alphapo, orpo, "
-            "cpo, slic, rrhf, ipo_free, simper, repo, dpo, ln_dpo, r_dpo, ipo, sft)"
+            "loss.name: set by the group, got hinge (loss= takes sigmoid, hinge, alphapo, repo, "
+            "simper, dpo, ln_dpo, r_dpo, ipo, orpo, cpo, slic, rrhf, ipo_free, sft)"
         ],
     ),
     (
@@ -429,7 +429,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     (
         "loss.betaa=2 loss=foo model.lora.rank=x train.epochs=0 sample.num_prompts=-1",
         [
-            f"loss: no such choice, got foo (choose from {OBJECTIVES})",
+            f"loss: no such choice, got foo (choose from {LOSS_CHOICES})",
             "loss.betaa: no such key (did you mean loss.beta?)",
             "model.lora.rank: must be a whole number, got x",
             "train.epochs: must be 1 or more, got 0",
@@ -596,7 +596,7 @@ def own_composer(tmp_path):
 def test_a_folder_of_further_choices(own_composer):
     assert compose_run(["loss=mine"], own_composer).loss.beta == 7
     assert explain(["loss=mine,hinge", "loss.beta=3"], True, own_composer) == []
-    known = ", ".join(sorted([*OBJECTIVES.split(", "), "mine"]))
+    known = ", ".join(sorted([*LOSS_CHOICES.split(", "), "mine"]))
     with pytest.raises(ConfigError) as caught:
         compose_run(["loss=mien"], own_composer)
     assert caught.value.problems == [f"loss: no such choice, got mien (choose from {known})"]
@@ -1161,7 +1161,7 @@ def test_help_lists_the_groups(tmp_path):
     done = run_cli("--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"\nmodel: {MODELS}\n" in done.stdout
-    assert f"\nloss: {OBJECTIVES}\n" in done.stdout
+    assert f"\nloss: {LOSS_CHOICES}\n" in done.stdout
     assert "\ntracker: console, wandb\n" in done.stdout
 
 

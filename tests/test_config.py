@@ -21,13 +21,15 @@ from simpo.config.choices import WandbMode
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.inputs import config_dir
-from simpo.config.losses import HingeConfig, SigmoidConfig
 from simpo.config.schema import RunConfig, WandbConfig
+from simpo.loss.simpo import HingeConfig, SigmoidConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF, EXPERIMENTS = config_dir("conf"), config_dir("experiments")
 # The one choice that is not whole by itself: its files are the user's.
 NEEDS = {"data=jsonl": ["data.sources=[{path: builtin:demo}]"]}
+
+ALIASES = {"loss=simpo": "sigmoid", "loss=simpo_hinge": "hinge"}
 
 CHOICES = [
     f"{path.parent.relative_to(CONF).as_posix()}={path.stem}"
@@ -61,7 +63,7 @@ def test_every_choice_composes(choice):
     check_run(run)
     group, _, name = choice.partition("=")
     if choice and group != "experiments":
-        assert getattr(run, group).name == name
+        assert getattr(run, group).name == ALIASES.get(choice, name)
 
 
 @pytest.mark.parametrize("model", PAPER)
@@ -187,6 +189,14 @@ def test_run_id_is_the_same_in_another_process(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == run_id(compose_run([]))
+
+
+@pytest.mark.parametrize("choice", ALIASES)
+def test_another_name_is_the_same_run(choice):
+    """The same settings, so the same numbers, folder and id; settings of the group go with it."""
+    named = compose_run([choice, "loss.beta=3"])
+    run = compose_run([f"loss={ALIASES[choice]}", "loss.beta=3"])
+    assert named == run and run_id(named) == run_id(run)
 
 
 def test_trajectory_is_flat_and_holds_every_setting():

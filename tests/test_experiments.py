@@ -9,14 +9,10 @@ import pytest
 from simpo.config.check import settings
 from simpo.config.compose import compose_run
 from simpo.config.inputs import config_dir
-from simpo.config.losses import (
-    LOSSES,
-    CpoConfig,
-    HingeConfig,
-    LossConfig,
-    OrpoConfig,
-    SigmoidConfig,
-)
+from simpo.config.losses import LOSSES
+from simpo.loss import LossConfig
+from simpo.loss.simpo import HingeConfig, SigmoidConfig
+from simpo.loss.without_reference import CpoConfig, OrpoConfig
 from simpo.report import published
 from simpo.train import train
 
@@ -203,7 +199,7 @@ def test_every_ablation_is_tested() -> None:
     ],
 )
 def test_members_of_the_demo_study(name: str, loss: LossConfig) -> None:
-    """One differs from the other in its objective, and all have the demo's NLL term."""
+    """One differs from the other in its loss, and all have the demo's NLL term."""
     run = compose_run(["experiments=sweeps/demo_study", f"experiments/objectives={name}"])
     assert run.loss == loss
     first = settings(compose_run(["experiments=sweeps/demo_study"]))

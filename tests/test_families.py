@@ -17,13 +17,13 @@ from real_tokenizers import assistant, load_chat, make_pair, system, tokenize_on
 from simpo.backend import build_backend
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import Device, Precision, Schedule
-from simpo.config.losses import SigmoidConfig
 from simpo.config.schema import TrainConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import Message
 from simpo.data.plan import rows_of_pairs
 from simpo.loop.optim import build_optimizer
 from simpo.loop.step import summarise, update
+from simpo.loss.simpo import SigmoidConfig
 from simpo.model.policy import Policy
 
 # As the checkpoints of Mistral-7B-Instruct-v0.3 have it: no space before [/INST].

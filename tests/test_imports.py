@@ -15,10 +15,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "simpo"
 
 # A folder, or a module that lies beside the folders, may import those in lines above its own.
 FLOORS = """
+loss
 config
 run
 data
-loss model report
+model report
 backend
 loop
 on_policy preview train
@@ -152,7 +153,16 @@ def test_files_and_functions_are_short(module: str) -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *("loss", "data.pairs", "data.packing", "data.plan", "data.records"),
+        *(
+            "loss",
+            "loss.simpo",
+            "loss.with_reference",
+            "loss.without_reference",
+            "data.pairs",
+            "data.packing",
+            "data.plan",
+            "data.records",
+        ),
         *("loop.optim", "loop.watch", "model.head"),
     ],
 )
@@ -176,7 +186,7 @@ def test_the_mathematics_knows_no_framework(module: str) -> None:
         (
             "omegaconf",
             {
-                *("config.inputs", "config.losses", "config.schema", "config.check"),
+                *("loss", "config.inputs", "config.schema", "config.check"),
                 *("config.compose", "config.composer", "config.explain", "config.suggest"),
                 *("config.meanings", "config.renamed"),
                 *("launch.completion", "report.published", "train"),
@@ -191,7 +201,8 @@ def test_one_place_for_each_framework(package: str, modules: set[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [name for name in MODULES if folder(name) in ("config", "run", "report", "train")]
+    "module",
+    [name for name in MODULES if folder(name) in ("loss", "config", "run", "report", "train")],
 )
 def test_settings_folders_and_reports_do_without_torch(module: str) -> None:
     heavy = {"torch", "transformers", "datasets", "accelerate", "peft", "wandb", "numpy"}

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from simpo.config.losses import HingeConfig, SigmoidConfig
-from simpo.data.pairs import PairLogps
 from simpo.loop.step import COLUMNS, pair_sums, pair_table, summarise
-from simpo.loss import pair_losses
+from simpo.loss import PairLogps, pair_losses
+from simpo.loss.simpo import HingeConfig, SigmoidConfig
 
 # Two pairs. Sums -6 over 3 tokens and -8 over 2: averages -2 and -4, difference 2.
 #            Sums -9 over 3 tokens and -2 over 2: averages -3 and -1, difference -2.

@@ -21,10 +21,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from simpo.config.errors import ConfigError
 from simpo.config.inputs import LoraConfig, ModelConfig
-from simpo.config.losses import SigmoidConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.loss import pair_losses
+from simpo.loss.simpo import SigmoidConfig
 from simpo.model import cost
 from simpo.model.load import load_policy
 from simpo.model.policy import Policy

@@ -1,4 +1,4 @@
-"""The other objectives: by hand, on packed rows against padded ones, and against TRL."""
+"""The other losses: by hand, on packed rows against padded ones, and against TRL."""
 
 from __future__ import annotations
 
@@ -14,28 +14,20 @@ import torch
 from conftest import VOCAB, gradients, padded_logps, random_pairs, tiny_model
 from torch import Tensor
 
-from simpo.config.losses import (
-    LOSSES,
-    AlphaPoConfig,
+from simpo.config.losses import LOSSES
+from simpo.data.packing import pack
+from simpo.loop.step import pair_sums, pair_table, summarise
+from simpo.loss import LossConfig, PairLogps, pair_losses
+from simpo.loss.simpo import AlphaPoConfig, RepoConfig, SigmoidConfig, SimperConfig
+from simpo.loss.with_reference import DpoConfig, IpoConfig, LnDpoConfig, RDpoConfig
+from simpo.loss.without_reference import (
     CpoConfig,
-    DpoConfig,
-    IpoConfig,
     IpoFreeConfig,
-    LnDpoConfig,
-    LossConfig,
     OrpoConfig,
-    RDpoConfig,
-    RepoConfig,
     RrhfConfig,
     SftConfig,
-    SigmoidConfig,
-    SimperConfig,
     SlicConfig,
 )
-from simpo.data.packing import pack
-from simpo.data.pairs import PairLogps
-from simpo.loop.step import pair_sums, pair_table, summarise
-from simpo.loss import pair_losses, preference
 from simpo.model.policy import Policy
 
 # Two pairs. Sums -6 over 3 tokens and -8 over 2: means -2 and -4.
@@ -124,18 +116,18 @@ def test_by_hand(loss: LossConfig, expected: list[float], text: str) -> None:
     assert loss.formula().startswith(f"loss = {text},  ")
 
 
-def test_every_objective_is_worked() -> None:
+def test_every_loss_is_worked() -> None:
     assert {loss.name for loss, *_ in WORKED} == set(LOSSES) - {"sigmoid", "hinge"}
 
 
 def test_rewards_are_what_is_compared() -> None:
     for loss, *_ in WORKED:
-        losses, chosen, rejected = preference(loss, LOGPS)
+        losses, chosen, rejected = loss.preference(LOGPS)
         if loss.name not in ("sft", "ipo", "ipo_free"):
             # The pair with the smaller margin has the greater loss.
             assert (chosen - rejected).argmin() == losses.argmax(), loss.name
-    assert preference(DpoConfig(beta=0.5), LOGPS).chosen.tolist() == [0.5, -0.5]
-    assert preference(SimperConfig(), LOGPS).rejected.tolist() == pytest.approx([E4, E1])
+    assert DpoConfig(beta=0.5).preference(LOGPS).chosen.tolist() == [0.5, -0.5]
+    assert SimperConfig().preference(LOGPS).rejected.tolist() == pytest.approx([E4, E1])
 
 
 def of_averages(chosen: float, rejected: float) -> tuple[PairLogps, Tensor]:
@@ -237,11 +229,11 @@ def test_packed_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, total, tables = Policy(model), 0.0, []
     tokens = sum(row.chosen_tokens for row in rows)
 
-    def objective(logps: PairLogps) -> Tensor:
+    def pair_loss(logps: PairLogps) -> Tensor:
         return pair_losses(loss, logps) / 6 - loss.sft_weight * logps.chosen / tokens
 
     for row in rows:
-        value, logps = policy(row, objective)
+        value, logps = policy(row, pair_loss)
         value.backward()
         total += value.item()
         tables.append(pair_table(loss, logps))
@@ -277,7 +269,7 @@ def test_losses_of_trl(loss: LossConfig, settings: dict[str, object]) -> None:
     theirs, chosen, _ = trainer.cpo_loss(SimpleNamespace(**blank | settings), *scores)
     assert pair_losses(loss, LOGPS).tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
     if loss.name != "ipo_free":
-        assert preference(loss, LOGPS).chosen.tolist() == pytest.approx(chosen.tolist(), rel=1e-5)
+        assert loss.preference(LOGPS).chosen.tolist() == pytest.approx(chosen.tolist(), rel=1e-5)
 
 
 def test_odds_ratio_of_trl() -> None:

@@ -17,12 +17,12 @@ from real_tokenizers import assistant, data_config, load_chat, make_pair, system
 from whole_runs import metrics_of
 
 from simpo.config.compose import compose_run
-from simpo.config.losses import SftConfig
 from simpo.data.packing import pack
-from simpo.data.pairs import Pair, PairLogps, TokenizedPair
+from simpo.data.pairs import Pair, TokenizedPair
 from simpo.data.records import RecordFault, to_dialogue
 from simpo.data.tokens import tokenize_set
-from simpo.loss import pair_losses
+from simpo.loss import PairLogps, pair_losses
+from simpo.loss.without_reference import SftConfig
 from simpo.model.policy import Policy
 from simpo.train import train
 
@@ -169,13 +169,13 @@ def test_packed_dialogues(seed: int, share_prefix: bool) -> None:
     assert (row.chosen_tokens, row.response_tokens[1::2]) == (count, (0, 0, 0, 0))
     assert row.input_ids.shape[1] == sum(item.num_tokens(share_prefix) for item in dialogues)
 
-    def objective(logps: PairLogps) -> torch.Tensor:
+    def pair_loss(logps: PairLogps) -> torch.Tensor:
         return pair_losses(SftConfig(), logps) - logps.chosen / count
 
     policy = Policy(model, share_prefix=share_prefix)
     if not share_prefix:
         model.set_attn_implementation("sdpa")
-    loss, _ = policy(row, objective)
+    loss, _ = policy(row, pair_loss)
     loss.backward()
     assert loss.item() == pytest.approx((nll / count).item(), rel=1e-5)
     wanted = gradients(plain)

@@ -23,11 +23,11 @@ import simpo.model.head
 from simpo.backend import Backend
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import Device, Precision
-from simpo.config.losses import HingeConfig, SigmoidConfig, SimpoConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.data.plan import rows_of_pairs
 from simpo.loop.step import NonFiniteError, summarise, update
+from simpo.loss.simpo import HingeConfig, SigmoidConfig, SimpoConfig
 from simpo.model.policy import Policy
 
 LOSSES = [

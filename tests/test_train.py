@@ -19,7 +19,6 @@ from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.data.demo.records import demo_records
 from simpo.data.mixture import load_mixture
-from simpo.loss import Preference
 from simpo.train import train
 
 
@@ -160,15 +159,15 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
     """Step 4 meets a NaN: the rows are named, checkpoint 2 is what a continuation starts from."""
     import simpo.loop.step
 
-    real, calls = simpo.loop.step.preference, []
+    real, calls = simpo.loop.step.pair_table, []
 
-    def poisoned(*args: object) -> Preference:
+    def poisoned(*args: object) -> torch.Tensor:
         calls.append(1)
-        found = real(*args)  # type: ignore[arg-type]
+        table = real(*args)  # type: ignore[arg-type]
         bad = torch.is_grad_enabled() and len(calls) > 12
-        return found._replace(losses=found.losses * float("nan")) if bad else found
+        return table * float("nan") if bad else table
 
-    monkeypatch.setattr(simpo.loop.step, "preference", poisoned)
+    monkeypatch.setattr(simpo.loop.step, "pair_table", poisoned)
     with pytest.raises(
         RunError, match=r"step \d: the loss is not finite; not updated; pairs: .*train"
     ):

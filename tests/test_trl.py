@@ -19,14 +19,15 @@ from transformers import PreTrainedTokenizerFast
 from simpo.backend import Backend
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import Device, Precision, Schedule
-from simpo.config.losses import DpoConfig, IpoConfig, LnDpoConfig, LossConfig, SigmoidConfig
 from simpo.config.schema import TrainConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import rows_of_pairs
 from simpo.loop.optim import build_optimizer, learning_rate, set_learning_rate
 from simpo.loop.step import summarise, update
-from simpo.loss import pair_losses
+from simpo.loss import LossConfig, pair_losses
+from simpo.loss.simpo import SigmoidConfig
+from simpo.loss.with_reference import DpoConfig, IpoConfig, LnDpoConfig
 from simpo.model.policy import Policy
 
 trl = pytest.importorskip("trl")

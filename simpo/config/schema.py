@@ -1,6 +1,6 @@
-"""The settings of a run, typed once. Those of what goes into it, of its objective, of its processes
-and of where it is started: `simpo.config.inputs`, `losses`, `backends`, `launchers`. A `RunConfig`
-is read-only by rule, not by `frozen=True`, which OmegaConf cannot compose.
+"""The settings of a run, typed once. Those of its loss, of what goes into it, of its processes
+and of where it is started: `simpo.loss`, `simpo.config.inputs`, `backends`, `launchers`. A
+`RunConfig` is read-only by rule, not by `frozen=True`, which OmegaConf cannot compose.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from simpo.config.choices import Engine, Mode, Precision, Schedule, WandbMode, W
 from simpo.config.errors import LOST
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LauncherConfig
-from simpo.config.losses import LossConfig
+from simpo.loss import LossConfig
 
 LONGEST_PART_BYTES = 255
 """Of a path between two slashes, as file systems have it."""

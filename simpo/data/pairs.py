@@ -3,7 +3,8 @@
     Pair           messages, as a person reads them
     TokenizedPair  three runs of token ids: prompt, chosen, rejected
     PackedPairs    several pairs in one row, each prompt once: [P C R][P C R]...
-    PairLogps      a summed log-probability and a length for each response
+
+What the model makes of a row for the loss is `simpo.loss.PairLogps`.
 
 Letters of tensor shapes, here and everywhere:
     B rows in a forward (1: a row is packed to the budget, so rows are never padded together)
@@ -154,45 +155,6 @@ class PackedPairs:
         """The same row with its tensors on `device`."""
         keys = None if self.keys is None else replace(self.keys, **_moved_fields(self.keys, device))
         return replace(self, **_moved_fields(self, device), keys=keys)
-
-
-@dataclass(frozen=True)
-class PairLogps:
-    """Log-probabilities of both responses of each pair of a row.
-
-    Attributes:
-        chosen, rejected: float32 [P], summed over the scored tokens of the response.
-        chosen_tokens, rejected_tokens: int64 [P], how many that were; none where a response is
-            not there.
-        reference: float32 [2P], the sums under the reference, chosen and rejected in turn; only
-            where the objective has one.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    chosen_tokens: Tensor
-    rejected_tokens: Tensor
-    reference: Tensor | None = None
-
-    @property
-    def average_chosen(self) -> Tensor:
-        """Mean token log-probability of the chosen responses, float32 [P]."""
-        return self.chosen / self.chosen_tokens
-
-    @property
-    def average_rejected(self) -> Tensor:
-        """Mean token log-probability of the rejected responses, float32 [P]; 0 of none."""
-        return self.rejected / self.rejected_tokens.clamp(min=1)
-
-    def log_ratios(self) -> tuple[Tensor, Tensor]:
-        """Policy over reference, summed over tokens, of both responses, float32 [P] each."""
-        assert self.reference is not None, "scored without a reference"
-        return self.chosen - self.reference[0::2], self.rejected - self.reference[1::2]
-
-    def average_log_ratios(self) -> tuple[Tensor, Tensor]:
-        """Policy over reference, mean of tokens, of both responses, float32 [P] each."""
-        chosen, rejected = self.log_ratios()
-        return chosen / self.chosen_tokens, rejected / self.rejected_tokens
 
 
 def _moved_fields(shape: PackedPairs | KeyTable, device: torch.device) -> dict[str, Any]:

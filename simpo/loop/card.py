@@ -40,7 +40,7 @@ def write_card(run: RunConfig, run_dir: Path, results: Results, model_dir: Path)
         f"{base_name(run.model.path)} after preference optimisation with "
         "[SimPO](https://arxiv.org/abs/2405.14734).",
         "",
-        "## Objective",
+        "## Loss",
         "",
         f"    {run.loss.formula()}",
         "",

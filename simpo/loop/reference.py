@@ -1,4 +1,4 @@
-"""Log-probabilities of pairs under the model that a run starts from, for objectives with a
+"""Log-probabilities of pairs under the model that a run starts from, for losses with a
 reference. One pass before the first step gives them; the policy is that model then, so no second
 one is ever loaded. They are kept by content: of the weights, of the tokens and of the arithmetic.
 """

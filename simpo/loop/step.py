@@ -18,13 +18,12 @@ from torch.optim import Optimizer
 
 from simpo.backend import Backend
 from simpo.config.errors import RunError
-from simpo.config.losses import LossConfig
 from simpo.config.schema import RunConfig
-from simpo.data.pairs import PackedPairs, PairLogps
+from simpo.data.pairs import PackedPairs
 from simpo.loop.setup import Parts
-from simpo.loss import pair_losses, preference
+from simpo.loss import LossConfig, PairLogps, pair_losses
 from simpo.model import cost
-from simpo.model.head import Objective
+from simpo.model.head import PairLoss
 
 COLUMNS = (
     "preference_loss",
@@ -71,12 +70,12 @@ def update(
     """
     counted = [row for row in rows if row.pairs]
     counts = [sum(len(r.pairs) for r in counted), sum(r.chosen_tokens for r in counted)]
-    objective = _objective(loss, *backend.sum(torch.tensor(counts)).tolist())
+    pair_loss = _share_of_step(loss, *backend.sum(torch.tensor(counts)).tolist())
     tables = []
     policy.train()
     for index, row in enumerate(rows):
         with backend.micro_batch(policy, last=index == len(rows) - 1):
-            value, logps = policy(row.to(backend.device), objective if row.pairs else _nothing)
+            value, logps = policy(row.to(backend.device), pair_loss if row.pairs else _nothing)
             backend.backward(value)
         tables.append(pair_table(loss, logps)[: len(row.pairs)])
     table = torch.cat(tables)
@@ -101,11 +100,10 @@ def evaluate(
         Metrics over all pairs, and the numbers of each pair in the order of `columns`.
     """
     policy.eval()
-    objective = partial(pair_losses, loss)
     sums = torch.zeros(len(columns(loss)) + 1, dtype=torch.float64)
     scored: list[tuple[int, list[float]]] = []
     for row in rows:
-        logps = policy(row.to(backend.device), objective)[1]
+        logps = policy(row.to(backend.device), partial(pair_losses, loss))[1]
         table = pair_table(loss, logps)[: len(row.pairs)]
         sums += pair_sums(table)
         scored += zip(row.pairs, table.tolist(), strict=True)
@@ -118,20 +116,20 @@ def _nothing(logps: PairLogps) -> Tensor:
     return 0.0 * logps.chosen
 
 
-def _objective(loss: LossConfig, num_pairs: int, num_chosen_tokens: int) -> Objective:
+def _share_of_step(loss: LossConfig, num_pairs: int, num_chosen_tokens: int) -> PairLoss:
     """What a pair adds to the loss of a step of so many pairs and chosen tokens."""
 
-    def objective(logps: PairLogps) -> Tensor:
+    def pair_loss(logps: PairLogps) -> Tensor:
         losses = pair_losses(loss, logps) / num_pairs
         if loss.sft_weight:
             losses = losses - loss.sft_weight * logps.chosen / num_chosen_tokens
         return losses
 
-    return objective
+    return pair_loss
 
 
 def columns(loss: LossConfig) -> tuple[str, ...]:
-    """Those of `COLUMNS` that an objective has: without rejected responses, a few."""
+    """Those of `COLUMNS` that a loss has: without rejected responses, a few."""
     return COLUMNS if loss.needs_rejected else CHOSEN_COLUMNS
 
 
@@ -140,7 +138,7 @@ def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
 
     Rewards are those of the loss; a tie counts as half accurate.
     """
-    losses, chosen, rejected = preference(loss, logps)
+    losses, chosen, rejected = loss.preference(logps)
     numbers = {
         "preference_loss": losses,
         "rewards/chosen": chosen,
@@ -163,7 +161,7 @@ def pair_sums(table: Tensor) -> Tensor:
 
 
 def summarise(loss: LossConfig, sums: Tensor) -> dict[str, float]:
-    """Means over pairs from `pair_sums`; `loss` is the composed objective, sft term included."""
+    """Means over pairs from `pair_sums`; `loss` is the composed loss, sft term included."""
     means = dict(zip(columns(loss), (sums[:-1] / sums[-1]).tolist(), strict=True))
     nll = means.pop("chosen_nll") / means["chosen_tokens"]
     value = means.pop("preference_loss") + loss.sft_weight * nll

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simpo.data.pairs import PackedPairs, PairLogps
+from simpo.data.pairs import PackedPairs
+from simpo.loss import PairLogps
 
 LOGITS_BYTES = 256 * 2**20
 
-Objective = Callable[[PairLogps], Tensor]
+PairLoss = Callable[[PairLogps], Tensor]
 """From the log-probabilities of some pairs to what each adds to the loss, float32 [P]."""
 
 
@@ -33,7 +34,7 @@ def fused_loss(
     weight: Tensor,
     bias: Tensor | None,
     row: PackedPairs,
-    objective: Objective,
+    pair_loss: PairLoss,
     softcap: float | None = None,
 ) -> tuple[Tensor, PairLogps]:
     """Loss of a row of pairs, and the log-probabilities of their responses.
@@ -42,11 +43,11 @@ def fused_loss(
         hidden: [T, D], the last hidden states, normalised as the head wants them.
         weight, bias: of the head, [V, D] and [V]; logits are in their type, or in autocast's.
         row: says which position predicts which token.
-        objective: takes any of the row's pairs, in order; each pair's loss is its own.
+        pair_loss: takes any of the row's pairs, in order; each pair's loss is its own.
         softcap: logits z become softcap * tanh(z / softcap) (Gemma-2).
 
     Returns:
-        The sum of the objective over the pairs, with gradients for hidden, weight and bias; sums
+        The sum of the losses of the pairs, with gradients for hidden, weight and bias; sums
         of token log-probabilities over each response, without. Softmax and sums are in float32.
     """
     device = hidden.device.type
@@ -54,7 +55,7 @@ def fused_loss(
     wanted = torch.is_grad_enabled()
     scored = hidden.index_select(0, row.predictors)
     with torch.autocast(device, enabled=False):
-        loss, sums = _FusedLoss.apply(scored, weight, bias, row, objective, softcap, dtype, wanted)
+        loss, sums = _FusedLoss.apply(scored, weight, bias, row, pair_loss, softcap, dtype, wanted)
     return loss, _pair_logps(sums, row.response_tokens, row.reference_logps)
 
 
@@ -66,7 +67,7 @@ class _FusedLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         row: PackedPairs,
-        objective: Objective,
+        pair_loss: PairLoss,
         softcap: float | None,
         dtype: torch.dtype,
         wanted: bool,
@@ -87,7 +88,7 @@ class _FusedLoss(torch.autograd.Function):
             scored += len(lengths)
             with torch.enable_grad():
                 leaf = sums.detach().requires_grad_()
-                loss = objective(_pair_logps(leaf, lengths, reference)).sum()
+                loss = pair_loss(_pair_logps(leaf, lengths, reference)).sum()
             losses.append(loss.detach())
             if not any(needs):
                 continue

@@ -9,8 +9,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from simpo.data.pairs import PackedPairs, PairLogps
-from simpo.model.head import Objective, fused_loss
+from simpo.data.pairs import PackedPairs
+from simpo.loss import PairLogps
+from simpo.model.head import PairLoss, fused_loss
 
 
 class Policy(nn.Module):
@@ -30,13 +31,13 @@ class Policy(nn.Module):
         """The transformers model, under the adapters if there are any."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator,return-value]
 
-    def forward(self, row: PackedPairs, objective: Objective) -> tuple[Tensor, PairLogps]:
-        """Sum of the objective over the pairs of a row, and their log-probabilities."""
+    def forward(self, row: PackedPairs, pair_loss: PairLoss) -> tuple[Tensor, PairLogps]:
+        """Sum of the losses of the pairs of a row, and their log-probabilities."""
         hidden = self.hidden(row)
         # Last: weights in shards are freed again behind the layer that needed them, and that of the
         # embeddings may be the head's too.
         weight, bias, softcap = self.head()
-        return fused_loss(hidden, weight, bias, row, objective, softcap)
+        return fused_loss(hidden, weight, bias, row, pair_loss, softcap)
 
     def head(self) -> tuple[Tensor, Tensor | None, float | None]:
         """Weight [V, D], LoRA adapters on it included, bias [V] and soft-cap of the logits."""

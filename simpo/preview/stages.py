@@ -56,7 +56,7 @@ class Stages:
     """What a run would be trained on.
 
     Attributes:
-        title: model, data and objective.
+        title: model, data and loss.
         lines: the mixture, its tokens and what was cut.
         lengths: a line for each part of a pair, in tokens.
         pairs: the first ones in the order of training.

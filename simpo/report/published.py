@@ -21,7 +21,7 @@ from simpo.run.runs import Run
 
 @dataclass(frozen=True)
 class Setting:
-    """A published setting; results by objective in the order of `BENCHMARKS`, in percent."""
+    """A published setting; results by loss in the order of `BENCHMARKS`, in percent."""
 
     model: str
     data: str
@@ -43,7 +43,7 @@ def published_tables(runs: Sequence[Run], names: Sequence[str]) -> dict[str, lis
         own = [
             {
                 "": name,
-                "objective": run.config.loss.name,
+                "loss": run.config.loss.name,
                 **_cells([run.benchmarks.get(key) for key in BENCHMARKS]),
             }
             for name, run in zip(names, runs, strict=True)
@@ -51,8 +51,8 @@ def published_tables(runs: Sequence[Run], names: Sequence[str]) -> dict[str, lis
         ]
         if own:
             published = [
-                {"": "published", "objective": objective, **_cells(values)}
-                for objective, values in setting.results.items()
+                {"": "published", "loss": loss, **_cells(values)}
+                for loss, values in setting.results.items()
             ]
             tables[key] = published + own
     return tables

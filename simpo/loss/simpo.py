@@ -1,0 +1,161 @@
+"""SimPO in both of its forms, and later variants of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from simpo.loss import AVERAGE, SUM, LossConfig, PairLogps, Preference, log_sigmoid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class SimpoConfig(LossConfig):
+    """SimPO on average log-probabilities; what both forms of it take."""
+
+    above_zero: ClassVar[tuple[str, ...]] = ("beta",)
+    from_zero: ClassVar[tuple[str, ...]] = ("gamma_beta_ratio",)
+    hints: ClassVar[dict[str, str]] = {"beta": " (the paper uses 2.0 to 10)"}
+
+    beta: float = 2.0
+    """Scale of the reward, beta * average_logp (the paper uses 2.0 to 10)."""
+    gamma_beta_ratio: float = 0.5
+    """Target margin over beta: gamma = beta * gamma_beta_ratio (the paper uses 0.1 to 0.8)."""
+    length_normalized: bool = True
+    """Compare mean token log-probabilities, as SimPO does; False compares their sums, which favours
+    long responses (the paper's ablation, Table 5)."""
+
+    def margin(self, logps: PairLogps) -> tuple[Tensor, Tensor, Tensor]:
+        """Rewards of both responses, and z: their difference less gamma."""
+        if self.length_normalized:
+            chosen, rejected = self.beta * logps.average_chosen, self.beta * logps.average_rejected
+        else:
+            chosen, rejected = self.beta * logps.chosen, self.beta * logps.rejected
+        return chosen, rejected, chosen - rejected - self.beta * self.gamma_beta_ratio
+
+    def margin_terms(self) -> tuple[str, str]:
+        """z as text, and what its letters mean."""
+        letter, meaning = ("l", AVERAGE) if self.length_normalized else ("s", SUM)
+        gamma = self.beta * self.gamma_beta_ratio
+        return f"{self.beta:g}*({letter}_w - {letter}_l) - {gamma:g}", meaning
+
+
+@dataclass(kw_only=True)
+class SigmoidConfig(SimpoConfig):
+    """SimPO (https://arxiv.org/abs/2405.14734, eq. 4 and 6): -log sigmoid(z),
+    z = beta * (l_w - l_l) - gamma, gamma = beta * gamma_beta_ratio.
+
+    Label smoothing e assumes that a share e of the pairs is labelled the wrong way round:
+    -(1 - e) log sigmoid(z) - e log sigmoid(-z) (https://ericmitchell.ai/cdpo.pdf).
+    """
+
+    name: str = "sigmoid"
+    label_smoothing: float = 0.0
+    """Assumed share of pairs whose labels are swapped; below 0.5."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected, z = self.margin(logps)
+        wrong = self.label_smoothing
+        losses = -(1 - wrong) * log_sigmoid(z) - wrong * log_sigmoid(-z)
+        return Preference(losses, chosen, rejected)
+
+    def terms(self) -> tuple[str, str]:
+        z, meaning = self.margin_terms()
+        wrong = self.label_smoothing
+        if wrong:
+            return f"-{1 - wrong:g}*log sigmoid({z}) - {wrong:g}*log sigmoid(-({z}))", meaning
+        return f"-log sigmoid({z})", meaning
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if not 0 <= self.label_smoothing < 0.5:
+            yield f"label_smoothing: must be from 0 to below 0.5, got {self.label_smoothing}"
+
+
+@dataclass(kw_only=True)
+class HingeConfig(SimpoConfig):
+    """max(0, 1 - z) with SimPO's z (https://github.com/princeton-nlp/SimPO)."""
+
+    name: str = "hinge"
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected, z = self.margin(logps)
+        return Preference((1 - z).relu(), chosen, rejected)
+
+    def terms(self) -> tuple[str, str]:
+        z, meaning = self.margin_terms()
+        return f"max(0, 1 - ({z}))", meaning
+
+
+@dataclass(kw_only=True)
+class AlphaPoConfig(LossConfig):
+    """AlphaPO (https://arxiv.org/abs/2501.03884): -log sigmoid(r_w - r_l - gamma) with
+    r = beta * (1 - p^-alpha) / alpha, p = exp(l); for alpha = 0 its limit, SimPO.
+
+    In logarithms throughout: p itself is 0 in float32 from l = -104 on.
+    """
+
+    above_zero: ClassVar[tuple[str, ...]] = ("beta",)
+    from_zero: ClassVar[tuple[str, ...]] = ("gamma_beta_ratio",)
+
+    name: str = "alphapo"
+    beta: float = 2.5
+    """Scale of the reward."""
+    gamma_beta_ratio: float = 0.1
+    """Target margin over beta: gamma = beta * gamma_beta_ratio."""
+    alpha: float = 0.25
+    """Bend of the reward: 0 is SimPO's logarithm, -1 the probability, above 0 steeper for rare
+    responses."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected = map(self._reward, (logps.average_chosen, logps.average_rejected))
+        gamma = self.beta * self.gamma_beta_ratio
+        return Preference(-log_sigmoid(chosen - rejected - gamma), chosen, rejected)
+
+    def _reward(self, average: Tensor) -> Tensor:
+        bent = -(-self.alpha * average).expm1() / self.alpha if self.alpha else average
+        return self.beta * bent
+
+    def terms(self) -> tuple[str, str]:
+        gamma = self.beta * self.gamma_beta_ratio
+        reward = f"r = (1 - exp(-{self.alpha:g}*l))/{self.alpha:g}" if self.alpha else "r = l"
+        return f"-log sigmoid({self.beta:g}*(r_w - r_l) - {gamma:g})", f"{reward}, {AVERAGE}"
+
+
+@dataclass(kw_only=True)
+class RepoConfig(LossConfig):
+    """RePO (https://arxiv.org/abs/2503.07426): max(0, margin - (l_w - l_l)), the limit of SimPO for
+    a large beta.
+    """
+
+    from_zero: ClassVar[tuple[str, ...]] = ("margin",)
+
+    name: str = "repo"
+    margin: float = 0.5
+    """Target margin in nats of a token, gamma of the paper (there 0.4 to 0.6)."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected = logps.average_chosen, logps.average_rejected
+        return Preference((self.margin - (chosen - rejected)).relu(), chosen, rejected)
+
+    def terms(self) -> tuple[str, str]:
+        return f"max(0, {self.margin:g} - (l_w - l_l))", AVERAGE
+
+
+@dataclass(kw_only=True)
+class SimperConfig(LossConfig):
+    """SimPER (https://arxiv.org/abs/2502.00883): exp(l_l) - exp(l_w), the inverse perplexities of
+    the responses. It has nothing to tune.
+    """
+
+    name: str = "simper"
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected = logps.average_chosen.exp(), logps.average_rejected.exp()
+        return Preference(rejected - chosen, chosen, rejected)
+
+    def terms(self) -> tuple[str, str]:
+        return "exp(l_l) - exp(l_w)", AVERAGE

@@ -1,0 +1,94 @@
+"""Losses that compare with a reference: the model before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from simpo.loss import REFERENCE, LossConfig, PairLogps, Preference, log_sigmoid
+
+
+@dataclass(kw_only=True)
+class DpoConfig(LossConfig):
+    """DPO (https://arxiv.org/abs/2305.18290, eq. 7): -log sigmoid(beta * (h_w - h_l))."""
+
+    needs_reference: ClassVar[bool] = True
+    above_zero: ClassVar[tuple[str, ...]] = ("beta",)
+
+    name: str = "dpo"
+    beta: float = 0.01
+    """Scale of the log-ratio (the SimPO paper searches 0.01 to 0.1, and chose 0.01)."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected = (self.beta * ratio for ratio in logps.log_ratios())
+        return Preference(-log_sigmoid(chosen - rejected), chosen, rejected)
+
+    def terms(self) -> tuple[str, str]:
+        meaning = f"h = summed token log-ratios of a response, {REFERENCE}"
+        return f"-log sigmoid({self.beta:g}*(h_w - h_l))", meaning
+
+
+@dataclass(kw_only=True)
+class LnDpoConfig(DpoConfig):
+    """DPO on means (https://arxiv.org/abs/2411.15124, Tulu 3; `sigmoid_norm` of TRL):
+    -log sigmoid(beta * (h_w / n_w - h_l / n_l)).
+    """
+
+    name: str = "ln_dpo"
+    beta: float = 5.0
+    """Scale of the mean token log-ratio (Tulu 3: 5)."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected = (self.beta * ratio for ratio in logps.average_log_ratios())
+        return Preference(-log_sigmoid(chosen - rejected), chosen, rejected)
+
+    def terms(self) -> tuple[str, str]:
+        meaning = f"h = mean token log-ratio of a response, {REFERENCE}"
+        return f"-log sigmoid({self.beta:g}*(h_w - h_l))", meaning
+
+
+@dataclass(kw_only=True)
+class RDpoConfig(DpoConfig):
+    """R-DPO (https://arxiv.org/abs/2403.19159; written as in Table 3 of the SimPO paper):
+    -log sigmoid(beta * (h_w - h_l) + alpha * (n_w - n_l)). A chosen response that is longer has
+    that much of its margin for nothing, and is pushed less.
+    """
+
+    from_zero: ClassVar[tuple[str, ...]] = ("alpha",)
+
+    name: str = "r_dpo"
+    alpha: float = 0.05
+    """Price of a response token (the SimPO paper searches 0.05 to 1)."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected = logps.log_ratios()
+        chosen = self.beta * chosen + self.alpha * logps.chosen_tokens
+        rejected = self.beta * rejected + self.alpha * logps.rejected_tokens
+        return Preference(-log_sigmoid(chosen - rejected), chosen, rejected)
+
+    def terms(self) -> tuple[str, str]:
+        meaning = f"h = summed token log-ratios of a response of n tokens, {REFERENCE}"
+        return f"-log sigmoid({self.beta:g}*(h_w - h_l) + {self.alpha:g}*(n_w - n_l))", meaning
+
+
+@dataclass(kw_only=True)
+class IpoConfig(LossConfig):
+    """IPO (https://arxiv.org/abs/2310.12036, eq. 17): (h_w / n_w - h_l / n_l - 1 / (2 tau))^2.
+
+    On means, as its authors ran it (so TRL, which asked them).
+    """
+
+    needs_reference: ClassVar[bool] = True
+    above_zero: ClassVar[tuple[str, ...]] = ("tau",)
+
+    name: str = "ipo"
+    tau: float = 0.1
+    """The margin aimed at is 1 / (2 * tau) nats (the SimPO paper searches 0.01 to 1)."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected = logps.average_log_ratios()
+        return Preference((chosen - rejected - 1 / (2 * self.tau)).square(), chosen, rejected)
+
+    def terms(self) -> tuple[str, str]:
+        meaning = f"h = mean token log-ratio of a response, {REFERENCE}"
+        return f"(h_w - h_l - {1 / (2 * self.tau):g})^2", meaning

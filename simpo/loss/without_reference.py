@@ -1,0 +1,148 @@
+"""Other losses that need no reference model, and supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from simpo.loss import AVERAGE, SUM, LossConfig, PairLogps, Preference, log_sigmoid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class OrpoConfig(LossConfig):
+    """ORPO (https://arxiv.org/abs/2403.07691, eq. 6 and 7): lambda times -log sigmoid of the log
+    odds ratio, log odds = log(p / (1 - p)), p = exp(l). The paper adds the NLL of the chosen.
+    """
+
+    above_zero: ClassVar[tuple[str, ...]] = ("odds_weight",)
+
+    name: str = "orpo"
+    odds_weight: float = 0.1
+    """Weight of the odds ratio: lambda in the paper, beta in TRL."""
+    sft_weight: float = 1.0
+    """Weight of the chosen responses' mean token NLL (the paper: 1)."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected = map(self._log_odds, (logps.average_chosen, logps.average_rejected))
+        return Preference(-self.odds_weight * log_sigmoid(chosen - rejected), chosen, rejected)
+
+    def _log_odds(self, average: Tensor) -> Tensor:
+        from torch import finfo
+
+        # A response that is certain has no odds; the gradient would be 0 * infinity.
+        average = average.clamp(max=-finfo(average.dtype).eps)
+        return average - (-average.expm1()).log()
+
+    def terms(self) -> tuple[str, str]:
+        odds = f"log odds = l - log(1 - exp(l)), {AVERAGE}"
+        return f"-{self.odds_weight:g}*log sigmoid(log odds_w - log odds_l)", odds
+
+
+@dataclass(kw_only=True)
+class CpoConfig(LossConfig):
+    """CPO (https://arxiv.org/abs/2401.08417): -log sigmoid(beta * (s_w - s_l)). The paper adds the
+    NLL of the chosen.
+    """
+
+    above_zero: ClassVar[tuple[str, ...]] = ("beta",)
+
+    name: str = "cpo"
+    beta: float = 0.1
+    """Scale of the summed log-probabilities."""
+    sft_weight: float = 1.0
+    """Weight of the chosen responses' mean token NLL (the paper: 1)."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected = self.beta * logps.chosen, self.beta * logps.rejected
+        return Preference(-log_sigmoid(chosen - rejected), chosen, rejected)
+
+    def terms(self) -> tuple[str, str]:
+        return f"-log sigmoid({self.beta:g}*(s_w - s_l))", SUM
+
+
+@dataclass(kw_only=True)
+class SlicConfig(LossConfig):
+    """SLiC-HF (https://arxiv.org/abs/2305.10425, eq. 1): max(0, delta - (s_w - s_l)). The paper
+    adds lambda times the NLL of a target, here the chosen.
+    """
+
+    from_zero: ClassVar[tuple[str, ...]] = ("delta",)
+
+    name: str = "slic"
+    delta: float = 1.0
+    """Margin in nats (the SimPO paper searches 0.1 to 2)."""
+    sft_weight: float = 1.0
+    """Weight of the chosen responses' mean token NLL, lambda of the paper."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        losses = (self.delta - logps.chosen + logps.rejected).relu()
+        return Preference(losses, logps.chosen, logps.rejected)
+
+    def terms(self) -> tuple[str, str]:
+        return f"max(0, {self.delta:g} - (s_w - s_l))", SUM
+
+
+@dataclass(kw_only=True)
+class RrhfConfig(LossConfig):
+    """RRHF (https://arxiv.org/abs/2304.05302, eq. 2 and 3, two responses): max(0, l_l - l_w). The
+    paper adds the NLL of the chosen.
+    """
+
+    name: str = "rrhf"
+    sft_weight: float = 1.0
+    """Weight of the chosen responses' mean token NLL (the paper: 1)."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected = logps.average_chosen, logps.average_rejected
+        return Preference((rejected - chosen).relu(), chosen, rejected)
+
+    def terms(self) -> tuple[str, str]:
+        return "max(0, l_l - l_w)", AVERAGE
+
+
+@dataclass(kw_only=True)
+class IpoFreeConfig(LossConfig):
+    """IPO without its reference (https://arxiv.org/abs/2310.12036, eq. 17):
+    (l_w - l_l - 1 / (2 tau))^2.
+    """
+
+    above_zero: ClassVar[tuple[str, ...]] = ("tau",)
+
+    name: str = "ipo_free"
+    tau: float = 0.5
+    """The margin aimed at is 1 / (2 * tau) nats."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected = logps.average_chosen, logps.average_rejected
+        return Preference((chosen - rejected - 1 / (2 * self.tau)).square(), chosen, rejected)
+
+    def terms(self) -> tuple[str, str]:
+        return f"(l_w - l_l - {1 / (2 * self.tau):g})^2", AVERAGE
+
+
+@dataclass(kw_only=True)
+class SftConfig(LossConfig):
+    """NLL of the chosen responses: supervised fine-tuning, the stage before preferences. The sft
+    term is all of it; rewards are the mean log-probabilities.
+    """
+
+    needs_rejected: ClassVar[bool] = False
+
+    name: str = "sft"
+    sft_weight: float = 1.0
+    """Weight of the chosen responses' mean token NLL, here all of the loss."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        zeros = logps.chosen.new_zeros(logps.chosen.shape)
+        return Preference(zeros, logps.average_chosen, logps.average_rejected)
+
+    def terms(self) -> tuple[str, str]:
+        return "", AVERAGE
+
+    def problems(self) -> Iterator[str]:
+        if self.sft_weight != 1:
+            yield f"sft_weight: is all of the loss, got {self.sft_weight} (leave it at 1)"

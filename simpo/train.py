@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from simpo.config.check import build_run, trajectory
+from simpo.config.check import build_run, register_own_losses, trajectory
 from simpo.config.composer import Composer
 from simpo.config.errors import (
     ConfigError,
@@ -71,6 +71,7 @@ def main(words: Sequence[str]) -> None:
     sys.argv[1:] = rename_overrides(words)
     arguments = parser.parse_args()
     _check_options(arguments)
+    register_own_losses(arguments.overrides)
     composer = Composer(arguments.config_dir, arguments.config_name or "train")
     if arguments.multirun and (found := explain(arguments.overrides, True, composer)):
         raise ConfigError(found)  # before the first member has run for hours

@@ -30,7 +30,8 @@ from simpo.config.choices import Compat, Dtype, Precision, Quantization
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LocalConfig, SlurmConfig
-from simpo.config.losses import LOSSES
+from simpo.config.losses import LOSSES, is_of, losses_of, own_losses, read_only
+from simpo.config.own_code import OwnCodeError
 from simpo.config.renamed import first_name, renamed_config
 from simpo.config.schema import RunConfig, TrackerConfig, WandbConfig
 
@@ -85,6 +86,30 @@ def register_schemas() -> None:
     for group, schemas in GROUPS.items():
         for name, schema in schemas.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+def register_own_losses(overrides: Iterable[str]) -> None:
+    """Make the losses of each `loss.module=MODULE` among overrides choices of `loss=`.
+
+    Raises:
+        OwnCodeError: a module cannot be imported, or what it defines cannot be used.
+    """
+    for key, _, value in (text.partition("=") for text in overrides):
+        if key.lstrip("+") == "loss.module" and (name := value.strip("'\"")) not in ("", "null"):
+            for module in name.split(","):
+                _register(module)
+
+
+def _register(module: str) -> None:
+    store = ConfigStore.instance()
+    for name, kind in own_losses(module).items():
+        try:
+            for group in ("loss", "schema/loss"):
+                store.store(group=group, name=name, node=kind)
+        except OmegaConfBaseException as error:
+            place = f"loss.module: {module}:{kind.__name__}"
+            raise OwnCodeError([f"{place} cannot be settings: {first_line(error)}"]) from error
+        GROUPS["loss"][name] = kind
 
 
 def build_run(cfg: DictConfig) -> RunConfig:
@@ -142,12 +167,14 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
         for group, schemas in GROUPS.items():
             if not isinstance(raw, DictConfig) or not isinstance(raw.get(group), DictConfig):
                 raise ConfigError([f"lacks the section {group}"])
-            kinds[group] = schemas.get("base") or schemas[raw[group].name]
+            kinds[group] = schemas.get("base") or _choice(group, raw[group], check)
         assert isinstance(raw, DictConfig)
         merged = _resolved(raw, kinds)
         _refuse_missing(merged)
         run = OmegaConf.to_object(merged)
         assert isinstance(run, RunConfig)
+    except OwnCodeError:
+        raise
     except ConfigError as error:
         problems = error.problems
     except (OmegaConfBaseException, KeyError, OSError) as error:
@@ -161,6 +188,15 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
         return run
     remedy = "restore it, or remove it: the run's own command writes it anew"
     raise ConfigError([f"{path}: {problem} ({remedy})" for problem in problems])
+
+
+def _choice(group: str, section: DictConfig, check: bool) -> type:
+    """The schema that a section of a run.yaml was written with."""
+    if group == "loss" and section.get("module") is not None:
+        if not check:  # who reads a run's settings runs none of its code
+            return GROUPS[group].get(section.name) or read_only(dict(section))
+        _register(section.module)
+    return GROUPS[group][section.name]
 
 
 def check_training(run: RunConfig, bf16: bool = True) -> None:
@@ -203,6 +239,11 @@ def check_run(run: RunConfig) -> None:
                 f"{group}.name: set by the group, got {section.name} "
                 f"({group}= takes {', '.join(schemas)})"
             )
+    if run.loss.module is not None and not is_of(type(run.loss), run.loss.module):
+        own = ", ".join(losses_of(run.loss.module))
+        problems.append(
+            f"loss.module: has no loss {run.loss.name}, got {run.loss.module} (it has {own})"
+        )
     if run.data.compat is Compat.paper and not run.loss.needs_rejected:
         problems.append("data.compat: paper is a way to cut pairs, and loss=sft has none (none)")
     if isinstance(run.backend, FsdpConfig) and run.model.quantization is Quantization.int8:

@@ -17,7 +17,7 @@ from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig
 
-from simpo.config.check import register_schemas
+from simpo.config.check import register_own_losses, register_schemas
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.inputs import config_dir
 from simpo.config.renamed import renamed_config
@@ -76,7 +76,9 @@ class Composer:
 
         Raises:
             NotComposedError: they cannot be composed.
+            OwnCodeError: the module of a loss cannot be loaded.
         """
+        register_own_losses(overrides)
         with self.loader():
             try:
                 return compose(

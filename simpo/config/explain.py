@@ -221,7 +221,8 @@ def _member_problems(
         return [f"{' '.join(groups)}: {error}"]
     problems: list[str] = []
     good: list[str] = []
-    bad: list[str] = []
+    # The module is that of a loss that was misspelt.
+    bad = ["loss.module"] if "loss" in faulty else []
     for override in values:
         key = override.key_or_group
         if faults := _override_problems(composer, override, base, groups):

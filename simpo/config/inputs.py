@@ -22,6 +22,7 @@ from simpo.config.choices import (
     PromptTruncation,
     Quantization,
 )
+from simpo.config.own_code import is_function
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATES = PACKAGE / "data" / "templates"
@@ -172,6 +173,8 @@ class SourceConfig:
     """Split held out, always taken whole; null takes none."""
     test_path: str | None = None
     """A second file that holds the held-out records of a .jsonl/.json/.parquet source."""
+    format: str | None = None
+    """Who turns a record into a pair's: `module:function` (docs/extending.md); null: nobody."""
     weight: float = 1.0
     """Share of the train split taken: 0.5 takes half, 2.5 takes all twice and half once more; at
     most 1000."""
@@ -192,6 +195,8 @@ class SourceConfig:
             yield f"num_pairs: must be 1 or more, got {self.num_pairs}"
         if self.train_split is None and self.test_split is None:
             yield "train_split: null as well as test_split: the source gives nothing"
+        if self.format is not None and not is_function(self.format):
+            yield f"format: must be module:function, got {self.format or repr(self.format)}"
         yield from self._problems_of_path()
         if self.test_path is not None and not self.is_file():
             yield "test_path: only for a .jsonl/.json/.parquet path (else use test_split)"

@@ -23,11 +23,15 @@ GROUPS = ("model", "data", "loss", "backend", "launcher", "tracker", "experiment
 
 
 def meaning(schema: type, name: str) -> str:
-    """The docstring under a field of a dataclass, its own or an inherited one, in one line."""
-    for parent in schema.__mro__:
+    """The docstring under a field of a dataclass, its own or an inherited one, in one line; empty
+    where a user's class has none.
+    """
+    for parent in filter(is_dataclass, schema.__mro__):
         if found := _meanings(sys.modules[parent.__module__]).get((parent.__name__, name)):
             return found
-    raise KeyError(f"{schema.__name__}.{name} has no docstring")
+    if schema.__module__.startswith("simpo."):
+        raise KeyError(f"{schema.__name__}.{name} has no docstring")
+    return ""
 
 
 def field_types(schema: type) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def _keys(config: DictConfig, prefix: str) -> Iterator[tuple[str, str, str]]:
         kind = field_types(schema)[item.name]
         plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         choices = type_name(kind).replace("`", "")
-        text = f"{meaning(schema, item.name)} ({choices})"
+        text = f"{meaning(schema, item.name)} ({choices})".strip()
         yield f"{prefix}{item.name}", shown(plain), text
 
 

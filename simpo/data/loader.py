@@ -27,6 +27,15 @@ class LoadedData:
     test: TokenizedSet
 
 
+def read_mixture(run: RunConfig) -> Mixture:
+    """Read and mix the sources of a run: pairs, or dialogues where its loss rejects nothing.
+
+    Raises:
+        DataError: as `load_mixture`.
+    """
+    return load_mixture(run.data, to_pair if run.loss.needs_rejected else to_dialogue)
+
+
 def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
     """Read, mix and tokenize the sources of a run.
 
@@ -34,7 +43,7 @@ def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
         DataError: a source cannot be read, a record is bad (under on_bad_record=stop), or none is
             left.
     """
-    mixture = load_mixture(run.data, to_pair if run.loss.needs_rejected else to_dialogue)
+    mixture = read_mixture(run)
     train, test = (
         tokenize_set(chat, pairs, run.data, cache_dir) for pairs in (mixture.train, mixture.test)
     )

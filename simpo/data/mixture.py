@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from simpo.config.choices import OnBadRecord
-from simpo.config.errors import DataError
+from simpo.config.errors import DataError, first_line
 from simpo.config.inputs import DataConfig, SourceConfig
+from simpo.config.own_code import load
 from simpo.data.pairs import Pair
 from simpo.data.records import COLUMNS, RecordFault, remarks, to_pair, unread_columns
 from simpo.data.sources import origin, raw_records
@@ -135,12 +136,14 @@ def _read_split(
     if split is None:
         return None
     found = _Split(f"{origin(source, held_out)} {split}")
+    form = _own_form(source.format) if source.format else None
     for record in raw_records(source, split, held_out, config.seed):
         found.records += 1
         place = f"{found.place} record {found.records}"
         try:
             if isinstance(record, RecordFault):
                 raise record
+            record = form(record) if form else record
             pair = read_record(record, place)
         except RecordFault as fault:
             found.faults.append((place, _printable(str(fault))))
@@ -153,6 +156,19 @@ def _read_split(
     if found.faults and config.on_bad_record is OnBadRecord.stop:
         raise DataError(fault_lines(found.faults, all_bad=not found.pairs))
     return found
+
+
+def _own_form(name: str) -> Callable[[Any], Any]:
+    """The user's function from a record to that of a pair; its errors are faults of the record."""
+    function = load("data.sources.format", name)
+
+    def form(record: Any) -> Any:
+        try:
+            return function(record)
+        except Exception as error:
+            raise RecordFault(f"{name}: {type(error).__name__}: {first_line(error)}") from error
+
+    return form
 
 
 def _overlap_notes(train: list[Pair], test: list[Pair]) -> list[str]:

@@ -90,5 +90,5 @@ def _values(overrides: Sequence[str], key: str) -> list[str]:
 def _composed(overrides: Sequence[str]) -> DictConfig | None:
     try:
         return CONF.compose([word for word in overrides if "=" in word])
-    except NotComposedError:
+    except (NotComposedError, ConfigError):
         return None

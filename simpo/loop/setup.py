@@ -15,6 +15,7 @@ from simpo.backend import Backend, build_backend
 from simpo.config.backends import BackgroundSaveConfig
 from simpo.config.check import check_training
 from simpo.config.errors import ConfigError
+from simpo.config.own_code import source_sha256
 from simpo.config.schema import RunConfig
 from simpo.data.chat import Chat, pairs_fingerprint
 from simpo.data.checks import faults_kept_by_paper, placed_ids, refuse_unknown_ids
@@ -153,6 +154,7 @@ def _write_records(
             "template_date": chat.template.date and chat.template.date.isoformat(),
             "kept_as_the_original": faults_kept_by_paper(chat, data.train, run.data),
             "tokens_fingerprint": data.train.fingerprint(),
+            "loss_sha256": run.loss.module and source_sha256(run.loss.module),
         }
     )
     folder.write_json("environment.json", environment(machine))

@@ -93,6 +93,8 @@ class LossConfig(ABC):
 
     name: str = MISSING
     """Name of the loss; set by the group (loss=sigmoid, loss=orpo)."""
+    module: str | None = None
+    """Python module that defines the loss (docs/extending.md); null: it comes with simpo."""
     sft_weight: float = 0.0
     """Weight of the chosen responses' mean token NLL added to the loss; 0 is SimPO."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import math
@@ -21,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from simpo.backend import build_backend
 from simpo.config.errors import ConfigError, RunError, first_line
+from simpo.config.own_code import is_function, load
 from simpo.config.schema import RunConfig
 from simpo.data import rules
 from simpo.data.pairs import Message
@@ -191,7 +191,7 @@ def _reward_content(run: RunConfig, name: str) -> str:
 
     Of a function it is the file of its module, and that of the function if it is another one.
     """
-    if name == "rules" or _is_function(name):
+    if name == "rules" or is_function(name):
         reward = _reward(run, name)
         module = rules if name == "rules" else sys.modules[name.partition(":")[0]]
         files = {getattr(module, "__file__", None)}
@@ -226,13 +226,10 @@ def _scores(reward: Reward, name: str, prompt: Prompt, texts: list[str]) -> list
 def _reward(run: RunConfig, name: str) -> Reward:
     if name == "rules":
         return by_rule
-    if _is_function(name):
-        return _function(name)
+    if is_function(name):
+        function: Reward = load("on_policy.reward", name)
+        return function
     return _model(run, name)
-
-
-def _is_function(name: str) -> bool:
-    return re.fullmatch(r"[\w.]+:\w+", name) is not None
 
 
 def by_rule(
@@ -246,18 +243,6 @@ def by_rule(
     if rule is None:
         raise ValueError("the prompt has no rule")
     return [float(obeys(rule, text)) for text in replies]
-
-
-def _function(name: str) -> Reward:
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
-    try:
-        found: Reward = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # whatever the module does
-        quits = isinstance(error, SystemExit)
-        reason = "it ends the process" if quits else first_line(error)
-        raise ConfigError([f"on_policy.reward: {name} cannot be imported: {reason}"]) from error
-    return found
 
 
 def _model(run: RunConfig, name: str) -> Reward:

@@ -10,11 +10,10 @@ import numpy as np
 
 from simpo.config.schema import RunConfig
 from simpo.data.chat import Chat, TokenizedSet
-from simpo.data.mixture import load_mixture
+from simpo.data.loader import read_mixture
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair
 from simpo.data.plan import TrainPlan, build_plan, pairs_of_step, rows_of_pairs
-from simpo.data.records import to_dialogue, to_pair
 from simpo.data.tokens import tokenize_set
 from simpo.loop import console
 from simpo.model import cost
@@ -82,7 +81,7 @@ class Stages:
         cache_dir = Path(run.cache_dir).expanduser()
         tokenizer = load_tokenizer(run.model, cache_dir, run.data.compat)
         chat = Chat(tokenizer, template_date(run))
-        mixture = load_mixture(run.data, to_pair if run.loss.needs_rejected else to_dialogue)
+        mixture = read_mixture(run)
         data = tokenize_set(chat, mixture.train, run.data, cache_dir)
         cfg = run.train
         plan = build_plan(len(data.pairs), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)

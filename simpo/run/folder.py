@@ -129,11 +129,12 @@ class RunFolder:
             DataError: it was.
         """
         before = _read_data(self.path) if self._writes else {}
-        for key, what in FINGERPRINTS.items():
-            if before and before[key] != data[key]:
+        for key, what in {**FINGERPRINTS, "loss_sha256": "code of loss.module"}.items():
+            was, now = before.get(key), data.get(key)
+            if before and was != now:
                 raise DataError(
-                    f"{self.path}: the {what} changed under this run: {key} was {before[key]}, "
-                    f"is {data[key]} (restore it, or start anew with run_dir=NEW)"
+                    f"{self.path}: the {what} changed under this run: {key} was {was}, "
+                    f"is {now} (restore it, or start anew with run_dir=NEW)"
                 )
         self.write_json("data.json", {"settings": self._settings, **data})
 

@@ -1,0 +1,52 @@
+"""Loads Python code of the user's that a setting names: a module, or `module:function`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from simpo.config.errors import ConfigError, first_line
+
+
+class OwnCodeError(ConfigError):
+    """Code that cannot be loaded; the settings that name it may be right."""
+
+
+def is_function(name: str) -> bool:
+    """Whether a setting is of the form `module:function`."""
+    return re.fullmatch(r"[\w.]+:\w+", name) is not None
+
+
+def load(key: str, name: str) -> Any:
+    """Import a module, or a function of it, from the working directory or the Python path.
+
+    Args:
+        key: the setting that names it, for messages.
+
+    Raises:
+        OwnCodeError: it cannot be imported.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+    module, _, attribute = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+        return getattr(found, attribute) if attribute else found
+    except (Exception, SystemExit) as error:  # whatever the module does
+        reason = first_line(error)
+        if isinstance(error, SystemExit):
+            reason = "it ends the process"
+        elif isinstance(error, ModuleNotFoundError) and error.name == module:
+            reason += " (start in its folder, or add that to PYTHONPATH)"
+        raise OwnCodeError([f"{key}: {name} cannot be imported: {reason}"]) from error
+
+
+def source_sha256(module: str) -> str:
+    """Hash of the file of an imported module; what it imports is not looked at."""
+    file = getattr(sys.modules[module], "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()

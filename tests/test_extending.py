@@ -1,0 +1,245 @@
+"""Every file and command of docs/extending.md runs, and faults of such code are told in a line."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from forked import Forked
+from whole_runs import finish, metrics_of, run, start
+
+from simpo.config.check import GROUPS, load_run
+from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError
+from simpo.config.own_code import source_sha256
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+SECTIONS = re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
+FILE = re.compile(r"`([\w./]+)`:\n\n```\w+\n(.*?)```", re.DOTALL)
+COMMANDS = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+# As small as `tiny_run` for what that does not set.
+SMALL = ["on_policy.num_prompts=2", "on_policy.max_new_tokens=4", "on_policy.keep_cut=true"]
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    files: dict[str, str]
+    commands: list[list[str]]
+
+    def write(self, folder: Path) -> None:
+        for name, text in self.files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+
+def section(text: str) -> Section:
+    lines = [line for block in COMMANDS.findall(text) for line in block.splitlines()]
+    title = text.partition("\n")[0]
+    return Section(title, dict(FILE.findall(text)), [shlex.split(line) for line in lines])
+
+
+PARTS = {part.title: part for part in map(section, SECTIONS)}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with every file of the page; what they register is forgotten again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(GROUPS, "loss", {**GROUPS["loss"]})
+    for part in PARTS.values():
+        part.write(tmp_path)
+    return tmp_path
+
+
+def forget(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    for name in modules:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def execute(words: list[str], tiny_run: list[str]) -> str:
+    """A command of the page on a tiny model and tiny data, wherever the command names no other."""
+    assert words[0] == "python"
+    if words[1] != "-m":
+        sys.argv = words[1:]
+        runpy.run_path(words[1], run_name="__main__")
+        return ""
+    # Behind the options: argparse wants the settings side by side.
+    first = next(index for index, word in enumerate(words) if "=" in word)
+    return finish(Forked(["-m", *words[2:first], *tiny_run, *SMALL, *words[first:]]))
+
+
+def test_the_page_is_short_and_whole() -> None:
+    """Five parts, each with commands, no file of 30 lines or more, no block that nobody runs."""
+    assert len(PARTS) == 5
+    for part in PARTS.values():
+        assert part.commands, part.title
+        assert all(len(text.splitlines()) < 30 for text in part.files.values()), part.title
+    blocks = sum(len(part.files) for part in PARTS.values()) + len(COMMANDS.findall(PAGE))
+    assert PAGE.count("```") == 2 * blocks
+
+
+@pytest.mark.parametrize("title", PARTS)
+def test_commands(
+    title: str,
+    here: Path,
+    tiny_run: list[str],
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forget(monkeypatch, "quiet")
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    for words in PARTS[title].commands:
+        words = [str(tiny_folder) if w == "FOLDER_OF_A_LLAMA" else w for w in words]
+        output = execute(words, tiny_run)
+        for line in EXPECTED.get(words[-1], []):
+            assert line in output, output
+
+
+EXPECTED = {
+    "loss.power=3": ["loss = max(0, 0.5 - (l_w - l_l))^3,  l = mean token log-prob of a response"],
+    "pairs=4": ["Name a colour.", "chosen: A wren.", "rejected: No."],
+    "train.pairs_per_step=2": ["plan   2 steps of 2 pairs"],
+}
+"""What commands of the page print, by their last word."""
+
+
+def run_dir_of(folder: Path) -> Path:
+    (found,) = (path.parent for path in (folder / "outputs").rglob("results.json"))
+    return found
+
+
+def test_a_loss_on_two_processes_is_the_shipped_one(here: Path, tiny_run: list[str]) -> None:
+    """To the power of 1 it is RePO. The file of the menu is that of a shipped loss."""
+    own = [*tiny_run, "loss=power", "loss.module=my_losses", "loss.power=1"]
+    many = ["backend=ddp", "backend.processes=2", "backend.device=cpu", f"run_dir={here}/own"]
+    run([*own, *many])
+    run([*tiny_run, "loss=repo", f"run_dir={here}/repo"])
+    numbers, wanted = metrics_of(here / "own"), metrics_of(here / "repo")
+    assert len(numbers) == len(wanted) > 6
+    for line, other in zip(numbers, wanted, strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-6)
+    menu = PAGE.partition("`conf/loss/power.yaml`:\n\n```yaml\n")[2].partition("```")[0]
+    shipped = Path(__file__).resolve().parents[1] / "conf/loss/repo.yaml"
+    strip = re.compile("#.*\n")
+    assert strip.sub("", menu) == strip.sub("", shipped.read_text()).replace("repo", "power")
+
+
+def test_a_changed_module_is_noticed(here: Path, tiny_run: list[str]) -> None:
+    """A run is continued with the same file only, from its folder alone too."""
+    command = [*tiny_run, "loss=power", "loss.module=my_losses", f"run_dir={here}/run"]
+    run(command)
+    folder, module = here / "run", here / "my_losses.py"
+    written = json.loads((folder / "data.json").read_text())["loss_sha256"]
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps(status | {"state": "stopped"}))
+    text = module.read_text()
+    module.write_text(text + "# edited\n")
+    printed = finish(start(command), 2)
+    assert printed.splitlines()[-1].startswith(
+        f"{folder}: the code of loss.module changed under this run: loss_sha256 was {written}, is "
+    )
+    module.write_text(text)
+    output = finish(Forked(["-m", "simpo.launch.member", str(folder)]))
+    assert f"{folder}, continued after step 6" in output
+
+
+def test_a_report_reads_settings_without_the_module(
+    here: Path, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*tiny_run, "loss=power", "loss.module=my_losses", "loss.power=3"]
+    forget(monkeypatch, "my_losses")
+    run = compose_run(overrides)
+    assert source_sha256("my_losses") == source_sha256("my_losses")
+    from simpo.config.check import run_yaml, settings
+
+    (here / "run.yaml").write_text(run_yaml(run))
+    assert load_run(here / "run.yaml") == run
+    del GROUPS["loss"]["power"]
+    forget(monkeypatch, "my_losses")
+    (here / "my_losses.py").unlink()
+    assert settings(load_run(here / "run.yaml", check=False)) == settings(run)
+    with pytest.raises(ConfigError) as caught:
+        load_run(here / "run.yaml")
+    assert str(caught.value) == (
+        "loss.module: my_losses cannot be imported: No module named 'my_losses' "
+        "(start in its folder, or add that to PYTHONPATH)"
+    )
+
+
+LOSS = """
+from dataclasses import dataclass
+from simpo.loss import LossConfig
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", " defines no loss (a dataclass below simpo.loss.LossConfig)"),
+        ("raise SystemExit", " cannot be imported: it ends the process"),
+        ("1/0", " cannot be imported: division by zero"),
+        (
+            f"{LOSS}\nclass Mine(LossConfig):\n    name = 'mine'",
+            ":Mine is not a dataclass (put @dataclass(kw_only=True) above it)",
+        ),
+        (
+            f"{LOSS}\n@dataclass(kw_only=True)\nclass Mine(LossConfig):\n    name: str = 'mine'",
+            ":Mine lacks preference, terms",
+        ),
+        (
+            "from dataclasses import dataclass\nfrom simpo.loss.simpo import HingeConfig\n"
+            "@dataclass(kw_only=True)\nclass Mine(HingeConfig):\n    pass",
+            ":Mine must have a name of its own, got hinge",
+        ),
+        (
+            "from dataclasses import dataclass\nfrom simpo.loss.simpo import HingeConfig\n"
+            "@dataclass(kw_only=True)\nclass Mine(HingeConfig):\n    name: str = 'mine'\n"
+            "    knob: object = None",
+            ":Mine cannot be settings: Unexpected type annotation: object",
+        ),
+    ],
+)
+def test_modules_without_a_loss(
+    source: str, message: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "faulty.py").write_text(source + "\n")
+    forget(monkeypatch, "faulty")
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["loss=mine", "loss.module=faulty"])
+    assert str(caught.value) == f"loss.module: faulty{message}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        ("loss=power loss.powr=3", ["loss.powr: no such key (did you mean loss.power?)"]),
+        ("loss=power loss.power=x", ["loss.power: must be a whole number, got x"]),
+        ("loss=power loss.power=0", ["loss.power: must be 1 or more, got 0"]),
+        ("loss=hinge", ["loss.module: has no loss hinge, got my_losses (it has power)"]),
+    ],
+)
+def test_mistakes_in_settings_of_a_loss(
+    overrides: str, lines: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget(monkeypatch, "my_losses")
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["loss.module=my_losses", *overrides.split()])
+    assert caught.value.problems == lines
+
+
+def test_a_misspelt_loss_of_ones_own(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch, "my_losses")
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["loss=powr", "loss.module=my_losses"])
+    (line,) = caught.value.problems
+    assert line.startswith("loss: no such choice, got powr (choose from alphapo, ")
+    assert ", orpo, power, r_dpo, " in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -255,6 +256,32 @@ def test_joins_torchrun(settings: list[str], alone: Path, tmp_path: Path) -> Non
     wrong = [*overrides, "backend.processes=3", f"run_dir={tmp_path / 'wrong'}"]
     message = finish(start(wrong, *command), code=1)
     assert "backend.processes: 3 asked for here and 2 started in all, but 2 run" in message
+
+
+OURS = (
+    *("model  ", "loss = ", "| ", "|-", "tokens ", "plan   ", "       ", "memory ", "run    "),
+    *("note   only 6 steps", "held out: 16 pairs", "prompt  ", "before  ", "after   "),
+)
+"""How the lines begin that a whole run of `tiny_run` prints."""
+
+
+@pytest.mark.process
+def test_no_library_prints_beside_a_run(tiny_run: list[str]) -> None:
+    """All that two ranks of DeepSpeed print, which find out for themselves that there is no GPU."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    settings = [word for word in tiny_run if not word.startswith("backend.device")]
+    ranks = [
+        start([*settings, "backend=zero3"], env=place | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    (output, errors), others = (rank.communicate(timeout=300) for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert [line for line in output.splitlines() if line and not line.startswith(OURS)] == []
+    bars = [line.strip() for line in errors.splitlines() if line.strip()]
+    assert [line for line in bars if not line.startswith("train: ")] == []
+    assert others == ("", "")
 
 
 @pytest.mark.matrix

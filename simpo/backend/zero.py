@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,9 @@ class ZeroBackend(Backend):
         self.weight_shards = self.processes if self.stage == 3 else 1
 
     def _start(self, config: BackendConfig) -> Accelerator:
+        if not self.on_gpu:
+            # Left to look for itself, it warns that it found no GPU.
+            os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
         assert isinstance(config, ZeroConfig)

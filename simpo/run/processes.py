@@ -188,7 +188,7 @@ def run_in_processes(count: int, run: RunConfig) -> dict[str, float]:
         stack.callback(_kill, ranks)
         with signals_blocked(), socket.create_server(("127.0.0.1", 0)) as listener:
             for rank in range(count):
-                ranks.append(_start(run.backend, folder, rank, count, listener))
+                ranks.append(_start(folder, rank, count, listener))
         if signals:  # before there was a rank to pass it on to
             pass_on(signals[-1], None)
         failed, silent = _wait(ranks, folder, run.backend.timeout_s)
@@ -203,16 +203,12 @@ def run_in_processes(count: int, run: RunConfig) -> dict[str, float]:
         return metrics
 
 
-def _start(
-    config: BackendConfig, folder: Path, rank: int, count: int, listener: socket.socket
-) -> subprocess.Popen[bytes]:
+def _start(folder: Path, rank: int, count: int, listener: socket.socket) -> subprocess.Popen[bytes]:
     with ExitStack() as stack:
         log = None if rank == 0 else stack.enter_context(log_file(folder, rank).open("wb"))
         return subprocess.Popen(
             [sys.executable, "-m", "simpo.launch.rank", str(folder), *sys.argv[1:]],
-            env=os.environ
-            | _environment(config, rank, count, listener)
-            | {FOLDER_VARIABLE: str(folder)},
+            env=os.environ | _environment(rank, count, listener) | {FOLDER_VARIABLE: str(folder)},
             stdout=log,
             stderr=log,
             pass_fds=[listener.fileno()] if rank == 0 else [],
@@ -327,9 +323,7 @@ def _signal_name(number: int) -> str:
     return known.get(number, f"signal {number}")  # of real time
 
 
-def _environment(
-    config: BackendConfig, rank: int, count: int, listener: socket.socket
-) -> dict[str, str]:
+def _environment(rank: int, count: int, listener: socket.socket) -> dict[str, str]:
     """Where a rank is, in the words of torchrun."""
     words = {
         "RANK": str(rank),
@@ -346,8 +340,6 @@ def _environment(
     }
     if rank == 0:
         words[LISTEN_VARIABLE] = str(listener.fileno())
-    if config.device is Device.cpu:
-        words |= {"DS_ACCELERATOR": "cpu"}
     return words
 
 

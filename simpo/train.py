@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from simpo.config.check import build_run, register_own_losses, trajectory
 from simpo.config.composer import Composer
 from simpo.config.errors import (
+    INTERRUPTED,
     ConfigError,
     SimpoError,
     Stopped,
@@ -127,7 +128,7 @@ def train(run: RunConfig) -> dict[str, float]:
     Raises:
         ConfigError, DataError: the settings or the data cannot be used.
         RunError: the run had to stop; the same command continues it.
-        Stopped: so a signal wished.
+        Stopped: a signal or Ctrl-C asked for it; the run has been saved.
     """
     # Imported here, so that a fault in the settings is answered before torch is loaded.
     from simpo.data.plan import pairs_of_step
@@ -208,10 +209,12 @@ def train(run: RunConfig) -> dict[str, float]:
         if step == plan.total_steps and not backend.any(bool(stop.name)):
             history.log(step, "eval", held_out_metrics(run, parts, tracker, step))
         if backend.any(bool(stop.name)):
-            signal = next(name for name in backend.gather([stop.name]) if name)
+            name = next(name for name in backend.gather([stop.name]) if name)
+            interrupted = name == "SIGINT"
             raise Stopped(
-                f"{signal}: saved after step {step} in {folder.path} (the same command continues)",
-                cfg.stopped_exit_code,
+                f"{'interrupted' if interrupted else name}: saved after step {step} in "
+                f"{folder.path} (the same command continues)",
+                INTERRUPTED if interrupted else cfg.stopped_exit_code,
             )
         after = save_results(run, parts, history, tracker, step, trained_s)
     backend.close()

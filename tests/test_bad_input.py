@@ -254,8 +254,8 @@ SETTINGS: list[tuple[str, list[str]]] = [
         ["train.patience_evals: must be 0 (never stop early) or more, got -1"],
     ),
     (
-        "train.stopped_exit_code=76",
-        ["train.stopped_exit_code: 76 has a meaning of its own here (choose another)"],
+        "train.stopped_exit_code=77",
+        ["train.stopped_exit_code: 77 has a meaning of its own here (choose another)"],
     ),
     ("train.stopped_exit_code=256", ["train.stopped_exit_code: must be from 0 to 255, got 256"]),
     (

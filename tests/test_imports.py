@@ -224,20 +224,20 @@ def test_commands_start_without_torch(module: str) -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.process
 def test_a_run_imports_only_what_it_uses(tiny_run: list[str]) -> None:
     """Without LoRA neither peft nor what it takes along; with LoRA no library of quantisation."""
     code = (
         "import sys\n"
-        "from simpo.train import cli\n"
+        "from simpo.train import main\n"
         "heavy = {'peft', 'bitsandbytes', 'deepspeed', 'datasets', 'pandas', 'pyarrow',\n"
         "         'sklearn', 'scipy', 'trl', 'wandb', 'plotly', 'submitit',\n"
         "         'matplotlib.pyplot', 'transformers.trainer', 'torch._inductor.compile_fx'}\n"
         "def used(*more):\n"
-        "    sys.argv = [*words, *more]\n"
-        "    cli()\n"
+        "    main([*words, *more])\n"
         "    loaded = {name for name, module in sys.modules.items() if module}\n"
         "    print('USED', *sorted(heavy & loaded))\n"
-        "words = sys.argv\n"
+        "words = sys.argv[1:]\n"
         "used()\n"
         "used('model.lora.rank=2')\n"
     )

@@ -113,7 +113,10 @@ def test_a_stopped_sweep_goes_on(tiny_run: list[str], tmp_path: Path) -> None:
     process = start(command)
     wait_for(logged(second, 5), process)
     process.send_signal(signal.SIGINT)
-    finish(process, code=130)
+    message = finish(process, code=130)
+    assert message.endswith(
+        "interrupted: the members at work have saved (the same command continues)\n"
+    )
     states = [progress.state for progress in read_progress([first, second])]
     assert states == [State.finished, State.stopped]
     assert metrics_of(second)[-1]["step"] < 60

@@ -14,6 +14,7 @@ from simpo.config.backends import BackendConfig, DdpConfig, SingleConfig
 from simpo.config.errors import ConfigError, LostError, RunError, Stopped
 from simpo.run.processes import (
     LOST,
+    SAVED,
     _failure,
     log_file,
     num_processes_to_start,
@@ -131,16 +132,19 @@ def test_exit_codes_of_runs_whose_ranks_fail(tmp_path: Path) -> None:
         ({1: 2}, 2, RunError),
         ({1: 120}, 1, RunError),
         ({0: 75, 1: 75}, 75, Stopped),
+        ({0: SAVED, 1: SAVED}, 130, Stopped),
     ):
         error = _failure(codes, tmp_path, stopped_code=75)
         assert type(error) is kind and error.exit_code == exit_code, codes
-        assert "rank 1: the other processes do not answer" in str(error)
+        assert ("rank 1: the other processes do not answer" in str(error)) == (
+            SAVED not in codes.values()
+        )
 
 
 def test_signals_through_the_life_of_a_process() -> None:
     """Held, then at once; noted while a run saves; and never again what ends it without a word."""
     code = """
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 from simpo.run.signals import StopRequest, exit_on_signals, set_stopped_exit_code, signals_blocked
 with signals_blocked():
     child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
@@ -150,12 +154,14 @@ exit_on_signals()
 with StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGUSR2)
     print(stop.name, flush=True)
-    try:
-        os.kill(os.getpid(), signal.SIGINT)
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # by torchrun, of the same Ctrl-C
+    print(stop.name, flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
 print("still here", flush=True)
+time.sleep(1.1)
+os.kill(os.getpid(), signal.SIGINT)
+print("never", flush=True)
 """
     child = """
 import time
@@ -165,16 +171,33 @@ time.sleep(0.2)
 exit_on_signals()
 """
     done = subprocess.run([sys.executable, "-c", code, child], capture_output=True, text=True)
-    assert done.stderr == "SIGUSR1: stopped while starting (the same command continues)\n"
-    assert done.stdout == "child 9\nSIGUSR2\ninterrupted\nstill here\n"
-    assert done.returncode == 0
+    assert done.stderr == (
+        "SIGUSR1: stopped while starting (the same command continues)\n"
+        "\ninterrupted: saving after this step (Ctrl-C again ends at once, without saving)\n"
+        "interrupted (the same command continues from the last checkpoint, or else from the "
+        "start)\n"
+    )
+    assert done.stdout == "child 9\nSIGUSR2\nSIGINT\nstill here\n"
+    assert done.returncode == 130
+
+
+def test_an_impatient_program_of_its_own_is_interrupted() -> None:
+    """Where a program trains in its own process, a second Ctrl-C raises what it would expect."""
+    from simpo.run.signals import StopRequest
+
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.name == "SIGINT"
+        stop._interrupted_at -= 2
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_handlers_come_back() -> None:
     """Where a program trains in its own process, its signals are its own again afterwards."""
-    from simpo.run.signals import STOP_SIGNALS, StopRequest
+    from simpo.run.signals import ALL, StopRequest
 
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    before = [signal.getsignal(number) for number in ALL]
     with StopRequest():
-        assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
-    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+        assert [signal.getsignal(number) for number in ALL] != before
+    assert [signal.getsignal(number) for number in ALL] == before

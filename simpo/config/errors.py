@@ -1,7 +1,7 @@
 """The errors that a user sees as lines of text, and the exit codes they end a command with.
 
 0 finished, 1 failed, 2 bad settings or data, 75 stopped by a signal after saving
-(`train.stopped_exit_code`), 130 interrupted by Ctrl-C.
+(`train.stopped_exit_code`), 130 interrupted by Ctrl-C, after saving where training had begun.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ BROKEN_PIPE = 141
 
 LOST = 76
 """Exit code of a rank that others do not answer, for the process that started it."""
+
+SAVED = 77
+"""Exit code of a rank that saved after a Ctrl-C, for the process that started it."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a disk, quota or file size that is used up."""
@@ -120,7 +123,8 @@ def exit_codes() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except SimpoError as error:
-        print(error, file=sys.stderr)
+        if str(error):  # not where a rank has printed it
+            print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(INTERRUPTION, file=sys.stderr)

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 from simpo.config.backends import BackendConfig
 from simpo.config.choices import Engine, Mode, Precision, Schedule, WandbMode, WatchAction
-from simpo.config.errors import LOST
+from simpo.config.errors import LOST, SAVED
 from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LauncherConfig
 from simpo.loss import LossConfig
@@ -105,8 +105,8 @@ class TrainConfig:
                 yield f"{key}: must be 0 or more, got {getattr(self, key)}"
         if not 0 <= self.stopped_exit_code < 256:
             yield f"stopped_exit_code: must be from 0 to 255, got {self.stopped_exit_code}"
-        elif self.stopped_exit_code == LOST:
-            yield f"stopped_exit_code: {LOST} has a meaning of its own here (choose another)"
+        elif (code := self.stopped_exit_code) in (LOST, SAVED):
+            yield f"stopped_exit_code: {code} has a meaning of its own here (choose another)"
         if self.adam_epsilon <= 0:
             yield f"adam_epsilon: must be above 0, got {self.adam_epsilon}"
 

@@ -68,14 +68,16 @@ def run_member(folder: Path) -> tuple[int, bool]:
     """Train the run of a folder, or go on with it; what stops it is printed.
 
     Returns:
-        The exit code, and whether a signal stopped it after it had saved.
+        The exit code, and whether a signal other than Ctrl-C's stopped it after it had saved.
     """
     try:
         start(load_run(folder / "run.yaml"))
     except SimpoError as error:
-        print(error, file=sys.stderr)
+        if str(error):  # not where a rank has printed it
+            print(error, file=sys.stderr)
         _note_refusal(folder, error)
-        return error.exit_code, isinstance(error, Stopped)
+        by_signal = isinstance(error, Stopped) and error.exit_code != INTERRUPTED
+        return error.exit_code, by_signal
     except KeyboardInterrupt:
         return INTERRUPTED, False
     return 0, False

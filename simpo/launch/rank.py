@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 
 from simpo.config.check import load_run
-from simpo.config.errors import INTERRUPTED, LOST, LostError, SimpoError
+from simpo.config.errors import INTERRUPTED, LOST, SAVED, LostError, SimpoError, Stopped
 from simpo.run.processes import (
     HEARTBEAT_S,
     die_with_parent,
@@ -52,7 +52,8 @@ def main() -> int:
         return LOST
     except SimpoError as error:
         print(error, file=sys.stderr)
-        return error.exit_code
+        saved = isinstance(error, Stopped) and error.exit_code == INTERRUPTED
+        return SAVED if saved else error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BaseException:

@@ -27,7 +27,7 @@ from types import FrameType
 from tqdm import tqdm
 
 from simpo.config.check import MAY_DIFFER, RESULT_SECTIONS, holds_secret, run_yaml
-from simpo.config.errors import ConfigError, RunError, Stopped, unwritable
+from simpo.config.errors import INTERRUPTED, ConfigError, RunError, Stopped, unwritable
 from simpo.config.launchers import LauncherConfig, LocalConfig, SlurmConfig
 from simpo.config.renamed import first_name
 from simpo.config.schema import RunConfig
@@ -37,7 +37,7 @@ from simpo.run import slurm
 from simpo.run.atomic import write_text
 from simpo.run.folder import new_folder, refuse_other_settings, train_command, unfinished_folders
 from simpo.run.runs import NOT_WELL, UNDER_WAY, State, note_job, read_progress, read_runs
-from simpo.run.signals import forwarding_signals, signals_blocked
+from simpo.run.signals import SAVING, forwarding_signals, signals_blocked
 
 GRACE_S = 60.0
 """How long members get to save and end, where the sweep itself fails."""
@@ -238,10 +238,16 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         signals.append(number)
+        again = signals.count(signal.SIGINT) > 1
+        if number == signal.SIGINT:
+            # On a first Ctrl-C they are to save.
+            number = signal.SIGKILL if again else signal.SIGTERM
+            os.write(2, b"" if again else SAVING)
         for _, process in at_work.values():
             if process.poll() is None:
-                # On a Ctrl-C, too, they are to save.
-                process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+                process.send_signal(number)
+        if again:
+            raise KeyboardInterrupt
 
     def under_way() -> set[Path]:
         if signals:
@@ -264,13 +270,12 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE_S)
                 process.kill()
-    if signal.SIGINT in signals:
-        raise KeyboardInterrupt
     if signals:
+        interrupted = signal.SIGINT in signals
+        name = "interrupted" if interrupted else signal.Signals(signals[0]).name
         raise Stopped(
-            f"{signal.Signals(signals[0]).name}: the members at work have saved (the same command "
-            "continues)",
-            todo[0].run.train.stopped_exit_code,
+            f"{name}: the members at work have saved (the same command continues)",
+            INTERRUPTED if interrupted else todo[0].run.train.stopped_exit_code,
         )
     print(f"report python -m simpo.report {_shown(folder)}")
 

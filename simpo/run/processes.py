@@ -28,6 +28,7 @@ from simpo.config.choices import Device
 from simpo.config.errors import (
     INTERRUPTED,
     LOST,
+    SAVED,
     ConfigError,
     LostError,
     RunError,
@@ -168,8 +169,8 @@ def run_in_processes(count: int, run: RunConfig) -> dict[str, float]:
 
     Raises:
         RunError: a rank failed; the message names it, with the code that it ended with.
-        Stopped: a signal stopped all of them.
-        KeyboardInterrupt: a Ctrl-C did.
+        Stopped: a signal or a Ctrl-C stopped all of them, after they had saved.
+        KeyboardInterrupt: a Ctrl-C ended them before they could save.
     """
     assert isinstance(run.backend, DistributedConfig)
     ranks: list[subprocess.Popen[bytes]] = []
@@ -177,6 +178,8 @@ def run_in_processes(count: int, run: RunConfig) -> dict[str, float]:
 
     def pass_on(number: int, _: FrameType | None) -> None:
         signals.append(number)
+        if signals.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt  # not passed on: a rank that waits for others would not hear it
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
@@ -300,6 +303,8 @@ def _failure(failed: dict[int, int], folder: Path, stopped_code: int) -> BaseExc
     code = next(iter(failed.values()))
     if code == INTERRUPTED:
         return KeyboardInterrupt()
+    if code == SAVED:
+        return Stopped("", INTERRUPTED)
     if code < 0:
         names = ", ".join(
             f"rank {rank} was killed by {_signal_name(-code)}" for rank, code in failed.items()

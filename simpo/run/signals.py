@@ -1,5 +1,5 @@
-"""SIGTERM, SIGUSR1 and SIGUSR2 in: while a run starts they end it at once, later they are a wish to
-stop, which the loop reads between two steps.
+"""What SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C do: while a run starts they end it at once, later they
+ask it to save and stop, which the loop does between two steps. A second Ctrl-C ends it at once.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -18,6 +19,10 @@ from simpo.config.errors import INTERRUPTED, INTERRUPTION, STOPPED
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers send before they end a job."""
 ALL = (*STOP_SIGNALS, signal.SIGINT)
+SAVING = b"\ninterrupted: saving after this step (Ctrl-C again ends at once, without saving)\n"
+"""Printed on a first Ctrl-C, below the progress bar."""
+AGAIN_S = 1.0
+"""A Ctrl-C so soon after another is the same one: torchrun passes on what a rank got as well."""
 WHILE_STARTING = "stopped while starting (the same command continues)"
 
 
@@ -87,9 +92,10 @@ def forwarding_signals(handler: Callable[[int, FrameType | None], None]) -> Iter
 
 
 class StopRequest:
-    """While entered, a stopping signal is only noted, and Ctrl-C raises KeyboardInterrupt.
+    """While entered, a stopping signal or a first Ctrl-C is only noted.
 
-    In a process that signals ended at once before, it stays so: what follows is the end.
+    A second Ctrl-C does what the first would have done before. In a process that signals ended at
+    once before, they are noted also afterwards: what follows is the end.
 
     Attributes:
         name: of the last signal that came, empty before.
@@ -97,14 +103,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name = ""
+        self._interrupted_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         # Python allows handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-            if signal.getsignal(signal.SIGINT) is _exit_on_signal:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._before = {number: signal.signal(number, self._note) for number in ALL}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,3 +119,12 @@ class StopRequest:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.name = signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
+        if not self._interrupted_at:
+            self._interrupted_at = time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, SAVING)
+        elif time.monotonic() - self._interrupted_at > AGAIN_S:
+            signal.signal(number, self._before[signal.SIGINT])
+            signal.raise_signal(number)

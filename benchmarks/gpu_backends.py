@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from simpo.config.choices import Offload
 
 STEPS = 5
 TOLERANCE = 1e-4
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any], str, str | None]] = {
     "single": ("single", {}, "none", None),
     "fsdp": ("fsdp", {}, "none", "single"),
     "fsdp, cpu_offload": ("fsdp", {"cpu_offload": True}, "none", "single"),
@@ -62,7 +63,7 @@ def main() -> None:
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
             print(f"| {name} | failed: {reason[:90]} | |", flush=True)
-            off |= not reason.startswith(("ModuleNotFoundError", "simpo.config.inputs.ConfigError"))
+            off |= not reason.startswith(("ModuleNotFoundError", "simpo.config.errors.ConfigError"))
             continue
         found[name] = json.loads(done.stdout.splitlines()[-1])
         pairs = zip(found[name], found.get(like or name, [math.inf] * STEPS), strict=True)
@@ -112,10 +113,11 @@ def losses_of(name: str, device: str) -> list[float]:
     optimizer = build_optimizer(policy, TrainConfig(learning_rate=1e-4 if bits == "none" else 1e-3))
     wrapped, optimizer = backend.prepare(policy, optimizer)
     rng = np.random.default_rng(0)
-    pairs = [
-        TokenizedPair(*(rng.integers(0, 512, n).astype(np.int32) for n in (12, 9, 11)))
-        for _ in range(8)
-    ]
+
+    def ids(length: int) -> np.ndarray:
+        return rng.integers(0, 512, length).astype(np.int32)
+
+    pairs = [TokenizedPair(ids(12), ids(9), ids(11)) for _ in range(8)]
     losses = []
     for _ in range(STEPS):
         rows = [pack(pairs[:4], range(4)), pack(pairs[4:], range(4, 8))]

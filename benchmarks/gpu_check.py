@@ -85,7 +85,8 @@ def kernel_failures() -> list[str]:
         for window, softcap in ((None, None), (40, None), (None, 5.0)):
             lengths = rng.integers(1, 200, (5, 3))
             pairs = [
-                TokenizedPair(*(np.zeros(n, dtype=np.int32) for n in three)) for three in lengths
+                TokenizedPair(np.zeros(a, np.int32), np.zeros(b, np.int32), np.zeros(c, np.int32))
+                for a, b, c in lengths
             ]
             row = pack(pairs, range(len(pairs))).to(GPU)
             total = row.input_ids.shape[1]
@@ -98,8 +99,9 @@ def kernel_failures() -> list[str]:
             wanted = [expected, *torch.autograd.grad(expected, wide, toward)]
             for kernel in usable_kernels(softcap is not None):
                 leaves = [x.clone().requires_grad_() for x in bf16]
+                query, key, value = leaves
                 output, _ = attention.attend(
-                    kernel, torch.nn.Identity(), *leaves, None, sliding_window=window,
+                    kernel, torch.nn.Identity(), query, key, value, None, sliding_window=window,
                     softcap=softcap, segments=row.segments, keys=row.keys,
                 )  # fmt: skip
                 grads = torch.autograd.grad(output, leaves, toward.to(output.dtype))
@@ -143,10 +145,11 @@ def model_failures() -> list[str]:
     config = LlamaConfig(
         vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
-        attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(GPU)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", dtype=torch.float32
+    ).to(GPU)
     pairs = typical_batch("hh", 4, 2048)
     reference = Padded(copy.deepcopy(model).double())
     expected = reference.loss(pairs)
@@ -162,7 +165,7 @@ def model_failures() -> list[str]:
         for bf16 in (False, True) if kernel == "sdpa" else (True,):
             for reentrant in (None, False, True):
                 runner = Ours(copy.deepcopy(model), kernel)
-                own = runner.model.model
+                own: Any = runner.model.model
                 check_packing(runner.model, bf16)
                 if reentrant is not None:
                     own.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import LlamaConfig
@@ -20,7 +21,7 @@ PROFILES = {
     "tldr": ((400, 425), (40, 44)),
 }
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 2048, "hidden_size": 192, "num_hidden_layers": 3},
     "smol8": {"vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 8},
     "smol30": {"vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30},
@@ -105,7 +106,8 @@ def real_batches(folder: Path, num_batches: int, num_pairs: int) -> list[list[To
         prompt = chat.prompt_text(row["prompt"])
         replies = [row[side][-1]["content"] + "<|im_end|>" for side in ("chosen", "rejected")]
         ids = [np.array(x, dtype=np.int32) for x in chat.encode([prompt, *replies])]
-        pairs.append(TokenizedPair(*(x[: MAX_LENGTH // 2] for x in ids)))
+        first, good, bad = (x[: MAX_LENGTH // 2] for x in ids)
+        pairs.append(TokenizedPair(first, good, bad))
     return [pairs[i : i + num_pairs] for i in range(0, len(pairs), num_pairs)]
 
 

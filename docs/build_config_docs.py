@@ -44,7 +44,7 @@ def _sections(schema: type, prefix: str) -> Iterator[tuple[str, type, type, str]
     for item in fields(schema):
         kind = field_types(schema)[item.name]
         key = f"{prefix}{item.name}"
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             yield from _sections(kind, f"{key}.")
             for name, choice in GROUPS.get(item.name, {}).items():
                 if choice is not kind:

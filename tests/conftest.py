@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import forked
 import numpy as np
@@ -39,7 +40,7 @@ from simpo.model import attention
 
 VOCAB = 128
 SEGMENTS = attention.NAMES["sdpa"]
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -51,7 +52,7 @@ SIZES = {
     "eos_token_id": 2,
 }
 # Rows of whole blocks of 64: what nf4 needs on a CPU.
-WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 FAMILIES = {
     "llama": LlamaConfig(),
     "llama_tied": LlamaConfig(tie_word_embeddings=True),

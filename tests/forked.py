@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,11 @@ PR_SET_NAME = 15
 
 class _Signalled:
     """A process that is sent signals as long as its `poll` says that it runs."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        raise NotImplementedError
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -170,7 +176,9 @@ class ForkedPopen(_Signalled):
         return self.returncode
 
 
-def _become(words: list[str], env: dict[str, str], cwd: str, streams: list[int | None]) -> NoReturn:
+def _become(
+    words: list[str], env: dict[str, str], cwd: str, streams: Sequence[int | None]
+) -> NoReturn:
     """Go on as `python WORDS`, where they are -m and a module of ours."""
     code = 1
     try:
@@ -191,7 +199,7 @@ def _become(words: list[str], env: dict[str, str], cwd: str, streams: list[int |
         assert words[0] == "-m", words
         import simpo.run.processes
 
-        simpo.run.processes.subprocess = _ForkingSubprocess  # type: ignore[attr-defined]
+        vars(simpo.run.processes)["subprocess"] = _ForkingSubprocess
         sys.argv = [words[1], *words[2:]]
         warnings.filterwarnings("ignore", message=".* found in sys.modules after import")
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

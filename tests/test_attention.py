@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,7 +95,9 @@ def test_kernels(window: int | None, softcap: float | None, shortest_prompt: int
     by_segment, _ = attention.attend(
         "sdpa",
         torch.nn.Identity(),
-        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
         None,
         sliding_window=window,
         softcap=softcap,
@@ -130,12 +133,11 @@ def test_bf16_on_a_cpu_is_computed_wide() -> None:
     row = pack(random_pairs(np.random.default_rng(3), 2, longest=6), range(2))
     torch.manual_seed(0)
     length = row.input_ids.shape[1]
-    half = [torch.randn(1, n, length, SIZE).bfloat16() for n in (HEADS, KEY_HEADS, KEY_HEADS)]
-    options = {"segments": row.segments, "keys": row.keys}
-    narrow, _ = attention.attend("sdpa", torch.nn.Identity(), *half, None, **options)
-    wide, _ = attention.attend(
-        "sdpa", torch.nn.Identity(), *(x.float() for x in half), None, **options
-    )
+    q, k, v = (torch.randn(1, n, length, SIZE).bfloat16() for n in (HEADS, KEY_HEADS, KEY_HEADS))
+    options: dict[str, Any] = {"segments": row.segments, "keys": row.keys}
+    narrow, _ = attention.attend("sdpa", torch.nn.Identity(), q, k, v, None, **options)
+    q, k, v = q.float(), k.float(), v.float()
+    wide, _ = attention.attend("sdpa", torch.nn.Identity(), q, k, v, None, **options)
     assert narrow.dtype is torch.bfloat16
     assert torch.equal(narrow, wide.bfloat16())
 
@@ -210,7 +212,8 @@ def test_fused_loss(
         patch.setattr(simpo.model.head, "LOGITS_BYTES", 4 * 128 * chunk_tokens)
         for fused in (False, True):
             copies = [leaf.clone().requires_grad_() for leaf in leaves]
-            hidden, weight, bias = (*copies, None)[:3]
+            hidden, weight = copies[:2]
+            bias = copies[2] if with_bias else None
             if fused:
                 loss, logps = fused_loss(hidden, weight, bias, row, some_loss, softcap)
                 assert not logps.chosen.requires_grad

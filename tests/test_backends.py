@@ -96,6 +96,17 @@ def whole(settings: list[str], alone: Path) -> Callable[[str], Path]:
     return make
 
 
+# What torchrun sets for the first of two processes.
+OF_TORCHRUN = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
 def of(name: str) -> list[str]:
     """Overrides of a run in RUNS."""
     backend, processes, tokens = RUNS[name]
@@ -127,10 +138,10 @@ def assert_like(folder: Path, alone: Path) -> None:
     for sample in (alone / "samples").iterdir():
         assert (folder / "samples" / sample.name).read_text() == sample.read_text()
     for table in (alone / "held_out").iterdir():
-        mine, theirs = table_of(folder / "held_out" / table.name), table_of(table)
-        assert mine.keys() == theirs.keys()
-        for place, numbers in theirs.items():
-            assert mine[place] == pytest.approx(numbers, rel=1e-4, abs=1e-4), place
+        pairs, expected_pairs = table_of(folder / "held_out" / table.name), table_of(table)
+        assert pairs.keys() == expected_pairs.keys()
+        for place, numbers in expected_pairs.items():
+            assert pairs[place] == pytest.approx(numbers, rel=1e-4, abs=1e-4), place
     weights = weights_of(alone)
     assert weights.keys() == weights_of(folder).keys()
     for key, value in weights_of(folder).items():
@@ -254,7 +265,7 @@ def test_joins_torchrun(settings: list[str], alone: Path, tmp_path: Path) -> Non
     finish(start([*overrides, f"run_dir={tmp_path / 'run'}"], *command))
     assert_like(tmp_path / "run", alone)
     wrong = [*overrides, "backend.processes=3", f"run_dir={tmp_path / 'wrong'}"]
-    message = finish(start(wrong, *command), code=1)
+    message = finish(start(wrong, env=OF_TORCHRUN), code=2)
     assert "backend.processes: 3 asked for here and 2 started in all, but 2 run" in message
 
 
@@ -308,9 +319,7 @@ def test_processes_that_nobody_started(settings: list[str], tmp_path: Path) -> N
     overrides = [*settings, "backend=ddp", f"run_dir={tmp_path}"]
     message = finish(start(overrides, *command, "-m", "simpo.train"), code=1)
     assert "backend.processes: how many? Without GPUs it has no default (set it)" in message
-    single = [*settings, f"run_dir={tmp_path}"]
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    message = finish(start(single, *torchrun, "-m", "simpo.train"), code=1)
+    message = finish(start([*settings, f"run_dir={tmp_path}"], env=OF_TORCHRUN), code=2)
     assert "backend: single runs in 1 process, got 2 (backend=ddp)" in message
 
 
@@ -332,8 +341,8 @@ def test_tied_embeddings(kind: str, settings: list[str], tiny_folder: Path, tmp_
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
     got, expected = (AutoModelForCausalLM.from_pretrained(d / "model") for d in (many, alone))
     assert got.lm_head.weight is got.model.embed_tokens.weight
-    for (name, mine), theirs in zip(got.named_parameters(), expected.parameters(), strict=True):
-        assert (mine - theirs).abs().max() < 1e-4, name
+    for (name, weight), other in zip(got.named_parameters(), expected.parameters(), strict=True):
+        assert (weight - other).abs().max() < 1e-4, name
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,7 @@ from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.explain import explain
 from simpo.config.inputs import DataConfig, SourceConfig
+from simpo.config.losses import SimpoConfig
 from simpo.data import sources
 from simpo.data.mixture import load_mixture
 from simpo.data.records import RecordFault, to_dialogue, to_pair, to_prompt
@@ -594,7 +596,8 @@ def own_composer(tmp_path):
 
 
 def test_a_folder_of_further_choices(own_composer):
-    assert compose_run(["loss=mine"], own_composer).loss.beta == 7
+    loss = compose_run(["loss=mine"], own_composer).loss
+    assert isinstance(loss, SimpoConfig) and loss.beta == 7
     assert explain(["loss=mine,hinge", "loss.beta=3"], True, own_composer) == []
     known = ", ".join(sorted([*LOSS_CHOICES.split(", "), "mine"]))
     with pytest.raises(ConfigError) as caught:
@@ -609,7 +612,8 @@ def test_a_folder_of_further_choices(own_composer):
 
 @pytest.mark.parametrize("command", ["preview", "generate", "annotate"])
 def test_words_of_the_other_commands(command, own_composer, capsys):
-    assert run_of_words(["--config-dir", own_composer.config_dir, "loss=mine"]).loss.beta == 7
+    loss = run_of_words(["--config-dir", own_composer.config_dir, "loss=mine"]).loss
+    assert isinstance(loss, SimpoConfig) and loss.beta == 7
     for words, answer in (
         (["--foo"], "--foo: no such option (settings are key=value; -h lists what there is)\n"),
         ([""], "'': not of the form key=value\n"),
@@ -746,7 +750,7 @@ ASKED = [user("Why is the sky blue?")]
 GOOD = {"prompt": "Why is the sky blue?", "chosen": "Scattering.", "rejected": "It is not."}
 
 # Row -> what is wrong with it.
-ROWS = [
+ROWS: list[tuple[Any, str]] = [
     (["a"], "must be an object with chosen and rejected, got a list"),
     (None, "must be an object with chosen and rejected, got null"),
     ({}, "chosen: missing (the record has no value)"),
@@ -839,8 +843,8 @@ def write(path, rows):
 
 
 def mixture(*several, **settings):
-    several = [SourceConfig(**source) for source in several]
-    return load_mixture(DataConfig(name="rows", sources=several, **settings))
+    sources = [SourceConfig(**source) for source in several]
+    return load_mixture(DataConfig(name="rows", sources=sources, **settings))
 
 
 def data_error(*sources, **settings):

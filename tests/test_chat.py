@@ -118,7 +118,7 @@ HEAD = "<|start_header_id|> assistant <|end_header_id|> ĊĊ"
 CHATML = "<|im_start|> user Ċ Hi Ġthere <|im_end|> Ċ <|im_start|> ass istant Ċ"
 
 # (family, template): prompt, chosen, rejected
-TOKENS = {
+TOKENS: dict[tuple[str, str | None], tuple[str, str, str]] = {
     ("mistral", "mistral_paper"): (
         "<s> ▁[ INST ] ▁Hi ▁there ▁[ / INST ]", "▁Hello ! ▁ </s>", "▁Go ▁away . ▁ </s>",
     ),
@@ -142,7 +142,7 @@ TOKENS = {
 
 # The original trainer: an empty system message where the template speaks of one, each reply
 # rendered as a dialogue of its own (less its BOS), EOS behind whatever the template ends in.
-PAPER_TOKENS = {
+PAPER_TOKENS: dict[tuple[str, str | None], tuple[str, str, str]] = {
     ("mistral", "mistral_paper"): TOKENS["mistral", "mistral_paper"],
     ("mistral", "zephyr"): (
         "<s> ▁< | system | > <0x0A> </s> ▁ <0x0A> < | user | > <0x0A> Hi ▁there </s> ▁ <0x0A>",
@@ -304,6 +304,7 @@ def original_rows(chat: Chat, pair: Pair, config: DataConfig) -> list[tuple[list
     alone = ids_of(prompt_text)
     rows = []
     for reply in (pair.chosen, pair.rejected):
+        assert reply is not None
         reply_text = text_of([assistant(reply)])
         if reply_text.startswith(tokenizer.bos_token):
             reply_text = reply_text[len(tokenizer.bos_token) :]

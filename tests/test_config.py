@@ -134,7 +134,7 @@ def test_a_changed_run_yaml_is_checked(change, message, tmp_path):
     path = tmp_path / "run.yaml"
     text = run_yaml(compose_run([]))
     assert change[0] in text
-    path.write_text(text.replace(*change, 1))
+    path.write_text(text.replace(change[0], change[1], 1))
     with pytest.raises(ConfigError) as caught:
         load_run(path)
     assert message in str(caught.value)

@@ -84,7 +84,10 @@ ATTENTION = 32 * 32 + 2 * 16 * 32 + 32 * 32  # queries, keys and values of two h
         # One layer of experts that are smaller, one without.
         (
             Qwen3MoeConfig(
-                **MOE, num_experts=8, moe_intermediate_size=16, mlp_only_layers=[0], head_dim=8
+                **MOE | {"head_dim": 8},
+                num_experts=8,
+                moe_intermediate_size=16,
+                mlp_only_layers=[0],
             ),
             8 * 32 + 2 * 3 * 32 * 16 + 3 * 32 * 48 + 2 * ATTENTION,
         ),

@@ -4,6 +4,7 @@ import json
 import re
 from collections import defaultdict
 from statistics import mean, median
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ IN_SHORT = {"name": "starts_with", "phrase": "In short:"}
 THAT_IS_ALL = {"name": "ends_with", "phrase": "That is all."}
 NO_COMMAS = {"name": "no_commas"}
 
-ACCEPTED = [
+ACCEPTED: list[tuple[dict[str, Any], str]] = [
     (ONE_SENTENCE, "Owls hunt at night."),
     (ONE_SENTENCE, "  Owls eat small animals, e.g. mice, and weigh approx. 1.5 kg.\n"),
     (ONE_SENTENCE, "Owls eat mice, voles etc. and live with Mr. Brown in the U.S. Army barn!"),
@@ -69,7 +70,7 @@ ACCEPTED = [
     (NO_COMMAS, "Owls\nand mice"),
 ]
 
-REFUSED = [
+REFUSED: list[tuple[dict[str, Any], str]] = [
     (ONE_SENTENCE, "Owls hunt at night. They eat mice."),
     (ONE_SENTENCE, "Owls hunt at night. they eat mice."),
     (ONE_SENTENCE, 'Owls say "hoo!" They eat mice.'),

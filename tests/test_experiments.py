@@ -77,6 +77,7 @@ def test_every_setting_of_a_released_run(name: str) -> None:
     assert run.model.path == path
     assert (data.path, data.train_split, data.test_split) == source
     assert run.model.chat_template == template
+    assert isinstance(run.loss, SigmoidConfig)
     assert (run.loss.beta, run.loss.gamma_beta_ratio, run.train.learning_rate) == numbers
     assert (run.data.max_length_tokens, run.data.max_prompt_tokens) == lengths
     # What all of them share.
@@ -158,6 +159,7 @@ def test_one_setting_of_a_released_run_can_differ() -> None:
     run = compose_run(
         ["experiments=paper/mistral_base", "loss.beta=3", "data.max_length_tokens=2048"]
     )
+    assert isinstance(run.loss, SigmoidConfig)
     assert (run.loss.beta, run.data.max_length_tokens) == (3.0, 2048)
 
 
@@ -211,5 +213,6 @@ def test_a_search_of_a_released_run() -> None:
     """What a search sets stands; what it searches is the sweeper's, not the run's."""
     run = compose_run(["experiments=[paper/llama3_instruct,sweeps/lr_then_gamma]"])
     assert run.model.name == "llama3_instruct"
+    assert isinstance(run.loss, SigmoidConfig)
     assert (run.loss.beta, run.loss.gamma_beta_ratio) == (10.0, 0.25)
     assert run.train.learning_rate == 1e-6

@@ -101,7 +101,7 @@ def test_nothing_is_uploaded_unless_asked_for(
 
 
 def test_markdown_table() -> None:
-    rows = [{"a": 1, "b": {"x": 2}}, {"a": 22, "b": 0}]
+    rows: list[dict[str, Any]] = [{"a": 1, "b": {"x": 2}}, {"a": 22, "b": 0}]
     assert markdown_table(rows) == [
         "| a  | b    |",
         "|----|------|",
@@ -679,9 +679,9 @@ def test_what_is_uploaded_holds_nothing_of_the_machine(
             assert text.encode() not in content, (name, text)
     card = sent["README.md"].decode()
     assert "| train.jsonl | train | 24 " in card and 'model.chat_template: "own.jinja"' in card
-    header = ModelCard(card).data
-    assert header.library_name == ("peft" if rank else "transformers")
-    assert header.base_model is None and header.datasets is None
+    header = ModelCard(card).data.to_dict()
+    assert header["library_name"] == ("peft" if rank else "transformers")
+    assert header.get("base_model") is None and header.get("datasets") is None
     if rank:
         note = "note   the adapter's base is a local folder; uploaded it is named "
         assert f"\n{note}{tiny_folder.name}\n" in capsys.readouterr().out

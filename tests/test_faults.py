@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -118,6 +118,9 @@ def test_twenty_kills(settings: list[str], tmp_path: Path) -> None:
     def steps() -> int:
         return int(newest_checkpoint(folder).name[5:]) if any(checkpoints.glob("step-*")) else 0
 
+    def beyond(before: int) -> Callable[[], bool]:
+        return lambda: steps() > before
+
     for attempt in range(20):
         process = start(command)
         if attempt % 2:
@@ -125,8 +128,7 @@ def test_twenty_kills(settings: list[str], tmp_path: Path) -> None:
             wait_for(lambda: any(checkpoints.glob(".step-*/state/*")), process)
             time.sleep(rng.uniform(0, 0.01))
         elif attempt % 4:
-            before = steps()
-            wait_for(lambda before=before: steps() > before, process)
+            wait_for(beyond(steps()), process)
             time.sleep(rng.uniform(0, 0.05))
         else:
             time.sleep(rng.uniform(0, 6))

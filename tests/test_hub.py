@@ -51,7 +51,7 @@ def at(address: str, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """The libraries may ask the hub; nothing answers at its address."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)

@@ -62,8 +62,8 @@ def test_a_local_sweep(tiny_run: list[str], tmp_path: Path) -> None:
     run([*tiny_run, "loss.beta=2.5", f"run_dir={tmp_path / 'alone'}"])
     assert_same_run(folder / "loss.beta=2.5", tmp_path / "alone", tmp_path)
     assert "held out: 16 pairs" in (folder / "loss.beta=2" / "log.txt").read_text()
-    command = (folder / "loss.beta=2" / "command.txt").read_text()
-    assert f"run_dir={folder}/loss.beta=2" in command and "launcher" not in command
+    own = (folder / "loss.beta=2" / "command.txt").read_text()
+    assert f"run_dir={folder}/loss.beta=2" in own and "launcher" not in own
     # Where and how members run makes no other sweep of it.
     output = run(["-m", "launcher.parallel=1", "tracker=console", *tiny_run, "loss.beta=3,2"])
     assert "1 of 2 members finished already\n" in output

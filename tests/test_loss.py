@@ -57,7 +57,8 @@ def test_without_length_normalisation() -> None:
 
 def test_margin_is_not_inside_the_scaling_twice() -> None:
     """gamma = beta * ratio, so at equal averages the loss is -log sigmoid(-gamma)."""
-    same = PairLogps(*(torch.tensor([x]) for x in (-4.0, -4.0)), *(torch.tensor([2]),) * 2)
+    logps, lengths = torch.tensor([-4.0]), torch.tensor([2])
+    same = PairLogps(logps, logps, lengths, lengths)
     losses = pair_losses(SigmoidConfig(beta=10.0, gamma_beta_ratio=0.3), same)
     assert losses.item() == pytest.approx(softplus(3.0), rel=1e-6)
 
@@ -80,7 +81,8 @@ def test_metrics() -> None:
 
 
 def test_a_tie_is_half_right() -> None:
-    same = PairLogps(*(torch.tensor([x]) for x in (-4.0, -4.0)), *(torch.tensor([2]),) * 2)
+    logps, lengths = torch.tensor([-4.0]), torch.tensor([2])
+    same = PairLogps(logps, logps, lengths, lengths)
     loss = SigmoidConfig()
     sums = pair_sums(pair_table(loss, same))
     assert summarise(loss, sums)["rewards/accuracies"] == pytest.approx(0.5)

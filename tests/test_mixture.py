@@ -29,8 +29,8 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def mixture(*sources, seed=42, read_record=to_pair, **settings):
-    sources = [SourceConfig(**source) for source in sources]
+def mixture(*several, seed=42, read_record=to_pair, **settings):
+    sources = [SourceConfig(**source) for source in several]
     return load_mixture(
         DataConfig(name="rows", sources=sources, seed=seed, **settings), read_record
     )

@@ -137,7 +137,7 @@ def test_a_reward_model_without_its_score(tmp_path: Path) -> None:
         f"on_policy.reward: {tmp_path} does not fit LlamaForSequenceClassification: missing "
         f"score.weight{MEND}"
     )
-    config = LlamaConfig(**SIZES, num_labels=1)
+    config = LlamaConfig(**SIZES | {"num_labels": 1})
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     load_weights("on_policy.reward", str(tmp_path), AutoModelForSequenceClassification)
 

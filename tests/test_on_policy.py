@@ -102,9 +102,9 @@ def test_replies_differ_by_seed_and_temperature(drawing: list[str], tmp_path: Pa
     run = compose_run(drawing)
     tokenizer = AutoTokenizer.from_pretrained(run.model.path)
     tokenizer.chat_template = Path("simpo/data/templates/chatml.jinja").read_text()
-    model = AutoModelForCausalLM.from_pretrained(run.model.path)
+    model: Any = AutoModelForCausalLM.from_pretrained(run.model.path)
     pair = min(load_mixture(run.data).train, key=lambda pair: len(str(pair.prompt)))
-    ids = tokenizer.apply_chat_template(
+    ids: Any = tokenizer.apply_chat_template(
         list(pair.prompt), add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
     greedy = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]

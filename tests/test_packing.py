@@ -13,7 +13,9 @@ from simpo.data.plan import build_plan, pairs_of_step, rows_of_pairs
 
 
 def pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:
-    return TokenizedPair(*(np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)))
+    return TokenizedPair(
+        np.array(prompt, np.int32), np.array(chosen, np.int32), np.array(rejected, np.int32)
+    )
 
 
 def test_row_written_out() -> None:

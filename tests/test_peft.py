@@ -117,7 +117,7 @@ def test_dora_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", [{}, {"rslora": True}, {"dora": True}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral_window", "gemma2"])
-def test_loss_and_gradients(family: str, form: dict[str, bool], tmp_path: Path) -> None:
+def test_loss_and_gradients(family: str, form: dict[str, Any], tmp_path: Path) -> None:
     """The packed row against the padded path, which calls the adapted layers as peft does."""
     policy = trained(loaded(saved(family, tmp_path), lora=LoraConfig(rank=4, alpha=8.0, **form)))
     expected, wanted = padded_step(policy.model)
@@ -154,7 +154,7 @@ def test_kinds_of_layers(kind: str, attention: str, mlp: str) -> None:
         (["all-linear"], f"{attention} {mlp}"),
     ):
         schema = CONFIG_MAPPING[kind]
-        model = AutoModelForCausalLM.from_config(schema(**SIZES, head_dim=8))
+        model = AutoModelForCausalLM.from_config(schema(**SIZES | {"head_dim": 8}))
         policy = Policy(add_adapters(model, LoraConfig(rank=2, targets=targets), None))
         found = [name.split(".") for name in adapted(policy)]
         assert sorted(name[-1] for name in found) == sorted(2 * names.split())
@@ -212,7 +212,7 @@ def test_adapters_are_in_fp32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", [{}, {"dora": True}, {"rslora": True}], ids=str)
 def test_an_adapter_goes_on_exactly(
-    form: dict[str, bool], dtype: torch.dtype, tmp_path: Path
+    form: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     path, name = saved("llama", tmp_path, dtype), str(dtype).removeprefix("torch.")
     lora = LoraConfig(

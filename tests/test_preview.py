@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import look_at
@@ -25,7 +27,7 @@ TURNS = [
 ]
 
 
-def stages_of(rows: list[dict[str, object]], folder: Path, *more: str, pairs: int = 3) -> Stages:
+def stages_of(rows: Sequence[dict[str, Any]], folder: Path, *more: str, pairs: int = 3) -> Stages:
     file = folder / "train.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = ["data=jsonl", f"data.sources=[{{path: {file}}}]", f"cache_dir={folder}"]
@@ -96,7 +98,7 @@ def test_what_is_not_cut_is_what_is_trained_on(
         assert cut == list(range(cut[0], cut[-1] + 1)) if cut else True
         if name != "prompt" or end == "keep_start":
             assert not cut or cut[-1] == len(tokens) - 1
-    assert line["to"] == sum(line[name] for name in shown.parts)
+    assert line["to"] == sum(int(str(line[name])) for name in shown.parts)
 
 
 def test_a_cut_prompt_keeps_its_bos(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, SEGMENTS, SIZES, tiny_model
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     Gemma3TextConfig,
@@ -225,7 +227,7 @@ def test_hidden_states_that_are_no_numbers() -> None:
     """Not the packing is to blame for it."""
     policy = Policy(tiny_model("llama"))
     for value, told in ((float("nan"), "NaN or infinite"), (0.0, "0")):
-        torch.nn.init.constant_(policy.base.get_input_embeddings().weight, value)
+        torch.nn.init.constant_(cast(Tensor, policy.base.get_input_embeddings().weight), value)
         with pytest.raises(ConfigError) as error:
             check_packing(policy, False)
         assert str(error.value) == (

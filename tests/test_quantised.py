@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -60,7 +60,8 @@ def test_what_is_quantised(
         if packed and quantization is Quantization.nf4:
             # What FSDP casts to is what they are stored as, so that it does not cast them.
             assert parameter.dtype is (torch.bfloat16 if bf16 else torch.float32)
-            assert parameter.quant_state.nested and parameter.quant_state.quant_type == "nf4"
+            state = cast(Any, parameter).quant_state
+            assert state.nested and state.quant_type == "nf4"
         elif not packed:
             assert parameter.dtype is torch.float32, name
     check_packing(policy, bf16)
@@ -71,7 +72,7 @@ def test_what_is_quantised(
     [("nf4", {}, 1e-4), ("nf4", {"dora": True}, 1e-4), ("int8", {}, 0.05)],
 )
 def test_loss_and_gradients_of_a_quantised_base(
-    quantization: str, form: dict[str, bool], tolerance: float, tmp_path: Path
+    quantization: str, form: dict[str, Any], tolerance: float, tmp_path: Path
 ) -> None:
     """Against the padded path on plain layers of the dequantised weights; int8 rounds inputs too.
 

@@ -19,7 +19,8 @@ from whole_runs import run_command
 from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
-from simpo.report.compare import compare
+from simpo.config.losses import SigmoidConfig
+from simpo.report.compare import Comparison, compare
 from simpo.report.page import render
 from simpo.report.text import text
 from simpo.run.runs import State, note_job, read_progress
@@ -36,6 +37,7 @@ def make_run(folder: Path, overrides: list[str], **more: Any) -> Path:
     run = compose_run(overrides)
     folder.mkdir(parents=True)
     (folder / "run.yaml").write_text(run_yaml(run))
+    assert isinstance(run.loss, SigmoidConfig)
     accuracy = accuracy_of(run.loss.beta, run.loss.gamma_beta_ratio)
     held_out = {0: 0.5, 2: accuracy}
     lines = [{"step": 0, "eval/rewards/accuracies": 0.5, "eval/loss": 1.0}]
@@ -75,13 +77,18 @@ def cli(*arguments: str, code: int = 0) -> str:
     return told.stdout if code == 0 else told.stderr
 
 
+def best_of(comparison: Comparison) -> str:
+    assert comparison.best is not None
+    return comparison.names[comparison.best]
+
+
 def test_the_best_member_and_what_differs(sweep: Path) -> None:
     comparison = compare([sweep])
     assert comparison.differing == {
         "loss.beta": [10.0, 10.0, 2.0, 2.0],
         "loss.gamma_beta_ratio": [0.3, 0.5, 0.3, 0.5],
     }
-    assert comparison.names[comparison.best] == "loss.beta=10,ratio=0.5"
+    assert best_of(comparison) == "loss.beta=10,ratio=0.5"
     lines = text(comparison).splitlines()
     (best,) = [line for line in lines if "| best |" in line]
     assert "loss.beta=10,ratio=0.5" in best and "finished, step 2 of 2" in best
@@ -121,7 +128,7 @@ def test_another_metric(sweep: Path) -> None:
     results = {"eval_before": {}, "eval_after": {"loss": 0.1}, "train": {"model_step": 2}}
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "metrics.jsonl").write_text('{"step": 2, "eval/loss": 0.1}\n')
-    assert compare([sweep], "loss").names[compare([sweep], "loss").best] == "low"
+    assert best_of(compare([sweep], "loss")) == "low"
     with pytest.raises(ConfigError) as error:
         compare([sweep], "lost")
     assert str(error.value) == (

@@ -90,7 +90,7 @@ def test_what_is_scored(family: str, template: str | None, end: str) -> None:
     between = decode(tokens.chosen_ids[~tokens.scored])
     assert "Bye" in between and "Yes" not in between and "See" not in between
     whole = [*tokens.prompt_ids.tolist(), *tokens.chosen_ids.tolist()]
-    rendered = chat.tokenizer.apply_chat_template(TURNS, tokenize=False)
+    rendered = str(chat.tokenizer.apply_chat_template(TURNS, tokenize=False))
     assert chat.encode([rendered])[0][: len(whole)] == whole
     assert len(tokens.rejected_ids) == 0
 

@@ -21,6 +21,7 @@ from browser import look_at
 from whole_runs import assert_same_run, logged, metrics_of, run, start
 
 from simpo.config.check import load_run
+from simpo.config.losses import SigmoidConfig
 from simpo.launch import member
 from simpo.run import slurm
 from simpo.run.files import last_job
@@ -194,6 +195,7 @@ def test_time_limits(long_run: list[str], tmp_path: Path, monkeypatch: pytest.Mo
         process.suspend()
     monkeypatch.setenv("SLURM_JOB_ID", job_of(busy))
     end = slurm.end_time()
+    assert end is not None
     assert end == pytest.approx(process.create_time() + 30 * 60, abs=10)
     with monkeypatch.context() as environment:
         for name, value in OWN_TASTE:
@@ -305,7 +307,8 @@ def test_what_is_submitted_stays_as_it_was(tiny_run: list[str], tmp_path: Path) 
     slurm_command("scontrol", "release", job_of(folder))
     until(lambda: ended(folder), "the end")
     assert read_progress([folder])[0].state is State.finished
-    assert load_run(folder / "run.yaml").loss.beta == 2.5
+    loss = load_run(folder / "run.yaml").loss
+    assert isinstance(loss, SigmoidConfig) and loss.beta == 2.5
     (line, *_) = metrics_of(folder)
     assert line["eval/rewards/chosen"] == pytest.approx(2.5 * line["eval/logps/chosen"])
 

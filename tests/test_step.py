@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from conftest import (
 )
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 import simpo.model.head
 from simpo.backend import Backend
@@ -156,7 +158,7 @@ def test_adapters_on_the_head(backend: Backend) -> None:
             torch.nn.init.normal_(parameter, std=0.1)
     pairs = random_pairs(np.random.default_rng(9), 4)
     reference = copy.deepcopy(adapted).double()
-    expected = loss_by_hand(reference.get_base_model(), pairs, LOSSES[1])
+    expected = loss_by_hand(cast(PreTrainedModel, reference.get_base_model()), pairs, LOSSES[1])
     expected.backward()
     moved, metrics = gradients_of_step(Policy(adapted), rows_of(pairs, 60), LOSSES[1], backend)
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)

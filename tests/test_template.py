@@ -24,6 +24,7 @@ from real_tokenizers import (
 )
 from test_families import DIALOGUES, FAMILY_TEMPLATES
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing_extensions import Self
 
 from simpo.config.choices import Compat, OnBadRecord
 from simpo.config.compose import compose_run
@@ -396,8 +397,8 @@ def test_no_reply_is_drawn_to_them(tiny_run: list[str], tmp_path: Path) -> None:
 def on(day: str) -> type[date]:
     class Day(date):
         @classmethod
-        def today(cls) -> date:
-            return date.fromisoformat(day)
+        def today(cls) -> Self:
+            return cls.fromisoformat(day)
 
     return Day
 

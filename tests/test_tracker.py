@@ -8,7 +8,7 @@ import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from whole_runs import TIMING, finish, logged, newest_checkpoint, run, start, wait_for
@@ -23,7 +23,7 @@ from simpo.train import train
 BLOCK = 32768
 
 
-def wandb_records(path: Path) -> Iterator[object]:
+def wandb_records(path: Path) -> Iterator[Any]:
     """The protobuf records of a .wandb file: a 7-byte header, then LevelDB's log format."""
     from wandb.proto import wandb_internal_pb2
 
@@ -38,15 +38,15 @@ def wandb_records(path: Path) -> Iterator[object]:
         payload += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record()
+            record = cast(Any, wandb_internal_pb2).Record()
             record.ParseFromString(payload)
             payload = b""
             yield record
 
 
-def sent_by_step(records: list[Any]) -> dict[tuple[int, str], float]:
+def sent_by_step(records: list[Any]) -> dict[tuple[float, str], float]:
     """What was logged, by step and key."""
-    sent = {}
+    sent: dict[tuple[float, str], float] = {}
     for record in records:
         if record.WhichOneof("record_type") == "history":
             items = record.history.item

@@ -30,7 +30,7 @@ COMMANDS = {
 }
 SECTIONS = {"train": [], "generate": ["on_policy"], "annotate": ["on_policy"]}
 """Commands whose help lists settings, and those that it lists where none are named: [] is all."""
-GOES_ON = "the same command goes on where it was"
+CONTINUES = "the same command goes on where it was"
 
 
 def main(words: list[str] | None = None) -> None:
@@ -62,7 +62,7 @@ def script() -> None:
 
 def _run(name: str, words: list[str]) -> None:
     if name in ("generate", "annotate"):
-        exit_on_signals(f"interrupted: {GOES_ON}", f"stopped ({GOES_ON})")
+        exit_on_signals(f"interrupted: {CONTINUES}", f"stopped ({CONTINUES})")
     place = "simpo.train" if name == "train" else f"simpo.launch.commands.{name}"
     module = importlib.import_module(place)
     if {"-h", "--help"} & set(words):

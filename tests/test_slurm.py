@@ -25,7 +25,7 @@ from simpo.config.losses import SigmoidConfig
 from simpo.launch import member
 from simpo.run import slurm
 from simpo.run.files import last_job
-from simpo.run.runs import UNDER_WAY, State, read_progress
+from simpo.run.runs import IN_PROGRESS, State, read_progress
 
 pytestmark = [pytest.mark.matrix, pytest.mark.usefixtures("slurm")]
 
@@ -67,7 +67,7 @@ def hurry(folder: Path) -> State:
 
 
 def ended(folder: Path) -> bool:
-    return hurry(folder) not in UNDER_WAY
+    return hurry(folder) not in IN_PROGRESS
 
 
 def job_of(folder: Path) -> str:
@@ -202,7 +202,7 @@ def test_time_limits(long_run: list[str], tmp_path: Path, monkeypatch: pytest.Mo
             environment.setenv(name, value)
             assert slurm.end_time() == end, (name, value)
             assert slurm.jobs([job_of(busy)])[job_of(busy)].state == "RUNNING", (name, value)
-    monkeypatch.setattr(member, "LAST_S", end - time.time() - 0.5)
+    monkeypatch.setattr(member, "REQUEUE_MARGIN_S", end - time.time() - 0.5)
     member.requeue_before_limit()
     run([*long_run, f"run_dir={tmp_path / 'calm'}"])
     until(lambda: all([ended(told), ended(busy)]), "the end of both")

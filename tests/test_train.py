@@ -19,6 +19,7 @@ from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.data.demo.records import demo_records
 from simpo.data.mixture import load_mixture
+from simpo.loss.simpo import SigmoidConfig
 from simpo.train import train
 
 

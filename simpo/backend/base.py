@@ -39,7 +39,7 @@ from simpo.run.processes import LISTEN_VARIABLE, a_rank_has_failed
 
 JOIN_S = 1800
 """How long a process waits for the others to come up: imports and slow disks take their time."""
-PATIENCE_S = 24 * 3600
+LONGEST_WAIT_S = 24 * 3600
 """How long one process may tokenise, evaluate or write its part of a checkpoint while the others
 wait. One that does not even run is found sooner, by the process that started it."""
 NOTICE_AFTER_S = 30.0
@@ -194,14 +194,14 @@ class Backend:
         return box[0]
 
     def wait(self) -> None:
-        """Return when all processes have come here, which may take any of them `PATIENCE_S`.
+        """Return when all processes have come here, which may take any of them `LONGEST_WAIT_S`.
 
         What is summed in every step does not wait so long.
 
         Raises:
             LostError: one did not come.
         """
-        self._meet(self.processes)
+        self._wait_for_arrivals(self.processes)
 
     @contextmanager
     def main_first(self, what: str) -> Iterator[None]:
@@ -214,7 +214,7 @@ class Backend:
         notice = threading.Timer(self._notice_after_s, print, [line], {"file": sys.stderr})
         notice.daemon = True
         if not self.is_main:
-            self._meet(1, comes=False)
+            self._wait_for_arrivals(1, arrives=False)
         elif self.processes > 1:
             notice.start()
         try:
@@ -222,15 +222,15 @@ class Backend:
         finally:
             notice.cancel()
         if self.is_main:
-            self._meet(0)
+            self._wait_for_arrivals(0)
 
     def close(self) -> None:
         """Leave when all are ready to; rank 0, which may keep their store, as the last."""
         self.wait()
-        self._meet(self.processes - 1 if self.is_main else 0, comes=not self.is_main)
+        self._wait_for_arrivals(self.processes - 1 if self.is_main else 0, arrives=not self.is_main)
         self._accelerator.end_training()
 
-    def _meet(self, count: int, comes: bool = True) -> None:
+    def _wait_for_arrivals(self, count: int, arrives: bool = True) -> None:
         """Return when so many processes have come to this call of it.
 
         Not a collective operation, which fails when somebody is late.
@@ -239,11 +239,13 @@ class Backend:
             return
         self._calls += 1
         key, pause_s = f"simpo/{self._calls}", 0.001
-        came = self._store.add(key, int(comes))
-        deadline = time.monotonic() + PATIENCE_S
+        came = self._store.add(key, int(arrives))
+        deadline = time.monotonic() + LONGEST_WAIT_S
         while came < count:
             if time.monotonic() > deadline:
-                raise LostError(f"rank {self.rank}: waited {PATIENCE_S} s for the other processes")
+                raise LostError(
+                    f"rank {self.rank}: waited {LONGEST_WAIT_S} s for the other processes"
+                )
             if a_rank_has_failed():
                 raise LostError(f"rank {self.rank}: waited for a process that has failed")
             time.sleep(pause_s)
@@ -317,10 +319,10 @@ class Backend:
         """
         state = self._state(wrapped, optimizer)
         if background:
-            done = dcp.async_save(state, checkpoint_id=folder, **self._together())
+            done = dcp.async_save(state, checkpoint_id=folder, **self._checkpoint_group())
             assert isinstance(done, Future)
             return done
-        dcp.save(state, checkpoint_id=folder, **self._together())
+        dcp.save(state, checkpoint_id=folder, **self._checkpoint_group())
         return None
 
     def load_state(
@@ -329,8 +331,10 @@ class Backend:
         """Put in place what `save_state` wrote in so many processes."""
         state = self._state(wrapped, optimizer)
         # Weights are filled where they are.
-        dcp.load(state, checkpoint_id=folder, **self._together())
-        set_optimizer_state_dict(wrapped, _own(optimizer), optim_state_dict=state["optimizer"])
+        dcp.load(state, checkpoint_id=folder, **self._checkpoint_group())
+        set_optimizer_state_dict(
+            wrapped, _unwrapped(optimizer), optim_state_dict=state["optimizer"]
+        )
 
     def _state(self, wrapped: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         weights = {
@@ -340,15 +344,15 @@ class Backend:
         }
         return {
             "policy": weights,
-            "optimizer": get_optimizer_state_dict(wrapped, _own(optimizer)),
+            "optimizer": get_optimizer_state_dict(wrapped, _unwrapped(optimizer)),
         }
 
-    def _together(self) -> dict[str, Any]:
+    def _checkpoint_group(self) -> dict[str, Any]:
         """How processes talk about a checkpoint: a save in the background must not meet a step."""
         if not dist.is_initialized():
             return {"no_dist": True}
         if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_S))
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=LONGEST_WAIT_S))
         return {"process_group": self._group}
 
 
@@ -358,7 +362,7 @@ def not_written(error: BaseException) -> bool:
     return any(term in str(error) for term in terms)
 
 
-def _own(optimizer: Optimizer) -> Optimizer:
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
     """torch's optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 

@@ -27,9 +27,9 @@ from simpo.run.processes import die_with_parent, end_process
 from simpo.run.runs import note_job
 from simpo.train import start
 
-LAST_S = 20.0
+REQUEUE_MARGIN_S = 20.0
 """Before its time limit a job is requeued, whether it has managed to save or not."""
-LINGER_S = 600.0
+REQUEUE_WAIT_S = 600.0
 
 
 class SlurmMember:
@@ -52,7 +52,7 @@ class SlurmMember:
         if stopped and not is_main:
             # The job ends while these wait; ending first, they might take the main one along.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(LINGER_S)
+            time.sleep(REQUEUE_WAIT_S)
         if stopped:
             slurm.requeue()
         end_process(code)
@@ -104,7 +104,7 @@ def requeue_before_limit() -> None:
     """Have this process's job requeued shortly before its time limit, whatever it does then."""
     end = slurm.end_time()
     if end is not None:
-        timer = threading.Timer(max(0.0, end - time.time() - LAST_S), slurm.requeue)
+        timer = threading.Timer(max(0.0, end - time.time() - REQUEUE_MARGIN_S), slurm.requeue)
         timer.daemon = True
         timer.start()
 

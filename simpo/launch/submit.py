@@ -16,7 +16,7 @@ from simpo.config.launchers import SlurmConfig
 UNLIMITED_REQUEUES = 10**6
 
 
-SETTLED = {
+SBATCH_VARIABLES = {
     "array_parallelism": ("ARRAY_INX",),
     "job_name": ("JOB_NAME",),
     "time": ("TIMELIMIT",),
@@ -106,7 +106,9 @@ def _parameters(config: SlurmConfig, name: str, num_runs: int) -> dict[str, Any]
 @contextmanager
 def _without_defaults(parameters: Mapping[str, object]) -> Iterator[None]:
     """While entered, what a submission asks for is not overridden by variables of sbatch."""
-    asked_for = (SETTLED.get(key, ()) for key, value in parameters.items() if value is not None)
+    asked_for = (
+        SBATCH_VARIABLES.get(key, ()) for key, value in parameters.items() if value is not None
+    )
     names = [f"SBATCH_{word}" for words in asked_for for word in words]
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

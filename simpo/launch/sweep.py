@@ -36,7 +36,7 @@ from simpo.launch.submit import submit
 from simpo.run import slurm
 from simpo.run.atomic import write_text
 from simpo.run.folder import new_folder, refuse_other_settings, train_command, unfinished_folders
-from simpo.run.runs import NOT_WELL, UNDER_WAY, State, note_job, read_progress, read_runs
+from simpo.run.runs import IN_PROGRESS, UNSUCCESSFUL, State, note_job, read_progress, read_runs
 from simpo.run.signals import SAVING, forwarding_signals, signals_blocked
 
 GRACE_S = 60.0
@@ -93,10 +93,10 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sweep is None:
         folder = _single_folder(members[0].run)
-        members = [_placed(members[0], folder)]
+        members = [_with_folder(members[0], folder)]
     else:
         folder = _sweep_folder(members[0], sweep)
-        members = [_placed(member, folder / member.name) for member in members]
+        members = [_with_folder(member, folder / member.name) for member in members]
     every = list({member.path: member for member in members}.values())
     progress = read_progress([m.path for m in every])
     if unreadable := [p.note for p in progress if p.state is State.damaged]:
@@ -105,12 +105,12 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
     todo = [
         member
         for member, state in zip(every, states, strict=True)
-        if state is not State.finished and state not in _left_alone(member)
+        if state is not State.finished and state not in _states_to_skip(member)
     ]
     alone = Counter(s.value for m, s in zip(every, states, strict=True) if m not in todo)
     for name, count in alone.items():
         print(f"{count} of {len(every)} members {name} already")
-    with _prepared(todo, folder):
+    with _with_files(todo, folder):
         if isinstance(config, SlurmConfig):
             _queue(config, todo, every, folder)
             if not config.wait:
@@ -120,7 +120,7 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
             _run_here(config, todo, folder)
     found, damaged = read_runs([member.path for member in every])
     runs = {run.folder: run for run in found}
-    bad = [run.folder.name for run in found if run.progress.state in NOT_WELL]
+    bad = [run.folder.name for run in found if run.progress.state in UNSUCCESSFUL]
     bad += [run.folder.name for run in damaged]
     if bad:
         raise RunError(
@@ -130,10 +130,10 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
     return [runs[member.path].monitored for member in members]
 
 
-def _left_alone(member: Member) -> tuple[State, ...]:
+def _states_to_skip(member: Member) -> tuple[State, ...]:
     """States in which a member needs no start: here, one that has only been prepared does."""
     launched = (member.path / "jobs.jsonl").is_file()
-    return UNDER_WAY if launched else (State.running,)
+    return IN_PROGRESS if launched else (State.running,)
 
 
 def _single_folder(run: RunConfig) -> Path:
@@ -169,14 +169,14 @@ def _decides_numbers(key: str) -> bool:
     return section in (*RESULT_SECTIONS, "experiments") and rest not in MAY_DIFFER.get(section, ())
 
 
-def _placed(member: Member, folder: Path) -> Member:
+def _with_folder(member: Member, folder: Path) -> Member:
     run = replace(member.run, run_dir=str(folder))
     refuse_other_settings(run, folder)
     return replace(member, run=run)
 
 
 @contextmanager
-def _prepared(members: Sequence[Member], folder: Path) -> Iterator[None]:
+def _with_files(members: Sequence[Member], folder: Path) -> Iterator[None]:
     """Settings and command in each member's folder; what is new goes again if nothing starts.
 
     Raises:
@@ -186,7 +186,7 @@ def _prepared(members: Sequence[Member], folder: Path) -> Iterator[None]:
     try:
         for member in members:
             member.path.mkdir(parents=True, exist_ok=True)
-            words = [text for text in member.overrides if not _says_where(text)]
+            words = [text for text in member.overrides if not _is_placement(text)]
             private = holds_secret(member.run)
             command = train_command(words, member.path)
             write_text(member.path / "command.txt", f"{command}\n", private)
@@ -202,7 +202,7 @@ def _prepared(members: Sequence[Member], folder: Path) -> Iterator[None]:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _says_where(override: str) -> bool:
+def _is_placement(override: str) -> bool:
     return override.partition("=")[0].partition(".")[0] in ("launcher", "run_dir")
 
 
@@ -332,7 +332,7 @@ def _follow(
             here = under_way()
             steps = []
             for path, progress in zip(list(unreported), read_progress(unreported), strict=True):
-                at_rest = progress.state not in UNDER_WAY
+                at_rest = progress.state not in IN_PROGRESS
                 if progress.state is State.running:
                     steps.append(f"{progress.step}/{progress.total_steps or '?'}")
                 if not (at_rest if here is None else path not in here):

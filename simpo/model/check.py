@@ -118,7 +118,7 @@ def _compare(policy: Policy, bf16: bool) -> None:
     policy.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         try:
-            expected = torch.cat([_alone(policy, pair) for pair in pairs])
+            expected = torch.cat([_separate_hidden(policy, pair) for pair in pairs])
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             name = type(policy.base).__name__
             fault = f"its hidden states cannot be had, which is not supported: {first_line(error)}"
@@ -151,7 +151,7 @@ def _compare(policy: Policy, bf16: bool) -> None:
         )
 
 
-def _alone(policy: Policy, pair: TokenizedPair) -> Tensor:
+def _separate_hidden(policy: Policy, pair: TokenizedPair) -> Tensor:
     """Hidden states that predict the responses of a pair, each sequence in a forward of its own."""
     own = policy.base.config._attn_implementation
     policy.base.set_attn_implementation("eager")

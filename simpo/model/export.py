@@ -41,7 +41,7 @@ def save_model(
     alone = {"save_embedding_layers": False} if adapted else {}
     try:
         base.config.use_cache = True
-        left_out = _settle_generation(base, chat)
+        left_out = _make_generation_savable(base, chat)
         policy.model.save_pretrained(part, state_dict=weights, **alone)  # type: ignore[operator]
         for key in ("is_local", "local_files_only"):  # how it was loaded, and nothing of its own
             chat.tokenizer.init_kwargs.pop(key, None)
@@ -69,7 +69,7 @@ def save_model(
     ]
 
 
-def _settle_generation(base: PreTrainedModel, chat: Chat) -> list[str]:
+def _make_generation_savable(base: PreTrainedModel, chat: Chat) -> list[str]:
     """Give a model settings of generation that can be saved, with the tokens of its template.
 
     They are the base's but for what transformers refuses to save, such as a temperature without
@@ -80,15 +80,15 @@ def _settle_generation(base: PreTrainedModel, chat: Chat) -> list[str]:
     """
     if base.generation_config is None:
         return []
-    settled = copy.deepcopy(base.generation_config)
+    config = copy.deepcopy(base.generation_config)
     ends = {chat.end_id, chat.tokenizer.eos_token_id} - {None}
-    settled.eos_token_id, settled.pad_token_id = sorted(ends), chat.tokenizer.pad_token_id
-    pending = settled.to_diff_dict()
+    config.eos_token_id, config.pad_token_id = sorted(ends), chat.tokenizer.pad_token_id
+    pending = config.to_diff_dict()
     kept: dict[str, Any] = {}
     # One setting may need another, so each is tried again beside those that were taken.
     while key := next((k for k, v in pending.items() if _can_be_saved(kept | {k: v})), None):
         kept[key] = pending.pop(key)
-    base.generation_config = GenerationConfig(**kept) if pending else settled
+    base.generation_config = GenerationConfig(**kept) if pending else config
     return sorted(pending)
 
 

@@ -68,7 +68,7 @@ def load_policy(
     except KeyError as error:  # an architecture that looks attention up in a table of its own
         raise cannot_share(type(settings).__name__, "its attention cannot be replaced") from error
     if config.quantization is Quantization.nf4:
-        _mend_nf4_on_a_cpu(model, device)
+        _patch_nf4_on_cpu(model, device)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora.used:
@@ -139,7 +139,7 @@ def _quantization(config: ModelConfig, bf16: bool) -> BitsAndBytesConfig | None:
     )
 
 
-def _mend_nf4_on_a_cpu(model: nn.Module, device: torch.device) -> None:
+def _patch_nf4_on_cpu(model: nn.Module, device: torch.device) -> None:
     """Keep bitsandbytes from two things that it does wrong on a CPU, and says nothing of.
 
     Raises:

@@ -61,7 +61,7 @@ def load_weights(key: str, source: str, loader: Any, **options: Any) -> Any:
         "of another shape": [f"{n} {list(found)} for {list(own)}" for n, found, own in shapes],
     }
     if any(odd.values()):
-        faults = "; ".join(f"{what} {_first_of(names)}" for what, names in odd.items() if names)
+        faults = "; ".join(f"{what} {_shortened(names)}" for what, names in odd.items() if names)
         raise ConfigError(
             [
                 f"{key}: {source} does not fit {type(model).__name__}: {faults} (mend the files or "
@@ -89,11 +89,11 @@ def check_finite(key: str, source: str, model: nn.Module) -> None:
     ]
     if bad:
         raise ConfigError(
-            [f"{key}: {source} holds NaN or infinite weights in {_first_of(bad)} (mend the files)"]
+            [f"{key}: {source} holds NaN or infinite weights in {_shortened(bad)} (mend the files)"]
         )
 
 
-def _first_of(names: Sequence[str]) -> str:
+def _shortened(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     more = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

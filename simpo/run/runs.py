@@ -62,8 +62,8 @@ class State(str, Enum):
     damaged = "damaged"
 
 
-UNDER_WAY = (State.pending, State.running)
-NOT_WELL = (State.stopped, State.cancelled, State.killed, State.failed, State.damaged)
+IN_PROGRESS = (State.pending, State.running)
+UNSUCCESSFUL = (State.stopped, State.cancelled, State.killed, State.failed, State.damaged)
 
 
 @dataclass(frozen=True)
@@ -259,9 +259,9 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
     elif (locked := _is_locked(folder)) or _is_alive(job, folder):
         state, note = State.running, ""
     elif known is not None and known.state != "COMPLETED":
-        if known.state in slurm.WAITING:
+        if known.state in slurm.PENDING_STATES:
             state, note = State.pending, known.reason
-        elif known.state in slurm.AT_WORK:
+        elif known.state in slurm.ACTIVE_STATES:
             state, note = State.running, ""
         elif known.state == "CANCELLED":
             state, note = State.cancelled, ""

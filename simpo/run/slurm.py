@@ -8,8 +8,23 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
-AT_WORK = ("RUNNING", "COMPLETING", "CONFIGURING", "RESIZING", "STAGE_OUT", "SUSPENDED", "STOPPED")
+PENDING_STATES = (
+    "PENDING",
+    "REQUEUED",
+    "REQUEUE_FED",
+    "REQUEUE_HOLD",
+    "SPECIAL_EXIT",
+    "RESV_DEL_HOLD",
+)
+ACTIVE_STATES = (
+    "RUNNING",
+    "COMPLETING",
+    "CONFIGURING",
+    "RESIZING",
+    "STAGE_OUT",
+    "SUSPENDED",
+    "STOPPED",
+)
 FIELDS = "JobArrayID:|,State:|,RestartCnt:|,exit_code:|,Reason:|"
 
 
@@ -53,7 +68,9 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
                 name, state, codes = line.split("|")
                 code, _, number = codes.partition(":")
                 # "CANCELLED by 1000"
-                found.setdefault(name, Job(state.split()[0], int(code) or _killed(int(number))))
+                found.setdefault(
+                    name, Job(state.split()[0], int(code) or _code_of_signal(int(number)))
+                )
     return {name: job for name, job in found.items() if name in wanted}
 
 
@@ -71,7 +88,7 @@ def end_time() -> float | None:
     """When the time limit of this process's job ends it, as time.time(); None without a limit, or
     where Slurm does not say.
     """
-    epoch = _asked("%e")
+    epoch = _job_field("%e")
     return float(epoch) if epoch.isdecimal() else None
 
 
@@ -81,18 +98,18 @@ def requeue() -> bool:
     Returns:
         False where Slurm is about to end it anyhow: cancelled, or requeued by somebody else.
     """
-    if _asked("%T") != "RUNNING":
+    if _job_field("%T") != "RUNNING":
         return False
     return subprocess.run(["scontrol", "requeue", own_job()], check=False).returncode == 0
 
 
-def _asked(field: str) -> str:
+def _job_field(field: str) -> str:
     """What squeue says of this process's job; empty where it says nothing."""
     lines = _lines(["squeue", "--noheader", f"--jobs={own_job()}", f"--format={field}"])
     return lines[-1].strip() if lines else ""
 
 
-def _asking() -> dict[str, str]:
+def _query_environment() -> dict[str, str]:
     """Environment of a command whose answer is read: times as the epoch, and none of the formats
     and filters that users set for their own eyes.
     """
@@ -104,7 +121,12 @@ def _lines(command: Sequence[str]) -> list[str]:
     """What a command prints; nothing where it fails, as it does for jobs long gone."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=60, env=_asking()
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            env=_query_environment(),
         )
     except (OSError, subprocess.TimeoutExpired):
         return []
@@ -114,8 +136,8 @@ def _lines(command: Sequence[str]) -> list[str]:
 def _exit_code(status: int) -> int:
     """squeue gives the status of wait()."""
     code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else _killed(-code)
+    return code if code >= 0 else _code_of_signal(-code)
 
 
-def _killed(number: int) -> int:
+def _code_of_signal(number: int) -> int:
     return number and number + 128

@@ -109,9 +109,8 @@ def test_an_old_key_in_a_file_of_its_group(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "data").mkdir()
-    choice = "defaults:\n  - /schema/data/base\n  - _self_\nname: own\nsources: [{path: a.jsonl}]\n"
-    (tmp_path / "data" / "own.yaml").write_text(f"{choice}on_bad_row: drop\n")
-    (tmp_path / "a.jsonl").touch()
+    choice = "defaults:\n  - /schema/data/base@_here_\n  - _self_\nname: own\non_bad_row: drop\n"
+    (tmp_path / "data" / "own.yaml").write_text(choice)
     composed = Composer(str(tmp_path)).compose(["data=own"])
     assert composed.data.on_bad_record is OnBadRecord.drop
     assert capsys.readouterr().err == "note   data.on_bad_row is now data.on_bad_record\n"

@@ -73,7 +73,7 @@ class ZeroBackend(Backend):
             }
         short = {"float32": "fp32", "bfloat16": "bf16"}
         return {
-            # A step has as many rows as it needs; where it ends is told with each of them.
+            # A step has as many rows as it needs; each comes with whether it is the last.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self._max_grad_norm,

@@ -40,7 +40,7 @@ DISK = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 class SimpoError(Exception):
-    """An error that is told in its own words, without a traceback.
+    """An error whose message is all that a user sees, without a traceback.
 
     `exit_code` is the process's: 1 for a failed run, 2 for bad settings or data.
     """

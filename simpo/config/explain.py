@@ -101,7 +101,7 @@ def _sweeper(composer: Composer, overrides: Sequence[str]) -> tuple[Sweeper, lis
         composed = composer.compose(telling, with_hydra=True).hydra
         node = OmegaConf.to_container(composed.sweeper, resolve=True)
     except (NotComposedError, OmegaConfBaseException):
-        return Sweeper(), []  # told where the overrides are
+        return Sweeper(), []  # reported with the overrides
     assert isinstance(node, dict)
     swept: dict[str, Any] = {}
     for name, example in (("params", '{loss.beta: "1,2"}'), ("stages", '[{loss.beta: "1,2"}]')):

@@ -241,7 +241,7 @@ class ExportConfig:
 
 @dataclass(kw_only=True)
 class TrackerConfig:
-    """Who is told the metrics, besides the console and metrics.jsonl, which always are."""
+    """What gets the metrics, besides the console and metrics.jsonl, which always do."""
 
     name: str = "console"
     """Kind of tracker; set by the group."""

@@ -164,7 +164,7 @@ def _write_records(
 def _plan_costs(
     run: RunConfig, backend: Backend, policy: Policy, plan: TrainPlan, train: PackedSet
 ) -> list[str]:
-    """What is told of the rows and the memory of a step, which must fit the device."""
+    """Lines about the rows and the memory of a step, which must fit the device."""
     cfg = run.train
     planned = cost.layout(plan, train.num_tokens, cfg.tokens_per_row, backend.processes)
     memory = cost.estimate_memory(

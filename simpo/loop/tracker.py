@@ -85,7 +85,7 @@ class Tracker:
         except Exception as error:  # of whatever kind, no tracker ends a training
             self._wandb = None
             self.print(
-                f"note   wandb failed, and is told nothing more: {first_line(error)} "
+                f"note   wandb failed, and gets nothing more: {first_line(error)} "
                 "(metrics.jsonl has everything)"
             )
 

@@ -106,7 +106,7 @@ class Stages:
 
 
 def text(stages: Stages, colors: bool = False) -> str:
-    """For a terminal; without colours roles are told by the lines they stand in."""
+    """For a terminal; without colours the roles follow from the lines they stand in."""
     lines = [stages.title, "", *stages.lines, "", *markdown_table(stages.lengths)]
     for shown in stages.pairs:
         lines += ["", f"--- {shown.place}"]

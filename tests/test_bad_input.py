@@ -1161,14 +1161,6 @@ def test_cfg_job_prints_the_composed_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_lists_the_groups(tmp_path):
-    done = run_cli("--help", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"\nmodel: {MODELS}\n" in done.stdout
-    assert f"\nloss: {LOSS_CHOICES}\n" in done.stdout
-    assert "\ntracker: console, wandb\n" in done.stdout
-
-
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(["", " ", "a", "\ud83d"])
 )

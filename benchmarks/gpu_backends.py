@@ -87,7 +87,8 @@ def losses_of(name: str, device: str) -> list[float]:
     from simpo.data.packing import pack
     from simpo.data.pairs import TokenizedPair
     from simpo.loop.optim import build_optimizer
-    from simpo.loop.step import summarise, update
+    from simpo.loop.score import summarise
+    from simpo.loop.step import update
     from simpo.loss.simpo import SigmoidConfig
     from simpo.model.load import load_policy
 

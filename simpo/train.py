@@ -137,8 +137,9 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.loop.history import History
     from simpo.loop.optim import learning_rate, set_learning_rate
     from simpo.loop.save import save_results
+    from simpo.loop.score import summarise
     from simpo.loop.setup import set_up, with_references
-    from simpo.loop.step import finite_update, speed, summarise
+    from simpo.loop.step import finite_update, speed
     from simpo.loop.tracker import Tracker, check_login
     from simpo.run.best import check_monitor
     from simpo.run.signals import StopRequest

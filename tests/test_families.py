@@ -22,7 +22,8 @@ from simpo.data.packing import pack
 from simpo.data.pairs import Message
 from simpo.data.plan import rows_of_pairs
 from simpo.loop.optim import build_optimizer
-from simpo.loop.step import summarise, update
+from simpo.loop.score import summarise
+from simpo.loop.step import update
 from simpo.loss.simpo import SigmoidConfig
 from simpo.model.policy import Policy
 

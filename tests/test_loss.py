@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from simpo.loop.step import COLUMNS, pair_sums, pair_table, summarise
+from simpo.loop.score import COLUMNS, pair_sums, pair_table, summarise
 from simpo.loss import PairLogps, pair_losses
 from simpo.loss.simpo import HingeConfig, SigmoidConfig
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from simpo.config.losses import LOSSES
 from simpo.data.packing import pack
-from simpo.loop.step import pair_sums, pair_table, summarise
+from simpo.loop.score import pair_sums, pair_table, summarise
 from simpo.loss import LossConfig, PairLogps, pair_losses
 from simpo.loss.simpo import AlphaPoConfig, RepoConfig, SigmoidConfig, SimperConfig
 from simpo.loss.with_reference import DpoConfig, IpoConfig, LnDpoConfig, RDpoConfig

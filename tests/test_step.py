@@ -28,7 +28,8 @@ from simpo.config.choices import Device, Precision
 from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.data.plan import rows_of_pairs
-from simpo.loop.step import NonFiniteError, summarise, update
+from simpo.loop.score import summarise
+from simpo.loop.step import NonFiniteError, update
 from simpo.loss.simpo import HingeConfig, SigmoidConfig, SimpoConfig
 from simpo.model.policy import Policy
 

@@ -24,7 +24,8 @@ from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import rows_of_pairs
 from simpo.loop.optim import build_optimizer, learning_rate, set_learning_rate
-from simpo.loop.step import summarise, update
+from simpo.loop.score import summarise
+from simpo.loop.step import update
 from simpo.loss import LossConfig, pair_losses
 from simpo.loss.simpo import SigmoidConfig
 from simpo.loss.with_reference import DpoConfig, IpoConfig, LnDpoConfig

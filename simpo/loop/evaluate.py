@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from simpo.config.schema import RunConfig
 from simpo.loop.replies import greedy_replies, reply_lines, reply_metrics
+from simpo.loop.score import columns, evaluate
 from simpo.loop.setup import Parts
-from simpo.loop.step import columns, evaluate
 from simpo.loop.tracker import Tracker
 
 

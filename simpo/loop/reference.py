@@ -18,6 +18,7 @@ from torch import nn
 from simpo.backend import Backend
 from simpo.data.chat import TokenizedSet
 from simpo.data.pairs import PackedPairs
+from simpo.loop.score import score_pairs
 from simpo.run.cache import find_entry, keep_entry
 
 
@@ -68,16 +69,16 @@ def with_reference(
     return replace(data, tokens=tokens, notes=(*data.notes, *notes))
 
 
-@torch.no_grad()
 def _score(policy: nn.Module, rows: Iterable[PackedPairs], backend: Backend) -> np.ndarray:
     """Summed log-probabilities of both responses of each pair of all processes, [pairs, 2]."""
-    policy.eval()
-    scored: list[tuple[int, list[float]]] = []
-    for row in rows:
-        logps = policy(row.to(backend.device), lambda logps: 0.0 * logps.chosen)[1]
-        sums = torch.stack([logps.chosen, logps.rejected], dim=1).tolist()
-        scored += zip(row.pairs, sums[: len(row.pairs)], strict=True)
-    return np.array([sums for _, sums in sorted(backend.gather(scored))], dtype=np.float32)
+    sums = score_pairs(
+        policy,
+        rows,
+        lambda logps: 0.0 * logps.chosen,
+        lambda logps: torch.stack([logps.chosen, logps.rejected], dim=1),
+        backend,
+    )
+    return np.array(list(sums.values()), dtype=np.float32)
 
 
 def _write(folder: Path, scores: np.ndarray) -> None:

@@ -8,8 +8,7 @@ rows therefore changes nothing but rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,24 +19,11 @@ from simpo.backend import Backend
 from simpo.config.errors import RunError
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs
+from simpo.loop.score import pair_sums, pair_table
 from simpo.loop.setup import Parts
 from simpo.loss import LossConfig, PairLogps, pair_losses
 from simpo.model import cost
 from simpo.model.head import PairLoss
-
-COLUMNS = (
-    "preference_loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "chosen_nll",
-    "chosen_tokens",
-    "rejected_tokens",
-)
-CHOSEN_COLUMNS = ("preference_loss", "logps/chosen", "chosen_nll", "chosen_tokens")
 
 
 class NonFiniteError(Exception):
@@ -90,28 +76,6 @@ def update(
     return pair_sums(table), grad_norm
 
 
-@torch.no_grad()
-def evaluate(
-    policy: nn.Module, rows: Iterable[PackedPairs], loss: LossConfig, backend: Backend
-) -> tuple[dict[str, float], dict[int, list[float]]]:
-    """Score the pairs of all processes' rows, without an update; arguments as `update`.
-
-    Returns:
-        Metrics over all pairs, and the numbers of each pair in the order of `columns`.
-    """
-    policy.eval()
-    sums = torch.zeros(len(columns(loss)) + 1, dtype=torch.float64)
-    scored: list[tuple[int, list[float]]] = []
-    for row in rows:
-        logps = policy(row.to(backend.device), partial(pair_losses, loss))[1]
-        table = pair_table(loss, logps)[: len(row.pairs)]
-        sums += pair_sums(table)
-        scored += zip(row.pairs, table.tolist(), strict=True)
-    # First what waits for the slowest process.
-    every = dict(sorted(backend.gather(scored)))
-    return summarise(loss, backend.sum(sums)), every
-
-
 def _nothing(logps: PairLogps) -> Tensor:
     return 0.0 * logps.chosen
 
@@ -126,46 +90,6 @@ def _share_of_step(loss: LossConfig, num_pairs: int, num_chosen_tokens: int) -> 
         return losses
 
     return pair_loss
-
-
-def columns(loss: LossConfig) -> tuple[str, ...]:
-    """Those of `COLUMNS` that a loss has: without rejected responses, a few."""
-    return COLUMNS if loss.needs_rejected else CHOSEN_COLUMNS
-
-
-def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
-    """One line for each pair with the numbers in `columns`, float64 [P, columns].
-
-    Rewards are those of the loss; a tie counts as half accurate.
-    """
-    losses, chosen, rejected = loss.preference(logps)
-    numbers = {
-        "preference_loss": losses,
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": 0.5 * ((chosen > rejected).float() + (chosen >= rejected).float()),
-        "rewards/margins": chosen - rejected,
-        "logps/chosen": logps.average_chosen,
-        "logps/rejected": logps.average_rejected,
-        "chosen_nll": -logps.chosen,
-        "chosen_tokens": logps.chosen_tokens,
-        "rejected_tokens": logps.rejected_tokens,
-    }
-    return torch.stack([numbers[name].detach().double() for name in columns(loss)], dim=1)
-
-
-def pair_sums(table: Tensor) -> Tensor:
-    """Sums of the columns of a table and, last, the number of its lines, on the CPU."""
-    count = torch.tensor([float(len(table))], dtype=torch.float64)
-    return torch.cat([table.sum(dim=0).cpu(), count])
-
-
-def summarise(loss: LossConfig, sums: Tensor) -> dict[str, float]:
-    """Means over pairs from `pair_sums`; `loss` is the composed loss, sft term included."""
-    means = dict(zip(columns(loss), (sums[:-1] / sums[-1]).tolist(), strict=True))
-    nll = means.pop("chosen_nll") / means["chosen_tokens"]
-    value = means.pop("preference_loss") + loss.sft_weight * nll
-    return {"loss": value, **means}
 
 
 def finite_update(

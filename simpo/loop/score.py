@@ -1,0 +1,111 @@
+"""The numbers of pairs: from log-probabilities to metrics; and scoring without an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from simpo.backend import Backend
+from simpo.data.pairs import PackedPairs
+from simpo.loss import LossConfig, PairLogps, pair_losses
+from simpo.model.head import PairLoss
+
+COLUMNS = (
+    "preference_loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "chosen_nll",
+    "chosen_tokens",
+    "rejected_tokens",
+)
+
+
+CHOSEN_COLUMNS = ("preference_loss", "logps/chosen", "chosen_nll", "chosen_tokens")
+
+
+def columns(loss: LossConfig) -> tuple[str, ...]:
+    """Those of `COLUMNS` that a loss has: without rejected responses, a few."""
+    return COLUMNS if loss.needs_rejected else CHOSEN_COLUMNS
+
+
+def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
+    """One line for each pair with the numbers in `columns`, float64 [P, columns].
+
+    Rewards are those of the loss; a tie counts as half accurate.
+    """
+    losses, chosen, rejected = loss.preference(logps)
+    numbers = {
+        "preference_loss": losses,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": 0.5 * ((chosen > rejected).float() + (chosen >= rejected).float()),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": logps.average_chosen,
+        "logps/rejected": logps.average_rejected,
+        "chosen_nll": -logps.chosen,
+        "chosen_tokens": logps.chosen_tokens,
+        "rejected_tokens": logps.rejected_tokens,
+    }
+    return torch.stack([numbers[name].detach().double() for name in columns(loss)], dim=1)
+
+
+def pair_sums(table: Tensor) -> Tensor:
+    """Sums of the columns of a table and, last, the number of its lines, on the CPU."""
+    count = torch.tensor([float(len(table))], dtype=torch.float64)
+    return torch.cat([table.sum(dim=0).cpu(), count])
+
+
+def summarise(loss: LossConfig, sums: Tensor) -> dict[str, float]:
+    """Means over pairs from `pair_sums`; `loss` is the composed loss, sft term included."""
+    means = dict(zip(columns(loss), (sums[:-1] / sums[-1]).tolist(), strict=True))
+    nll = means.pop("chosen_nll") / means["chosen_tokens"]
+    value = means.pop("preference_loss") + loss.sft_weight * nll
+    return {"loss": value, **means}
+
+
+@torch.no_grad()
+def score_pairs(
+    policy: nn.Module,
+    rows: Iterable[PackedPairs],
+    pair_loss: PairLoss,
+    table: Callable[[PairLogps], Tensor],
+    backend: Backend,
+) -> dict[int, list[float]]:
+    """Compute numbers of the pairs of all processes' rows, without an update.
+
+    Args:
+        policy: as `Backend.prepare` wrapped it.
+        pair_loss: the loss to compute, which the policy's forward needs.
+        table: gives the numbers of a row's pairs, [P, numbers].
+
+    Returns:
+        The numbers of each pair, by its index.
+    """
+    policy.eval()
+    scored: list[tuple[int, list[float]]] = []
+    for row in rows:
+        logps = policy(row.to(backend.device), pair_loss)[1]
+        scored += zip(row.pairs, table(logps)[: len(row.pairs)].tolist(), strict=True)
+    return dict(sorted(backend.gather(scored)))
+
+
+def evaluate(
+    policy: nn.Module, rows: Iterable[PackedPairs], loss: LossConfig, backend: Backend
+) -> tuple[dict[str, float], dict[int, list[float]]]:
+    """Score the pairs of all processes' rows with a loss; arguments as `score_pairs`.
+
+    Returns:
+        Metrics over all pairs, and the numbers of each pair in the order of `columns`.
+    """
+    numbers = score_pairs(
+        policy, rows, partial(pair_losses, loss), partial(pair_table, loss), backend
+    )
+    table = torch.tensor(list(numbers.values()), dtype=torch.float64)
+    return summarise(loss, pair_sums(table)), numbers

@@ -22,11 +22,11 @@ from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.explain import explain
 from simpo.config.inputs import DataConfig, SourceConfig
-from simpo.config.losses import SimpoConfig
 from simpo.data import sources
 from simpo.data.mixture import load_mixture
 from simpo.data.records import RecordFault, to_dialogue, to_pair, to_prompt
 from simpo.data.rules import RULES
+from simpo.loss.simpo import SimpoConfig
 
 MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
 SECTIONS = (

@@ -19,7 +19,7 @@ from whole_runs import run_command
 from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
-from simpo.config.losses import SigmoidConfig
+from simpo.loss.simpo import SigmoidConfig
 from simpo.report.compare import Comparison, compare
 from simpo.report.page import render
 from simpo.report.text import text

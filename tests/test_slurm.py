@@ -21,8 +21,8 @@ from browser import look_at
 from whole_runs import assert_same_run, logged, metrics_of, run, start
 
 from simpo.config.check import load_run
-from simpo.config.losses import SigmoidConfig
 from simpo.launch import member
+from simpo.loss.simpo import SigmoidConfig
 from simpo.run import slurm
 from simpo.run.files import last_job
 from simpo.run.runs import IN_PROGRESS, State, read_progress

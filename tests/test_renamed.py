@@ -1,6 +1,7 @@
 """Settings under an old name read as those under the new one, and one line says so."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from simpo.config.compose import compose_run
 from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError
 from simpo.config.renamed import rename_overrides
+from simpo.run.folder import FINGERPRINTS, refuse_other_settings
 
 NOTE = "note   objective.metric is now monitor.metric\n"
 CHOICE = """\
@@ -140,3 +142,20 @@ def test_the_command_says_it_once() -> None:
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and errors == NOTE
     assert "monitor:\n  metric: loss\n" in output and "objective" not in output
+
+
+def test_a_run_begun_under_the_old_names_has_the_same_settings(tmp_path: Path) -> None:
+    run = compose_run(["data.on_bad_record=drop", "monitor.metric=loss"])
+    text = run_yaml(run).replace("\nmonitor:\n", "\nobjective:\n")
+    (tmp_path / "run.yaml").write_text(text.replace("  on_bad_record: ", "  on_bad_row: "))
+    settings = json.loads(json.dumps(trajectory(run)))
+    settings["data.on_bad_row"] = settings.pop("data.on_bad_record")
+    data = {"settings": settings, **dict.fromkeys(FINGERPRINTS, "")}
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    refuse_other_settings(run, tmp_path)
+    with pytest.raises(ConfigError) as error:
+        refuse_other_settings(compose_run([]), tmp_path)
+    assert str(error.value) == (
+        f"data.on_bad_record: the run in {tmp_path} has drop, got stop "
+        "(restore it, or choose another folder)"
+    )

@@ -106,8 +106,11 @@ def start(run: RunConfig) -> dict[str, float]:
     """Train a run here, as one of the processes that were started for it, or in processes of its
     own; see `train`.
     """
+    from simpo.loop.tracker import check_login
+
     set_stopped_exit_code(run.train.stopped_exit_code)
     refuse_unwritable(run)
+    check_login(run.tracker)
     processes.join_slurm()
     count = processes.num_processes_to_start(run.backend)
     if count is not None:
@@ -140,12 +143,11 @@ def train(run: RunConfig) -> dict[str, float]:
     from simpo.loop.score import summarise
     from simpo.loop.setup import set_up, with_references
     from simpo.loop.step import finite_update, speed
-    from simpo.loop.tracker import Tracker, check_login
+    from simpo.loop.tracker import Tracker
     from simpo.run.best import check_monitor
     from simpo.run.signals import StopRequest
 
     console.quiet_libraries()
-    check_login(run.tracker)
     cfg = run.train
     parts = set_up(run)
     backend, folder, plan, store = parts.backend, parts.folder, parts.plan, parts.store

@@ -18,6 +18,7 @@ from simpo.config.errors import ConfigError
 from simpo.config.schema import TrackerConfig, WandbConfig
 from simpo.loop.tracker import Tracker, check_login
 from simpo.run.files import read_metrics
+from simpo.train import start as start_here
 from simpo.train import train
 
 BLOCK = 32768
@@ -160,13 +161,27 @@ def test_online_without_a_login_is_refused_before_anything_is_loaded(
     nobody: None, tiny_run: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        train(compose_run([*tiny_run, "tracker=wandb"]))
+        start_here(compose_run([*tiny_run, "tracker=wandb"]))
     assert str(caught.value) == (
         "tracker: wandb: no login (wandb login, or WANDB_API_KEY, or tracker.mode=offline)"
     )
     assert not (tmp_path / "outputs").exists() and not (tmp_path / "cache").exists()
     assert capfd.readouterr().err == ""
     check_login(compose_run(["tracker=wandb", "tracker.mode=offline"]).tracker)
+
+
+def test_the_login_is_looked_for_once(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before processes are started, and not in each of them."""
+    seen: list[object] = []
+    monkeypatch.setattr("simpo.loop.tracker.check_login", seen.append)
+    monkeypatch.setattr(
+        "simpo.run.processes.run_in_processes", lambda count, run: seen.append(count) or {}
+    )
+    two = compose_run([*tiny_run, "backend=ddp", "backend.processes=2"])
+    start_here(two)
+    assert seen == [two.tracker, 2]
+    train(compose_run(tiny_run))
+    assert seen == [two.tracker, 2]
 
 
 def test_a_server_that_does_not_answer(

@@ -8,6 +8,7 @@ import random
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +20,30 @@ from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.data.demo.records import demo_records
 from simpo.data.mixture import load_mixture
+from simpo.loop.setup import set_up
 from simpo.loss.simpo import SigmoidConfig
+from simpo.model import pretrained
 from simpo.train import train
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
+
+
+def test_the_models_settings_are_loaded_once(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load = pretrained.load_pretrained
+
+    def noted(key: str, source: str, loader: Any, **options: Any) -> Any:
+        loaded.append(loader.__name__)
+        return load(key, source, loader, **options)
+
+    monkeypatch.setattr(pretrained, "load_pretrained", noted)
+    set_up(compose_run(tiny_run))
+    assert loaded == ["AutoConfig", "AutoModelForCausalLM"]
 
 
 def test_what_a_run_leaves(tiny_run: list[str], run_dir: Path, tiny_folder: Path) -> None:

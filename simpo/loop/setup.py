@@ -37,7 +37,8 @@ from simpo.model import cost
 from simpo.model.check import check_packing
 from simpo.model.load import load_policy
 from simpo.model.policy import Policy
-from simpo.model.tokenizer import load_tokenizer, num_embeddings
+from simpo.model.pretrained import load_settings, num_embeddings
+from simpo.model.tokenizer import load_tokenizer
 from simpo.run.folder import RunFolder, template_date
 from simpo.run.provenance import environment, git_diff
 
@@ -84,8 +85,9 @@ def set_up(run: RunConfig) -> Parts:
     with backend.main_first("read and tokenised the data"):
         chat = Chat(load_tokenizer(run.model, cache_dir, run.data.compat), today)
         data = load_data(run, chat, cache_dir)
-    known = num_embeddings(run.model, cache_dir)
-    refuse_unknown_ids(chat, placed_ids(data.train, data.test), known)
+    settings = load_settings(run.model, cache_dir)
+    ids = placed_ids(data.train, data.test)
+    refuse_unknown_ids(chat, ids, num_embeddings(settings))
     train, test = (
         PackedSet(tokens, cfg, backend.rank, backend.processes)
         for tokens in (data.train, data.test)
@@ -101,6 +103,7 @@ def set_up(run: RunConfig) -> Parts:
         cfg.seed,
         bf16=backend.bf16,
         share_prefix=cfg.share_prefix,
+        settings=settings,
     )
     check_packing(policy, backend.bf16, [*data.train.tokens, *data.test.tokens], cfg.tokens_per_row)
     sampled_before = sampled_weights(policy.model)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 
 from simpo.config.choices import Attention, Dtype, Quantization
 from simpo.config.errors import ConfigError
 from simpo.config.inputs import ModelConfig
 from simpo.model import attention
 from simpo.model.policy import Policy
-from simpo.model.pretrained import check_finite, load_pretrained, load_weights, model_source
+from simpo.model.pretrained import check_finite, load_settings, load_weights, model_source
 
 
 def load_policy(
@@ -27,6 +27,7 @@ def load_policy(
     *,
     bf16: bool = False,
     share_prefix: bool = True,
+    settings: PreTrainedConfig | None = None,
 ) -> Policy:
     """Load the model for training: no dropout; quantised, with adapters, checkpointed as asked for.
 
@@ -35,6 +36,7 @@ def load_policy(
         bf16: the forward will compute in bf16.
         share_prefix: False leaves attention to transformers, which sees packed sequences by their
             positions.
+        settings: what `load_settings` gave, where it has been asked already.
 
     Raises:
         ConfigError: the model cannot be loaded, has no such attention or is quantised already, or
@@ -43,8 +45,7 @@ def load_policy(
     _seed(seed)
     attention.register()
     source = model_source(config, cache_dir)
-    common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    settings = load_pretrained("model.path", source, AutoConfig, **common)
+    settings = settings or load_settings(config, cache_dir)
     if hasattr(settings, "quantization_config"):
         raise ConfigError(
             [
@@ -58,7 +59,8 @@ def load_policy(
             "model.path",
             source,
             AutoModelForCausalLM,
-            **common,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
             config=settings,
             dtype=_weights_dtype(config, device),
             attn_implementation=_kernel(config, settings, device, bf16) if share_prefix else None,

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from simpo.config.errors import ConfigError
 from simpo.config.inputs import ModelConfig
@@ -40,6 +38,27 @@ def model_source(config: ModelConfig, cache_dir: Path) -> str:
     if config.path == "builtin:smollm2":
         return str(smollm2_folder(cache_dir))
     return os.path.expanduser(config.path)
+
+
+def load_settings(config: ModelConfig, cache_dir: Path) -> PreTrainedConfig:
+    """What config.json says of a model.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    settings: PreTrainedConfig = load_pretrained(
+        "model.path",
+        model_source(config, cache_dir),
+        AutoConfig,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return settings
+
+
+def num_embeddings(settings: PreTrainedConfig) -> int:
+    """Rows of the embedding of a model with these settings: token ids lie below."""
+    return int(settings.get_text_config(decoder=True).vocab_size)
 
 
 def load_weights(key: str, source: str, loader: Any, **options: Any) -> Any:

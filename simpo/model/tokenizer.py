@@ -6,11 +6,7 @@ import os
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from simpo.config.choices import Compat
@@ -77,19 +73,3 @@ def _split_as_written(
         written = Tokenizer.from_file(file)
         backend.normalizer = written.normalizer
         backend.pre_tokenizer = written.pre_tokenizer
-
-
-def num_embeddings(config: ModelConfig, cache_dir: Path) -> int:
-    """Rows of the model's embedding, from its settings: token ids lie below.
-
-    Raises:
-        ConfigError: the settings cannot be loaded.
-    """
-    settings = load_pretrained(
-        "model.path",
-        model_source(config, cache_dir),
-        AutoConfig,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    return int(settings.get_text_config(decoder=True).vocab_size)

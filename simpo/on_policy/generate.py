@@ -30,8 +30,8 @@ from simpo.data.records import RecordFault, to_prompt
 from simpo.loop.console import quiet_libraries
 from simpo.model.generate import Reply, batches, decode_reply, generate_replies
 from simpo.model.load import load_policy
-from simpo.model.pretrained import model_source
-from simpo.model.tokenizer import load_tokenizer, num_embeddings
+from simpo.model.pretrained import load_settings, model_source, num_embeddings
+from simpo.model.tokenizer import load_tokenizer
 from simpo.on_policy.files import (
     Prompt,
     StoredReply,
@@ -74,7 +74,8 @@ def generate(run: RunConfig) -> Path:
     prompts = [prompt for prompt, _ in found]
     ids = chat.encode([text for _, text in found])
     named = zip((f"prompt {prompt.id}" for prompt in prompts), ids, strict=True)
-    refuse_unknown_ids(chat, named, num_embeddings(run.model, cache_dir))
+    settings = load_settings(run.model, cache_dir)
+    refuse_unknown_ids(chat, named, num_embeddings(settings))
     with working_in(folder):
         _refuse_other_settings(folder, _settings(run, chat, prompts, ids))
         lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)

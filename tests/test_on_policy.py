@@ -523,6 +523,23 @@ def test_rewards_that_cannot_be(folder: Path, reward: str, message: str) -> None
     assert str(caught.value).startswith(message)
 
 
+def test_replies_that_are_missing_are_counted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a stopped `simpo.generate` leaves them: one more of them, and nothing is missing."""
+    file = folder / "responses.jsonl"
+    replies = [line for line in file.read_text().splitlines() if json.loads(line)["seed"] < 2]
+    file.write_text("\n".join(replies[:-1]) + "\n")
+    annotate(folder, "rules")
+    assert capsys.readouterr().out.startswith(
+        "note   1 of 4 prompts lack replies with some of the on_policy.seeds [0, 1]: "
+        "simpo.generate was stopped (the same command goes on with it)\n|"
+    )
+    file.write_text("\n".join(replies) + "\n")
+    annotate(folder, "rules")
+    assert "note" not in capsys.readouterr().out
+
+
 def test_nothing_to_score(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         annotate(tmp_path, "rules")

@@ -75,7 +75,9 @@ def annotate(run: RunConfig) -> Path:
 
 def _annotate(run: RunConfig, folder: Path, name: str) -> None:
     prompts = read_prompts(folder)
-    replies, cut = _replies(folder, prompts, run.on_policy.keep_cut)
+    stored = read_stored_replies(folder)
+    replies, cut = _replies(folder, prompts, stored, run.on_policy.keep_cut)
+    print(*_missing_note(prompts, stored), sep="", end="")
     scored = _score_all(run, folder, name, prompts, replies)
     written: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     counts: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
@@ -119,13 +121,26 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
         )
 
 
+def _missing_note(prompts: list[Prompt], stored: list[StoredReply]) -> list[str]:
+    """A line where prompts lack replies that others have."""
+    seeds = sorted({reply.seed for reply in stored})
+    there = Counter(key for key, _ in {(reply.id, reply.seed) for reply in stored})
+    lacking = sum(there[prompt.id] < len(seeds) for prompt in prompts)
+    if not lacking:
+        return []
+    return [
+        f"note   {lacking} of {len(prompts)} prompts lack replies with some of the "
+        f"on_policy.seeds {seeds}: simpo.generate was stopped (the same command goes on with it)\n"
+    ]
+
+
 def _replies(
-    folder: Path, prompts: list[Prompt], keep_cut: bool
+    folder: Path, prompts: list[Prompt], stored: list[StoredReply], keep_cut: bool
 ) -> tuple[dict[str, dict[str, StoredReply]], int]:
     """The different replies to each prompt by their text, and the number of those cut off."""
     replies: dict[str, dict[str, StoredReply]] = {prompt.id: {} for prompt in prompts}
     cut = 0
-    for reply in read_stored_replies(folder):
+    for reply in stored:
         if reply.id not in replies:
             raise ConfigError(
                 [

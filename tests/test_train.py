@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +31,31 @@ from simpo.train import train
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
+
+
+def test_a_finished_run_whose_model_was_removed(tiny_run: list[str], run_dir: Path) -> None:
+    """The message says what is missing, and what it advises works."""
+    run = compose_run([*tiny_run, f"run_dir={run_dir}"])
+    train(run)
+    weights = (run_dir / "model/model.safetensors").read_bytes()
+    shutil.rmtree(run_dir / "model")
+    message = (
+        f"run_dir: {run_dir} holds a finished run, but no model (choose another; or remove "
+        f"{run_dir}/status.json, and the same command writes the model from the last checkpoint)"
+    )
+    # An error that is kept would keep the folder's lock.
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        train(run)
+    (run_dir / "status.json").unlink()
+    train(run)
+    assert (run_dir / "model/model.safetensors").read_bytes() == weights
+    shutil.rmtree(run_dir / "model")
+    shutil.rmtree(run_dir / "checkpoints")
+    message = message.partition(", but")[0] + (
+        ", but neither its model nor a checkpoint (choose another)"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        train(run)
 
 
 def test_the_models_settings_are_loaded_once(
@@ -160,7 +187,7 @@ def test_other_settings_or_data_under_a_run_are_refused(
 ) -> None:
     overrides = [*tiny_run, f"run_dir={run_dir}"]
     train(compose_run(overrides))
-    with pytest.raises(ConfigError, match=f"run_dir: {run_dir} holds a finished run"):
+    with pytest.raises(ConfigError, match=rf"^run_dir: {run_dir} holds a finished run \(choose"):
         train(compose_run(overrides))
     status = run_dir / "status.json"
     status.write_text(status.read_text().replace("finished", "running"))

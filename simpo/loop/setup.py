@@ -138,8 +138,20 @@ def _find_folder(run: RunConfig, backend: Backend) -> RunFolder:
     path = backend.broadcast(own.path if own else None)
     folder = own or RunFolder(run, followed=path)
     if folder.finished:
-        raise ConfigError([f"run_dir: {folder.path} holds a finished run (choose another)"])
+        raise ConfigError([f"run_dir: {folder.path} holds a finished run{_finished(folder.path)}"])
     return folder
+
+
+def _finished(path: Path) -> str:
+    """What to do about a finished run under the same command."""
+    if (path / "model").is_dir():
+        return " (choose another)"
+    if not any((path / "checkpoints").glob("step-*")):
+        return ", but neither its model nor a checkpoint (choose another)"
+    return (
+        f", but no model (choose another; or remove {path / 'status.json'}, and the same command "
+        "writes the model from the last checkpoint)"
+    )
 
 
 def _write_records(

@@ -74,8 +74,10 @@ def main(words: Sequence[str]) -> None:
     _check_options(arguments)
     register_own_losses(arguments.overrides)
     composer = Composer(arguments.config_dir, arguments.config_name or "train")
-    if arguments.multirun and (found := explain(arguments.overrides, True, composer)):
-        raise ConfigError(found)  # before the first member has run for hours
+    # Before the first member has run for hours, and before Hydra prints a line of its own.
+    checked = arguments.multirun or any(word.startswith("+") for word in arguments.overrides)
+    if checked and (found := explain(arguments.overrides, arguments.multirun, composer)):
+        raise ConfigError(found)
     try:
         run_composed()
     except SimpoError:

@@ -156,6 +156,14 @@ SETTINGS: list[tuple[str, list[str]]] = [
         ],
     ),
     ("+loss.foo=1", ["loss.foo: no such key (leave out the +)"]),
+    ("+loss.foo=1,2", ["loss.foo: no such key (leave out the +)"]),
+    (
+        "data=jsonl data.sources=[{path: mine.jsonl, test_path: x}] loss.betaa=2",
+        [
+            "data.sources=[{path: mine.jsonl, test_path: x}]: the shell has split it into words "
+            "(quote it: 'data.sources=[{path: mine.jsonl, test_path: x}]')"
+        ],
+    ),
     ("+loss.beta=3", ["loss.beta: set already (leave out the +)"]),
     ("+loss=hinge", ["loss: set already (leave out the +)"]),
     ("~loss.beta", ["loss.beta: cannot be left out (leave out the ~)"]),

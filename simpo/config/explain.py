@@ -6,6 +6,7 @@ Hydra stops at the first fault and answers in its own words; `explain` goes on.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -54,6 +55,8 @@ def explain(
             composer.compose([])
         except NotComposedError as error:
             return [f"{SEARCHPATH[:-1] if searchpath else '--config-name'}: {error}"]
+    if split := _split_by_the_shell(overrides):
+        return [f"{split}: the shell has split it into words (quote it: '{split}')"]
     sweeper, problems = _sweeper(composer, overrides) if multirun else (None, [])
     # A group decides which keys exist, so groups are settled first.
     groups: dict[str, list[Override]] = {}
@@ -84,6 +87,24 @@ def explain(
             "a text with commas is 'key=\"a,b\"'"
         )
     return list(dict.fromkeys(problems))
+
+
+def _split_by_the_shell(words: Sequence[str]) -> str:
+    """The setting whose brackets are closed in a later word only; empty where there is none."""
+    for start, word in enumerate(words):
+        if "=" not in word or _open_brackets(word) <= 0:
+            continue
+        for end in range(start + 2, len(words) + 1):
+            joined = " ".join(words[start:end])
+            if _open_brackets(joined) == 0:
+                return joined
+    return ""
+
+
+def _open_brackets(text: str) -> int:
+    """How many brackets are opened and not closed, outside of quotes."""
+    bare = re.sub(r"""(["']).*?(?<!\\)\1""", "", text)
+    return sum(bare.count(c) for c in "[{(") - sum(bare.count(c) for c in "]})")
 
 
 def _sweeper(composer: Composer, overrides: Sequence[str]) -> tuple[Sweeper, list[str]]:
@@ -278,13 +299,20 @@ def _override_problems(
     if not (override.is_add() or override.is_delete() or key.startswith("hydra")):
         return _value_problems(base, key, override.value())
     try:
-        composer.compose([*groups, str(override.input_line)])
+        composed = composer.compose([*groups, str(override.input_line)])
     except NotComposedError as error:
         if override.is_delete():
             return [f"{key}: cannot be left out (leave out the ~)"]
         if override.is_add() and key in all_keys(base):
             return [f"{key}: set already (leave out the +)"]
         return [f"{key}: {error}"]
+    if override.is_add():
+        try:
+            build_run(composed)
+        except ConfigError as error:
+            return [problem for problem in error.problems if problem.partition(":")[0] == key]
+        except OmegaConfBaseException as error:
+            return [fault_line(error)]
     return []
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,7 +31,7 @@ from simpo.config.errors import ConfigError, RunError, SimpoError
 from simpo.config.inputs import ModelConfig, SourceConfig
 from simpo.data.chat import Chat
 from simpo.launch.commands.export import USAGE
-from simpo.loop.card import write_card
+from simpo.loop.card import write_card, write_merged_card
 from simpo.loop.console import Results, end_lines, result_lines
 from simpo.model.export import save_model
 from simpo.model.merge import merge
@@ -594,17 +596,26 @@ def test_an_upload_that_fails(
 OFFER = " (mend it, or upload later: python -m simpo.export RUN push_to_hub=me/model)"
 
 
+def hub_error(message: str | None) -> HfHubHTTPError:
+    """As huggingface_hub raises it, with an address and an id."""
+    response = httpx.Response(403, request=httpx.Request("POST", "https://hub/api/repos/create"))
+    text = "Client error '403 Forbidden' for url 'https://hub/api/repos/create' (Request ID: 1)"
+    return HfHubHTTPError(text, response=response, server_message=message)
+
+
 @pytest.mark.parametrize(
     ("name", "fault", "reason"),
     [
         ("whoami", OSError("Token is required\nbut none"), "Token is required"),
         ("create_repo", OSError("403 Forbidden\nno right"), "403 Forbidden"),
+        ("whoami", hub_error("You have no right"), "403 Forbidden: You have no right"),
+        ("whoami", hub_error(None), "403 Forbidden"),
         ("whoami", None, "the token may only read"),
     ],
 )
 def test_a_hub_that_refuses_is_asked_first(
     name: str,
-    fault: OSError | None,
+    fault: Exception | None,
     reason: str,
     hub: list[tuple[str, dict[str, Any]]],
     tiny_run: list[str],
@@ -628,8 +639,10 @@ def test_without_a_network_an_upload_is_refused_first(
     """HF_HUB_OFFLINE is set in all tests."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     message = refused(tiny_run, "export.push_to_hub=me/model", f"run_dir={tmp_path}/run")
-    assert message.startswith("export.push_to_hub: nothing can be uploaded to me/model: ")
-    assert "HF_HUB_OFFLINE" in message and message.endswith(OFFER) and "\n" not in message
+    assert message == (
+        f"export.push_to_hub: nothing can be uploaded to me/model: {constants.ENDPOINT} does not "
+        f"answer, or HF_HUB_OFFLINE is set{OFFER}"
+    )
 
 
 def test_other_replies_than_the_run_was_begun_with(tmp_path: Path) -> None:
@@ -723,6 +736,42 @@ def test_a_card_names_what_lies_on_the_hub(tiny_run: list[str], tmp_path: Path) 
         }
         assert f"\n{name} after preference optimisation" in card
         assert str(tmp_path) not in card and "| mine " in card
+
+
+def test_a_merged_model_has_the_card_of_its_adapter(tmp_path: Path) -> None:
+    adapter, output = tmp_path / "adapter", tmp_path / "merged"
+    adapter.mkdir()
+    output.mkdir()
+    settings = adapter / "adapter_config.json"
+    settings.write_text('{"base_model_name_or_path": "org/base"}')
+    (adapter / "README.md").write_text(
+        "---\nbase_model: org/base\nlibrary_name: peft\nlicense: mit\ntags: [simpo, lora]\n---\n"
+        "# mine\n\norg/base after preference optimisation.\n"
+    )
+    (adapter / "curves.png").write_bytes(b"png")
+    write_merged_card(adapter, output)
+    card = ModelCard((output / "README.md").read_text())
+    assert card.data.to_dict() == {
+        "base_model": "org/base",
+        "library_name": "transformers",
+        "license": "mit",
+        "tags": ["simpo", "merged"],
+    }
+    assert card.text.strip() == (
+        "# mine\n\nThe adapter described here is merged into the weights of org/base.\n\n"
+        "org/base after preference optimisation."
+    )
+    assert (output / "curves.png").read_bytes() == b"png"
+
+    # An adapter of somebody else, without a card, of a base on this machine.
+    settings.write_text(json.dumps({"base_model_name_or_path": f"{tmp_path}/base"}))
+    (adapter / "README.md").unlink()
+    write_merged_card(adapter, output)
+    card = ModelCard((output / "README.md").read_text())
+    assert card.data.to_dict() == {"library_name": "transformers", "tags": ["merged"]}
+    assert card.text.strip() == (
+        "# base with an adapter\n\nThe adapter described here is merged into the weights of base."
+    )
 
 
 @pytest.mark.parametrize(

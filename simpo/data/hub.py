@@ -68,3 +68,19 @@ def reason(error: BaseException, source: str) -> str:
     # Others than these are raised with the bare word or number that a library stumbled over.
     spoken = isinstance(error, OSError | ValueError | ImportError)
     return first_line(error) if spoken else f"{type(error).__name__}: {first_line(error)}"
+
+
+def upload_reason(error: BaseException) -> str:
+    """Why the hub did not take an upload: its answer, without the address and the request's id."""
+    import httpx
+    from huggingface_hub import constants
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, httpx.TransportError | OfflineModeIsEnabled):
+        return f"{constants.ENDPOINT} does not answer, or HF_HUB_OFFLINE is set"
+    response = getattr(error, "response", None)
+    if response is None:
+        return first_line(error)
+    status = f"{response.status_code} {response.reason_phrase}"
+    message = getattr(error, "server_message", None)
+    return f"{status}: {first_line(message)}" if message else status

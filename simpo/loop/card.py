@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from simpo.config.check import trajectory
+from simpo.config.inputs import ADAPTER_FILE
 from simpo.config.schema import RunConfig
 from simpo.loop.console import Results, result_lines
 from simpo.run.atomic import write_text
@@ -73,6 +75,31 @@ def write_card(run: RunConfig, run_dir: Path, results: Results, model_dir: Path)
         "",
     ]
     write_text(model_dir / "README.md", "\n".join(lines))
+
+
+def write_merged_card(adapter: Path, output: Path) -> None:
+    """Write output/README.md: the card of an adapter, saying that it is merged into its base.
+
+    Args:
+        adapter: its folder; where there is no card in it, the new one names the base alone.
+    """
+    from huggingface_hub import ModelCard
+
+    base = json.loads((adapter / ADAPTER_FILE).read_text()).get("base_model_name_or_path") or ""
+    file = adapter / "README.md"
+    named = "" if is_local(base) else f"base_model: {base}\n"
+    plain = f"---\nlibrary_name: peft\n{named}---\n# {public(base)} with an adapter\n"
+    card = ModelCard(file.read_text(encoding="utf-8") if file.is_file() else plain)
+    data: Any = card.data
+    data.library_name = "transformers"
+    data.tags = [*(tag for tag in data.tags or [] if tag != "lora"), "merged"]
+    heading, _, rest = card.text.lstrip().partition("\n")
+    name = data.base_model or base_name(base)
+    merged = f"The adapter described here is merged into the weights of {name}."
+    card.text = f"{heading}\n\n{merged}\n{rest}"
+    write_text(output / "README.md", str(card))
+    if (adapter / "curves.png").is_file():
+        shutil.copy(adapter / "curves.png", output)
 
 
 def _header(run: RunConfig) -> str:

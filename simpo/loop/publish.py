@@ -13,6 +13,7 @@ from simpo.backend import Backend
 from simpo.config.errors import ConfigError, RunError, first_line
 from simpo.config.inputs import ADAPTER_FILE
 from simpo.config.schema import ExportConfig, RunConfig
+from simpo.data import hub
 from simpo.data.chat import Chat
 from simpo.loop import console
 from simpo.loop.card import draw_curves, is_local, public, write_card
@@ -40,8 +41,9 @@ def reach_repository(config: ExportConfig) -> None:
     except Exception as error:  # of the hub, its client or the network
         raise ConfigError(
             [
-                f"export.push_to_hub: nothing can be uploaded to {name}: {first_line(error)} (mend "
-                f"it, or upload later: python -m simpo.export RUN push_to_hub={name})"
+                f"export.push_to_hub: nothing can be uploaded to {name}: "
+                f"{hub.upload_reason(error)} (mend it, or upload later: python -m simpo.export "
+                f"RUN push_to_hub={name})"
             ]
         ) from error
 
@@ -69,8 +71,8 @@ def upload(config: ExportConfig, model_dir: Path) -> list[str]:
             )
         except Exception as error:  # of the hub, its client or the network
             raise RunError(
-                f"export.push_to_hub: the upload to {name} failed: {first_line(error)} (the same "
-                f"command tries again: the model is in {model_dir})"
+                f"export.push_to_hub: the upload to {name} failed: {hub.upload_reason(error)} (the "
+                f"same command tries again: the model is in {model_dir})"
             ) from error
     return [*messages, f"hub    {commit.commit_url}"]
 

@@ -659,7 +659,7 @@ def test_words_of_the_other_commands(command, own_composer, capsys):
             ["data.sources=[{path: x, wieght: 2, column: a}]"],
             "data.sources[0].wieght: no such key (did you mean weight?)\n"
             "data.sources[0].column: no such key (an item has path, subset, revision, train_split, "
-            "test_split, test_path, weight, num_pairs)",
+            "test_split, test_path, format, weight, num_pairs)",
         ),
         (
             ["-m", "loss.beta=interval(1,2)"],

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import runpy
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from forked import Forked
+from hydra.core.config_store import ConfigStore
+from transformers import AutoModelForCausalLM
 from whole_runs import finish, metrics_of, run, start
 
-from simpo.config.check import GROUPS, load_run
+from simpo.config.check import GROUPS, load_run, run_yaml, settings
 from simpo.config.compose import compose_run
-from simpo.config.errors import ConfigError
-from simpo.config.own_code import source_sha256
+from simpo.config.errors import ConfigError, DataError
+from simpo.config.losses import LOSSES
+from simpo.data.loader import read_mixture
+from simpo.data.mixture import Mixture
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 SECTIONS = re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
@@ -47,17 +53,22 @@ def section(text: str) -> Section:
 
 
 PARTS = {part.title: part for part in map(section, SECTIONS)}
+SWEEPS = [words for part in PARTS.values() for words in part.commands if "-m" in words[2:]]
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder with every file of the page; what they register is forgotten again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(GROUPS, "loss", {**GROUPS["loss"]})
     for part in PARTS.values():
         part.write(tmp_path)
-    return tmp_path
+    yield tmp_path
+    repo = ConfigStore.instance().repo
+    for choices in (repo.get("loss", {}), repo["schema"]["loss"]):
+        for name in {name for name in choices if name.removesuffix(".yaml") not in LOSSES}:
+            del choices[name]
 
 
 def forget(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
@@ -97,11 +108,24 @@ def test_commands(
 ) -> None:
     forget(monkeypatch, "quiet")
     monkeypatch.setattr(sys, "argv", sys.argv)
-    for words in PARTS[title].commands:
+    for words in filter(lambda words: words not in SWEEPS, PARTS[title].commands):
         words = [str(tiny_folder) if w == "FOLDER_OF_A_LLAMA" else w for w in words]
         output = execute(words, tiny_run)
         for line in EXPECTED.get(words[-1], []):
             assert line in output, output
+    if title == "A model family":
+        (folder,) = (path.parent for path in here.rglob("outputs/**/results.json"))
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=True)
+        assert type(model).__name__ == "QuietForCausalLM"
+
+
+@pytest.mark.matrix
+def test_a_sweep_over_keys_of_a_loss(here: Path, tiny_run: list[str]) -> None:
+    """Each member is a process that reads its settings from run.yaml."""
+    (words,) = SWEEPS
+    execute(words, tiny_run)
+    runs = [load_run(path.with_name("run.yaml")) for path in here.rglob("outputs/**/results.json")]
+    assert sorted(run.loss.power for run in runs) == [1, 2]
 
 
 EXPECTED = {
@@ -110,11 +134,6 @@ EXPECTED = {
     "train.pairs_per_step=2": ["plan   2 steps of 2 pairs"],
 }
 """What commands of the page print, by their last word."""
-
-
-def run_dir_of(folder: Path) -> Path:
-    (found,) = (path.parent for path in (folder / "outputs").rglob("results.json"))
-    return found
 
 
 def test_a_loss_on_two_processes_is_the_shipped_one(here: Path, tiny_run: list[str]) -> None:
@@ -138,14 +157,16 @@ def test_a_changed_module_is_noticed(here: Path, tiny_run: list[str]) -> None:
     command = [*tiny_run, "loss=power", "loss.module=my_losses", f"run_dir={here}/run"]
     run(command)
     folder, module = here / "run", here / "my_losses.py"
-    written = json.loads((folder / "data.json").read_text())["loss_sha256"]
+    written = hashlib.sha256(module.read_bytes()).hexdigest()
+    edited = hashlib.sha256(module.read_bytes() + b"# edited\n").hexdigest()
     status = json.loads((folder / "status.json").read_text())
     (folder / "status.json").write_text(json.dumps(status | {"state": "stopped"}))
     text = module.read_text()
     module.write_text(text + "# edited\n")
     printed = finish(start(command), 2)
-    assert printed.splitlines()[-1].startswith(
-        f"{folder}: the code of loss.module changed under this run: loss_sha256 was {written}, is "
+    assert printed.splitlines()[-1] == (
+        f"{folder}: the code of loss.module changed under this run: loss_sha256 was {written}, "
+        f"is {edited} (restore it, or start anew with run_dir=NEW)"
     )
     module.write_text(text)
     output = finish(Forked(["-m", "simpo.launch.member", str(folder)]))
@@ -158,9 +179,6 @@ def test_a_report_reads_settings_without_the_module(
     overrides = [*tiny_run, "loss=power", "loss.module=my_losses", "loss.power=3"]
     forget(monkeypatch, "my_losses")
     run = compose_run(overrides)
-    assert source_sha256("my_losses") == source_sha256("my_losses")
-    from simpo.config.check import run_yaml, settings
-
     (here / "run.yaml").write_text(run_yaml(run))
     assert load_run(here / "run.yaml") == run
     del GROUPS["loss"]["power"]
@@ -243,3 +261,59 @@ def test_a_misspelt_loss_of_ones_own(here: Path, monkeypatch: pytest.MonkeyPatch
     (line,) = caught.value.problems
     assert line.startswith("loss: no such choice, got powr (choose from alphapo, ")
     assert ", orpo, power, r_dpo, " in line
+
+
+def read_with(form: str, **settings: str) -> Mixture:
+    more = [f"data.{key}={value}" for key, value in settings.items()]
+    source = f"data.sources=[{{path: qa.jsonl, format: {form}}}]"
+    return read_mixture(compose_run(["data=jsonl", source, *more]))
+
+
+def test_records_of_ones_own_format(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the function raises is the record's fault; what it returns is checked as any record."""
+    forget(monkeypatch, "my_readers")
+    with (here / "qa.jsonl").open("a") as file:
+        file.write('{"question": "Why?"}\n')
+        same = {"question": "Who?", "answers": [{"text": "I", "votes": 1}] * 2}
+        file.write(json.dumps(same) + "\n")
+    mixture = read_with("my_readers:qa", on_bad_record="drop")
+    pairs = {pair.prompt[0]["content"]: (pair.chosen, pair.rejected) for pair in mixture.train}
+    assert pairs == {
+        "Name a colour.": ("Blue.", "Yes."),
+        "Name a bird.": ("A wren.", "No."),
+        "Name a tree.": ("An oak.", "Oh."),
+        "Name a fish.": ("A carp.", "Hm."),
+    }
+    with pytest.raises(DataError) as caught:
+        read_with("my_readers:qa")
+    assert str(caught.value).splitlines() == [
+        "qa.jsonl train record 5: my_readers:qa: KeyError: 'answers'",
+        "qa.jsonl train record 6: chosen and rejected are the same",
+        "(mend the records, or leave them out with data.on_bad_record=drop)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("qa", "data.sources[0].format: must be module:function, got qa"),
+        ("''", "data.sources[0].format: must be module:function, got ''"),
+        (
+            "my_readers:qq",
+            "data.sources.format: my_readers:qq cannot be imported: module 'my_readers' has no "
+            "attribute 'qq'",
+        ),
+        (
+            "readers:qa",
+            "data.sources.format: readers:qa cannot be imported: No module named 'readers' "
+            "(start in its folder, or add that to PYTHONPATH)",
+        ),
+    ],
+)
+def test_formats_that_cannot_be(
+    form: str, message: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget(monkeypatch, "my_readers")
+    with pytest.raises(ConfigError) as caught:
+        read_with(form)
+    assert str(caught.value) == message

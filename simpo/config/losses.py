@@ -9,8 +9,6 @@ from importlib import import_module
 from inspect import isabstract
 from typing import Any
 
-from omegaconf import MISSING
-
 from simpo import loss
 from simpo.config.own_code import OwnCodeError, load
 from simpo.loss import LossConfig
@@ -62,7 +60,7 @@ def _problems(module: str) -> Iterator[str]:
             yield f"{place} is not a dataclass (put @dataclass(kw_only=True) above it)"
         elif isabstract(kind) and not any(kind in other.__mro__[1:] for other in kinds):
             yield f"{place} lacks {', '.join(sorted(kind.__abstractmethods__))}"
-        elif not isabstract(kind) and kind.name in (*LOSSES, MISSING):
+        elif not isabstract(kind) and kind.name in (*LOSSES, LossConfig.name):
             yield f"{place} must have a name of its own, got {kind.name}"
 
 

@@ -376,7 +376,7 @@ def test_adapters(
     overrides, alone = adapters_alone(bits)
     command = [*overrides, *of(f"{kind}-2"), f"run_dir={tmp_path / 'run'}"]
     if (kind, bits) == ("fsdp", "int8"):
-        assert "model.quantization: int8 layers cannot be put in shards" in run(command, code=2)
+        assert "model.quantization: backend=fsdp cannot shard int8 layers" in run(command, code=2)
         return
     process = start(command)
     wait_for(logged(tmp_path / "run", 3), process)

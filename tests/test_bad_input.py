@@ -146,7 +146,10 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     (
         "data.sources[0].weight=2",
-        ["data.sources[0].weight: an item of a list is data.sources.0.weight"],
+        [
+            "data.sources[0].weight: items of a list are named with a dot "
+            "(write data.sources.0.weight)"
+        ],
     ),
     (
         "loss.beta=2,3",
@@ -216,17 +219,17 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     (
         "model.quantization=nf4 model.lora.rank=0",
-        ["model.quantization: only under adapters, got nf4 (model.lora.rank=16)"],
+        ["model.quantization: needs adapters, got nf4 (set model.lora.rank=16)"],
     ),
     (
         "model.quantization=int8 model.lora.dora=true",
-        ["model.lora.dora: not on int8 layers, whose scales peft would lose (nf4 keeps them)"],
+        ["model.lora.dora: peft would lose the scales of int8 layers (set nf4)"],
     ),
     (
         "model.quantization=int8 backend=fsdp",
         [
-            "model.quantization: int8 layers cannot be put in shards by backend=fsdp, which loses "
-            "their scales (nf4, or backend=ddp, zero2 or zero3)"
+            "model.quantization: backend=fsdp cannot shard int8 layers, it would lose their scales "
+            "(set nf4, or backend=ddp, zero2 or zero3)"
         ],
     ),
     # Processes.
@@ -253,11 +256,11 @@ SETTINGS: list[tuple[str, list[str]]] = [
     # Best and last.
     (
         "train.keep_best=true",
-        ["train.keep_best: needs evaluations on the way (set train.eval_every)"],
+        ["train.keep_best: needs evaluations during training (set train.eval_every)"],
     ),
     (
         "train.patience_evals=2",
-        ["train.patience_evals: needs evaluations on the way (set train.eval_every)"],
+        ["train.patience_evals: needs evaluations during training (set train.eval_every)"],
     ),
     (
         "train.patience_evals=-1",
@@ -265,7 +268,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     (
         "train.stopped_exit_code=77",
-        ["train.stopped_exit_code: 77 has a meaning of its own here (choose another)"],
+        ["train.stopped_exit_code: 77 is in use within a run (choose another)"],
     ),
     ("train.stopped_exit_code=256", ["train.stopped_exit_code: must be from 0 to 255, got 256"]),
     (
@@ -335,12 +338,15 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ("data.sources.0.num_pairs=0", ["data.sources[0].num_pairs: must be 1 or more, got 0"]),
     (
         "data.sources=[{path:builtin:demo,weight:2,num_pairs:3}]",
-        ["data.sources[0].num_pairs: excludes weight, got 3 and 2.0 (keep one)"],
+        ["data.sources[0].num_pairs: cannot go with weight, got 3 and 2.0 (keep one)"],
     ),
     ("data.sources.0.train_split=null", ["data.sources: no source has a train_split"]),
     (
         "data.sources=[{path:builtin:demo},{path:a/b,train_split:null,test_split:null}]",
-        ["data.sources[1].train_split: null as well as test_split: the source gives nothing"],
+        [
+            "data.sources[1].train_split: null like test_split, so the source gives nothing "
+            "(set one)"
+        ],
     ),
     (
         "data.sources.0.path=builtin:dmeo",
@@ -387,12 +393,15 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     (
         "loss=sft data.compat=paper",
-        ["data.compat: paper is a way to cut pairs, and loss=sft has none (none)"],
+        [
+            "data.compat: paper applies to preference pairs only "
+            "(with loss=sft set data.compat=none)"
+        ],
     ),
     ("on_policy.seeds=[1,1]", ["on_policy.seeds: must be two or more different ones, got [1, 1]"]),
     (
         "on_policy.temperature=0",
-        ["on_policy.temperature: must be above 0, got 0.0 (at 0 all replies are one)"],
+        ["on_policy.temperature: must be above 0, got 0.0 (0 makes replies equal)"],
     ),
     ("on_policy.top_p=1.5", ["on_policy.top_p: must be above 0 and at most 1, got 1.5"]),
     ("on_policy.num_prompts=0", ["on_policy.num_prompts: must be 1 or more, or null, got 0"]),
@@ -431,7 +440,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     (
         "export.push_to_hub=me/x--y",
         [
-            "export.push_to_hub: the hub takes no such name, got me/x--y (Cannot have -- or .. in "
+            "export.push_to_hub: not a valid name on the hub, got me/x--y (Cannot have -- or .. in "
             "repo_id)"
         ],
     ),
@@ -627,7 +636,7 @@ def test_words_of_the_other_commands(command, own_composer, capsys):
         ([""], "'': not of the form key=value\n"),
         (
             ["--config-dir"],
-            "argument -cd/--config-dir: expected one argument (--help tells more)\n",
+            "argument -cd/--config-dir: expected one argument (see --help)\n",
         ),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -983,7 +992,7 @@ def test_what_is_a_local_file_is_never_asked_of_the_hub(folder):
             f"got the file {name} (convert it)"
         ]
     assert list(SourceConfig(path="a.jsonl").problems()) == [
-        "path: must be a file, got a.jsonl (a folder needs another name)"
+        "path: must be a file, got the folder a.jsonl (rename the folder)"
     ]
     for name in (
         "gone.csv",

@@ -202,7 +202,7 @@ from simpo.loss import LossConfig
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("", " defines no loss (a dataclass below simpo.loss.LossConfig)"),
+        ("", " defines no loss (a dataclass derived from simpo.loss.LossConfig)"),
         ("raise SystemExit", " cannot be imported: it ends the process"),
         ("1/0", " cannot be imported: division by zero"),
         (
@@ -242,7 +242,7 @@ def test_modules_without_a_loss(
         ("loss=power loss.powr=3", ["loss.powr: no such key (did you mean loss.power?)"]),
         ("loss=power loss.power=x", ["loss.power: must be a whole number, got x"]),
         ("loss=power loss.power=0", ["loss.power: must be 1 or more, got 0"]),
-        ("loss=hinge", ["loss.module: has no loss hinge, got my_losses (it has power)"]),
+        ("loss=hinge", ["loss.module: my_losses defines no loss hinge (it defines power)"]),
     ],
 )
 def test_mistakes_in_settings_of_a_loss(

@@ -13,12 +13,12 @@ LONGEST_S = 7 * 24 * 3600
 
 @dataclass(kw_only=True)
 class BackendConfig:
-    """How processes and devices share the work; what every kind of it takes."""
+    """Settings that every backend has."""
 
     name: str = "single"
     """Kind of backend; set by the group. single: one process."""
     device: Device = Device.auto
-    """auto: the GPU where there is one, else the CPU."""
+    """auto: the GPU if there is one, else the CPU."""
 
 
 @dataclass(kw_only=True)
@@ -39,11 +39,11 @@ class DistributedConfig(BackendConfig):
     """Several processes, one for each device."""
 
     processes: int | None = None
-    """Processes on this machine. null: those that torchrun, accelerate launch or Slurm started,
-    else one for each GPU."""
+    """Number of processes on this machine. null: as many as torchrun, accelerate launch or Slurm
+    started, else one per GPU."""
     timeout_s: int = 600
-    """How long a process waits for the others in an operation of a step; it must be longer than the
-    slowest step. Tokenising, evaluating and saving take as long as they take."""
+    """Seconds that a process waits for the others within a step; must be longer than the slowest
+    step. Tokenising, evaluating and saving are not limited."""
 
     def problems(self) -> Iterator[str]:
         if self.processes is not None and self.processes < 1:
@@ -60,7 +60,7 @@ class DdpConfig(DistributedConfig, BackgroundSaveConfig):
 
     name: str = "ddp"
     bucket_cap_mb: int = 25
-    """Gradients are reduced in buckets of this size."""
+    """Size of the buckets in which gradients are reduced."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -70,29 +70,29 @@ class DdpConfig(DistributedConfig, BackgroundSaveConfig):
 
 @dataclass(kw_only=True)
 class FsdpConfig(DistributedConfig, BackgroundSaveConfig):
-    """Weights, gradients and optimizer state in shards (torch FSDP2, `fully_shard`)."""
+    """Shards weights, gradients and optimizer state (torch FSDP2, `fully_shard`)."""
 
     name: str = "fsdp"
     reshard_after_forward: bool = True
-    """Free a layer's gathered weights after its forward: less memory, gathered twice."""
+    """Free a layer's gathered weights after its forward: less memory, but gathered twice."""
     reduce_dtype: ReduceDtype = ReduceDtype.float32
-    """Type in which gradients are summed over processes; with train.precision=bf16 weights are
-    gathered in bfloat16."""
+    """Dtype in which gradients are summed over processes; with train.precision=bf16 weights are
+    gathered in bf16."""
     cpu_offload: bool = False
-    """Keep shards and optimizer state in host memory; needs a GPU."""
+    """Keep the shards of weights and optimizer state in host memory; needs a GPU."""
 
 
 @dataclass(kw_only=True)
 class ZeroConfig(DistributedConfig):
-    """DeepSpeed; what stages 2 and 3 both take."""
+    """Settings that both stages of DeepSpeed ZeRO have."""
 
     offload_optimizer: Offload = Offload.none
     """Where optimizer state and its fp32 weights are kept."""
     communication_data_type: ReduceDtype = ReduceDtype.float32
-    """Type in which gradients are summed over processes; with train.precision=bf16 weights are in
-    bfloat16, with fp32 copies in the optimizer."""
+    """Dtype in which gradients are summed over processes; with train.precision=bf16 weights are in
+    bf16, with fp32 copies in the optimizer."""
     overlap_comm: bool = True
-    """Reduce gradients while the backward pass goes on; on a GPU only."""
+    """Reduce gradients during the backward pass; only on a GPU."""
     reduce_bucket_size: int = 500_000_000
     """Elements reduced at a time."""
 
@@ -106,14 +106,14 @@ class ZeroConfig(DistributedConfig):
 
 @dataclass(kw_only=True)
 class Zero2Config(ZeroConfig):
-    """Gradients and optimizer state in shards (DeepSpeed ZeRO-2)."""
+    """Shards gradients and optimizer state (DeepSpeed ZeRO-2)."""
 
     name: str = "zero2"
 
 
 @dataclass(kw_only=True)
 class Zero3Config(ZeroConfig):
-    """Weights, gradients and optimizer state in shards (DeepSpeed ZeRO-3)."""
+    """Shards weights, gradients and optimizer state (DeepSpeed ZeRO-3)."""
 
     name: str = "zero3"
     offload_param: Offload = Offload.none

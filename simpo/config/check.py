@@ -1,4 +1,4 @@
-"""A composed configuration in, a checked `RunConfig` out, and back to YAML."""
+"""Builds a `RunConfig` from a composed configuration, checks it, and writes and reads run.yaml."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ GROUPS: dict[str, dict[str, type]] = {
     "launcher": {"local": LocalConfig, "slurm": SlurmConfig},
     "tracker": {"console": TrackerConfig, "wandb": WandbConfig},
 }
-"""The schemas of each group. Where a group has several, `name` in its YAML says which."""
+"""The schemas of each group. If a group has several, `name` in its YAML says which."""
 
 RESULT_SECTIONS = ("model", "data", "loss", "train")
-"""Sections that decide the numbers of a run. The backend only rounds them in another order."""
+"""Sections that decide the numbers of a run. The backend changes only the order of rounding."""
 MAY_DIFFER = {
     "train": (
         "log_every",
@@ -71,16 +71,16 @@ SECRET = re.compile(
     r"|\bhf_\w{8}|\bsk-\w{8}|://[^/\s]+:[^/\s]+@",
     re.IGNORECASE,
 )
-"""What a text holds that nobody but its owner is to read, such as `export HF_TOKEN=...`."""
+"""Matches text that looks like a secret, such as `export HF_TOKEN=...`."""
 
 LONGEST_SHOWN = 160
 LONGEST_NAME_BYTES = 200
 LARGEST = 2**32 - 1
-"""Whole number of a setting: what seeds may be, and beyond every other's sense."""
+"""Largest whole number of any setting: the limit of seeds, and too large for all others."""
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra as `run_schema` and `schema/<group>/<name>`."""
+    """Register the dataclasses with Hydra as `run_schema` and `schema/<group>/<name>`."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     for group, schemas in GROUPS.items():
@@ -89,7 +89,7 @@ def register_schemas() -> None:
 
 
 def register_own_losses(overrides: Iterable[str]) -> None:
-    """Make the losses of each `loss.module=MODULE` among overrides choices of `loss=`.
+    """Register the losses of each `loss.module=MODULE` among overrides as choices of `loss=`.
 
     Raises:
         OwnCodeError: a module cannot be imported, or what it defines cannot be used.
@@ -117,8 +117,8 @@ def build_run(cfg: DictConfig) -> RunConfig:
 
     Raises:
         ConfigError: a required key is missing, or `check_run` finds faults.
-        OmegaConfBaseException: an interpolation leads nowhere, or to a value of another kind; or
-            there is a key that the schemas lack. `fault_line` says it in one line.
+        OmegaConfBaseException: an interpolation cannot be resolved or gives a value of the wrong
+            type, or a key is not in the schemas. `fault_line` shortens it to one line.
     """
     _refuse_missing(cfg)
     kinds = {group: OmegaConf.get_type(cfg, group) for group in GROUPS}
@@ -135,8 +135,8 @@ def _refuse_missing(cfg: DictConfig | ListConfig) -> None:
 
 
 def _resolved(cfg: DictConfig, kinds: dict[str, Any]) -> DictConfig | ListConfig:
-    """A configuration without interpolations, through the schemas of these kinds: one may have led
-    to a value of another kind than its setting's.
+    """The configuration with its interpolations resolved and checked against the schemas again,
+    because a resolved value may be of the wrong type.
     """
     return OmegaConf.merge(_schema(kinds), OmegaConf.to_container(cfg, resolve=True))
 
@@ -154,7 +154,7 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
     """Read a run.yaml back, through the same schemas and checks as a composed configuration.
 
     Args:
-        check: also whether it could be run here, as for a run that begins now.
+        check: also apply `check_run`, and import the module of a user's loss.
 
     Raises:
         ConfigError: the file does not fit the schemas.
@@ -179,7 +179,7 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
         problems = error.problems
     except (OmegaConfBaseException, KeyError, OSError) as error:
         problems = [first_line(error)]
-    # What a damaged file makes of the YAML parser and of OmegaConf is almost any error.
+    # On a damaged file the YAML parser and OmegaConf raise almost any error.
     except Exception as error:
         problems = [f"not the settings of a run ({type(error).__name__})"]
     else:
@@ -193,21 +193,21 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
 def _choice(group: str, section: DictConfig, check: bool) -> type:
     """The schema that a section of a run.yaml was written with."""
     if group == "loss" and section.get("module") is not None:
-        if not check:  # who reads a run's settings runs none of its code
+        if not check:  # reading a run's settings must not run its code
             return GROUPS[group].get(section.name) or read_only(dict(section))
         _register(section.module)
     return GROUPS[group][section.name]
 
 
 def check_training(run: RunConfig, bf16: bool = True) -> None:
-    """Check what matters for training alone: weights of any kind may generate replies.
+    """Check what training needs, but generating replies does not.
 
     Args:
-        bf16: the forward computes in bf16, as far as that is known.
+        bf16: whether the forward computes in bf16, as far as that is known.
 
     Raises:
-        ConfigError: all weights are trained in bf16, where an update is mostly less than half of
-            their last digit, and nobody keeps them in fp32.
+        ConfigError: all weights are trained in bf16 without fp32 copies; most updates would be
+            rounded away.
     """
     copies = isinstance(run.backend, ZeroConfig) and bf16 and run.train.precision != Precision.fp32
     if run.model.dtype is Dtype.bfloat16 and not run.model.lora.used and not copies:
@@ -242,14 +242,17 @@ def check_run(run: RunConfig) -> None:
     if run.loss.module is not None and not is_of(type(run.loss), run.loss.module):
         own = ", ".join(losses_of(run.loss.module))
         problems.append(
-            f"loss.module: has no loss {run.loss.name}, got {run.loss.module} (it has {own})"
+            f"loss.module: {run.loss.module} defines no loss {run.loss.name} (it defines {own})"
         )
     if run.data.compat is Compat.paper and not run.loss.needs_rejected:
-        problems.append("data.compat: paper is a way to cut pairs, and loss=sft has none (none)")
+        problems.append(
+            "data.compat: paper applies to preference pairs only "
+            f"(with loss={run.loss.name} set data.compat=none)"
+        )
     if isinstance(run.backend, FsdpConfig) and run.model.quantization is Quantization.int8:
         problems.append(
-            "model.quantization: int8 layers cannot be put in shards by backend=fsdp, which loses "
-            "their scales (nf4, or backend=ddp, zero2 or zero3)"
+            "model.quantization: backend=fsdp cannot shard int8 layers, it would lose their scales "
+            "(set nf4, or backend=ddp, zero2 or zero3)"
         )
     if isinstance(run.launcher, SlurmConfig) and run.launcher.tasks() > 1:
         if not isinstance(run.backend, DistributedConfig):
@@ -292,13 +295,13 @@ def holds_secret(section: Any) -> bool:
 
 
 def run_id(run: RunConfig) -> str:
-    """Eight hex digits that two runs share exactly when their numbers must be the same."""
+    """Hash, in eight hex digits, of the settings that decide a run's numbers."""
     named = sorted((first_name(key), value) for key, value in trajectory(run).items())
     return hashlib.sha256(repr(named).encode()).hexdigest()[:8]
 
 
 def _schema(kinds: dict[str, Any]) -> DictConfig:
-    """An empty run whose groups are of these kinds."""
+    """The schema of a run whose groups have these schemas."""
     schema = OmegaConf.structured(RunConfig)
     for group, kind in kinds.items():
         schema[group] = OmegaConf.structured(kind)
@@ -306,7 +309,7 @@ def _schema(kinds: dict[str, Any]) -> DictConfig:
 
 
 def _missing_keys(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
-    # OmegaConf.missing_keys raises where an interpolation points to a missing key.
+    # OmegaConf.missing_keys raises if an interpolation points to a missing key.
     keys: Iterable[Any] = range(len(cfg)) if isinstance(cfg, ListConfig) else cfg
     for key in keys:
         name = f"{prefix}[{key}]" if isinstance(cfg, ListConfig) else f"{prefix}.{key}".lstrip(".")
@@ -346,13 +349,13 @@ def _section_problems(section: Any, prefix: str) -> Iterator[str]:
 
 
 def _plain(key: str, value: Any) -> Iterator[str]:
-    """Why no setting of this name may have a value, whatever it is for."""
+    """Faults of a value that do not depend on which section the setting is in."""
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, int) and abs(item) > LARGEST:
             yield f"must be at most {LARGEST} in size, got {item}"
         if isinstance(item, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in item):
             yield f"must be a line of readable text, got {item[:LONGEST_SHOWN]!a}"
-    # It is, or goes into, the name of a folder.
+    # A name is, or is part of, the name of a folder.
     if key == "name" and isinstance(value, str):
         if not value or value in (".", "..") or "/" in value:
             yield f"must be the name of a folder, without /, got {value or repr(value)}"

@@ -1,4 +1,4 @@
-"""The words that settings choose from."""
+"""Enums of the values that settings choose from."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Mode(str, Enum):
 
     @property
     def sign(self) -> int:
-        """What a metric is multiplied by so that more is better."""
+        """Factor for the metric after which a higher value is better."""
         return 1 if self is Mode.max else -1
 
 

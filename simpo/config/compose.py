@@ -31,11 +31,11 @@ def compose_run(overrides: Sequence[str], composer: Composer = CONF) -> RunConfi
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError([f"{message} (--help tells more)"])
+        raise ConfigError([f"{message} (see --help)"])
 
 
 def run_of_words(words: Sequence[str]) -> RunConfig:
-    """Compose the run of a command line of overrides and, perhaps, `--config-dir DIR`.
+    """Compose and check a run from a command line: overrides and an optional `--config-dir DIR`.
 
     Raises:
         ConfigError: see `compose_run`.

@@ -1,4 +1,4 @@
-"""Where settings are composed from: the folders conf/ and experiments/, and one of the user's."""
+"""Composes settings with Hydra from conf/, experiments/ and a folder of the user's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ register_schemas()
 
 
 class FileConfigSource(file_config_source.FileConfigSource):
-    """Hydra's reader of YAML files; settings with an old name get their new one."""
+    """Hydra's reader of YAML files, which also replaces old names of settings."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         result = super().load_config(config_path)
@@ -39,25 +39,25 @@ class FileConfigSource(file_config_source.FileConfigSource):
         return result
 
 
-# Hydra keeps a source that is there under the name of its own.
+# Hydra registers sources by scheme: this one takes the place of its own.
 SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
 
 
 class NotComposedError(Exception):
-    """What Hydra or OmegaConf says of overrides that it cannot compose, as one line."""
+    """Hydra or OmegaConf cannot compose the overrides; `str()` is its message in one line."""
 
 
 @dataclass(frozen=True)
 class Composer:
-    """What Hydra composes from.
+    """The folders and the file that Hydra composes from.
 
     Attributes:
         config_dir: a folder of further choices (`--config-dir`), read beside conf/.
         config_name: the file, in one of the folders, that lists the defaults (`--config-name`).
-        searchpath: an override of hydra.searchpath, in a list; empty leaves experiments/ there.
+        searchpath: the override of hydra.searchpath; empty: experiments/ is searched.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: `config_dir` is not a folder.
     """
 
     config_dir: str | None = None
@@ -86,12 +86,12 @@ class Composer:
                     [*self.searchpath, *overrides],
                     return_hydra_config=with_hydra,
                 )
-            # Of any type: a group set to a number is a ValueError, to a list of them a TypeError.
+            # Of any type: ValueError for a group set to a number, TypeError for a list of numbers.
             except Exception as error:
                 raise NotComposedError(first_line(error)) from error
 
     def choices(self, group: str) -> list[str]:
-        """The choices of a group, those in folders below it too; empty where there is no group."""
+        """The choices of a group and of its subfolders; empty if there is no such group."""
         if not all(part.strip(".") for part in group.split("/")):
             return []
         with self.loader() as loader:
@@ -123,4 +123,4 @@ class Composer:
 
 
 CONF = Composer()
-"""What comes with simpo."""
+"""Composes from the files that come with simpo alone."""

@@ -1,7 +1,7 @@
 """The errors that a user sees as lines of text, and the exit codes they end a command with.
 
 0 finished, 1 failed, 2 bad settings or data, 75 stopped by a signal after saving
-(`train.stopped_exit_code`), 130 interrupted by Ctrl-C, after saving where training had begun.
+(`train.stopped_exit_code`), 130 interrupted by Ctrl-C, after saving if training had begun.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 INTERRUPTED = 130
-"""Exit code of what Ctrl-C ended."""
+"""Exit code after Ctrl-C."""
 
 INTERRUPTION = (
     "interrupted (the same command continues from the last checkpoint, or else from the start)"
 )
-"""What is said then."""
+"""Message after Ctrl-C."""
 
 STOPPED = 75
-"""Exit code of what a signal ended, where the settings name no other."""
+"""Exit code after a signal, unless `train.stopped_exit_code` sets another."""
 
 BROKEN_PIPE = 141
-"""Exit code where nobody reads the output to its end, as shells give it."""
+"""Exit code when the reader of the output closes it early, as shells give it (128 + SIGPIPE)."""
 
 LOST = 76
-"""Exit code of a rank that others do not answer, for the process that started it."""
+"""Exit code by which a rank tells its starter that other ranks do not answer."""
 
 SAVED = 77
-"""Exit code of a rank that saved after a Ctrl-C, for the process that started it."""
+"""Exit code by which a rank tells its starter that it saved after a Ctrl-C."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Error numbers of a disk, quota or file size that is used up."""
+"""Error numbers of a full disk, an exceeded quota or file-size limit."""
 DISK = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)
 """Error numbers that only a file system gives."""
 
@@ -42,7 +42,7 @@ DISK = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)
 class SimpoError(Exception):
     """An error whose message is all that a user sees, without a traceback.
 
-    `exit_code` is the process's: 1 for a failed run, 2 for bad settings or data.
+    `exit_code` is that of the process: 1 for a failed run, 2 for bad settings or data.
     """
 
     exit_code = 1
@@ -65,10 +65,10 @@ class DataError(SimpoError):
 
 
 class DamagedError(DataError):
-    """A file of a run's folder that is not as the run wrote it; `str()` is one line."""
+    """A file in a run's folder is not as the run wrote it; `str()` is one line."""
 
     def __init__(self, path: Path, fault: str, remedy: str) -> None:
-        super().__init__(path, fault, remedy)  # all of them, or it could not be pickled
+        super().__init__(path, fault, remedy)  # pickling needs all arguments
 
     def __str__(self) -> str:
         path, fault, remedy = self.args
@@ -76,7 +76,7 @@ class DamagedError(DataError):
 
 
 class RunError(SimpoError):
-    """A run that could not go on; what it had computed is in its folder."""
+    """A run could not go on; its results so far are in its folder."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -84,15 +84,15 @@ class RunError(SimpoError):
 
 
 class LostError(RunError):
-    """Other processes of the run do not answer; one of them has failed or hangs."""
+    """Other processes of the run do not answer: one of them failed or hangs."""
 
 
 class Stopped(RunError):
-    """A run that a signal ended, after it had saved."""
+    """A signal asked the run to stop; it has been saved."""
 
 
 def unwritable(path: Path | str, error: OSError) -> RunError:
-    """The error of a file or folder that the system did not let us write."""
+    """The error for a file or folder that could not be written."""
     if error.errno in FULL:
         remedy = "make room, and the same command continues"
     elif error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
@@ -103,8 +103,8 @@ def unwritable(path: Path | str, error: OSError) -> RunError:
 
 
 def first_line(error: BaseException | str) -> str:
-    """The first line with text of an error's message, with the next one where it ends in a colon;
-    else the error's type: never empty.
+    """The first non-empty line of an error's message, joined with the next if it ends in a colon;
+    the error's type if there is no message.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
@@ -114,22 +114,22 @@ def first_line(error: BaseException | str) -> str:
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """End the process where the block raises an error that a user sees: a line, and an exit code.
+    """Turn a user's error in the block into its message on stderr and its exit code.
 
     Raises:
-        SystemExit: with the code; other errors pass.
+        SystemExit: with that code. Other errors pass through.
     """
     try:
         yield
         sys.stdout.flush()
     except SimpoError as error:
-        if str(error):  # not where a rank has printed it
+        if str(error):  # empty if a rank has printed it
             print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(INTERRUPTION, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # of `| head`
-        # Python would flush it again when it ends, and say that it could not.
+        # Else Python flushes stdout again at its end, and prints that it could not.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)

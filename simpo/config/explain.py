@@ -1,6 +1,6 @@
-"""Every fault of overrides, a line each: the key, what is wrong with it and what to do.
+"""Finds every fault of overrides: a line each with the key, what is wrong and what to do.
 
-Hydra stops at the first fault and answers in its own words; `explain` goes on.
+Hydra itself stops at the first fault.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from simpo.config.suggest import all_keys, choices_with, unknown_key
 
 SEARCHPATH = "hydra.searchpath="
 MOST_MEMBERS = 10_000
-"""Of a sweep: more would never end, and are a typing mistake."""
+"""Largest sweep: more members must be a typing mistake."""
 
 
 @dataclass(frozen=True)
 class Sweeper:
-    """What tries the values of a sweep: the choice of hydra/sweeper, and overrides that it adds."""
+    """The choice of hydra/sweeper, and the sweeps that its own settings name."""
 
     kind: str = "basic"
     params: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Sweeper:
 def explain(
     overrides: Sequence[str], multirun: bool = False, composer: Composer = CONF
 ) -> list[str]:
-    """Every fault of overrides; sweeps (only meant so with `multirun`) are tried by value."""
+    """Every fault of overrides; each value of a sweep is tried, which only `multirun` allows."""
     if searchpath := tuple(word for word in overrides if word.startswith(SEARCHPATH)):
         composer = replace(composer, searchpath=searchpath)
     if searchpath or composer.config_name != CONF.config_name:
@@ -108,8 +108,8 @@ def _open_brackets(text: str) -> int:
 
 
 def _sweeper(composer: Composer, overrides: Sequence[str]) -> tuple[Sweeper, list[str]]:
-    """The sweeper that overrides choose, and what is wrong with what it is to sweep."""
-    telling: list[str] = []
+    """The sweeper that overrides choose, and the faults of the sweeps in its settings."""
+    deciding: list[str] = []
     for text in overrides:
         with suppress(NotComposedError):
             override = _parsed(composer, text)
@@ -117,9 +117,9 @@ def _sweeper(composer: Composer, overrides: Sequence[str]) -> tuple[Sweeper, lis
             if not override.is_sweep_override() and (
                 key[:5] == "hydra" or _is_group(composer, key)
             ):
-                telling.append(text)
+                deciding.append(text)
     try:
-        composed = composer.compose(telling, with_hydra=True).hydra
+        composed = composer.compose(deciding, with_hydra=True).hydra
         node = OmegaConf.to_container(composed.sweeper, resolve=True)
     except (NotComposedError, OmegaConfBaseException):
         return Sweeper(), []  # reported with the overrides
@@ -137,13 +137,13 @@ def _sweeper(composer: Composer, overrides: Sequence[str]) -> tuple[Sweeper, lis
 
 
 def _is_group(composer: Composer, key: str) -> bool:
-    # An `experiments` folder without a file is not part of a checkout.
+    # The folder `experiments` may be missing: git does not keep an empty one.
     return key == "experiments" or ("." not in key and bool(composer.choices(key)))
 
 
 def _parsed(composer: Composer, text: str) -> Override:
     try:
-        with composer.loader() as loader:  # which a glob looks into
+        with composer.loader() as loader:  # glob() looks up its choices
             (override,) = OverridesParser.create(config_loader=loader).parse_overrides([text])
     except HydraException as error:
         raise NotComposedError(_unreadable(text, error)) from error
@@ -163,15 +163,16 @@ def _unreadable(text: str, error: Exception | None = None) -> str:
         if " while evaluating " in line:
             return f"{key}: {line.partition(' while evaluating ')[2]}"
     if "[" in key:
-        return f"{key}: an item of a list is {key.replace('[', '.').replace(']', '')}"
+        dotted = key.replace("[", ".").replace("]", "")
+        return f"{key}: items of a list are named with a dot (write {dotted})"
     return f"{text}: special characters need quotes within quotes ('{key}=\"{value}\"')"
 
 
 def _singles(composer: Composer, override: Override, sweeper: Sweeper | None) -> list[Override]:
-    """An override for each value of a sweep; for both ends of an interval.
+    """One override for each value of a sweep, or for both ends of an interval.
 
     Raises:
-        NotComposedError: there is no value, or no end of them; nothing searches intervals.
+        NotComposedError: there is no value or no end of values, or the sweeper takes no interval.
     """
     if not override.is_sweep_override():
         return [override]
@@ -210,7 +211,7 @@ def _check_range(key: str, text: str, sweep: RangeSweep) -> None:
 def _group_problems(
     composer: Composer, groups: dict[str, list[Override]], problems: list[str]
 ) -> tuple[set[str], list[list[str]]]:
-    """Add the faults of groups to problems; returns which have some, and the others' choices."""
+    """Add the faults of groups to problems; return the faulty groups and the others' choices."""
     faulty: set[str] = set()
     good: list[list[str]] = []
     for group, singles in groups.items():
@@ -225,7 +226,7 @@ def _group_problems(
 
 
 def _members(groups: list[list[str]]) -> Iterator[list[str]]:
-    """Choices of every group such that each choice comes up, the other groups at their first."""
+    """Yield a choice of every group: each choice once, with the other groups at their first."""
     first = [choices[0] for choices in groups]
     yield first
     for index, choices in enumerate(groups):
@@ -242,24 +243,24 @@ def _member_problems(
         return [f"{' '.join(groups)}: {error}"]
     problems: list[str] = []
     good: list[str] = []
-    # The module is that of a loss that was misspelt.
+    # A misspelt loss may be in the module that is named.
     bad = ["loss.module"] if "loss" in faulty else []
     for override in values:
         key = override.key_or_group
         if faults := _override_problems(composer, override, base, groups):
-            # A key that another choice of a misspelt group has may be what that choice is for.
+            # The choice that was meant by a misspelt group may have this key.
             wanted = key.partition(".")[0] in faulty and choices_with(key)
             problems += [] if wanted else faults
             bad.append(key)
         else:
             good.append(str(override.input_line))
-    # The last of a key counts: backwards, the other end of what is swept.
+    # The last value of a key counts; in reverse order the first one is checked too.
     backwards = [good[::-1]] if len({line.partition("=")[0] for line in good}) < len(good) else []
     for lines in (good, *backwards):
         try:
             build_run(composer.compose([*groups, *lines]))
         except ConfigError as error:
-            # Without the setting that was refused above, the run may lack what it was to give.
+            # A setting that was refused above is missing here, which is no further fault.
             problems += [p for p in error.problems if p.partition(":")[0] not in bad]
         except NotComposedError as error:
             problems.append(str(error))
@@ -271,7 +272,7 @@ def _member_problems(
 def _group_problem(composer: Composer, override: Override, others: list[str]) -> str | None:
     group, line, value = override.key_or_group, str(override.input_line), override.value()
     try:
-        # A group may be there only with a choice of another.
+        # A group may exist only with a certain choice of another.
         composer.compose([*others, line])
         return None
     except NotComposedError:
@@ -331,7 +332,7 @@ def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
         for index, item in enumerate(value):
             if isinstance(item, dict):
                 empty = OmegaConf.structured(schema)
-                # Nothing to resolve an interpolation with: the run that it makes is checked.
+                # Interpolations cannot be resolved here; they are checked in the composed run.
                 plain = {str(k): v for k, v in item.items() if "${" not in _shown(v)}
                 faults = [p for k, v in plain.items() for p in _value_problems(empty, k, v)]
                 problems += [f"{key}[{index}].{fault}" for fault in faults]
@@ -351,7 +352,7 @@ def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
         return [f"{key}: must be {_wanted(node)}, got {_shown(value)}"]
     except OmegaConfBaseException as error:
         return [f"{key}: {first_line(error)}"]
-    # OmegaConf lets an interpolation lead from a section or a list to one of another kind.
+    # OmegaConf does not check the type of a section or list that an interpolation gives.
     if isinstance(found, (dict, list)):
         astray = isinstance(value, str) and bool(_value_problems(base, key, found))
     else:
@@ -379,7 +380,7 @@ def _wanted(node: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is typed."""
+    """A value as typed on the command line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

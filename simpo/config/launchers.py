@@ -1,4 +1,4 @@
-"""Settings of where a run, or the members of a sweep, are started."""
+"""Settings of the launcher, which starts a run or the members of a sweep."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# What the launcher writes into each submission, and the setting to use where there is one.
+# Options of sbatch that the launcher sets itself, and the setting to use instead, if any.
 OWN_OPTIONS = {
     "account": "account",
     "array": "array_parallelism",
@@ -31,15 +31,15 @@ OWN_OPTIONS = {
 
 @dataclass(kw_only=True)
 class LauncherConfig:
-    """Where runs are started; what every kind of it takes."""
+    """Settings that every launcher has."""
 
     name: str = "local"
     """Kind of launcher; set by the group."""
     sweep_dir: str | None = None
-    """Folder of a sweep (-m); each member has one below it, named by its own settings. null:
+    """Folder of a sweep (-m); each member gets a subfolder named by its own settings. null:
     <output_dir>/sweeps/<name>-<hash of the settings that the members share>."""
     poll_s: float = 2.0
-    """Seconds between looks at the members of a sweep that is waited for."""
+    """Seconds between checks of the members while waiting for a sweep."""
 
     def problems(self) -> Iterator[str]:
         if not 0 < self.poll_s <= 3600:
@@ -50,10 +50,10 @@ class LauncherConfig:
 
 @dataclass(kw_only=True)
 class LocalConfig(LauncherConfig):
-    """On this machine: a run in this process, members of a sweep each in its own."""
+    """On this machine: a run in this process, each member of a sweep in its own."""
 
     parallel: int = 1
-    """Members of a sweep at the same time; they share out the GPUs and the cores."""
+    """Members of a sweep that run at the same time; they share the GPUs and the cores."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -85,18 +85,18 @@ class SlurmConfig(LauncherConfig):
     mem_gib: float | None = None
     """Memory of each node."""
     time_min: int = 240
-    """Time limit. A job that reaches it saves, is requeued and goes on."""
+    """Time limit in minutes. A job that reaches it saves, is requeued and continues."""
     signal_before_s: int = 120
-    """Seconds before the limit at which a job is told to save: a step and a save must fit in."""
+    """Seconds before the limit at which a job is told to save; a step and a save must fit in."""
     array_parallelism: int | None = None
-    """Members of a sweep at the same time; null: as many as the cluster grants."""
+    """Members of a sweep that run at the same time; null: as many as the cluster allows."""
     setup: list[str] = field(default_factory=list)
     """Shell lines that a job runs before Python (module load ..., export ...)."""
     options: list[str] = field(default_factory=list)
     """Further options of sbatch, as typed there: ["--mail-type=END", "--exclusive"]."""
     wait: bool = False
-    """Wait for the jobs, show how far they are, and fail where one failed. False returns as soon as
-    they are in the queue."""
+    """Wait for the jobs, show their progress, and fail if one fails. False: return as soon as they
+    are in the queue."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

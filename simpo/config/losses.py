@@ -39,10 +39,10 @@ LOSSES: dict[str, type[LossConfig]] = {
 
 
 def own_losses(module: str) -> dict[str, type[LossConfig]]:
-    """Import a module of the user's; the losses that it defines.
+    """Import a user's module and return the losses that it defines.
 
     Raises:
-        OwnCodeError: it cannot be imported, defines no loss, or one that lacks something.
+        OwnCodeError: it cannot be imported, or defines no loss or an incomplete one.
     """
     load("loss.module", module)
     if problems := list(_problems(module)):
@@ -53,7 +53,7 @@ def own_losses(module: str) -> dict[str, type[LossConfig]]:
 def _problems(module: str) -> Iterator[str]:
     kinds = _kinds(module)
     if not kinds:
-        yield " defines no loss (a dataclass below simpo.loss.LossConfig)"
+        yield " defines no loss (a dataclass derived from simpo.loss.LossConfig)"
     for kind in kinds:
         place = f":{kind.__name__}"
         if "__dataclass_fields__" not in vars(kind):
@@ -65,7 +65,7 @@ def _problems(module: str) -> Iterator[str]:
 
 
 def read_only(values: Mapping[str, Any]) -> type[LossConfig]:
-    """Stands for a loss whose module is not imported, where its settings are only read."""
+    """A stand-in for a loss whose module is not imported, as its settings are only read."""
     base = {item.name for item in fields(LossConfig)}
     own = [(key, Any) for key in values if key not in base]
     nothing = dict.fromkeys(LossConfig.__abstractmethods__)

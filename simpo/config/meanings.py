@@ -1,4 +1,4 @@
-"""What each setting means: the docstring under its field, for --help and docs/config.md."""
+"""Reads the docstring under the field of each setting, for --help and docs/config.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GROUPS = ("model", "data", "loss", "backend", "launcher", "tracker", "experiment
 
 def meaning(schema: type, name: str) -> str:
     """The docstring under a field of a dataclass, its own or an inherited one, in one line; empty
-    where a user's class has none.
+    if a user's class has none.
     """
     for parent in filter(is_dataclass, schema.__mro__):
         if found := _meanings(sys.modules[parent.__module__]).get((parent.__name__, name)):
@@ -40,7 +40,7 @@ def field_types(schema: type) -> dict[str, Any]:
 
 
 def type_name(kind: Any) -> str:
-    """How the documentation calls a field's type; the words of an enum in backquotes."""
+    """A field's type in the words of the documentation; values of an enum in backquotes."""
     if NoneType in typing.get_args(kind):
         inner = next(part for part in typing.get_args(kind) if part is not NoneType)
         return f"{type_name(inner)} or null"
@@ -53,7 +53,7 @@ def type_name(kind: Any) -> str:
 
 
 def default(item: Field[Any]) -> str:
-    """A field's default as the command line would take it; *required* where it has none."""
+    """A field's default as the command line would take it; *required* if it has none."""
     value = item.default if item.default_factory is NO_DEFAULT else item.default_factory()
     return "*required*" if value == MISSING else shown(value)
 
@@ -69,7 +69,7 @@ def shown(value: Any) -> str:
 
 
 def settings_help(overrides: Sequence[str], sections: Sequence[str], width: int) -> Iterator[str]:
-    """Lines that tell every choice, and every key of the composed run with its value and meaning.
+    """Yield lines with every choice, and every key of the composed run, its value and meaning.
 
     Args:
         overrides: what the run is composed of.
@@ -84,7 +84,7 @@ def settings_help(overrides: Sequence[str], sections: Sequence[str], width: int)
             yield from _wrapped(choices, "  ", " " * 15, width)
         yield ""
         yield "Settings, as key=value, with their values in this run:"
-    # Hydra's own key for the choice of an experiment is no setting.
+    # Keys of the schemas only: Hydra adds one for the choice of an experiment.
     for key, value, text in _keys(composer.compose(overrides), ""):
         if not sections or any(key == one or key.startswith(f"{one}.") for one in sections):
             yield from _wrapped(f"{key}={value}", "  ", "      ", width)
@@ -123,7 +123,7 @@ def _wrapped(text: str, first: str, rest: str, width: int) -> list[str]:
 
 @cache
 def _meanings(module: ModuleType) -> dict[tuple[str, str], str]:
-    """(class, field) to the docstring under the field, which only the source has."""
+    """Maps (class, field) to the docstring under the field, read from the source."""
     meanings: dict[tuple[str, str], str] = {}
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.ClassDef):

@@ -1,4 +1,4 @@
-"""Loads Python code of the user's that a setting names: a module, or `module:function`."""
+"""Loads a user's Python code that a setting names: a module, or `module:function`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simpo.config.errors import ConfigError, first_line
 
 
 class OwnCodeError(ConfigError):
-    """Code that cannot be loaded; the settings that name it may be right."""
+    """A user's code cannot be loaded; the settings that name it may be right."""
 
 
 def is_function(name: str) -> bool:
@@ -47,6 +47,6 @@ def load(key: str, name: str) -> Any:
 
 
 def source_sha256(module: str) -> str:
-    """Hash of the file of an imported module; what it imports is not looked at."""
+    """Hash of the file of an imported module, without what that imports."""
     file = getattr(sys.modules[module], "__file__", None)
     return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()

@@ -1,4 +1,4 @@
-"""Settings that have got another name: the old one still reads, with a note on stderr."""
+"""Accepts old names of settings, with a note on stderr."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _noted: set[str] = set()
 
 
 def rename_overrides(words: Sequence[str]) -> list[str]:
-    """Give the settings among the words of a command line their new names.
+    """Replace the old names of settings in the words of a command line.
 
     Raises:
         ConfigError: a setting is given under both names.
@@ -42,14 +42,14 @@ def rename_overrides(words: Sequence[str]) -> list[str]:
 
 
 def renamed_config(config: DictConfig, section: str = "", note: bool = True) -> DictConfig:
-    """What a YAML file of settings holds, under the new names.
+    """Replace the old names of settings in what a YAML file holds.
 
     Args:
-        section: the one that the file is of; empty for a file of whole sections.
+        section: the section that the file holds; empty if it holds several.
         note: print what was renamed.
 
     Raises:
-        ConfigError: a setting is there under both names.
+        ConfigError: a setting is given under both names.
     """
     settings: Any = OmegaConf.to_container(config, resolve=False)
     whole = settings
@@ -67,7 +67,7 @@ def new_name(key: str) -> str:
 
 
 def first_name(key: str) -> str:
-    """A dotted key under the name it had at first, which the ids of runs and sweeps go by."""
+    """A dotted key under its first name, from which ids of runs and sweeps are computed."""
     return _replaced(key, {new: old for old, new in RENAMED.items()})
 
 
@@ -79,10 +79,10 @@ def _replaced(key: str, names: dict[str, str]) -> str:
 
 
 def _rename(settings: dict[str, Any]) -> dict[str, str]:
-    """Give settings, nested as in a YAML file, their new names, in place.
+    """Replace old names in settings that are nested as in a YAML file, in place.
 
     Returns:
-        The new names of those that had old ones.
+        Old name to new name, for each that was replaced.
     """
     changes: dict[str, str] = {}
     for old, new in RENAMED.items():
@@ -111,7 +111,7 @@ def _rename(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _section(settings: dict[str, Any], key: str) -> dict[str, Any]:
-    """A nested section; empty where there is none."""
+    """A nested section; empty if there is none."""
     found: Any = settings
     for name in key.split(".") if key else ():
         found = found.get(name) if isinstance(found, dict) else None

@@ -1,6 +1,6 @@
-"""The settings of a run, typed once. Those of its loss, of what goes into it, of its processes
-and of where it is started: `simpo.loss`, `simpo.config.inputs`, `backends`, `launchers`. A
-`RunConfig` is read-only by rule, not by `frozen=True`, which OmegaConf cannot compose.
+"""The settings of a run. Those of the loss, the policy and data, the backend and the launcher are
+in `simpo.loss` and in `inputs`, `backends` and `launchers` of this folder. No code changes a
+`RunConfig`; it is not frozen because OmegaConf cannot compose frozen dataclasses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from simpo.config.launchers import LauncherConfig
 from simpo.loss import LossConfig
 
 LONGEST_PART_BYTES = 255
-"""Of a path between two slashes, as file systems have it."""
+"""Longest name of a file or folder that file systems allow."""
 
 
 @dataclass(kw_only=True)
@@ -28,13 +28,13 @@ class TrainConfig:
     """The loop, the optimizer and what is kept."""
 
     pairs_per_step: int = 128
-    """Pairs behind one optimizer update, over all processes (the paper: 128; data=jsonl: 8)."""
+    """Pairs in one optimizer update, over all processes (the paper: 128; data=jsonl: 8)."""
     tokens_per_row: int = 4096
-    """Token budget of one forward: pairs are packed into rows up to it. Memory, not results."""
+    """Tokens of a packed row, which is one forward. Changes memory and speed, not results."""
     share_prefix: bool = True
-    """Compute a prompt once for its two responses; False serves models whose attention cannot."""
+    """Compute a prompt once for its two responses; False for models that cannot."""
     check_memory: bool = True
-    """Refuse, before the first step, a run whose estimated memory is above what the device has."""
+    """Refuse, before the first step, a run whose estimated memory exceeds the device's."""
     epochs: int = 1
     """Passes over the mixture (the paper: 1)."""
     max_steps: int | None = None
@@ -54,28 +54,28 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     """Added to AdamW's denominator."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them."""
+    """Gradients are clipped to this norm; 0: not clipped."""
     precision: Precision = Precision.auto
-    """Arithmetic of the forward; log-probs are fp32. auto: bf16 where the device has instructions
-    for it (a GPU, newer CPUs), else fp32."""
+    """Dtype of the forward; log-probs are always fp32. auto: bf16 if the device has instructions
+    for it (GPUs, newer CPUs), else fp32."""
     seed: int = 42
-    """Decides adapter initialisation and the order of the pairs."""
+    """Seed of the adapters' initialisation and of the order of the pairs."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
-    """Steps between evaluations; 0 evaluates before the first step and after the last only."""
+    """Steps between evaluations; 0: only before the first step and after the last."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 keeps only the one after the last step."""
+    """Steps between checkpoints; 0: only one, after the last step."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints kept."""
     keep_best: bool = False
-    """Keep also the checkpoint with the best `monitor.metric`, and save its model, not the last."""
+    """Also keep the checkpoint with the best `monitor.metric`; the saved model is that one."""
     patience_evals: int = 0
-    """Stop after so many evaluations without a better `monitor.metric`; 0 never does."""
+    """Stop after this many evaluations without a better `monitor.metric`; 0: never."""
 
     stopped_exit_code: int = 75
-    """Exit code of a run that SIGTERM, SIGUSR1 or SIGUSR2 stopped after it had saved: not 0, so
-    that scripts and schedulers see that it wants to be run again (75: EX_TEMPFAIL)."""
+    """Exit code of a run that SIGTERM, SIGUSR1 or SIGUSR2 stopped, after saving. Not 0, so that
+    scripts and schedulers see that the run is unfinished (75: EX_TEMPFAIL)."""
 
     def problems(self) -> Iterator[str]:
         for key in ("pairs_per_step", "tokens_per_row", "epochs", "log_every", "keep_checkpoints"):
@@ -88,7 +88,7 @@ class TrainConfig:
             yield f"patience_evals: must be 0 (never stop early) or more, got {self.patience_evals}"
         for key in ("keep_best", "patience_evals"):
             if getattr(self, key) > 0 and not self.eval_every:
-                yield f"{key}: needs evaluations on the way (set train.eval_every)"
+                yield f"{key}: needs evaluations during training (set train.eval_every)"
         if self.max_steps is not None and self.max_steps < 1:
             yield f"max_steps: must be 1 or more, or null, got {self.max_steps}"
         if self.seed < 0:
@@ -106,7 +106,7 @@ class TrainConfig:
         if not 0 <= self.stopped_exit_code < 256:
             yield f"stopped_exit_code: must be from 0 to 255, got {self.stopped_exit_code}"
         elif (code := self.stopped_exit_code) in (LOST, SAVED):
-            yield f"stopped_exit_code: {code} has a meaning of its own here (choose another)"
+            yield f"stopped_exit_code: {code} is in use within a run (choose another)"
         if self.adam_epsilon <= 0:
             yield f"adam_epsilon: must be above 0, got {self.adam_epsilon}"
 
@@ -116,7 +116,7 @@ class SampleConfig:
     """Greedy replies to held-out prompts, written at each evaluation."""
 
     num_prompts: int = 0
-    """Held-out prompts answered; 0 answers none."""
+    """Number of held-out prompts answered; 0: none."""
     max_new_tokens: int = 96
     """Longest reply."""
 
@@ -133,25 +133,25 @@ class OnPolicyConfig:
     them and pairs the best with the worst. Defaults are the paper's."""
 
     folder: str | None = None
-    """Where replies, scores and pairs lie. null: <output_dir>/on_policy/<model>-<data>."""
+    """Folder of replies, scores and pairs. null: <output_dir>/on_policy/<model>-<data>."""
     seeds: list[int] = field(default_factory=lambda: [13, 21, 42, 79, 100])
-    """Each generates one reply to each prompt."""
+    """Sampling seeds; each gives one reply to each prompt."""
     temperature: float = 0.8
     """Sampling temperature; above 0."""
     top_p: float = 0.95
-    """Tokens are sampled from the likeliest that make up this share."""
+    """Nucleus sampling: tokens come from the likeliest ones that sum to this probability."""
     max_new_tokens: int = 4096
     """Longest reply."""
     num_prompts: int | None = None
-    """Prompts answered of each split, the first ones; null answers all."""
+    """Number of prompts answered, from the start of each split; null: all."""
     engine: Engine = Engine.auto
-    """What generates. auto: vllm where it is installed and there is a GPU, else transformers."""
+    """Library that generates. auto: vllm if installed and there is a GPU, else transformers."""
     batch_prompts: int = 32
-    """Prompts answered together; what is done is kept after each batch."""
+    """Prompts answered together; replies are saved after each batch."""
     reward: str | None = None
-    """Who scores: a reward model (hub id or folder), `module:function`, or `rules` (the demo's)."""
+    """What scores replies: a reward model (hub id or folder), `module:function`, or `rules`."""
     keep_cut: bool = False
-    """Take replies too that max_new_tokens cut off."""
+    """Also use replies that max_new_tokens cut off."""
 
     def problems(self) -> Iterator[str]:
         if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
@@ -161,7 +161,7 @@ class OnPolicyConfig:
         if self.folder == "":
             yield "folder: must not be empty (null takes one below output_dir)"
         if self.temperature <= 0:
-            yield f"temperature: must be above 0, got {self.temperature} (at 0 all replies are one)"
+            yield f"temperature: must be above 0, got {self.temperature} (0 makes replies equal)"
         if not 0 < self.top_p <= 1:
             yield f"top_p: must be above 0 and at most 1, got {self.top_p}"
         for key in ("max_new_tokens", "batch_prompts"):
@@ -180,7 +180,7 @@ class MonitorConfig:
     metric: str = "rewards/accuracies"
     """Key of a held-out metric, as in metrics.jsonl without `eval/`."""
     mode: Mode = Mode.max
-    """Whether more of it is better, or less."""
+    """max: higher is better. min: lower is better."""
 
     def problems(self) -> Iterator[str]:
         if not self.metric or self.metric.startswith(("eval/", "train/")):
@@ -189,21 +189,21 @@ class MonitorConfig:
 
 @dataclass(kw_only=True)
 class WatchConfig:
-    """When a run counts as collapsing, measured against its own start, and what follows."""
+    """When a run counts as collapsing, compared with its own start, and what happens then."""
 
     action: WatchAction = WatchAction.warn
-    """warn: say so and go on. stop: end the run with exit code 1; its checkpoints stay."""
+    """warn: print a warning and go on. stop: end the run with exit code 1; checkpoints stay."""
     chosen_drop: float = 1.0
-    """Nats that the log-prob of a chosen token may lose, in training or held out; 0: any. (1: it is
-    a third as likely. The demo gains 0.2; collapsed, at 1e-3 without NLL, it loses 2.6.)"""
+    """Largest fall of the mean log-prob of a chosen token, in nats, in training or held out; 0: no
+    limit. (1: a third as likely. The demo rises by 0.2; at 1e-3 without NLL it falls by 2.6.)"""
     repetition_rise: float = 0.15
-    """What the share of repeated 4-grams in replies may gain; 0: any. (0.15: one reply in six
-    became a loop. The demo stays within 0.02; collapsed, it gains 0.24.)"""
+    """Largest rise of the share of repeated 4-grams in replies; 0: no limit. (0.15: one reply in
+    six became a loop. The demo stays within 0.02; collapsed, it rises by 0.24.)"""
     grad_norm_ratio: float = 10.0
-    """Times its first value that the gradient's norm before clipping may reach; 0: any. (An order
-    of magnitude, against explosions; the demo's doubles, collapsed it gets to 5 times.)"""
+    """Largest ratio of the gradient norm before clipping to its first value; 0: no limit. (10 finds
+    explosions; the demo reaches 2, collapsed 5.)"""
     window: int = 8
-    """Logged steps averaged into one value of a train metric, the first ones into its start."""
+    """Logged steps averaged into one value of a train metric; the first average is its start."""
 
     def problems(self) -> Iterator[str]:
         for key in ("chosen_drop", "repetition_rise"):
@@ -217,12 +217,12 @@ class WatchConfig:
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """What happens to the trained model besides being saved in the run's folder."""
+    """Upload of the trained model, which is saved in the run's folder in any case."""
 
     push_to_hub: str | None = None
-    """Hub repository (owner/name) to upload the model to, made before step 1; null: none."""
+    """Hub repository (owner/name) to upload the model to, created before step 1; null: none."""
     private: bool = True
-    """Whether a repository made for the upload is private."""
+    """Whether a repository created for the upload is private."""
 
     def problems(self) -> Iterator[str]:
         parts = (self.push_to_hub or "owner/name").split("/")
@@ -236,12 +236,12 @@ class ExportConfig:
                 validate_repo_id(self.push_to_hub)
             except HFValidationError as error:
                 rule = str(error).rpartition(":")[0]
-                yield f"push_to_hub: the hub takes no such name, got {self.push_to_hub} ({rule})"
+                yield f"push_to_hub: not a valid name on the hub, got {self.push_to_hub} ({rule})"
 
 
 @dataclass(kw_only=True)
 class TrackerConfig:
-    """What gets the metrics, besides the console and metrics.jsonl, which always do."""
+    """Where metrics go besides the console and metrics.jsonl."""
 
     name: str = "console"
     """Kind of tracker; set by the group."""
@@ -268,14 +268,14 @@ class WandbConfig(TrackerConfig):
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """One run, whole."""
+    """All settings of a run."""
 
     name: str = MISSING
-    """Folder of the run below output_dir; composed of the model's, the data's and the loss's."""
+    """Name of the run's folder below output_dir; made of the names of model, data and loss."""
     output_dir: str = "outputs"
     """Folder all runs are kept in."""
     run_dir: str | None = None
-    """The run's own folder. null: the unfinished run of the same settings, else a new folder."""
+    """The run's own folder. null: an unfinished run's with the same settings, else a new one."""
     cache_dir: str = "~/.cache/simpo"
     """Folder of converted models and tokenized data."""
     model: ModelConfig = MISSING

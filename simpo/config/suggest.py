@@ -1,4 +1,4 @@
-"""What to say of a key that no setting has: the nearest ones, and the choices that have it."""
+"""Suggests what an unknown key may mean: the nearest settings, and the choices that have it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from simpo.config.check import GROUPS
 
 
 def unknown_key(base: DictConfig, key: str) -> str:
-    """What is wrong with a key that a composed configuration lacks, and what comes close."""
+    """The message for a key that a composed configuration lacks, with the nearest keys."""
     known = all_keys(base)
     section, _, leaf = key.rpartition(".")
     group = key.partition(".")[0]

@@ -266,7 +266,7 @@ def test_joins_torchrun(settings: list[str], alone: Path, tmp_path: Path) -> Non
     assert_like(tmp_path / "run", alone)
     wrong = [*overrides, "backend.processes=3", f"run_dir={tmp_path / 'wrong'}"]
     message = finish(start(wrong, env=OF_TORCHRUN), code=2)
-    assert "backend.processes: 3 asked for here and 2 started in all, but 2 run" in message
+    assert "backend.processes: must be 2, which the launcher started here, got 3" in message
 
 
 OURS = (
@@ -318,7 +318,7 @@ def test_processes_that_nobody_started(settings: list[str], tmp_path: Path) -> N
     command = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2")
     overrides = [*settings, "backend=ddp", f"run_dir={tmp_path}"]
     message = finish(start(overrides, *command, "-m", "simpo.train"), code=1)
-    assert "backend.processes: how many? Without GPUs it has no default (set it)" in message
+    assert "backend.processes: has no default without a GPU (set backend.processes=N)" in message
     message = finish(start([*settings, f"run_dir={tmp_path}"], env=OF_TORCHRUN), code=2)
     assert "backend: single runs in 1 process, got 2 (backend=ddp)" in message
 

@@ -437,7 +437,7 @@ def test_a_file_system_without_locks(
     assert RunFolder(compose_run([*template.overrides, f"run_dir={tmp_path}/own"])).notes
     (progress,) = read_progress([first.path])
     assert progress.state is State.running
-    assert progress.note == "or killed: the file system keeps no locks, which would tell"
+    assert progress.note == "or killed: the file system has no locks, which would show it"
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])

@@ -48,35 +48,39 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         (
             {"WORLD_SIZE": "1", "RANK": "0"},
             TWO,
-            "WORLD_SIZE: 1 in the environment, but no LOCAL_RANK, MASTER_ADDR, MASTER_PORT "
+            "WORLD_SIZE: the environment has 1, but no LOCAL_RANK, MASTER_ADDR, MASTER_PORT "
             + START,
         ),
         (
             TORCHRUN | {"MASTER_ADDR": None},
             DdpConfig(),
-            "WORLD_SIZE: 1 in the environment, but no MASTER_ADDR " + START,
+            "WORLD_SIZE: the environment has 1, but no MASTER_ADDR " + START,
         ),
         (
             TORCHRUN | {"RANK": None, "WORLD_SIZE": "2"},
             TWO,
-            "WORLD_SIZE: 2 in the environment, but no RANK " + START,
+            "WORLD_SIZE: the environment has 2, but no RANK " + START,
         ),
         (
             TORCHRUN | {"WORLD_SIZE": "two"},
             TWO,
-            "WORLD_SIZE: no number in the environment: two " + START,
+            "WORLD_SIZE: must be a number in the environment, got two " + START,
         ),
         (
             {"WORLD_SIZE": ""},
             SingleConfig(),
-            "WORLD_SIZE: no number in the environment:  " + START,
+            "WORLD_SIZE: must be a number in the environment, got  " + START,
         ),
-        (TORCHRUN | {"RANK": "-1"}, TWO, "RANK: no number in the environment: -1 " + START),
+        (
+            TORCHRUN | {"RANK": "-1"},
+            TWO,
+            "RANK: must be a number in the environment, got -1 " + START,
+        ),
         (TORCHRUN | {"RANK": "1"}, TWO, "RANK: must be below WORLD_SIZE=1, got 1 " + START),
         (
             TORCHRUN,
             TWO,
-            "backend.processes: 2 asked for here and 1 started in all, but 1 run (under torchrun, "
+            "backend.processes: must be 1, which the launcher started here, got 2 (under torchrun, "
             "accelerate launch and Slurm leave it out)",
         ),
     ],

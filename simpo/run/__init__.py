@@ -1,1 +1,1 @@
-"""A run's folder: found, written, read and checked, during the run and afterwards. No torch."""
+"""Finds, writes, reads and checks the folder of a run. Imports no torch."""

@@ -1,4 +1,4 @@
-"""Writes a file whole or not at all."""
+"""Writes files whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_text(path: Path, text: str, private: bool = False) -> None:
     """Write a file: a reader sees the old text or the new, never a part.
 
     Args:
-        private: for its owner alone.
+        private: readable by its owner alone.
 
     Raises:
         RunError: it cannot be written.
@@ -41,7 +41,7 @@ def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
     """Write a file: a reader sees the old content or the new, never a part.
 
     Args:
-        private: for its owner alone.
+        private: readable by its owner alone.
 
     Raises:
         RunError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Logged lines in, the evaluations among them and the best step out."""
+"""Finds the evaluations among logged lines, and the step with the best one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simpo.config.schema import MonitorConfig
 LESS_IS_BETTER = ("loss", "reply_repetition")
 
 Evaluations = Mapping[int, Mapping[str, float]]
-"""Held-out metrics by the number of updates they were taken after."""
+"""Held-out metrics by the number of updates done before them."""
 
 
 def evaluations_in(lines: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
@@ -25,9 +25,9 @@ def evaluations_in(lines: Iterable[Mapping[str, float]]) -> dict[int, dict[str, 
 
 
 def best_step(config: MonitorConfig, evaluations: Evaluations) -> int | None:
-    """The trained step with the best metric, the earliest of equals; None if there is none.
+    """The step with the best metric, the earliest of equals; None if there is none.
 
-    The model before the first step is not among them.
+    Step 0, the untrained model, does not count.
     """
     steps = [step for step in sorted(evaluations) if step]
     return max(
@@ -36,23 +36,23 @@ def best_step(config: MonitorConfig, evaluations: Evaluations) -> int | None:
 
 
 def mode_of(metric: str, monitor: MonitorConfig) -> Mode:
-    """Whether more or less of a held-out metric is better."""
+    """Whether a higher or a lower value of a held-out metric is better."""
     if metric == monitor.metric:
         return monitor.mode
     return Mode.min if metric in LESS_IS_BETTER else Mode.max
 
 
 def evaluations_without_gain(config: MonitorConfig, evaluations: Evaluations) -> int:
-    """How many evaluations have followed that of the best step."""
+    """Number of evaluations after that of the best step."""
     best = best_step(config, evaluations)
     return 0 if best is None else sum(step > best for step in evaluations)
 
 
 def check_monitor(config: MonitorConfig, metrics: Mapping[str, float]) -> None:
-    """Check that a first evaluation gave the metric to select by.
+    """Check that the first evaluation has `monitor.metric`.
 
     Raises:
-        ConfigError: it is not among its metrics.
+        ConfigError: it does not.
     """
     if config.metric not in metrics:
         known = ", ".join(metrics) or "nothing is held out"

@@ -54,12 +54,12 @@ def file_fault(folder: Path, name: str, num_bytes: int, expected: str) -> str | 
         if file.stat().st_size != num_bytes:
             return f"{name} has {file.stat().st_size} bytes, not {num_bytes}"
         return f"{name} has changed (sha256)" if sha256(file) != expected else None
-    except OSError as error:  # of a disk that is failing
+    except OSError as error:  # from a failing disk
         return f"{name} cannot be read ({error.strerror})"
 
 
 def entry_fault(folder: Path) -> str | None:
-    """What is wrong with a cache entry, or None where it is whole."""
+    """What is wrong with a cache entry, or None if it is whole."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         name, files = manifest["entry"], dict(manifest["files"])
@@ -75,7 +75,7 @@ def find_entry(folder: Path) -> tuple[bool, list[str]]:
     """Look for a cache entry.
 
     Returns:
-        Whether it is there and whole; and a line that says what is wrong with a damaged one.
+        Whether it exists and is whole; and a line that says what is wrong with a damaged one.
     """
     if not os.path.lexists(folder):
         return False, []
@@ -106,7 +106,7 @@ def write_entry(folder: Path, write: Callable[[Path], None]) -> None:
                 os.rename(part, folder)
                 return
             except OSError:
-                # Another process may have been faster, with the same content.
+                # Another process may have written the same entry first.
                 if entry_fault(folder) is None:
                     return
                 if attempt == 2:
@@ -116,7 +116,7 @@ def write_entry(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def keep_entry(folder: Path, write: Callable[[Path], None]) -> list[str]:
-    """Make a cache entry if that is possible; a line that says why where it is not."""
+    """Make a cache entry if possible; else return a line that says why not."""
     try:
         write_entry(folder, write)
     except OSError as error:

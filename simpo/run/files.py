@@ -1,6 +1,6 @@
-"""Files of a run's folder read back, each checked: a disk, a copy or an editor may have damaged it.
+"""Reads the files of a run's folder and checks them: a disk or an editor may have damaged them.
 
-A file that is not there is read as empty: runs write most of their files as they get to them.
+A missing file is read as empty, since a run writes most of its files as it proceeds.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 from simpo.config.errors import DamagedError
 
 STATES = ("running", "stopped", "failed", "finished")
-"""Words that status.json has for how far a run is."""
+"""Values of `state` in status.json."""
 BENCHMARKS = {
     "alpaca_eval_2_lc": "AlpacaEval 2 LC",
     "alpaca_eval_2_wr": "AlpacaEval 2",
     "arena_hard_wr": "Arena-Hard",
 }
-"""Keys of benchmarks.json, in the order of published.yaml, with the names people know."""
+"""Keys of benchmarks.json, in the order of published.yaml, with their usual names."""
 NEW_RUN = "restore it, or start anew with run_dir=NEW"
 
 
@@ -33,10 +33,10 @@ class Manifest:
 
     Attributes:
         step: updates done.
-        metrics_bytes: length of metrics.jsonl, to which a continued run cuts it back.
-        metrics_sha256: hash of so much of it.
+        metrics_bytes: length of metrics.jsonl, to which a continued run truncates it.
+        metrics_sha256: hash of that many bytes of it.
         format: see `Backend.checkpoint_format`.
-        processes: how many wrote it.
+        processes: number of processes that wrote it.
         files: size in bytes and sha256 of every file but seal.json, by its path in the folder.
     """
 
@@ -48,7 +48,7 @@ class Manifest:
     files: dict[str, tuple[int, str]]
 
     def text(self) -> str:
-        """For seal.json, with a hash of itself."""
+        """The text of seal.json: the manifest with its own hash."""
         return json.dumps({**asdict(self), "sha256": _hash_of(asdict(self))}, indent=1)
 
 
@@ -69,13 +69,13 @@ def _hash_of(manifest: dict[str, Any]) -> str:
 
 
 def read_text(path: Path, remedy: str) -> str | None:
-    """The text of a file; None where there is none.
+    """The text of a file; None if there is no such file.
 
     Args:
-        remedy: what to do where it is damaged, for the message.
+        remedy: what to do if it is damaged, for the message.
 
     Raises:
-        DamagedError: it cannot be read, or is no text.
+        DamagedError: it cannot be read, or is not UTF-8.
     """
     if not path.exists():
         return None
@@ -90,17 +90,17 @@ def read_text(path: Path, remedy: str) -> str | None:
 
 
 def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
-    """What a JSON file holds, which has to be of a kind, dict or list; empty where there is none.
+    """The value of a JSON file, of type `kind` (dict or list); empty if there is no such file.
 
     Raises:
-        DamagedError: it is not.
+        DamagedError: it is not JSON, or of another type.
     """
     text = read_text(path, remedy)
     if text is None:
         return kind()
     try:
         value = json.loads(text)
-    # Brackets in brackets without end are a RecursionError.
+    # Deeply nested brackets raise RecursionError.
     except (ValueError, RecursionError) as error:
         raise DamagedError(path, "is empty" if not text else "is not JSON", remedy) from error
     if not isinstance(value, kind):
@@ -109,10 +109,10 @@ def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """What a run's status.json says; empty before its first step.
+    """A run's status.json; empty before its first step.
 
     Raises:
-        DamagedError: it has no state of `STATES`, or its steps are no numbers.
+        DamagedError: its state is not in `STATES`, or its steps are not numbers.
     """
     path, remedy = folder / "status.json", "remove it: the run's own command writes it anew"
     status: dict[str, Any] = read_json(path, remedy)
@@ -129,7 +129,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def status_or_none(folder: Path) -> dict[str, Any]:
-    """What a run's status.json says; empty, too, where it is damaged."""
+    """A run's status.json; empty also if it is damaged."""
     try:
         return read_status(folder)
     except DamagedError:
@@ -137,10 +137,10 @@ def status_or_none(folder: Path) -> dict[str, Any]:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """What a run's results.json says; empty before its end.
+    """A run's results.json; empty before the run has finished.
 
     Raises:
-        DamagedError: its metrics or its step are no numbers.
+        DamagedError: its metrics or its step are not numbers.
     """
     path = folder / "results.json"
     remedy = "remove it and status.json: the run's own command writes both anew"
@@ -154,10 +154,10 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, without one that is just being written.
+    """The lines of a metrics.jsonl, without an unfinished last one.
 
     Raises:
-        DamagedError: a line holds something else than numbers by name, one of them `step`.
+        DamagedError: a line is not an object of numbers with the key `step`.
     """
     whole = (read_text(path, NEW_RUN) or "").rpartition("\n")[0]
     lines = []
@@ -173,7 +173,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def check_metrics(folder: Path, manifest: Manifest) -> None:
-    """Do nothing, if a run's metrics.jsonl still begins as it was when a checkpoint was saved.
+    """Check that metrics.jsonl still begins as it was when a checkpoint was saved.
 
     Raises:
         DamagedError: it does not.
@@ -200,7 +200,7 @@ def metrics_sha256(folder: Path, num_bytes: int) -> str:
 
 
 def read_replies(path: Path) -> list[dict[str, Any]]:
-    """What a file of samples/ holds of each reply: `prompt`, `reply`, `obeys`.
+    """The replies in a file of samples/, each with `prompt`, `reply` and `obeys`.
 
     Raises:
         DamagedError: a reply lacks one of them.
@@ -218,10 +218,10 @@ def read_replies(path: Path) -> list[dict[str, Any]]:
 
 
 def read_scores(path: Path) -> dict[str, list[float]]:
-    """The columns of a file of held_out/ but the first; empty where there is none.
+    """The columns of a file of held_out/ but the first; empty if there is no such file.
 
     Raises:
-        DamagedError: it is no table of numbers.
+        DamagedError: it is not a table of numbers.
     """
     remedy = "restore it, or remove it: no other number depends on it"
     text = read_text(path, remedy)
@@ -236,10 +236,10 @@ def read_scores(path: Path) -> dict[str, list[float]]:
 
 
 def read_benchmarks(folder: Path) -> dict[str, float]:
-    """What a user wrote into benchmarks.json; empty where nothing is.
+    """The numbers that a user wrote into benchmarks.json; empty if there is none.
 
     Raises:
-        DamagedError: it holds something else than numbers by the names of `BENCHMARKS`.
+        DamagedError: it holds anything but numbers with the keys of `BENCHMARKS`.
     """
     path = folder / "benchmarks.json"
     known = ", ".join(BENCHMARKS)
@@ -250,10 +250,10 @@ def read_benchmarks(folder: Path) -> dict[str, float]:
 
 
 def last_job(folder: Path) -> dict[str, Any]:
-    """The newest line of a run's jobs.jsonl; empty where it was not launched.
+    """The newest line of a run's jobs.jsonl; empty if the run was not launched.
 
     Raises:
-        DamagedError: its last line names no log, or a job or process that cannot be.
+        DamagedError: its last line has no log, or an impossible job or process id.
     """
     path = folder / "jobs.jsonl"
     remedy = "mend its last line, or remove the file if no job of this run is under way"

@@ -1,11 +1,11 @@
-"""The folder of a run: found again when it is unfinished, made new otherwise.
+"""Finds the folder of an unfinished run or makes a new one, and writes its files.
 
 <output_dir>/<name>/<time>-<id>/    the id is a hash of all settings that decide the numbers
-    run.yaml, command.txt           settings, resolved, and the command that continues the run
+    run.yaml, command.txt           resolved settings, and the command that continues the run
     environment.json, git.diff      versions, device, git commit and what differed from it
-    data.json                       what was taken of each source, fingerprints, template hash
-    metrics.jsonl, status.json      the numbers; running, stopped, failed or finished, and the step
-    held_out/, samples/             numbers of each held-out pair, replies to some, by step
+    data.json                       counts of each source, fingerprints, template hash
+    metrics.jsonl, status.json      metrics by step; the state of the run and its step
+    held_out/, samples/             scores of held-out pairs and replies to some, by step
     checkpoints/                    see simpo.loop.checkpoint
     model/                          see simpo.model.export
 """
@@ -47,18 +47,18 @@ FINGERPRINTS = {
     "template_sha256": "chat template",
     "tokens_fingerprint": "tokenizer",
 }
-"""What of data.json a continued run must find unchanged."""
+"""Keys of data.json that must be the same when a run continues."""
 TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-"""Error numbers of a lock that another process holds. Others say that there are no locks."""
+"""Error numbers of a lock that another process holds; others mean there are no locks."""
 NEW_FOLDER_TRIES = 100
 
 
 class RunFolder:
-    """The locked folder of a run; another process with the same settings gets its own.
+    """The locked folder of a run; another process with the same settings gets another folder.
 
     Attributes:
         path: the folder, absolute.
-        finished: whether an earlier process ended this run.
+        finished: whether an earlier process finished this run.
         notes: lines about the folder, printed when the run starts.
     """
 
@@ -66,11 +66,10 @@ class RunFolder:
         """Find or make the folder.
 
         Args:
-            followed: the folder that this run's rank 0 found. Then nothing is made, and every
-                method that writes does nothing.
+            followed: on other ranks, the folder that rank 0 found; methods that write do nothing.
 
         Raises:
-            ConfigError: run_dir holds a run of other settings, or another process works in it.
+            ConfigError: run_dir holds a run with other settings, or another process works in it.
             DamagedError: it holds a run whose settings or data cannot be read.
             RunError: the folder cannot be written.
         """
@@ -88,7 +87,7 @@ class RunFolder:
             self._write_settings(run)
 
     def _find(self, run: RunConfig) -> Path:
-        """The folder of `run_dir`, or of an unfinished run of the same settings, or a new one."""
+        """`run_dir`, or the folder of an unfinished run with the same settings, or a new one."""
         if run.run_dir is not None:
             path = Path(run.run_dir).expanduser().absolute()
             if not self._lock(path):
@@ -101,7 +100,7 @@ class RunFolder:
             path = new_folder(run)
             if not path.exists() and self._lock(path):
                 return path
-            time.sleep(0.1)  # two runs of the same settings in the same second
+            time.sleep(0.1)  # two runs with the same settings in the same second
         raise RunError(
             f"{path}: other processes work in it and in those of the seconds before "
             "(choose a folder with run_dir=NEW)"
@@ -118,15 +117,15 @@ class RunFolder:
             write_text(self.path / "run.yaml", run_yaml(run), private)
 
     def write_status(self, state: str, step: int, total_steps: int, error: str = "") -> None:
-        """Say how far the run is: `state` is running, stopped, failed or finished."""
+        """Write status.json; `state` is running, stopped, failed or finished."""
         status = {"state": state, "step": step, "total_steps": total_steps, "error": error}
         self.write_json("status.json", status)
 
     def write_data(self, data: dict[str, Any]) -> None:
-        """Write data.json, unless the run was begun on other data.
+        """Write data.json.
 
         Raises:
-            DataError: it was.
+            DataError: the run was begun on other data.
         """
         before = _read_data(self.path) if self._writes else {}
         for key, what in {**FINGERPRINTS, "loss_sha256": "code of loss.module"}.items():
@@ -139,13 +138,13 @@ class RunFolder:
         self.write_json("data.json", {"settings": self._settings, **data})
 
     def write_replies(self, step: int, replies: Sequence[Mapping[str, Any]]) -> None:
-        """Write samples/step-<step>.json: prompt, reply, its length and verdict, for each."""
+        """Write samples/step-<step>.json, a list of replies."""
         self.write_json(f"samples/step-{step:06d}.json", list(replies))
 
     def write_scores(
         self, step: int, columns: Sequence[str], scores: Iterable[tuple[str, Sequence[float]]]
     ) -> None:
-        """Write held_out/step-<step>.csv: where each held-out pair is from, and its numbers."""
+        """Write held_out/step-<step>.csv: the place of each held-out pair and its scores."""
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["pair", *columns])
@@ -168,7 +167,7 @@ class RunFolder:
 
     @contextmanager
     def recording_failure(self) -> Iterator[None]:
-        """Say in status.json that the run stopped or failed, and of what, if the block raises.
+        """If the block raises, write to status.json that the run stopped or failed, and why.
 
         Raises:
             RunError: a file of the folder could not be written; the disk may be full.
@@ -180,27 +179,27 @@ class RunFolder:
             state = "stopped" if isinstance(error, Stopped) else "failed"
             reason = f"{type(error).__name__}: {error}"
             step, total = status.get("step", 0), status.get("total_steps", 0)
-            with suppress(RunError):  # of a full disk, perhaps
+            with suppress(RunError):  # the disk may be full
                 self.write_status(state, step, total, reason)
             if isinstance(error, OSError) and (place := self._place(error)):
                 raise unwritable(place, error) from error
             raise
 
     def _place(self, error: OSError) -> Path | None:
-        """The file of this folder that an error is about, or the folder; None for another's."""
+        """The file of this folder, or the folder, that an error is about; None if another."""
         if isinstance(error.filename, str):
             path = Path(error.filename)
             return path if path.is_relative_to(self.path) else None
         return self.path if error.errno in DISK else None
 
     def _lock(self, path: Path) -> bool:
-        """Make a folder and keep others out of it; whether no other process works in it."""
+        """Make and lock a folder; False if another process works in it."""
         try:
             path.mkdir(parents=True, exist_ok=True)
             handle = (path / "lock").open("w")
         except OSError as error:
             raise unwritable(error.filename or path, error) from error
-        for pause_s in (0.05, 0.0):  # who only looks whether a run is alive holds it for a moment
+        for pause_s in (0.05, 0.0):  # `runs` holds the lock for a moment to see if a run is alive
             try:
                 if is_free(handle, fcntl.LOCK_EX):
                     # Held until the process ends, however it ends.
@@ -217,7 +216,7 @@ class RunFolder:
         return False
 
     def _command(self, has_settings: bool) -> str:
-        """What continues the run; by its folder alone, if that holds the settings already."""
+        """The command that continues the run; needs no settings if the folder has them."""
         if has_settings:
             return shlex.join(["python", "-m", "simpo.launch.member", str(self.path)])
         arguments = [a for a in sys.argv[1:] if not a.startswith("run_dir=")]
@@ -230,9 +229,9 @@ def train_command(overrides: Sequence[str], folder: Path) -> str:
 
 
 def template_date(run: RunConfig) -> date:
-    """The day that a chat template takes for today: that of the run's start, also when it goes on.
+    """The date that a chat template takes for today: the day on which the run began.
 
-    Every process that reads it before the folder is found must take that of rank 0.
+    All ranks must use the date of rank 0.
 
     Raises:
         DamagedError: the folder's data.json cannot be read.
@@ -249,7 +248,7 @@ def template_date(run: RunConfig) -> date:
 
 
 def is_free(handle: IO[str], kind: int) -> bool:
-    """Lock a file that no other process has locked; False where one has.
+    """Lock a file; False if another process has locked it.
 
     Args:
         kind: LOCK_EX or LOCK_SH of fcntl.
@@ -267,28 +266,28 @@ def is_free(handle: IO[str], kind: int) -> bool:
 
 
 def refuse_unwritable(run: RunConfig) -> None:
-    """Do nothing, if this user may make the folder of a run.
+    """Check that this user may make the folder of a run.
 
     Raises:
-        ConfigError: this user may not, or something else lies in its place.
+        ConfigError: this user may not, or there is something else in its place.
     """
     key = "output_dir" if run.run_dir is None else "run_dir"
     wanted = _parent(run) if run.run_dir is None else Path(run.run_dir).expanduser().absolute()
     above = next(path for path in (wanted, *wanted.parents) if os.path.lexists(path))
-    if not os.path.isdir(above):  # a link to nowhere; the settings' own rules tell the rest
+    if not os.path.isdir(above):  # a dangling link; the rest is checked with the settings
         raise ConfigError([f"{key}: {above} is not a folder (choose another)"])
     if not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError([f"{key}: this user may not write in {above} (choose another)"])
 
 
 def unfinished_folders(run: RunConfig) -> list[Path]:
-    """Folders of runs of the same settings that have not finished, the newest first."""
+    """Folders of unfinished runs with the same settings, the newest first."""
     found = sorted(_parent(run).glob(f"*-{run_id(run)}"), reverse=True)
     return [path for path in found if status_or_none(path).get("state") != "finished"]
 
 
 def new_folder(run: RunConfig) -> Path:
-    """Where a run goes that begins now."""
+    """The folder of a run that begins now."""
     return _parent(run) / f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id(run)}"
 
 
@@ -297,15 +296,15 @@ def _parent(run: RunConfig) -> Path:
 
 
 def refuse_other_settings(run: RunConfig, folder: Path) -> None:
-    """Do nothing, unless a folder holds a run whose numbers must be other ones.
+    """Check that a run in a folder, if any, has the same settings.
 
     Raises:
-        ConfigError: it does; a line for each setting.
-        DamagedError: nobody can tell, since data.json cannot be read.
+        ConfigError: it has others; a line for each of those that decide its numbers.
+        DamagedError: data.json cannot be read.
     """
     now = json.loads(json.dumps(trajectory(run)))
     noted = _read_data(folder).get("settings", {})
-    # Settings that came or went with another version are read from run.yaml as their defaults.
+    # run.yaml gives settings that another version of simpo did not have their defaults.
     before = {key: value for key, value in noted.items() if now.get(key, value) != value}
     if (folder / "run.yaml").exists():
         kept = trajectory(load_run(folder / "run.yaml", check=False))
@@ -318,14 +317,14 @@ def refuse_other_settings(run: RunConfig, folder: Path) -> None:
 def refuse_changed(
     before: Mapping[str, Any], now: Mapping[str, Any], begun: str, other: str
 ) -> None:
-    """Do nothing, unless settings differ from those that something was begun with.
+    """Check that settings are those that something was begun with.
 
     Args:
-        begun: what comes before the earlier value, such as "the run in FOLDER has".
-        other: what else to choose.
+        begun: text before the earlier value, such as "the run in FOLDER has".
+        other: what to choose instead, for the message.
 
     Raises:
-        ConfigError: some do; a line for each setting in `before`.
+        ConfigError: some differ; a line for each.
     """
     problems = [
         f"{key}: {begun} {value}, got {now.get(key)} (restore it, or choose {other})"
@@ -337,7 +336,7 @@ def refuse_changed(
 
 
 def _read_data(folder: Path) -> dict[str, Any]:
-    """What a run's data.json says; empty before the run is begun.
+    """A run's data.json; empty before the run has begun.
 
     Raises:
         DamagedError: it lacks something, or is missing beside checkpoints.

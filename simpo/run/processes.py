@@ -1,7 +1,7 @@
-"""The processes of a run: how many to start, started here, watched, and ended together.
+"""Starts the processes (ranks) of a run on this machine, watches them and ends them together.
 
-Settings are composed once, in the parent; each rank reads them resolved from a file. Where
-torchrun, accelerate launch or Slurm has started the ranks already, there is nothing to start.
+The parent composes the settings once, and each rank reads them from a file. If torchrun, accelerate
+launch or Slurm has started the ranks already, this process is one of them.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ from simpo.config.schema import RunConfig
 from simpo.run.signals import forwarding_signals, signals_blocked
 
 GRACE_S = 20.0
-"""How long the others get to end by themselves, once one process has failed."""
+"""Time that the other ranks get to end by themselves, once one has failed."""
 POLL_S = 0.05
 HEARTBEAT_S = 1.0
-"""How often a rank gives a sign of life."""
+"""How often a rank touches its heartbeat file."""
 HEARTBEAT_MARGIN_S = 30.0
-"""A rank may be silent for so much longer than others wait for it in a collective operation."""
+"""How much longer a rank may be silent than `backend.timeout_s`, before it counts as hanging."""
 LISTEN_VARIABLE = "SIMPO_LISTEN_FD"
 """Variable with the number of the open socket at which rank 0 answers the other ranks."""
 FOLDER_VARIABLE = "SIMPO_RANKS_FOLDER"
-"""Variable with the folder in which ranks and the process that started them leave word."""
+"""Variable with the folder of files that ranks and the process that started them exchange."""
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Variables by which torchrun and others tell a process where it is."""
+"""Variables by which torchrun and others tell a process its rank."""
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 PR_SET_PDEATHSIG = 1
 SHOWN_LINES = 30
 
 
 def num_processes_to_start(config: BackendConfig) -> int | None:
-    """How many processes to start for a run; None where this one is to do it.
+    """How many processes to start for a run; None if this process trains it, alone or as a rank.
 
     Raises:
-        ConfigError: neither the settings nor this machine say how many; or the environment says
-            that this is one of several, but not which or of how many.
+        ConfigError: neither the settings nor the GPUs of this machine give a number; or the
+            environment makes this process one of several, but does not say which.
     """
     if "WORLD_SIZE" in os.environ:
         _check_rank_variables(config)
@@ -76,17 +76,17 @@ def num_processes_to_start(config: BackendConfig) -> int | None:
 
         if count := torch.cuda.device_count():
             return count
-    raise ConfigError(["backend.processes: how many? Without GPUs it has no default (set it)"])
+    raise ConfigError(["backend.processes: has no default without a GPU (set backend.processes=N)"])
 
 
 def _check_rank_variables(config: BackendConfig) -> None:
-    """Do nothing where this process can join the others that the environment tells of."""
+    """Check that this process can join the ranks that the environment describes."""
     remedy = "(start with torchrun or srun, or unset WORLD_SIZE)"
     names = [name for name in (*RANK_VARIABLES, "LOCAL_WORLD_SIZE") if name in os.environ]
     for name in names:
         if name != "MASTER_ADDR" and not os.environ[name].isdecimal():
             raise ConfigError(
-                [f"{name}: no number in the environment: {os.environ[name]} {remedy}"]
+                [f"{name}: must be a number in the environment, got {os.environ[name]} {remedy}"]
             )
     rank, count = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE"))
     if rank >= count:
@@ -96,26 +96,26 @@ def _check_rank_variables(config: BackendConfig) -> None:
             _drop_rank_variables()
         return
     if missing := ", ".join(name for name in RANK_VARIABLES if name not in os.environ):
-        raise ConfigError([f"WORLD_SIZE: {count} in the environment, but no {missing} {remedy}"])
+        raise ConfigError([f"WORLD_SIZE: the environment has {count}, but no {missing} {remedy}"])
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
     if config.processes not in (None, here):
         raise ConfigError(
             [
-                f"backend.processes: {config.processes} asked for here and {count} started in all, "
-                f"but {here} run (under torchrun, accelerate launch and Slurm leave it out)"
+                f"backend.processes: must be {here}, which the launcher started here, got "
+                f"{config.processes} (under torchrun, accelerate launch and Slurm leave it out)"
             ]
         )
 
 
 def _drop_rank_variables() -> None:
-    """Drop what an earlier launcher left: frameworks would look for the others of its run."""
+    """Remove the variables of an earlier launcher: frameworks would wait for its other ranks."""
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)
 
 
 @contextmanager
 def reporting_lost_ranks() -> Iterator[None]:
-    """Tell errors that mean no more than that other processes do not answer in one line.
+    """Turn errors of lost connections between ranks into one line.
 
     Raises:
         LostError: in place of such an error.
@@ -134,9 +134,9 @@ def reporting_lost_ranks() -> Iterator[None]:
 
 
 def join_slurm() -> None:
-    """Where srun started this process among others, say so in the words of torchrun.
+    """If srun started this process among others, set the variables that torchrun would set.
 
-    All GPUs of a node stay visible, and the local rank is a device's number.
+    All GPUs of a node stay visible, and the local rank is the number of the device.
     """
     if "WORLD_SIZE" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
         return
@@ -146,31 +146,31 @@ def join_slurm() -> None:
         raise ConfigError(
             ["backend: several Slurm tasks, but submitit is not installed (simpo[slurm])"]
         ) from error
-    # submitit knows Slurm's words, but believes only this one that it is there.
+    # submitit reads Slurm's variables only if this one is set.
     os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
 
 
 def die_with_parent() -> None:
-    """Have the system kill this process when the one that started it ends, however it does."""
+    """Have the system kill this process when its parent ends in any way."""
     if sys.platform == "linux":
-        # A parent that was killed can end nobody.
+        # A parent that was killed cannot end its children.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_in_processes(count: int, run: RunConfig) -> dict[str, float]:
-    """Train a run in so many processes on this machine.
+    """Train a run in `count` processes on this machine.
 
-    What rank 0 prints goes where this process prints. SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are
-    passed on to all ranks. They end when this process ends, however it does.
+    Rank 0 prints to the output of this process. SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are passed on
+    to all ranks. The ranks end when this process ends in any way.
 
     Returns:
         The held-out metrics of the trained model.
 
     Raises:
-        RunError: a rank failed; the message names it, with the code that it ended with.
-        Stopped: a signal or a Ctrl-C stopped all of them, after they had saved.
-        KeyboardInterrupt: a Ctrl-C ended them before they could save.
+        RunError: a rank failed or hangs; the message names it.
+        Stopped: a signal or Ctrl-C stopped all ranks, after saving.
+        KeyboardInterrupt: Ctrl-C ended them before they could save.
     """
     assert isinstance(run.backend, DistributedConfig)
     ranks: list[subprocess.Popen[bytes]] = []
@@ -215,7 +215,7 @@ def _start(folder: Path, rank: int, count: int, listener: socket.socket) -> subp
             stdout=log,
             stderr=log,
             pass_fds=[listener.fileno()] if rank == 0 else [],
-            # A terminal's Ctrl-C would reach them beside the one passed on.
+            # Else a Ctrl-C would reach ranks twice: from the terminal, and passed on.
             start_new_session=True,
         )
 
@@ -223,14 +223,13 @@ def _start(folder: Path, rank: int, count: int, listener: socket.socket) -> subp
 def _wait(
     ranks: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float
 ) -> tuple[dict[int, int], list[int]]:
-    """Wait until all have ended well, or some have failed or hang and the others are ended.
+    """Wait until all ranks have ended well, or some have failed or hang; then end the others.
 
     Returns:
-        Exit codes of the ranks that failed of themselves: those that a signal killed, else those
-        with settings or data at fault, else the first to end. Another's error may be no more than
-        that it lost them.
-        And the ranks that hang: those that others lost and that do not end, or that gave no sign of
-        life for longer than others may wait for them.
+        Exit codes of the ranks at fault: those killed by a signal, else those that found a fault in
+        settings or data, else the first to fail. The others failed because they lost a rank.
+        And the ranks that hang: those that do not end though others lost them, or whose heartbeat
+        stopped.
     """
     failed: dict[int, int] = {}
     looks: dict[int, tuple[float, int]] = {}
@@ -249,7 +248,7 @@ def _wait(
     at_last = _failed(ranks)
     alive = [number for number, rank in enumerate(ranks) if rank.poll() is None]
     _kill(ranks)
-    # NCCL aborts a process that waited in vain.
+    # NCCL aborts a process whose wait timed out.
     lost = {rank for rank, code in at_last.items() if code in (LOST, -signal.SIGABRT)}
     if alive and lost == at_last.keys():
         return failed, alive
@@ -265,11 +264,11 @@ def _silent_ranks(
     looks: dict[int, tuple[float, int]],
     longest_s: float,
 ) -> list[int]:
-    """Ranks that gave no sign of life for so long.
+    """Ranks without a heartbeat for `longest_s`.
 
     Args:
-        looks: of each rank, its last sign and how often it has been looked at since. This and not a
-            clock, since a job that was suspended as a whole has done nothing wrong.
+        looks: by rank, its last heartbeat and the number of polls since. Polls are counted instead
+            of time, so that a suspended job does not count as hanging.
     """
     for number, rank in enumerate(ranks):
         file = heartbeat_file(folder, number)
@@ -317,7 +316,7 @@ def _failure(failed: dict[int, int], folder: Path, stopped_code: int) -> BaseExc
         log = log_file(folder, rank)
         tail = log.read_text(errors="replace").splitlines()[-SHOWN_LINES:] if log.is_file() else []
         lines += [f"rank {rank}:", *tail] if tail else []
-    # Rank 0 has printed itself what stopped it, and the others report the same.
+    # Rank 0 has printed its error, and the others report the same.
     was_printed = 0 in failed and not log_file(folder, 0).is_file()
     text = "" if was_printed else "\n".join(lines)
     return Stopped(text, code) if code == stopped_code else RunError(text, 2 if code == 2 else 1)
@@ -325,11 +324,11 @@ def _failure(failed: dict[int, int], folder: Path, stopped_code: int) -> BaseExc
 
 def _signal_name(number: int) -> str:
     known = {s.value: s.name for s in signal.Signals}
-    return known.get(number, f"signal {number}")  # of real time
+    return known.get(number, f"signal {number}")  # a real-time signal
 
 
 def _environment(rank: int, count: int, listener: socket.socket) -> dict[str, str]:
-    """Where a rank is, in the words of torchrun."""
+    """The variables that torchrun would set for a rank."""
     words = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -337,10 +336,10 @@ def _environment(rank: int, count: int, listener: socket.socket) -> dict[str, st
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(listener.getsockname()[1]),
-        # Nobody outside this machine has a part in it.
+        # All ranks are on this machine.
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK),
         "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", LOOPBACK),
-        # Each would take all cores, and the last be as slow as all together.
+        # Else each rank would use all cores and slow down the others.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_count() // count))),
     }
     if rank == 0:
@@ -363,14 +362,14 @@ def heartbeat_file(folder: Path, rank: int) -> Path:
 
 
 def log_file(folder: Path, rank: int) -> Path:
-    """What a rank other than 0 prints, and what ends a rank but need not be its fault."""
+    """File with the output of a rank other than 0, and with errors that end any rank."""
     return folder / f"rank-{rank}.log"
 
 
 def end_process(exit_code: int) -> NoReturn:
-    """End this process, whose work is done and written.
+    """End this process at once, when its work is written.
 
-    Threads of libraries have been seen to abort a process that ends in the ordinary way.
+    Threads of libraries may abort a process that ends in the ordinary way.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What a run's numbers came from: versions, machine, git commit and diff."""
+"""Records where a run's numbers come from: versions, machine, git commit and diff."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def git_diff() -> bytes:
-    """What differs from the commit in the source this process runs from; empty outside git."""
+    """The diff of the source of this process against its commit; empty outside git."""
     return _git("diff", "HEAD") if _in_git() else b""
 
 
 def _in_git() -> bool:
-    """Whether git tracks this file: an installed copy may lie below somebody else's checkout."""
+    """Whether git tracks this file: an installed copy may lie inside another project's checkout."""
     return bool(_git("ls-files", str(Path(__file__).resolve())))
 
 

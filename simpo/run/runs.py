@@ -1,7 +1,7 @@
-"""Folders of runs in, what each run has done and is doing out: at any moment, without torch.
+"""Reads runs from their folders and finds out their states, at any time. Imports no torch.
 
-A launched run has jobs.jsonl in its folder, a line for each time that it was submitted or started:
-`id` of the Slurm job, or `pid` of the process on this machine; `log`; `restarts` of the job.
+The folder of a launched run has jobs.jsonl, a line for each submission or start: `id` of the Slurm
+job, or `pid` of the process on this machine; `log`; `restarts` of the job.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ PROGRESS = re.compile(r"\d+%\|")
 class State(str, Enum):
     """What a run is doing.
 
-    killed: it ended without a word; stopped: a signal ended it, saved; damaged: its folder cannot
-    be read.
+    killed: it ended without writing why; stopped: a signal ended it after saving; damaged: its
+    folder cannot be read.
     """
 
     pending = "pending"
@@ -71,10 +71,10 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        step, total_steps: updates done, and to do; 0 before it has begun.
+        step, total_steps: updates done, and in all; 0 before it has begun.
         requeued: how often Slurm started it again.
-        note: a line; of a pending run why it waits, of one that ended badly of what.
-        log: of a launched run.
+        note: a line; why a pending run waits, or why a run ended badly.
+        log: the log file of a launched run.
     """
 
     state: State
@@ -85,7 +85,7 @@ class Progress:
     log: Path | None = None
 
     def text(self) -> str:
-        """In words, without the note."""
+        """The progress in words, without the note."""
         words = str(self.state.value)
         if self.state is not State.pending and self.total_steps:
             words += f", step {self.step} of {self.total_steps}"
@@ -99,13 +99,13 @@ class Run:
     """A run's folder, read.
 
     Attributes:
-        lines: of metrics.jsonl.
+        lines: the lines of metrics.jsonl.
         evaluations: held-out metrics by step.
-        results: results.json; empty before the end.
-        benchmarks: what its user measured, by key of `BENCHMARKS`, in percent.
-        scores: columns of numbers of the held-out pairs, before the training and of the saved model
-            or the newest evaluation; empty where there are none.
-        replies: those of samples/, before and after in the same way.
+        results: results.json; empty before the run has finished.
+        benchmarks: numbers of benchmarks.json, by key of `BENCHMARKS`, in percent.
+        scores: columns of held_out/, before training and after (of the saved model, or the newest
+            evaluation); empty if there are none.
+        replies: replies of samples/, before and after likewise.
     """
 
     folder: Path
@@ -120,14 +120,14 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Held out: of the saved model, before the end of the newest evaluation."""
+        """Held-out metrics of the saved model; of the newest evaluation while the run trains."""
         if self.results:
             return dict(self.results["eval_after"])
         return self.evaluations[max(self.evaluations)] if self.evaluations else {}
 
     @property
     def monitored(self) -> float | None:
-        """Value of `monitor.metric`; None where there is none yet."""
+        """Value of `monitor.metric`; None if there is none yet."""
         return self.metrics.get(self.config.monitor.metric)
 
 
@@ -136,7 +136,7 @@ class DamagedRun:
     """A run's folder that cannot be read.
 
     Attributes:
-        fault: a line: the file, what is wrong with it, what to do.
+        fault: a line with the file, what is wrong with it and what to do.
     """
 
     folder: Path
@@ -144,11 +144,11 @@ class DamagedRun:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """The folders of runs among and below folders, each once, in the order of their names."""
+    """The folders of runs in and below folders, each once, sorted."""
     found: dict[Path, None] = {}
     for folder in folders:
         for path, below, files in os.walk(folder):
-            # A run that has lost its settings is still a run, if a damaged one.
+            # A run without run.yaml is a damaged run.
             if RECORDS & {*below, *files}:
                 found[Path(path).resolve()] = None
             below[:] = sorted(set(below) - SKIPPED)
@@ -156,7 +156,7 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[DamagedRun]]:
-    """Read runs' folders; a run that is being written is as of its last whole line.
+    """Read the folders of runs; a run that is being written is read up to its last whole line.
 
     Returns:
         The runs, and those that cannot be read, each in the order given.
@@ -207,12 +207,12 @@ def _check_manifest(folder: Path) -> None:
     """Compare metrics.jsonl with the manifest of the newest checkpoint that is whole.
 
     Raises:
-        DamagedError: it is another.
+        DamagedError: it is not the file that the manifest describes.
     """
     for checkpoint in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
         try:
             manifest = read_manifest(checkpoint)
-        # Damaged, which the training looks after, or dropped meanwhile.
+        # Damaged, which training handles, or deleted meanwhile.
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             continue
         check_metrics(folder, manifest)
@@ -220,9 +220,9 @@ def _check_manifest(folder: Path) -> None:
 
 
 def read_progress(folders: Sequence[Path]) -> list[Progress]:
-    """How far the runs in folders are; asks Slurm about those that it was given.
+    """The progress of the runs in folders; asks Slurm about its jobs.
 
-    The note of a damaged one says which file, what is wrong with it, and what to do.
+    The note of a damaged run names the file, what is wrong with it and what to do.
     """
     jobs: list[dict[str, Any] | DamagedError] = []
     for folder in folders:
@@ -269,11 +269,11 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
             how = [f"exit code {known.exit_code}" if known.state == "FAILED" else known.state]
             state, note = State.failed, ": ".join([*how, note or _last_line(log)])
     elif state is State.running and locked is None and not job:
-        note = "or killed: the file system keeps no locks, which would tell"
+        note = "or killed: the file system has no locks, which would show it"
     elif state is State.running:
         state, note = State.killed, _last_line(log)
     elif state is State.pending and job:
-        # It ended before its first step, or before it was begun.
+        # It ended before its first step.
         gone = f"Slurm knows no job {job['id']}, or does not answer" if "id" in job else ""
         state, note = State.killed, _last_line(log) or gone
     return Progress(
@@ -287,7 +287,7 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
 
 
 def _is_locked(folder: Path) -> bool | None:
-    """Whether a process of this machine works in a run's folder; None where nobody can tell."""
+    """Whether a process of this machine works in a run's folder; None if it cannot be known."""
     try:
         with (folder / "lock").open() as handle:
             return not is_free(handle, fcntl.LOCK_SH)
@@ -298,16 +298,16 @@ def _is_locked(folder: Path) -> bool | None:
 
 
 def _is_alive(job: dict[str, Any], folder: Path) -> bool:
-    """Whether the process that a run was started in is still there."""
+    """Whether the process that runs it still exists."""
     try:
-        # The number may be another's by now.
+        # The pid may belong to another process by now.
         return "pid" in job and str(folder) in psutil.Process(job["pid"]).cmdline()
     except psutil.Error:
         return False
 
 
 def _last_step(folder: Path) -> int:
-    """Step of the last line of metrics.jsonl; `read_metrics` tells what is wrong with others."""
+    """Step of the last line of metrics.jsonl; `read_metrics` checks the other lines."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return 0
@@ -328,6 +328,6 @@ def _last_line(log: Path | None) -> str:
         text = file.read().decode(errors="replace")
     lines = [line.strip() for line in re.split(r"[\r\n]|(?=srun: |slurmstepd: )", text)]
     lines = [line for line in lines if line and not PROGRESS.search(line)]
-    # What Slurm says of the end is not what led to it.
+    # Slurm's lines report the end, the run's own lines its cause.
     own_lines = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
     return (own_lines or lines or [""])[-1]

@@ -1,4 +1,4 @@
-"""What Slurm knows of jobs, asked by its own commands. No torch: a login node runs this."""
+"""Asks Slurm about jobs with its own commands. Imports no torch: login nodes run this."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Job:
 
     Attributes:
         state: in Slurm's words (PENDING, RUNNING, FAILED, CANCELLED, TIMEOUT, ...).
-        exit_code: of an ended one; above 128 the number of the signal that ended it, plus 128.
-        restarts: how often it was requeued, as far as Slurm still knows.
+        exit_code: of an ended job; 128 + the signal's number if a signal ended it.
+        restarts: how often it was requeued, if Slurm still knows.
         reason: why it waits.
     """
 
@@ -46,9 +46,9 @@ class Job:
 
 
 def jobs(ids: Iterable[str]) -> dict[str, Job]:
-    """The jobs of these ids (`12`, or `12_3` of an array) that Slurm still knows.
+    """The jobs with these ids (`12`, or `12_3` in an array) that Slurm still knows.
 
-    squeue knows ended jobs for some minutes only, sacct for long, but not on every cluster.
+    squeue forgets ended jobs after some minutes; sacct keeps them, but not on every cluster.
     """
     wanted = set(ids)
     found: dict[str, Job] = {}
@@ -57,7 +57,7 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
     arrays = ",".join(sorted({name.partition("_")[0] for name in wanted}))
     squeue = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={arrays}"]
     for line in _lines([*squeue, f"--Format={FIELDS}"]):
-        with suppress(ValueError):  # not a job's line: what cannot be read is not known
+        with suppress(ValueError):  # a line that is not about a job
             name, state, restarts, code, reason, *_ = (part.strip() for part in line.split("|"))
             reason = "" if reason == "None" else reason
             found[name] = Job(state, _exit_code(int(code)), int(restarts), reason)
@@ -75,7 +75,7 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
 
 
 def cancel(job_id: str) -> None:
-    """Take a job, or a whole array, out of the queue, running or not."""
+    """Cancel a job or a whole array, running or not."""
     subprocess.run(["scancel", job_id], check=False, capture_output=True)
 
 
@@ -85,18 +85,18 @@ def own_job() -> str:
 
 
 def end_time() -> float | None:
-    """When the time limit of this process's job ends it, as time.time(); None without a limit, or
-    where Slurm does not say.
+    """When this process's job reaches its time limit, as time.time(); None if there is no limit or
+    Slurm does not say.
     """
     epoch = _job_field("%e")
     return float(epoch) if epoch.isdecimal() else None
 
 
 def requeue() -> bool:
-    """Have this process's job start again; it is ended then.
+    """End this process's job and put it back into the queue.
 
     Returns:
-        False where Slurm is about to end it anyhow: cancelled, or requeued by somebody else.
+        False if Slurm is ending it already: it was cancelled, or requeued by somebody else.
     """
     if _job_field("%T") != "RUNNING":
         return False
@@ -104,21 +104,21 @@ def requeue() -> bool:
 
 
 def _job_field(field: str) -> str:
-    """What squeue says of this process's job; empty where it says nothing."""
+    """A field that squeue prints for this process's job; empty if it prints nothing."""
     lines = _lines(["squeue", "--noheader", f"--jobs={own_job()}", f"--format={field}"])
     return lines[-1].strip() if lines else ""
 
 
 def _query_environment() -> dict[str, str]:
-    """Environment of a command whose answer is read: times as the epoch, and none of the formats
-    and filters that users set for their own eyes.
+    """Environment for Slurm's commands: times as the epoch, and no formats or filters that users
+    set.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SACCT_"))}
     return kept | {"SLURM_TIME_FORMAT": "%s"}
 
 
 def _lines(command: Sequence[str]) -> list[str]:
-    """What a command prints; nothing where it fails, as it does for jobs long gone."""
+    """The lines that a command prints; none if it fails, as it does for forgotten jobs."""
     try:
         done = subprocess.run(
             command,
@@ -134,7 +134,7 @@ def _lines(command: Sequence[str]) -> list[str]:
 
 
 def _exit_code(status: int) -> int:
-    """squeue gives the status of wait()."""
+    """The exit code in a status of wait(), which squeue gives."""
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else _code_of_signal(-code)
 

@@ -1,4 +1,4 @@
-"""Formats lines as a table, and names the held-out metrics that people are shown."""
+"""Formats tables and web pages, and names the held-out metrics that they show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHOWN = (
     ("rule_pass_rate", "rule pass rate"),
     ("reply_repetition", "repetition in replies"),
 )
-"""Held-out metrics shown to people, with the names they get."""
+"""Held-out metrics that tables show, with their labels."""
 
 
 def markdown_table(lines: Sequence[dict[str, Any]]) -> list[str]:
@@ -36,7 +36,7 @@ def _cell(value: Any) -> str:
 
 
 def html_page(template: Path, **values: Any) -> str:
-    """The HTML that a Jinja template gives; it escapes values unless it says otherwise."""
+    """Render a Jinja template to HTML; values are escaped unless the template says otherwise."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -1,6 +1,6 @@
 """Keeps a run from importing installed packages that it does not use.
 
-Other libraries import them wherever they are installed: peft imports bitsandbytes, and with it
+Other libraries import them if they are installed: peft imports bitsandbytes, and with it
 torch's compiler; transformers imports DeepSpeed when it saves a model.
 """
 
@@ -16,7 +16,7 @@ from simpo.config.schema import RunConfig
 def hide_unused(run: RunConfig) -> None:
     """Make packages that a run does not use look as if they were not installed.
 
-    For a process that does nothing but this run. What is imported already stays.
+    For a process that does nothing but this run. Modules already imported stay.
     """
     unused = []
     if not isinstance(run.backend, ZeroConfig):

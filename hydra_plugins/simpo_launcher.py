@@ -1,6 +1,6 @@
-"""Hydra's way to `simpo.launch.sweep`: it takes launchers only from the package `hydra_plugins`.
+"""Hydra's launcher plugin, which calls `simpo.launch.sweep`.
 
-Hydra imports this at every start, so it imports next to nothing.
+Hydra finds plugins only in the package `hydra_plugins`, and imports this file at every start.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ConfigStore.instance().store(
 
 
 class SimpoLauncher(Launcher):
-    """Composes each member of a sweep here and now, and has it run as `launcher` says."""
+    """Composes all members of a sweep, and runs them as `launcher` says."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         from simpo.config.errors import unwritable
@@ -32,7 +32,7 @@ class SimpoLauncher(Launcher):
         self._loader, self._config = hydra_context.config_loader, config
         folder = config.hydra.sweep.dir
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)  # as Hydra does next, unguarded
+            Path(folder).mkdir(parents=True, exist_ok=True)  # else Hydra does, with a traceback
         except OSError as error:
             raise unwritable(error.filename or folder, error) from error
 
@@ -44,7 +44,7 @@ class SimpoLauncher(Launcher):
         from simpo.launch.sweep import Member, launch
 
         parse = OverridesParser.create().parse_override
-        # By key: the last of a key counts.
+        # By key: the last override of a key counts.
         typed = {
             override.get_key_element(): override.is_sweep_override()
             for override in map(parse, self._config.hydra.overrides.task)

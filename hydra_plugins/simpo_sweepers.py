@@ -1,7 +1,7 @@
 """Sweepers that select by `monitor.metric`: `hydra/sweeper=stages` and `hydra/sweeper=optuna`.
 
-Both are sequences of Hydra's own sweeps, whose members keep their folders: the same command again
-finds what has finished, comes to the same choices, and goes on from there.
+Both run a sequence of sweeps whose members keep their folders, so the same command finds finished
+members, makes the same choices and continues.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ for name, node in (("stages", STAGES), ("optuna", OPTUNA)):
 
 
 class MetricSweeper(Sweeper):
-    """What both have in common: members launched, their metrics compared."""
+    """Launches members and returns their metrics, for both sweepers."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         from simpo.config.errors import ConfigError
 
         if config.launcher.get("wait") is False:
-            raise ConfigError(["launcher.wait: a search goes by results (launcher.wait=true)"])
+            raise ConfigError(["launcher.wait: a search needs its results (launcher.wait=true)"])
         self._metric = str(config.monitor.metric)
         self._sign = config.monitor.mode.sign
         self._launcher = Plugins.instance().instantiate_launcher(
@@ -46,14 +46,14 @@ class MetricSweeper(Sweeper):
         self._launched = 0
 
     def _typed(self, arguments: Sequence[str]) -> dict[str, Override]:
-        """By key; the last of a key counts, as everywhere."""
+        """Overrides by key; the last override of a key counts."""
         parsed = OverridesParser.create(config_loader=self._loader).parse_overrides([*arguments])
         return {override.get_key_element(): override for override in parsed}
 
     def _metric_values(
         self, fixed: Sequence[str], members: Sequence[Mapping[str, str]]
     ) -> list[float]:
-        """Run members, each given by its own settings, beside the fixed ones of all."""
+        """Run members with the fixed settings and their own; return `monitor.metric` of each."""
         from simpo.config.errors import ConfigError
 
         overrides = [[*fixed, *(f"{k}={v}" for k, v in own.items())] for own in members]
@@ -62,7 +62,7 @@ class MetricSweeper(Sweeper):
         values = [result.return_value for result in results]
         if None in values:
             raise ConfigError(
-                [f"monitor.metric: no such held-out metric of a member, got {self._metric}"]
+                [f"monitor.metric: a member has no such held-out metric, got {self._metric}"]
             )
         return values
 
@@ -72,11 +72,11 @@ class MetricSweeper(Sweeper):
 
 
 class StagedSweeper(MetricSweeper):
-    """Tries the values of a stage, keeps the best, goes on: fewer runs than the grid of all.
+    """Searches stage by stage, keeping the best values: fewer runs than one grid of all settings.
 
-    `hydra.sweeper.stages` is a list; each item names settings and the values to try, a grid. On the
-    command line, several values of a setting take the place of a stage's, or make a last stage;
-    a single one takes the setting out of the search.
+    `hydra.sweeper.stages` is a list; each item is a grid of settings and the values to try. On the
+    command line, several values of a setting replace those of its stage, or make a last stage;
+    a single value takes the setting out of the search.
     """
 
     def __init__(self, stages: Sequence[Mapping[str, str]]) -> None:
@@ -89,7 +89,7 @@ class StagedSweeper(MetricSweeper):
             The best value found for each setting that was tried.
 
         Raises:
-            ConfigError: there is no stage, or its members give nothing to compare by.
+            ConfigError: there is no stage, or a member lacks `monitor.metric`.
         """
         from simpo.config.errors import ConfigError
 
@@ -115,7 +115,7 @@ class StagedSweeper(MetricSweeper):
             tried = [best | dict(zip(stage, values, strict=True)) for values in grid]
             found = self._metric_values(fixed, tried)
             value = max(found, key=lambda value: self._sign * value)
-            # A stage need not have tried what was best before it.
+            # A stage may lack the best settings of the stage before.
             if best_value is None or self._sign * value > self._sign * best_value:
                 best, best_value = tried[found.index(value)], value
             self._print_best(best, best_value)
@@ -123,10 +123,10 @@ class StagedSweeper(MetricSweeper):
 
 
 class OptunaSweeper(MetricSweeper):
-    """Optuna's TPE over `hydra.sweeper.params` and what the command line adds.
+    """Searches `hydra.sweeper.params` and sweeps of the command line with Optuna's TPE.
 
     A setting is searched in `interval(low, high)`, on a logarithmic scale in
-    `tag(log, interval(low, high))`, and else among its values. The sampler is seeded.
+    `tag(log, interval(low, high))`, or among listed values. The sampler is seeded.
     """
 
     def __init__(
@@ -142,8 +142,8 @@ class OptunaSweeper(MetricSweeper):
             The settings of the best one.
 
         Raises:
-            ConfigError: there is nothing to search, a trial gives nothing to compare by, or Optuna
-                is not installed.
+            ConfigError: there is nothing to search, a trial lacks `monitor.metric`, or Optuna is
+                not installed.
         """
         from simpo.config.errors import ConfigError
 
@@ -162,7 +162,7 @@ class OptunaSweeper(MetricSweeper):
         typed = self._typed([*(f"{key}={text}" for key, text in self._params.items()), *arguments])
         space = {key: _space(o) for key, o in typed.items() if o.is_sweep_override()}
         if not space:
-            raise ConfigError(["hydra.sweeper.params: empty (name settings and where to search)"])
+            raise ConfigError(["hydra.sweeper.params: empty (such as loss.beta: interval(1,3))"])
         fixed = [_text(o) for key, o in typed.items() if key not in space]
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(
@@ -207,5 +207,5 @@ def _space(override: Override) -> Any:
 
 
 def _short(value: Any) -> str:
-    """Six digits are enough for a setting, and for the name of a folder."""
+    """A value as text; six digits are enough, also for the name of a folder."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
-"""Every command that a person types: `simpo train model=mistral_base loss.beta=2.5`.
+"""Dispatches the commands of simpo, such as `simpo train model=mistral_base loss.beta=2.5`.
 
-`python -m simpo train`, `python -m simpo.train` and `simpo-train` are the same command. Each ends
-with the exit codes of `simpo.config.errors`.
+`python -m simpo train`, `python -m simpo.train` and `simpo-train` are the same command. Exit codes
+are those of `simpo.config.errors`.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ COMMANDS = {
     "preview": "show what a run would be trained on, stage by stage",
     "report": "compare runs: table, csv, json or web page",
     "generate": "write replies of a model to the prompts of a data set",
-    "annotate": "score such replies, and make pairs of them",
+    "annotate": "score those replies, and make pairs of them",
     "export": "merge an adapter into its base model, or upload a model",
 }
 SECTIONS = {"train": [], "generate": ["on_policy"], "annotate": ["on_policy"]}
-"""Commands whose help lists settings, and those that it lists where none are named: [] is all."""
-CONTINUES = "the same command goes on where it was"
+"""Commands whose help lists settings, with the sections listed by default ([]: all)."""
+CONTINUES = "the same command continues"
 
 
 def main(words: list[str] | None = None) -> None:
     """Run a command; `words` are those of the command line, without the program.
 
     Raises:
-        SystemExit: with an exit code other than 0 where the command did not succeed.
+        SystemExit: with an exit code other than 0 if the command did not succeed.
     """
     exit_on_signals()
     words = sys.argv[1:] if words is None else words
@@ -56,7 +56,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def script() -> None:
-    """Entry of `simpo-train`, `simpo-report` and so on: the command is in the program's name."""
+    """Entry point of `simpo-train`, `simpo-report` and so on, named after their command."""
     main([Path(sys.argv[0]).name.removeprefix("simpo-"), *sys.argv[1:]])
 
 

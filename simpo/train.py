@@ -1,4 +1,4 @@
-"""One run, top to bottom: `python -m simpo.train model=mistral_base loss.beta=2.5`.
+"""Trains one run, top to bottom: `python -m simpo.train model=mistral_base loss.beta=2.5`.
 
 `main` composes and checks the settings without importing torch; `train` does the rest.
 """
@@ -58,13 +58,13 @@ Train one run, or with -m a sweep of runs.
 
 
 def main(words: Sequence[str]) -> None:
-    """Train what the words of a command line say.
+    """Train the run or sweep of a command line, given as its words.
 
     Raises:
-        ConfigError: they make no run, or one whose settings cannot be used.
+        ConfigError: the settings cannot be composed or used.
         SimpoError: the run failed or was stopped.
     """
-    # Hydra would print its own account of a fault and exit with 1; this makes it raise instead.
+    # Makes Hydra raise, instead of printing its own message and exiting with 1.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     parser = get_args_parser()
     parser.error = _refuse_options  # type: ignore[method-assign]
@@ -74,7 +74,7 @@ def main(words: Sequence[str]) -> None:
     _check_options(arguments)
     register_own_losses(arguments.overrides)
     composer = Composer(arguments.config_dir, arguments.config_name or "train")
-    # Before the first member has run for hours, and before Hydra prints a line of its own.
+    # Checked before the first member runs, and before Hydra prints a line of its own.
     checked = arguments.multirun or any(word.startswith("+") for word in arguments.overrides)
     if checked and (found := explain(arguments.overrides, arguments.multirun, composer)):
         raise ConfigError(found)
@@ -82,7 +82,7 @@ def main(words: Sequence[str]) -> None:
         run_composed()
     except SimpoError:
         raise
-    # Hydra raises whatever comes, a TypeError for a group set to a list of numbers.
+    # Hydra raises any type, such as TypeError for a group set to a list of numbers.
     except Exception as error:
         problems = explain(arguments.overrides, arguments.multirun, composer)
         if not problems and not isinstance(error, (HydraException, OmegaConfBaseException)):
@@ -92,21 +92,21 @@ def main(words: Sequence[str]) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name="train")
 def run_composed(cfg: DictConfig) -> float | None:
-    """Run one composed configuration; its `monitor.metric` is what sweepers go by."""
+    """Run one composed configuration and return its `monitor.metric`, for sweepers."""
     try:
         run = build_run(cfg)
         return start(run).get(run.monitor.metric)
     except SimpoError as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN and not isinstance(error, Stopped):
             raise  # Hydra goes on with the other members and raises at the end.
-        # Hydra would put a heading above an exception that leaves here, but not above an exit.
+        # Hydra prints a heading above an exception, but not above an exit.
         with exit_codes():
             raise
 
 
 def start(run: RunConfig) -> dict[str, float]:
-    """Train a run here, as one of the processes that were started for it, or in processes of its
-    own; see `train`.
+    """Train a run in this process (alone, or as a rank that a launcher started) or in processes
+    that are started for it; see `train`.
     """
     from simpo.loop.tracker import check_login
 
@@ -128,12 +128,12 @@ def train(run: RunConfig) -> dict[str, float]:
     Several processes of a run each call this; `run` is the same for all.
 
     Returns:
-        The held-out metrics after the last step; empty where nothing is held out.
+        The held-out metrics of the saved model; empty if nothing is held out.
 
     Raises:
         ConfigError, DataError: the settings or the data cannot be used.
         RunError: the run had to stop; the same command continues it.
-        Stopped: a signal or Ctrl-C asked for it; the run has been saved.
+        Stopped: a signal or Ctrl-C asked the run to stop; it has been saved.
     """
     # Imported here, so that a fault in the settings is answered before torch is loaded.
     from simpo.data.plan import pairs_of_step
@@ -227,26 +227,26 @@ def train(run: RunConfig) -> dict[str, float]:
 
 
 def _refuse_options(message: str) -> NoReturn:
-    """In place of argparse's usage, which is not of our settings."""
+    """Replaces argparse's usage, which does not mention settings."""
     raise ConfigError(
         [f"{message} (settings are key=value, such as train.learning_rate=1e-6; see --help)"]
     )
 
 
 def _check_options(arguments: Namespace) -> None:
-    """Refuse what Hydra would end with a traceback for.
+    """Refuse options for which Hydra would print a traceback.
 
     Raises:
-        ConfigError: options that do not go together, or that this command does not take.
+        ConfigError: options exclude each other, or are not supported.
     """
     modes = ("run", "multirun", "cfg", "info", "shell_completion")
     chosen = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(arguments, mode)]
     if len(chosen) > 1:
-        raise ConfigError([f"{', '.join(chosen)}: one of them at a time"])
+        raise ConfigError([f"{', '.join(chosen)}: exclude each other (give one)"])
     if arguments.resolve and not (arguments.cfg or arguments.help):
         raise ConfigError(["--resolve: only with --cfg"])
     if arguments.experimental_rerun:
-        raise ConfigError(["--experimental-rerun: not here (see command.txt of a run)"])
+        raise ConfigError(["--experimental-rerun: not supported (see command.txt of a run)"])
 
 
 if __name__ == "__main__":

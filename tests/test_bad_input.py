@@ -647,11 +647,11 @@ def test_words_of_the_other_commands(command, own_composer, capsys):
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["-m", "--cfg", "job"], "--multirun, --cfg: one of them at a time"),
+        (["-m", "--cfg", "job"], "--multirun, --cfg: exclude each other (give one)"),
         (["--resolve"], "--resolve: only with --cfg"),
         (
             ["--experimental-rerun", "x"],
-            "--experimental-rerun: not here (see command.txt of a run)",
+            "--experimental-rerun: not supported (see command.txt of a run)",
         ),
         (["--config-dir", "nowhere"], "--config-dir: no such folder, got nowhere"),
         (

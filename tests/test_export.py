@@ -192,11 +192,11 @@ USED = "usage: simpo export RUN (merge=true | push_to_hub=OWNER/NAME) [key=value
             ["here", "there", "merge=true"],
             "usage: simpo export RUN (merge=true | push_to_hub=OWNER/NAME) [key=value ...]\n",
         ),
-        (["here", "merge=yes"], "merge: must be true, got yes (leave it out)\n"),
-        (["here", "output=x"], "merge: one of merge and push_to_hub must be given\n"),
+        (["here", "merge=yes"], "merge: must be true, got yes (set it to true, or leave it out)\n"),
+        (["here", "output=x"], "export: needs either merge=true or push_to_hub=OWNER/NAME\n"),
         (
             ["here", "merge=true", "push_to_hub=me/x"],
-            "merge: one of merge and push_to_hub must be given\n",
+            "export: needs either merge=true or push_to_hub=OWNER/NAME\n",
         ),
         (["here", "push_to_hub=x"], "push_to_hub: must be owner/name, got x\n"),
         (

@@ -105,7 +105,7 @@ def test_a_stopped_sweep_goes_on(tiny_run: list[str], tmp_path: Path) -> None:
     process = start(command)
     wait_for(logged(first, 5), process)
     process.send_signal(signal.SIGTERM)
-    assert "SIGTERM: the members at work have saved" in finish(process, code=75)
+    assert "SIGTERM: the running members have saved" in finish(process, code=75)
     states = [progress.state for progress in read_progress([first, second])]
     assert states == [State.stopped, State.pending]
     # One that failed before waits for its turn like one that is new.
@@ -115,7 +115,7 @@ def test_a_stopped_sweep_goes_on(tiny_run: list[str], tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     message = finish(process, code=130)
     assert message.endswith(
-        "interrupted: the members at work have saved (the same command continues)\n"
+        "interrupted: the running members have saved (the same command continues)\n"
     )
     states = [progress.state for progress in read_progress([first, second])]
     assert states == [State.finished, State.stopped]
@@ -133,13 +133,12 @@ def test_refused_before_anything_is_started(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         launch([member(shared, ["loss.beta=2"])], "x")
     assert str(error.value) == (
-        "run_dir: members of a sweep have folders of their own, got here "
-        "(launcher.sweep_dir is the sweep's)"
+        "run_dir: each member of a sweep has its own folder, got here (set launcher.sweep_dir)"
     )
     with pytest.raises(ConfigError) as error:
         launch([member([], [f"launcher.parallel={number}"]) for number in (1, 2)], "x")
     assert str(error.value) == (
-        "launcher: members are launched together (one value for each of its settings)"
+        "launcher: members of a sweep share its settings (give one value for each)"
     )
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError) as failed:
@@ -291,11 +290,11 @@ def test_a_sweep_whose_folder_cannot_be_made(tmp_path: Path) -> None:
         ),
         (
             ["hydra/sweeper=optuna"],
-            "hydra.sweeper.params: empty (name settings and where to search)",
+            "hydra.sweeper.params: empty (such as loss.beta: interval(1,3))",
         ),
         (
             ["launcher=slurm", "hydra/sweeper=stages", "loss.beta=2,3"],
-            "launcher.wait: a search goes by results (launcher.wait=true)",
+            "launcher.wait: a search needs its results (launcher.wait=true)",
         ),
     ],
 )

@@ -75,8 +75,8 @@ def test_a_stopped_drawing_goes_on_to_the_same_replies(drawing: list[str], tmp_p
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [
-        (signal.SIGTERM, 75, "SIGTERM: stopped (the same command goes on where it was)\n"),
-        (signal.SIGINT, 130, "interrupted: the same command goes on where it was\n"),
+        (signal.SIGTERM, 75, "SIGTERM: stopped (the same command continues)\n"),
+        (signal.SIGINT, 130, "interrupted: the same command continues\n"),
     ],
 )
 def test_a_signal_while_drawing(

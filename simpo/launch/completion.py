@@ -1,6 +1,5 @@
-"""TAB in a shell: commands, groups, choices, keys and words, for `simpo` and `python -m simpo...`.
-
-Hydra's own script knows neither subcommands nor modules, and its completion offers every folder
+"""TAB completion in a shell: commands, groups, choices, keys and values, for `simpo` and
+`python -m simpo`. Hydra's own script knows neither subcommands nor modules, and offers every folder
 beside experiments/ as a group.
 """
 
@@ -35,10 +34,10 @@ complete -o nospace -o default -F _simpo_complete python python3 simpo PROGRAMS
 
 
 def script(shell: str, commands: Sequence[str]) -> str:
-    """What a shell evaluates to complete our commands.
+    """The script that a shell evaluates to complete our commands.
 
     Raises:
-        ConfigError: there is none for this shell.
+        ConfigError: the shell is neither bash nor zsh.
     """
     text = BASH.lstrip("\n").replace("PROGRAMS", " ".join(f"simpo-{name}" for name in commands))
     scripts = {"bash": text, "zsh": f"autoload -U +X bashcompinit && bashcompinit\n{text}"}
@@ -50,11 +49,11 @@ def script(shell: str, commands: Sequence[str]) -> str:
 
 
 def candidates(line: str, commands: Sequence[str]) -> list[str]:
-    """What the last word of a command line can become.
+    """Completions of the last word of a command line.
 
     Args:
-        line: up to the cursor, such as `simpo train lo` or `python -m simpo.train lo`.
-        commands: of `simpo`.
+        line: the text up to the cursor, such as `simpo train lo` or `python -m simpo.train lo`.
+        commands: the commands of `simpo`.
     """
     found = re.search(r"(?:^|[\s/])simpo(?:\s+|[.-])(\w*)(\s?)(.*)$", line)
     if found is None:
@@ -75,7 +74,7 @@ def candidates(line: str, commands: Sequence[str]) -> list[str]:
 
 
 def _values(overrides: Sequence[str], key: str) -> list[str]:
-    """The choices of a group, or the words that a key takes; empty where they are no list."""
+    """The choices of a group, or the values of a key; empty if they cannot be listed."""
     if choices := CONF.choices(key):
         return choices
     section, _, name = key.rpartition(".")

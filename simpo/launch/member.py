@@ -1,6 +1,6 @@
-"""One launched run: `python -m simpo.launch.member FOLDER` runs the one of a folder here.
+"""Trains a launched run in its folder: `python -m simpo.launch.member FOLDER`.
 
-FOLDER holds run.yaml, resolved when the run was submitted.
+FOLDER holds run.yaml, which was resolved when the run was submitted.
 """
 
 from __future__ import annotations
@@ -28,29 +28,28 @@ from simpo.run.runs import note_job
 from simpo.train import start
 
 REQUEUE_MARGIN_S = 20.0
-"""Before its time limit a job is requeued, whether it has managed to save or not."""
+"""Time before its limit at which a job is requeued, saved or not."""
 REQUEUE_WAIT_S = 600.0
 
 
 class SlurmMember:
-    """What the processes of a Slurm job call, with the folder of their run.
+    """The function that every process of a Slurm job calls with the folder of its run.
 
-    Told by a signal to stop, the run saves and its job is requeued, unless Slurm is ending it of
-    its own accord. A run that does not get so far before the time limit is requeued all the same,
-    and goes on from its last checkpoint.
+    On a signal the run saves and its job is requeued, unless Slurm is ending the job. A run that
+    cannot save before the time limit is requeued as well, and continues from its last checkpoint.
     """
 
     def __call__(self, folder: str) -> None:
-        """Run it; ends the process with the run's exit code."""
+        """Train the run, and end the process with its exit code."""
         is_main = os.environ.get("SLURM_PROCID", "0") == "0"
-        # Until the run takes them, submitit has the job requeued on the signal that it asked for.
+        # Until the run handles signals, submitit requeues the job on SIGUSR2; here on SIGUSR1 too.
         signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR2))
         if is_main:
             _note_start(Path(folder))
             requeue_before_limit()
         code, stopped = run_member(Path(folder))
         if stopped and not is_main:
-            # The job ends while these wait; ending first, they might take the main one along.
+            # Wait for the end of the job: --kill-on-bad-exit would kill the main process first.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(REQUEUE_WAIT_S)
         if stopped:
@@ -58,22 +57,22 @@ class SlurmMember:
         end_process(code)
 
     def checkpoint(self, folder: str) -> object:
-        """Asked by submitit for the job to requeue, where a signal came before the training."""
+        """The job to requeue; submitit calls this if a signal came before training."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, folder)
 
 
 def run_member(folder: Path) -> tuple[int, bool]:
-    """Train the run of a folder, or go on with it; what stops it is printed.
+    """Train or continue the run of a folder; errors are printed.
 
     Returns:
-        The exit code, and whether a signal other than Ctrl-C's stopped it after it had saved.
+        The exit code, and whether a signal other than SIGINT stopped it after saving.
     """
     try:
         start(load_run(folder / "run.yaml"))
     except SimpoError as error:
-        if str(error):  # not where a rank has printed it
+        if str(error):  # empty if a rank has printed it
             print(error, file=sys.stderr)
         _note_refusal(folder, error)
         by_signal = isinstance(error, Stopped) and error.exit_code != INTERRUPTED
@@ -84,9 +83,9 @@ def run_member(folder: Path) -> tuple[int, bool]:
 
 
 def _note_refusal(folder: Path, error: Exception) -> None:
-    """In status.json, which a run that was refused before its first step has not got to."""
+    """Write an error before the first step into status.json, which the run itself has not done."""
     status = status_or_none(folder)
-    # What is running may be another process, which is the reason for the refusal.
+    # A state "running" is that of another process, which is why this one was refused.
     if status.get("state", "failed") in ("failed", "stopped") and not isinstance(error, Stopped):
         status |= {"state": "failed", "error": f"{type(error).__name__}: {error}"}
         write_json(folder / "status.json", status)
@@ -94,14 +93,14 @@ def _note_refusal(folder: Path, error: Exception) -> None:
 
 def _note_start(folder: Path) -> None:
     if restarts := int(os.environ.get("SLURM_RESTART_COUNT", "0")):
-        with suppress(DamagedError):  # a report tells it; the run goes on
+        with suppress(DamagedError):  # shown by `simpo report`; the run goes on
             job = last_job(folder)
             if "id" in job:
                 note_job(folder, folder / job["log"], id=job["id"], restarts=restarts)
 
 
 def requeue_before_limit() -> None:
-    """Have this process's job requeued shortly before its time limit, whatever it does then."""
+    """Requeue this process's job shortly before its time limit, whatever it is doing then."""
     end = slurm.end_time()
     if end is not None:
         timer = threading.Timer(max(0.0, end - time.time() - REQUEUE_MARGIN_S), slurm.requeue)

@@ -1,7 +1,7 @@
-"""One rank of a run that `simpo.run.processes` started: `python -m simpo.launch.rank FOLDER ...`.
+"""Trains one rank of a run, started by `simpo.run.processes`: `python -m simpo.launch.rank FOLDER`.
 
-FOLDER holds run.yaml, the settings; rank 0 leaves metrics.json in it. The rest of the command line
-is that of the run, which its records quote.
+FOLDER holds run.yaml; rank 0 writes metrics.json into it. The rest of the command line is that of
+the run, which its records quote.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> int:
         with reporting_lost_ranks():
             metrics = train(run)
     except LostError as error:
-        # Not where rank 0 prints: it may be the mere echo of another rank's end.
+        # Not printed: another rank's error may be the cause.
         with log_file(folder, rank).open("a") as log:
             print(error, file=log)
         return LOST
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def _heartbeat(file: Path) -> None:
-    """Give a sign of life, for as long as this process runs."""
+    """Touch a file every second for as long as this process runs."""
     while True:
         file.touch()
         time.sleep(HEARTBEAT_S)

@@ -1,4 +1,4 @@
-"""Puts runs into a Slurm cluster's queue through submitit."""
+"""Submits runs to Slurm with submitit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SBATCH_VARIABLES = {
     "gpus_per_node": ("GPUS_PER_NODE", "GPUS", "GRES"),
     "mem": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
 }
-"""By parameters of a submission, users' defaults for sbatch (SBATCH_...) that would outdo them."""
+"""By parameter, the variables SBATCH_... that would override it."""
 
 
 def submit(
@@ -39,15 +39,15 @@ def submit(
     """Put one job for each run's folder into the queue, several as one array.
 
     Args:
-        folder: gets the submission's script, and the logs.
-        job: is called with a run's folder in every process of its job.
+        folder: where the submission's script and the logs are written.
+        job: called with a run's folder in every process of its job.
 
     Returns:
         For each run, in order, the job's id and the log of its first process.
 
     Raises:
         ConfigError: there is no Slurm here.
-        RunError: Slurm did not take it; then nothing is in the queue.
+        RunError: Slurm refused the jobs; none is in the queue.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -57,14 +57,14 @@ def submit(
         executor = submitit.SlurmExecutor(folder, max_num_timeout=UNLIMITED_REQUEUES)
     except RuntimeError as error:
         raise ConfigError(
-            ["launcher: srun is not found (is this machine of a cluster?)"]
+            ["launcher: srun not found (launcher=slurm works on machines of a Slurm cluster)"]
         ) from error
-    if holds_secret(config):  # then the script does
+    if holds_secret(config):  # the script holds it too
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
     executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
     try:
-        # submitit repeats what sbatch says, of which a line is enough.
+        # submitit prints sbatch's errors; one line of them is enough.
         with redirect_stderr(io.StringIO()), _without_defaults(parameters):
             submitted = executor.map_array(job, [str(run) for run in runs])
     except (FailedJobError, FailedSubmissionError) as error:
@@ -75,12 +75,12 @@ def submit(
 
 
 def _parameters(config: SlurmConfig, name: str, num_runs: int) -> dict[str, Any]:
-    """What submitit takes for a job of each run; None where nothing is asked for."""
+    """Parameters of submitit for a job of each run; None leaves one out."""
     options = dict(option.removeprefix("--").partition("=")[::2] for option in config.options)
-    # One process that fails must not leave the others waiting for it.
+    # If one process fails, the others must not wait for it.
     srun = ["--kill-on-bad-exit=1"]
     if config.cpus_per_task is not None:
-        # Slurm's later versions do not hand it down from the job to what srun starts in it.
+        # Since Slurm 22.05 srun does not inherit it from the job.
         srun.append(f"--cpus-per-task={config.cpus_per_task}")
     return {
         "job_name": name,
@@ -105,7 +105,7 @@ def _parameters(config: SlurmConfig, name: str, num_runs: int) -> dict[str, Any]
 
 @contextmanager
 def _without_defaults(parameters: Mapping[str, object]) -> Iterator[None]:
-    """While entered, what a submission asks for is not overridden by variables of sbatch."""
+    """Remove the variables of sbatch that would override a submission, while entered."""
     asked_for = (
         SBATCH_VARIABLES.get(key, ()) for key, value in parameters.items() if value is not None
     )

@@ -1,9 +1,9 @@
-"""Members of a sweep in; started here or queued on a Slurm cluster, each in a folder of its own.
+"""Starts the members of a sweep here or queues them on Slurm, each in a folder of its own.
 
-Everything is composed and checked before the first is started, and each folder gets the resolved
-run.yaml that its run will read: later edits of conf/ change nothing that waits. A member's folder
-follows from its overrides, so the same sweep finds its members again, and leaves alone those that
-have finished or are under way.
+All members are composed and checked before the first is started. Each folder gets the resolved
+run.yaml that its run will read, so later edits of conf/ do not change waiting members. A member's
+folder is named by its overrides, so the same command finds the members again and skips those that
+have finished or are running.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from simpo.run.runs import IN_PROGRESS, UNSUCCESSFUL, State, note_job, read_prog
 from simpo.run.signals import SAVING, forwarding_signals, signals_blocked
 
 GRACE_S = 60.0
-"""How long members get to save and end, where the sweep itself fails."""
+"""Time that members get to save and end, if the sweep itself fails."""
 LONGEST_NAME = 120
 
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a sweep: its overrides, and those among them that the others do not share."""
+    """One run of a sweep: its overrides, and those of them that other members do not share."""
 
     run: RunConfig
     overrides: tuple[str, ...]
@@ -54,8 +54,8 @@ class Member:
 
     @property
     def name(self) -> str:
-        """Of the member's folder, the same whatever the order of its overrides."""
-        # A group below another is known by its own name: experiments/objectives=orpo.
+        """Name of the member's folder; does not depend on the order of the overrides."""
+        # A nested group goes by its last name: experiments/objectives=orpo.
         words = (word.partition("=") for word in self.own)
         text = ",".join(sorted(f"{k.rpartition('/')[2]}{eq}{v}" for k, eq, v in words)) or "all"
         name = re.sub(r"[^\w.,=+-]+", "_", text)
@@ -71,25 +71,25 @@ class Member:
 
 
 def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
-    """Run all members that have not finished and are not under way, as `launcher` says.
+    """Run all members that have not finished and are not running, as `launcher` says.
 
     Args:
-        sweep: its name; None for a single run, which goes where it would go without a launcher.
+        sweep: its name; None for a single run, whose folder is the same as without a launcher.
 
     Returns:
-        Each member's `monitor.metric`; None where it is not known (yet).
+        Each member's `monitor.metric`; None if it is not known (yet).
 
     Raises:
-        ConfigError: the members cannot be launched together; nothing was.
-        RunError: Slurm did not take them, or a member that was waited for failed.
-        Stopped: a signal stopped the members here, after they had saved.
+        ConfigError: the members cannot be launched together; none was.
+        RunError: Slurm refused them, or a member that was waited for failed.
+        Stopped: a signal stopped the members on this machine, after saving.
     """
     config = members[0].run.launcher
     if any(member.run.launcher != config for member in members):
         raise ConfigError(
-            ["launcher: members are launched together (one value for each of its settings)"]
+            ["launcher: members of a sweep share its settings (give one value for each)"]
         )
-    # What is being submitted or started is to be undone, or told to save.
+    # Ctrl-C must raise: members are then cancelled, or told to save.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sweep is None:
         folder = _single_folder(members[0].run)
@@ -131,7 +131,7 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
 
 
 def _states_to_skip(member: Member) -> tuple[State, ...]:
-    """States in which a member needs no start: here, one that has only been prepared does."""
+    """States in which a member is not started; a pending one without a job is."""
     launched = (member.path / "jobs.jsonl").is_file()
     return IN_PROGRESS if launched else (State.running,)
 
@@ -147,21 +147,21 @@ def _sweep_folder(member: Member, name: str) -> Path:
     if run.run_dir is not None:
         raise ConfigError(
             [
-                f"run_dir: members of a sweep have folders of their own, got {run.run_dir} "
-                "(launcher.sweep_dir is the sweep's)"
+                f"run_dir: each member of a sweep has its own folder, got {run.run_dir} "
+                "(set launcher.sweep_dir)"
             ]
         )
     if run.launcher.sweep_dir is not None:
         return Path(run.launcher.sweep_dir).expanduser().absolute()
     shared = sorted(set(member.overrides) - set(member.own))
     # Where and how a member runs may change between two submissions of the same sweep.
-    telling = [
+    deciding = [
         f"{first_name(key)}{equals}{value}"
         for key, equals, value in (text.partition("=") for text in shared)
         if _decides_numbers(key)
     ]
     parent = Path(run.output_dir).expanduser().absolute() / "sweeps"
-    return parent / f"{name}-{_hash(' '.join(telling))}"
+    return parent / f"{name}-{_hash(' '.join(deciding))}"
 
 
 def _decides_numbers(key: str) -> bool:
@@ -177,7 +177,7 @@ def _with_folder(member: Member, folder: Path) -> Member:
 
 @contextmanager
 def _with_files(members: Sequence[Member], folder: Path) -> Iterator[None]:
-    """Settings and command in each member's folder; what is new goes again if nothing starts.
+    """Write settings and command into each member's folder; remove new ones if nothing starts.
 
     Raises:
         RunError: a file or folder cannot be written.
@@ -209,7 +209,7 @@ def _is_placement(override: str) -> bool:
 def _queue(
     config: SlurmConfig, todo: Sequence[Member], every: Sequence[Member], folder: Path
 ) -> None:
-    """Submit members to Slurm, say how to follow them, and wait where that is asked for."""
+    """Submit members to Slurm, print how to follow them, and wait with `launcher.wait`."""
     if todo:
         jobs = submit(config, folder.name, folder / "slurm", SlurmMember(), [m.path for m in todo])
         array = jobs[0][0].partition("_")[0]
@@ -217,7 +217,7 @@ def _queue(
             for member, (job_id, log) in zip(todo, jobs, strict=True):
                 note_job(member.path, log, id=job_id)
         except BaseException:
-            slurm.cancel(array)  # nobody would find them again
+            slurm.cancel(array)  # without a line in jobs.jsonl they could not be found again
             raise
         print(f"job    {array}: {len(todo)} {'member' if len(todo) == 1 else 'members'}")
     print(f"folder {folder}")
@@ -240,7 +240,7 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
         signals.append(number)
         again = signals.count(signal.SIGINT) > 1
         if number == signal.SIGINT:
-            # On a first Ctrl-C they are to save.
+            # A first Ctrl-C makes the members save.
             number = signal.SIGKILL if again else signal.SIGTERM
             os.write(2, b"" if again else SAVING)
         for _, process in at_work.values():
@@ -274,7 +274,7 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
         interrupted = signal.SIGINT in signals
         name = "interrupted" if interrupted else signal.Signals(signals[0]).name
         raise Stopped(
-            f"{name}: the members at work have saved (the same command continues)",
+            f"{name}: the running members have saved (the same command continues)",
             INTERRUPTED if interrupted else todo[0].run.train.stopped_exit_code,
         )
     print(f"report python -m simpo.report {_shown(folder)}")
@@ -288,7 +288,7 @@ def _start(member: Member, place: int, places: int) -> subprocess.Popen[bytes]:
             env=os.environ | share_of_machine(place, places),
             stdout=output,
             stderr=output,
-            # A terminal's Ctrl-C would reach them beside the one passed on.
+            # Else a Ctrl-C would reach members twice: from the terminal, and passed on.
             start_new_session=True,
         )
     note_job(member.path, log, pid=process.pid)
@@ -296,9 +296,9 @@ def _start(member: Member, place: int, places: int) -> subprocess.Popen[bytes]:
 
 
 def share_of_machine(place: int, places: int) -> dict[str, str]:
-    """Environment of one of so many members at the same time: its cores, its GPUs.
+    """Environment with the cores and GPUs of one of `places` members that run at the same time.
 
-    Where there are fewer GPUs than members, each sees all.
+    If there are fewer GPUs than members, each member sees all.
     """
     if places == 1:
         return {}
@@ -319,11 +319,11 @@ def share_of_machine(place: int, places: int) -> dict[str, str]:
 def _follow(
     config: LauncherConfig, members: Sequence[Member], under_way: Callable[[], set[Path] | None]
 ) -> None:
-    """Show how far members are until all have ended, and say of each how it did.
+    """Show the progress of members until all have ended, and print how each ended.
 
     Args:
-        under_way: called now and then; the folders of those that this process has still to start or
-            to wait for. None: what Slurm says of their jobs tells.
+        under_way: called at each poll; returns the folders of the members that this process has
+            still to start or to wait for. None: Slurm runs them.
     """
     unreported = [member.path for member in members]
     silent = not sys.stderr.isatty()
@@ -338,7 +338,7 @@ def _follow(
                 if not (at_rest if here is None else path not in here):
                     continue
                 unreported.remove(path)
-                if at_rest:  # and not left waiting by a sweep that was told to stop
+                if at_rest:  # a sweep that was stopped leaves others pending
                     words = [f"{path.name}  {progress.text()}", progress.note]
                     tqdm.write(": ".join(filter(None, words)))
             bar.update(len(members) - len(unreported) - bar.n)

@@ -1,1 +1,1 @@
-"""One module for each command but train: its usage, its words, and what it does with them."""
+"""One module for each command but train: its usage, its arguments and its `main`."""

@@ -10,14 +10,14 @@ from simpo.config.compose import run_of_words
 USAGE = """
 usage: simpo annotate on_policy.folder=DIR on_policy.reward=REWARD [key=value ...]
 
-Score the replies of `simpo generate`, and make a pair of the best and the worst to each prompt.
-Scores are kept, and the same command goes on where it was stopped.
+Score the replies of `simpo generate`, and pair the best with the worst reply to each prompt.
+Scores are kept: after an interruption the same command continues.
 
   simpo annotate on_policy.folder=DIR on_policy.reward=RLHFlow/ArmoRM-Llama3-8B-v0.1
   simpo annotate on_policy.folder=DIR on_policy.reward=my_rewards:politeness
 
 A function takes the messages of a prompt, some replies to it and the prompt's rule or None. It
-returns a score for each reply, where more is better.
+returns a score for each reply; higher is better.
 
 Settings are those of `simpo train`; on_policy.* are for this command:
 """

@@ -20,15 +20,20 @@ Merge the adapter of a run into its base model, or upload the model of a run to 
 
 with merge=true
   output=FOLDER    where the merged model goes (RUN/model-merged); must not exist
-  dtype=DTYPE      of the merged weights; auto takes that of the base's files
-  base=MODEL       the base, where the adapter does not name it or has another path for it
+  dtype=DTYPE      dtype of the merged weights; auto: that of the base's files
+  base=MODEL       the base model, if the adapter does not name it or names another path
 with push_to_hub=OWNER/NAME
-  private=false    makes a public repository
+  private=false    create a public repository
 """
 
 
 def main(words: Sequence[str]) -> None:
-    """Raises ConfigError where something cannot be done as asked, RunError where it failed."""
+    """Merge or upload.
+
+    Raises:
+        ConfigError: it cannot be done as asked.
+        RunError: it failed.
+    """
     run_dir, options = _arguments(words)
     # Imported here, so that a fault in the words is answered before torch is loaded.
     from simpo.loop.card import write_merged_card
@@ -52,7 +57,7 @@ def _arguments(words: Sequence[str]) -> tuple[Path, dict[str, str]]:
     """The run's folder and the settings of a command line.
 
     Raises:
-        ConfigError: they are not what can be done; the usage where nothing is asked for.
+        ConfigError: they cannot be used; with the usage if folder or settings are missing.
     """
     options: dict[str, str] = {}
     folders: list[str] = []
@@ -69,9 +74,11 @@ def _arguments(words: Sequence[str]) -> tuple[Path, dict[str, str]]:
         f"{key}: no such key (export has {', '.join(KEYS)})" for key in options if key not in KEYS
     ]
     if ("merge" in options) == ("push_to_hub" in options):
-        problems += ["merge: one of merge and push_to_hub must be given"]
+        problems += ["export: needs either merge=true or push_to_hub=OWNER/NAME"]
     if options.get("merge", "true") != "true":
-        problems += [f"merge: must be true, got {options['merge']} (leave it out)"]
+        problems += [
+            f"merge: must be true, got {options['merge']} (set it to true, or leave it out)"
+        ]
     if options.get("private", "true") not in ("true", "false"):
         problems += [f"private: must be true or false, got {options['private']}"]
     if options.get("dtype", "auto") not in (names := [choice.value for choice in Dtype]):

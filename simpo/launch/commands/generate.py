@@ -11,7 +11,7 @@ USAGE = """
 usage: simpo generate [key=value ...] [--config-dir DIR]
 
 Write several replies of the model to each prompt of a data set. `simpo annotate` makes pairs of
-them. The same command goes on where it was stopped.
+them. After an interruption the same command continues.
 
   simpo generate model=llama3_instruct data=ultrafeedback
   simpo generate on_policy.seeds=[1,2,3] on_policy.temperature=1.0

@@ -1,4 +1,4 @@
-"""`python -m simpo.member FOLDER`, as command.txt of older runs has it."""
+"""Keeps `python -m simpo.member FOLDER`, which command.txt of older runs contains."""
 
 import runpy
 

@@ -25,7 +25,11 @@ pairs=N shows N pairs (3). html=FILE also writes them as a web page. Settings ar
 
 
 def main(words: Sequence[str]) -> None:
-    """Raises ConfigError for settings that cannot be used."""
+    """Print the stages of some pairs, and write them as a page if asked to.
+
+    Raises:
+        ConfigError: the settings cannot be used.
+    """
     options = {"pairs": "3", "html": ""}
     settings = []
     for word in words:

@@ -1,4 +1,4 @@
-"""`simpo report`: compare runs, at any moment, for one run, a sweep or several."""
+"""`simpo report`: compare runs, finished or not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEYS = ("format", "metric", "html", "over")
 USAGE = f"""
 usage: simpo report DIR... [format={"|".join(FORMATS)}] [metric=KEY] [over=SETTING] [html=FILE|none]
 
-Compare the runs in folders: what differs in their settings, how far they are, which is the best.
+Compare the runs in folders: the settings that differ, their progress, and which is the best.
 As text it also writes DIR/report.html. Works at any moment, for one run, a sweep or several.
 
   format=csv     the table for other programs
@@ -28,10 +28,10 @@ As text it also writes DIR/report.html. Works at any moment, for one run, a swee
 
 
 def main(words: Sequence[str]) -> None:
-    """Print the comparison; runs whose folders are damaged are named, and the others compared.
+    """Print the comparison; runs with damaged folders are named and left out.
 
     Raises:
-        ConfigError: there is nothing to report, or the words cannot be understood.
+        ConfigError: there is no run, or the arguments cannot be used.
     """
     folders, options = _arguments(words)
     report = compare(folders, options.get("metric"))

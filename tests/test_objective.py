@@ -100,7 +100,9 @@ def test_the_best_model_is_lost(tiny_run: list[str], tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     finish(process, code=75)
     shutil.rmtree(folder / "checkpoints/step-000003")
-    said = "the best model, after step 3, is lost (seal.json cannot be read (FileNotFoundError)): "
+    said = (
+        "the best model, after step 3, is damaged (seal.json cannot be read (FileNotFoundError)): "
+    )
     assert f"{said}the last is saved\n" in run(command)
     assert json.loads((folder / "results.json").read_text())["train"]["model_step"] == 18
 

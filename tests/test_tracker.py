@@ -226,7 +226,7 @@ def test_a_tracker_that_fails_midway_ends_nothing(
         tracker.log(1, "train", {"loss": 3.0})
         tracker.log(2, "train", {"loss": 2.0})
     assert capsys.readouterr().out == (
-        "note   wandb failed, and gets nothing more: disk of wandb full "
+        "note   wandb failed, nothing more is sent: disk of wandb full "
         "(metrics.jsonl has everything)\n"
     )
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]

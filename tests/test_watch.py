@@ -43,7 +43,7 @@ def test_chosen_falls_in_training() -> None:
     assert found == watch.findings
     assert found[0].text == (
         "step 5: the log-prob of a chosen token fell from -1.00 to -2.10, by more than "
-        f"watch.chosen_drop=1.0; last in order at step 1 ({REMEDY})"
+        f"watch.chosen_drop=1.0; last good step 1 ({REMEDY})"
     )
 
 
@@ -51,7 +51,7 @@ def test_chosen_falls_on_held_out_pairs() -> None:
     lines = [{"step": s, "eval/logps/chosen": v} for s, v in ((0, -0.9), (12, -1.4), (24, -1.91))]
     assert told(WatchConfig(), lines) == [
         "step 24: the log-prob of a held-out chosen token fell from -0.90 to -1.91, by more than "
-        f"watch.chosen_drop=1.0; last in order at step 12 ({REMEDY})"
+        f"watch.chosen_drop=1.0; last good step 12 ({REMEDY})"
     ]
 
 
@@ -61,7 +61,7 @@ def test_replies_loop() -> None:
     ]
     assert told(WatchConfig(), lines) == [
         "step 24: the share of repeated 4-grams in replies rose from 0.04 to 0.28, by more than "
-        "watch.repetition_rise=0.15; last in order at step 12 "
+        "watch.repetition_rise=0.15; last good step 12 "
         f"(read samples/step-000024.json; {REMEDY})"
     ]
 
@@ -73,7 +73,7 @@ def test_gradients_explode() -> None:
     assert told(config, series("train/grad_norm", spike)) == []
     assert told(config, series("train/grad_norm", lasting)) == [
         "step 8: the gradient's norm rose from 2.0 to 20.5, to more than "
-        "watch.grad_norm_ratio=10.0 times; last in order at step 2 "
+        "watch.grad_norm_ratio=10.0 times; last good step 2 "
         "(lower train.learning_rate or raise train.warmup_ratio)"
     ]
     assert told(config, series("train/grad_norm", [0.0] * 4 + [5.0] * 8)) == []
@@ -159,8 +159,7 @@ def test_stop_ends_the_run_and_names_the_last_good_checkpoint(
     (line,) = [x for x in told.stderr.splitlines() if x.startswith("watch")]
     assert line.startswith("watch  step 3: the log-prob of a chosen token fell from -6.")
     assert line.endswith(
-        f"last in order at step 1 ({REMEDY}); last good checkpoint: "
-        f"{folder}/checkpoints/step-000001"
+        f"last good step 1 ({REMEDY}); last good checkpoint: {folder}/checkpoints/step-000001"
     )
     assert told.stderr.splitlines()[-1] == line, "no traceback"
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())

@@ -1,1 +1,1 @@
-"""What train() conducts: set-up, steps, evaluation, checkpoints, history, and what is saved."""
+"""The parts of the training loop: set-up, steps, evaluation, checkpoints, history, results."""

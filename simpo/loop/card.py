@@ -1,6 +1,6 @@
-"""A finished run's records in; the model card and the curves of its model out.
+"""Writes the model card and the curves of a finished run.
 
-A card is uploaded with its model, so it holds nothing of the machine: no folders, no command.
+A card is uploaded with its model, so it contains no folders or commands of this machine.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from simpo.run.files import read_metrics, series
 from simpo.run.tables import SHOWN, markdown_table
 
 BUILTIN = {"builtin:smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Models that the hub knows by another name."""
+"""Names on the hub of built-in models."""
 FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".jinja", ".safetensors")
 
 
 def write_card(run: RunConfig, run_dir: Path, results: Results, model_dir: Path) -> None:
-    """Write model_dir/README.md from what lies in the run's folder.
+    """Write model_dir/README.md from the files of the run's folder.
 
-    It shows curves.png where that lies beside it.
+    The card shows curves.png if it is in model_dir.
     """
     data = json.loads((run_dir / "data.json").read_text())
     environment = json.loads((run_dir / "environment.json").read_text())
@@ -103,7 +103,7 @@ def write_merged_card(adapter: Path, output: Path) -> None:
 
 
 def _header(run: RunConfig) -> str:
-    """What the hub reads of a card."""
+    """The metadata that the hub reads."""
     from huggingface_hub import ModelCardData
 
     base = run.model.path
@@ -118,19 +118,19 @@ def _header(run: RunConfig) -> str:
 
 
 def base_name(path: str) -> str:
-    """The model that a path stands for, as the hub knows it; of a local folder the last part."""
+    """The hub's name of the model at a path; of a local folder its last part."""
     return BUILTIN.get(path) or str(public(path))
 
 
 def public(value: Any) -> Any:
-    """A setting without folders of this machine: of a local path its last part is left."""
+    """A setting without folders of this machine: a local path becomes its last part."""
     if isinstance(value, list):
         return [public(item) for item in value]
     return Path(value).name if isinstance(value, str) and is_local(value) else value
 
 
 def is_local(text: str) -> bool:
-    """Whether a setting is a path of this machine, and not a hub id or a word."""
+    """Whether a setting is a local path, not a hub id or a word."""
     looks_local = text.startswith(("/", "./", "../", "~")) or text.count("/") > 1
     return looks_local or text.endswith(FILES) or os.path.exists(text)
 

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on, written so that a crash at any moment leaves a whole one.
+"""Writes and reads checkpoints; a crash at any moment leaves the last one whole.
 
 All processes write a checkpoint to a temporary folder and flush it to the disk. Rank 0 adds the
 manifest and then renames the folder, so `step-000040` is complete or does not exist.
@@ -32,20 +32,20 @@ from simpo.run.files import Manifest, check_metrics, metrics_sha256, read_manife
 
 
 class CheckpointStore:
-    """The checkpoints of one run: the newest `keep` of them, and the best.
+    """The checkpoints of one run, of which the newest `keep` and the best are kept.
 
     All processes call every method at the same time.
 
     Attributes:
-        best: the step whose checkpoint is never dropped.
+        best: the step whose checkpoint is never deleted.
     """
 
     def __init__(self, folder: Path, keep: int, backend: Backend, background: bool = False) -> None:
-        """Clear away what an interrupted save left.
+        """Delete what an interrupted save left.
 
         Args:
-            background: `save` returns when the state is copied, and the checkpoint gets its name
-                at a later `finish_pending`.
+            background: `save` returns once the state is copied, and a later `finish_pending`
+                completes the checkpoint.
 
         Raises:
             RunError: the folder cannot be written.
@@ -66,14 +66,14 @@ class CheckpointStore:
         backend.wait()
 
     def newest(self, until_step: int) -> Path | None:
-        """The newest checkpoint of at most so many updates."""
+        """The newest checkpoint with at most `until_step` updates."""
         return max((p for p in self._all() if p <= self._path(until_step)), default=None)
 
     def resume(self, wrapped: nn.Module, optimizer: Optimizer) -> tuple[Manifest | None, list[str]]:
         """Load the newest checkpoint that is whole; damaged ones are renamed to `damaged-*`.
 
         Returns:
-            Its manifest, None where there is none; and a line for each damaged checkpoint.
+            Its manifest, None if there is no checkpoint; and a line for each damaged one.
 
         Raises:
             ConfigError: it was written by a backend whose checkpoints this one cannot read.
@@ -91,7 +91,7 @@ class CheckpointStore:
         return None, messages
 
     def load(self, step: int, wrapped: nn.Module, optimizer: Optimizer) -> str | None:
-        """Load the checkpoint after so many updates; what is wrong with it where it is damaged."""
+        """Load the checkpoint after `step` updates; if it is damaged, return what is wrong."""
         path = self._path(step)
         manifest, fault = self._check(path)
         if manifest is not None and fault is None:
@@ -99,10 +99,10 @@ class CheckpointStore:
         return fault
 
     def save(self, step: int, wrapped: nn.Module, optimizer: Optimizer, metrics_bytes: int) -> None:
-        """Write the state after `step` updates, then drop the oldest beyond those kept.
+        """Write the state after `step` updates, then delete the oldest beyond those kept.
 
         Raises:
-            RunError: it could not be written; those before it stay.
+            RunError: it could not be written; earlier ones stay.
         """
         self.finish_pending(wait=True)
         if self._path(step).exists():
@@ -123,10 +123,10 @@ class CheckpointStore:
             raise self._failure(step, error) from error
 
     def finish_pending(self, wait: bool) -> None:
-        """Give a checkpoint that was written in the background its name, if it is all there.
+        """Complete a checkpoint that is written in the background, if all its files are there.
 
         Args:
-            wait: until it is.
+            wait: wait until they are.
 
         Raises:
             RunError: it could not be written.
@@ -176,7 +176,7 @@ class CheckpointStore:
         backend.wait()
 
     def _check(self, path: Path) -> tuple[Manifest | None, str | None]:
-        """The manifest of a checkpoint, and what is wrong with it; each process reads its share."""
+        """The manifest of a checkpoint and its fault; each process checks a share of the files."""
         try:
             manifest = read_manifest(path)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -189,7 +189,7 @@ class CheckpointStore:
         return manifest, faults[0] if faults else None
 
     def _check_metrics(self, manifest: Manifest) -> None:
-        """Raise in all processes what rank 0 finds wrong with metrics.jsonl."""
+        """Raise, in all processes, the fault that rank 0 finds in metrics.jsonl."""
         found: DamagedError | None = None
         if self._backend.is_main:
             try:

@@ -1,4 +1,4 @@
-"""What a run tells a person: its plan before the first step, its results after the last."""
+"""Formats the lines that a run prints: its plan before training, its results afterwards."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from simpo.run.tables import SHOWN, markdown_table
 
 @dataclass(frozen=True)
 class Results:
-    """What a run found: held-out metrics before the first step and after the last.
+    """Held-out metrics before the first step and of the saved model.
 
-    Both are empty where nothing is held out. `findings` are the signs of a collapse, a line each.
+    Both are empty if nothing is held out. `findings` are the signs of a collapse, a line each.
     """
 
     before: dict[str, float]
@@ -44,7 +44,7 @@ def start_lines(
     train_set: TokenizedSet,
     plan: TrainPlan,
 ) -> list[str]:
-    """What will be trained on what, how, and for how long."""
+    """Lines about the model, the loss, the data and the number of steps."""
     parameters = list(policy.parameters())
     total = sum(num_weights(p) for p in parameters) / 1e6
     trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
@@ -57,7 +57,7 @@ def start_lines(
 
 
 def data_lines(table: Sequence[SplitReport], train_set: TokenizedSet, plan: TrainPlan) -> list[str]:
-    """Where the pairs are from, their tokens, the steps they make, and what was mended or cut."""
+    """Lines about the sources of the pairs, their tokens and steps, and the repairs and cuts."""
     report = train_set.report
     tokens, unshared = (int(train_set.num_tokens(share).sum()) for share in (True, False))
     lines = [
@@ -83,7 +83,7 @@ def data_lines(table: Sequence[SplitReport], train_set: TokenizedSet, plan: Trai
 def token_notes(
     run: RunConfig, chat: Chat, table: Sequence[SplitReport], train_set: TokenizedSet
 ) -> list[str]:
-    """What the chat template and `data.compat` do to the tokens that one may not expect."""
+    """Notes on what the chat template and `data.compat` do to the tokens."""
     lines = []
     if chat.template.date is not None:
         lines.append(
@@ -102,7 +102,7 @@ def token_notes(
 
 
 def layout_line(planned: Layout) -> str:
-    """How a step's pairs fill their rows."""
+    """A line about how full the packed rows of a step are."""
     return (
         f"       {planned.tokens_per_step:,.0f} tokens a step, rows {planned.fill:.0%} full, "
         f"the largest {planned.largest_row_tokens:,}"
@@ -124,7 +124,7 @@ def mixture_lines(table: Sequence[SplitReport]) -> list[dict[str, Any]]:
 
 
 def result_lines(results: Results) -> list[dict[str, Any]]:
-    """The held-out metrics people read, a line each with the value before and after."""
+    """The held-out metrics of `SHOWN`, a line each with the value before and after."""
     return [
         {
             "held out": name,
@@ -137,7 +137,7 @@ def result_lines(results: Results) -> list[dict[str, Any]]:
 
 
 def end_lines(results: Results, run_dir: Path, model_step: int, last_step: int) -> list[str]:
-    """What training changed on the held-out pairs, and where the model lies."""
+    """Lines about held-out metrics and replies before and after, and the model's folder."""
     lines = markdown_table(result_lines(results)) if results.after else []
     samples = [run_dir / f"samples/step-{step:06d}.json" for step in (0, model_step)]
     try:
@@ -169,7 +169,7 @@ def _flat(text: str, width: int = 160) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and advice of the libraries out of what we print."""
+    """Silence progress bars and advice of the libraries."""
     for library in ("transformers", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

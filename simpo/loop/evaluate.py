@@ -10,9 +10,9 @@ from simpo.loop.tracker import Tracker
 
 
 def held_out_metrics(run: RunConfig, parts: Parts, tracker: Tracker, step: int) -> dict[str, float]:
-    """Metrics of the held-out pairs, and of replies to some; empty where nothing is held out.
+    """Metrics of the held-out pairs, and of replies to some; empty if nothing is held out.
 
-    The numbers of each pair and the replies are kept in the run's folder.
+    The numbers of each pair and the replies are written into the run's folder.
     """
     folder, backend, test = parts.folder, parts.backend, parts.test
     sampled = test.data.pairs[: run.sample.num_prompts]

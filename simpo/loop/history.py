@@ -1,6 +1,6 @@
-"""What a run has logged so far, and what follows from it: the best step, patience, a collapse.
+"""Keeps what a run has logged, and finds the best step, the end of patience and a collapse.
 
-All of it is in metrics.jsonl, so a continued run reads it there again.
+A continued run reads it again from metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from simpo.run.best import best_step, evaluations_in, evaluations_without_gain
 
 
 class History:
-    """The lines of metrics.jsonl, those of earlier processes of the run included.
+    """The lines of metrics.jsonl, with those of earlier processes of the run.
 
     Attributes:
-        evaluations: held-out metrics by the number of updates they were taken after.
+        evaluations: held-out metrics by the number of updates done before them.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class History:
         tracker: Tracker,
         store: CheckpointStore,
     ) -> None:
-        """Read what was logged before; its signs of a collapse were printed then."""
+        """Read earlier lines; their signs of a collapse are not printed again."""
         self.evaluations = evaluations_in(lines)
         self._run, self._tracker, self._store = run, tracker, store
         self._watch = CollapseWatch(run.watch)
@@ -41,7 +41,7 @@ class History:
         """Log metrics of a step, unless there are none; `prefix` is train or eval.
 
         Raises:
-            RunError: they show a collapse, with watch.action=stop.
+            RunError: they show a collapse, and watch.action is stop.
         """
         if not metrics:
             return
@@ -61,12 +61,12 @@ class History:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the best held-out metric, where the best model is to be kept."""
+        """The step with the best held-out metric; None without train.keep_best."""
         return best_step(self._run.monitor, self.evaluations) if self._run.train.keep_best else None
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether so many evaluations without a better one have passed that the run ends."""
+        """Whether train.patience_evals evaluations have passed without a better one."""
         patience = self._run.train.patience_evals
         if not patience:
             return False

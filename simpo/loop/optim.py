@@ -1,4 +1,4 @@
-"""AdamW and the learning rate of a step."""
+"""Builds AdamW, gives the learning rate of a step, and checks that updates change weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from simpo.data.plan import TrainPlan
 
 FEW_STEPS = 10
 WEIGHTS_LOOKED_AT = 256
-"""Of each trained tensor, spread over it."""
+"""Weights sampled from each trained tensor, evenly spaced."""
 MOST_LOST = 0.95
 
 
@@ -39,8 +39,8 @@ def build_optimizer(policy: nn.Module, config: TrainConfig) -> Optimizer:
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """Learning rate of update `step` (from 0): a linear warm-up from 0, then the schedule to 0.
 
-    A function of the step alone, so there is no schedule state to save. The same numbers as
-    transformers' `get_scheduler`, which the paper's runs used.
+    Depends on the step alone, so there is no schedule state to save. Equals transformers'
+    `get_scheduler`, which the paper's runs used.
     """
     warmup_steps = math.ceil(total_steps * config.warmup_ratio)
     if step < warmup_steps:
@@ -63,7 +63,7 @@ def check_rates(config: TrainConfig, plan: TrainPlan) -> None:
     """Refuse a run that would change no weight because all its learning rates are 0.
 
     Raises:
-        ConfigError: it has one step, at which the warm-up starts.
+        ConfigError: the only step is that at which the warm-up starts.
     """
     if not any(learning_rate(config, step, plan.total_steps) for step in range(plan.total_steps)):
         raise ConfigError(
@@ -77,7 +77,7 @@ def check_rates(config: TrainConfig, plan: TrainPlan) -> None:
 
 
 def rate_notes(config: TrainConfig, plan: TrainPlan) -> list[str]:
-    """What is to be said of a run that has few steps to learn in; nothing if that was asked for."""
+    """A note on a run with few steps; none if train.max_steps asked for them."""
     steps = plan.total_steps
     if steps >= FEW_STEPS or config.max_steps is not None:
         return []
@@ -99,13 +99,13 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def check_updates(config: TrainConfig, sample: Mapping[str, Tensor]) -> None:
-    """Refuse a learning rate that fp32 weights cannot feel; an update of AdamW is about its size.
+    """Refuse a learning rate that is lost in rounding: AdamW's updates are about its size.
 
     Args:
-        sample: what `sampled_weights` gave.
+        sample: result of `sampled_weights`.
 
     Raises:
-        ConfigError: nothing is trained, or hardly a weight would change.
+        ConfigError: nothing is trained, or almost no weight would change.
     """
     if not sample:
         raise ConfigError(["model.lora.targets: no weight would be trained (name other modules)"])
@@ -121,11 +121,11 @@ def check_updates(config: TrainConfig, sample: Mapping[str, Tensor]) -> None:
 
 
 def change_notes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    """What is to be said where training changed no weight.
+    """A note if training changed no weight.
 
     Args:
-        before: what `sampled_weights` gave.
-        after: whole tensors by the same names, and perhaps others.
+        before: result of `sampled_weights`.
+        after: whole tensors by name, at least those in `before`.
     """
     for name, old in before.items():
         now = _sample(after[name])

@@ -1,4 +1,4 @@
-"""Publishes a saved model: curves, card and hub repository, each tried before the first step."""
+"""Publishes a saved model: curves, card and upload. Each is tried before the first step."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from simpo.run.files import read_status
 
 
 def reach_repository(config: ExportConfig) -> None:
-    """Make the repository, unless it is there: the proof that name and token are good.
+    """Create the repository unless it exists, which shows that name and token are valid.
 
     Raises:
-        ConfigError: it cannot be made or written to, or the hub is out of reach.
+        ConfigError: it cannot be created or written, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -38,7 +38,7 @@ def reach_repository(config: ExportConfig) -> None:
         if token.get("role") == "read":
             raise PermissionError("the token may only read")
         api.create_repo(name, private=config.private, exist_ok=True)
-    except Exception as error:  # of the hub, its client or the network
+    except Exception as error:  # from the hub, its client or the network
         raise ConfigError(
             [
                 f"export.push_to_hub: nothing can be uploaded to {name}: "
@@ -49,10 +49,10 @@ def reach_repository(config: ExportConfig) -> None:
 
 
 def upload(config: ExportConfig, model_dir: Path) -> list[str]:
-    """Upload a model's folder to the repository that `reach_repository` made.
+    """Upload a model's folder to the repository of `reach_repository`.
 
-    The token is the one that the hub's own tools have stored. An adapter of a local base names the
-    base's folder in its settings; what is uploaded has the last part of that path.
+    The token is that stored by the hub's own tools. An adapter of a local base names the base's
+    folder in its settings; only the last part of that path is uploaded.
 
     Returns:
         Lines to print, with the address of the commit.
@@ -69,7 +69,7 @@ def upload(config: ExportConfig, model_dir: Path) -> list[str]:
             commit = HfApi().upload_folder(
                 repo_id=name, folder_path=folder, commit_message="Model trained with simpo"
             )
-        except Exception as error:  # of the hub, its client or the network
+        except Exception as error:  # from the hub, its client or the network
             raise RunError(
                 f"export.push_to_hub: the upload to {name} failed: {hub.upload_reason(error)} (the "
                 f"same command tries again: the model is in {model_dir})"
@@ -78,7 +78,7 @@ def upload(config: ExportConfig, model_dir: Path) -> list[str]:
 
 
 def _without_local_base(model_dir: Path, scratch: Path) -> tuple[Path, list[str]]:
-    """A folder to upload, and lines to print: the model's own, or one that links to its files."""
+    """The folder to upload (the model's own, or one that links to its files) and lines to print."""
     file = model_dir / ADAPTER_FILE
     settings = json.loads(file.read_text()) if file.is_file() else {}
     base = settings.get("base_model_name_or_path") or ""
@@ -97,16 +97,16 @@ def _without_local_base(model_dir: Path, scratch: Path) -> tuple[Path, list[str]
 def check_end(
     run: RunConfig, backend: Backend, policy: Policy, chat: Chat, run_dir: Path
 ) -> list[str]:
-    """Try before the first step what the last one can refuse; all processes call it.
+    """Try before the first step what could fail after the last; all processes call it.
 
-    Settings, tokenizer and card are written into a scratch folder, the disk is asked for room for
-    a model and a checkpoint, and the hub for the repository.
+    Writes settings, tokenizer and card into a scratch folder, and checks that the disk has room for
+    a model and a checkpoint, and that the hub's repository can be written.
 
     Returns:
         Lines to print.
 
     Raises:
-        ConfigError: something is refused, in all processes.
+        ConfigError: one of these fails; raised in all processes.
     """
     messages: list[str] = []
     problems: list[str] = []
@@ -120,7 +120,7 @@ def check_end(
             write_card(run, run_dir, console.Results({}, {}), trial)
         except ConfigError as error:
             problems = error.problems
-        except Exception as error:  # of any library that has a part in it
+        except Exception as error:  # from any library involved
             cause = error.__cause__ or error
             place = f"run_dir: {run_dir}" if isinstance(cause, OSError) else "model.path"
             problems = [f"{place}: a trained model cannot be saved: {first_line(cause)} (mend it)"]
@@ -133,17 +133,17 @@ def check_end(
 
 
 def _refuse_full_disk(policy: Policy, run_dir: Path) -> None:
-    """Do nothing, unless a model and the first checkpoint cannot be written.
+    """Check that the disk has room for a model and the first checkpoint.
 
     Raises:
-        ConfigError: there is no room for them.
+        ConfigError: it has not.
     """
     weights = list(policy.parameters())
     trained = sum(p.numel() * p.element_size() for p in weights if p.requires_grad)
     adapted = policy.model is not policy.base
     needed = trained if adapted else sum(p.numel() * p.element_size() for p in weights)
     if not any((run_dir / "checkpoints").glob("step-*")):
-        needed += 3 * trained  # with the two averages that AdamW keeps
+        needed += 3 * trained  # weights and the two moments of AdamW
     if (free := shutil.disk_usage(run_dir).free) < needed:
         raise ConfigError(
             [
@@ -154,10 +154,10 @@ def _refuse_full_disk(policy: Policy, run_dir: Path) -> None:
 
 
 def publish(run: RunConfig, run_dir: Path, results: console.Results) -> list[str]:
-    """Add curves and card to a saved model, and upload it where that is asked for.
+    """Add curves and card to a saved model, and upload it if asked to.
 
     Returns:
-        Lines to print; of a curve or card that could not be made, what stood in its way.
+        Lines to print, also of why curves or card could not be made.
 
     Raises:
         RunError: the upload failed.
@@ -170,7 +170,7 @@ def publish(run: RunConfig, run_dir: Path, results: console.Results) -> list[str
     for name, make, arguments in parts:
         try:
             make(*arguments)
-        except Exception as error:  # of any library that has a part in it
+        except Exception as error:  # from any library involved
             messages.append(f"note   the model has no {name}: {first_line(error)}")
     if run.export.push_to_hub is not None:
         messages += upload(run.export, model_dir)
@@ -178,7 +178,7 @@ def publish(run: RunConfig, run_dir: Path, results: console.Results) -> list[str
 
 
 def push(run_dir: Path, config: ExportConfig) -> list[str]:
-    """Upload the model of a run that has finished, or failed in its upload.
+    """Upload the model of a run that has finished, or whose upload failed.
 
     Args:
         run_dir: folder of a run, or one that holds a model.

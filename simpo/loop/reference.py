@@ -1,6 +1,7 @@
-"""Log-probabilities of pairs under the model that a run starts from, for losses with a
-reference. One pass before the first step gives them; the policy is that model then, so no second
-one is ever loaded. They are kept by content: of the weights, of the tokens and of the arithmetic.
+"""Computes log-probabilities of pairs under the reference model, for losses that need them.
+
+The reference is the policy before its first step, so one pass then suffices and no second model is
+loaded. Results are cached under a hash of the weights, the tokens and the dtype.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from simpo.run.cache import find_entry, keep_entry
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of all weights of a model that is whole on this process: 16 hex digits."""
+    """Hash of all weights of a model that this process holds whole: 16 hex digits."""
     digest = hashlib.blake2b(digest_size=8)
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -41,15 +42,15 @@ def with_reference(
 ) -> TokenizedSet:
     """Give every pair its `reference_logps`.
 
-    A damaged cache entry is made anew; where the cache cannot be written there is none. Both are
-    said in the `notes` of the result.
+    A damaged cache entry is made anew; if the cache cannot be written, nothing is cached. The
+    `notes` of the result say so.
 
     Args:
         policy: as `Backend.prepare` wrapped it, before its first step.
-        rows: this process's share of rows that hold all pairs of `data`; not looked at where the
-            cache has the result.
+        rows: this process's share of the rows with all pairs of `data`; not read if the cache has
+            the result.
         origin: `weights_fingerprint` of the policy.
-        cache_dir: scores are kept below it.
+        cache_dir: folder of the cache.
     """
     if not data.pairs:
         return data
@@ -70,7 +71,7 @@ def with_reference(
 
 
 def _score(policy: nn.Module, rows: Iterable[PackedPairs], backend: Backend) -> np.ndarray:
-    """Summed log-probabilities of both responses of each pair of all processes, [pairs, 2]."""
+    """Summed log-probabilities of both responses, of the pairs of all processes, [pairs, 2]."""
     sums = score_pairs(
         policy,
         rows,

@@ -1,4 +1,4 @@
-"""Greedy replies to held-out prompts: how many obey their rule, how much they repeat."""
+"""Generates greedy replies to held-out prompts, and measures repetition and obedience to rules."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from simpo.model.generate import BATCH_PROMPTS, batches, generate_replies
 from simpo.model.policy import Policy
 
 NGRAM_TOKENS = 4
-"""Tokens that make a repetition when they occur in one reply again: longer than set phrases."""
+"""Length of the n-grams that count as repetition: longer than common phrases."""
 
 
 @dataclass(frozen=True)
 class HeldOutReply:
-    """A greedy reply to the prompt of a pair; `obeys` is None where the pair has no rule.
+    """A greedy reply to the prompt of a pair; `obeys` is None if the pair has no rule.
 
-    `repetition` is what `repetition` says of its tokens.
+    `repetition` is that of its tokens, see the function.
     """
 
     pair: Pair
@@ -61,15 +61,15 @@ def greedy_replies(
 def repetition(ids: Sequence[int]) -> float:
     """Share of a reply's 4-grams of tokens that occurred in it before, from 0 to below 1.
 
-    Tokens and not words, of which "HiHiHi" and languages without spaces have one. A reply too short
-    for a 4-gram repeats nothing. Example: `a b a b a b a` has abab, baba, abab, baba: 2 of 4.
+    Of tokens, not words, since "HiHiHi" and languages without spaces have one word. 0 for a reply
+    that is too short for a 4-gram. Example: `a b a b a b a` has abab, baba, abab, baba: 2 of 4.
     """
     ngrams = [tuple(ids[i : i + NGRAM_TOKENS]) for i in range(len(ids) - NGRAM_TOKENS + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def reply_metrics(replies: Sequence[HeldOutReply]) -> dict[str, float]:
-    """Means of length and repetition, and the share that obey their rule where there are rules."""
+    """Means of length and repetition, and the share that obey their rule if there are rules."""
     metrics = {
         "reply_tokens": sum(reply.tokens for reply in replies) / len(replies),
         "reply_repetition": sum(reply.repetition for reply in replies) / len(replies),
@@ -81,7 +81,7 @@ def reply_metrics(replies: Sequence[HeldOutReply]) -> dict[str, float]:
 
 
 def reply_lines(replies: Sequence[HeldOutReply]) -> list[dict[str, Any]]:
-    """What samples/step-N.json keeps of each reply."""
+    """The lines of samples/step-N.json."""
     return [
         {
             "prompt": reply.pair.prompt[-1]["content"],

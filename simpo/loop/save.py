@@ -15,15 +15,15 @@ from simpo.model.export import save_model
 def save_results(
     run: RunConfig, parts: Parts, history: History, tracker: Tracker, step: int, trained_s: float
 ) -> dict[str, float]:
-    """Save the model, the best one where that was kept, with its card; upload it if asked to.
+    """Save the last model, or the best with train.keep_best, with its card; upload if asked to.
 
     Returns:
-        The held-out metrics of the saved model; empty where nothing is held out.
+        The held-out metrics of the saved model; empty if nothing is held out.
     """
     folder, backend = parts.folder, parts.backend
     kept = history.best_step or step
     if kept != step and (fault := parts.store.load(kept, parts.wrapped, parts.optimizer)):
-        tracker.print(f"the best model, after step {kept}, is lost ({fault}): the last is saved")
+        tracker.print(f"the best model, after step {kept}, is damaged ({fault}): the last is saved")
         kept = step
     weights = backend.full_weights(parts.wrapped, parts.policy)
     results = console.Results(

@@ -1,4 +1,4 @@
-"""The numbers of pairs: from log-probabilities to metrics; and scoring without an update."""
+"""Scores pairs without an update, and computes metrics from their log-probabilities."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ CHOSEN_COLUMNS = ("preference_loss", "logps/chosen", "chosen_nll", "chosen_token
 
 
 def columns(loss: LossConfig) -> tuple[str, ...]:
-    """Those of `COLUMNS` that a loss has: without rejected responses, a few."""
+    """The columns of a loss: fewer if it has no rejected responses."""
     return COLUMNS if loss.needs_rejected else CHOSEN_COLUMNS
 
 
 def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
-    """One line for each pair with the numbers in `columns`, float64 [P, columns].
+    """The numbers in `columns` for each pair, float64 [P, columns].
 
-    Rewards are those of the loss; a tie counts as half accurate.
+    Rewards are as the loss defines them; a tie counts as half accurate.
     """
     losses, chosen, rejected = loss.preference(logps)
     numbers = {
@@ -57,13 +57,13 @@ def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
 
 
 def pair_sums(table: Tensor) -> Tensor:
-    """Sums of the columns of a table and, last, the number of its lines, on the CPU."""
+    """Sums of the columns of a table, then the number of its lines; on the CPU."""
     count = torch.tensor([float(len(table))], dtype=torch.float64)
     return torch.cat([table.sum(dim=0).cpu(), count])
 
 
 def summarise(loss: LossConfig, sums: Tensor) -> dict[str, float]:
-    """Means over pairs from `pair_sums`; `loss` is the composed loss, sft term included."""
+    """Means over pairs from `pair_sums`; the key `loss` includes the sft term."""
     means = dict(zip(columns(loss), (sums[:-1] / sums[-1]).tolist(), strict=True))
     nll = means.pop("chosen_nll") / means["chosen_tokens"]
     value = means.pop("preference_loss") + loss.sft_weight * nll
@@ -82,8 +82,8 @@ def score_pairs(
 
     Args:
         policy: as `Backend.prepare` wrapped it.
-        pair_loss: the loss to compute, which the policy's forward needs.
-        table: gives the numbers of a row's pairs, [P, numbers].
+        pair_loss: the loss that the policy's forward computes.
+        table: maps log-probabilities to the numbers of a row's pairs, [P, numbers].
 
     Returns:
         The numbers of each pair, by its index.

@@ -1,6 +1,6 @@
-"""Everything a run needs before its first step, built and checked.
+"""Builds and checks everything that a run needs before its first step.
 
-What is cheap comes first: the data before the run's folder, the folder before the weights.
+Cheap parts come first: the data before the run's folder, the folder before the weights.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ from simpo.run.provenance import environment, git_diff
 
 @dataclass(frozen=True)
 class Parts:
-    """What `train` works with.
+    """The parts that `train` uses.
 
     Attributes:
-        train, test: pairs to train on, and those held out.
-        policy: the model below `wrapped`, for its names, settings and replies.
-        wrapped: what is called in place of the policy (see `Backend.prepare`).
+        train, test: the pairs to train on, and the held-out ones.
+        policy: the model inside `wrapped`, for its names, settings and replies.
+        wrapped: the module to call instead of the policy (see `Backend.prepare`).
         sampled_before: some weights of each trained tensor before the first step.
-        origin: hash of all weights before the first step, where the loss has a reference.
-        start_lines: what is printed before the first step.
+        origin: hash of all weights before the first step, if the loss needs a reference.
+        start_lines: lines to print before the first step.
     """
 
     backend: Backend
@@ -73,7 +73,7 @@ class Parts:
 
 
 def set_up(run: RunConfig) -> Parts:
-    """Load data and model, find the run's folder, and refuse what could not be trained or saved.
+    """Load data and model, find the run's folder, and refuse runs that could not train or save.
 
     Raises:
         ConfigError, DataError: the settings or the data cannot be used.
@@ -196,7 +196,7 @@ def _plan_costs(
 
 
 def with_references(run: RunConfig, parts: Parts, tracker: Tracker) -> Parts:
-    """Score all pairs under the model that the run starts from, before a checkpoint is read."""
+    """Score all pairs under the reference: the policy before a checkpoint is loaded."""
     tracker.print(f"reference: {len(parts.train) + len(parts.test)} pairs ...")
     origin = parts.backend.broadcast(parts.origin)
     cache_dir = Path(run.cache_dir).expanduser()

@@ -1,8 +1,8 @@
-"""Packed rows in, an update or an evaluation out, with the metrics of the pairs.
+"""Updates the policy on packed rows, and measures the speed of a step.
 
-The loss of a step is a sum over its pairs divided by their number, counted before the forward;
-the sft term is a sum over the chosen tokens divided by theirs. How the pairs are shared out over
-rows therefore changes nothing but rounding.
+The loss of a step is the sum over its pairs divided by their number, counted before the forward;
+the sft term is the sum over chosen tokens divided by their number. The distribution of pairs over
+rows therefore changes only rounding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from simpo.model.head import PairLoss
 
 
 class NonFiniteError(Exception):
-    """Loss or gradient is not a number; nothing was updated. `pairs` are those it came from."""
+    """Loss or gradient is not finite; nothing was updated. `pairs` are the pairs responsible."""
 
     def __init__(self, what: str, pairs: Sequence[int]) -> None:
         super().__init__(what)
@@ -45,14 +45,14 @@ def update(
 
     Args:
         policy: as `Backend.prepare` wrapped it.
-        rows: this process's rows, as many as every other has. A row without `pairs` only takes
-            part in what the processes do together.
+        rows: this process's rows, the same number on every process. A row without `pairs` adds
+            nothing; it keeps collective operations in step.
 
     Returns:
         This process's `pair_sums`, and the norm of all gradients before clipping.
 
     Raises:
-        NonFiniteError: before the update, the weights are untouched.
+        NonFiniteError: loss or gradient is not finite; weights are unchanged.
     """
     counted = [row for row in rows if row.pairs]
     counts = [sum(len(r.pairs) for r in counted), sum(r.chosen_tokens for r in counted)]
@@ -81,7 +81,7 @@ def _nothing(logps: PairLogps) -> Tensor:
 
 
 def _share_of_step(loss: LossConfig, num_pairs: int, num_chosen_tokens: int) -> PairLoss:
-    """What a pair adds to the loss of a step of so many pairs and chosen tokens."""
+    """The contribution of a pair to the loss of a step, given the step's counts."""
 
     def pair_loss(logps: PairLogps) -> Tensor:
         losses = pair_losses(loss, logps) / num_pairs
@@ -98,7 +98,7 @@ def finite_update(
     """Update number `step` (from 0) on this process's rows; see `simpo.loop.step.update`.
 
     Raises:
-        RunError: loss or gradient is not finite; nothing was updated, and the pairs are named.
+        RunError: loss or gradient is not finite; nothing was updated. It names the pairs.
     """
     try:
         return update(parts.wrapped, parts.optimizer, rows, run.loss, parts.backend)
@@ -110,7 +110,7 @@ def finite_update(
 def speed(
     parts: Parts, indices: np.ndarray, rows: Sequence[PackedPairs], seconds: float
 ) -> dict[str, float]:
-    """How fast a step was: pairs and tokens of all processes, arithmetic of this one.
+    """Speed of a step: pairs and tokens per second of all processes, FLOPs of this one.
 
     Args:
         indices: the pairs of the step.

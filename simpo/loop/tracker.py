@@ -1,4 +1,4 @@
-"""Metrics in; console, metrics.jsonl and, where asked for, Weights & Biases out."""
+"""Writes metrics to the console, metrics.jsonl and, if configured, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from simpo.config.schema import TrackerConfig, WandbConfig
 from simpo.run.files import NEW_RUN, read_metrics
 
 LOGIN_S = 20.0
-"""How long Weights & Biases may take to answer when a run begins."""
+"""Time that Weights & Biases may take to answer when a run begins."""
 
 
 class Tracker:
-    """Where the numbers of a run go.
+    """Writes the metrics of a run.
 
     metrics.jsonl has a line for each logged step and each evaluation: `step` is the number of
     updates done, keys start with `train/` or `eval/`.
@@ -36,11 +36,11 @@ class Tracker:
         settings: dict[str, Any],
         writes: bool = True,
     ) -> None:
-        """Open metrics.jsonl and, where asked for, the remote run.
+        """Open metrics.jsonl and, if configured, the remote run.
 
         Args:
-            settings: kept with the remote run.
-            writes: False where another process of the run does; then every method does nothing.
+            settings: stored with the remote run.
+            writes: False on ranks other than 0, where methods do nothing.
         """
         self._writes = writes
         self._path = run_dir / "metrics.jsonl"
@@ -49,7 +49,7 @@ class Tracker:
         self._wandb = _remote_run(config, run_dir, name, settings) if writes else None
 
     def cut_back(self, num_bytes: int) -> None:
-        """Shorten metrics.jsonl to what a checkpoint had seen of it.
+        """Truncate metrics.jsonl to its length when a checkpoint was saved.
 
         Raises:
             DamagedError: it is shorter already.
@@ -69,7 +69,7 @@ class Tracker:
         return os.fstat(self._file.fileno()).st_size
 
     def log(self, step: int, prefix: str, metrics: dict[str, float]) -> dict[str, float]:
-        """Write metrics down, their keys under `prefix`/, and return the line written."""
+        """Write metrics with keys `prefix`/..., and return the line written."""
         named = {f"{prefix}/{key}": value for key, value in metrics.items()}
         line = {"step": step, **named}
         self._file.write(json.dumps(line).encode() + b"\n")
@@ -79,18 +79,18 @@ class Tracker:
         return line
 
     def _update_wandb(self, update: Callable[[Any], None]) -> None:
-        """Do something with the remote run; where that fails, print one line and go on."""
+        """Update the remote run; if that fails, print one line and go on."""
         try:
             update(self._wandb)
-        except Exception as error:  # of whatever kind, no tracker ends a training
+        except Exception as error:  # of any type: a tracker must not end training
             self._wandb = None
             self.print(
-                f"note   wandb failed, and gets nothing more: {first_line(error)} "
+                f"note   wandb failed, nothing more is sent: {first_line(error)} "
                 "(metrics.jsonl has everything)"
             )
 
     def progress(self, step: int, total_steps: int, metrics: dict[str, float]) -> None:
-        """Move the progress bar to `step`; metrics as of the last logged step, or empty."""
+        """Move the progress bar to `step`; `metrics` are those logged at it, or empty."""
         if self._bar is None:
             self._bar = tqdm(
                 total=total_steps,
@@ -99,31 +99,31 @@ class Tracker:
                 desc="train",
                 dynamic_ncols=True,
                 disable=not self._writes,
-                # A log file gets a line now and then, a terminal a live bar.
+                # A terminal shows a live bar, a log file a line every ten seconds.
                 mininterval=0.1 if sys.stderr.isatty() else 10.0,
             )
         if metrics:
             postfix = f"{metrics['pairs_per_s']:.1f} pairs/s, loss {metrics['loss']:.3f}"
-            if "rewards/margins" in metrics:  # not where nothing is rejected
+            if "rewards/margins" in metrics:  # losses with rejected responses
                 accuracy, margin = metrics["rewards/accuracies"], metrics["rewards/margins"]
                 postfix += f", accuracy {accuracy:.2f}, margin {margin:+.2f}"
             self._bar.set_postfix_str(postfix, refresh=False)
         self._bar.update(step - self._bar.n)
 
     def end_progress(self) -> None:
-        """Leave the progress bar as it is; what is printed next comes below it."""
+        """Close the progress bar; later lines are printed below it."""
         if self._bar is not None:
             self._bar.close()
 
     def print(self, *lines: str) -> None:
-        """Print without tearing the progress bar."""
+        """Print lines above the progress bar."""
         if not self._writes:
             return
         with tqdm.external_write_mode(file=sys.stdout):
             print(*lines, sep="\n", flush=True)
 
     def history(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl so far, those of earlier processes included."""
+        """The lines of metrics.jsonl so far, with those of earlier processes."""
         return read_metrics(self._path) if self._writes else []
 
     def __enter__(self) -> Tracker:
@@ -138,10 +138,10 @@ class Tracker:
 
 
 def check_login(config: TrackerConfig) -> None:
-    """Refuse to track online without a login, which a run would find out only later.
+    """Check the login of Weights & Biases before training.
 
     Raises:
-        ConfigError: Weights & Biases has no key here, or none that it would take.
+        ConfigError: it is to track online, but there is no key, or it refuses the key.
     """
     if not isinstance(config, WandbConfig) or config.mode is not WandbMode.online:
         return
@@ -150,7 +150,7 @@ def check_login(config: TrackerConfig) -> None:
     try:
         wandb.setup(wandb.Settings(silent=True))
         found, reason = wandb.login(prompt=False), "no login"
-    except Exception as error:  # pydantic's, too, of the WANDB_... variables
+    except Exception as error:  # also pydantic's, about WANDB_... variables
         found, reason = False, first_line(error)
     if not found:
         raise ConfigError(
@@ -161,7 +161,7 @@ def check_login(config: TrackerConfig) -> None:
 def _remote_run(
     config: TrackerConfig, run_dir: Path, name: str, settings: dict[str, Any]
 ) -> Any | None:
-    """Start the run on Weights & Biases; where it cannot be reached, in the run's folder."""
+    """Start the run on Weights & Biases; offline in the run's folder if it cannot be reached."""
     if not isinstance(config, WandbConfig):
         return None
     import wandb
@@ -173,7 +173,7 @@ def _remote_run(
             mode=mode,
             tags=config.tags,
             name=f"{name} {run_dir.name}",
-            # The same after a restart: one curve. Sweeps have members of the same name.
+            # A restart keeps the id and so the curve; names are not unique in a sweep.
             id=hashlib.sha256(str(run_dir).encode()).hexdigest()[:16],
             resume="allow",
             dir=run_dir,

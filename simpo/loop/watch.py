@@ -1,18 +1,16 @@
-"""Lines of metrics.jsonl in, signs of a collapse out, each once and as one sentence.
+"""Finds signs of a collapse in the lines of metrics.jsonl, and reports each once in one line.
 
-A run that falls apart still looks well by its loss, accuracy and margin: all of them improve while
-the policy leaves the chosen replies and loops. What gives it away is compared with the run's own
-start:
+Loss, accuracy and margin still improve while a policy collapses: it makes chosen replies less
+likely, and its own replies loop. Three metrics are compared with their values at the start:
 
     logps/chosen        falls far below where it was, in training or on held-out pairs
     reply_repetition    rises: greedy replies repeat themselves
     grad_norm           rises by an order of magnitude
 
 The remedies are those of SimPO's authors (https://github.com/princeton-nlp/SimPO/issues/42 and 80),
-and an NLL term, with which the demo bears a learning rate that destroys it otherwise.
+and an NLL term, with which the demo survives a learning rate that destroys it otherwise.
 
-A watch knows nothing but the lines it has read: one that reads the lines of an interrupted run goes
-on as if nothing had happened.
+A watch depends only on the lines it has read, so a continued run reads the earlier lines again.
 """
 
 from __future__ import annotations
@@ -32,8 +30,8 @@ class Finding:
 
     Attributes:
         step: updates done when it was found.
-        good_step: updates done when the signal was last within half of its limit.
-        text: what, by how much, since when and what to do, in one line.
+        good_step: updates done when the metric was last within half of its limit.
+        text: one line with the metric, its change, the last good step and the remedy.
     """
 
     step: int
@@ -42,7 +40,7 @@ class Finding:
 
 
 class CollapseWatch:
-    """Reads the lines a run logs and says what in them means a collapse.
+    """Reads the lines that a run logs and finds signs of a collapse.
 
     Attributes:
         findings: all so far, in the order found; at most one for each signal.
@@ -91,11 +89,10 @@ class CollapseWatch:
         self._series = [_Series(signal) for signal in signals if signal.limit]
 
     def read(self, line: Mapping[str, float]) -> list[Finding]:
-        """Take in one line of metrics.jsonl; lines come in the order logged.
+        """Read the next line of metrics.jsonl.
 
         Returns:
-            What this line reveals and no line before it did. A value that is no number counts as
-            beyond every limit.
+            The findings that are new with this line. A value of nan exceeds every limit.
         """
         found = []
         for series in self._series:
@@ -108,7 +105,7 @@ class CollapseWatch:
 
 @dataclass(frozen=True)
 class _Signal:
-    """A metric and when it is bad: `harm(start, now)` above `limit`, both means of `window`."""
+    """A metric, bad if `harm(start, now)` exceeds `limit`; both are means over `window` lines."""
 
     key: str
     what: str
@@ -119,7 +116,7 @@ class _Signal:
 
 
 class _Series:
-    """The values of one signal so far, as far as they still matter."""
+    """The recent values of one signal, and its value at the start."""
 
     def __init__(self, signal: _Signal) -> None:
         self.signal = signal
@@ -130,7 +127,7 @@ class _Series:
 
     def add(self, step: int, value: float) -> Finding | None:
         signal = self.signal
-        # A step's pairs are computed before its update, held-out ones after it.
+        # Train metrics are computed before the step's update, held-out ones after it.
         updates = step - 1 if signal.key.startswith("train/") else step
         self._recent.append((updates, value))
         if self._found or len(self._recent) < signal.window:
@@ -140,15 +137,15 @@ class _Series:
             self._start = now
         harm = signal.harm(self._start, now)
         if harm <= signal.limit / 2:
-            # The oldest of the window: its newest may be bad already and outweighed by the others.
+            # The oldest step of the window: the newest may be bad, hidden in the mean.
             self._good_step = self._recent[0][0]
-        # Not `harm > limit`, which is false for nan.
+        # Not `harm > limit`: that is False for nan.
         if harm <= signal.limit:
             return None
         self._found = True
         what = signal.what.format(start=self._start, now=now, limit=signal.limit)
         remedy = signal.remedy.format(step=step)
-        text = f"step {step}: {what}; last in order at step {self._good_step} ({remedy})"
+        text = f"step {step}: {what}; last good step {self._good_step} ({remedy})"
         return Finding(step, self._good_step, text)
 
 
@@ -161,5 +158,5 @@ def _rise(start: float, now: float) -> float:
 
 
 def _ratio(start: float, now: float) -> float:
-    """A norm that was zero has no ratio."""
+    """The ratio; 0 if the start is 0."""
     return now / start if start else 0.0

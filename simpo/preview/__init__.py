@@ -1,1 +1,1 @@
-"""What a run would be trained on, at every stage, as text or a web page."""
+"""Shows what a run would be trained on, stage by stage, as text or a web page."""

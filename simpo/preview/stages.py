@@ -1,4 +1,4 @@
-"""A composed run in, some of its pairs at every stage out: messages, text, tokens, packed row."""
+"""Shows some pairs of a run at every stage: messages, template text, tokens, packed row."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from simpo.run.tables import html_page, markdown_table
 ENDLESS = 10**9
 QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 COLORS = {"prompt": 34, "chosen": 32, "rejected": 31, "between": 36, "cut": 90}
-"""Of the terminal, by role. `between` is what is said between the replies of a dialogue."""
+"""Terminal colours by role. `between` is the text between the replies of a dialogue."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token as people read it; its role is prompt, chosen, rejected, between or cut."""
+    """A token as text; its role is prompt, chosen, rejected, between or cut."""
 
     id: int
     text: str
@@ -41,8 +41,9 @@ class Shown:
     """One pair at every stage.
 
     Attributes:
-        place, messages: where it is from, and what it says, as (role, content).
-        parts: prompt, chosen and rejected as tokens, with those that were cut off.
+        place: its source and record.
+        messages: its messages, as (role, content).
+        parts: prompt, chosen and rejected as tokens, with those that are cut off.
     """
 
     place: str
@@ -56,11 +57,11 @@ class Stages:
 
     Attributes:
         title: model, data and loss.
-        lines: the mixture, its tokens and what was cut.
+        lines: lines about the mixture, its tokens and cuts.
         lengths: a line for each part of a pair, in tokens.
-        pairs: the first ones in the order of training.
-        row: the packed row that holds the first: a line for each of its pairs.
-        row_line: what is in that row, in words.
+        pairs: the first pairs in the order of training.
+        row: the packed row with the first pair: a line for each pair in it.
+        row_line: a summary of that row.
     """
 
     title: str
@@ -75,7 +76,7 @@ class Stages:
         """Read, tokenize and pack the data of a run as `simpo.train` would.
 
         Raises:
-            ConfigError, DataError: as there.
+            ConfigError, DataError: the settings or the data cannot be used.
         """
         console.quiet_libraries()
         cache_dir = Path(run.cache_dir).expanduser()
@@ -106,7 +107,7 @@ class Stages:
 
 
 def text(stages: Stages, colors: bool = False) -> str:
-    """For a terminal; without colours the roles follow from the lines they stand in."""
+    """The stages for a terminal; without colours, the lines show the roles."""
     lines = [stages.title, "", *stages.lines, "", *markdown_table(stages.lengths)]
     for shown in stages.pairs:
         lines += ["", f"--- {shown.place}"]
@@ -120,7 +121,7 @@ def text(stages: Stages, colors: bool = False) -> str:
 
 
 def page(stages: Stages) -> str:
-    """A page that needs nothing else; a token's id shows when it is pointed at."""
+    """A self-contained page; hovering over a token shows its id."""
     template = Path(__file__).with_name("page.html.jinja")
     return html_page(template, stages=stages, roles=list(COLORS))
 
@@ -184,7 +185,7 @@ def _role(name: str, kept: bool, scored: bool) -> str:
 
 
 def _prompt_tokens(chat: Chat, whole: TokenizedPair, kept: TokenizedPair) -> list[Token]:
-    """A prompt's tokens; what was cut lies behind its start, a BOS perhaps, and before its end."""
+    """A prompt's tokens; the cut ones may have kept ones (such as BOS) before and after them."""
     ids, left = whole.prompt_ids, kept.prompt_ids
     lost = len(ids) - len(left)
     head = next((i for i in range(len(left)) if ids[i] != left[i]), len(left))
@@ -195,14 +196,14 @@ def _prompt_tokens(chat: Chat, whole: TokenizedPair, kept: TokenizedPair) -> lis
 
 
 def _token(chat: Chat, token: int, role: str) -> Token:
-    """A token as text: its own piece where it is a part of a character only."""
+    """A token as text; as its vocabulary piece if it is only part of a character."""
     tokenizer = chat.tokenizer
     piece = str(tokenizer.convert_ids_to_tokens(int(token)))
     shown = str(tokenizer.decode([int(token)]))
     if "\ufffd" in shown or not shown:
         shown = piece
     elif piece.startswith("\u2581") and not shown.startswith(" "):
-        shown = " " + shown  # decoders of sentences drop the first space
+        shown = " " + shown  # decoders of sentencepiece drop the first space
     return Token(int(token), shown.replace("\n", "\u21b5"), role)
 
 

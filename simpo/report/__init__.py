@@ -1,1 +1,1 @@
-"""Runs side by side: compared, beside published results, as text, csv, json or a web page."""
+"""Compares runs with each other and with published results, as text, csv, json or a web page."""

@@ -1,4 +1,4 @@
-"""Runs' folders in, the runs side by side out: what differs, how far they are, which is best."""
+"""Compares runs: the settings that differ, their progress, and which is the best."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from simpo.config.schema import MonitorConfig
 from simpo.run.best import mode_of
 from simpo.run.runs import DamagedRun, Run, State, find_runs, read_runs
 
-# Where a run lies and how it is started make no difference between two of them.
+# Settings of where a run is and how it is started are not compared.
 PLACES = ("name", "output_dir", "run_dir", "cache_dir", "launcher.")
 
 
@@ -26,11 +26,11 @@ class Comparison:
     """Runs side by side.
 
     Attributes:
-        names: of the runs, short and each another.
-        metric, mode: the held-out metric they are compared by.
-        best: index of the run with the best value among the finished ones; None without.
+        names: short, unique names of the runs.
+        metric, mode: the held-out metric by which they are compared.
+        best: index of the finished run with the best value; None if there is none.
         differing: settings that differ, by dotted key, with the value of each run.
-        damaged: by name, runs whose folders cannot be read; no number of theirs is used.
+        damaged: by name, runs whose folders cannot be read; their numbers are not used.
     """
 
     runs: list[Run]
@@ -42,11 +42,11 @@ class Comparison:
     damaged: dict[str, DamagedRun]
 
     def monitored(self, index: int) -> float | None:
-        """Of a run; None where it has none yet."""
+        """Value of `metric` of a run; None if it has none yet."""
         return self.runs[index].metrics.get(self.metric)
 
     def lines(self) -> list[dict[str, Any]]:
-        """A line for each run: settings that differ, state, and the held-out metrics it has."""
+        """A line for each run: settings that differ, state, and its held-out metrics."""
         metrics = list(dict.fromkeys(key for run in self.runs for key in run.metrics))
         lines = [
             {
@@ -72,11 +72,11 @@ class Comparison:
 
 
 def averages(report: Comparison, key: str) -> list[dict[str, Any]]:
-    """A line for each group of runs that differ in one setting alone, such as their seed.
+    """A line for each group of runs that differ only in one setting, such as their seed.
 
     Returns:
-        name of the group, number of finished runs in it, and of each held-out metric that all of
-        them have the mean, the lowest and the highest: `metric`, `metric min`, `metric max`.
+        Name of the group, number of its finished runs, and for each held-out metric that they all
+        have, the mean, minimum and maximum: `metric`, `metric min`, `metric max`.
 
     Raises:
         ConfigError: the runs do not differ in that setting.
@@ -112,8 +112,8 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
     """Read all runs in and below folders.
 
     Args:
-        metric: held-out metric to compare by, more being better but of loss and repetition; None
-            takes the monitored one of the first run.
+        metric: held-out metric to compare by; higher is better except for loss and repetition.
+            None: `monitor.metric` of the first run.
 
     Raises:
         ConfigError: there is no run, or none has such a metric.

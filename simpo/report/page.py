@@ -1,4 +1,4 @@
-"""Runs side by side in, a web page out that needs nothing else: figures, replies, settings."""
+"""Renders a comparison as one self-contained web page: figures, replies, settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CURVES = (
     ("grad_norm", "gradient norm"),
 )
 HEAT = ("loss.beta", "loss.gamma_beta_ratio")
-"""Settings of a heat map's axes, where a sweep varies both; else the first two it varies."""
+"""Axes of the heat map if a sweep varies both; else the first two settings that it varies."""
 BEFORE, AFTER, CHOSEN, REJECTED = "#9aa5b1", "#2f6fde", "#2a9d5c", "#d1495b"
 BINS = 30
 MAX_COLORS = len(qualitative.D3)
@@ -45,7 +45,7 @@ SPLITS: dict[str, dict[str, Any]] = {
 
 
 def render(report: Comparison) -> str:
-    """The page's HTML, with the plotting library in it."""
+    """The page's HTML, with the plotting library inside."""
     figures = {
         "Learning curves": curves(report),
         "Held-out metrics over the swept settings": sweep_map(report),
@@ -117,9 +117,9 @@ def curves(report: Comparison) -> go.Figure | None:
 
 
 def sweep_map(report: Comparison) -> go.Figure | None:
-    """Any held-out metric over the two settings that a sweep varies, or over the one.
+    """The held-out metrics over one or two settings that a sweep varies, one shown at a time.
 
-    Runs that share both (seeds, say) are averaged in their cell.
+    Runs with the same values of them (such as seeds) are averaged.
     """
     axes = _swept(report)
     metrics = list(dict.fromkeys(key for run in report.runs for key in run.metrics))
@@ -136,7 +136,7 @@ def sweep_map(report: Comparison) -> go.Figure | None:
 
 
 def _add_menu(figure: go.Figure, views: Mapping[str, Sequence[bool]], height: float) -> None:
-    """A menu above a figure; each of its lines says which traces are seen."""
+    """Add a menu above a figure; each entry gives the visibility of the traces."""
     buttons = [
         {"label": label, "method": "update", "args": [{"visible": list(seen)}]}
         for label, seen in views.items()
@@ -194,9 +194,9 @@ def _mean(report: Comparison, cell: dict[str, Any], metric: str) -> float | None
 
 
 def histograms(report: Comparison) -> go.Figure | None:
-    """Margins of the held-out pairs before and after; lengths of their responses and of replies.
+    """Margins of held-out pairs before and after; lengths of their responses and of replies.
 
-    One run at a time, the best one first.
+    Shows one run at a time, the best first.
     """
     order = sorted(range(len(report.runs)), key=lambda index: index != report.best)
     shown = [(index, traces) for index in order if (traces := _run_histograms(report.runs[index]))]
@@ -223,7 +223,7 @@ def histograms(report: Comparison) -> go.Figure | None:
 
 
 def _run_histograms(run: Run) -> list[tuple[int, go.Histogram]]:
-    """Traces of a run, each with the column it goes to."""
+    """Histograms of a run, each with the column of its panel."""
     before, after = run.scores
     old, new = run.replies
     pairs = after or before
@@ -252,7 +252,7 @@ def _run_histograms(run: Run) -> list[tuple[int, go.Histogram]]:
 
 
 def _bins(values: Sequence[float]) -> dict[str, float]:
-    """The same bins for all that share a panel."""
+    """Bins for all histograms of a panel."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     size = (high - low) / BINS or 1.0
     return {"start": low, "end": high + size, "size": size}

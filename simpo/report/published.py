@@ -1,6 +1,6 @@
-"""Runs in, the published results of the same model and data beside what was measured of them.
+"""Puts benchmark results of runs beside the published ones of the same model and data.
 
-A run's own results are what its user writes into its folder, once the judges have spoken:
+The user writes a run's benchmark results into its folder:
 
     benchmarks.json    {"alpaca_eval_2_lc": 44.1, "alpaca_eval_2_wr": 40.0, "arena_hard_wr": 33.0}
 """
@@ -37,7 +37,7 @@ def settings() -> dict[str, Setting]:
 
 
 def published_tables(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[dict[str, str]]]:
-    """For each published setting that runs are of, its table: published lines, then theirs."""
+    """A table for each published setting that some run has: published lines, then the runs."""
     tables: dict[str, list[dict[str, str]]] = {}
     for key, setting in settings().items():
         own = [

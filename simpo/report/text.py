@@ -1,8 +1,4 @@
-"""Runs' folders in, a comparison out: `python -m simpo.report DIR... [format=text|csv|json]`.
-
-At any moment, for one run, a sweep or several. As text it also writes DIR/report.html. With
-over=train.seed runs that differ in that setting alone are averaged.
-"""
+"""Formats a comparison as text for a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from simpo.run.tables import SHOWN, markdown_table
 
 
 def text(report: Comparison) -> str:
-    """The table that people read in a terminal, and what went wrong below it."""
+    """The table of runs, with notes on their errors below it."""
     cells: list[dict[str, str]] = []
     for index, (name, run) in enumerate(zip(report.names, report.runs, strict=True)):
         value = report.monitored(index)
@@ -46,12 +42,12 @@ def text(report: Comparison) -> str:
 
 
 def damaged_lines(report: Comparison) -> list[str]:
-    """A line for each run that cannot be read: which file, what is wrong, what to do."""
+    """A line for each run that cannot be read: the file, what is wrong, what to do."""
     return [f"{name}: {run.fault}" for name, run in report.damaged.items()]
 
 
 def averages_text(report: Comparison, key: str) -> str:
-    """The table of `averages`: means, and the range behind them."""
+    """The table of `averages`: means with their ranges."""
     found = averages(report, key)
     names = dict(SHOWN)
     wanted = dict.fromkeys([report.metric, *names])

@@ -198,7 +198,8 @@ def test_a_file_system_without_locks(
     with working_in(tmp_path):
         (tmp_path / "made").touch()
     assert capsys.readouterr().out == (
-        f"note   {tmp_path} cannot be locked, start nothing else in it: Function not implemented\n"
+        f"note   {tmp_path} cannot be locked, so run only one command in it: "
+        "Function not implemented\n"
     )
 
 
@@ -225,23 +226,23 @@ def test_a_full_disk_and_a_folder_that_cannot_be(
 @pytest.mark.parametrize(
     ("file", "line", "told"),
     [
-        ("prompts", '{"id": "a"}', "no prompt"),
-        ("prompts", '{"id": "a", "split": "x", "prompt": [{}], "rule": null}', "no prompt"),
-        ("prompts", '{"id": "a", "split": "test", "prompt": "b", "rule": null}', "no prompt"),
-        ("prompts", "[]", "no JSON object"),
-        ("responses", '{"id": "a", "reply": "b"}', "no reply"),
+        ("prompts", '{"id": "a"}', "not a prompt"),
+        ("prompts", '{"id": "a", "split": "x", "prompt": [{}], "rule": null}', "not a prompt"),
+        ("prompts", '{"id": "a", "split": "test", "prompt": "b", "rule": null}', "not a prompt"),
+        ("prompts", "[]", "not a JSON object"),
+        ("responses", '{"id": "a", "reply": "b"}', "not a reply"),
         (
             "responses",
             '{"id": ["a"], "seed": 1, "response": "b", "tokens": 1, "ended": true}',
-            "no reply",
+            "not a reply",
         ),
         (
             "responses",
             '{"id": "a", "seed": 1, "response": null, "tokens": 1, "ended": true}',
-            "no reply",
+            "not a reply",
         ),
-        ("responses", "nothing", "no JSON object"),
-        ("scores-rules", "\x00", "no JSON object"),
+        ("responses", "nothing", "not a JSON object"),
+        ("scores-rules", "\x00", "not a JSON object"),
     ],
 )
 def test_damaged_files(folder: Path, file: str, line: str, told: str) -> None:
@@ -543,7 +544,7 @@ def test_replies_that_are_missing_are_counted(
 def test_nothing_to_score(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         annotate(tmp_path, "rules")
-    assert str(caught.value) == (f"on_policy.folder: no replies in {tmp_path} (simpo.generate)")
+    assert str(caught.value) == (f"on_policy.folder: no replies in {tmp_path} (run simpo.generate)")
 
 
 def test_a_wrong_setting_is_answered_without_torch(tmp_path: Path) -> None:

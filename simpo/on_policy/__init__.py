@@ -1,1 +1,1 @@
-"""Preference pairs of a model's own replies: `generate` writes replies, `annotate` pairs them."""
+"""Makes preference pairs from a model's own replies: `generate` writes, `annotate` pairs them."""

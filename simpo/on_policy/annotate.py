@@ -1,4 +1,4 @@
-"""Replies of a model in, a pair of the best and the worst to each prompt out."""
+"""Scores the replies of a model, and pairs the best with the worst reply to each prompt."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from simpo.run.cache import sha256
 from simpo.run.tables import markdown_table
 
 Reward = Callable[[Sequence[Message], Sequence[str], Mapping[str, Any] | None], Sequence[float]]
-"""From a prompt, some replies to it and its rule to a score for each reply, more being better."""
+"""Maps a prompt, replies to it and its rule to a score per reply; higher is better."""
 
 
 def annotate(run: RunConfig) -> Path:
     """Score every reply and write train.jsonl and test.jsonl.
 
-    A prompt gives a pair where its replies differ, in text and in score. Of equal replies one is
-    scored; empty ones and, without `on_policy.keep_cut`, those that were cut off are left out.
+    A prompt gives a pair if its replies differ in text and in score. Of equal replies one is
+    scored; empty replies are left out and, without `on_policy.keep_cut`, those that were cut off.
 
     Returns:
         The folder; see `simpo.on_policy.files`.
@@ -59,13 +59,13 @@ def annotate(run: RunConfig) -> Path:
     Raises:
         ConfigError: there are no replies, the reward cannot be used, or another process works in
             the folder.
-        RunError: the reward failed on a prompt (scores so far are kept), or no pair came out.
+        RunError: the reward failed on a prompt (scores so far are kept), or there is no pair.
     """
     quiet_libraries()
     folder = on_policy_folder(run)
     name = run.on_policy.reward
     if not (folder / "responses.jsonl").is_file():
-        raise ConfigError([f"on_policy.folder: no replies in {folder} (simpo.generate)"])
+        raise ConfigError([f"on_policy.folder: no replies in {folder} (run simpo.generate)"])
     if not name:
         raise ConfigError(["on_policy.reward: required, but not given"])
     with working_in(folder):
@@ -116,8 +116,8 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
     )
     if not written["train"]:
         raise RunError(
-            f"{folder}: no prompt to train on has replies of different scores (generate with more "
-            "on_policy.seeds, or go on with simpo.generate where it was stopped)"
+            f"{folder}: no train prompt has replies with different scores (generate with more "
+            "on_policy.seeds, or continue simpo.generate if it was stopped)"
         )
 
 
@@ -137,7 +137,7 @@ def _missing_note(prompts: list[Prompt], stored: list[StoredReply]) -> list[str]
 def _replies(
     folder: Path, prompts: list[Prompt], stored: list[StoredReply], keep_cut: bool
 ) -> tuple[dict[str, dict[str, StoredReply]], int]:
-    """The different replies to each prompt by their text, and the number of those cut off."""
+    """The different replies to each prompt by text, and the number of cut-off ones left out."""
     replies: dict[str, dict[str, StoredReply]] = {prompt.id: {} for prompt in prompts}
     cut = 0
     for reply in stored:
@@ -154,7 +154,9 @@ def _replies(
             replies[reply.id].setdefault(reply.text.strip(), reply)
     if not any(replies.values()):
         why = f": all {cut} are cut off (on_policy.keep_cut=true takes them)" if cut else ""
-        raise ConfigError([f"on_policy.folder: no replies in {folder}{why or ' (simpo.generate)'}"])
+        raise ConfigError(
+            [f"on_policy.folder: no replies in {folder}{why or ' (run simpo.generate)'}"]
+        )
     return replies, cut
 
 
@@ -165,7 +167,7 @@ def _score_all(
     prompts: list[Prompt],
     replies: Mapping[str, Mapping[str, StoredReply]],
 ) -> dict[str, list[float]]:
-    """Scores of the different replies to each prompt that has several; those known are kept."""
+    """Scores of the replies to each prompt with several different ones; known scores are reused."""
     safe_name = re.sub(r"[^\w.-]+", "_", name)
     file = folder / f"scores-{safe_name}.jsonl"
     content = _reward_content(run, name)
@@ -202,15 +204,15 @@ def _are_scores(line: Mapping[str, Any], count: int) -> bool:
 
 
 def _reward_content(run: RunConfig, name: str) -> str:
-    """Hash of what decides the scores of a reward: its name, its source or weights, its settings.
+    """Hash of what decides the scores of a reward: its name, its code or weights, its settings.
 
-    Of a function it is the file of its module, and that of the function if it is another one.
+    The code of a function is the file of its module, and its own file if that is another.
     """
     if name == "rules" or is_function(name):
         reward = _reward(run, name)
         module = rules if name == "rules" else sys.modules[name.partition(":")[0]]
         files = {getattr(module, "__file__", None)}
-        with suppress(TypeError):  # not a function, but something that can be called
+        with suppress(TypeError):  # a callable that is not a function
             files.add(inspect.getsourcefile(reward))
         return content_hash([name, sorted(sha256(Path(file)) for file in files if file)])
     if name.endswith(".py") or Path(name).is_file():
@@ -261,7 +263,7 @@ def by_rule(
 
 
 def _model(run: RunConfig, name: str) -> Reward:
-    """A sequence classifier with one score, asked in its own chat template."""
+    """A reward from a sequence classifier with one score, which reads its own chat template."""
     backend = build_backend(run.backend, run.train.precision)
     trust = run.model.trust_remote_code
     named: dict[str, Any] = {"key": "on_policy.reward", "source": name, "trust_remote_code": trust}
@@ -280,7 +282,7 @@ def _model(run: RunConfig, name: str) -> Reward:
                 [*prompt, {"role": "assistant", "content": text}], return_dict=False
             )
             output = model(torch.tensor([ids], device=backend.device))
-            # Some models of the hub give it a name of its own.
+            # Some models on the hub return it as `score`.
             score = getattr(output, "score", None)
             score = output.logits if score is None else score
             if score.numel() != 1:

@@ -1,9 +1,9 @@
-"""Prompts and replies on disk: what `simpo.generate` writes and `simpo.annotate` reads.
+"""Reads and writes the files of prompts and replies that generate and annotate share.
 
 <folder>/
-    settings.json              of simpo.generate; others are refused
+    settings.json              settings of simpo.generate; a run with others is refused
     prompts.jsonl              id, split, prompt (messages), rule
-    responses.jsonl            replies: prompt id, seed, text, its tokens, whether it came to an end
+    responses.jsonl            replies: prompt id, seed, text, its tokens, whether it ended
     scores-<reward>.jsonl      prompt id, hashes of its replies and of the reward, their scores
     train.jsonl, test.jsonl    the pairs, as `data=jsonl` reads them
     lock                       held by the command that works in the folder
@@ -30,12 +30,12 @@ from simpo.run.cache import sha256
 from simpo.run.folder import is_free
 
 MODEL_FILES = (".safetensors", ".bin", ".pt", ".py", "config.json", "tokenizer.json", ".model")
-"""Endings of the files that decide what a model writes."""
+"""Suffixes of the files that decide what a model generates."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that replies are generated to; `id` is a hash of its messages."""
+    """A prompt to reply to; `id` is a hash of its messages."""
 
     id: str
     split: str
@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class StoredReply:
-    """A reply to the prompt of an id; `ended` is False where it was cut off."""
+    """A reply to the prompt `id`; `ended` is False if it was cut off."""
 
     id: str
     seed: int
@@ -65,7 +65,7 @@ class StoredReply:
 
 
 def on_policy_folder(run: RunConfig) -> Path:
-    """Where a run's replies lie, or are to."""
+    """The folder of a run's replies, which may not exist yet."""
     if run.on_policy.folder is not None:
         return Path(run.on_policy.folder).expanduser().absolute()
     name = f"{run.model.name}-{run.data.name}"
@@ -74,7 +74,7 @@ def on_policy_folder(run: RunConfig) -> Path:
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Keep other commands out of a folder, which is made where it is not there.
+    """Make a folder if needed, and lock it against other commands while entered.
 
     Raises:
         ConfigError: another process works in it.
@@ -91,9 +91,9 @@ def working_in(folder: Path) -> Iterator[None]:
                 raise ConfigError(
                     [f"on_policy.folder: another process works in {folder} (wait for it)"]
                 )
-        except OSError as error:  # a file system without locks
+        except OSError as error:  # the file system has no locks
             reason = error.strerror
-            print(f"note   {folder} cannot be locked, start nothing else in it: {reason}")
+            print(f"note   {folder} cannot be locked, so run only one command in it: {reason}")
         try:
             yield
         except OSError as error:
@@ -103,20 +103,20 @@ def working_in(folder: Path) -> Iterator[None]:
 
 
 def content_hash(value: Any) -> str:
-    """16 hex digits."""
+    """Hash of a JSON value, 16 hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def model_content(key: str, source: str, revision: str | None, file: str = "config.json") -> str:
-    """What tells one model from another under the same name.
+    """Identifies the content of a model, which may change under the same name.
 
     Args:
         key: the setting that names it, for messages.
         source: a folder, whose files are hashed; or a hub id, whose commit is looked up.
-        file: one that every such model has.
+        file: a file that every such model has.
 
     Raises:
-        ConfigError: it is neither here nor on the hub.
+        ConfigError: it can be loaded neither from disk nor from the hub.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -144,7 +144,7 @@ def read_prompts(folder: Path) -> list[Prompt]:
             }:
                 prompts.append(Prompt(key, split, tuple(turns), rule))
             case _:
-                raise _damaged(path, number, "no prompt")
+                raise _damaged(path, number, "not a prompt")
     return prompts
 
 
@@ -163,15 +163,15 @@ def read_stored_replies(folder: Path) -> list[StoredReply]:
             } if len(line) == 5:
                 replies.append(StoredReply(key, seed, text, tokens, ended))
             case _:
-                raise _damaged(path, number, "no reply")
+                raise _damaged(path, number, "not a reply")
     return replies
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that is appended to; what a killed writer left of one is cut off.
+    """The lines of a JSON lines file; an incomplete last line of a killed writer is removed.
 
     Raises:
-        ConfigError: another line is not a JSON object.
+        ConfigError: a line is not a JSON object.
     """
     if not path.is_file():
         return []
@@ -187,7 +187,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             line = None
         if not isinstance(line, dict):
-            raise _damaged(path, number, "no JSON object")
+            raise _damaged(path, number, "not a JSON object")
         lines.append(line)
     return lines
 

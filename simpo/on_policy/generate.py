@@ -1,4 +1,4 @@
-"""Prompts of a data set in, several replies of the model to each out.
+"""Generates several replies of the model to each prompt of a data set.
 
 The on-policy data of https://arxiv.org/abs/2405.14734, section 3.
 """
@@ -47,14 +47,14 @@ from simpo.run.atomic import write_text
 from simpo.run.folder import refuse_changed
 
 Generate = Callable[[Sequence[list[int]], int], list[Reply]]
-"""From the token ids of some prompts, and a seed, to a reply to each."""
+"""Maps token ids of prompts and a seed to a reply to each prompt."""
 
 
 def generate(run: RunConfig) -> Path:
     """Generate the missing replies: one to every prompt with each seed of `on_policy.seeds`.
 
-    A batch depends on its prompts and its seed only, so a run that was stopped and continued leaves
-    what an undisturbed one does.
+    A batch depends only on its prompts and its seed, so a continued run gives the same replies as
+    an uninterrupted one.
 
     Returns:
         The folder; see `simpo.on_policy.files`.
@@ -62,7 +62,7 @@ def generate(run: RunConfig) -> Path:
     Raises:
         ConfigError: the folder holds replies generated with other settings or weights, or another
             process works in it.
-        DataError: the prompts cannot be read, or written in the model's template.
+        DataError: the prompts cannot be read, or the model's template refuses one.
     """
     quiet_libraries()
     config = run.on_policy
@@ -116,7 +116,7 @@ def _generate_missing(
 def _settings(
     run: RunConfig, chat: Chat, prompts: list[Prompt], ids: list[list[int]]
 ) -> dict[str, Any]:
-    """Whatever decides the replies but their seeds; weights by their content."""
+    """Everything that decides the replies except seeds; weights by their content."""
     model, config = run.model, run.on_policy
     adapter = model.lora.adapter
     source = model_source(model, Path(run.cache_dir).expanduser())
@@ -143,7 +143,7 @@ def _settings(
 
 
 def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
-    """Each prompt once, with its text; one that is held out is not in the train split too.
+    """Each prompt once, with its template text; held-out prompts are not in the train split.
 
     Raises:
         DataError: the chat template refuses one (with on_bad_record=stop).
@@ -176,11 +176,11 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
 
 
 def _template_date(folder: Path) -> date:
-    """The day that the chat template takes for today: when the first reply was generated."""
+    """The date that the chat template takes for today: the day of the first reply."""
     settings = next(iter(read_lines(folder / "settings.json")), {})
     try:
         return date.fromisoformat(settings["template_date"])
-    except (KeyError, TypeError, ValueError):  # none, or a damaged one: refused as another setting
+    except (KeyError, TypeError, ValueError):  # none, or damaged, which is refused later
         return date.today()
 
 
@@ -209,7 +209,7 @@ def _engine(wanted: Engine) -> Engine:
 
 
 def _transformers(run: RunConfig, chat: Chat) -> Generate:
-    """Generates with the model as training loads it."""
+    """Generates with transformers, with the model loaded as in training."""
     config = run.on_policy
     backend = build_backend(run.backend, run.train.precision)
     cache_dir = Path(run.cache_dir).expanduser()
@@ -232,24 +232,24 @@ def _transformers(run: RunConfig, chat: Chat) -> Generate:
 
 
 def _vllm(run: RunConfig, chat: Chat) -> Generate:
-    """Generates with vLLM, each reply with a seed of its own.
+    """Generates with vLLM; each reply has its own seed.
 
     Raises:
-        ConfigError: an adapter, which it would want merged.
+        ConfigError: the model has an adapter.
     """
     from vllm import LLM, SamplingParams, TokensPrompt
 
     config = run.on_policy
     if run.model.lora.adapter is not None:
-        remedy = "merge it, or on_policy.engine=transformers"
-        raise ConfigError([f"model.lora.adapter: vllm generates with a whole model ({remedy})"])
+        remedy = "merge it with simpo export, or set on_policy.engine=transformers"
+        raise ConfigError([f"model.lora.adapter: vllm takes no adapter here ({remedy})"])
     source = model_source(run.model, Path(run.cache_dir).expanduser())
     model = LLM(
         model=source,
         tokenizer=os.path.expanduser(run.model.tokenizer or source),
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
-        generation_config="vllm",  # not the model's: settings of our own only
+        generation_config="vllm",  # not the model's own defaults
     )
 
     def generate_batch(prompts: Sequence[list[int]], seed: int) -> list[Reply]:

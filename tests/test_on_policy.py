@@ -534,7 +534,7 @@ def test_replies_that_are_missing_are_counted(
     annotate(folder, "rules")
     assert capsys.readouterr().out.startswith(
         "note   1 of 4 prompts lack replies with some of the on_policy.seeds [0, 1]: "
-        "simpo.generate was stopped (the same command goes on with it)\n|"
+        "simpo.generate was stopped (its command continues it)\n|"
     )
     file.write_text("\n".join(replies) + "\n")
     annotate(folder, "rules")

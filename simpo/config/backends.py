@@ -87,7 +87,7 @@ class ZeroConfig(DistributedConfig):
     """Settings that both stages of DeepSpeed ZeRO have."""
 
     offload_optimizer: Offload = Offload.none
-    """Where optimizer state and its fp32 weights are kept."""
+    """Where optimizer state and fp32 weights are kept; none: on the device."""
     communication_data_type: ReduceDtype = ReduceDtype.float32
     """Dtype in which gradients are summed over processes; with train.precision=bf16 weights are in
     bf16, with fp32 copies in the optimizer."""
@@ -117,7 +117,7 @@ class Zero3Config(ZeroConfig):
 
     name: str = "zero3"
     offload_param: Offload = Offload.none
-    """Where shards of the weights are kept."""
+    """Where shards of the weights are kept; none: on the device."""
     stage3_prefetch_bucket_size: int = 50_000_000
     """Elements gathered ahead of their use."""
     stage3_param_persistence_threshold: int = 100_000

@@ -90,7 +90,7 @@ def explain(
 
 
 def _split_by_the_shell(words: Sequence[str]) -> str:
-    """The setting whose brackets are closed in a later word only; empty where there is none."""
+    """The setting whose brackets close only in a later word; empty if there is none."""
     for start, word in enumerate(words):
         if "=" not in word or _open_brackets(word) <= 0:
             continue
@@ -102,7 +102,7 @@ def _split_by_the_shell(words: Sequence[str]) -> str:
 
 
 def _open_brackets(text: str) -> int:
-    """How many brackets are opened and not closed, outside of quotes."""
+    """Number of brackets that are opened but not closed, outside of quotes."""
     bare = re.sub(r"""(["']).*?(?<!\\)\1""", "", text)
     return sum(bare.count(c) for c in "[{(") - sum(bare.count(c) for c in "]})")
 
@@ -363,7 +363,7 @@ def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
 
 
 def _wanted(node: Any) -> str:
-    """What a setting takes, in words."""
+    """Describe the values that a setting takes."""
     if isinstance(node, EnumNode):
         kind = f"one of {', '.join(node.enum_type.__members__)}"
     elif isinstance(node, ListConfig):

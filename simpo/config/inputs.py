@@ -164,7 +164,7 @@ class SourceConfig:
     path: str = MISSING
     """Hub id, local folder, .jsonl/.json/.parquet file, or `builtin:demo`."""
     subset: str | None = None
-    """The hub data set's configuration name, where it has several."""
+    """Configuration name of a hub data set that has several."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     train_split: str | None = "train"

@@ -1,1 +1,1 @@
-"""How runs are started: sweeps, here or on Slurm, and the ranks of one run."""
+"""Starts runs: sweeps on this machine or on Slurm, and the ranks of one run."""

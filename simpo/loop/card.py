@@ -81,7 +81,7 @@ def write_merged_card(adapter: Path, output: Path) -> None:
     """Write output/README.md: the card of an adapter, saying that it is merged into its base.
 
     Args:
-        adapter: its folder; where there is no card in it, the new one names the base alone.
+        adapter: its folder; if it has no card, the new one names only the base.
     """
     from huggingface_hub import ModelCard
 

@@ -143,7 +143,7 @@ def _find_folder(run: RunConfig, backend: Backend) -> RunFolder:
 
 
 def _finished(path: Path) -> str:
-    """What to do about a finished run under the same command."""
+    """The rest of the message about a finished run: what is missing and what to do."""
     if (path / "model").is_dir():
         return " (choose another)"
     if not any((path / "checkpoints").glob("step-*")):

@@ -122,7 +122,7 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
 
 
 def _missing_note(prompts: list[Prompt], stored: list[StoredReply]) -> list[str]:
-    """A line where prompts lack replies that others have."""
+    """A note if some prompts lack replies to seeds that others have."""
     seeds = sorted({reply.seed for reply in stored})
     there = Counter(key for key, _ in {(reply.id, reply.seed) for reply in stored})
     lacking = sum(there[prompt.id] < len(seeds) for prompt in prompts)
@@ -130,7 +130,7 @@ def _missing_note(prompts: list[Prompt], stored: list[StoredReply]) -> list[str]
         return []
     return [
         f"note   {lacking} of {len(prompts)} prompts lack replies with some of the "
-        f"on_policy.seeds {seeds}: simpo.generate was stopped (the same command goes on with it)\n"
+        f"on_policy.seeds {seeds}: simpo.generate was stopped (its command continues it)\n"
     ]
 
 

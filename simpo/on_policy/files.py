@@ -131,7 +131,11 @@ def model_content(key: str, source: str, revision: str | None, file: str = "conf
 
 
 def read_prompts(folder: Path) -> list[Prompt]:
-    """Raises: ConfigError, where a line is none that `simpo.generate` writes."""
+    """Read prompts.jsonl.
+
+    Raises:
+        ConfigError: a line is not as `simpo.generate` writes it.
+    """
     path = folder / "prompts.jsonl"
     prompts = []
     for number, line in enumerate(read_lines(path), start=1):
@@ -149,7 +153,11 @@ def read_prompts(folder: Path) -> list[Prompt]:
 
 
 def read_stored_replies(folder: Path) -> list[StoredReply]:
-    """Raises: ConfigError, where a line is none that `simpo.generate` writes."""
+    """Read responses.jsonl.
+
+    Raises:
+        ConfigError: a line is not as `simpo.generate` writes it.
+    """
     path = folder / "responses.jsonl"
     replies = []
     for number, line in enumerate(read_lines(path), start=1):

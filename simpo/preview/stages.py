@@ -53,7 +53,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Stages:
-    """What a run would be trained on.
+    """The data that a run would be trained on, at each stage.
 
     Attributes:
         title: model, data and loss.

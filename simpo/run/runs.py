@@ -46,7 +46,7 @@ PROGRESS = re.compile(r"\d+%\|")
 
 
 class State(str, Enum):
-    """What a run is doing.
+    """State of a run.
 
     killed: it ended without writing why; stopped: a signal ended it after saving; damaged: its
     folder cannot be read.
@@ -68,7 +68,7 @@ UNSUCCESSFUL = (State.stopped, State.cancelled, State.killed, State.failed, Stat
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
         step, total_steps: updates done, and in all; 0 before it has begun.

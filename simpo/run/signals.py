@@ -1,4 +1,4 @@
-"""What SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C do: while a run starts they end it at once, later they
+"""Handles SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C. While a run starts they end it at once; later they
 ask it to save and stop, which the loop does between two steps. A second Ctrl-C ends it at once.
 """
 
@@ -17,12 +17,12 @@ from typing import Any
 from simpo.config.errors import INTERRUPTED, INTERRUPTION, STOPPED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""What schedulers send before they end a job."""
+"""Signals that schedulers send before they end a job."""
 ALL = (*STOP_SIGNALS, signal.SIGINT)
 SAVING = b"\ninterrupted: saving after this step (Ctrl-C again ends at once, without saving)\n"
 """Printed on a first Ctrl-C, below the progress bar."""
 AGAIN_S = 1.0
-"""A Ctrl-C so soon after another is the same one: torchrun passes on what a rank got as well."""
+"""A Ctrl-C this soon after another is the same one: torchrun passes it on to ranks that got it."""
 WHILE_STARTING = "stopped while starting (the same command continues)"
 
 
@@ -39,9 +39,9 @@ class _ExitOnSignal:
         code = self.exit_code
         if number == signal.SIGINT:
             line, code = self.interruption, INTERRUPTED
-        with suppress(Exception):  # the signal may have come in the middle of a write
+        with suppress(Exception):  # the signal may have interrupted a write
             sys.stdout.flush()
-        # An exception could be caught by whatever is being imported or loaded.
+        # Not an exception: code that is being imported could catch it.
         os.write(2, f"{line}\n".encode() if line else b"")
         os._exit(code)
 
@@ -50,14 +50,14 @@ _exit_on_signal = _ExitOnSignal()
 
 
 def exit_on_signals(interruption: str = INTERRUPTION, stopped: str = WHILE_STARTING) -> None:
-    """From now on a stopping signal or Ctrl-C ends this process, which says so in one line.
+    """Let a stopping signal or Ctrl-C end this process with one line, from now on.
 
-    For the first lines of a command, before it imports what takes seconds. Signals that
-    `signals_blocked` kept back are delivered.
+    Commands call this first, before slow imports. Signals that `signals_blocked` held back are
+    delivered.
 
     Args:
-        interruption: what is said on Ctrl-C; empty where another process says it.
-        stopped: what is said on another signal, behind its name.
+        interruption: message on Ctrl-C; empty if another process prints it.
+        stopped: message on another signal, after its name.
     """
     _exit_on_signal.interruption, _exit_on_signal.stopped = interruption, stopped
     for number in ALL:
@@ -72,7 +72,7 @@ def set_stopped_exit_code(exit_code: int) -> None:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """While entered, stopping signals and Ctrl-C wait, here and in processes started meanwhile."""
+    """Hold back stopping signals and Ctrl-C while entered, also in processes started meanwhile."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ALL)
     try:
         yield
@@ -82,7 +82,7 @@ def signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def forwarding_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While entered, a handler gets the stopping signals, and Ctrl-C."""
+    """Pass stopping signals and Ctrl-C to a handler while entered."""
     before = {number: signal.signal(number, handler) for number in ALL}
     try:
         yield
@@ -92,13 +92,13 @@ def forwarding_signals(handler: Callable[[int, FrameType | None], None]) -> Iter
 
 
 class StopRequest:
-    """While entered, a stopping signal or a first Ctrl-C is only noted.
+    """Records a stopping signal or a first Ctrl-C while entered, for the loop to act on.
 
-    A second Ctrl-C does what the first would have done before. In a process that signals ended at
-    once before, they are noted also afterwards: what follows is the end.
+    A second Ctrl-C is handled as it was before entering. If signals ended the process at once
+    before entering, they are still only recorded after leaving: the process is about to end.
 
     Attributes:
-        name: of the last signal that came, empty before.
+        name: name of the last signal received; empty before one.
     """
 
     def __init__(self) -> None:

@@ -30,13 +30,13 @@ FIELDS = "JobArrayID:|,State:|,RestartCnt:|,exit_code:|,Reason:|"
 
 @dataclass(frozen=True)
 class Job:
-    """What Slurm knows of a job.
+    """State of a job according to Slurm.
 
     Attributes:
         state: in Slurm's words (PENDING, RUNNING, FAILED, CANCELLED, TIMEOUT, ...).
         exit_code: of an ended job; 128 + the signal's number if a signal ended it.
         restarts: how often it was requeued, if Slurm still knows.
-        reason: why it waits.
+        reason: why a pending job waits.
     """
 
     state: str

@@ -1112,7 +1112,7 @@ def test_a_lone_surrogate_is_its_rows_fault(folder):
 def test_no_part_of_a_weight_is_too_small(folder):
     write(folder / "a.jsonl", [GOOD, GOOD])
     assert data_error({"path": "a.jsonl"}, {"path": "a.jsonl", "weight": 1e-9}) == [
-        "data.sources[1].weight: 1e-09 of 2 records is no record (raise it)"
+        "data.sources[1].weight: 1e-09 of 2 records rounds to none (raise it)"
     ]
 
 

@@ -332,9 +332,9 @@ def test_what_looks_wrong_is_counted(folder):
     assert loaded.notes == [
         "note   odd.jsonl train: 1 of 9 records: score_chosen is below score_rejected",
         "note   odd.jsonl train: 1 of 9 records: score_chosen equals score_rejected",
-        "note   odd.jsonl train: 2 of 9 records: a text holds turns (Human: ...), which are taken "
-        "for one",
-        "note   odd.jsonl train: 1 of 9 records: prompt is not in the dialogue, which is taken",
+        "note   odd.jsonl train: 2 of 9 records: a text contains turns (Human: ...), which are "
+        "read as one",
+        "note   odd.jsonl train: 1 of 9 records: prompt is not in the dialogue (prompt is ignored)",
         "note   odd.jsonl train: columns not read: prompt_id, extra, prompt[].name",
         "note   odd.jsonl train: 5 records repeat an earlier one",
     ]
@@ -346,7 +346,7 @@ def test_a_split_of_which_nothing_comes(folder):
     loaded = mixture({"path": "a.jsonl", "test_path": "empty.jsonl"}, {"path": "empty.jsonl"})
     assert len(loaded.train) == 10 and loaded.test == []
     assert loaded.notes == [
-        f"note   empty.jsonl {split}: no good record in 0, nothing comes of it"
+        f"note   empty.jsonl {split}: no good record in 0, so none is taken"
         for split in ("test", "train")
     ]
 

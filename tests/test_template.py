@@ -493,7 +493,7 @@ def test_ids_beyond_the_model(tiny_run: list[str], tiny_folder: Path, tmp_path: 
         )
     assert str(caught.value) == (
         f"{tmp_path}/test.jsonl test record 1: the token Saturn has id 384, but the model has "
-        "embeddings of 384 tokens only (model.tokenizer, or the model's path, is another model's)"
+        "embeddings of 384 tokens only (model.tokenizer and model.path are of different models)"
     )
     assert not (tmp_path / "outputs").exists()
 
@@ -510,5 +510,5 @@ def test_a_pad_token_beyond_the_model(tokenizer: PreTrainedTokenizerBase, tmp_pa
         refuse_unknown_ids(chat, placed_ids(data), 384)
     assert str(caught.value) == (
         "model.tokenizer: its token [PAD] has id 384, but the model has embeddings of 384 tokens "
-        "only (model.tokenizer, or the model's path, is another model's)"
+        "only (model.tokenizer and model.path are of different models)"
     )

@@ -1,1 +1,1 @@
-"""From raw records to packed rows: read, checked, templated, tokenized, packed."""
+"""Reads, checks, templates, tokenizes and packs preference records."""

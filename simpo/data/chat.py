@@ -1,8 +1,8 @@
-"""Messages in, token ids out: what is prompt, what is response, and where a pair is cut.
+"""Turns the messages of a pair into the token ids of its prompt and responses, cut to length.
 
-The prompt is rendered by the chat template with its generation prompt; the response is what
-follows in the render of the whole dialogue, up to the token that ends a turn. So no header is
-scored, and the model is trained on exactly the ids that it continues when it is used:
+The prompt is what the chat template renders up to and including the generation prompt. The
+response is the rest of the rendered dialogue, up to the token that ends the turn. So no header is
+scored, and the prompt ids are exactly those that generation starts from:
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n | Hello!<|im_end|>
     prompt ------------------------------------------------- | response ------
@@ -34,14 +34,14 @@ BATCH_PAIRS = 512
 
 @dataclass(frozen=True)
 class TokenReport:
-    """What happened to the pairs on the way to tokens, as numbers of pairs.
+    """How many pairs were tokenized, cut or left out.
 
     Attributes:
-        pairs: pairs that came out.
-        merged_prompts: the tokenizer joined the prompt's end with the response; the prompt is the
-            longest common token prefix instead.
-        cut_prompts, cut_chosen, cut_rejected: longer than their budget.
-        bad: pairs left out, by fault.
+        pairs: pairs that were tokenized.
+        merged_prompts: pairs in which one token spans the end of the prompt and the start of the
+            response; their prompt ends at the longest common token prefix.
+        cut_prompts, cut_chosen, cut_rejected: pairs in which this part was cut to its budget.
+        bad: number of pairs left out, by fault.
     """
 
     pairs: int
@@ -54,9 +54,9 @@ class TokenReport:
 
 @dataclass(frozen=True)
 class TokenizedSet:
-    """Pairs with their tokens, in the same order, and how they came about.
+    """Pairs, their tokens in the same order, and the report of their tokenization.
 
-    `notes` are lines for the user about the caches that were read.
+    `notes` are lines for the user about the token cache.
     """
 
     pairs: list[Pair]
@@ -65,11 +65,11 @@ class TokenizedSet:
     notes: tuple[str, ...] = ()
 
     def num_tokens(self, share_prefix: bool = True) -> np.ndarray:
-        """Tokens computed for each pair, its prompt once or for each response, int64 [pairs]."""
+        """Tokens computed for each pair, int64 [pairs]; without `share_prefix` its prompt twice."""
         return np.array([pair.num_tokens(share_prefix) for pair in self.tokens], dtype=np.int64)
 
     def fingerprint(self) -> str:
-        """Hash of the token ids in their order: 16 hex digits, for the run's records."""
+        """Hash of the token ids in order, 16 hex digits, stored with the run."""
         digest = hashlib.sha256()
         for pair in self.tokens:
             for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
@@ -78,23 +78,23 @@ class TokenizedSet:
 
 
 class Chat:
-    """A tokenizer with its template, and what the template implies.
+    """A tokenizer with its chat template, and the token that ends a response.
 
     Attributes:
         tokenizer: the tokenizer.
         template: its chat template.
-        end_id: the token that ends a response: the first special token that the template puts
-            behind an assistant's text, else the tokenizer's EOS.
-        template_sha256: hash of the template, for the run's records.
+        end_id: id of the first special token that the template writes after an assistant's text,
+            or of the tokenizer's EOS if there is none. It ends every response.
+        template_sha256: hash of the template, stored with the run.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, today: date | None = None) -> None:
         """
         Args:
-            today: the day that a template which asks for the date is given; None takes this one.
+            today: the date given to templates that ask for one; None is the current date.
 
         Raises:
-            ConfigError: the template cannot be used, or ends no turn.
+            ConfigError: the template cannot be used, or there is no token that ends a response.
         """
         self.tokenizer = tokenizer
         self.template = Template(tokenizer, today or date.today())
@@ -110,11 +110,11 @@ class Chat:
         self._marks = re.compile("|".join(map(re.escape, longest_first)))
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The prompt as text, up to where the assistant begins to write."""
+        """The prompt as text, with the generation prompt at its end."""
         return self.template.render(messages, add_generation_prompt=True)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of rendered texts, with a BOS wherever the tokenizer wants one, never two."""
+        """Token ids of rendered texts, with one BOS if the tokenizer adds it."""
         token_ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
         if self._adds_bos:
             token_ids = [
@@ -125,7 +125,7 @@ class Chat:
     def tokenize(
         self, pairs: Sequence[Pair], config: DataConfig
     ) -> Iterator[Tokenized | RecordFault]:
-        """The tokens of each pair, or what is wrong with it."""
+        """Yield the tokens of each pair in order, or the fault of one that has none."""
         if any(pair.rejected is None for pair in pairs):
             render, join = self._dialogue_texts, self._dialogue
         elif config.compat is Compat.paper:
@@ -152,7 +152,11 @@ class Chat:
                     yield fault
 
     def _find_end_id(self, tail: str) -> int:
-        """The token that ends a turn, from what the template writes behind a reply."""
+        """The token that ends a turn, found in `tail`, the text that the template adds to a reply.
+
+        Raises:
+            ConfigError: `tail` has no special token and the tokenizer has no EOS.
+        """
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         ids = self.tokenizer(tail, add_special_tokens=False).input_ids
         end_id = next((i for i in ids if i in special), self.tokenizer.eos_token_id)
@@ -163,14 +167,15 @@ class Chat:
     def check_messages(self, messages: Sequence[Message]) -> None:
         """
         Raises:
-            RecordFault: a message holds a control token as text, which would be read as the token.
+            RecordFault: the text of a message contains a control token, which would be tokenized
+                as that token.
         """
         for message in messages:
             if mark := self._marks.search(message["content"]):
                 raise RecordFault(f"a message holds the token {mark[0]} as text")
 
     def _texts(self, pair: Pair) -> list[str]:
-        """The prompt, and the dialogues that the two replies make of it."""
+        """Texts of the prompt, of prompt + chosen and of prompt + rejected."""
         replies = [_reply(text) for text in (pair.chosen, pair.rejected) if text is not None]
         self.check_messages([*pair.prompt, *replies])
         prompt = self.prompt_text(pair.prompt)
@@ -182,7 +187,7 @@ class Chat:
         return [prompt, *whole]
 
     def _dialogue_texts(self, pair: Pair) -> list[str]:
-        """What comes before each reply of the assistant, and the whole dialogue."""
+        """Text before each reply of the assistant, and text of the whole dialogue."""
         messages = [*pair.prompt, _reply(pair.chosen), *pair.later]
         self.check_messages(messages)
         turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
@@ -210,7 +215,7 @@ class Chat:
             ended = self.end_id in whole[start:]
             end = whole.index(self.end_id, start) + 1 if ended else len(whole) + 1
             scored[start:end] = True
-        # What a template writes behind the last reply is nobody's.
+        # Text that a template writes after the last reply is dropped.
         response = np.array([*whole, self.end_id], dtype=np.int32)[num_prompt:end]
         kept = prompts[0][:num_prompt]
         if num_prompt + len(response) > config.max_length_tokens:
@@ -265,7 +270,7 @@ class Chat:
 
 
 def pairs_fingerprint(pairs: Sequence[Pair]) -> str:
-    """Hash of the text of pairs in their order: 16 hex digits, for the run's records."""
+    """Hash of the text of pairs in order, 16 hex digits, stored with the run."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(json.dumps(asdict(pair) | {"place": ""}, sort_keys=True).encode())
@@ -283,9 +288,13 @@ def _reply(text: str) -> Message:
 
 
 def _check_whole(text: str, messages: Sequence[Message]) -> None:
-    """What a template leaves out of messages, but for space around them, is never seen in training.
+    """Check that the rendered text contains each message, apart from white space around it.
 
-    (Of the assistant's earlier turns some leave out the reasoning on purpose.)
+    Callers leave out the assistant's earlier turns, from which some templates drop the reasoning
+    on purpose.
+
+    Raises:
+        RecordFault: the template leaves out a part of a message.
     """
     for message in messages:
         if message["content"].strip() not in text:

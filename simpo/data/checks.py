@@ -1,4 +1,4 @@
-"""What is asked of pairs and their token ids before a model sees them."""
+"""Checks pairs and their token ids before they reach a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simpo.data.records import RecordFault
 
 
 def placed_ids(*sets: TokenizedSet) -> Iterator[tuple[str, np.ndarray]]:
-    """Where each pair is from, and its token ids."""
+    """Yield the place of each pair and all its token ids."""
     for data in sets:
         for pair, ids in zip(data.pairs, data.tokens, strict=True):
             parts = (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)
@@ -25,17 +25,18 @@ def placed_ids(*sets: TokenizedSet) -> Iterator[tuple[str, np.ndarray]]:
 def refuse_unknown_ids(
     chat: Chat, placed: Iterable[tuple[str, Sequence[int] | np.ndarray]], num_embeddings: int
 ) -> None:
-    """Do nothing, unless the tokenizer gives ids that the model has no embedding of.
+    """Refuse token ids that the model has no embedding for.
 
     Args:
-        placed: places, each with its token ids.
+        placed: places of pairs or prompts, each with its token ids.
+        num_embeddings: rows of the model's embedding.
 
     Raises:
-        ConfigError: the token that ends a response, or pads, has such an id.
-        DataError: a token at one of the places has.
+        ConfigError: the token that ends a response, or the pad token, has such an id.
+        DataError: a token at one of the places has such an id.
     """
     lacks = f"but the model has embeddings of {num_embeddings:,} tokens only"
-    remedy = "(model.tokenizer, or the model's path, is another model's)"
+    remedy = "(model.tokenizer and model.path are of different models)"
 
     def token(number: int) -> str:
         return f"{chat.tokenizer.convert_ids_to_tokens(number)} has id {number:,}"
@@ -49,9 +50,9 @@ def refuse_unknown_ids(
 
 
 def faults_kept_by_paper(chat: Chat, data: TokenizedSet, config: DataConfig) -> dict[str, int]:
-    """Pairs that compat=paper keeps, as the original trainer does, by what is a fault without it.
+    """Count the pairs that only compat=paper accepts, by the fault they have without it.
 
-    Empty without compat=paper.
+    The original trainer keeps them. Empty without compat=paper.
     """
     if config.compat is not Compat.paper:
         return {}

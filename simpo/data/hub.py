@@ -1,4 +1,4 @@
-"""The hub of models and data sets: asked once whether it answers, and its errors in one line."""
+"""Checks once whether the Hugging Face hub answers, and puts its errors into one line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ATTEMPT_S = 5
 
 @cache
 def go_offline_if_unreachable() -> None:
-    """Use what is in the libraries' caches, and nothing else, where the hub does not answer.
+    """Make the Hugging Face libraries use only their caches if the hub does not answer.
 
-    They would each try for most of a minute, file by file. Call it before anything is loaded by a
-    hub id; it asks once in a process.
+    Otherwise each would retry for most of a minute, file by file. Call this before anything is
+    loaded by a hub id; the hub is asked once per process.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
@@ -27,16 +27,17 @@ def go_offline_if_unreachable() -> None:
         try:
             get_session().head(constants.ENDPOINT, timeout=ATTEMPT_S)
             return
-        except Exception:  # of whichever HTTP library it uses; any answer at all is none of them
+        except Exception:  # depends on the HTTP library; an HTTP error status raises nothing
             time.sleep(attempt)
     constants.HF_HUB_OFFLINE = True
 
 
 def reason(error: BaseException, source: str) -> str:
-    """What is wrong, in one line, with the remedy where the hub has one.
+    """Explain in one line why `source` could not be loaded, with a remedy if there is one.
 
     Args:
-        source: folder or hub id that could not be loaded.
+        error: what the library raised.
+        source: folder or hub id.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -62,10 +63,10 @@ def reason(error: BaseException, source: str) -> str:
         )
     if "CONVERSION" in str(error):
         return (
-            "weights that belong together, as those of experts do, are not all there or of "
-            "different shapes"
+            "weights that are stacked into one tensor, such as those of experts, are missing or "
+            "differ in shape"
         )
-    # Others than these are raised with the bare word or number that a library stumbled over.
+    # The message of any other type is often a bare word or number, so its type is named too.
     spoken = isinstance(error, OSError | ValueError | ImportError)
     return first_line(error) if spoken else f"{type(error).__name__}: {first_line(error)}"
 

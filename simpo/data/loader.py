@@ -1,4 +1,4 @@
-"""The data of a run: read, checked and tokenized once, then packed into this process's rows."""
+"""Reads, checks and tokenizes the data of a run, and packs this process's share into rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from simpo.data.tokens import tokenize_set
 
 @dataclass(frozen=True)
 class LoadedData:
-    """What the sources gave, and the tokens of the pairs to train on and of those held out."""
+    """The mixture of all sources, and the tokens of its train and test pairs."""
 
     mixture: Mixture
     train: TokenizedSet
@@ -28,7 +28,7 @@ class LoadedData:
 
 
 def read_mixture(run: RunConfig) -> Mixture:
-    """Read and mix the sources of a run: pairs, or dialogues where its loss rejects nothing.
+    """Read and mix the sources of a run: pairs, or dialogues if its loss needs no rejected reply.
 
     Raises:
         DataError: as `load_mixture`.
@@ -40,8 +40,8 @@ def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
     """Read, mix and tokenize the sources of a run.
 
     Raises:
-        DataError: a source cannot be read, a record is bad (under on_bad_record=stop), or none is
-            left.
+        DataError: a source cannot be read, a record is bad (with on_bad_record=stop), or no record
+            is left.
     """
     mixture = read_mixture(run)
     train, test = (
@@ -51,10 +51,10 @@ def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
 
 
 class PackedSet:
-    """Tokenized pairs, and how this process packs its share of them into rows.
+    """Tokenized pairs that this process packs its share of into rows.
 
     Attributes:
-        data: the pairs.
+        data: the pairs of all processes.
         num_tokens: tokens computed for each pair, int64 [pairs].
     """
 
@@ -68,13 +68,12 @@ class PackedSet:
         return len(self.data.pairs)
 
     def rows(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[PackedPairs]:
-        """This process's rows of some pairs, as many as every other process has.
+        """Yield this process's rows of some pairs; every process gets the same number of rows.
 
-        A process without pairs of its own gets a row that counts nowhere, and takes part all the
-        same.
+        A process with too few pairs gets placeholder rows, whose result is not counted.
 
         Args:
-            indices: of the pairs; None takes all.
+            indices: indices of the pairs; None is all of them.
         """
         every: Sequence[int] | np.ndarray = range(len(self)) if indices is None else indices
         share_prefix = self._config.share_prefix
@@ -86,5 +85,5 @@ class PackedSet:
                 yield placeholder_row(self.data.tokens[0], share_prefix)
 
     def holding(self, data: TokenizedSet) -> PackedSet:
-        """The same pairs and rows with other values beside their tokens."""
+        """A set that packs `data` into the same rows: the same pairs, with reference log-probs."""
         return PackedSet(data, self._config, self._rank, self._processes)

@@ -1,7 +1,7 @@
-"""Sources in, the pairs to train on and the pairs held out, with a table of what was taken.
+"""Mixes the sources into train and test pairs, and counts what each source contributed.
 
-Every record of a split is read and checked. Of the good ones a train split gives `weight` times
-their number, or `num_pairs`, taken from a seeded shuffle; a test split gives all of them.
+Every record of a split is read and checked. From the good records of a train split `weight` times
+their number, or `num_pairs`, are taken in a seeded random order; a test split is taken whole.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_LETTERS_SHOWN = 300
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What one split of one source gave: records it has, bad records by fault, pairs taken."""
+    """Counts of one split of one source: all records, bad records by fault, pairs taken."""
 
     source: str
     split: str
@@ -38,9 +38,9 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The pairs of a run and the table of where they came from.
+    """The pairs of a run, and a table of the splits they came from.
 
-    `notes` are lines for the user: what looks wrong in the records and is not refused.
+    `notes` are lines for the user about records that look wrong but are used.
     """
 
     train: list[Pair]
@@ -51,7 +51,7 @@ class Mixture:
 
 @dataclass
 class _Split:
-    """The good pairs of one split, its bad records as (place, fault), and what is to be said."""
+    """The good pairs of one split, its bad records as (place, fault), and remarks for the user."""
 
     place: str
     records: int = 0
@@ -70,9 +70,7 @@ class _Split:
             for remark, count in self.remarks.items()
         ]
         if not self.pairs:
-            lines.append(
-                f"note   {self.place}: no good record in {self.records}, nothing comes of it"
-            )
+            lines.append(f"note   {self.place}: no good record in {self.records}, so none is taken")
         if self.unread:
             lines.append(f"note   {self.place}: columns not read: {', '.join(self.unread)}")
         return [_printable(line) for line in lines]
@@ -82,11 +80,11 @@ def load_mixture(config: DataConfig, read_record: Callable[[Any, str], Pair] = t
     """Read, check and mix all sources.
 
     Args:
-        read_record: from a record and its place to what is wanted of it; see `simpo.data.records`.
+        read_record: turns a record and its place into a pair; see `simpo.data.records`.
 
     Raises:
-        DataError: a source cannot be read, a record is bad (under on_bad_record=stop), or none is
-            left.
+        DataError: a source cannot be read, a record is bad (with on_bad_record=stop), or no record
+            is left to train on.
     """
     splits: list[tuple[_Split | None, _Split | None]] = []
     for source in config.sources:
@@ -159,7 +157,7 @@ def _read_split(
 
 
 def _own_form(name: str) -> Callable[[Any], Any]:
-    """The user's function from a record to that of a pair; its errors are faults of the record."""
+    """The user's function that converts a record; its exceptions become faults of the record."""
     function = load("data.sources.format", name)
 
     def form(record: Any) -> Any:
@@ -172,7 +170,7 @@ def _own_form(name: str) -> Callable[[Any], Any]:
 
 
 def _overlap_notes(train: list[Pair], test: list[Pair]) -> list[str]:
-    """A line that says how many train pairs are also held out, if any are."""
+    """A line with the number of train pairs whose prompt is also held out, if there are any."""
     prompts, pairs = {_prompt_text(pair) for pair in test}, {_text(pair) for pair in test}
     shared = [pair for pair in train if _prompt_text(pair) in prompts]
     if not shared:
@@ -186,7 +184,7 @@ def _overlap_notes(train: list[Pair], test: list[Pair]) -> list[str]:
 
 
 def _repeat_notes(splits: list[_Split]) -> list[str]:
-    """A line for each split to train on that has the same pair several times."""
+    """A line for each train split that contains the same pair several times."""
     lines = []
     for split in splits:
         if repeats := len(split.pairs) - len({_text(pair) for pair in split.pairs}):
@@ -204,16 +202,17 @@ def _text(pair: Pair) -> tuple[str, ...]:
 
 
 def _printable(text: str) -> str:
-    """One line of text out of a record, with escapes for what a terminal or file may not take."""
+    """Text of a record as one line: shortened, with unprintable characters escaped."""
     shown = text if len(text) <= MAX_LETTERS_SHOWN else f"{text[:MAX_LETTERS_SHOWN]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def fault_lines(faults: list[tuple[str, str]], all_bad: bool = False) -> str:
-    """The message for bad records, given as (place, fault): a line each, the first few of them.
+    """The message for bad records: a line for each of the first few, and a remedy.
 
     Args:
-        all_bad: no record is a good one, so that leaving them out is no remedy.
+        faults: (place, fault) of each bad record.
+        all_bad: every record is bad, so dropping the bad ones is no remedy.
     """
     lines = [f"{place}: {fault}" for place, fault in faults[:MAX_FAULTS_SHOWN]]
     if len(faults) > MAX_FAULTS_SHOWN:
@@ -230,7 +229,12 @@ def fault_lines(faults: list[tuple[str, str]], all_bad: bool = False) -> str:
 def _take(
     pairs: list[Pair], source: SourceConfig, rng: np.random.Generator, index: int
 ) -> list[Pair]:
-    """All pairs as often as the weight says, shuffled, then a shuffled part of them."""
+    """Shuffled copies of all pairs, as often as the weight's whole part, then a random subset for
+    its fraction; with `num_pairs` a random subset of that size.
+
+    Raises:
+        DataError: the split has fewer pairs than `num_pairs`, or the weight selects none.
+    """
     if source.num_pairs is not None:
         if source.num_pairs > len(pairs):
             raise DataError(
@@ -243,8 +247,8 @@ def _take(
         repeats, rest = int(whole), round(share * len(pairs))
         if pairs and repeats + rest == 0:
             raise DataError(
-                f"data.sources[{index}].weight: {source.weight} of {len(pairs)} records is no "
-                "record (raise it)"
+                f"data.sources[{index}].weight: {source.weight} of {len(pairs)} records rounds to "
+                "none (raise it)"
             )
     order = [rng.permutation(len(pairs)) for _ in range(repeats)]
     order.append(rng.permutation(len(pairs))[:rest])

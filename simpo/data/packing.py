@@ -1,13 +1,13 @@
-"""Tokenized pairs in, one packed row out, each prompt once.
+"""Packs tokenized pairs into one row that contains each prompt once.
 
 Two pairs with prompts of 3 and 2 tokens become
 
     tokens     p p p c c r r r | q q c r r
     positions  0 1 2 3 4 3 4 5 | 0 1 2 2 3
 
-A rejected response continues the positions of its prompt, as if the chosen one were not there;
-`simpo.model.attention` hides the chosen one from it. The idea of computing the prompt of a pair
-once is that of https://arxiv.org/abs/2410.20305.
+A rejected response continues the positions of its prompt, and `simpo.model.attention` hides the
+chosen response from it. Computing the shared prompt of a pair once follows
+https://arxiv.org/abs/2410.20305.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from simpo.data.pairs import KeyTable, PackedPairs, Segment, TokenizedPair, segm
 def pack(
     pairs: Sequence[TokenizedPair], indices: Sequence[int], share_prefix: bool = True
 ) -> PackedPairs:
-    """Lay pairs one behind the other in one row.
+    """Pack pairs into one row, one after the other.
 
     Args:
         pairs: the pairs of the row, in order.
-        indices: their places in the data set, for messages.
+        indices: their indices in the data set, for messages.
         share_prefix: False repeats the prompt: p p p c c | p p p r r r.
 
     Raises:
-        ValueError: a response that is there has no token that can be scored.
+        ValueError: a chosen response, or a rejected one that is not empty, has no scored token.
     """
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
@@ -44,7 +44,7 @@ def pack(
     start = 0
     for pair, index in zip(pairs, indices, strict=True):
         num_prompt = len(pair.prompt_ids)
-        # Without a second response there is none to repeat the prompt for.
+        # Without a rejected response the prompt is not repeated.
         share = share_prefix or not len(pair.rejected_ids)
         chosen = start + num_prompt
         second_prompt = chosen + len(pair.chosen_ids)
@@ -85,9 +85,10 @@ def pack(
 
 
 def placeholder_row(pair: TokenizedPair, share_prefix: bool = True) -> PackedPairs:
-    """A row that holds a pair and says that it has none, for a process without a row of its own.
+    """A row for a process that has no pairs: its tokens are computed, but `pairs` is empty.
 
-    It is computed, since layers in shards are computed together, and counts nowhere.
+    Sharded layers are gathered by all processes, so each must run a forward. The result is not
+    counted.
     """
     return replace(pack([pair], [0], share_prefix), pairs=())
 
@@ -97,7 +98,10 @@ def _column(parts: list[np.ndarray]) -> torch.Tensor:
 
 
 def _scored(ids: np.ndarray, scored: np.ndarray | None, num_prompt: int) -> np.ndarray:
-    """Which tokens of a response are scored: all by default, but none without one before it."""
+    """Which tokens of a response are scored, bool [length]: all of them if `scored` is None.
+
+    The first token is not scored without a prompt, as nothing predicts it.
+    """
     wanted = np.ones(len(ids), dtype=bool) if scored is None else scored.copy()
     wanted[: 0 if num_prompt else 1] = False
     return wanted

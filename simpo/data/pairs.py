@@ -1,13 +1,13 @@
-"""The shapes a preference pair takes on its way from text to loss.
+"""The data types of a preference pair, from text to packed row.
 
-    Pair           messages, as a person reads them
-    TokenizedPair  three runs of token ids: prompt, chosen, rejected
+    Pair           prompt messages and the texts of both replies
+    TokenizedPair  three arrays of token ids: prompt, chosen, rejected
     PackedPairs    several pairs in one row, each prompt once: [P C R][P C R]...
 
-What the model makes of a row for the loss is `simpo.loss.PairLogps`.
+From a row the model computes `simpo.loss.PairLogps`, the input of the loss.
 
-Letters of tensor shapes, here and everywhere:
-    B rows in a forward (1: a row is packed to the budget, so rows are never padded together)
+Letters of tensor shapes in the whole project:
+    B rows in a forward (always 1: rows are packed, never padded)
     T tokens in a row       P pairs in a row       R responses in a row (2P)
     N response tokens scored in a row              D hidden size     V vocabulary
 """
@@ -28,10 +28,11 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and the two replies to it, with the place they came from.
+    """A prompt and the two replies to it.
 
-    `rule` is what a program can check in a reply (see `simpo.data.rules`), or None. For supervised
-    fine-tuning `rejected` is None and `later` holds the turns after the chosen reply.
+    `place` names source, split and record, for messages. `rule` is a check that a program can run
+    on a reply (see `simpo.data.rules`), or None. For supervised fine-tuning `rejected` is None and
+    `later` holds the turns after the chosen reply.
     """
 
     prompt: tuple[Message, ...]
@@ -46,10 +47,10 @@ class Pair:
 class TokenizedPair:
     """Token ids of a pair, each an int32 array [length].
 
-    `chosen_ids` and `rejected_ids` follow the prompt directly; neither is empty, but `rejected_ids`
-    where nothing is rejected. There `scored`, bool [length of chosen_ids], leaves out what others
-    say between replies. `reference_logps`, summed over each response, are there once a reference
-    has scored the pair.
+    `chosen_ids` and `rejected_ids` continue the prompt. For supervised fine-tuning `rejected_ids`
+    is empty and `scored`, bool [length of chosen_ids], is False for tokens between the assistant's
+    replies. `reference_logps` are the summed log-probs of both responses under the reference model,
+    None until it has scored the pair.
     """
 
     prompt_ids: np.ndarray
@@ -60,22 +61,22 @@ class TokenizedPair:
 
     @staticmethod
     def of(prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:
-        """From lists of token ids."""
+        """Make a pair of lists of token ids."""
         arrays = [np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)]
         return TokenizedPair(arrays[0], arrays[1], arrays[2])
 
     def num_tokens(self, share_prefix: bool = True) -> int:
-        """Tokens computed for the pair, its prompt once or for each response."""
+        """Tokens computed for the pair; without `share_prefix` its prompt twice."""
         prompts = len(self.prompt_ids) * (1 if share_prefix or not len(self.rejected_ids) else 2)
         return prompts + len(self.chosen_ids) + len(self.rejected_ids)
 
 
 class Tokenized(NamedTuple):
-    """A tokenized pair, and what happened to it on the way.
+    """A tokenized pair, and how tokenization changed it.
 
     Attributes:
-        merged: the template's end of the prompt became one token with the response's beginning.
-        prompt_cut, chosen_cut, rejected_cut: tokens were left out to fit.
+        merged: one token spans the end of the prompt and the start of the response.
+        prompt_cut, chosen_cut, rejected_cut: this part was cut to its budget.
     """
 
     pair: TokenizedPair
@@ -86,7 +87,8 @@ class Tokenized(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Where a pair lies in its row: prompt [start, chosen), chosen [chosen, rejected), ..."""
+    """Row positions of a pair: prompt [start, chosen), chosen [chosen, rejected), rejected
+    [rejected, end)."""
 
     start: int
     chosen: int
@@ -95,19 +97,21 @@ class Segment(NamedTuple):
 
 
 def segment_lengths(segments: Sequence[Segment]) -> list[int]:
-    """Row positions of prompt + chosen, and of rejected, of each pair in turn."""
+    """Lengths in tokens of prompt + chosen and of rejected, pair by pair."""
     return [n for s in segments for n in (s.rejected - s.start, s.end - s.rejected)]
 
 
 @dataclass(frozen=True)
 class KeyTable:
-    """The keys of a row's responses one behind the other, as variable-length kernels want them.
+    """Keys and segment bounds of a row in the layout of variable-length attention kernels.
 
     Attributes:
-        index: int64 [K], row position of each key: of each pair prompt + chosen, prompt + rejected.
-        query_ends: int32 [R + 1], 0 and where the queries end: prompt + chosen, rejected alone.
-        key_ends: int32 [R + 1], 0 and where the keys end.
-        longest_queries, longest_keys: the most of them that one response has.
+        index: int64 [K], row position of each key: for each pair prompt + chosen, then
+            prompt + rejected.
+        query_ends: int32 [R + 1], cumulative query counts from 0: for each pair prompt + chosen,
+            then rejected alone.
+        key_ends: int32 [R + 1], cumulative key counts from 0.
+        longest_queries, longest_keys: largest query and key count of a segment.
     """
 
     index: Tensor
@@ -119,21 +123,20 @@ class KeyTable:
 
 @dataclass(frozen=True)
 class PackedPairs:
-    """One row of packed pairs, everything a forward needs.
+    """One row of packed pairs: the input of a forward.
 
     Attributes:
-        pairs: index of each pair in its data set, for messages about it [P]. Empty in a row that is
-            computed for the other processes' sake only and counts nowhere.
-        segments: where each pair lies in the row [P]; empty where prompts are not shared.
-        keys: the same for variable-length kernels; None where prompts are not shared.
+        pairs: index of each pair in its data set, for messages [P]; empty in a placeholder row.
+        segments: row positions of each pair [P]; empty without shared prompts.
+        keys: the same for variable-length kernels; None without shared prompts.
         response_tokens: scored tokens of each response [R]: 2p is chosen, 2p + 1 rejected.
         input_ids: int64 [B, T].
         position_ids: int64 [B, T]; a rejected response continues its prompt's positions.
         predictors: int64 [N], the row position whose hidden state predicts each scored token,
-            response after response. The first token of both responses is predicted from the
-            prompt's last position; without a prompt nothing predicts it and it is not scored.
-        targets: int64 [N], the tokens predicted.
-        reference_logps: float32 [R], sums under the reference; None without one.
+            response after response. The prompt's last position predicts the first token of both
+            responses; without a prompt that token is not scored.
+        targets: int64 [N], the scored tokens.
+        reference_logps: float32 [R], summed log-probs under the reference model; None without one.
     """
 
     pairs: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Texts and token ids of the original SimPO trainer: what `data.compat=paper` gives."""
+"""Reproduces the texts and token ids of the original SimPO trainer (`data.compat=paper`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from simpo.data.template import Template
 
 
 def paper_texts(template: Template, tokenizer: PreTrainedTokenizerBase, pair: Pair) -> list[str]:
-    """Texts of the original trainer: no generation prompt, each reply a dialogue of its own."""
+    """Texts of prompt, prompt + chosen and prompt + rejected, as the original trainer builds them.
+
+    The prompt has no generation prompt; each reply is rendered as a dialogue of its own.
+    """
     prompt = list(pair.prompt)
     if prompt[0]["role"] != "system" and template.speaks_of_system:
         prompt = [{"role": "system", "content": ""}, *prompt]
@@ -28,9 +31,13 @@ def paper_texts(template: Template, tokenizer: PreTrainedTokenizerBase, pair: Pa
 def paper_pair(
     tokenizer: PreTrainedTokenizerBase, token_ids: list[list[int]], config: DataConfig
 ) -> Tokenized:
-    """Ids of the original trainer: BOS first, EOS last, both replies cut to one length.
+    """Tokens of a pair as in the original trainer: BOS first, EOS last, both replies cut alike.
 
     Source: `tokenize_row` of https://github.com/princeton-nlp/SimPO.
+
+    Raises:
+        RecordFault: the token boundary between prompt and response differs between the two
+            responses, so the prompt cannot be shared.
     """
     prompt, chosen, rejected = token_ids
     starts = [
@@ -40,12 +47,12 @@ def paper_pair(
     num_prompt = min(starts)
     responses = [chosen[starts[0] :], rejected[starts[1] :]]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    # Of the joined text, not of the prompt alone: a merge may reach back over several tokens.
+    # Ids of the joined text: a merge across the boundary may change several tokens of the prompt.
     kept = chosen[:num_prompt] if chosen[:1] == bos else bos + chosen[:num_prompt]
     shortest = min(len(chosen), len(rejected))
     if chosen[:num_prompt] != rejected[:num_prompt] or shortest < len(prompt):
         raise RecordFault("the tokenizer joins prompt and response differently for both responses")
-    # The original gives each sequence its own prompt, which may end one token apart.
+    # The original trainer gives each response its own prompt; the two may differ by one token.
     if starts[0] != starts[1]:
         raise RecordFault("the tokenizer joins the prompt's end with one response only")
     eos_id = tokenizer.eos_token_id

@@ -1,8 +1,8 @@
-"""Which pairs a step trains on and how they are laid out in rows: pure functions of integers.
+"""Chooses the pairs of each step and assigns them to rows, with pure functions of integers.
 
-The order of the pairs is a function of (seed, epoch), the rows of a step one of its pairs and the
-token budget. A step number is therefore the whole state of the data: nothing else is saved, and a
-continued run sees exactly the pairs that it would have seen.
+The order of the pairs depends on (seed, epoch) only, and the rows of a step on its pairs and the
+token budget. The step number is therefore the whole state of the data: nothing else is saved, and
+a continued run trains on exactly the same pairs as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """The numbers that follow from the settings and the size of the mixture.
+    """The number of steps of a run, and what the order of its pairs depends on.
 
     Attributes:
-        num_pairs: pairs in the mixture.
-        pairs_per_step: pairs behind one update; the last step of an epoch takes what is left.
+        num_pairs: train pairs in the mixture.
+        pairs_per_step: pairs per update; the last step of an epoch takes the remaining ones.
         steps_per_epoch: updates in one pass over the mixture.
         total_steps: updates of the run.
-        seed: decides the order.
+        seed: seeds the order of the pairs.
     """
 
     num_pairs: int
@@ -36,7 +36,7 @@ class TrainPlan:
 def build_plan(
     num_pairs: int, pairs_per_step: int, epochs: int, max_steps: int | None, seed: int
 ) -> TrainPlan:
-    """Work out the steps of a run of `epochs` passes, ended early by `max_steps` if given."""
+    """Plan a run of `epochs` passes over the pairs, of at most `max_steps` steps if given."""
     steps_per_epoch = -(-num_pairs // pairs_per_step)
     steps = steps_per_epoch * epochs
     return TrainPlan(
@@ -49,7 +49,7 @@ def build_plan(
 
 
 def pairs_of_step(plan: TrainPlan, step: int) -> np.ndarray:
-    """Indices of the pairs behind update `step` (from 0), int64 [<= pairs_per_step]."""
+    """Indices of the pairs of update `step` (from 0), int64 [<= pairs_per_step]."""
     epoch, place = divmod(step, plan.steps_per_epoch)
     order = np.random.default_rng([plan.seed, epoch]).permutation(plan.num_pairs)
     return order[place * plan.pairs_per_step : (place + 1) * plan.pairs_per_step]
@@ -61,19 +61,20 @@ def rows_of_pairs(
     tokens_per_row: int,
     ranks: int = 1,
 ) -> list[list[int]]:
-    """Share pairs out over rows of like size, as many rows for each rank.
+    """Distribute pairs over rows of similar size, with the same number of rows for each rank.
 
-    Longest first, each pair goes to the row with the fewest tokens. Rank r takes rows[r::ranks]:
-    rows are in order of size, so those that ranks compute at the same time are alike.
+    Pairs are assigned longest first, each to the row with the fewest tokens. Rank r takes
+    rows[r::ranks]; rows are sorted by size, so ranks compute rows of similar size at the same time.
 
     Args:
-        indices: the pairs to lay out.
+        indices: indices of the pairs.
         num_tokens: tokens of every pair of the data set, int64 [num_pairs].
-        tokens_per_row: budget of a row; a pair above it gets a row of its own.
-        ranks: processes that share the rows.
+        tokens_per_row: token budget of a row; a longer pair gets a row of its own.
+        ranks: number of processes that share the rows.
 
     Returns:
-        The pairs of each row, every pair exactly once. With fewer pairs than ranks some are empty.
+        The indices of the pairs of each row, every pair exactly once. With fewer pairs than ranks
+        some rows are empty.
     """
     longest_first = sorted((int(i) for i in indices), key=lambda i: (-num_tokens[i], i))
     lengths = [int(num_tokens[i]) for i in longest_first]
@@ -91,7 +92,7 @@ def rows_of_pairs(
 
 
 def _first_fit(lengths: Sequence[int], budget: int) -> int:
-    """Rows needed when each pair, longest first, goes into the first one that has room."""
+    """Number of rows needed if each pair, longest first, goes into the first row with room."""
     room: list[int] = []
     for length in lengths:
         row = next((r for r, left in enumerate(room) if length <= left), None)

@@ -1,12 +1,12 @@
-"""One raw record in, one `Pair` out, or a fault that says what is wrong with the record.
+"""Parses a raw record into a `Pair`, or says what is wrong with the record.
 
 A record is one of
     prompt + chosen + rejected   text, or OpenAI messages; a response may repeat the prompt's turns
     chosen + rejected            whole dialogues that differ in their last turn only
     messages                     a dialogue to imitate, for supervised fine-tuning only
-A string `prompt` beside whole dialogues is left aside, as the dialogues hold it.
+A string `prompt` is ignored if chosen and rejected are whole dialogues, which contain the prompt.
 Optional columns: `system` (or `system_prompt`) is the text of a system turn before the prompt;
-`rule` says what a program can check in a reply (see `simpo.data.rules`).
+`rule` is a check that a program can run on a reply (see `simpo.data.rules`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ NOT_TEXT = {
     *("tools", "functions", "tool_calls", "function_call", "tool_call_id"),
     *("image", "images", "video", "videos", "audio", "audios"),
 }
-"""Columns of a record and keys of a message that decide what is trained, and cannot be read."""
+"""Columns of a record and keys of a message that change its meaning but are not text. A record with
+a value for one of them is refused."""
 
 _TURNS_IN_TEXT = re.compile(r"(?:\A|\n\n)(?:### ?)?Human:")
 
@@ -49,7 +50,7 @@ def to_pair(record: Any, place: str) -> Pair:
         place: source, split and record, for messages.
 
     Raises:
-        RecordFault: the record is in none of the forms above, or holds nothing to prefer.
+        RecordFault: the record has none of the forms above, or chosen and rejected are the same.
     """
     if not isinstance(record, Mapping):
         raise RecordFault(f"must be an object with chosen and rejected, got {_kind(record)}")
@@ -95,7 +96,7 @@ def to_dialogue(record: Any, place: str) -> Pair:
 
 
 def to_prompt(record: Any, place: str) -> Pair:
-    """Read one record for its prompt: `prompt` alone, or a pair, whose replies are left out.
+    """Read the prompt of one record, which is `prompt` alone or a pair, whose replies are dropped.
 
     Args and Raises: as `to_pair`.
     """
@@ -117,11 +118,11 @@ COLUMNS: dict[Callable[[Any, str], Pair], frozenset[str]] = {
         (to_prompt, ("prompt", "chosen", "rejected")),
     )
 }
-"""The columns that each way of reading a record looks at."""
+"""The columns that each reader uses."""
 
 
 def unread_columns(record: Mapping[str, Any], read: frozenset[str]) -> Iterator[str]:
-    """Columns with a value that are not read, and keys of messages, as `chosen[].name`."""
+    """Names of unused columns that have a value, and unused keys of messages (`chosen[].name`)."""
     for column, value in record.items():
         if column not in read:
             if value is not None:
@@ -137,7 +138,7 @@ def unread_columns(record: Mapping[str, Any], read: frozenset[str]) -> Iterator[
 
 
 def remarks(record: Mapping[str, Any], pair: Pair) -> Iterator[str]:
-    """What looks wrong with a good record, and is trained on as it stands."""
+    """Yield what looks wrong in a record that is still used."""
     for keys in SCORE_COLUMNS:
         scores = [record[key] for key in keys if isinstance(record.get(key), (int, float))]
         if len(scores) == 2 and scores[0] <= scores[1]:
@@ -145,11 +146,11 @@ def remarks(record: Mapping[str, Any], pair: Pair) -> Iterator[str]:
     contents = [turn["content"] for turn in (*pair.prompt, *pair.later)]
     prompt = record.get("prompt")
     if isinstance(prompt, str) and prompt.strip() not in map(str.strip, contents):
-        yield "prompt is not in the dialogue, which is taken"
+        yield "prompt is not in the dialogue (prompt is ignored)"
     texts = [*contents, pair.chosen, pair.rejected or ""]
-    # Few texts hold such a word, and looking for it is much faster.
+    # The plain search is much faster than the pattern, and few texts get past it.
     if any("Human:" in text and _TURNS_IN_TEXT.search(text) for text in texts):
-        yield "a text holds turns (Human: ...), which are taken for one"
+        yield "a text contains turns (Human: ...), which are read as one"
 
 
 def _refuse_not_text(item: Mapping[str, Any], place: str = "") -> None:
@@ -162,7 +163,7 @@ def _rule(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     rule = record.get("rule")
     if rule is None:
         return None
-    # A columnar file gives every rule the arguments of all others, as None.
+    # In a columnar file each rule has the arguments of all other rules, as None.
     rule = {k: v for k, v in rule.items() if v is not None} if hasattr(rule, "items") else rule
     if fault := rule_fault(rule):
         raise RecordFault(f"rule: {fault}")
@@ -171,7 +172,7 @@ def _rule(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _split(value: Any, key: str) -> tuple[list[Message], str]:
-    """A response as (turns before it, its text)."""
+    """Split a response into the turns before its text, and the text."""
     if isinstance(value, str):
         turns, text = [], value
         _check_text(text, key)
@@ -186,7 +187,7 @@ def _split(value: Any, key: str) -> tuple[list[Message], str]:
 
 
 def _missing(record: Mapping[str, Any], key: str) -> RecordFault:
-    """The fault of a record without a value for `key`, with the columns that it does have."""
+    """The fault of a record that lacks `key`, with the columns that it has."""
     columns = ", ".join(str(k) for k, v in record.items() if v is not None)
     return RecordFault(f"{key}: missing (the record has {columns or 'no value'})")
 
@@ -194,7 +195,7 @@ def _missing(record: Mapping[str, Any], key: str) -> RecordFault:
 def _prompt(
     record: Mapping[str, Any], value: Any, chosen: list[Message], rejected: list[Message]
 ) -> list[Message]:
-    """The turns of a prompt, with those that come before the responses and the record's system."""
+    """The turns of the prompt: from `value` or the turns before the responses, and `system`."""
     if chosen != rejected:
         raise RecordFault("chosen and rejected start from different prompts")
     if isinstance(value, str) and not chosen:

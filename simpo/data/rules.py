@@ -1,13 +1,13 @@
-"""From a rule and a reply to whether the reply obeys the rule.
+"""Checks whether a reply obeys a rule.
 
-A rule is a plain dict that names a check and gives its arguments, and travels in the optional
-`rule` column of a dataset record:
+A rule is a dict with the name of a check and its arguments. Records carry it in the optional column
+`rule`:
 
     {"name": "bullets", "count": 2}             "- Owls hunt mice.\\n- They fly at night."
     {"name": "json_keys", "keys": ["a", "b"]}   '{"a": 1, "b": 2}'
     {"name": "yes_no_first", "answer": "Yes"}   "Yes, owls hunt at night."
 
-White space around a reply never counts, and an empty reply obeys no rule.
+White space around a reply is ignored, and an empty reply obeys no rule.
 """
 
 import inspect
@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin
 
-# A full stop after the first group never ends a sentence; after the second it does where the next
-# word has a capital.
+# A full stop never ends a sentence after words of the first group; after those of the second group
+# it does if the next word is capitalised.
 _NEVER_LAST = re.compile(r"(e\.g|i\.e|u\.[sk]|mrs?|ms|dr|prof|st|mt|vs|cf|ca|approx)\.", re.I)
 _SELDOM_LAST = re.compile(r"(etc|[ap]\.m)\.", re.I)
 _SENTENCE_ENDS = (".", "!", "?")
@@ -58,7 +58,7 @@ def json_keys(reply: str, *, keys: list[str]) -> bool:
 
 
 def yes_no_first(reply: str, *, answer: Literal["Yes", "No"]) -> bool:
-    # The mark after the word tells "No, owls ..." from "No owls ..." and from "Nobody ...".
+    # The punctuation distinguishes "No, owls ..." from "No owls ..." and from "Nobody ...".
     return re.match(rf"{answer}(?:[,.;:!]|\s*[-\u2013\u2014]|$)", reply) is not None
 
 
@@ -74,7 +74,7 @@ def comma_list(reply: str, *, count: int) -> bool:
     if re.search(r"[\n:;!?]|\.(?!$)", reply):
         return False
     items = [item.split() for item in reply.rstrip(".").split(",")]
-    # Longer items, or "and" before the last one, make a sentence of the list.
+    # Longer items, or "and" before the last one, would make it a sentence.
     return len(items) == count and all(
         1 <= len(words) <= _MAX_ITEM_WORDS and not {"and", "or"} & {word.lower() for word in words}
         for words in items
@@ -117,10 +117,10 @@ RULES: dict[str, Callable[..., bool]] = {
 
 
 def obeys(rule: Mapping[str, Any], reply: str) -> bool:
-    """Say whether a reply obeys a rule.
+    """Whether a reply obeys a rule.
 
     Raises:
-        ValueError: the rule has a fault, named by `rule_fault`.
+        ValueError: the rule is not valid, see `rule_fault`.
     """
     fault = rule_fault(rule)
     if fault is not None:
@@ -130,7 +130,7 @@ def obeys(rule: Mapping[str, Any], reply: str) -> bool:
 
 
 def rule_fault(rule: object) -> str | None:
-    """Say in one line what is wrong with a rule, or None where nothing is."""
+    """What is wrong with a rule, in one line; None if it is valid."""
     if not isinstance(rule, Mapping):
         return f"a rule must be a mapping, not {type(rule).__name__}"
     name = rule.get("name")
@@ -150,13 +150,13 @@ def rule_fault(rule: object) -> str | None:
 
 
 def _arguments(rule: Mapping[str, Any]) -> dict[str, Any]:
-    # Arrow stores a column of rules as one struct: a rule read back has None for every argument
-    # that only other rules take.
+    # Arrow stores a column of rules as one struct, so a rule has None for every argument of the
+    # other rules.
     return {key: value for key, value in rule.items() if key != "name" and value is not None}
 
 
 def _wanted(annotation: Any, value: Any) -> str | None:
-    """Describe what a value of this annotation looks like, or None where the given one fits."""
+    """What a value of this annotation must be, in words; None if the given value is valid."""
     if annotation is int:
         fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         return None if fits else "a whole number from 1 up"

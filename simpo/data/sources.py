@@ -1,7 +1,7 @@
-"""One split of a source in, its records out, as the source wrote them.
+"""Reads the raw records of one split of a source: file, saved data set or hub data set.
 
-A line that cannot be read is a fault of that record; a fault of a whole file is a `DataError`.
-Records of local files never go through a cache that knows a file by its path or its time stamp.
+A line that cannot be parsed is a fault of that record; a file that cannot be read is a `DataError`.
+Local files are never read through a cache that identifies them by path or time stamp.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ FIRST_BYTES = {
     b"\x1f\x8b": "it is compressed (gunzip it)",
     b"PAR1": "it is a parquet file (name it .parquet)",
 }
-"""First bytes of files whose every line would be at fault."""
+"""First bytes of files that are not JSON lines in UTF-8, with the message for each."""
 
 
 def origin(source: SourceConfig, held_out: bool) -> str:
-    """Where the records of a split come from, as the settings write it."""
+    """Path or hub id of a split, as written in the settings."""
     return source.test_path if held_out and source.test_path else source.path
 
 
 def raw_records(source: SourceConfig, split: str, held_out: bool, seed: int) -> Iterator[Any]:
-    """The records of a split; a `RecordFault` in place of a line that is not JSON.
+    """Yield the records of a split, and a `RecordFault` for each line that is not JSON.
 
     Raises:
-        DataError: the source cannot be read, or changed meanwhile.
+        DataError: the source cannot be read, or changed while it was read.
     """
     path = Path(os.path.expanduser(origin(source, held_out)))
-    # Libraries report faults in many types and over many lines.
+    # Libraries raise errors of many types, with messages of many lines.
     try:
         if source.path == "builtin:demo":
             yield from demo_records(seed, split)
@@ -49,7 +49,7 @@ def raw_records(source: SourceConfig, split: str, held_out: bool, seed: int) -> 
         else:
             yield from _dataset(source, path, split)
     except Exception as error:
-        # "An error occurred while generating the dataset" has its reason in the cause.
+        # The reason of "An error occurred while generating the dataset" is in its cause.
         fault = hub.reason(error.__cause__ or error, f"datasets/{source.path}")
         raise DataError(f"{origin(source, held_out)} {split}: cannot be read: {fault}") from error
 
@@ -66,26 +66,26 @@ def _file(path: Path) -> Iterator[Any]:
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    """The value of each line that is not blank, or the fault of one that is no JSON."""
+    """Yield the value of each line that is not blank, or the fault of a line that is not JSON."""
     with path.open("rb") as file:
         begin = file.read(4)
     for first_bytes, fault in FIRST_BYTES.items():
         if begin.startswith(first_bytes):
             raise ValueError(fault)
-    # Some editors begin a file with a byte order mark. A byte that is not UTF-8 is kept, so that
-    # its line alone is at fault.
+    # utf-8-sig skips a byte order mark. Bytes that are not UTF-8 are kept as surrogates, so only
+    # their line is refused.
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for line in lines:
             if line.strip():
                 try:
-                    # With its line feed, a cut line would be faulted at column 1 of the next.
+                    # With the line feed, the fault of a truncated line would be on the next line.
                     yield _value(line.rstrip())
                 except RecordFault as fault:
                     yield fault
 
 
 def _json(path: Path) -> Iterator[Any]:
-    """The records of one list, or of lines."""
+    """Yield the records of a JSON list, or of JSON lines in a file named .json."""
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     if not text.lstrip().startswith("["):
         yield from _json_lines(path)
@@ -93,7 +93,7 @@ def _json(path: Path) -> Iterator[Any]:
     try:
         yield from _value(text)
     except RecordFault as fault:
-        raise ValueError(str(fault)) from None  # the reason itself, not what led to it
+        raise ValueError(str(fault)) from None  # callers report the cause of an error if it has one
 
 
 def _parquet(path: Path) -> Iterator[Any]:
@@ -108,7 +108,7 @@ def _value(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        RecordFault: it is none, or one that readers of JSON disagree on.
+        RecordFault: the text is not JSON, or JSON parsers disagree on it (a repeated key).
     """
     try:
         text.encode()
@@ -143,7 +143,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _dataset(source: SourceConfig, path: Path, split: str) -> Any:
-    # Imported where it is used: it takes a second, most of it for pandas and pyarrow.
+    # Imported here because it takes a second, mostly for pandas and pyarrow.
     import datasets
     from datasets import DatasetDict, load_dataset, load_from_disk
     from huggingface_hub import constants
@@ -155,13 +155,13 @@ def _dataset(source: SourceConfig, path: Path, split: str) -> Any:
         return load_dataset(source.path, source.subset, split=split, revision=source.revision)
     if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         saved = load_from_disk(str(path))
-        # A folder that holds one data set and no names for its splits is one split, as a file is.
+        # A saved data set without named splits is one split, like a file.
         only = source.train_split or source.test_split
         splits: dict[Any, Any] = saved if isinstance(saved, DatasetDict) else {only: saved}
         if split not in splits:
             raise ValueError(
-                f"no such split, only {', '.join(splits)} (one set to null is left out)"
+                f"no such split, only {', '.join(splits)} (set it to null to leave it out)"
             )
         return splits[split]
-    # Streamed: the library's cache would know a file of the folder by its time stamp only.
+    # Streamed because the library's cache identifies the folder's files by time stamp only.
     return load_dataset(str(path.absolute()), source.subset, split=split, streaming=True)

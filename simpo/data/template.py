@@ -1,4 +1,4 @@
-"""A chat template: what it writes for a dialogue, and what must not stand in a message under it."""
+"""Renders dialogues with a chat template, and finds the control tokens of that template."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ NEEDED_TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "gemma_paper": ("<start_of_turn>", "<end_of_turn>"),
-    # Mistral's and Zephyr's turns begin with plain text, and end in the tokenizer's EOS.
+    # Turns of Mistral and Zephyr begin with plain text and end with the tokenizer's EOS.
     "mistral_paper": (),
     "zephyr": (),
 }
-"""Tokens that the templates shipped here are made of, by name."""
+"""Tokens that the tokenizer must have for each shipped template."""
 
 MARK = re.compile(r"\s*(<\|[^|<>\s]+\|>|<\w+_of_\w+>)")
-"""What is meant as one token by whoever writes it: `<|im_end|>`, `<end_of_turn>`."""
+"""Text that looks like a special token: `<|im_end|>`, `<end_of_turn>`."""
 
 MAX_WRITTEN = 1_000_000
-"""Characters that a template may write beside ten times those of the messages."""
+"""Characters that a template may write, in addition to ten times those of the messages."""
 
 
 class Template:
-    """A chat template, compiled, with the date that it writes.
+    """A compiled chat template with a fixed date.
 
     Attributes:
         sha256: hash of its text.
-        date: the day that it takes for today; None where it asks for no date.
+        date: the date it is given as today's; None if it does not ask for one.
         speaks_of_system: whether the original trainer would give it an empty system message.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, today: date) -> None:
         """
         Raises:
-            ConfigError: the tokenizer has no template, or one that is not written in Jinja.
+            ConfigError: the tokenizer has no template, or it is not valid Jinja.
         """
         text = _text(tokenizer)
         try:
             self._compiled = _compile_jinja_template(text)
-        except Exception as error:  # also Python's own, of the code that Jinja makes of it
+        except Exception as error:  # Jinja's errors, or Python's in the code that Jinja generates
             line = getattr(error, "lineno", None)
             raise ConfigError(
                 [
@@ -68,15 +68,15 @@ class Template:
             **tokenizer.special_tokens_map,
             "tools": None,
             "documents": None,
-            # transformers' own is of the moment at which a record is rendered.
+            # transformers' own function gives the time of rendering.
             "strftime_now": now.strftime,
         }
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """A dialogue as text, like `tokenizer.apply_chat_template`, but for today's date.
+        """Render a dialogue as `tokenizer.apply_chat_template` does, but with the fixed date.
 
         Raises:
-            RecordFault: the template refuses the messages, fails on them or finds no end.
+            RecordFault: the template refuses the messages, fails on them or does not end.
         """
         room = MAX_WRITTEN + 10 * sum(len(message["content"]) for message in messages)
         parts: list[str] = []
@@ -91,17 +91,17 @@ class Template:
                     raise RecordFault("the chat template writes text without an end")
         except RecordFault:
             raise
-        except Exception as error:  # a template is a program
+        except Exception as error:  # a template is a program and can raise anything
             if type(error) is TemplateError:  # what raise_exception raises
                 raise RecordFault(f"the chat template refuses it: {first_line(error)}") from error
             raise RecordFault(f"the chat template fails on it: {_with_line(error)}") from error
         return "".join(parts)
 
     def probe(self, question: str, answer: str) -> str:
-        """A question and its answer as text, after a system message where it must have one.
+        """Render a question and its answer, with a system message if the template requires one.
 
         Raises:
-            ConfigError: the template cannot write it, or leaves one of the two out.
+            ConfigError: the template fails, or leaves out one of the two.
         """
         dialogue = [
             {"role": "system", "content": "Be kind."},
@@ -132,11 +132,10 @@ class Template:
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> None:
-    """Give a tokenizer a template shipped here, by name, or that of a file.
+    """Give a tokenizer a shipped template, by name, or the template in a file.
 
     Raises:
-        ConfigError: the tokenizer lacks tokens that the template is made of, which would be read as
-            letters.
+        ConfigError: the tokenizer lacks a token of the template and would split it into letters.
     """
     tokenizer.chat_template = template_file(name_or_path).read_text(encoding="utf-8")
     needed = NEEDED_TOKENS.get(name_or_path)
@@ -156,13 +155,13 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> None:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, written: str) -> set[str]:
-    """Tokens that give a dialogue its shape: as text of a message they would forge a turn.
+    """Tokens that delimit turns; as text in a message they would forge a turn.
 
-    They are all special tokens, and of the other added ones those that the template writes around
-    messages. A pair like <think> and </think> is what replies are made of, and not among them.
+    These are all special tokens, and the other added tokens that the template writes around
+    messages. Paired tokens such as <think> and </think> are excluded: replies contain them.
 
     Args:
-        written: a dialogue as the template writes it.
+        written: a dialogue rendered by the template.
     """
     added = list(tokenizer.added_tokens_decoder.values())
     names = {token.content for token in added}
@@ -176,7 +175,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, written: str) -> set[str]
 
 
 def _text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's template, or the default one of several."""
+    """Text of the tokenizer's template, or of the default one if there are several."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         if "default" not in template:

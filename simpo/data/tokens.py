@@ -1,7 +1,7 @@
-"""Pairs in, their tokens out; what was tokenized before is read from the cache.
+"""Tokenizes pairs, or reads their tokens from the cache.
 
-An entry's name is a hash of all that decides the tokens: pairs, tokenizer, template, settings, the
-code that makes them and the libraries below it.
+The name of a cache entry is a hash of everything the tokens depend on: pairs, tokenizer, template,
+settings, the code of this folder and the versions of the libraries.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from simpo.run.cache import find_entry, keep_entry, sha256
 def tokenize_set(
     chat: Chat, pairs: list[Pair], config: DataConfig, cache_dir: Path
 ) -> TokenizedSet:
-    """Tokenize pairs, or read the result of the same pairs, template and settings from the cache.
+    """Tokenize pairs, or read the tokens from the cache.
 
-    A damaged cache entry is made anew; where the cache cannot be written there is none. Both are
-    said in the `notes` of the result.
+    A damaged cache entry is rebuilt, and a cache that cannot be written is not used; `notes` of the
+    result say so.
 
     Raises:
         DataError: a pair cannot be tokenized (with on_bad_record=stop), or none can.
@@ -70,7 +70,8 @@ def tokenize_set(
 def _collected(
     results: Sequence[Tokenized | RecordFault],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What `Chat.tokenize` gave, as arrays and as counts and faults: the content of an entry."""
+    """The content of a cache entry from the results of `Chat.tokenize`: arrays, and counts and
+    faults."""
     done = [item for item in results if not isinstance(item, RecordFault)]
     tokens = [
         ids

@@ -385,7 +385,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     (
         "loss=sft loss.sft_weight=2",
-        ["loss.sft_weight: is all of the loss, got 2.0 (leave it at 1)"],
+        ["loss.sft_weight: must be 1 with loss=sft, got 2.0 (leave it out)"],
     ),
     (
         "loss=dpo loss.gamma_beta_ratio=1",

@@ -1,14 +1,14 @@
-"""What a loss is: settings, a formula in words and a pure function, in one class.
+"""Defines the base class of all losses, and the log-probabilities they are computed from.
 
-`LossConfig` is the base of all. The losses of simpo are in the files of this folder, found by
-their classes: your own goes beside them, or stays outside (docs/extending.md). Letters, of the
-chosen (w) and the rejected (l) response:
+A loss is one class with its settings, its formula as text and a pure function. The losses of simpo
+are in the files of this folder and are found by their class; put your own loss beside them or in a
+module outside (docs/extending.md). Letters, of the chosen (w) and the rejected (l) response:
 
     s  summed token log-probabilities         n  tokens
-    l  their mean, s / n                      h  s - that of the model before the first step
+    l  their mean, s / n                      h  s minus s of the model before the first step
 
-`simpo.loop.step` adds `loss.sft_weight` * NLL of the chosen to any loss. Nothing here imports torch
-before it computes, so that a mistake in the settings is answered in well under a second.
+`simpo.loop.step` adds `loss.sft_weight` * NLL of the chosen responses to any loss. This folder
+imports torch only when it computes, so that wrong settings are reported in under a second.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ REFERENCE = "of the policy over the model it starts from"
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Log-probabilities of both responses of each pair of a row: what a loss is computed from.
+    """Log-probabilities of both responses of each pair of a row, the input of a loss.
 
     Attributes:
         chosen, rejected: float32 [P], summed over the scored tokens of the response.
-        chosen_tokens, rejected_tokens: int64 [P], how many that were; 0 where there is no response.
-        reference: float32 [2P], the sums under the reference, chosen and rejected in turn; only
-            where the loss needs one.
+        chosen_tokens, rejected_tokens: int64 [P], number of scored tokens; 0 without a response.
+        reference: float32 [2P], the sums under the reference model, chosen and rejected
+            alternating; None if the loss needs no reference.
     """
 
     chosen: Tensor
@@ -52,25 +52,24 @@ class PairLogps:
 
     @property
     def average_rejected(self) -> Tensor:
-        """Mean token log-probability of the rejected responses, float32 [P]; 0 of none."""
+        """Mean token log-probability of the rejected responses, float32 [P]; 0 without one."""
         return self.rejected / self.rejected_tokens.clamp(min=1)
 
     def log_ratios(self) -> tuple[Tensor, Tensor]:
-        """Policy over reference, summed over tokens, of both responses, float32 [P] each."""
+        """Log-ratios of policy to reference for chosen and rejected, summed over tokens, float32
+        [P] each."""
         assert self.reference is not None, "scored without a reference"
         return self.chosen - self.reference[0::2], self.rejected - self.reference[1::2]
 
     def average_log_ratios(self) -> tuple[Tensor, Tensor]:
-        """Policy over reference, mean of tokens, of both responses, float32 [P] each."""
+        """Log-ratios of policy to reference for chosen and rejected, averaged over tokens, float32
+        [P] each."""
         chosen, rejected = self.log_ratios()
         return chosen / self.chosen_tokens, rejected / self.rejected_tokens
 
 
 class Preference(NamedTuple):
-    """What a loss makes of pairs, float32 [P] each.
-
-    `chosen` and `rejected` are the rewards that it compares, `losses` the loss of each pair.
-    """
+    """The loss of each pair and the rewards that it compares, float32 [P] each."""
 
     losses: Tensor
     chosen: Tensor
@@ -79,17 +78,17 @@ class Preference(NamedTuple):
 
 @dataclass(kw_only=True)
 class LossConfig(ABC):
-    """What every loss takes."""
+    """Settings and methods of every loss."""
 
     needs_rejected: ClassVar[bool] = True
-    """Whether the rejected responses are looked at; without, data may lack them."""
+    """Whether the loss uses the rejected responses; if not, the data may lack them."""
     needs_reference: ClassVar[bool] = False
-    """Whether log-probs under the model before the first step are."""
+    """Whether the loss uses log-probs under the model before the first step."""
     above_zero: ClassVar[tuple[str, ...]] = ()
     from_zero: ClassVar[tuple[str, ...]] = ()
-    """Settings that must be above 0, and those that may be 0 too."""
+    """Settings that must be above 0, and settings that must be 0 or more."""
     hints: ClassVar[dict[str, str]] = {}
-    """What is added to the message about a setting."""
+    """Text appended to the message about a wrong setting, by name."""
 
     name: str = MISSING
     """Name of the loss; set by the group (loss=sigmoid, loss=orpo)."""
@@ -100,11 +99,11 @@ class LossConfig(ABC):
 
     @abstractmethod
     def preference(self, logps: PairLogps) -> Preference:
-        """Loss and rewards of each pair; the sft term is not in it."""
+        """Loss and rewards of each pair, without the SFT term."""
 
     @abstractmethod
     def terms(self) -> tuple[str, str]:
-        """The preference loss of a pair as text, with its numbers, and what its letters mean."""
+        """The preference loss of a pair as text, with its settings filled in, and its legend."""
 
     def formula(self) -> str:
         """The composed loss as one line of text."""
@@ -113,6 +112,7 @@ class LossConfig(ABC):
         return f"loss = {' + '.join(filter(None, (preference, nll))) or '0'},  {meaning}"
 
     def problems(self) -> Iterator[str]:
+        """Yield a line for each wrong setting: its name and what it must be."""
         for key in self.above_zero:
             if getattr(self, key) <= 0:
                 yield f"{key}: must be above 0, got {getattr(self, key)}{self.hints.get(key, '')}"
@@ -122,12 +122,12 @@ class LossConfig(ABC):
 
 
 def pair_losses(loss: LossConfig, logps: PairLogps) -> Tensor:
-    """Preference loss of each pair, float32 [P]; the sft term is not in it."""
+    """Preference loss of each pair, float32 [P], without the SFT term."""
     return loss.preference(logps).losses
 
 
 def log_sigmoid(z: Tensor) -> Tensor:
-    """log(1 / (1 + exp(-z))), exact for large z of either sign."""
+    """log(1 / (1 + exp(-z))), numerically stable for large z of either sign."""
     from torch.nn.functional import logsigmoid
 
     return logsigmoid(z)

@@ -1,4 +1,4 @@
-"""SimPO in both of its forms, and later variants of it."""
+"""SimPO with its sigmoid and its hinge loss, and later variants of SimPO."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class SimpoConfig(LossConfig):
-    """SimPO on average log-probabilities; what both forms of it take."""
+    """Settings shared by the sigmoid and the hinge form of SimPO."""
 
     above_zero: ClassVar[tuple[str, ...]] = ("beta",)
     from_zero: ClassVar[tuple[str, ...]] = ("gamma_beta_ratio",)
@@ -29,7 +29,7 @@ class SimpoConfig(LossConfig):
     long responses (the paper's ablation, Table 5)."""
 
     def margin(self, logps: PairLogps) -> tuple[Tensor, Tensor, Tensor]:
-        """Rewards of both responses, and z: their difference less gamma."""
+        """Rewards of chosen and rejected, and z = their difference - gamma, float32 [P] each."""
         if self.length_normalized:
             chosen, rejected = self.beta * logps.average_chosen, self.beta * logps.average_rejected
         else:
@@ -37,7 +37,7 @@ class SimpoConfig(LossConfig):
         return chosen, rejected, chosen - rejected - self.beta * self.gamma_beta_ratio
 
     def margin_terms(self) -> tuple[str, str]:
-        """z as text, and what its letters mean."""
+        """z as text, and its legend."""
         letter, meaning = ("l", AVERAGE) if self.length_normalized else ("s", SUM)
         gamma = self.beta * self.gamma_beta_ratio
         return f"{self.beta:g}*({letter}_w - {letter}_l) - {gamma:g}", meaning
@@ -48,7 +48,7 @@ class SigmoidConfig(SimpoConfig):
     """SimPO (https://arxiv.org/abs/2405.14734, eq. 4 and 6): -log sigmoid(z),
     z = beta * (l_w - l_l) - gamma, gamma = beta * gamma_beta_ratio.
 
-    Label smoothing e assumes that a share e of the pairs is labelled the wrong way round:
+    With label smoothing e, which assumes that a share e of the pairs has swapped labels:
     -(1 - e) log sigmoid(z) - e log sigmoid(-z) (https://ericmitchell.ai/cdpo.pdf).
     """
 
@@ -95,7 +95,7 @@ class AlphaPoConfig(LossConfig):
     """AlphaPO (https://arxiv.org/abs/2501.03884): -log sigmoid(r_w - r_l - gamma) with
     r = beta * (1 - p^-alpha) / alpha, p = exp(l); for alpha = 0 its limit, SimPO.
 
-    In logarithms throughout: p itself is 0 in float32 from l = -104 on.
+    Computed from l, since p underflows to 0 in float32 below l = -104.
     """
 
     above_zero: ClassVar[tuple[str, ...]] = ("beta",)
@@ -107,7 +107,7 @@ class AlphaPoConfig(LossConfig):
     gamma_beta_ratio: float = 0.1
     """Target margin over beta: gamma = beta * gamma_beta_ratio."""
     alpha: float = 0.25
-    """Bend of the reward: 0 is SimPO's logarithm, -1 the probability, above 0 steeper for rare
+    """Shape of the reward: 0 is SimPO's logarithm, -1 the probability, above 0 steeper for rare
     responses."""
 
     def preference(self, logps: PairLogps) -> Preference:
@@ -127,8 +127,8 @@ class AlphaPoConfig(LossConfig):
 
 @dataclass(kw_only=True)
 class RepoConfig(LossConfig):
-    """RePO (https://arxiv.org/abs/2503.07426): max(0, margin - (l_w - l_l)), the limit of SimPO for
-    a large beta.
+    """RePO (https://arxiv.org/abs/2503.07426): max(0, margin - (l_w - l_l)), SimPO's limit for
+    large beta.
     """
 
     from_zero: ClassVar[tuple[str, ...]] = ("margin",)
@@ -147,8 +147,8 @@ class RepoConfig(LossConfig):
 
 @dataclass(kw_only=True)
 class SimperConfig(LossConfig):
-    """SimPER (https://arxiv.org/abs/2502.00883): exp(l_l) - exp(l_w), the inverse perplexities of
-    the responses. It has nothing to tune.
+    """SimPER (https://arxiv.org/abs/2502.00883): exp(l_l) - exp(l_w), the difference of the inverse
+    perplexities of both responses. It has no hyperparameter.
     """
 
     name: str = "simper"

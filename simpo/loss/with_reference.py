@@ -1,4 +1,4 @@
-"""Losses that compare with a reference: the model before the first step."""
+"""Losses with a reference model, which is the model before the first step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DpoConfig(LossConfig):
 
 @dataclass(kw_only=True)
 class LnDpoConfig(DpoConfig):
-    """DPO on means (https://arxiv.org/abs/2411.15124, Tulu 3; `sigmoid_norm` of TRL):
+    """Length-normalised DPO (https://arxiv.org/abs/2411.15124, Tulu 3; `sigmoid_norm` of TRL):
     -log sigmoid(beta * (h_w / n_w - h_l / n_l)).
     """
 
@@ -50,15 +50,15 @@ class LnDpoConfig(DpoConfig):
 @dataclass(kw_only=True)
 class RDpoConfig(DpoConfig):
     """R-DPO (https://arxiv.org/abs/2403.19159; written as in Table 3 of the SimPO paper):
-    -log sigmoid(beta * (h_w - h_l) + alpha * (n_w - n_l)). A chosen response that is longer has
-    that much of its margin for nothing, and is pushed less.
+    -log sigmoid(beta * (h_w - h_l) + alpha * (n_w - n_l)). A longer chosen response gets a margin
+    for its length, so it is reinforced less.
     """
 
     from_zero: ClassVar[tuple[str, ...]] = ("alpha",)
 
     name: str = "r_dpo"
     alpha: float = 0.05
-    """Price of a response token (the SimPO paper searches 0.05 to 1)."""
+    """Margin per response token (the SimPO paper searches 0.05 to 1)."""
 
     def preference(self, logps: PairLogps) -> Preference:
         chosen, rejected = logps.log_ratios()
@@ -75,7 +75,7 @@ class RDpoConfig(DpoConfig):
 class IpoConfig(LossConfig):
     """IPO (https://arxiv.org/abs/2310.12036, eq. 17): (h_w / n_w - h_l / n_l - 1 / (2 tau))^2.
 
-    On means, as its authors ran it (so TRL, which asked them).
+    Averaged over tokens, as the authors ran it (according to TRL, which asked them).
     """
 
     needs_reference: ClassVar[bool] = True
@@ -83,7 +83,7 @@ class IpoConfig(LossConfig):
 
     name: str = "ipo"
     tau: float = 0.1
-    """The margin aimed at is 1 / (2 * tau) nats (the SimPO paper searches 0.01 to 1)."""
+    """Sets the target margin, 1 / (2 * tau) nats (the SimPO paper searches 0.01 to 1)."""
 
     def preference(self, logps: PairLogps) -> Preference:
         chosen, rejected = logps.average_log_ratios()

@@ -1,4 +1,4 @@
-"""Other losses that need no reference model, and supervised fine-tuning."""
+"""Other losses without a reference model, and supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class OrpoConfig(LossConfig):
-    """ORPO (https://arxiv.org/abs/2403.07691, eq. 6 and 7): lambda times -log sigmoid of the log
-    odds ratio, log odds = log(p / (1 - p)), p = exp(l). The paper adds the NLL of the chosen.
+    """ORPO (https://arxiv.org/abs/2403.07691, eq. 6 and 7): -lambda * log sigmoid(log odds ratio),
+    log odds = log(p / (1 - p)), p = exp(l). The paper adds the NLL of the chosen response.
     """
 
     above_zero: ClassVar[tuple[str, ...]] = ("odds_weight",)
@@ -33,7 +33,7 @@ class OrpoConfig(LossConfig):
     def _log_odds(self, average: Tensor) -> Tensor:
         from torch import finfo
 
-        # A response that is certain has no odds; the gradient would be 0 * infinity.
+        # At p = 1 the odds are infinite and the gradient would be 0 * infinity.
         average = average.clamp(max=-finfo(average.dtype).eps)
         return average - (-average.expm1()).log()
 
@@ -45,7 +45,7 @@ class OrpoConfig(LossConfig):
 @dataclass(kw_only=True)
 class CpoConfig(LossConfig):
     """CPO (https://arxiv.org/abs/2401.08417): -log sigmoid(beta * (s_w - s_l)). The paper adds the
-    NLL of the chosen.
+    NLL of the chosen response.
     """
 
     above_zero: ClassVar[tuple[str, ...]] = ("beta",)
@@ -67,7 +67,7 @@ class CpoConfig(LossConfig):
 @dataclass(kw_only=True)
 class SlicConfig(LossConfig):
     """SLiC-HF (https://arxiv.org/abs/2305.10425, eq. 1): max(0, delta - (s_w - s_l)). The paper
-    adds lambda times the NLL of a target, here the chosen.
+    adds lambda times the NLL of a target, here the chosen response.
     """
 
     from_zero: ClassVar[tuple[str, ...]] = ("delta",)
@@ -89,7 +89,7 @@ class SlicConfig(LossConfig):
 @dataclass(kw_only=True)
 class RrhfConfig(LossConfig):
     """RRHF (https://arxiv.org/abs/2304.05302, eq. 2 and 3, two responses): max(0, l_l - l_w). The
-    paper adds the NLL of the chosen.
+    paper adds the NLL of the chosen response.
     """
 
     name: str = "rrhf"
@@ -106,7 +106,7 @@ class RrhfConfig(LossConfig):
 
 @dataclass(kw_only=True)
 class IpoFreeConfig(LossConfig):
-    """IPO without its reference (https://arxiv.org/abs/2310.12036, eq. 17):
+    """IPO without a reference model (https://arxiv.org/abs/2310.12036, eq. 17):
     (l_w - l_l - 1 / (2 tau))^2.
     """
 
@@ -114,7 +114,7 @@ class IpoFreeConfig(LossConfig):
 
     name: str = "ipo_free"
     tau: float = 0.5
-    """The margin aimed at is 1 / (2 * tau) nats."""
+    """Sets the target margin, 1 / (2 * tau) nats."""
 
     def preference(self, logps: PairLogps) -> Preference:
         chosen, rejected = logps.average_chosen, logps.average_rejected
@@ -126,15 +126,15 @@ class IpoFreeConfig(LossConfig):
 
 @dataclass(kw_only=True)
 class SftConfig(LossConfig):
-    """NLL of the chosen responses: supervised fine-tuning, the stage before preferences. The sft
-    term is all of it; rewards are the mean log-probabilities.
+    """Supervised fine-tuning on the chosen responses. The loss is the SFT term alone; rewards are
+    the mean log-probabilities.
     """
 
     needs_rejected: ClassVar[bool] = False
 
     name: str = "sft"
     sft_weight: float = 1.0
-    """Weight of the chosen responses' mean token NLL, here all of the loss."""
+    """Weight of the chosen responses' mean token NLL, which is the whole loss here."""
 
     def preference(self, logps: PairLogps) -> Preference:
         zeros = logps.chosen.new_zeros(logps.chosen.shape)
@@ -145,4 +145,4 @@ class SftConfig(LossConfig):
 
     def problems(self) -> Iterator[str]:
         if self.sft_weight != 1:
-            yield f"sft_weight: is all of the loss, got {self.sft_weight} (leave it at 1)"
+            yield f"sft_weight: must be 1 with loss=sft, got {self.sft_weight} (leave it out)"

@@ -338,7 +338,8 @@ def test_a_slow_rank_0(settings: list[str], tmp_path: Path) -> None:
     short = [*settings, *TWO, "backend.timeout_s=2", "train.max_steps=2", "train.eval_every=0"]
     message = run([*short, f"model.chat_template={slow}", f"run_dir={tmp_path / 'run'}"])
     assert (
-        "wait   the other processes go on when rank 0 has read and tokenised the data\n" in message
+        "wait   the other processes continue once rank 0 has read and tokenised the data\n"
+        in message
     )
 
 

@@ -1,8 +1,8 @@
-"""One process of a run: its device, its precision, and what it does together with the others.
+"""Runs one process: its device, precision, collective operations, update and checkpoints.
 
-All processes of a run take the same steps at the same time. A loss is a sum over pairs divided by
-a number that counts the pairs of all processes, so gradients are to be summed; the frameworks take
-their mean, and `backward` undoes that.
+All processes of a run take the same steps at the same time. The loss is a sum over this process's
+pairs divided by the number of pairs of all processes, so gradients must be summed over processes.
+The frameworks average them; `backward` multiplies by the number of processes to undo that.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from simpo.model.policy import Policy
 from simpo.run.processes import LISTEN_VARIABLE, a_rank_has_failed
 
 JOIN_S = 1800
-"""How long a process waits for the others to come up: imports and slow disks take their time."""
+"""How long a process waits for the others to start; imports from slow disks take long."""
 LONGEST_WAIT_S = 24 * 3600
 """How long one process may tokenise, evaluate or write its part of a checkpoint while the others
-wait. One that does not even run is found sooner, by the process that started it."""
+wait. The process that started the ranks notices sooner if one hangs or dies."""
 NOTICE_AFTER_S = 30.0
 PAUSE_S = 0.2
 
@@ -49,15 +49,15 @@ T = TypeVar("T")
 
 
 class Backend:
-    """One process that holds the whole policy, alone or with others (backend=single, ddp).
+    """One process that holds the whole policy (backend=single, ddp).
 
     Attributes:
-        device: where rows and weights live.
-        bf16: the forward computes in bf16, else in fp32.
-        rank, processes: which process of how many this is; rank 0 is the only one that writes
-            anything but its part of a checkpoint.
-        weight_shards, state_shards: in how many parts weights, and gradients with optimizer state,
-            are held.
+        device: device of rows and weights.
+        bf16: whether the forward computes in bf16; otherwise in fp32.
+        rank, processes: this process's rank and the number of processes. Only rank 0 writes files,
+            except for the other ranks' parts of a checkpoint.
+        weight_shards: number of processes that the weights are sharded over.
+        state_shards: number of processes that gradients and optimizer state are sharded over.
         checkpoint_format: checkpoints of another format cannot be read.
     """
 
@@ -66,14 +66,15 @@ class Backend:
     def __init__(
         self, config: BackendConfig, precision: Precision, max_grad_norm: float = 0.0
     ) -> None:
-        """Join the other processes, as the environment says where they are.
+        """Join the other processes, which are found by the environment variables of torchrun.
 
         Args:
-            max_grad_norm: gradients are scaled down to it; 0 leaves them.
+            precision: of the forward; auto is bf16 if the device is fast in bf16, else fp32.
+            max_grad_norm: gradients are clipped to this norm; 0 does not clip.
 
         Raises:
-            ConfigError: there is no such device here, or another number of processes runs than was
-                asked for.
+            ConfigError: the device is not there, or the number of running processes is not the
+                number asked for.
         """
         cuda = torch.cuda.is_available()
         if config.device is Device.cuda and not cuda:
@@ -88,7 +89,7 @@ class Backend:
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if not isinstance(config, DistributedConfig) and started != 1:
             raise ConfigError([f"backend: single runs in 1 process, got {started} (backend=ddp)"])
-        # accelerate's state is global: the next member of a sweep may ask for another precision.
+        # accelerate's state is global, and the next run of a sweep may use another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
         many = isinstance(config, DistributedConfig) and "RANK" in os.environ
         self._store = self._join(config) if many else None
@@ -96,7 +97,7 @@ class Backend:
         self._notice_after_s = min(NOTICE_AFTER_S, getattr(config, "timeout_s", NOTICE_AFTER_S))
         self._accelerator = self._start(config)
         self.rank, self.processes = self._accelerator.process_index, self._accelerator.num_processes
-        # accelerate runs alone, without a word, where it does not understand how it was started.
+        # accelerate silently runs as one process if it does not recognise the launcher.
         here = int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
         wanted = getattr(config, "processes", None) or here
         if self.processes != started or here != wanted:
@@ -113,11 +114,11 @@ class Backend:
         self._group: dist.ProcessGroup | None = None
 
     def _join(self, config: BackendConfig) -> dist.Store:
-        """Meet the other processes at the store that rank 0 or torchrun keeps."""
+        """Connect to the store of rank 0 or torchrun, and initialise the process group."""
         patience = timedelta(seconds=JOIN_S)
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if listener := os.environ.get(LISTEN_VARIABLE):
-            # A server of torch's own making would listen to all networks.
+            # A listener created by torch would be bound to all network interfaces.
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store: dist.Store = dist.TCPStore(
                 host, port, count, is_master=True, timeout=patience, master_listen_fd=int(listener)
@@ -157,7 +158,7 @@ class Backend:
         many = "" if self._name == "single" else f" ({self._name}, {self.processes} processes)"
         return f"{'bf16' if self.bf16 else 'fp32'} on {self.processes} {name}{many}"
 
-    # What processes do together.
+    # Collective operations.
 
     @property
     def is_main(self) -> bool:
@@ -176,7 +177,7 @@ class Backend:
         return bool(self.sum(torch.tensor(int(flag))))
 
     def gather(self, values: list[T]) -> list[T]:
-        """The lists of all processes, one behind the other, whenever the last has its own."""
+        """The lists of all processes, concatenated by rank; waits for the slowest process."""
         if self.processes == 1:
             return values
         self.wait()
@@ -185,7 +186,7 @@ class Backend:
         return [value for part in parts for value in part]
 
     def broadcast(self, value: T) -> T:
-        """The value that rank 0 has, whenever it has it."""
+        """Rank 0's value, in all processes; waits for rank 0."""
         if self.processes == 1:
             return value
         self.wait()
@@ -194,23 +195,24 @@ class Backend:
         return box[0]
 
     def wait(self) -> None:
-        """Return when all processes have come here, which may take any of them `LONGEST_WAIT_S`.
+        """Wait until all processes have called this, for at most `LONGEST_WAIT_S`.
 
-        What is summed in every step does not wait so long.
+        The collective operations of a step use the shorter `backend.timeout_s`.
 
         Raises:
-            LostError: one did not come.
+            LostError: a process has failed or did not arrive in time.
         """
         self._wait_for_arrivals(self.processes)
 
     @contextmanager
     def main_first(self, what: str) -> Iterator[None]:
-        """Rank 0 does the block before the others, which then find its results in a cache.
+        """Run the block on rank 0 first, then on the others, which find rank 0's results cached.
 
         Args:
-            what: what rank 0 does, for the notice that the others print when they wait for long.
+            what: what rank 0 does, as a past participle ("read the data"), for the notice that it
+                prints when it takes long.
         """
-        line = f"wait   the other processes go on when rank 0 has {what}"
+        line = f"wait   the other processes continue once rank 0 has {what}"
         notice = threading.Timer(self._notice_after_s, print, [line], {"file": sys.stderr})
         notice.daemon = True
         if not self.is_main:
@@ -225,15 +227,22 @@ class Backend:
             self._wait_for_arrivals(0)
 
     def close(self) -> None:
-        """Leave when all are ready to; rank 0, which may keep their store, as the last."""
+        """Destroy the process group once all processes call this; rank 0, which may host the store,
+        leaves last."""
         self.wait()
         self._wait_for_arrivals(self.processes - 1 if self.is_main else 0, arrives=not self.is_main)
         self._accelerator.end_training()
 
     def _wait_for_arrivals(self, count: int, arrives: bool = True) -> None:
-        """Return when so many processes have come to this call of it.
+        """Wait until `count` processes have arrived at this call of the function.
 
-        Not a collective operation, which fails when somebody is late.
+        This polls the store, since a collective operation would time out.
+
+        Args:
+            arrives: whether this process counts as one that has arrived.
+
+        Raises:
+            LostError: a process has failed, or `LONGEST_WAIT_S` have passed.
         """
         if self._store is None:
             return
@@ -255,30 +264,30 @@ class Backend:
     # The policy.
 
     def prepare(self, policy: Policy, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """Wrap the policy's forward and the optimizer.
+        """Wrap the policy and the optimizer for this backend.
 
         Returns:
-            What is to be called in place of the policy, and the optimizer. The policy itself stays
-            good for its names, settings and replies.
+            The module to call in place of the policy, and the optimizer. The policy itself is still
+            used for names, settings and generation.
         """
-        self.wait()  # for whoever loads the policy from a slower disk
+        self.wait()  # a process may have loaded the policy from a slower disk
         wrapped, optimizer = self._accelerator.prepare(policy, optimizer)
         return wrapped, optimizer
 
     def micro_batch(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Context of a forward and its `backward`; `last` says that a `step` follows."""
+        """Context for a forward and its `backward`; `last` if a `step` follows directly."""
         no_sync = getattr(wrapped, "no_sync", None)
         return nullcontext() if last or no_sync is None else no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        """Add this process's part of the gradients to those already there."""
+        """Accumulate the gradients of this process's part of the loss."""
         self._accelerator.backward(loss * self.processes)
 
     def step(self, wrapped: nn.Module, optimizer: Optimizer) -> float:
-        """Clip the gradients, update the weights and drop the gradients.
+        """Clip the gradients, update the weights and zero the gradients.
 
         Returns:
-            The norm of all gradients before clipping. If it is not finite, nothing was updated.
+            The norm of all gradients before clipping. If it is not finite, no weight is updated.
         """
         norm: Any = self._accelerator.clip_grad_norm_(
             wrapped.parameters(), self._max_grad_norm or float("inf")
@@ -290,13 +299,13 @@ class Backend:
         return norm
 
     def unsharded(self, policy: Policy) -> AbstractContextManager[Any]:
-        """Context in which the policy's own model can generate text."""
+        """Context in which the policy's weights are gathered for generation."""
         return nullcontext()
 
     def full_weights(self, wrapped: nn.Module, policy: Policy) -> dict[str, Tensor] | None:
-        """Weights by their names in the policy's model, whole, where rank 0 must save them.
+        """Gathered weights to save on rank 0, by their names in the policy's model.
 
-        None where the policy itself holds them whole.
+        None if the policy itself holds its whole weights.
         """
         return None
 
@@ -305,17 +314,17 @@ class Backend:
     def save_state(
         self, folder: Path, wrapped: nn.Module, optimizer: Optimizer, background: bool = False
     ) -> Future[Any] | None:
-        """Write trained weights and optimizer state, each process its part.
+        """Write trained weights and optimizer state; each process writes its part.
 
         Args:
-            folder: exists and is empty.
-            background: only copy them now, and write meanwhile.
+            folder: an empty folder.
+            background: copy the state now and write it in a background thread.
 
         Returns:
-            What is done when all is written, with `background`.
+            With `background`, a future that is done when everything is written.
 
         Raises:
-            OSError, CheckpointException: it could not be written.
+            OSError, CheckpointException: the state could not be written.
         """
         state = self._state(wrapped, optimizer)
         if background:
@@ -328,9 +337,13 @@ class Backend:
     def load_state(
         self, folder: Path, wrapped: nn.Module, optimizer: Optimizer, processes: int
     ) -> None:
-        """Put in place what `save_state` wrote in so many processes."""
+        """Load the weights and optimizer state that `save_state` wrote.
+
+        Args:
+            processes: number of processes that wrote them.
+        """
         state = self._state(wrapped, optimizer)
-        # Weights are filled where they are.
+        # This fills the weights in place.
         dcp.load(state, checkpoint_id=folder, **self._checkpoint_group())
         set_optimizer_state_dict(
             wrapped, _unwrapped(optimizer), optim_state_dict=state["optimizer"]
@@ -348,7 +361,7 @@ class Backend:
         }
 
     def _checkpoint_group(self) -> dict[str, Any]:
-        """How processes talk about a checkpoint: a save in the background must not meet a step."""
+        """Process group of checkpoints, its own so that background saves and steps do not mix."""
         if not dist.is_initialized():
             return {"no_dist": True}
         if self._group is None:
@@ -357,7 +370,7 @@ class Backend:
 
 
 def not_written(error: BaseException) -> bool:
-    """Whether torch means that it could not write a file, which it says in terms of its own."""
+    """Whether an error of torch's file writer says that a file could not be written."""
     terms = ("PytorchStreamWriter", "inline_container", "iostream error")
     return any(term in str(error) for term in terms)
 
@@ -368,5 +381,5 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """Without instructions of its own for bf16 a CPU would emulate it, slower than fp32."""
+    """Whether the CPU has bf16 instructions; without them bf16 is emulated, slower than fp32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state in shards: torch's FSDP2 through accelerate."""
+"""Shards weights, gradients and optimizer state with torch's FSDP2 through accelerate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from simpo.model.policy import Policy
 
 
 class FsdpBackend(Backend):
-    """One process that holds a share of every layer, and gathers a layer to compute it."""
+    """One process that holds a shard of every layer and gathers a layer to compute it."""
 
     def __init__(
         self, config: FsdpConfig, precision: Precision, max_grad_norm: float = 0.0
@@ -51,8 +51,8 @@ class FsdpBackend(Backend):
         )
         group = InitProcessGroupKwargs(backend=self._communication())
         if not self.on_gpu:
-            # On CPUs accelerate would run DDP in FSDP's place and not say so. Told that these are
-            # accelerators, it runs the same code as on GPUs.
+            # On CPUs accelerate would silently run DDP instead of FSDP. Told that these are GPUs,
+            # it runs the same code as there.
             PartialState(cpu=True, backend=group.backend)
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         return Accelerator(
@@ -62,7 +62,7 @@ class FsdpBackend(Backend):
         )
 
     def _communication(self) -> str:
-        # Gradients in host memory are summed there.
+        # With cpu_offload gradients are reduced in host memory, which needs gloo.
         return "cuda:nccl,cpu:gloo" if self.on_gpu else super()._communication()
 
     def prepare(self, policy: Policy, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
@@ -73,13 +73,13 @@ class FsdpBackend(Backend):
         return wrapped, optimizer
 
     def micro_batch(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        # Reduced after every row: what waits for a later one would be a whole gradient, unsharded.
+        # Gradients are reduced after every row; without that each would be held unsharded.
         return nullcontext()
 
     @contextmanager
     def unsharded(self, policy: Policy) -> Iterator[None]:
         assert isinstance(policy, FSDPModule)
-        # Generation calls the model below the policy, which holds the embeddings and the head.
+        # Generation calls the model directly; embeddings and head are sharded with the policy.
         policy.unshard()
         yield
         policy.reshard()
@@ -96,8 +96,8 @@ class FsdpBackend(Backend):
 
 
 def _reshard(wrapped: nn.Module) -> None:
-    """Put every layer back into shards: a forward without a backward leaves some of them whole, and
-    the optimizer knows the shards alone.
+    """Reshard every layer: a forward without a backward leaves some of them gathered, but the
+    optimizer's parameters are the shards.
     """
     for module in wrapped.modules():
         if isinstance(module, FSDPModule):

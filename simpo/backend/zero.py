@@ -1,4 +1,4 @@
-"""Optimizer state, gradients and, in stage 3, weights in shards: DeepSpeed through accelerate."""
+"""Shards optimizer state, gradients and, in stage 3, weights with DeepSpeed through accelerate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from simpo.model.policy import Policy
 
 
 class ZeroBackend(Backend):
-    """One process that holds a share of the optimizer, and in stage 3 of every weight."""
+    """One process that holds a shard of the optimizer state, and in stage 3 of every weight."""
 
     def __init__(
         self, config: ZeroConfig, precision: Precision, max_grad_norm: float = 0.0
@@ -37,22 +37,22 @@ class ZeroBackend(Backend):
 
     def _start(self, config: BackendConfig) -> Accelerator:
         if not self.on_gpu:
-            # Left to look for itself, it warns that it found no GPU.
+            # Otherwise it warns that it found no GPU.
             os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
         assert isinstance(config, ZeroConfig)
         if not self.on_gpu:
-            # Compiled at the first start for two minutes; gloo gives the same numbers.
+            # Compiling it takes two minutes at the first start; gloo gives the same numbers.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         plugin = DeepSpeedPlugin(hf_ds_config=self._settings(config), zero3_init_flag=False)
         accelerator = Accelerator(
             deepspeed_plugin=plugin,
-            # Without the name of the communication each process would believe itself alone.
+            # Without an explicit communication backend each process would run alone.
             kwargs_handlers=[InitProcessGroupKwargs(backend=self._communication())],
             mixed_precision=self._precision(),
         )
-        # With this transformers would load shards, of which nobody could check anything.
+        # With this set transformers would load sharded weights, which could not be checked.
         plugin.dschf = None
         return accelerator
 
@@ -73,7 +73,7 @@ class ZeroBackend(Backend):
             }
         short = {"float32": "fp32", "bfloat16": "bf16"}
         return {
-            # A step has as many rows as it needs; each comes with whether it is the last.
+            # The number of rows differs from step to step; `micro_batch` marks the last one.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self._max_grad_norm,
@@ -100,7 +100,7 @@ class ZeroBackend(Backend):
 
     def step(self, wrapped: nn.Module, optimizer: Optimizer) -> float:
         self._engine.step()
-        # A norm that is no number makes DeepSpeed leave the update out.
+        # DeepSpeed skips the update if the norm is not finite.
         if self._engine.optimizer.overflow:
             return float("nan")
         return float(self._engine.get_global_grad_norm())
@@ -130,7 +130,7 @@ class ZeroBackend(Backend):
         if processes == self.processes:
             self._load(folder)
             return
-        # DeepSpeed reads the shards of another number of processes only in its universal form.
+        # DeepSpeed reads shards of another number of processes in its universal format only.
         whole = folder.parent.with_name(f".{folder.parent.name}-universal")
         if self.is_main:
             _convert(folder / "state", whole / "state")
@@ -139,8 +139,8 @@ class ZeroBackend(Backend):
         self._engine._config.load_universal_checkpoint = True
         self._load(whole)
         self._engine._config.load_universal_checkpoint = False
-        # Of this form stage 3 gives all groups the settings of the first, and all parts of the
-        # optimizer one and the same count of steps, which each of them then raises.
+        # From this format stage 3 loads the first group's settings into all groups, and one shared
+        # step counter into all parameters, each of which would increment it.
         for group, decay in zip(optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
         for state in self._engine.optimizer.optimizer.state.values():
@@ -156,7 +156,7 @@ class ZeroBackend(Backend):
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Leave frozen weights as they are: quantised ones cannot be loaded twice."""
+    """Load trained weights only: quantised ones, which are frozen, cannot be loaded twice."""
     trained = {name for name, p in dst.named_parameters() if p.requires_grad}
     dst.load_state_dict({n: t for n, t in src.items() if n in trained}, strict=False)
 

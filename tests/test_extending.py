@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from forked import Forked
 from hydra.core.config_store import ConfigStore
 from transformers import AutoModelForCausalLM
-from whole_runs import finish, metrics_of, run, start
 
 from simpo.config.check import GROUPS, load_run, run_yaml, settings
 from simpo.config.compose import compose_run
@@ -24,6 +22,8 @@ from simpo.config.errors import ConfigError, DataError
 from simpo.config.losses import LOSSES
 from simpo.data.loader import read_mixture
 from simpo.data.mixture import Mixture
+from tests.support.forked import Forked
+from tests.support.whole_runs import finish, metrics_of, run, start
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 SECTIONS = re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
@@ -125,7 +125,7 @@ def test_a_sweep_over_keys_of_a_loss(here: Path, tiny_run: list[str]) -> None:
     (words,) = SWEEPS
     execute(words, tiny_run)
     runs = [load_run(path.with_name("run.yaml")) for path in here.rglob("outputs/**/results.json")]
-    assert sorted(run.loss.power for run in runs) == [1, 2]
+    assert sorted(vars(run.loss)["power"] for run in runs) == [1, 2]
 
 
 EXPECTED = {

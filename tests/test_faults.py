@@ -17,10 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import tiny_overrides
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from whole_runs import (
+
+from simpo.config.check import run_yaml
+from simpo.config.compose import compose_run
+from simpo.config.inputs import TEMPLATES
+from tests.support.whole_runs import (
     Process,
     assert_same_run,
     finish,
@@ -30,12 +33,9 @@ from whole_runs import (
     run,
     start,
     status_of,
+    tiny_overrides,
     wait_for,
 )
-
-from simpo.config.check import run_yaml
-from simpo.config.compose import compose_run
-from simpo.config.inputs import TEMPLATES
 
 TWO = ["backend=ddp", "backend.processes=2"]
 INTERRUPTED = (

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import padded_logps, simpo_by_hand
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.data.pairs import TokenizedPair
+from tests.support.tiny_models import padded_logps, simpo_by_hand
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "minimal.py"
 
@@ -28,7 +28,8 @@ def test_the_example_trains(tiny_folder: Path) -> None:
         ).input_ids
         replies = [f"{record[key]}<|im_end|>" for key in ("chosen", "rejected")]
         ids = [prompt, *(tokenizer(reply, add_special_tokens=False).input_ids for reply in replies)]
-        pairs.append(TokenizedPair(*(np.array(part, dtype=np.int32) for part in ids)))
+        first, chosen, rejected = (np.array(part, dtype=np.int32) for part in ids)
+        pairs.append(TokenizedPair(first, chosen, rejected))
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     with torch.no_grad():
         logps, lengths = padded_logps(model, pairs)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from whole_runs import assert_same_run, logged, metrics_of, run, start, state_of, wait_for
 
 from simpo.config.check import load_run
 from simpo.config.compose import compose_run
@@ -26,6 +25,15 @@ from simpo.loop.setup import set_up
 from simpo.loss.simpo import SigmoidConfig
 from simpo.model import pretrained
 from simpo.train import train
+from tests.support.whole_runs import (
+    assert_same_run,
+    logged,
+    metrics_of,
+    run,
+    start,
+    state_of,
+    wait_for,
+)
 
 
 @pytest.fixture

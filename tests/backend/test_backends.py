@@ -1,0 +1,411 @@
+"""Real processes: one trajectory for any number of them, on every backend, over any restart."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from simpo.config.compose import compose_run
+from simpo.data.demo.records import demo_records
+from simpo.train import train
+from tests.support.whole_runs import (
+    assert_same_run,
+    finish,
+    logged,
+    metrics_of,
+    newest_checkpoint,
+    run,
+    start,
+    state_of,
+    wait_for,
+    weights_of,
+)
+
+KINDS = ["ddp", "fsdp", "zero2", "zero3"]
+# name: backend, processes, tokens_per_row
+RUNS = {
+    "ddp-2": ("ddp", 2, 256),
+    "ddp-4": ("ddp", 4, 500),
+    "fsdp-2": ("fsdp", 2, 300),
+    "fsdp-4": ("fsdp", 4, 90),
+    "zero2-2": ("zero2", 2, 256),
+    "zero3-2": ("zero3", 2, 400),
+    "fsdp-1": ("fsdp", 1, 256),
+    "zero3-1": ("zero3", 1, 256),
+}
+
+FRESH = ("ddp-2", "fsdp-2", "zero3-2")
+"""Runs that are started as a user's command is; the others are forked (see `forked.py`)."""
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """20 steps of at most 6 of 25 pairs; an epoch ends with one pair, so that ranks have none."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 25), ("test", 9)):
+        rows = demo_records(0, split)[:count]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return [
+        f"model.path={tiny_folder}",
+        "model.lora.rank=0",
+        "data=jsonl",
+        f"data.sources=[{{path: {folder}/train.jsonl, test_path: {folder}/test.jsonl}}]",
+        "loss.sft_weight=0.3",
+        "train.pairs_per_step=6",
+        "train.epochs=4",
+        "train.learning_rate=3e-4",
+        "train.weight_decay=0.1",
+        "train.precision=fp32",
+        "train.eval_every=10",
+        "train.checkpoint_every=4",
+        "sample.num_prompts=2",
+        "sample.max_new_tokens=8",
+        f"cache_dir={folder}/cache",
+        "backend.device=cpu",
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one process."""
+    folder = tmp_path_factory.mktemp("runs") / "single"
+    train(compose_run([*settings, "train.tokens_per_row=2000", f"run_dir={folder}"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(settings: list[str], alone: Path) -> Callable[[str], Path]:
+    """The undisturbed run of a name in RUNS, made when it is first asked for."""
+
+    def make(name: str) -> Path:
+        folder = alone.parent / name
+        if not folder.exists():
+            run([*settings, *of(name), f"run_dir={folder}"])
+        return folder
+
+    return make
+
+
+# What torchrun sets for the first of two processes.
+OF_TORCHRUN = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+def of(name: str) -> list[str]:
+    """Overrides of a run in RUNS."""
+    backend, processes, tokens = RUNS[name]
+    # So that ZeRO-3 leaves no weight whole, small as they are here.
+    whole = ["backend.stage3_param_persistence_threshold=0"] if backend == "zero3" else []
+    return [
+        *whole,
+        # With two processes layers are computed twice: the same numbers.
+        f"model.gradient_checkpointing={str(processes == 2).lower()}",
+        f"backend={backend}",
+        f"backend.processes={processes}",
+        f"train.tokens_per_row={tokens}",
+    ]
+
+
+def table_of(path: Path) -> dict[str, list[float]]:
+    """The numbers of held-out pairs, by the place of each."""
+    lines = [line.rsplit(",", 10) for line in path.read_text().splitlines()[1:]]
+    return {place: [float(number) for number in numbers] for place, *numbers in lines}
+
+
+def assert_like(folder: Path, alone: Path) -> None:
+    """Every metric of every step and evaluation to 1e-5, replies to the letter, weights to 1e-4."""
+    got, expected = metrics_of(folder), metrics_of(alone)
+    assert [line["step"] for line in got] == [line["step"] for line in expected]
+    assert len([line for line in got if "train/grad_norm" in line]) == 20
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    for sample in (alone / "samples").iterdir():
+        assert (folder / "samples" / sample.name).read_text() == sample.read_text()
+    for table in (alone / "held_out").iterdir():
+        pairs, expected_pairs = table_of(folder / "held_out" / table.name), table_of(table)
+        assert pairs.keys() == expected_pairs.keys()
+        for place, numbers in expected_pairs.items():
+            assert pairs[place] == pytest.approx(numbers, rel=1e-4, abs=1e-4), place
+    weights = weights_of(alone)
+    assert weights.keys() == weights_of(folder).keys()
+    for key, value in weights_of(folder).items():
+        assert (value - weights[key]).abs().max() < 1e-4, key
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", FRESH)
+def test_one_trajectory_as_a_user_starts_it(
+    name: str, settings: list[str], alone: Path, tmp_path: Path
+) -> None:
+    run([*settings, *of(name), f"run_dir={tmp_path / name}"], fresh=True)
+    assert_like(tmp_path / name, alone)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", RUNS)
+def test_one_trajectory(name: str, whole: Callable[[str], Path], alone: Path) -> None:
+    assert_like(whole(name), alone)
+
+
+def killed_after(step: int, overrides: list[str], folder: Path) -> None:
+    """Begin a run and kill all its processes once it has logged a step."""
+    process = start([*overrides, f"run_dir={folder}"])
+    wait_for(logged(folder, step), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", KINDS)
+def test_continues_bit_exactly(
+    kind: str, settings: list[str], whole: Callable[[str], Path], alone: Path, tmp_path: Path
+) -> None:
+    """Killed after step 10; the same number of processes continues bit for bit, another closely."""
+    name = f"{kind}-2"
+    killed = tmp_path / name
+    killed_after(10, [*settings, *of(name)], killed)
+    assert newest_checkpoint(killed).name == "step-000008"
+    fewer = tmp_path / "fewer"
+    shutil.copytree(killed, fewer)
+    assert "continued after step 8" in run([*settings, *of(name), f"run_dir={killed}"])
+    bits = assert_same_run(whole(name), killed, tmp_path)
+    print(f"{name}: {bits} bits of state compared")
+    other = [*of(name), "backend.processes=1"]
+    assert "continued after step 8" in run([*settings, *other, f"run_dir={fewer}"])
+    assert_like(fewer, alone)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_saves_in_the_background(
+    kind: str, settings: list[str], whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Killed on the way; what was written meanwhile continues bit for bit."""
+    overrides = [*settings, *of(f"{kind}-2"), "backend.async_save=true"]
+    folder = tmp_path / kind
+    killed_after(14, overrides, folder)
+    assert newest_checkpoint(folder).name in ("step-000008", "step-000012")
+    assert "continued after step" in run([*overrides, f"run_dir={folder}"])
+    assert_same_run(whole(f"{kind}-2"), folder, tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["single", *KINDS])
+def test_evaluation_and_checkpoint_at_the_same_step(
+    kind: str, settings: list[str], tmp_path: Path
+) -> None:
+    """The paper's recipe, shrunk: the best model is kept, no replies are sampled; and another that
+    samples some, killed on the way. Both are the same run, bit for bit.
+    """
+    overrides = [
+        "experiments=paper/recipe",
+        *settings,
+        *([] if kind == "single" else of(f"{kind}-2")),
+        f"backend={kind}",
+        "loss.sft_weight=0",
+        "train.max_steps=6",
+        "train.log_every=1",
+        "train.eval_every=2",
+        "train.checkpoint_every=2",
+        "train.keep_best=true",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run([*overrides, "sample.num_prompts=0", f"run_dir={whole}"])
+    killed_after(3, overrides, killed)
+    assert "continued after step" in run([*overrides, f"run_dir={killed}"])
+    silent = [
+        {k: v for k, v in line.items() if not k.startswith(("eval/reply_", "eval/rule_"))}
+        for line in metrics_of(killed)
+    ]
+    assert silent == metrics_of(whole)
+    one, other = state_of(whole, tmp_path), state_of(killed, tmp_path)
+    assert one.keys() == other.keys() and one
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    mine, theirs = weights_of(whole), weights_of(killed)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.matrix
+def test_another_backend_continues(settings: list[str], alone: Path, tmp_path: Path) -> None:
+    """single, ddp and fsdp read each other's checkpoints; DeepSpeed's are its own."""
+    folder = tmp_path / "moved"
+    budget = ["train.tokens_per_row=256"]
+    killed_after(6, [*settings, *budget], folder)
+    sharded = [*settings, *budget, "backend=fsdp", "backend.processes=2", f"run_dir={folder}"]
+    message = run([*settings, *budget, "backend=zero2", "backend.processes=2", sharded[-1]], code=2)
+    assert message.endswith(
+        f"backend: {folder}/checkpoints/step-000004 is a dcp checkpoint, this backend reads zero2 "
+        "(continue with the backend it was begun with, or start anew with run_dir=NEW)\n"
+    )
+    run(sharded)
+    assert_like(folder, alone)
+
+
+@pytest.mark.matrix
+def test_joins_torchrun(settings: list[str], alone: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    overrides = [*settings, "backend=ddp", "train.tokens_per_row=256"]
+    command = (*torchrun, "--nproc_per_node=2", "-m", "simpo.train")
+    finish(start([*overrides, f"run_dir={tmp_path / 'run'}"], *command))
+    assert_like(tmp_path / "run", alone)
+    wrong = [*overrides, "backend.processes=3", f"run_dir={tmp_path / 'wrong'}"]
+    message = finish(start(wrong, env=OF_TORCHRUN), code=2)
+    assert "backend.processes: must be 2, which the launcher started here, got 3" in message
+
+
+OURS = (
+    *("model  ", "loss = ", "| ", "|-", "tokens ", "plan   ", "       ", "memory ", "run    "),
+    *("note   only 6 steps", "held out: 16 pairs", "prompt  ", "before  ", "after   "),
+)
+"""How the lines begin that a whole run of `tiny_run` prints."""
+
+
+@pytest.mark.process
+def test_no_library_prints_beside_a_run(tiny_run: list[str]) -> None:
+    """All that two ranks of DeepSpeed print, which find out for themselves that there is no GPU."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    settings = [word for word in tiny_run if not word.startswith("backend.device")]
+    ranks = [
+        start([*settings, "backend=zero3"], env=place | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    (output, errors), others = (rank.communicate(timeout=300) for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert [line for line in output.splitlines() if line and not line.startswith(OURS)] == []
+    bars = [line.strip() for line in errors.splitlines() if line.strip()]
+    assert [line for line in bars if not line.startswith("train: ")] == []
+    assert others == ("", "")
+
+
+@pytest.mark.matrix
+@pytest.mark.usefixtures("slurm")
+def test_joins_slurm(settings: list[str], alone: Path, tmp_path: Path) -> None:
+    """Two nodes with two tasks each; told to stop by Slurm, and continued by the same command."""
+    overrides = [*settings, "backend=fsdp", f"run_dir={tmp_path / 'run'}"]
+    srun = ["srun", "--job-name=pairs", "--nodes=2", "--ntasks=4", sys.executable, "-m"]
+    process = start(overrides, *srun, "simpo.train")
+    wait_for(logged(tmp_path / "run", 5), process)
+    scancel = ["scancel", "--signal=USR1", "--name=pairs"]
+    subprocess.run(scancel, check=True)
+    assert "SIGUSR1: saved after step" in finish(process, code=75)
+    message = finish(start(overrides, *srun, "simpo.train"))
+    assert "fp32 on 4 CPU (fsdp, 4 processes)" in message
+    assert "continued after step" in message
+    assert_like(tmp_path / "run", alone)
+
+
+@pytest.mark.matrix
+def test_processes_that_nobody_started(settings: list[str], tmp_path: Path) -> None:
+    """accelerate launch falls back to one process on CPUs: said, not taken for two."""
+    command = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2")
+    overrides = [*settings, "backend=ddp", f"run_dir={tmp_path}"]
+    message = finish(start(overrides, *command, "-m", "simpo.train"), code=1)
+    assert "backend.processes: has no default without a GPU (set backend.processes=N)" in message
+    message = finish(start([*settings, f"run_dir={tmp_path}"], env=OF_TORCHRUN), code=2)
+    assert "backend: single runs in 1 process, got 2 (backend=ddp)" in message
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", KINDS)
+def test_tied_embeddings(kind: str, settings: list[str], tiny_folder: Path, tmp_path: Path) -> None:
+    """One weight is both ends of the model, and is gathered, updated, saved and loaded as one."""
+    folder = tmp_path / "tied"
+    shutil.copytree(tiny_folder, folder)
+    config = AutoConfig.from_pretrained(folder, tie_word_embeddings=True)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    short = [*settings, f"model.path={folder}", "train.max_steps=6"]
+    alone, many = tmp_path / "alone", tmp_path / "many"
+    train(compose_run([*short, f"run_dir={alone}"]))
+    killed_after(5, [*short, *of(f"{kind}-2")], many)
+    assert "continued after step 4" in run([*short, *of(f"{kind}-2"), f"run_dir={many}"])
+    for mine, theirs in zip(metrics_of(many), metrics_of(alone), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    got, expected = (AutoModelForCausalLM.from_pretrained(d / "model") for d in (many, alone))
+    assert got.lm_head.weight is got.model.embed_tokens.weight
+    for (name, weight), other in zip(got.named_parameters(), expected.parameters(), strict=True):
+        assert (weight - other).abs().max() < 1e-4, name
+
+
+@pytest.fixture(scope="module")
+def adapters_alone(
+    settings: list[str], wide_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[list[str], Path]]:
+    """Overrides of a run of adapters on a base in so many bits, and that run in one process."""
+    parent = tmp_path_factory.mktemp("adapters")
+
+    def make(bits: str) -> tuple[list[str], Path]:
+        overrides = [*settings, f"model.path={wide_folder}", "model.lora.rank=4", "train.epochs=2"]
+        overrides += [f"model.quantization={bits}", "train.eval_every=0", "sample.num_prompts=0"]
+        folder = parent / bits
+        if not folder.exists():
+            train(compose_run([*overrides, f"run_dir={folder}"]))
+        return overrides, folder
+
+    return make
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("bits", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters(
+    kind: str,
+    bits: str,
+    adapters_alone: Callable[[str], tuple[list[str], Path]],
+    tmp_path: Path,
+) -> None:
+    """LoRA and QLoRA in two processes, stopped and continued: the run of one, adapters alone."""
+    overrides, alone = adapters_alone(bits)
+    command = [*overrides, *of(f"{kind}-2"), f"run_dir={tmp_path / 'run'}"]
+    if (kind, bits) == ("fsdp", "int8"):
+        assert "model.quantization: backend=fsdp cannot shard int8 layers" in run(command, code=2)
+        return
+    process = start(command)
+    wait_for(logged(tmp_path / "run", 3), process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=75)
+    assert "continued after step" in run(command)
+    # 8-bit layers round by what else is in the row.
+    tolerance = 3e-2 if bits == "int8" else 1e-5
+    for mine, theirs in zip(metrics_of(tmp_path / "run"), metrics_of(alone), strict=True):
+        assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+    got, expected = weights_of(tmp_path / "run"), weights_of(alone)
+    assert got.keys() == expected.keys()
+    assert all(".lora_" in name for name in got)
+    moved = [name for name in got if ".lora_B" in name and got[name].abs().sum() > 0]
+    assert len(moved) == len(got) / 2
+    if bits != "int8":
+        assert all((got[name] - expected[name]).abs().max() < 1e-4 for name in got)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["fsdp", "zero2", "zero3"])
+def test_bf16_with_sums_in_fp32(kind: str, settings: list[str], tmp_path: Path) -> None:
+    """Weights in bf16, log-probs in fp32: losses near those of fp32, and not rounded to bf16."""
+    short = [*settings, "train.max_steps=4", "train.eval_every=0"]
+    train(compose_run([*short, f"run_dir={tmp_path / 'fp32'}"]))
+    run([*short, *of(f"{kind}-2"), "train.precision=bf16", f"run_dir={tmp_path / 'bf16'}"])
+    expected, got = (
+        [line["train/loss"] for line in metrics_of(tmp_path / name) if "train/loss" in line]
+        for name in ("fp32", "bf16")
+    )
+    assert got == pytest.approx(expected, rel=0.02)
+    assert all(torch.tensor(loss).bfloat16().item() != pytest.approx(loss) for loss in got)

@@ -1,0 +1,120 @@
+"""`simpo` and its commands: help, exit codes, completion in a real shell."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from simpo.__main__ import COMMANDS, main
+from simpo.config.composer import CONF
+from simpo.config.errors import exit_codes
+from simpo.config.schema import TrainConfig
+from simpo.launch.completion import candidates
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    main(words)
+    return capsys.readouterr().out
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        text = printed(words, capsys)
+        assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == [
+            *COMMANDS
+        ]
+
+
+def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(["trian"], capsys) == "trian: no such command (did you mean train?)\n"
+    assert refused(["loss.beta=2"], capsys) == (
+        "loss.beta=2: no such command (settings follow a command: simpo train loss.beta=2)\n"
+    )
+    assert refused(["x"], capsys) == f"x: no such command (one of {', '.join(COMMANDS)})\n"
+    assert refused(["completion", "fish"], capsys) == (
+        "completion: must be one of bash, zsh, got fish\n"
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed([command, "--help"], capsys)
+    assert text.startswith(f"usage: simpo {command} ")
+
+
+def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(["train", "--help", "loss=dpo", "loss.beta=0.3"], capsys).splitlines()
+    keys = {line.strip().partition("=")[0] for line in lines if line.startswith("  ")}
+    assert {f"train.{field.name}" for field in fields(TrainConfig)} <= keys
+    assert {"output_dir", "data.sources.0.path", "loss.beta"} <= keys
+    assert "  loss.beta=0.3" in lines and "loss.gamma_beta_ratio" not in keys
+    choices = " ".join(printed(["train", "--help"], capsys).partition("Settings")[0].split())
+    for group in ("model", "data", "loss", "backend", "launcher", "tracker"):
+        assert f" {group} {', '.join(CONF.choices(group))}" in choices
+    section = printed(["train", "--help", "loss"], capsys)
+    assert "  loss.beta=" in section and "train.epochs" not in section
+
+
+def test_a_reader_that_leaves() -> None:
+    """`simpo train --help | head -1` says nothing more."""
+    command = f"{sys.executable} -m simpo train --help | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stderr == ""
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(ZeroDivisionError), exit_codes():
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("simpo tr", ["train "]),
+        ("python -m simpo re", ["report "]),
+        ("python3 -m simpo.pre", ["preview "]),
+        ("simpo train lo", ["loss.", "loss="]),
+        ("simpo-train trac", ["tracker.", "tracker="]),
+        ("simpo train loss=dpo loss.", ["loss.beta=", "loss.name=", "loss.sft_weight="]),
+        ("python -m simpo.train data=ultrac", ["data=ultrachat "]),
+        (
+            "simpo train train.precision=",
+            [f"train.precision={w} " for w in ("auto", "fp32", "bf16")],
+        ),
+        ("simpo train data.drop_overlap=t", ["data.drop_overlap=true "]),
+        ("simpo train experiments=paper/mistral_b", ["experiments=paper/mistral_base "]),
+        ("simpo train loss=nonsense loss.", []),
+        ("simpo report DIR o", []),
+        ("python other.py tr", []),
+    ],
+)
+def test_completion(line: str, found: list[str]) -> None:
+    assert candidates(line, [*COMMANDS]) == found
+
+
+@pytest.mark.parametrize("program", ["python -m simpo.train", "python -m simpo train"])
+def test_completion_in_bash(program: str) -> None:
+    script = f"""
+    export PATH={Path(sys.executable).parent}:$PATH
+    eval "$(python -m simpo completion bash)"
+    COMP_LINE="{program} loss=si"; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=($COMP_LINE)
+    _simpo_complete
+    printf '<%s>' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == "<sigmoid ><simper >"

@@ -1,0 +1,310 @@
+"""Sweeps on this machine, and what every launcher decides before it starts a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simpo.config.check import run_yaml
+from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError, RunError
+from simpo.launch.sweep import LONGEST_NAME, Member, launch, share_of_machine
+from simpo.run.runs import State, read_progress
+from tests.support.whole_runs import (
+    assert_same_run,
+    finish,
+    logged,
+    metrics_of,
+    run,
+    start,
+    wait_for,
+)
+
+RUN = compose_run([])
+own_overrides = st.lists(
+    st.tuples(st.sampled_from(["loss.beta", "model.path", "train.seed", "data"]), st.text()),
+    min_size=1,
+    unique_by=lambda item: item[0],
+)
+
+
+def name_of(overrides: list[tuple[str, str]]) -> str:
+    words = tuple(f"{key}={value}" for key, value in overrides)
+    return Member(RUN, words, words).name
+
+
+@given(own_overrides, st.randoms())
+def test_a_folder_is_named_by_the_overrides_whatever_their_order(overrides, random) -> None:
+    name = name_of(overrides)
+    shuffled = random.sample(overrides, len(overrides))
+    assert name_of(shuffled) == name
+    assert re.fullmatch(r"[\w.,=+-]+", name) and len(name) <= LONGEST_NAME + 9
+    key, value = overrides[0]
+    assert name_of([(key, value + "x"), *overrides[1:]]) != name
+
+
+def test_names_are_readable() -> None:
+    assert name_of([("loss.gamma_beta_ratio", "0.3"), ("loss.beta", "2")]) == (
+        "loss.beta=2,loss.gamma_beta_ratio=0.3"
+    )
+    assert name_of([("model.path", "a/b")]).startswith("model.path=a_b-")
+
+
+@pytest.mark.process
+def test_a_local_sweep(tiny_run: list[str], tmp_path: Path) -> None:
+    """Two at a time; equal to the same runs alone; again, and only what is new is run."""
+    sweep = tmp_path / "outputs" / "sweeps"
+    command = ["-m", "launcher.parallel=2", "loss.beta=2,2.5", *tiny_run]
+    output = run(command, fresh=True)
+    (folder,) = [path for path in sweep.iterdir() if path.is_dir()]
+    assert f"folder {folder}\n" in output
+    assert "loss.beta=2.5  finished, step 6 of 6\n" in output
+    assert {path.name for path in folder.iterdir()} == {"loss.beta=2", "loss.beta=2.5"}
+    run([*tiny_run, "loss.beta=2.5", f"run_dir={tmp_path / 'alone'}"])
+    assert_same_run(folder / "loss.beta=2.5", tmp_path / "alone", tmp_path)
+    assert "held out: 16 pairs" in (folder / "loss.beta=2" / "log.txt").read_text()
+    own = (folder / "loss.beta=2" / "command.txt").read_text()
+    assert f"run_dir={folder}/loss.beta=2" in own and "launcher" not in own
+    # Where and how members run makes no other sweep of it.
+    output = run(["-m", "launcher.parallel=1", "tracker=console", *tiny_run, "loss.beta=3,2"])
+    assert "1 of 2 members finished already\n" in output
+    assert f"folder {folder}\n" in output
+    assert (folder / "loss.beta=3" / "results.json").is_file()
+    assert len((folder / "loss.beta=2" / "jobs.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.matrix
+def test_a_member_fails_and_the_others_go_on(
+    tiny_run: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    good = f"{{path: {tmp_path}/train.jsonl, test_path: {tmp_path}/test.jsonl}}"
+    overrides = [*tiny_run, f"launcher.sweep_dir={folder}"]
+    sweep = [f"data.sources=[{{path: {tmp_path}/bad.jsonl}}],[{good}]"]
+    message = run(["-m", *overrides, *sweep], code=1)
+    bad, fine = sorted(folder.iterdir(), key=lambda path: "bad" not in path.name)
+    assert message.splitlines()[-1] == (
+        f"1 of 2 members did not finish: {bad.name} (python -m simpo.report "
+        f"{os.path.relpath(folder)} tells why; the same command continues them)"
+    )
+    place = f"{tmp_path}/bad.jsonl train record 1"
+    reason = f"DataError: {place}: rejected: missing (the record has prompt, chosen)"
+    states = read_progress([bad, fine])
+    assert [progress.state for progress in states] == [State.failed, State.finished]
+    assert states[0].note == reason
+    assert f"{bad.name}  failed: {states[0].note}\n" in message
+
+
+@pytest.mark.matrix
+def test_a_stopped_sweep_goes_on(tiny_run: list[str], tmp_path: Path) -> None:
+    """Told to stop in its first member, then by a Ctrl-C in its second; both have saved."""
+    folder = tmp_path / "sweep"
+    command = ["-m", "loss.beta=2,3", *tiny_run, "train.max_steps=60", "train.epochs=20"]
+    command += [f"launcher.sweep_dir={folder}", "launcher.poll_s=0.2", "train.eval_every=30"]
+    first, second = folder / "loss.beta=2", folder / "loss.beta=3"
+    process = start(command)
+    wait_for(logged(first, 5), process)
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM: the running members have saved" in finish(process, code=75)
+    states = [progress.state for progress in read_progress([first, second])]
+    assert states == [State.stopped, State.pending]
+    # One that failed before waits for its turn like one that is new.
+    (second / "status.json").write_text('{"state": "failed", "error": "RunError: before"}')
+    process = start(command)
+    wait_for(logged(second, 5), process)
+    process.send_signal(signal.SIGINT)
+    message = finish(process, code=130)
+    assert message.endswith(
+        "interrupted: the running members have saved (the same command continues)\n"
+    )
+    states = [progress.state for progress in read_progress([first, second])]
+    assert states == [State.finished, State.stopped]
+    assert metrics_of(second)[-1]["step"] < 60
+    assert "loss.beta=3  finished, step 60 of 60\n" in run(command)
+    assert "continued after step" in (second / "log.txt").read_text()
+
+
+def member(overrides: list[str], own: list[str]) -> Member:
+    return Member(compose_run([*overrides, *own]), (*overrides, *own), tuple(own))
+
+
+def test_refused_before_anything_is_started(tmp_path: Path) -> None:
+    shared = [f"output_dir={tmp_path}/out", "run_dir=here"]
+    with pytest.raises(ConfigError) as error:
+        launch([member(shared, ["loss.beta=2"])], "x")
+    assert str(error.value) == (
+        "run_dir: each member of a sweep has its own folder, got here (set launcher.sweep_dir)"
+    )
+    with pytest.raises(ConfigError) as error:
+        launch([member([], [f"launcher.parallel={number}"]) for number in (1, 2)], "x")
+    assert str(error.value) == (
+        "launcher: members of a sweep share its settings (give one value for each)"
+    )
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError) as failed:
+        launch([member([f"launcher.sweep_dir={tmp_path}/file"], ["loss.beta=2"])], "x")
+    assert str(failed.value) == (
+        f"{tmp_path}/file/loss.beta=2: Not a directory (something else lies in its place: move "
+        "that away)"
+    )
+    # The menu changed under a sweep that was begun.
+    folder = tmp_path / "sweep" / "loss.beta=2"
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text(run_yaml(compose_run(["loss.beta=2", "train.epochs=3"])))
+    with pytest.raises(ConfigError) as error:
+        launch([member([f"launcher.sweep_dir={tmp_path}/sweep"], ["loss.beta=2"])], "x")
+    assert str(error.value) == (
+        f"train.epochs: the run in {folder} has 3, got 1 (restore it, or choose another folder)"
+    )
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in folder.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["launcher.parallel=0"], "launcher.parallel: must be 1 or more, got 0"),
+        (["launcher.poll_s=0"], "launcher.poll_s: must be above 0 and at most 3600, got 0.0"),
+        (
+            ["launcher=slurm", "launcher.nodes=0"],
+            "launcher.nodes: must be 1 or more, got 0",
+        ),
+        (
+            ["launcher=slurm", "launcher.gpus_per_node=0"],
+            "launcher.gpus_per_node: must be 1 or more, or null, got 0",
+        ),
+        (
+            ["launcher=slurm", "launcher.mem_gib=-1"],
+            "launcher.mem_gib: must be above 0, or null, got -1.0",
+        ),
+        (
+            ["launcher=slurm", "launcher.time_min=1", "launcher.signal_before_s=60"],
+            "launcher.signal_before_s: must be below the time limit, got 60",
+        ),
+        (
+            ["launcher=slurm", "launcher.options=[mail-type]"],
+            "launcher.options: each must be of the form --key=value, got mail-type",
+        ),
+        (
+            ["launcher=slurm", 'launcher.options=["--time=5"]'],
+            "launcher.options: --time=5 is set by the launcher (set launcher.time_min)",
+        ),
+        (
+            ["launcher=slurm", 'launcher.options=["--output=x"]'],
+            "launcher.options: --output=x is set by the launcher (leave it out)",
+        ),
+        (
+            ["launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4"],
+            "backend: single is one process, but the launcher's nodes and GPUs make 8 "
+            "(backend=fsdp, or launcher.tasks_per_node=1)",
+        ),
+        (
+            ["launcher=slurm", "launcher.nodes=2", "backend=fsdp", "backend.processes=2"],
+            "backend.processes: Slurm starts the 2 processes, got 2 (leave it out)",
+        ),
+        (["launcher.nodes=2"], "launcher.nodes: only with launcher=slurm"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_settings(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose_run(overrides)
+    assert str(error.value) == message
+
+
+def test_members_share_out_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert share_of_machine(0, 1) == {}
+    assert share_of_machine(0, 2) == {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": "4,6"}
+    assert share_of_machine(1, 2) == {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": "5"}
+    # Too few for one each: all see all.
+    assert share_of_machine(3, 4) == {"OMP_NUM_THREADS": "2"}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["stages", "optuna"])
+def test_searches_by_the_objective(kind: str, tiny_run: list[str], tmp_path: Path) -> None:
+    """The best run of all is told as the best, and the same search again starts nothing."""
+    folder = tmp_path / "sweep"
+    command = ["-m", *tiny_run, f"launcher.sweep_dir={folder}", "launcher.parallel=2"]
+    command += ["monitor.metric=rewards/margins", "loss.beta=2"]
+    if kind == "stages":
+        command += ["experiments=sweeps/lr_then_gamma", "train.learning_rate=1e-4,1e-3"]
+        command += ["loss.gamma_beta_ratio=0.3,0.5"]
+    else:
+        pytest.importorskip("optuna")
+        command += ["experiments=sweeps/optuna_beta_gamma", "hydra.sweeper.num_trials=3"]
+        command += ["hydra.sweeper.trials_at_once=2"]
+    output = run(command)
+    found = {
+        path.parent.name: json.loads(path.read_text())["eval_after"]["rewards/margins"]
+        for path in folder.glob("*/results.json")
+    }
+    best = max(found, key=lambda name: found[name])
+    settings = " ".join(reversed(best.split(",")) if kind == "stages" else best.split(","))
+    assert output.splitlines()[-1] == f"best   {settings}: rewards/margins {found[best]:.4f}"
+    if kind == "stages":
+        # The second stage is at the better rate of the first.
+        rates = {name: found[f"train.learning_rate={name}"] for name in ("0.0001", "0.001")}
+        rate = max(rates, key=lambda name: rates[name])
+        assert found.keys() == {
+            *(f"train.learning_rate={name}" for name in rates),
+            *(f"loss.gamma_beta_ratio={r},train.learning_rate={rate}" for r in ("0.3", "0.5")),
+        }
+    else:
+        assert len(found) == 3
+    again = run(command)
+    assert again.count("members finished already") == 2
+    assert again.splitlines()[-1] == output.splitlines()[-1]
+    assert len(list(folder.glob("*/jobs.jsonl"))) == len(found)
+    lines = [len(path.read_text().splitlines()) for path in folder.glob("*/jobs.jsonl")]
+    assert set(lines) == {1}
+
+
+@pytest.mark.matrix
+def test_the_objective_reaches_sweepers_through_other_launchers(tiny_run: list[str]) -> None:
+    """Hydra's own launcher calls `main`, and takes what it returns."""
+    command = ["-m", *tiny_run, "hydra/launcher=basic", "hydra/sweeper=stages"]
+    command += ["monitor.metric=rewards/margins", "monitor.mode=min", "loss.beta=20,2"]
+    output = run([*command, "train.max_steps=2", "train.eval_every=0"])
+    assert "best   loss.beta=2: rewards/margins 0.0" in output
+
+
+def test_a_sweep_whose_folder_cannot_be_made(tmp_path: Path) -> None:
+    """Hydra makes it for its multirun.yaml, before any member is looked at."""
+    folder = tmp_path / "sweeps"
+    folder.write_text("")
+    assert run(["-m", "loss.beta=2,3", f"output_dir={tmp_path}"], code=1).strip() == (
+        f"{folder}: File exists (something else lies in its place: move that away)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["hydra/sweeper=stages"],
+            "hydra.sweeper.stages: empty (list settings with values to try)",
+        ),
+        (
+            ["hydra/sweeper=optuna"],
+            "hydra.sweeper.params: empty (such as loss.beta: interval(1,3))",
+        ),
+        (
+            ["launcher=slurm", "hydra/sweeper=stages", "loss.beta=2,3"],
+            "launcher.wait: a search needs its results (launcher.wait=true)",
+        ),
+    ],
+)
+def test_a_search_that_cannot_be_made(arguments: list[str], message: str, tmp_path: Path) -> None:
+    assert run(["-m", *arguments, f"output_dir={tmp_path}"], code=2).strip() == message

@@ -1,0 +1,391 @@
+"""Runs and sweeps on a real Slurm: submitted, disturbed in every way, and looked at meanwhile.
+
+Jobs that are to end alike train the same thing under another `train.keep_checkpoints`, which
+decides no number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from simpo.config.check import load_run
+from simpo.launch import member
+from simpo.loss.simpo import SigmoidConfig
+from simpo.run import slurm
+from simpo.run.files import last_job
+from simpo.run.runs import IN_PROGRESS, State, read_progress
+from tests.support.browser import look_at
+from tests.support.whole_runs import assert_same_run, logged, metrics_of, run, start
+
+pytestmark = [pytest.mark.matrix, pytest.mark.usefixtures("slurm")]
+
+STEPS = 600
+# What users set for their own reading of Slurm's answers.
+OWN_TASTE = [
+    ("SLURM_TIME_FORMAT", "%d %b %H:%M"),
+    ("SLURM_TIME_FORMAT", "relative"),
+    ("SLURM_TIME_FORMAT", "standard"),
+    ("SQUEUE_FORMAT", "%i %j"),
+    ("SQUEUE_FORMAT2", "JobID,Name"),
+    ("SQUEUE_STATES", "PENDING"),
+    ("SQUEUE_USERS", "nobody"),
+    ("SQUEUE_PARTITION", "high"),
+    ("SACCT_FORMAT", "JobName"),
+]
+ON_N1 = 'launcher.options=["--nodelist=n1"]'
+ON_N2 = 'launcher.options=["--nodelist=n2"]'
+
+
+def slurm_command(*words: str) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 300) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def hurry(folder: Path) -> State:
+    """A run's state; Slurm's two minutes between a requeue and the next start are cut short."""
+    (progress,) = read_progress([folder])
+    if progress.state is State.pending and progress.note == "BeginTime" and not remains_of(folder):
+        time.sleep(1)  # a start within the second of the requeue is refused
+        slurm_command("scontrol", "update", f"JobId={job_of(folder)}", "StartTime=now")
+    return progress.state
+
+
+def ended(folder: Path) -> bool:
+    return hurry(folder) not in IN_PROGRESS
+
+
+def job_of(folder: Path) -> str:
+    return str(last_job(folder)["id"])
+
+
+def remains_of(folder: Path) -> list[str]:
+    """Slurm's own processes for a run's job."""
+    titles = (
+        " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
+    )
+    return [title for title in titles if title.startswith(f"slurmstepd: [{job_of(folder)}.")]
+
+
+def log_of(folder: Path) -> str:
+    return (folder / last_job(folder)["log"]).read_text()
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """The training processes of a run: those that hold its files open."""
+    found = []
+    for process in psutil.process_iter(["name"]):
+        try:
+            if any(Path(file.path).parent == folder for file in process.open_files()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture
+def long_run(tiny_run: list[str]) -> list[str]:
+    """Overrides of a run with time to be disturbed, evaluations and checkpoints on the way."""
+    return [
+        *tiny_run,
+        f"train.max_steps={STEPS}",
+        "train.epochs=200",
+        "train.eval_every=300",
+        "train.checkpoint_every=25",
+    ]
+
+
+def same_numbers(left: Path, right: Path, scratch: Path) -> None:
+    """Bit for bit."""
+    assert assert_same_run(left, right, scratch) > 0
+
+
+def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: Path) -> None:
+    """An array of four and a single job, each met by something else, all at the same time."""
+    sweep = tmp_path / "sweep"
+    queued = ["launcher=slurm", "launcher.poll_s=0.5"]
+    command = ["-m", *queued, ON_N1, f"launcher.sweep_dir={sweep}"]
+    output = run([*command, "train.keep_checkpoints=2,3,4,5", *long_run])
+    calm, requeued, cancelled, killed = (
+        sweep / f"train.keep_checkpoints={number}" for number in (2, 3, 4, 5)
+    )
+    array = job_of(calm).partition("_")[0]
+    assert f"job    {array}: 4 members" in output
+    assert f"cancel scancel {array}" in output
+    assert [job_of(path) for path in (calm, killed)] == [f"{array}_0", f"{array}_3"]
+
+    preempted = tmp_path / "preempted"
+    run([*queued, ON_N2, f"run_dir={preempted}", *long_run])
+
+    until(logged(preempted, 40), "the run on n2")
+    urgent = ["sbatch", "--partition=high", "--nodelist=n2", "--exclusive", "--output=/dev/null"]
+    slurm_command(*urgent, "--wrap", "sleep 1")
+    until(lambda: read_progress([preempted])[0].requeued == 1, "preemption")
+
+    until(logged(requeued, 40), "the run to requeue")
+    slurm_command("scontrol", "requeue", job_of(requeued))
+    until(logged(cancelled, 40), "the run to cancel")
+    slurm_command("scancel", job_of(cancelled))
+    until(logged(killed, 40), "the run to kill")
+    (victim,) = processes_of(killed)
+    victim.send_signal(signal.SIGKILL)
+
+    def second_life() -> bool:
+        return hurry(preempted) is State.running and "continued after step" in log_of(preempted)
+
+    until(second_life, "the preempted run's second life")
+    step = read_progress([preempted])[0].step
+    until(logged(preempted, step + 40), "the preempted run further on")
+    slurm_command("scontrol", "update", "NodeName=n2", "State=down", "Reason=test")
+    until(lambda: read_progress([preempted])[0].requeued == 2, "the loss of its node")
+    # Back before the job's remains are gone, the node would be drained for a duplicate of it.
+    until(lambda: not remains_of(preempted), "the end of what ran on the node")
+    subprocess.run(["scontrol", "update", "NodeName=n2", "State=resume"], capture_output=True)
+    free = ["sinfo", "--noheader", "--nodes=n2", "--partition=main", "--format=%t"]
+    until(lambda: slurm_command(*free).strip() == "idle", "the node's return")
+
+    disturbed = (calm, requeued, cancelled, killed, preempted)
+    until(lambda: all([ended(path) for path in disturbed]), "the end of all")
+    names = ("calm", "requeued", "cancelled", "killed", "preempted")
+    progress = dict(zip(names, read_progress(disturbed), strict=True))
+    assert progress["calm"].text() == f"finished, step {STEPS} of {STEPS}"
+    assert progress["requeued"].text() == f"finished, step {STEPS} of {STEPS}, requeued 1 time"
+    assert progress["preempted"].text() == f"finished, step {STEPS} of {STEPS}, requeued 2 times"
+    assert progress["cancelled"].state is State.cancelled
+    assert progress["killed"].state is State.failed
+    assert progress["killed"].note.startswith("exit code 137")
+    for path in (requeued, preempted):
+        assert "continued after step" in log_of(path)
+        same_numbers(calm, path, tmp_path)
+
+    # The same command again: only those that have not finished.
+    output = run([*command, "launcher.wait=true", "train.keep_checkpoints=2,3,4,5", *long_run])
+    assert "2 of 4 members finished already" in output
+    assert ": 2 members" in output
+    for path in (cancelled, killed):
+        assert read_progress([path])[0].state is State.finished
+        same_numbers(calm, path, tmp_path)
+
+
+def test_time_limits(long_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm tells one job of its limit; the other's own timer requeues it, whatever it does."""
+    told, busy = tmp_path / "told", tmp_path / "busy"
+    for folder, limit in ((told, "2"), (busy, "30")):
+        times = [f"launcher.time_min={limit}", "launcher.signal_before_s=30"]
+        run(["launcher=slurm", *times, f"run_dir={folder}", *long_run])
+    for folder in (told, busy):
+        until(logged(folder, 40), f"step 40 of {folder.name}")
+        (process,) = processes_of(folder)
+        # Asleep, so that the limit comes first on any machine; Slurm wakes it to tell it something.
+        process.suspend()
+    monkeypatch.setenv("SLURM_JOB_ID", job_of(busy))
+    end = slurm.end_time()
+    assert end is not None
+    assert end == pytest.approx(process.create_time() + 30 * 60, abs=10)
+    with monkeypatch.context() as environment:
+        for name, value in OWN_TASTE:
+            environment.setenv(name, value)
+            assert slurm.end_time() == end, (name, value)
+            assert slurm.jobs([job_of(busy)])[job_of(busy)].state == "RUNNING", (name, value)
+    monkeypatch.setattr(member, "REQUEUE_MARGIN_S", end - time.time() - 0.5)
+    member.requeue_before_limit()
+    run([*long_run, f"run_dir={tmp_path / 'calm'}"])
+    until(lambda: all([ended(told), ended(busy)]), "the end of both")
+    for folder, limits in ((told, "SIGUSR2"), (busy, "SIGTERM")):
+        text = read_progress([folder])[0].text()
+        assert text == f"finished, step {STEPS} of {STEPS}, requeued 1 time"
+        assert f"{limits}: saved after step" in log_of(folder)
+        assert "continued after step" in log_of(folder)
+        same_numbers(tmp_path / "calm", folder, tmp_path)
+    # It is nobody's to requeue any more.
+    assert not slurm.requeue()
+
+
+def test_a_grid_from_submission_to_heat_map(tiny_run: list[str], tmp_path: Path) -> None:
+    """Two by two on fake GPUs, waited for; every metric of the page is that of its run."""
+    sweep = tmp_path / "outputs" / "sweeps"
+    overrides = ["launcher=slurm", "launcher.wait=true", "launcher.poll_s=0.5", *tiny_run]
+    overrides += ["launcher.gpus_per_node=1", "launcher.array_parallelism=3"]
+    output = run(["-m", *overrides, "loss.beta=2,10", "loss.gamma_beta_ratio=0.3,0.5"])
+    (folder,) = [path for path in sweep.iterdir() if path.is_dir()]
+    assert output.count("finished, step 6 of 6\n") == 4
+    assert f"status python -m simpo.report {os.path.relpath(folder)}\n" in output
+
+    subprocess.run([sys.executable, "-m", "simpo.report", folder], check=True, capture_output=True)
+    seen = look_at(folder / "report.html")
+    assert seen.console == []
+    assert all(figure["drawn"] for figure in seen.figures)
+    curves, heat, histograms = seen.figures
+    assert "log-prob of a chosen token" in curves["titles"]
+    margins = [
+        json.loads((folder / name / "results.json").read_text())["eval_after"]["rewards/accuracies"]
+        for name in (
+            f"loss.beta={beta},loss.gamma_beta_ratio={ratio}"
+            for ratio in ("0.3", "0.5")
+            for beta in ("2", "10")
+        )
+    ]
+    assert [value for row in heat["z"] for value in row] == margins
+    assert "rewards/margins" in heat["menu"]
+    assert histograms["states"] == [6] * 4
+
+
+def test_ranks_of_two_nodes_follow_one_process(tiny_run: list[str], tmp_path: Path) -> None:
+    """FSDP on 2 x 2 tasks, one for each GPU; told to stop on the way, and requeued."""
+    steps = [*tiny_run, "train.max_steps=12", "train.epochs=2"]
+    run([*steps, f"run_dir={tmp_path / 'alone'}"])
+    folder = tmp_path / "run"
+    asked = ["launcher.nodes=2", "launcher.gpus_per_node=2", "launcher.cpus_per_task=1"]
+    asked += ["launcher.mem_gib=1.5", "launcher.time_min=30", "launcher.constraint=fake"]
+    asked += ["launcher.partition=main", "launcher.account=root", "launcher.qos=normal"]
+    asked += ['launcher.options=["--comment=pairs","--exclusive=user"]']
+    asked += ['launcher.setup=["echo GPUs: $SLURM_GPUS_ON_NODE"]']
+    run(["launcher=slurm", "backend=fsdp", *asked, *steps, f"run_dir={folder}"])
+    until(logged(folder, 3), "step 3")
+    slurm_command("scancel", "--signal=USR2", job_of(folder))
+    until(lambda: ended(folder), "the end")
+    assert read_progress([folder])[0].text() == "finished, step 12 of 12, requeued 1 time"
+    assert "GPUs: 2\n" in log_of(folder)
+    assert "fp32 on 4 CPU (fsdp, 4 processes)" in log_of(folder)
+    assert "continued after step" in log_of(folder)
+
+    def told() -> str:
+        return slurm_command("scontrol", "--oneliner", "show", "job", job_of(folder))
+
+    until(lambda: "JobState=COMPLETED" in told(), "the end of the job, a moment after the run's")
+    for words in (
+        "NumNodes=2 NumCPUs=4 NumTasks=4 CPUs/Task=1",
+        "TimeLimit=00:30:00",
+        "Partition=main",
+        "Account=root",
+        "QOS=normal",
+        "Features=fake",
+        "MinMemoryNode=1.50G",
+        "Requeue=1",
+        "Comment=pairs",
+        "TresPerNode=gres:gpu:2",
+    ):
+        assert words in told()
+    lines = list(zip(metrics_of(folder), metrics_of(tmp_path / "alone"), strict=True))
+    for ours, theirs in lines:
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+
+
+def test_what_is_submitted_stays_as_it_was(tiny_run: list[str], tmp_path: Path) -> None:
+    """A choice that is edited while its run waits in the queue; and how a waiting run looks."""
+    folder, menu = tmp_path / "run", tmp_path / "menu"
+    (menu / "loss").mkdir(parents=True)
+    choice = menu / "loss" / "mine.yaml"
+    text = "defaults: [/schema/loss/sigmoid@_here_, _self_]\nbeta: 2.5\n"
+    choice.write_text(text)
+    held = ["launcher=slurm", 'launcher.options=["--hold"]', f"run_dir={folder}", "loss=mine"]
+    command = [f"--config-dir={menu}", *tiny_run, *held]
+    assert ": 1 member\n" in run(command)
+    (progress,) = read_progress([folder])
+    assert (progress.text(), progress.note) == ("pending", "JobHeldUser")
+    job = job_of(folder)
+    assert "1 of 1 members pending already\n" in run(command)
+    assert job_of(folder) == job
+    choice.write_text(text.replace("2.5", "99"))
+    slurm_command("scontrol", "release", job_of(folder))
+    until(lambda: ended(folder), "the end")
+    assert read_progress([folder])[0].state is State.finished
+    loss = load_run(folder / "run.yaml").loss
+    assert isinstance(loss, SigmoidConfig) and loss.beta == 2.5
+    (line, *_) = metrics_of(folder)
+    assert line["eval/rewards/chosen"] == pytest.approx(2.5 * line["eval/logps/chosen"])
+
+
+def test_settings_outdo_the_variables_of_sbatch(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is set here holds; a variable for what is not set here is a default like any other."""
+    for name, value in {
+        "TIMELIMIT": "3",
+        "SIGNAL": "B:TERM@7",
+        "ARRAY_INX": "0-9",
+        "JOB_NAME": "mine",
+        "NO_REQUEUE": "1",
+        "PARTITION": "high",
+        "OUTPUT": f"{tmp_path}/elsewhere",
+    }.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    folder = tmp_path / "run"
+    held = ["launcher=slurm", 'launcher.options=["--hold"]', f"run_dir={folder}"]
+    run([*held, "launcher.time_min=30", "launcher.signal_before_s=60", *tiny_run])
+    told = slurm_command("scontrol", "--oneliner", "show", "job", job_of(folder))
+    slurm_command("scancel", job_of(folder))
+    for words in (
+        "JobName=run",
+        "TimeLimit=00:30:00",
+        "Partition=high",
+        "Requeue=1",
+        f"StdOut={folder}/slurm/",
+    ):
+        assert words in told
+    assert "ArrayTaskId" not in told
+
+
+def test_a_job_that_cannot_run(tiny_run: list[str], tmp_path: Path) -> None:
+    """Bad data: FAILED to Slurm too, with the exit code and the log; waited for, an error."""
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    folder = tmp_path / "run"
+    command = ["launcher=slurm", "launcher.wait=true", "launcher.poll_s=0.5", f"run_dir={folder}"]
+    message = run([*command, *tiny_run], code=1)
+    assert "1 of 1 members did not finish: run (python -m simpo.report " in message
+    (progress,) = read_progress([folder])
+    assert progress.state is State.failed
+    reason = f"exit code 2: DataError: {tmp_path}/train.jsonl train record 1: rejected: missing"
+    assert progress.note.startswith(reason), progress.note
+    assert progress.log is not None and "row 1: rejected: missing" in progress.log.read_text()
+    told = slurm_command("scontrol", "--oneliner", "show", "job", job_of(folder))
+    assert "JobState=FAILED" in told and "ExitCode=2:0" in told
+    # Gone from squeue, as it is after some minutes, it is in the accounts.
+    kept = slurm_command("sacct", "-nPXj", job_of(folder), "--format=State,ExitCode")
+    assert kept.strip() == "FAILED|2:0"
+
+
+def test_without_a_controller(
+    tiny_run: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Nothing is half submitted, and the message says what Slurm said; then all is well again."""
+    controller = psutil.Process(
+        int((request.getfixturevalue("slurm") / "slurmctld.pid").read_text())
+    )
+    controller.terminate()
+    controller.wait(60)
+    sweep = ["-m", "launcher=slurm", *tiny_run, "loss.beta=2,3"]
+    try:
+        process = start(sweep)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        slurm_command("slurmctld")
+    assert (process.returncode, errors) == (
+        1,
+        "launcher: Slurm did not take the jobs: Batch job submission failed: Unable to contact "
+        "slurm controller (connect failure)\n",
+    )
+    assert [path.name for path in (tmp_path / "outputs" / "sweeps").iterdir()] == ["multirun.yaml"]
+    until(lambda: "idle" in slurm_command("sinfo", "--noheader", "--format=%t"), "the controller")
+    refused = run(["launcher=slurm", "launcher.partition=none", *tiny_run], code=1)
+    assert refused.strip() == (
+        "launcher: Slurm did not take the jobs: Batch job submission failed: Invalid partition "
+        "name specified"
+    )

@@ -1,0 +1,111 @@
+"""Objectives with a reference: its log-probs are those of the model a run starts from."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simpo.backend import build_backend
+from simpo.config.backends import SingleConfig
+from simpo.config.choices import Precision
+from simpo.config.compose import compose_run
+from simpo.data.chat import TokenizedSet, TokenReport
+from simpo.data.packing import pack
+from simpo.data.pairs import Pair
+from simpo.loop import reference
+from simpo.model.policy import Policy
+from simpo.train import train
+from tests.support.tiny_models import padded_logps, random_pairs, tiny_model
+from tests.support.whole_runs import assert_same_run, logged, metrics_of, run, start, wait_for
+
+DPO = ["loss=dpo", "loss.beta=0.5"]
+
+
+def test_scores_are_those_of_padded_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the padded float64 path, in another order than the rows'; then from the cache."""
+    model = tiny_model("llama")
+    tokens = random_pairs(np.random.default_rng(0), 5)
+    pairs = [Pair(({"role": "user", "content": "x"},), "a", "b", f"row {i}") for i in range(5)]
+    data = TokenizedSet(pairs, tokens, TokenReport(5, 0, 0, 0, 0, {}))
+    rows = [pack([tokens[i] for i in order], order) for order in ((3, 0), (4, 2, 1))]
+    backend = build_backend(SingleConfig(), Precision.fp32, 1.0)
+    policy = Policy(model)
+    origin = reference.weights_fingerprint(policy)
+
+    def scored(origin: str) -> list[float]:
+        found = reference.with_reference(policy, data, rows, origin, tmp_path, backend)
+        return [x for pair in found.tokens for x in pair.reference_logps or ()]
+
+    sums, _ = padded_logps(copy.deepcopy(model).double(), tokens)
+    expected = torch.stack(sums.chunk(2), dim=1).flatten().tolist()
+    assert scored(origin) == pytest.approx(expected, rel=1e-5)
+
+    monkeypatch.setattr(reference, "_score", lambda *_: pytest.fail("scored again"))
+    assert scored(origin) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(pytest.fail.Exception, match="scored again"):
+        scored("another model")
+    (entry,) = (tmp_path / "reference").iterdir()
+    file = entry / "scores.npy"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(pytest.fail.Exception, match="scored again"):
+        scored(origin)
+
+
+def test_the_fingerprint_is_of_every_weight() -> None:
+    model = tiny_model("llama")
+    same = reference.weights_fingerprint(copy.deepcopy(model))
+    assert reference.weights_fingerprint(model) == same
+    for parameter in model.parameters():
+        old = parameter.data.flatten()[-1].item()
+        parameter.data.view(-1)[-1] = old + 1e-3
+        assert reference.weights_fingerprint(model) != same
+        parameter.data.view(-1)[-1] = old
+
+
+def test_a_run_starts_at_its_reference(tiny_run: list[str], tmp_path: Path) -> None:
+    """Every log-ratio is 0 before the first step, and moves afterwards."""
+    folder = tmp_path / "run"
+    train(compose_run([*tiny_run, *DPO, f"run_dir={folder}"]))
+    lines = metrics_of(folder)
+    assert lines[0]["eval/loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert abs(lines[0]["eval/rewards/chosen"]) < 1e-4
+    # The reward is beta times what the log-prob of all tokens has gained.
+    sums = []
+    for step in (0, 6):
+        with (folder / f"held_out/step-{step:06d}.csv").open(newline="") as file:
+            sums.append([-float(pair["chosen_nll"]) for pair in csv.DictReader(file)])
+    gained = sum(sums[1]) / 16 - sum(sums[0]) / 16
+    assert abs(gained) > 0.5
+    assert lines[-1]["eval/rewards/chosen"] == pytest.approx(0.5 * gained, rel=1e-3)
+
+
+@pytest.mark.matrix
+def test_neither_a_stop_nor_other_processes_move_the_reference(
+    tiny_run: list[str], tmp_path: Path
+) -> None:
+    """Stopped and continued without its cache, bit for bit; in two processes, to rounding."""
+    long = [*tiny_run, *DPO, "train.max_steps=12", "train.epochs=2", "train.eval_every=0"]
+    run([*long, f"run_dir={tmp_path / 'whole'}"])
+    stopped = [*long, f"run_dir={tmp_path / 'stopped'}"]
+    process = start(stopped)
+    wait_for(logged(tmp_path / "stopped", 5), process)
+    process.terminate()
+    assert process.wait(timeout=60) == 75
+    shutil.rmtree(tmp_path / "cache" / "reference")
+    run(stopped)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", tmp_path)
+    shutil.rmtree(tmp_path / "cache" / "reference")
+    run([*long, "backend=fsdp", "backend.processes=2", f"run_dir={tmp_path / 'two'}"])
+    lines = zip(metrics_of(tmp_path / "two"), metrics_of(tmp_path / "whole"), strict=True)
+    for ours, theirs in lines:
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key

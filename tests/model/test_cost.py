@@ -1,0 +1,181 @@
+"""What a step is said to cost, against counters of torch and sums by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from simpo.config.errors import ConfigError
+from simpo.data.packing import pack
+from simpo.data.plan import TrainPlan
+from simpo.model import cost
+from simpo.model.policy import Policy
+from tests.support.tiny_models import SIZES, VOCAB, random_pairs, tiny_model
+
+
+def test_layout() -> None:
+    """Two steps of three pairs, 30 tokens each: [20] and [10], whatever the order."""
+    plan = TrainPlan(num_pairs=6, pairs_per_step=3, steps_per_epoch=2, total_steps=2, seed=0)
+    planned = cost.layout(plan, np.full(6, 10), tokens_per_row=25)
+    assert planned == cost.Layout(tokens_per_step=30, fill=60 / 100, largest_row_tokens=20)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_flops(share_prefix: bool) -> None:
+    """torch's own counter on a real forward and backward.
+
+    It misses attention on a CPU, and the head's gradient, which is a product added in place.
+    """
+    model = tiny_model("llama")
+    if not share_prefix:
+        model.set_attn_implementation("sdpa")
+    policy = Policy(model, share_prefix)
+    pairs = random_pairs(np.random.default_rng(0), 4, longest=30)
+    row = pack(pairs, range(4), share_prefix)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = policy(row, lambda logps: logps.chosen)
+        loss.backward()
+    scores = 0
+    for pair in pairs:
+        prompt, *responses = (len(x) for x in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+        scores += sum(sum(range(1, prompt + response + 1)) for response in responses)
+        scores -= sum(range(1, prompt + 1)) if share_prefix else 0
+    # Two products (scores, values), two operations each, once forward and twice backward.
+    missed = scores * 2 * 2 * 3 * 32 * 2 + len(row.targets) * 2 * VOCAB * 32
+    expected = counter.get_total_flops() + missed
+    assert cost.Flops(policy).of_row(row) == pytest.approx(expected, rel=0.01)
+
+
+def test_flops_of_frozen_weights() -> None:
+    """Four operations a weight and token where only the gradient of its input is needed."""
+    policy = Policy(tiny_model("llama"))
+    row = pack(random_pairs(np.random.default_rng(0), 2), range(2))
+    full = cost.Flops(policy).of_row(row)
+    for parameter in policy.parameters():
+        parameter.requires_grad_(False)
+    tokens, targets = row.input_ids.shape[1], len(row.targets)
+    layers = [p for n, p in policy.named_parameters() if "layers" in n and p.ndim > 1]
+    saved = 2 * tokens * sum(p.numel() for p in layers) + 2 * targets * VOCAB * 32
+    assert cost.Flops(policy).of_row(row) == full - saved
+
+
+MOE = {**SIZES, "num_experts_per_tok": 2}
+ATTENTION = 32 * 32 + 2 * 16 * 32 + 32 * 32  # queries, keys and values of two heads, output
+
+
+@pytest.mark.parametrize(
+    ("config", "per_token"),
+    [
+        # Router, then two experts of three matrices each, in two layers.
+        (MixtralConfig(**MOE, num_local_experts=8), 2 * (8 * 32 + 2 * 3 * 32 * 48 + ATTENTION)),
+        (OlmoeConfig(**MOE, num_experts=8), 2 * (8 * 32 + 2 * 3 * 32 * 48 + ATTENTION)),
+        # One layer of experts that are smaller, one without.
+        (
+            Qwen3MoeConfig(
+                **MOE | {"head_dim": 8},
+                num_experts=8,
+                moe_intermediate_size=16,
+                mlp_only_layers=[0],
+            ),
+            8 * 32 + 2 * 3 * 32 * 16 + 3 * 32 * 48 + 2 * ATTENTION,
+        ),
+        # An expert that all tokens meet, and the gate on it.
+        (
+            Qwen2MoeConfig(
+                **MOE, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24
+            ),
+            2 * (4 * 32 + 2 * 3 * 32 * 16 + 3 * 32 * 24 + 32 + ATTENTION),
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_flops_of_experts(config: PreTrainedConfig, per_token: int) -> None:
+    """Six operations a token and weight that it meets; the head and the scores are left out."""
+    policy = Policy(AutoModelForCausalLM.from_config(config))
+    row = pack(random_pairs(np.random.default_rng(0), 2), range(2))
+    flops = cost.Flops(policy)
+    flops._per_target = flops._per_score = 0
+    assert flops.of_row(row) == 6 * per_token * row.input_ids.shape[1]
+
+
+def test_memory_by_hand() -> None:
+    policy = Policy(tiny_model("llama"))
+    size = 4 * sum(p.numel() for p in policy.parameters()) / cost.GIB
+    memory = cost.estimate_memory(policy, 1000, bf16=False, checkpointing=False)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (size, size, 2 * size)
+    assert memory.logits == (2 * 4 * 1000 * VOCAB + 4 * VOCAB * 32) / cost.GIB
+    assert memory.total == sum(
+        (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits)
+    )
+    checkpointed = cost.estimate_memory(policy, 1000, bf16=False, checkpointing=True)
+    inputs = 2 * 1000 * 32 * 4 / cost.GIB
+    assert checkpointed.activations == pytest.approx(memory.activations / 2 + inputs)
+
+
+def test_activations_are_those_that_autograd_keeps() -> None:
+    """Drawn out from two short rows, against what a long row of several pairs really keeps."""
+    policy = Policy(tiny_model("llama"))
+    row = pack(random_pairs(np.random.default_rng(1), 8, longest=100), range(8))
+    weights = {p.data_ptr() for p in policy.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = policy.hidden(row)
+    tokens = row.input_ids.shape[1]
+    memory = cost.estimate_memory(policy, tokens, bf16=False, checkpointing=False)
+    assert memory.activations * cost.GIB == pytest.approx(sum(kept.values()), rel=0.15)
+    assert hidden.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("memory", "remedy"),
+    [
+        (
+            cost.Memory(weights=1, gradients=1, optimizer=2, activations=9, logits=0.5),
+            "lower train.tokens_per_row, or model.gradient_checkpointing=true",
+        ),
+        (
+            cost.Memory(weights=2, gradients=4, optimizer=8, activations=1, logits=0.5),
+            "model.lora.rank=16 trains adapters only",
+        ),
+    ],
+)
+def test_memory_that_is_not_there(
+    memory: cost.Memory, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(available=int((10 - memory.weights) * cost.GIB))
+    monkeypatch.setattr(cost.psutil, "virtual_memory", lambda: free)
+    with pytest.raises(ConfigError) as error:
+        cost.check_memory(memory, torch.device("cpu"))
+    assert str(error.value) == (
+        f"train.check_memory: a step needs about {memory.total:.2f} GiB (weights "
+        f"{memory.weights:.2f}, gradients {memory.gradients:.2f}, optimizer "
+        f"{memory.optimizer:.2f}, activations {memory.activations:.2f}, logits 0.50), there are "
+        f"10.00 GiB ({remedy}; train.check_memory=false tries all the same)"
+    )
+
+
+def test_speed_on_a_cpu() -> None:
+    assert cost.speed(3e9, torch.device("cpu")) == {"gflops_per_s": 3.0}
+
+
+def test_speed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    assert cost.speed(494.5e12, torch.device("cuda")) == {"gflops_per_s": 494500.0, "mfu": 0.5}

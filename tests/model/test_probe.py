@@ -1,0 +1,251 @@
+"""Architectures that take packed rows, and the answer to those that do not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    Gemma3TextConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError
+from simpo.data.pairs import TokenizedPair
+from simpo.model import attention
+from simpo.model.check import check_packing
+from simpo.model.policy import Policy
+from simpo.train import train
+from tests.support.tiny_models import FAMILIES, SEGMENTS, SIZES, tiny_model
+
+# The same sizes by the names that GPT-2 and its kin give them.
+SPELLINGS = SIZES | {"n_embd": 32, "n_layer": 2, "n_head": 4}
+
+
+def other_model(kind: str, share_prefix: bool) -> Policy:
+    """A random model of any causal architecture that transformers has."""
+    attention.register()
+    schema = CONFIG_MAPPING[kind]
+    known = {key: value for key, value in SPELLINGS.items() if hasattr(schema(), key)}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        schema(**known),
+        attn_implementation=SEGMENTS if share_prefix else None,
+        dtype=torch.float32,
+    )
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return Policy(model, share_prefix)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_families(family: str, bf16: bool) -> None:
+    check_packing(Policy(tiny_model(family)), bf16)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "phi3", "olmo2"])
+def test_others_that_share(kind: str) -> None:
+    check_packing(other_model(kind, True), bf16=False)
+    check_packing(other_model(kind, False), bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("stablelm", "StableLmForCausalLM"), ("nemotron", "NemotronForCausalLM")]
+)
+def test_refused_but_served_without_sharing(kind: str, name: str) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=rf"^model\.path: {name} cannot share prompts in packed rows: hidden states differ by "
+        r"0\.\d+ of their norm \(train\.share_prefix=false computes a prompt for each response\)$",
+    ):
+        check_packing(other_model(kind, True), bf16=False)
+    check_packing(other_model(kind, False), bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("bloom", "BloomForCausalLM"), ("rwkv", "RwkvForCausalLM")]
+)
+def test_refused_altogether(kind: str, name: str) -> None:
+    """Positions out of the mask's length, and a recurrent state that runs on into the next row."""
+    with pytest.raises(
+        ConfigError,
+        match=rf"^model\.path: {name} mixes the sequences of a packed row: hidden states differ by",
+    ):
+        check_packing(other_model(kind, False), bf16=False)
+
+
+def test_logits_that_are_scaled_after_the_head() -> None:
+    """Cohere multiplies them by 0.0625; without this the loss would be of another model."""
+    with pytest.raises(
+        ConfigError,
+        match=r"^model\.path: CohereForCausalLM does something to its logits after its head, which "
+        r"is not supported: they differ by 15 of their norm$",
+    ):
+        check_packing(other_model("cohere", True), bf16=False)
+
+
+def test_a_kernel_that_mixes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any kernel that lets a pair see the one before, here plain causal attention of the row."""
+    whole_row = attention._by_segment
+
+    def leaking(query, key, value, segments, *options):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        )
+
+    monkeypatch.setattr(attention, "_by_segment", leaking)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM cannot share prompts"):
+        check_packing(Policy(tiny_model("llama")), bf16=True)
+    monkeypatch.setattr(attention, "_by_segment", whole_row)
+    check_packing(Policy(tiny_model("llama")), bf16=True)
+
+
+def policy_of(config: PreTrainedConfig, share_prefix: bool = True) -> Policy:
+    attention.register()
+    torch.manual_seed(0)
+    kernel = SEGMENTS if share_prefix else None
+    return Policy(
+        AutoModelForCausalLM.from_config(config, attn_implementation=kernel), share_prefix
+    )
+
+
+def pairs_up_to(longest: int) -> list[TokenizedPair]:
+    """A short pair beside one whose longer response ends at so many tokens."""
+    ids = np.ones(longest, dtype=np.int32)
+    return [TokenizedPair(ids[:3], ids[:2], ids[:2]), TokenizedPair(ids[:-4], ids[:2], ids[:4])]
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+}
+ROPES: dict[str, tuple[PreTrainedConfig, str]] = {
+    "longrope": (
+        Phi3Config(**SIZES, original_max_position_embeddings=80, rope_parameters=LONGROPE),
+        "Phi3ForCausalLM",
+    ),
+    "dynamic": (
+        LlamaConfig(
+            **SIZES,
+            max_position_embeddings=80,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        ),
+        "LlamaForCausalLM",
+    ),
+    # One set for each kind of layer.
+    "longrope in some layers": (
+        Gemma3TextConfig(
+            **SIZES,
+            head_dim=8,
+            rope_parameters={
+                "full_attention": {**LONGROPE, "original_max_position_embeddings": 80},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+        "Gemma3ForCausalLM",
+    ),
+}
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("kind", ROPES)
+def test_positions_that_depend_on_the_longest_sequence(kind: str, share_prefix: bool) -> None:
+    """Beyond the length that the model names, and there only, a row would not be its sequences."""
+    config, name = ROPES[kind]
+    policy = policy_of(config, share_prefix)
+    check_packing(policy, False, pairs_up_to(80), 4096)
+    with pytest.raises(ConfigError) as error:
+        check_packing(policy, False, pairs_up_to(81), 4096)
+    assert str(error.value) == (
+        f"model.path: {name} encodes the positions of a whole row in another way "
+        f"({kind.split()[0]}) where one of its sequences is longer than 80 tokens, so that pairs "
+        "would depend on their neighbours; the longest here has 81 (data.max_length_tokens=80, and "
+        "max_prompt_tokens below it)"
+    )
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3"])
+def test_positions_that_do_not(kind: str) -> None:
+    rope = {
+        "rope_type": kind,
+        "factor": 4.0,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 80,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    config = LlamaConfig(**SIZES, max_position_embeddings=320, rope_parameters=rope)
+    check_packing(policy_of(config), False, pairs_up_to(300), 4096)
+
+
+@pytest.mark.parametrize("family", ["mistral_window", "gemma3"])
+def test_windows_of_any_size_are_outgrown(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that forgets the window is found where the data reaches it, and not before."""
+    policy = Policy(tiny_model(family, sliding_window=1000))
+    check_packing(policy, False, pairs_up_to(1001), 0)
+    whole = attention._by_segment
+
+    def forgetting(query, key, value, segments, scaling, window, softcap):
+        return whole(query, key, value, segments, scaling, None, softcap)
+
+    monkeypatch.setattr(attention, "_by_segment", forgetting)
+    check_packing(policy, False, pairs_up_to(1000), 4096)
+    with pytest.raises(ConfigError, match=r"ForCausalLM cannot share prompts in packed rows: hidd"):
+        check_packing(policy, False, pairs_up_to(1001), 4096)
+    kept = {getattr(holder, "sliding_window", None) for holder in policy.modules()}
+    assert policy.base.config.sliding_window == 1000 and kept <= {None, 1000}
+
+
+def test_a_model_that_hides_its_hidden_states() -> None:
+    config = Llama4TextConfig(
+        **SIZES, intermediate_size_mlp=48, num_local_experts=2, head_dim=8, use_qk_norm=False
+    )
+    with pytest.raises(ConfigError) as error:
+        check_packing(policy_of(config), False)
+    assert str(error.value) == (
+        "model.path: Llama4ForCausalLM: its hidden states cannot be had, which is not supported: "
+        "'MoeCausalLMOutputWithPast' object has no attribute 'last_hidden_state'"
+    )
+
+
+def test_hidden_states_that_are_no_numbers() -> None:
+    """Not the packing is to blame for it."""
+    policy = Policy(tiny_model("llama"))
+    for value, told in ((float("nan"), "NaN or infinite"), (0.0, "0")):
+        torch.nn.init.constant_(cast(Tensor, policy.base.get_input_embeddings().weight), value)
+        with pytest.raises(ConfigError) as error:
+            check_packing(policy, False)
+        assert str(error.value) == (
+            f"model.path: LlamaForCausalLM gives hidden states that are {told} (mend its "
+            "weights, or train.precision=fp32)"
+        )
+
+
+def test_a_run_whose_pairs_go_beyond_is_refused(
+    tiny_run: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Whatever tokens_per_row is: alone in their rows the short pairs would be ranked otherwise."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "phi")
+    (folder / "model.safetensors").unlink()
+    sizes = SIZES | {"vocab_size": 384}
+    config = Phi3Config(**sizes, original_max_position_embeddings=80, rope_parameters=LONGROPE)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for tokens_per_row in (128, 4096):
+        own = [f"model.path={folder}", f"train.tokens_per_row={tokens_per_row}"]
+        with pytest.raises(ConfigError, match=r"^model\.path: Phi3ForCausalLM encodes the positio"):
+            train(compose_run([*tiny_run, *own]))

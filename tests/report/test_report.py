@@ -1,0 +1,270 @@
+"""Runs side by side: made by hand, so that every number of the tables and figures is known."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plotly.offline import get_plotlyjs
+
+from simpo.config.check import run_yaml
+from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError
+from simpo.loss.simpo import SigmoidConfig
+from simpo.report.compare import Comparison, compare
+from simpo.report.page import render
+from simpo.report.text import text
+from simpo.run.runs import State, note_job, read_progress
+from tests.support.browser import look_at
+from tests.support.whole_runs import run_command
+
+GRID = [(beta, ratio) for beta in (2.0, 10.0) for ratio in (0.3, 0.5)]
+
+
+def accuracy_of(beta: float, ratio: float) -> float:
+    return round(0.5 + beta / 100 + ratio / 10, 4)
+
+
+def make_run(folder: Path, overrides: list[str], **more: Any) -> Path:
+    """A run's folder as the training leaves it: two steps, and evaluations around them."""
+    run = compose_run(overrides)
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text(run_yaml(run))
+    assert isinstance(run.loss, SigmoidConfig)
+    accuracy = accuracy_of(run.loss.beta, run.loss.gamma_beta_ratio)
+    held_out = {0: 0.5, 2: accuracy}
+    lines = [{"step": 0, "eval/rewards/accuracies": 0.5, "eval/loss": 1.0}]
+    for step in (1, 2):
+        lines.append({"step": step, "train/loss": 1.0 - step / 10, "train/rewards/accuracies": 0.5})
+    lines.append({"step": 2, "eval/rewards/accuracies": accuracy, "eval/loss": 0.7})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status = {"state": "finished", "step": 2, "total_steps": 2, "error": ""} | more
+    (folder / "status.json").write_text(json.dumps(status))
+    if status["state"] == "finished":
+        after = {"rewards/accuracies": accuracy, "loss": 0.7}
+        results = {"eval_before": {}, "eval_after": after, "train": {"model_step": 2}}
+        (folder / "results.json").write_text(json.dumps(results))
+    for step in held_out:
+        for name in ("held_out", "samples"):
+            (folder / name).mkdir(exist_ok=True)
+        rows = [f"p{i},{i / 10 + step},{20 + i},{30 + i}" for i in range(8)]
+        header = "pair,rewards/margins,chosen_tokens,rejected_tokens"
+        table = "\n".join([header, *rows]) + "\n"
+        (folder / "held_out" / f"step-{step:06d}.csv").write_text(table)
+        reply = {"prompt": "Say <b>hi</b>", "reply": f"hi {step}", "tokens": 3, "obeys": step > 0}
+        (folder / "samples" / f"step-{step:06d}.json").write_text(json.dumps([reply]))
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    for beta, ratio in GRID:
+        overrides = [f"loss.beta={beta}", f"loss.gamma_beta_ratio={ratio}"]
+        make_run(tmp_path / "sweep" / f"loss.beta={beta:g},ratio={ratio}", overrides)
+    return tmp_path / "sweep"
+
+
+def cli(*arguments: str, code: int = 0) -> str:
+    told = run_command("simpo.report", *arguments)
+    assert told.returncode == code, told.stderr
+    return told.stdout if code == 0 else told.stderr
+
+
+def best_of(comparison: Comparison) -> str:
+    assert comparison.best is not None
+    return comparison.names[comparison.best]
+
+
+def test_the_best_member_and_what_differs(sweep: Path) -> None:
+    comparison = compare([sweep])
+    assert comparison.differing == {
+        "loss.beta": [10.0, 10.0, 2.0, 2.0],
+        "loss.gamma_beta_ratio": [0.3, 0.5, 0.3, 0.5],
+    }
+    assert best_of(comparison) == "loss.beta=10,ratio=0.5"
+    lines = text(comparison).splitlines()
+    (best,) = [line for line in lines if "| best |" in line]
+    assert "loss.beta=10,ratio=0.5" in best and "finished, step 2 of 2" in best
+    assert "| 0.6500 " in best and "| 0.7000 " in best
+
+
+def test_runs_stored_with_the_old_name_of_monitor(sweep: Path) -> None:
+    low = make_run(sweep / "low", ["loss.beta=1", "monitor.metric=loss", "monitor.mode=min"])
+    new = compare([low]), compare([sweep])
+    for file in sweep.glob("*/run.yaml"):
+        text = file.read_text()
+        assert "\nmonitor:\n" in text
+        file.write_text(text.replace("\nmonitor:\n", "\nobjective:\n"))
+    assert (compare([low]), compare([sweep])) == new
+    assert (new[0].metric, new[0].mode.value) == ("loss", "min")
+
+
+def test_tables_for_programs(sweep: Path) -> None:
+    expected = {(b, r): accuracy_of(b, r) for b, r in GRID}
+    for rows in (
+        json.loads(cli(str(sweep), "format=json")),
+        list(csv.DictReader(io.StringIO(cli(str(sweep), "format=csv")))),
+    ):
+        read = {
+            (float(row["loss.beta"]), float(row["loss.gamma_beta_ratio"])): float(
+                row["rewards/accuracies"]
+            )
+            for row in rows
+        }
+        assert read == expected
+    assert not (sweep / "report.html").exists()
+
+
+def test_another_metric(sweep: Path) -> None:
+    """The lowest loss is the best one."""
+    folder = make_run(sweep / "low", ["loss.beta=3"])
+    results = {"eval_before": {}, "eval_after": {"loss": 0.1}, "train": {"model_step": 2}}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "metrics.jsonl").write_text('{"step": 2, "eval/loss": 0.1}\n')
+    assert best_of(compare([sweep], "loss")) == "low"
+    with pytest.raises(ConfigError) as error:
+        compare([sweep], "lost")
+    assert str(error.value) == (
+        "metric: no such held-out metric, got lost (loss, rewards/accuracies)"
+    )
+
+
+def test_nothing_to_report(tmp_path: Path) -> None:
+    assert cli(str(tmp_path), code=2) == f"DIR: no run in {tmp_path} (no run.yaml below)\n"
+    assert cli(f"{tmp_path}/x", "format=xml", code=2) == (
+        f"DIR: no such folder, got {tmp_path}/x\nformat: must be one of text, csv, json, got xml\n"
+    )
+    assert (
+        cli("formt=json", code=2) == "formt: no such key (report has format, metric, html, over)\n"
+    )
+
+
+def test_states_without_slurm(tmp_path: Path) -> None:
+    """What the folder and the processes of this machine tell."""
+    folders = [
+        make_run(tmp_path / "finished", []),
+        make_run(tmp_path / "failed", [], state="failed", error="RunError: step 2: bad\n"),
+        make_run(tmp_path / "stopped", [], state="stopped", step=1, error="Stopped: SIGTERM"),
+        make_run(tmp_path / "killed", [], state="running", step=1),
+        make_run(tmp_path / "alive", [], state="running", step=1),
+        make_run(tmp_path / "refused", []),
+        make_run(tmp_path / "pending", []),
+        make_run(tmp_path / "forgotten", []),
+    ]
+    refused, pending, forgotten = folders[5:]
+    note_job(forgotten, forgotten / "log.txt", id="1_1")
+    for folder in (refused, pending, forgotten):
+        for name in ("status.json", "results.json", "metrics.jsonl"):
+            (folder / name).unlink()
+    (refused / "log.txt").write_text(
+        "train:  5%|#  |\rdata.sources: must list one\nsrun: error: 2\n"
+    )
+    note_job(refused, refused / "log.txt", pid=2**22 + 1)
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)", str(folders[4])]
+    process = subprocess.Popen(sleep)
+    note_job(folders[4], folders[4] / "log.txt", pid=process.pid)
+    # A dead process whose number another has by now.
+    note_job(folders[3], folders[3] / "log.txt", pid=process.pid)
+    try:
+        progress = read_progress(folders)
+    finally:
+        process.kill()
+        process.wait()
+    assert [(p.state, p.note) for p in progress] == [
+        (State.finished, ""),
+        (State.failed, "RunError: step 2: bad"),
+        (State.stopped, "Stopped: SIGTERM"),
+        (State.killed, ""),
+        (State.running, ""),
+        (State.killed, "data.sources: must list one"),
+        (State.pending, ""),
+        (State.killed, "Slurm knows no job 1_1, or does not answer"),
+    ]
+    # Steps of metrics.jsonl count, which is written more often.
+    assert progress[3].text() == "killed, step 2 of 2"
+
+
+@pytest.mark.matrix
+def test_every_figure_is_drawn(sweep: Path) -> None:
+    """In a browser without a network: all figures, at each choice of their menus."""
+    make_run(sweep / "under way", ["loss.beta=3"], state="running")
+    assert "report.html" not in cli(str(sweep))
+    seen = look_at(sweep / "report.html")
+    assert seen.console == []
+    curves, heat, histograms = seen.figures
+    assert curves["titles"][:2] == ["loss", "accuracy"]
+    # Two panels, train and held out, five runs.
+    assert curves["states"] == [20]
+    assert heat["states"] == [1, 1]
+    assert heat["menu"] == ["rewards/accuracies", "loss"]
+    assert (heat["x"], heat["y"]) == (["2", "3", "10"], ["0.3", "0.5"])
+    assert heat["z"] == [
+        [accuracy_of(2, 0.3), None, accuracy_of(10, 0.3)],
+        [accuracy_of(2, 0.5), accuracy_of(3, 0.5), accuracy_of(10, 0.5)],
+    ]
+    assert histograms["menu"][0] == "loss.beta=10,ratio=0.5"
+    assert histograms["states"] == [6] * 5
+    assert all(figure["drawn"] for figure in seen.figures)
+    assert "Say &lt;b&gt;hi&lt;/b&gt;" in seen.html
+
+
+def test_one_run_and_one_swept_setting(tmp_path: Path) -> None:
+    single = make_run(tmp_path / "one", [])
+    page = render(compare([single]))
+    assert page.count("plotly-graph-div") == 2
+    assert "Settings that differ" not in page
+    make_run(tmp_path / "two", ["loss.beta=5"])
+    page = render(compare([tmp_path]))
+    assert page.count("plotly-graph-div") == 3
+    # Offline: the page names nothing to fetch (the library holds a few addresses as text).
+    own = page.replace(get_plotlyjs(), "")
+    assert re.findall(r"(?:src|href)=.(?!data:)\w+", own) == []
+
+
+def test_published_results_beside_a_reproduction(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "mine", ["experiments=paper/llama3_instruct"])
+    other = make_run(tmp_path / "other", [])
+    assert "published" not in cli(str(other), "html=none")
+    scores = {"alpaca_eval_2_lc": 43.9, "arena_hard_wr": 33}
+    (folder / "benchmarks.json").write_text(json.dumps(scores))
+    told = cli(str(folder))
+    assert "published results of llama3_instruct, in percent\n" in told
+    assert "| published | sigmoid | 44.7            | 40.5         | 33.8       |\n" in told
+    assert "| mine      | sigmoid | 43.9            |              | 33.0       |\n" in told
+    seen = look_at(folder / "report.html")
+    assert seen.console == []
+    assert "<td>mine</td><td>sigmoid</td><td>43.9</td><td></td><td>33.0</td>" in seen.html
+    assert "wandb.ai/yumeng0818/simpo/runs/zoesxyuj" in seen.html
+    (folder / "benchmarks.json").write_text('{"alpaca": 1}')
+    assert cli(str(folder), "html=none").splitlines()[-1] == (
+        f"mine: {folder}/benchmarks.json: must hold numbers of alpaca_eval_2_lc, "
+        "alpaca_eval_2_wr, arena_hard_wr, got {'alpaca': 1} (mend it)"
+    )
+
+
+def test_runs_averaged_over_a_setting(tmp_path: Path) -> None:
+    """Accuracies of 0.55 and 0.57 at beta 2, of 0.63 at beta 10, whose other run has not ended."""
+    for beta, ratio in GRID:
+        state = "running" if (beta, ratio) == (10.0, 0.5) else "finished"
+        words = [f"loss.beta={beta}", f"loss.gamma_beta_ratio={ratio}"]
+        make_run(tmp_path / "all" / ",".join(words), words, state=state)
+    folder, over = str(tmp_path / "all"), "over=loss.gamma_beta_ratio"
+    told = cli(folder, over, "html=none").splitlines()
+    header = [word.strip() for word in told[0].split("|")[1:-1]]
+    assert header == ["runs", "number", "accuracy", "loss"]
+    assert "| loss.beta=10.0 | 1      | 0.6300 (0.6300 to 0.6300) |" in told[2]
+    assert "| loss.beta=2.0  | 2      | 0.5600 (0.5500 to 0.5700) |" in told[3]
+    rows = json.loads(cli(folder, over, "format=json"))
+    assert rows[1]["rewards/accuracies"] == pytest.approx(0.56)
+    assert (rows[1]["runs"], rows[1]["number"]) == ("loss.beta=2.0", 2)
+    assert (rows[1]["loss min"], rows[1]["loss max"]) == (0.7, 0.7)
+    assert cli(folder, "over=train.sed", code=2) == (
+        "over: the runs do not differ in train.sed (loss.beta, loss.gamma_beta_ratio)\n"
+    )

@@ -1,1 +1,1 @@
-"""The policy: loaded, checked, its attention, log-probs, adapters, cost and replies."""
+"""Loads and checks the policy, and computes its attention, loss, memory estimate and replies."""

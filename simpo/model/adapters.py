@@ -1,6 +1,6 @@
-"""A model in, the same model with low-rank adapters out, new ones or saved ones.
+"""Adds new or saved LoRA adapters to a model.
 
-peft keeps adapters in fp32 whatever the base is in, so that small updates are not rounded away.
+peft keeps adapters in fp32 whatever the dtype of the base, so small updates are not rounded away.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from simpo.config.inputs import LoraConfig
 from simpo.data import hub
 
 KINDS = {"attention": "Attention", "mlp": "MLP"}
-"""Words for kinds of layers, with how transformers ends the name of the class around them."""
+"""Targets that name a kind of layer, with the ending of transformers' class names for it."""
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, revision: str | None) -> PeftModel:
-    """Freeze a model and put new adapters, or a saved one, on its layers.
+    """Freeze a model and add new adapters, or a saved one, to its layers.
 
     Args:
-        revision: of the model; written into the saved adapter.
+        revision: revision of the model, which is written into the saved adapter.
 
     Raises:
-        ConfigError: a target is in no layer, or is one whose adapter the loss or a merge could not
-            take; the saved adapter cannot be loaded or is not this model's.
+        ConfigError: a target matches no layer; the loss or a merge does not support an adapter on
+            it; the saved adapter cannot be loaded or does not fit the model.
     """
     if config.adapter is not None:
         adapted = load_adapter("model.lora.adapter", model, config.adapter)
@@ -64,14 +64,14 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, revision: str | Non
 
 
 def load_adapter(key: str, model: PreTrainedModel, adapter: str) -> PeftModel:
-    """Put a saved LoRA adapter on its model, to be trained on.
+    """Add a saved LoRA adapter to its model, trainable.
 
     Args:
-        key: what to call the adapter in a message.
+        key: name of the adapter in messages.
         adapter: folder or hub id.
 
     Raises:
-        ConfigError: it cannot be loaded, is of another kind, or does not fit the model.
+        ConfigError: the adapter cannot be loaded, is not LoRA, or does not fit the model.
     """
     name, adapter = type(model).__name__, str(Path(adapter).expanduser())
     settings = adapter_settings(key, adapter)
@@ -80,7 +80,7 @@ def load_adapter(key: str, model: PreTrainedModel, adapter: str) -> PeftModel:
         raise ConfigError([f"{key}: must be a LoRA adapter, {adapter} is {kind}"])
     try:
         with warnings.catch_warnings():
-            # Tensors that are not there are refused below.
+            # Missing tensors are refused below.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         saved = load_peft_weights(adapter, device="cpu").keys()
@@ -92,12 +92,12 @@ def load_adapter(key: str, model: PreTrainedModel, adapter: str) -> PeftModel:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError([f"{key}: {adapter} does not fit {name}: {reason}"]) from error
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    # peft would leave a layer that the file lacks untrained, and a tensor without a layer unused.
+    # peft would initialise a layer that the file lacks anew, and ignore a tensor without a layer.
     if odd := sorted(key for key in saved ^ wanted if ".lora_" in key):
         raise ConfigError(
             [
-                f"{key}: {adapter} does not fit {name}: {len(odd)} of its weights are on one side "
-                f"only, such as {odd[0]}"
+                f"{key}: {adapter} does not fit {name}: {len(odd)} weights are in only one of the "
+                f"two, such as {odd[0]}"
             ]
         )
     _refuse_tied(key, adapted)
@@ -105,24 +105,28 @@ def load_adapter(key: str, model: PreTrainedModel, adapter: str) -> PeftModel:
 
 
 def adapter_settings(key: str, adapter: str) -> Any:
-    """What a saved adapter says of itself, its base among it.
+    """The peft configuration of a saved adapter, which names its base model.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the adapter cannot be loaded.
     """
     folder = str(Path(adapter).expanduser())
     if not Path(folder).is_dir():
         hub.go_offline_if_unreachable()
     try:
         return PeftConfig.from_pretrained(folder)
-    # What is odd in its file ends in errors of many kinds.
+    # A damaged file leads to errors of many types.
     except Exception as error:
         fault = hub.reason(error, adapter)
         raise ConfigError([f"{key}: {adapter} cannot be loaded: {fault}"]) from error
 
 
 def _target_modules(model: PreTrainedModel, targets: list[str]) -> str | list[str]:
-    """Targets as peft takes them: kinds of layers by the names that this model has for them."""
+    """Targets for peft, with kinds of layers replaced by this model's names of them.
+
+    Raises:
+        ConfigError: a target matches no layer.
+    """
     if targets == ["all-linear"]:
         return "all-linear"
     modules = dict(model.named_modules())
@@ -142,7 +146,7 @@ def _target_modules(model: PreTrainedModel, targets: list[str]) -> str | list[st
 
 
 def _layers_in(modules: dict[str, nn.Module], ending: str) -> list[str]:
-    """Linear layers inside modules whose class ends so, as `self_attn.q_proj`."""
+    """Names of linear layers in modules whose class name ends with `ending`: `self_attn.q_proj`."""
     found = {
         f"{name.rpartition('.')[2]}.{inner}"
         for name, module in modules.items()
@@ -158,11 +162,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _refuse_untrainable(key: str, adapted: PeftModel) -> None:
-    """Refuse what this trainer would compute wrongly.
+    """Refuse adapters that this trainer would compute wrongly.
 
     Raises:
-        ConfigError: whole modules are trained besides adapters; DoRA is on the head, to whose
-            weight the loss adds adapters, or on 8-bit layers, whose scales peft would lose.
+        ConfigError: the adapter trains whole modules; DoRA is on the head, whose weight the loss
+            merges with LoRA only, or on 8-bit layers, whose scales peft would lose.
     """
     base: Any = adapted.get_base_model()
     settings: Any = adapted.active_peft_config
@@ -182,7 +186,7 @@ def _refuse_untrainable(key: str, adapted: PeftModel) -> None:
 
 
 def _refuse_tied(key: str, adapted: PeftModel) -> None:
-    """Refuse an adapter on one of two layers with the same weight: merging would change both.
+    """Refuse an adapter on a tied embedding or head, since merging it would change both.
 
     Raises:
         ConfigError: head and embeddings are tied, and one of them has an adapter.

@@ -1,18 +1,19 @@
-"""Attention over packed rows in which two responses share one prompt.
+"""Computes attention over packed rows in which two responses share one prompt.
 
-A pair is two segments: prompt + chosen, causal; and rejected over prompt + rejected. No mask of the
-whole row exists and a pair never sees another. Three kernels do it:
+A pair has two segments: prompt + chosen attends causally to itself, and rejected attends to
+prompt + rejected. Pairs do not attend to each other, and no [T, T] mask is built. There are three
+kernels:
 
-    sdpa     a scaled-dot-product call for each segment; any device, any dtype
+    sdpa     one scaled-dot-product call per segment; any device, any dtype
     varlen   torch.nn.attention.varlen, all segments in one call; CUDA, bf16
-    flash    flash-attn's varlen function, the same with soft-cap; CUDA, bf16
+    flash    flash-attn's varlen function, all segments in one call, with soft-cap; CUDA, bf16
 
-The variable-length kernels want the keys of a segment side by side, so those of a prompt are copied
-for its rejected response, as https://github.com/li-plus/flash-preference does.
+The variable-length kernels need the keys of a segment to be contiguous, so a prompt's keys are
+copied for its rejected response, as in https://github.com/li-plus/flash-preference.
 
-`register` makes them attention implementations of transformers. A model is *loaded* with one:
-switched on only around the forward, gradient checkpointing would recompute with another. Without
-`segments` (generation) each is transformers' own SDPA attention.
+`register` adds the kernels to transformers' attention implementations. The model must be *loaded*
+with one: if it were set around the forward only, gradient checkpointing would recompute with
+another. Without `segments` (generation) each kernel is transformers' own SDPA attention.
 """
 
 from __future__ import annotations
@@ -31,23 +32,24 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from simpo.data.pairs import KeyTable, Segment, segment_lengths
 
-# No name holds "sdpa" or "flash": transformers would take it for a kernel of its own.
+# transformers would treat a name that contains "sdpa" or "flash" as one of its own kernels.
 NAMES = {"sdpa": "simpo", "varlen": "simpo_varlen", "flash": "simpo_fa"}
 
 
 def register() -> None:
-    """Make the kernels known to transformers under `NAMES`."""
+    """Register the kernels with transformers under `NAMES`."""
     for kernel, name in NAMES.items():
         AttentionInterface.register(name, partial(attend, kernel))
         AttentionMaskInterface.register(name, _mask)
 
 
 def unusable(kernel: str, device: torch.device, bf16: bool, softcap: bool) -> str | None:
-    """Why a kernel cannot serve a model there, or None.
+    """Why a kernel cannot be used, or None if it can.
 
     Args:
-        bf16: the forward computes in bf16.
-        softcap: the model caps its attention scores.
+        device: device of the model.
+        bf16: whether the forward computes in bf16.
+        softcap: whether the model caps its attention scores.
     """
     if kernel == "sdpa":
         return None
@@ -61,7 +63,7 @@ def unusable(kernel: str, device: torch.device, bf16: bool, softcap: bool) -> st
 
 
 def best(device: torch.device, bf16: bool, softcap: bool) -> str:
-    """The fastest kernel that can serve a model there; see `unusable`."""
+    """The fastest usable kernel; arguments as `unusable`."""
     kernels = ("flash", "varlen", "sdpa")
     return next(k for k in kernels if not unusable(k, device, bf16, softcap))
 
@@ -81,18 +83,18 @@ def attend(
     keys: KeyTable | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, as transformers calls it.
+    """Compute the attention of one layer; transformers calls this.
 
     Args:
         kernel: sdpa, varlen or flash.
         module: the layer, for transformers' own SDPA path.
         query: [B, heads, T, head size].
         key, value: [B, key heads, T, head size].
-        attention_mask: only for generation (no segments): bool, True where a key is seen.
+        attention_mask: for generation only (no segments): bool, True for visible keys.
         scaling: factor on the scores; None is 1 / sqrt(head size).
         sliding_window: a query sees only keys less than this many positions before it.
         softcap: scores s become softcap * tanh(s / softcap) (Gemma-2).
-        segments, keys: where the pairs lie in the row; B must be 1.
+        segments, keys: positions of the pairs in the row; B must be 1.
 
     Returns:
         ([B, T, heads, head size], None).
@@ -126,7 +128,7 @@ def _variable_length(
 ) -> Tensor:
     """All segments in one call: queries [T, heads, head size], keys and values [K, ...]."""
     ends = table.query_ends, table.key_ends, table.longest_queries, table.longest_keys
-    # Keys seen left and right of a query; -1 is all. The last query is at the last key.
+    # Visible keys left and right of a query, -1 for all. The last query is at the last key.
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     if kernel == "varlen":
         from torch.nn.attention.varlen import varlen_attn
@@ -146,7 +148,7 @@ def _variable_length(
 
 @cache
 def _gqa_option() -> dict[str, Any]:
-    """Before torch 2.12 fewer key heads than query heads are taken without being asked."""
+    """The option that allows fewer key heads than query heads; torch before 2.12 needs none."""
     from torch.nn.attention.varlen import varlen_attn
 
     asked = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -163,12 +165,12 @@ def _by_segment(
     softcap: float | None,
 ) -> Tensor:
     if value.device.type == "cpu" and value.dtype is torch.bfloat16:
-        # The CPU's backward kernel takes three times as long in bf16 on short segments.
+        # On short segments the CPU's backward kernel is three times slower in bf16.
         with torch.autocast("cpu", enabled=False):
             q, k, v = query.float(), key.float(), value.float()
             output = _by_segment(q, k, v, segments, scaling, sliding_window, softcap)
         return output.to(value.dtype)
-    # Split once: the backward pass of a slice would fill a gradient of the whole row with zeros.
+    # Split once: the backward pass of each slice would allocate a zero gradient of the whole row.
     lengths = segment_lengths(segments)
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
@@ -198,13 +200,13 @@ def _causal_attend(
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
-    # is_causal would align unequal lengths top-left, which lets a query see too little.
+    # is_causal aligns unequal lengths top-left, which would hide keys from the queries.
     visible = _causal(query, key, sliding_window if windowed else None)
     return _attend(query, key, value, visible, scaling, softcap)
 
 
 def _causal(query: Tensor, key: Tensor, sliding_window: int | None) -> Tensor:
-    """Which keys each query sees, bool [queries, keys], the last query at the last key."""
+    """Mask of visible keys, bool [queries, keys]; the last query is at the last key."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     position = torch.arange(num_keys, device=query.device)
     distance = position[num_keys - num_queries :, None] - position[None]
@@ -233,10 +235,10 @@ def _attend(
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """No mask for a packed row; generation passes its padding mask and gets the usual one.
+    """Build no mask for a packed row, and transformers' usual mask for generation.
 
-    Without this, transformers would see several sequences in the row's positions and build a
-    dense [T, T] mask that does not know of shared prompts.
+    Otherwise transformers would detect several sequences from the row's positions and build a dense
+    [T, T] mask that ignores shared prompts.
     """
     if kwargs.get("attention_mask") is None:
         return None

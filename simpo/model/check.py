@@ -1,10 +1,12 @@
-"""A fresh policy in, the certainty that it takes packed rows out; else its name and the remedy.
+"""Checks, before training, that a model gives the same hidden states for packed rows as for
+separate sequences.
 
-An attention kernel, a mask or a recurrent layer that does not know of packed rows mixes their
-sequences without a word. So two short pairs are computed packed, by the run's own kernel, and each
-sequence alone, by transformers' eager attention: the hidden states must agree. Windows that the
-run's sequences outgrow are made small for it, so that these short ones outgrow them too. And the
-logits must be what `simpo.model.head` computes: some architectures scale them after their head.
+An attention kernel, a mask or a recurrent layer that does not support packed rows mixes their
+sequences silently. So two short pairs are computed packed, with the run's kernel, and each sequence
+alone, with transformers' eager attention; the hidden states must agree. Attention windows that are
+shorter than the run's sequences are reduced for the check, so that they apply to its short
+sequences too. The logits must also be those of `simpo.model.head`, since some architectures scale
+them after their head.
 """
 
 from __future__ import annotations
@@ -25,26 +27,26 @@ from simpo.model.load import cannot_share
 from simpo.model.policy import Policy
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""Norm of the difference of hidden states over theirs: rounding stays below, mixing above."""
+"""Largest relative difference (of norms) of hidden states or logits that is taken for rounding."""
 
 WINDOWS = ("sliding_window", "attention_chunk_size")
-"""Settings that hide from a token what lies further back."""
+"""Names of settings that limit how far back a token attends."""
 SMALL_WINDOW = 4
 
 
 def check_packing(
     policy: Policy, bf16: bool, tokens: Iterable[TokenizedPair] = (), row_tokens: int = 0
 ) -> None:
-    """Compare packed rows with sequences on their own.
+    """Compare a packed row with its sequences computed separately.
 
     Args:
-        bf16: compute in bf16, as the run will.
-        tokens: the pairs of the run, trained on and held out.
-        row_tokens: how long a row may be.
+        bf16: whether the run computes in bf16.
+        tokens: all train and test pairs of the run.
+        row_tokens: token budget of a row.
 
     Raises:
-        ConfigError: the model cannot share prompts, cannot be packed at all, makes its logits in a
-            way of its own, or encodes positions by the longest sequence of a row.
+        ConfigError: the model does not support shared prompts or packing, changes its logits after
+            the head, or chooses rotary frequencies by the longest sequence of a row.
     """
     longest = max((_longest(pair) for pair in tokens), default=0)
     _check_rope(policy, longest)
@@ -57,10 +59,10 @@ def _longest(pair: TokenizedPair) -> int:
 
 
 def _check_rope(policy: Policy, longest: int) -> None:
-    """Refuse frequencies that transformers takes anew for a whole row by its longest sequence."""
+    """Refuse rotary frequencies that transformers chooses for a row by its longest sequence."""
     config: Any = policy.base.config.get_text_config()
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # Some models have a set of them for each kind of layer.
+    # Some models have a set of frequencies for each kind of layer.
     sets = [s for s in found.values() if isinstance(s, dict)] or [found]
     for rope in sets:
         kind = str(rope.get("rope_type", rope.get("type")))
@@ -74,18 +76,17 @@ def _check_rope(policy: Policy, longest: int) -> None:
         if limit and longest > limit:
             raise ConfigError(
                 [
-                    f"model.path: {type(policy.base).__name__} encodes the positions of a whole "
-                    f"row in another way ({kind}) where one of its sequences is longer than "
-                    f"{limit} tokens, so that pairs would depend on their neighbours; the longest "
-                    f"here has {longest} (data.max_length_tokens={limit}, and max_prompt_tokens "
-                    "below it)"
+                    f"model.path: {type(policy.base).__name__} changes the rotary frequencies of a "
+                    f"whole row ({kind}) if one of its sequences is longer than {limit} tokens, so "
+                    f"pairs would affect each other; the longest here has {longest} "
+                    f"(data.max_length_tokens={limit}, and max_prompt_tokens below it)"
                 ]
             )
 
 
 @contextmanager
 def _small_windows(policy: Policy, reached: int) -> Iterator[None]:
-    """Windows below so many tokens become small, in the settings and in the layers."""
+    """Context in which attention windows shorter than `reached` tokens are `SMALL_WINDOW`."""
     holders: list[Any] = [policy.base.config.get_text_config(), *policy.base.modules()]
     kept = [
         (holder, name, size)
@@ -104,7 +105,7 @@ def _small_windows(policy: Policy, reached: int) -> Iterator[None]:
 
 @torch.no_grad()
 def _compare(policy: Policy, bf16: bool) -> None:
-    """The hidden states of packed rows against those of sequences alone, and the logits."""
+    """Compare hidden states of a packed row with those of its sequences alone, and the logits."""
     rng = np.random.default_rng(0)
     size = policy.base.config.get_text_config().vocab_size
 
@@ -121,7 +122,7 @@ def _compare(policy: Policy, bf16: bool) -> None:
             expected = torch.cat([_separate_hidden(policy, pair) for pair in pairs])
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             name = type(policy.base).__name__
-            fault = f"its hidden states cannot be had, which is not supported: {first_line(error)}"
+            fault = f"its hidden states cannot be computed: {first_line(error)}"
             raise ConfigError([f"model.path: {name}: {fault}"]) from error
         if not torch.isfinite(expected).all() or not expected.any():
             name = type(policy.base).__name__
@@ -134,7 +135,7 @@ def _compare(policy: Policy, bf16: bool) -> None:
             raise _refusal(policy, first_line(error)) from error
         own, theirs = _logits(policy, row.input_ids[:, :9])
     policy.train(training)
-    # 8-bit layers round activations, by a scale that the other tokens of a row have a part in.
+    # 8-bit layers round activations by a scale that depends on the other tokens of the row.
     rounded = (
         bf16 or got.dtype is torch.bfloat16 or getattr(policy.base, "is_loaded_in_8bit", False)
     )
@@ -145,14 +146,14 @@ def _compare(policy: Policy, bf16: bool) -> None:
         name = type(policy.base).__name__
         raise ConfigError(
             [
-                f"model.path: {name} does something to its logits after its head, which is not "
+                f"model.path: {name} changes its logits after the output layer, which is not "
                 f"supported: they differ by {gap:.2g} of their norm"
             ]
         )
 
 
 def _separate_hidden(policy: Policy, pair: TokenizedPair) -> Tensor:
-    """Hidden states that predict the responses of a pair, each sequence in a forward of its own."""
+    """Hidden states that predict the responses of a pair, one forward per sequence, [N, D]."""
     own = policy.base.config._attn_implementation
     policy.base.set_attn_implementation("eager")
     parts = []
@@ -166,7 +167,7 @@ def _separate_hidden(policy: Policy, pair: TokenizedPair) -> Tensor:
 
 
 def _logits(policy: Policy, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of a sequence as the loss takes them, and as the model's own forward gives them."""
+    """Logits of a sequence as the loss computes them, and from the model's own forward."""
     hidden = policy.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     weight, bias, softcap = policy.head()
     own = linear(hidden, weight, bias)

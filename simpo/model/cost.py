@@ -1,4 +1,4 @@
-"""What a step costs in memory and arithmetic, worked out from the policy before the first one."""
+"""Estimates the memory of a step before training, and counts its floating-point operations."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ STEPS_LOOKED_AT = 64
 # Dense bf16 peak of one GPU in TFLOP/s, from the vendor's data sheets.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "B200": 2250}
 
-# Names that configurations have for the experts of a layer, and for those that a token meets.
+# Config keys for the number of experts of a layer, and for the number that a token is routed to.
 ALL_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the pairs of a run's steps (its first 64 at most) fill their rows.
+    """How the pairs of a run's first steps (at most 64) fill their rows.
 
     Attributes:
-        tokens_per_step: mean tokens computed for a step.
-        fill: tokens over the room of the rows, 0 to 1 (above 1: pairs longer than a row).
+        tokens_per_step: mean number of tokens computed in a step.
+        fill: tokens divided by the budget of all rows (above 1 if pairs are longer than a row).
         largest_row_tokens: tokens of the largest row.
     """
 
@@ -51,7 +51,7 @@ def layout(
 
     Args:
         num_tokens: tokens computed for each pair, int64 [num_pairs].
-        processes: that share the rows.
+        processes: number of processes that share the rows.
     """
     steps = [pairs_of_step(plan, step) for step in range(min(plan.total_steps, STEPS_LOOKED_AT))]
     rows = [
@@ -67,7 +67,7 @@ def layout(
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated peak memory of a step on one device, in GiB, part by part."""
+    """Estimated peak memory of a step on one device, by part, in GiB."""
 
     weights: float
     gradients: float
@@ -77,7 +77,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All parts together."""
+        """Sum of all parts, in GiB."""
         return float(sum(astuple(self)))
 
     def __str__(self) -> str:
@@ -93,15 +93,18 @@ def estimate_memory(
     weight_shards: int = 1,
     state_shards: int = 1,
 ) -> Memory:
-    """Estimate the peak of a step whose largest row has so many tokens, in one process.
+    """Estimate the peak memory of a step in one process.
 
-    What autograd keeps is measured on two short rows and drawn out; with checkpointing it is the
-    input of each layer and all of one layer.
+    The activations that autograd keeps are measured on two short rows and extrapolated; with
+    checkpointing they are the input of each layer and everything in one layer.
 
     Args:
-        bf16: the forward computes in bf16.
-        weight_shards, state_shards: in how many parts weights, and gradients with optimizer state,
-            are held. A layer's gathered weights are not counted.
+        row_tokens: tokens of the largest row.
+        bf16: whether the forward computes in bf16.
+        checkpointing: whether the layers use gradient checkpointing.
+        weight_shards: number of processes that the weights are sharded over. The weights of a
+            gathered layer are not counted.
+        state_shards: number of processes that gradients and optimizer state are sharded over.
     """
     parameters = list(policy.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -112,12 +115,12 @@ def estimate_memory(
     head: Any = policy.base.get_output_embeddings()
     if checkpointing:
         layers = policy.base.config.get_text_config().num_hidden_layers
-        # Adapters are in fp32 also where the layers' inputs are in bf16, as the embeddings are.
+        # Inputs of layers have the dtype of the embeddings; that of adapters is always fp32.
         stream: Any = policy.base.get_input_embeddings().weight
         kept = kept / layers + row_tokens * layers * stream.shape[1] * stream.element_size()
-    # Logits in fp32, and a copy in the head's own precision or the gradient of the soft-cap.
+    # Logits in fp32, and a copy in the dtype of the head or the gradient of the soft-cap.
     logits = 2 * min(LOGITS_BYTES, 4 * row_tokens * len(head.weight))
-    # The gradient of the whole weight, also where only adapters on it are trained.
+    # Gradient of the whole weight in fp32, also if only adapters on it are trained.
     if any(p.requires_grad for p in head.parameters()):
         logits += 4 * head.weight.numel()
     return Memory(
@@ -130,13 +133,13 @@ def estimate_memory(
 
 
 def check_memory(memory: Memory, device: torch.device, processes: int = 1) -> None:
-    """Compare an estimate with what the device has, the loaded weights included.
+    """Compare an estimate with the memory of the device, including the loaded weights.
 
     Args:
-        processes: that share this machine's memory, on a CPU.
+        processes: number of processes that share this machine's memory, if on a CPU.
 
     Raises:
-        ConfigError: it does not fit; with what would make it smaller.
+        ConfigError: the step does not fit; the message says which setting reduces its memory.
     """
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -158,7 +161,7 @@ def check_memory(memory: Memory, device: torch.device, processes: int = 1) -> No
 
 
 def _kept_bytes(policy: Policy, num_tokens: int, bf16: bool) -> int:
-    """Bytes that autograd keeps of a row's forward up to the head, weights not counted."""
+    """Bytes that autograd saves in the forward of a row, without the head and without weights."""
     response = np.ones(num_tokens // 4, dtype=np.int32)
     pair = TokenizedPair(np.ones(num_tokens // 2, dtype=np.int32), response, response)
     device = next(policy.parameters()).device
@@ -173,7 +176,7 @@ def _kept_bytes(policy: Policy, num_tokens: int, bf16: bool) -> int:
         return tensor
 
     training = policy.training
-    policy.eval()  # in which transformers' layers do not checkpoint
+    policy.eval()  # transformers' layers do not checkpoint in eval mode
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
@@ -189,13 +192,13 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def num_weights(parameter: Tensor) -> int:
-    """How many weights a parameter holds: 4-bit ones lie several in an element."""
+    """Number of weights of a parameter; 4-bit weights are packed several to an element."""
     packed = getattr(parameter, "quant_state", None)
     return math.prod(packed.shape) if packed is not None else parameter.numel()
 
 
 def experts_per_token(config: Any) -> tuple[int, int]:
-    """How many routed experts a token meets in a layer, and of how many; (1, 1) without experts."""
+    """Number of experts that a token is routed to, and of all experts; (1, 1) without experts."""
     chosen, experts = (
         next((value for name in names if (value := getattr(config, name, None))), None)
         for names in (CHOSEN_EXPERTS, ALL_EXPERTS)
@@ -204,13 +207,12 @@ def experts_per_token(config: Any) -> tuple[int, int]:
 
 
 class Flops:
-    """Counts the floating-point operations that a step of a policy needs.
+    """Counts the floating-point operations of a step.
 
-    A matrix product is counted once forward, once for the gradient of its input and, where its
-    weight is trained, once for that of its weight. Of experts a token meets as many as its router
-    chooses. What gradient checkpointing computes again is
-    not counted, so the share of a GPU's peak is model FLOPs utilisation (MFU) as in
-    https://arxiv.org/abs/2204.02311.
+    A matrix product is counted once in the forward pass, once for the gradient of its input and, if
+    its weight is trained, once for the gradient of the weight. Of the experts only those that a
+    token is routed to are counted. Recomputation by gradient checkpointing is not, so the fraction
+    of a GPU's peak is model FLOPs utilisation (MFU) as in https://arxiv.org/abs/2204.02311.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -221,13 +223,13 @@ class Flops:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._per_token = 0
         for name, p in policy.named_parameters():
-            # Experts may lie in one weight of three dimensions, their biases in one of two.
+            # Experts may be stacked into one 3-D weight, and their biases into one 2-D tensor.
             if p.ndim > 1 and id(p) not in tables and not name.endswith("bias"):
                 operations = 2 * num_weights(p) * (2 + p.requires_grad)
                 of_expert = ".experts." in name
                 self._per_token += operations * chosen // experts if of_expert else operations
         self._per_target = 2 * head.numel() * (2 + head.requires_grad)
-        # Scores and their product with the values, forward; twice that backward.
+        # Scores and their product with the values in the forward pass; twice that in the backward.
         self._per_score = 3 * 4 * config.num_attention_heads * size * config.num_hidden_layers
 
     def of_row(self, row: PackedPairs) -> int:
@@ -247,7 +249,7 @@ class Flops:
 
 
 def speed(flops_per_s: float, device: torch.device) -> dict[str, float]:
-    """Metrics of achieved arithmetic: `gflops_per_s`, and `mfu` on a GPU whose peak is known."""
+    """Metrics of speed: `gflops_per_s`, and `mfu` (0 to 1) on a GPU whose peak is known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
     metrics = {"gflops_per_s": flops_per_s / 1e9}

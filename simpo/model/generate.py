@@ -1,4 +1,4 @@
-"""Generation with the policy: several prompts at a time, from token ids to text."""
+"""Generates replies to batches of prompts with the policy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH_PROMPTS = 64
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model wrote, and whether it came to an end; `ids` are without the token for that."""
+    """A generated reply. `ids` exclude the end token, which `ended` says was generated."""
 
     text: str
     ids: list[int]
@@ -29,7 +29,7 @@ class Reply:
 
 
 def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices of prompts in batches of like length, which need less padding."""
+    """Indices of prompts in batches of similar length, to reduce padding."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -44,11 +44,12 @@ def generate_replies(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> list[Reply]:
-    """Continue prompts, given as token ids, in one batch.
+    """Generate a reply to each prompt, in one left-padded batch.
 
     Args:
-        temperature: 0 takes the likeliest token each time.
-        top_p: samples from the likeliest tokens that make up this share.
+        prompts: token ids of each prompt.
+        temperature: sampling temperature; 0 is greedy decoding.
+        top_p: probability mass of nucleus sampling.
     """
     policy.eval()
     base: Any = policy.base
@@ -67,7 +68,7 @@ def generate_replies(
         eos_token_id=chat.end_id,
         pad_token_id=pad_id,
     )
-    # transformers takes what is not set here from the model's own settings: a penalty, say.
+    # transformers would take unset options, such as a penalty, from the model's generation config.
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:
         output = base.generate(
@@ -81,7 +82,7 @@ def generate_replies(
 
 
 def decode_reply(chat: Chat, ids: list[int]) -> Reply:
-    """What a model wrote, up to the token that ends a response in training."""
+    """The reply in generated ids: everything before the token that ends a response."""
     ended = chat.end_id in ids
     ids = ids[: ids.index(chat.end_id)] if ended else ids
     return Reply(str(chat.tokenizer.decode(ids, skip_special_tokens=True)), ids, ended)

@@ -1,14 +1,14 @@
-"""Hidden states in, loss and gradients out, without a [T, V] tensor.
+"""Computes the loss of a row and its gradients from hidden states, without a [T, V] tensor.
 
-Only positions that predict a response token meet the vocabulary, a few pairs at a time. As soon as
-the log-probabilities of a pair are known, so is what the loss wants of its logits: their gradient
-is taken there and then, in the memory that held them, and they are dropped. The vocabulary is met
-three times (logits, gradient of the hidden states, gradient of the weight), as in a backward pass
-that had kept everything, and memory is LOGITS_BYTES, whatever the length. A pair above that is
-taken in parts whose logits are computed twice.
+Logits are computed only at positions that predict a response token, for a few pairs at a time. The
+loss of a pair depends on that pair alone, so the gradient of its logits is known as soon as they
+are. It is computed in the forward pass, in the buffer of the logits, which the next pairs reuse.
+This takes three products with the head's weight (logits, gradient of the hidden states, gradient of
+the weight), as many as an ordinary backward pass, and LOGITS_BYTES of memory for any length. A pair
+with more logits than that is processed in parts, and its logits are computed twice.
 
-That a loss on top of a vocabulary can be differentiated chunk by chunk in the forward pass is the
-idea of https://arxiv.org/abs/2410.10989 (Liger).
+Computing the gradient chunk by chunk in the forward pass follows Liger
+(https://arxiv.org/abs/2410.10989).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from simpo.loss import PairLogps
 LOGITS_BYTES = 256 * 2**20
 
 PairLoss = Callable[[PairLogps], Tensor]
-"""From the log-probabilities of some pairs to what each adds to the loss, float32 [P]."""
+"""Maps the log-probabilities of some pairs to the loss of each, float32 [P]."""
 
 
 def fused_loss(
@@ -37,18 +37,20 @@ def fused_loss(
     pair_loss: PairLoss,
     softcap: float | None = None,
 ) -> tuple[Tensor, PairLogps]:
-    """Loss of a row of pairs, and the log-probabilities of their responses.
+    """Compute the loss of a row of pairs and the log-probabilities of their responses.
 
     Args:
-        hidden: [T, D], the last hidden states, normalised as the head wants them.
-        weight, bias: of the head, [V, D] and [V]; logits are in their type, or in autocast's.
-        row: says which position predicts which token.
-        pair_loss: takes any of the row's pairs, in order; each pair's loss is its own.
+        hidden: [T, D], the last hidden states after the final norm.
+        weight, bias: of the head, [V, D] and [V]; logits are in their dtype, or in autocast's.
+        row: its predictors and targets are the positions and tokens that are scored.
+        pair_loss: called with consecutive pairs of the row; the loss of a pair must not depend on
+            other pairs.
         softcap: logits z become softcap * tanh(z / softcap) (Gemma-2).
 
     Returns:
-        The sum of the losses of the pairs, with gradients for hidden, weight and bias; sums
-        of token log-probabilities over each response, without. Softmax and sums are in float32.
+        The sum of the losses of the pairs, differentiable in hidden, weight and bias; and the
+        summed token log-probabilities of each response, not differentiable. Softmax and sums are in
+        float32.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -113,10 +115,10 @@ class _FusedLoss(torch.autograd.Function):
 
 
 class _Head:
-    """Meets the vocabulary with a chunk of positions at a time, in one piece of memory.
+    """Computes logits and gradients chunk by chunk in one reused buffer.
 
-    Fresh pages for each chunk would cost the system a tenth of the time. Sums over chunks are in
-    float32 even where a chunk's own product is in bf16.
+    Allocating memory for each chunk would cost a tenth of the time. Gradients are summed over
+    chunks in float32, also if the product of a chunk is in bf16.
     """
 
     def __init__(
@@ -141,7 +143,7 @@ class _Head:
         self.grad_bias = torch.zeros_like(weight[:, 0], dtype=wide) if needs[2] else None
 
     def logps(self, part: slice) -> Tensor:
-        """Log-probability of each target of a part, [n]; leaves exp(logits - largest) in memory."""
+        """Log-probs of the targets of a part, [n]; leaves exp(logits - max) in the buffer."""
         logits = self._memory[: part.stop - part.start]
         if self._weight.dtype is logits.dtype:
             torch.mm(self._hidden[part], self._weight.T, out=logits)
@@ -159,7 +161,10 @@ class _Head:
         return (own - largest - self._total.log()).squeeze(-1)
 
     def add_gradients(self, part: slice, factor: Tensor) -> None:
-        """Add factor [n, 1] times the gradient of the part that `logps` was last called for."""
+        """Add the gradients of sum(factor * logps) of a part; factor is [n, 1].
+
+        `logps` must have been called for this part last.
+        """
         gradient = self._memory[: part.stop - part.start]
         # d logp / d logits = one-hot of the target - softmax
         gradient.mul_(-factor / self._total).scatter_add_(-1, self._targets[part], factor)
@@ -179,7 +184,11 @@ class _Head:
 def _groups(
     response_tokens: tuple[int, ...], chunk_tokens: int
 ) -> Iterator[tuple[tuple[int, ...], list[slice]]]:
-    """Take as many pairs together as fit a chunk; a pair above one alone, in several parts."""
+    """Group as many pairs as fit into a chunk; split a pair that is larger than one into parts.
+
+    Yields:
+        Scored tokens of each response of the group, and the slices of scored tokens to compute.
+    """
     first = end = 0
     lengths: tuple[int, ...] = ()
     for both in zip(response_tokens[0::2], response_tokens[1::2], strict=True):

@@ -29,18 +29,19 @@ def load_policy(
     share_prefix: bool = True,
     settings: PreTrainedConfig | None = None,
 ) -> Policy:
-    """Load the model for training: no dropout; quantised, with adapters, checkpointed as asked for.
+    """Load the model for training, without dropout; quantised, with adapters and with gradient
+    checkpointing according to its settings.
 
     Args:
-        seed: seeds all random generators, hence the initial values of adapters.
-        bf16: the forward will compute in bf16.
-        share_prefix: False leaves attention to transformers, which sees packed sequences by their
-            positions.
-        settings: what `load_settings` gave, where it has been asked already.
+        seed: seeds all random generators, and so the initial values of adapters.
+        bf16: whether the forward computes in bf16.
+        share_prefix: False leaves attention to transformers, which separates packed sequences by
+            their positions.
+        settings: result of `load_settings`, if it is known already.
 
     Raises:
-        ConfigError: the model cannot be loaded, has no such attention or is quantised already, or
-            the adapters do not fit it (`simpo.model.adapters.add_adapters`).
+        ConfigError: the model cannot be loaded, does not support the attention, is already
+            quantised, or the adapters do not fit it (`simpo.model.adapters.add_adapters`).
     """
     _seed(seed)
     attention.register()
@@ -49,8 +50,8 @@ def load_policy(
     if hasattr(settings, "quantization_config"):
         raise ConfigError(
             [
-                f"model.path: {source} holds quantised weights (take those it was made of; "
-                "model.quantization packs them on loading)"
+                f"model.path: {source} holds quantised weights (use the unquantised model; "
+                "model.quantization quantises it on loading)"
             ]
         )
     packed = _quantization(config, bf16)
@@ -67,7 +68,7 @@ def load_policy(
             quantization_config=packed,
             device_map={"": device} if packed else None,
         )
-    except KeyError as error:  # an architecture that looks attention up in a table of its own
+    except KeyError as error:  # the architecture has an attention table of its own
         raise cannot_share(type(settings).__name__, "its attention cannot be replaced") from error
     if config.quantization is Quantization.nf4:
         _patch_nf4_on_cpu(model, device)
@@ -84,7 +85,7 @@ def load_policy(
 
 
 def _seed(seed: int) -> None:
-    """Seed all random generators as transformers' `set_seed` does, whose module imports peft."""
+    """Seed all random generators, like transformers' `set_seed`, whose module imports peft."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -97,7 +98,7 @@ def _switch_dropout_off(model: nn.Module) -> None:
 
 
 def cannot_share(name: str, reason: str) -> ConfigError:
-    """The answer to an architecture that shared prompts do not fit."""
+    """The error for a model that does not support shared prompts in packed rows."""
     return ConfigError(
         [
             f"model.path: {name} cannot share prompts in packed rows: {reason} "
@@ -107,7 +108,11 @@ def cannot_share(name: str, reason: str) -> ConfigError:
 
 
 def _kernel(config: ModelConfig, settings: Any, device: torch.device, bf16: bool) -> str:
-    """Name under which transformers knows the attention asked for."""
+    """Name of the attention kernel in transformers.
+
+    Raises:
+        ConfigError: the kernel in the settings cannot be used.
+    """
     softcap = getattr(settings, "attn_logit_softcapping", None) is not None
     wanted = config.attention.value
     if config.attention is Attention.auto:
@@ -125,7 +130,7 @@ def _weights_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def _quantization(config: ModelConfig, bf16: bool) -> BitsAndBytesConfig | None:
-    """How transformers packs the linear layers on loading; it leaves lm_head out by itself."""
+    """The quantisation that transformers applies to linear layers on loading, except lm_head."""
     if config.quantization is Quantization.none:
         return None
     if config.quantization is Quantization.int8:
@@ -136,21 +141,21 @@ def _quantization(config: ModelConfig, bf16: bool) -> BitsAndBytesConfig | None:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=computed,
-        # A backend that shards weights and casts them to this type leaves packed ones of it alone.
+        # A sharding backend casts weights to this dtype, which must not change the packed ones.
         bnb_4bit_quant_storage=computed,
     )
 
 
 def _patch_nf4_on_cpu(model: nn.Module, device: torch.device) -> None:
-    """Keep bitsandbytes from two things that it does wrong on a CPU, and says nothing of.
+    """Prevent two silent errors of bitsandbytes on a CPU.
 
     Raises:
-        ConfigError: it takes blocks of 64 weights row by row, so it mixes up the scales of a layer
-            whose rows are no multiple of that.
+        ConfigError: the inputs of a layer are not a multiple of 64; bitsandbytes would mix up the
+            scales of its blocks of 64 weights.
     """
     for name, layer in model.named_modules():
-        # In the first evaluation weights would be repacked for good: with rounded scales, and
-        # without a gradient for the layer's input.
+        # The first forward in eval mode would repack the weights permanently, with rounded scales
+        # and without a gradient for the layer's input.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
             if device.type == "cpu" and layer.in_features % 64:

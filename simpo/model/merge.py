@@ -18,20 +18,20 @@ from simpo.model.tokenizer import load_tokenizer
 
 
 def merge(run_dir: Path, output: Path, dtype: Dtype, base: str | None) -> list[str]:
-    """Write a whole model: the base unquantised, also after QLoRA, with the adapter added to it.
+    """Merge an adapter into its unquantised base model (also after QLoRA) and write the result.
 
     Args:
-        run_dir: folder of a run, or one that holds an adapter.
+        run_dir: folder of a run, or of an adapter.
         output: folder to write; must not exist.
-        dtype: of the sums and the written weights; auto is that of the base's files.
-        base: folder or hub id of the base; None takes what the adapter names.
+        dtype: dtype in which weights are merged and written; auto is that of the base's files.
+        base: folder or hub id of the base; None is the one that the adapter names.
 
     Returns:
         Lines to print.
 
     Raises:
-        ConfigError: there is no adapter, it does not fit its base, one of them cannot be loaded, or
-            output exists.
+        ConfigError: there is no adapter, adapter or base cannot be loaded, they do not fit, or
+            `output` exists.
     """
 
     folder = model_folder(run_dir)

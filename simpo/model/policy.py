@@ -1,4 +1,4 @@
-"""The policy: a causal language model whose forward gives the loss of packed pairs."""
+"""Defines the policy, a causal language model whose forward returns the loss of packed pairs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from simpo.model.head import PairLoss, fused_loss
 
 
 class Policy(nn.Module):
-    """A causal language model whose forward gives the loss and the log-probabilities of pairs.
+    """A causal language model whose forward returns the loss and the log-probabilities of pairs.
 
-    The vocabulary is met in here, below whatever wraps the policy, so that sharded weights of the
-    head are gathered by their own framework.
+    The loss is computed inside the module, so that a sharding framework that wraps the policy
+    gathers the head's weights itself.
     """
 
     def __init__(self, model: nn.Module, share_prefix: bool = True) -> None:
@@ -32,15 +32,15 @@ class Policy(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator,return-value]
 
     def forward(self, row: PackedPairs, pair_loss: PairLoss) -> tuple[Tensor, PairLogps]:
-        """Sum of the losses of the pairs of a row, and their log-probabilities."""
+        """Sum of the losses of a row's pairs, and their log-probabilities; see `fused_loss`."""
         hidden = self.hidden(row)
-        # Last: weights in shards are freed again behind the layer that needed them, and that of the
-        # embeddings may be the head's too.
+        # Read after the layers: sharded embeddings, which may be tied to the head, are freed after
+        # their layer.
         weight, bias, softcap = self.head()
         return fused_loss(hidden, weight, bias, row, pair_loss, softcap)
 
     def head(self) -> tuple[Tensor, Tensor | None, float | None]:
-        """Weight [V, D], LoRA adapters on it included, bias [V] and soft-cap of the logits."""
+        """Weight [V, D] with its LoRA adapters merged, bias [V] and soft-cap of the logits."""
         head: Any = self.base.get_output_embeddings()
         layer = head.get_base_layer() if hasattr(head, "get_base_layer") else head
         weight = layer.weight
@@ -49,8 +49,8 @@ class Policy(nn.Module):
         return weight, layer.bias, getattr(self.base.config, "final_logit_softcapping", None)
 
     def hidden(self, row: PackedPairs) -> Tensor:
-        """Last hidden states of a row, [T, D], normalised as the head wants them."""
-        # Without a mask and a cache transformers itself tells packed sequences by their positions.
+        """Last hidden states of a row after the final norm, [T, D]."""
+        # Without mask and cache transformers separates packed sequences by their positions.
         output = self.base.get_decoder()(
             input_ids=row.input_ids,
             position_ids=row.position_ids,

@@ -1,4 +1,4 @@
-"""Reads models from a folder or the hub, and refuses what is damaged or does not fit."""
+"""Loads models from a folder or the hub, and refuses damaged or incomplete ones."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ HARMLESS = re.compile(
     r"|(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)"
     r"|^(v_head|value_head|score|mtp)\.|^lm_head\.weight$"
 )
-"""Weights of a checkpoint that a text model may leave out: buffers of older versions, towers of
-other media, heads of other tasks."""
+"""Weights that a checkpoint may contain and a text model does not use: buffers of older versions,
+vision and audio towers, heads of other tasks."""
 
 
 def model_source(config: ModelConfig, cache_dir: Path) -> str:
-    """Folder or hub id to load from; converts the built-in model on first use."""
+    """Folder or hub id of the model; the built-in model is converted on first use."""
     if config.path == "builtin:smollm2":
         return str(smollm2_folder(cache_dir))
     return os.path.expanduser(config.path)
 
 
 def load_settings(config: ModelConfig, cache_dir: Path) -> PreTrainedConfig:
-    """What config.json says of a model.
+    """Load the config.json of a model.
 
     Raises:
         ConfigError: it cannot be loaded.
@@ -57,18 +57,23 @@ def load_settings(config: ModelConfig, cache_dir: Path) -> PreTrainedConfig:
 
 
 def num_embeddings(settings: PreTrainedConfig) -> int:
-    """Rows of the embedding of a model with these settings: token ids lie below."""
+    """Number of rows of the model's embedding; token ids must be below it."""
     return int(settings.get_text_config(decoder=True).vocab_size)
 
 
 def load_weights(key: str, source: str, loader: Any, **options: Any) -> Any:
-    """A whole model of a folder or hub id, every weight of it read from there.
+    """Load a model and check that every weight was read from its files.
 
-    transformers gives a weight that the files lack, or have in another shape, random values.
+    transformers initialises a weight that is missing, or has another shape, with random values.
+
+    Args:
+        key: name of the source in messages.
+        source: folder or hub id.
+        loader: class with `from_pretrained`, which gets `options`.
 
     Raises:
-        ConfigError: it cannot be loaded; the files lack weights of the model, hold others, or have
-            them in another shape; a weight is NaN or infinite. `key` names the source.
+        ConfigError: the model cannot be loaded; weights are missing, unexpected or of another
+            shape; a weight is NaN or infinite.
     """
     model, report = load_pretrained(
         key, source, loader, **options, output_loading_info=True, ignore_mismatched_sizes=True
@@ -92,17 +97,17 @@ def load_weights(key: str, source: str, loader: Any, **options: Any) -> Any:
 
 
 def check_finite(key: str, source: str, model: nn.Module) -> None:
-    """Look at every weight.
+    """Refuse NaN and infinite weights.
 
     Raises:
-        ConfigError: one is NaN or infinite.
+        ConfigError: a weight is NaN or infinite.
     """
     bad = [
         name
         for name, weight in model.named_parameters()
-        # The sum needs no memory; only a finite one that is too large needs a second look.
+        # The sum needs no memory; it may overflow, so then every weight is tested.
         if weight.is_floating_point()
-        and not hasattr(weight, "quant_state")  # 4-bit ones lie packed in floats
+        and not hasattr(weight, "quant_state")  # 4-bit weights are packed into floats
         and not torch.isfinite(weight.detach().sum())
         and not torch.isfinite(weight.detach()).all()
     ]
@@ -119,17 +124,20 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def load_pretrained(key: str, source: str, loader: Any, **options: Any) -> Any:
-    """What `loader.from_pretrained` makes of a folder or hub id.
+    """Call `loader.from_pretrained` on a folder or hub id.
+
+    Args:
+        key: name of the source in messages.
 
     Raises:
-        ConfigError: nothing; `key` is what names the source in the message.
-        KeyError: the architecture takes its attention from a table of its own.
+        ConfigError: the source cannot be loaded.
+        KeyError: the architecture has its own attention table, which lacks the kernel.
     """
     if not Path(source).is_dir():
         hub.go_offline_if_unreachable()
     try:
         return loader.from_pretrained(source, **options)
-    # Damaged files end in errors of many libraries: safetensors, torch, tokenizers, json.
+    # Damaged files raise errors of many libraries: safetensors, torch, tokenizers, json.
     except Exception as error:
         if isinstance(error, KeyError) and error.args[0] in attention.NAMES.values():
             raise
@@ -142,13 +150,13 @@ def load_pretrained(key: str, source: str, loader: Any, **options: Any) -> Any:
 
 
 def _unreadable(folder: Path) -> str:
-    """The first file of a model's folder that is damaged; empty where there is none."""
+    """The first damaged file in a model's folder; empty if there is none."""
     for file in sorted(folder.glob("*")):
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt"):
                     continue
-            # Of the index of several files of weights an empty one is damaged as well.
+            # An index of weight files that lists no weight is damaged too.
             if file.suffix == ".json" and not json.loads(file.read_text()).get("weight_map", True):
                 return str(file)
             if file.suffix == ".jinja":

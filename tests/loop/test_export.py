@@ -1,6 +1,6 @@
-"""The end of a run: what is saved and uploaded, and that no work is lost when something fails.
+"""The end of a run saves and uploads the model, and loses no work if something fails.
 
-The upload is against a stand-in for the hub, and the token stays where it was.
+The upload goes to a local stand-in for the hub.
 """
 
 from __future__ import annotations
@@ -285,8 +285,8 @@ def test_generation_settings_are_the_bases(
     kept = {key: value for key, value in settings.items() if key not in left_out}
     assert saved == kept | {"eos_token_id": [2], "pad_token_id": 0}
     told = (
-        f"note   generation_config.json is saved without {', '.join(left_out)}: with the base's "
-        "other settings transformers refuses it"
+        f"note   generation_config.json is saved without {', '.join(left_out)}, which "
+        "transformers refuses with the base model's other settings"
     )
     assert said == ([told] if left_out else [])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config
@@ -305,7 +305,7 @@ def test_settings_without_sampling_are_no_end(
     base = odd_base(tiny_folder, tmp_path / "base", "generation_config.json", settings)
     more = [f"model.path={base}", f"model.lora.rank={rank}", f"run_dir={tmp_path}/run"]
     train(compose_run([*tiny_run, *more, "train.max_steps=2"]))
-    model, note = tmp_path / "run/model", "saved without temperature, top_p: with"
+    model, note = tmp_path / "run/model", "saved without temperature, top_p, which"
     assert (note in capsys.readouterr().out) is (rank == 0)
     if rank:
         assert not (model / "generation_config.json").exists()
@@ -508,7 +508,7 @@ def test_a_disk_that_is_full_at_the_end(
         message = failure(RunError, overrides)
     assert message == (
         f"{run_dir}/model: the model could not be written: I/O error: No space left on device "
-        "(os error 28) (mend it, and the same command writes it)"
+        "(os error 28) (solve this and run the same command again)"
     )
     assert [path.name for path in (run_dir / "model").iterdir()] == ["before"]
     assert not list(run_dir.glob(".*"))

@@ -1,4 +1,4 @@
-"""Adapters against sums by hand, the padded path, and the models that peft merges them into."""
+"""Compares adapters with sums by hand, a padded implementation, and models merged by peft."""
 
 from __future__ import annotations
 
@@ -251,12 +251,12 @@ def spoilt(folder: Path, spoil: str) -> None:
     [
         (
             "lacking",
-            "does not fit LlamaForCausalLM: 1 of its weights are on one side only, such as "
+            "does not fit LlamaForCausalLM: 1 weights are in only one of the two, such as "
             "base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight",
         ),
         (
             "deeper",
-            "does not fit LlamaForCausalLM: 1 of its weights are on one side only, such as "
+            "does not fit LlamaForCausalLM: 1 weights are in only one of the two, such as "
             "base_model.model.model.layers.2.self_attn.o_proj.lora_B.weight",
         ),
         ("other rank", "does not fit LlamaForCausalLM: size mismatch for base_model.model.model"),

@@ -1,4 +1,4 @@
-"""Architectures that take packed rows, and the answer to those that do not."""
+"""Architectures that support packed rows, and the messages for those that do not."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_logits_that_are_scaled_after_the_head() -> None:
     """Cohere multiplies them by 0.0625; without this the loss would be of another model."""
     with pytest.raises(
         ConfigError,
-        match=r"^model\.path: CohereForCausalLM does something to its logits after its head, which "
+        match=r"^model\.path: CohereForCausalLM changes its logits after the output layer, which "
         r"is not supported: they differ by 15 of their norm$",
     ):
         check_packing(other_model("cohere", True), bf16=False)
@@ -172,10 +172,9 @@ def test_positions_that_depend_on_the_longest_sequence(kind: str, share_prefix: 
     with pytest.raises(ConfigError) as error:
         check_packing(policy, False, pairs_up_to(81), 4096)
     assert str(error.value) == (
-        f"model.path: {name} encodes the positions of a whole row in another way "
-        f"({kind.split()[0]}) where one of its sequences is longer than 80 tokens, so that pairs "
-        "would depend on their neighbours; the longest here has 81 (data.max_length_tokens=80, and "
-        "max_prompt_tokens below it)"
+        f"model.path: {name} changes the rotary frequencies of a whole row ({kind.split()[0]}) if "
+        "one of its sequences is longer than 80 tokens, so pairs would affect each other; the "
+        "longest here has 81 (data.max_length_tokens=80, and max_prompt_tokens below it)"
     )
 
 
@@ -218,7 +217,7 @@ def test_a_model_that_hides_its_hidden_states() -> None:
     with pytest.raises(ConfigError) as error:
         check_packing(policy_of(config), False)
     assert str(error.value) == (
-        "model.path: Llama4ForCausalLM: its hidden states cannot be had, which is not supported: "
+        "model.path: Llama4ForCausalLM: its hidden states cannot be computed: "
         "'MoeCausalLMOutputWithPast' object has no attribute 'last_hidden_state'"
     )
 
@@ -247,5 +246,5 @@ def test_a_run_whose_pairs_go_beyond_is_refused(
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for tokens_per_row in (128, 4096):
         own = [f"model.path={folder}", f"train.tokens_per_row={tokens_per_row}"]
-        with pytest.raises(ConfigError, match=r"^model\.path: Phi3ForCausalLM encodes the positio"):
+        with pytest.raises(ConfigError, match=r"^model\.path: Phi3ForCausalLM changes the rotary "):
             train(compose_run([*tiny_run, *own]))

@@ -1,4 +1,4 @@
-"""Adapters on quantised bases: against plain layers of the dequantised weights, and whole runs."""
+"""Adapters on quantised bases: compared with layers of the dequantised weights; whole runs."""
 
 from __future__ import annotations
 
@@ -161,8 +161,8 @@ def test_a_checkpoint_that_is_quantised_already(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         loaded(path)
     assert str(error.value) == (
-        f"model.path: {path} holds quantised weights (take those it was made of; "
-        "model.quantization packs them on loading)"
+        f"model.path: {path} holds quantised weights (use the unquantised model; "
+        "model.quantization quantises it on loading)"
     )
 
 

@@ -1,9 +1,8 @@
-"""`make bench`: loss and gradients of a micro-batch of 2 pairs, ours against others, on the CPU.
+"""`make bench`: measures loss and gradients of a micro-batch of 2 pairs on the CPU.
 
-One process; the contenders take turns, in reverse order every other round; the first round is left
-out. Figures are medians with the spread (smallest to largest), and ratios of medians to `padded`.
-Memory is the highest resident set of one step above the one before it, where weights and gradients
-lie already.
+All contenders run in one process, alternately, in reverse order every other round; the first round
+is not measured. Times are medians with their range, and ratios of medians to `padded`. Memory is
+the peak resident set of a step minus that before the step, which includes weights and gradients.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def main() -> None:
-    """Measure what the command line asks for; print a table, write JSON and a picture."""
+    """Measure the shapes and profiles of the command line; print a table, write JSON and a plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["tiny", "smol8"])
     parser.add_argument("--profiles", nargs="+", default=[*PROFILES])
@@ -69,12 +68,12 @@ def main() -> None:
 def measure(
     runners: list[Any], batches: list[list[TokenizedPair]], rounds: int
 ) -> list[dict[str, Any]]:
-    """Time and memory of each contender on the same micro-batches."""
+    """Measure each contender on the same micro-batches: seconds per round, peak MiB, pairs/s."""
     times: dict[str, list[float]] = {runner.name: [] for runner in runners}
     peaks, losses = {}, {}
     for turn in range(rounds + 1):
         for runner in runners if turn % 2 == 0 else runners[::-1]:
-            if turn == 0:  # the warm-up round is the one whose memory is watched
+            if turn == 0:  # memory is measured in the warm-up round
                 losses[runner.name] = step(runner, batches[0])[1]
                 largest = max(batches, key=runner.num_tokens)
                 peaks[runner.name] = peak_bytes(partial(step, runner, largest))
@@ -98,7 +97,7 @@ def measure(
 
 
 def step(runner: Any, pairs: list[TokenizedPair]) -> tuple[float, float]:
-    """Seconds of loss and gradients, and the loss."""
+    """Compute loss and gradients; returns the seconds taken and the loss."""
     for parameter in runner.model.parameters():
         if parameter.grad is not None:
             parameter.grad.zero_()
@@ -109,23 +108,23 @@ def step(runner: Any, pairs: list[TokenizedPair]) -> tuple[float, float]:
 
 
 def peak_bytes(action: Callable[[], Any]) -> int:
-    """Highest resident set during an action, above what is resident before it."""
+    """Peak resident set during an action minus the resident set before it, in bytes."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     action()
     return resident("VmHWM") - before
 
 
 def resident(field: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """A field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    """Lines of a Markdown table, ratios to the padded contender where it ran."""
+    """Lines of a Markdown table, with ratios to the padded contender if it was measured."""
     lines = [
         "| shape | data | contender | tokens | s (spread) | time | pairs/s | peak MiB | memory |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -150,7 +149,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def save(path: Path, results: list[dict[str, Any]]) -> None:
-    """Results with the machine and versions they hold for."""
+    """Write the results with the machine and the versions they were measured with."""
     import transformers
 
     path.parent.mkdir(exist_ok=True)
@@ -164,7 +163,7 @@ def save(path: Path, results: list[dict[str, Any]]) -> None:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Bars of pairs per second over the padded step, and of its memory."""
+    """Plot pairs per second and memory relative to the padded step, as bars."""
     import matplotlib
 
     matplotlib.use("Agg")

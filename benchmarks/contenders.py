@@ -1,7 +1,7 @@
-"""Four ways to the loss and gradients of the same pairs: ours and those of others.
+"""Four implementations of the SimPO loss of the same pairs: ours and three others.
 
-Each is a class with `name`, made from a model of its own with the same weights; `loss(pairs)` is
-everything from token ids to the scalar, whose backward pass the caller runs.
+Each is a class with a `name` and its own copy of the model. `loss(pairs)` computes everything from
+token ids to the scalar loss, on which the caller runs the backward pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BETA, RATIO = 2.0, 0.5
 
 
 class Ours:
-    """Packed rows, shared prompts, no logits kept."""
+    """simpo: packed rows, shared prompts, chunked logits."""
 
     name = "simpo"
 
@@ -71,7 +71,7 @@ class Padded:
 
 
 class Liger(Padded):
-    """Liger's chunked SimPO loss on the padded hidden states, NLL switched off."""
+    """Liger's chunked SimPO loss on padded hidden states, without its NLL term."""
 
     name = "liger"
 
@@ -93,7 +93,7 @@ class Liger(Padded):
 
 
 class Trl(Padded):
-    """TRL's CPOTrainer with loss_type="simpo", on batches in the form of its own collator."""
+    """TRL's CPOTrainer with loss_type="simpo", on batches in the format of its collator."""
 
     name = "trl"
 
@@ -150,7 +150,7 @@ def _trl_trainer(model: PreTrainedModel) -> Any:
             gradient_checkpointing=False,
             report_to="none",
         ),
-        # It wants data; the batches that are measured are made from token ids.
+        # CPOTrainer requires a data set; the measured batches are made from token ids.
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " a", "rejected": " a"}]),
         processing_class=PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, bos_token="[bos]", eos_token="[eos]", pad_token="[pad]"
@@ -159,7 +159,7 @@ def _trl_trainer(model: PreTrainedModel) -> Any:
 
 
 def contenders(model: PreTrainedModel, names: list[str]) -> list[Any]:
-    """Those asked for, each with a copy of the model's weights."""
+    """The contenders with these names, each with its own copy of the model."""
     attention.register()
     kinds = {kind.name: kind for kind in (Padded, Trl, Liger, Ours)}
     return [kinds[name](copy.deepcopy(model)) for name in names]

@@ -1,8 +1,8 @@
-"""Each backend on one GPU, a step against the plain one; part of `make gpu-check`.
+"""Compares the losses of each backend on one GPU with backend=single; part of `make gpu-check`.
 
-A small random model takes five steps under every backend that is installed, in a process of its own
-with a single rank: losses must be those of backend=single in fp32. QLoRA is compared with itself on
-one process. `--device cpu` runs the same on a CPU, to see that the script works.
+A small random model is trained for five steps in fp32 with every installed backend, each in its own
+process with one rank. The losses must equal those of backend=single, QLoRA's those of QLoRA with
+backend=single. `--device cpu` runs the same on a CPU, to test the script.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str | None]] = {
     "zero3, nf4": ("zero3", {}, "nf4", "single, nf4"),
     "single, int8": ("single", {}, "int8", None),
 }
-"""name: backend, its settings, quantisation of the base, and the case whose losses it must have."""
+"""name: backend, its settings, quantisation of the base, and the case with the expected losses."""
 
 
 def main() -> None:
-    """Run all cases, print a table, exit with 1 if one is off."""
+    """Run all cases, print a table, and exit with 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--case", help="run this one only, and print its losses as JSON")
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def losses_of(name: str, device: str) -> list[float]:
-    """Losses of five steps of one case, in this process."""
+    """Run one case in this process and return the losses of its five steps."""
     import numpy as np
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,10 +1,10 @@
-"""`make gpu-check`: on a CUDA GPU, first that the kernels are right, then how fast they are.
+"""`make gpu-check`: checks the kernels on a CUDA GPU, then measures their speed.
 
-Right: each kernel against attention in float64; loss and gradients of a small model in fp32 and
-bf16 against the padded float64 path, also with both modes of gradient checkpointing.
-Fast: loss and gradients in bf16 at 0.5B to 8B shapes with random weights, micro-batches grown to
-what fits; pairs per second, tokens per second, MFU and peak memory of each contender.
-Exits with 1 when a check fails, before anything is measured.
+Checks: each kernel is compared with attention in float64; loss and gradients of a small model in
+fp32 and bf16 are compared with the padded float64 path, also with both modes of gradient
+checkpointing. If a check fails, it exits with 1 and measures nothing.
+Speed: loss and gradients in bf16 of models of 0.5B to 8B with random weights, for micro-batches up
+to the largest that fits; pairs and tokens per second, MFU and peak memory of each contender.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GIB = 2**30
 
 
 def main() -> None:
-    """Check, then measure what there is time for; print tables and write JSON."""
+    """Run the checks, then measure; print tables and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["0.5B", "1B", "8B"])
     parser.add_argument("--profiles", nargs="+", default=[*PROFILES])
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def usable_kernels(softcap: bool) -> Iterator[str]:
-    """Kernels that this machine has for bf16."""
+    """Yield the kernels that this machine can use in bf16; print why others cannot be used."""
     for kernel in attention.NAMES:
         if reason := attention.unusable(kernel, GPU, bf16=True, softcap=softcap):
             print(f"({kernel} left out: {reason})")
@@ -78,7 +78,7 @@ def usable_kernels(softcap: bool) -> Iterator[str]:
 
 
 def kernel_failures() -> list[str]:
-    """Outputs and gradients of each kernel in bf16 against float64 with a dense mask."""
+    """Compare outputs and gradients of each kernel in bf16 with dense attention in float64."""
     failures = []
     rng = np.random.default_rng(0)
     for heads, key_heads, size in ((8, 8, 64), (8, 2, 128)):
@@ -116,7 +116,7 @@ def kernel_failures() -> list[str]:
 
 
 def visible(row: Any, window: int | None) -> torch.Tensor:
-    """Which key each position of a packed row sees, bool [T, T], from the segments alone."""
+    """Mask of the keys that each position of a packed row sees, bool [T, T]."""
     total = row.input_ids.shape[1]
     mask = torch.zeros(total, total, dtype=torch.bool, device=GPU)
     for start, chosen, rejected, end in row.segments:
@@ -129,7 +129,7 @@ def visible(row: Any, window: int | None) -> torch.Tensor:
 
 
 def dense(inputs: list[torch.Tensor], mask: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Attention with the whole mask, [1, T, heads, size]."""
+    """Attention with a dense mask, [1, T, heads, head size]."""
     query, key, value = inputs
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -141,7 +141,7 @@ def dense(inputs: list[torch.Tensor], mask: torch.Tensor, softcap: float | None)
 
 
 def model_failures() -> list[str]:
-    """Loss and gradients of a small model against the padded path in float64."""
+    """Compare loss and gradients of a small model with the padded path in float64."""
     config = LlamaConfig(
         vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
@@ -186,14 +186,14 @@ def model_failures() -> list[str]:
 
 
 def gradient_gap(model: torch.nn.Module, wanted: dict[str, torch.Tensor]) -> float:
-    """Norm of the difference of all gradients over that of those wanted."""
+    """Norm of the difference to the wanted gradients, relative to their norm."""
     gradients = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
     off = sum(float((gradients[n] - g).square().sum()) for n, g in wanted.items())
     return (off / sum(float(g.square().sum()) for g in wanted.values())) ** 0.5
 
 
 def measure(kind: Any, shape: str, profiles: list[str], largest: int) -> list[dict[str, Any]]:
-    """Best speed of a contender over growing micro-batches."""
+    """Measure a contender with 2 pairs and with the fastest micro-batch size."""
     free()
     config = model_config(shape)
     lora = shape == "8B"
@@ -240,7 +240,7 @@ def measure(kind: Any, shape: str, profiles: list[str], largest: int) -> list[di
         if not lines:
             print(f"| {shape} | {profile} | {kind.name} | does not fit with 2 pairs |", flush=True)
             continue
-        # Two pairs are the published recipe; the best shows what a grown batch is worth.
+        # The published recipe uses two pairs; the best size shows the gain from a larger batch.
         for line in (lines[0], max(lines, key=lambda x: x["pairs_per_s"])):
             mfu = f"{line['mfu']:.2f}" if "mfu" in line else "-"
             print(
@@ -254,7 +254,7 @@ def measure(kind: Any, shape: str, profiles: list[str], largest: int) -> list[di
 
 
 def timed(runner: Any, pairs: list[TokenizedPair]) -> tuple[float, int]:
-    """Median seconds of loss and gradients over 5 rounds after 2 unmeasured, and peak bytes."""
+    """Median seconds of loss and gradients over 5 rounds after 2 warm-up rounds, and peak bytes."""
     seconds = []
     torch.cuda.reset_peak_memory_stats()
     for turn in range(7):
@@ -270,7 +270,7 @@ def timed(runner: Any, pairs: list[TokenizedPair]) -> tuple[float, int]:
 
 
 def free() -> None:
-    """Give back what dropped models held."""
+    """Release the GPU memory of deleted models."""
     gc.collect()
     torch.cuda.empty_cache()
 

@@ -1,13 +1,13 @@
-"""`make bench-head`: from hidden states to loss and gradients, five ways, on one device.
+"""`make bench-head`: measures five ways to compute loss and gradients from hidden states.
 
     plain        logits of all positions in float32, log_softmax, gather; autograd keeps them
-    checkpoint   chunks of 512 response positions, logits made again in the backward pass
+    checkpoint   chunks of 512 response positions, logits recomputed in the backward pass
     liger        LigerFusedLinearSimPOLoss on padded sequences, prompts included
     cce          cut-cross-entropy's per-token loss on response positions (Triton on a GPU,
                  its torch.compile version on a CPU)
     simpo        simpo.model.head.fused_loss
 
-Prints time and memory, and how far loss and gradients lie from the plain way in float64.
+Prints time and memory, and the relative error of loss and gradients to `plain` in float64.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHUNK_TOKENS = 512
 
 
 def main() -> None:
-    """Measure at the width and vocabulary of a shape."""
+    """Measure all ways at the hidden size and vocabulary of a shape, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="smol8", choices=SHAPES)
     parser.add_argument("--profile", default="ultrafeedback")
@@ -99,7 +99,7 @@ def cce(row: PackedPairs, _: list[TokenizedPair]) -> Way:
     from cut_cross_entropy import linear_cross_entropy
 
     def way(hidden: Tensor, weight: Tensor) -> Tensor:
-        # Without its filter, which drops small gradients.
+        # The exact variant does not drop small gradients.
         impl = "cce_exact" if hidden.is_cuda else "torch_compile"
         losses = linear_cross_entropy(
             hidden[row.predictors], weight, row.targets, reduction="none", impl=impl
@@ -117,7 +117,7 @@ def liger(row: PackedPairs, pairs: list[TokenizedPair]) -> Way:
         beta=BETA, gamma=BETA * RATIO, compute_nll_loss=False, compiled=device.type == "cuda"
     )
     _, mask, labels = padded_batch(pairs, device)
-    # Rows of `hidden` in the order of the padded sequences: chosen ones first.
+    # Indices into `hidden` for each padded sequence, chosen ones first.
     lengths = [len(p.prompt_ids) + len(r) for p in pairs for r in (p.chosen_ids, p.rejected_ids)]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     order = [*range(0, len(lengths), 2), *range(1, len(lengths), 2)]
@@ -160,7 +160,7 @@ def simpo_of(logps: Tensor, row: PackedPairs) -> Tensor:
 
 
 def gradients(way: Way, hidden: Tensor, weight: Tensor) -> list[Tensor]:
-    """Loss, and its gradients of hidden states and weight."""
+    """The loss and its gradients with respect to hidden states and weight."""
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
     loss = way(*leaves)
     loss.backward()
@@ -178,7 +178,7 @@ def timed(way: Way, hidden: Tensor, weight: Tensor) -> float:
 
 
 def peak_mib(way: Way, hidden: Tensor, weight: Tensor) -> float:
-    """Highest memory of one pass above what is there before it."""
+    """Peak memory of one pass minus the memory in use before it, in MiB."""
     if hidden.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""What is measured on: pairs with the lengths of three kinds of data, real pairs, model shapes."""
+"""Provides pairs with the lengths of three kinds of data, real pairs, and model shapes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ WIDTHS = {
 
 
 def model_config(shape: str) -> LlamaConfig:
-    """A Llama of a shape; weights are random, so nothing is downloaded. Small ones tie the head."""
+    """The Llama config of a shape; all but 8B have tied embeddings."""
     sizes = SHAPES[shape]
     heads, key_heads, intermediate = WIDTHS[sizes["hidden_size"]]
     return LlamaConfig(
@@ -61,10 +61,10 @@ def model_config(shape: str) -> LlamaConfig:
 def typical_batch(
     profile: str, num_pairs: int, vocab_size: int, seed: int = 0
 ) -> list[TokenizedPair]:
-    """The drawn micro-batch whose padded, packed and shared tokens are nearest to the means.
+    """The sampled micro-batch whose padded, packed and shared token counts are nearest the means.
 
-    A few pairs at random could be twice as long or as ragged as the data; their ratios would say
-    little about it.
+    A few random pairs could be twice as long as the data, or vary more in length, and would not
+    represent it.
     """
     rng = np.random.default_rng(seed)
     (prompt, response) = PROFILES[profile]
@@ -88,7 +88,7 @@ def typical_batch(
 
 
 def real_batches(folder: Path, num_batches: int, num_pairs: int) -> list[list[TokenizedPair]]:
-    """Micro-batches of the real pairs in a folder, with the built-in model's tokenizer."""
+    """Micro-batches of real pairs from a folder, tokenized for the built-in model."""
     from transformers import AutoTokenizer
 
     from simpo.data.chat import Chat

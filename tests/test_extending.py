@@ -1,4 +1,4 @@
-"""Every file and command of docs/extending.md runs, and faults of such code are told in a line."""
+"""Every file and command of docs/extending.md runs; errors in such code are reported in a line."""
 
 from __future__ import annotations
 

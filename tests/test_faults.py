@@ -1,4 +1,4 @@
-"""What can befall a run: each fault once, with real processes, and nothing lost."""
+"""Failures during a run, each with real processes: nothing that was saved is lost."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Imports between folders go down only, and what is meant to be light stays so.
+"""Folders import from lower floors only, and light modules import nothing heavy.
 
-`python tests/test_imports.py` prints the folders by floor, and who imports whom.
+`python tests/test_imports.py` prints the folders by floor with their imports.
 """
 
 import ast

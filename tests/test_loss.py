@@ -1,4 +1,4 @@
-"""The loss against numbers worked by hand."""
+"""Compares the loss with numbers worked out by hand."""
 
 import math
 

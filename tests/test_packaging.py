@@ -1,4 +1,4 @@
-"""The wheel carries everything, and works where only it and its dependencies are installed."""
+"""The wheel is complete and works in an environment with its dependencies only."""
 
 from __future__ import annotations
 

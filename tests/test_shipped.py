@@ -1,4 +1,4 @@
-"""Every file of experiments/ trains: two steps of a tiny model on tiny data, else as shipped."""
+"""Every file of experiments/ trains for two steps, with a tiny model and tiny data."""
 
 from __future__ import annotations
 

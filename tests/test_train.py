@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what they leave, and that nothing stops them for good."""
+"""Whole runs of a tiny model: the files they write, and that each can be continued."""
 
 from __future__ import annotations
 

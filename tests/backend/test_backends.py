@@ -1,4 +1,4 @@
-"""Real processes: one trajectory for any number of them, on every backend, over any restart."""
+"""Training is the same on every backend, for any number of processes and after any restart."""
 
 from __future__ import annotations
 

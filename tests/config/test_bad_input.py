@@ -1,4 +1,4 @@
-"""Wrong settings and wrong rows, each with the exact lines a user reads."""
+"""Wrong settings and bad records, each with the exact message for the user."""
 
 import gzip
 import json

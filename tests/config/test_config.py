@@ -1,4 +1,4 @@
-"""All shipped settings compose, a run survives its run.yaml, and its id says what it is."""
+"""All shipped settings compose, run.yaml restores a run's settings, and run ids identify them."""
 
 import runpy
 import subprocess

@@ -1,4 +1,4 @@
-"""The first line of any error's message, whatever the message is."""
+"""`first_line` of an error, for any message."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The released runs as files: every number against a table written from the release itself."""
+"""The settings of the released runs, compared with a table copied from the release."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings under an old name read as those under the new one, and one line says so."""
+"""Settings under an old name are read as the new ones, and one line says so."""
 
 import hashlib
 import json

@@ -1,6 +1,6 @@
-"""Tokens of pairs, written out by hand for each family and compared with the original trainer's.
+"""Tokens of pairs, compared with hand-written ones for each family and with the original trainer's.
 
-A row of tokens is written as the tokenizer's own pieces with a space between them.
+Tokens are written as the tokenizer's pieces, separated by spaces.
 """
 
 from __future__ import annotations

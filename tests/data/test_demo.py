@@ -1,4 +1,4 @@
-"""The rules judge hand-written replies as a reader would, and the demo rows keep their promises."""
+"""The rules judge hand-written replies as a reader would, and the demo records obey their rules."""
 
 import json
 import re

@@ -1,5 +1,5 @@
-"""Real families: their token ids against independent encoders, the traps of their tokenizers, and
-tiny models of their architectures trained on the fast path and on the plain one.
+"""Real model families: token ids compared with independent encoders, peculiarities of their
+tokenizers, and tiny models trained both with packed rows and with a padded implementation.
 """
 
 from __future__ import annotations

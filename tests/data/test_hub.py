@@ -1,4 +1,4 @@
-"""A hub that does not answer, and what it says when it does."""
+"""A hub that does not answer, and messages for the errors of one that does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows of which source are trained on, how often and in which order; and every row form."""
+"""Which records of which source are used, how often and in which order; every form of record."""
 
 import json
 import os

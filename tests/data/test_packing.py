@@ -1,4 +1,4 @@
-"""Packing and planning: every pair once, every position where it would stand alone."""
+"""Packing and planning: every pair is packed once, with the positions it has outside a row."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Chat templates that cannot be used, text that would forge a turn, the date in a template, token
-ids that a model does not have: what is refused, in which words, and what is not.
+"""What is refused, with which message: chat templates that cannot be used, text that would forge a
+turn, token ids that the model does not have. And the date in a template.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`simpo` and its commands: help, exit codes, completion in a real shell."""
+"""The command `simpo` and its subcommands: help, exit codes, completion in a real shell."""
 
 import subprocess
 import sys

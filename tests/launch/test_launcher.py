@@ -1,4 +1,4 @@
-"""Sweeps on this machine, and what every launcher decides before it starts a run."""
+"""Local sweeps, and what every launcher checks before it starts a run."""
 
 from __future__ import annotations
 

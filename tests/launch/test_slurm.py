@@ -1,7 +1,6 @@
-"""Runs and sweeps on a real Slurm: submitted, disturbed in every way, and looked at meanwhile.
+"""Runs and sweeps on a real Slurm cluster: submitted, interrupted in every way, and watched.
 
-Jobs that are to end alike train the same thing under another `train.keep_checkpoints`, which
-decides no number.
+Jobs whose results must be equal differ in `train.keep_checkpoints` only, which changes no number.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which of a run's models is the best, and when waiting for a better one ends."""
+"""Selection of a run's best model, and early stopping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learning rate of a step against transformers' schedulers."""
+"""Compares the learning rate of each step with transformers' schedulers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Objectives with a reference: its log-probs are those of the model a run starts from."""
+"""Losses with a reference model use the log-probs of the model that the run starts from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The other losses: by hand, on packed rows against padded ones, and against TRL."""
+"""Compares the other losses with numbers by hand, with padded sequences and with TRL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: dialogues to tokens, tokens to loss, and a whole run."""
+"""Supervised fine-tuning: tokens of dialogues, their loss, and a whole run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step against the plain way: padded, unshared, full logits, float64; and any factoring of it."""
+"""Compares a step, split into rows in any way, with a padded float64 step with full logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights & Biases offline: what it wrote is read back from its own file."""
+"""Weights & Biases offline: its file is read back and compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Against TRL's CPOTrainer with loss_type="simpo": same weights, same tokens, same numbers."""
+"""Compares numbers with TRL's CPOTrainer (loss_type="simpo") on the same weights and tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that would train nothing, or almost: refused or told, and small sets that do train."""
+"""Runs that would train almost nothing are refused or reported; small data sets do train."""
 
 from __future__ import annotations
 

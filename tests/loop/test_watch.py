@@ -1,4 +1,4 @@
-"""A collapse is told once, with numbers worked out by hand, and the same after a restart."""
+"""A collapse is reported once, with numbers worked out by hand, and the same after a restart."""
 
 from __future__ import annotations
 

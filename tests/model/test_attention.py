@@ -1,4 +1,4 @@
-"""Kernels for packed rows against attention written out; head and loss against plain autograd."""
+"""Compares kernels for packed rows with dense attention, and head and loss with plain autograd."""
 
 from __future__ import annotations
 

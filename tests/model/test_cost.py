@@ -1,4 +1,4 @@
-"""What a step is said to cost, against counters of torch and sums by hand."""
+"""Compares estimated memory and FLOPs of a step with torch's counters and with sums by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are not whole, each with the line that answers it."""
+"""Incomplete or damaged checkpoints, each with its message."""
 
 from __future__ import annotations
 

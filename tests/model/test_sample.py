@@ -1,4 +1,4 @@
-"""Replies out of a padded batch are those that each prompt gets alone, token by token."""
+"""Replies generated in a padded batch equal those generated alone, token by token."""
 
 from __future__ import annotations
 

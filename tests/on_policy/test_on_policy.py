@@ -1,4 +1,4 @@
-"""Pairs of a model's own replies: drawn, scored, paired, and trained on."""
+"""On-policy data: replies are generated, scored, paired and trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would be trained on, shown: every token in its role, and nothing but the run's own."""
+"""The preview shows every token with its role, and exactly the tokens that the run trains on."""
 
 from __future__ import annotations
 

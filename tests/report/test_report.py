@@ -1,4 +1,4 @@
-"""Runs side by side: made by hand, so that every number of the tables and figures is known."""
+"""Reports of hand-made runs, in which every number of the tables and figures is known."""
 
 from __future__ import annotations
 

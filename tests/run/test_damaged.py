@@ -1,4 +1,4 @@
-"""A run's folder with a file damaged: told in a line or made good, and never other numbers."""
+"""A damaged file in a run's folder is reported or repaired, and never changes numbers."""
 
 from __future__ import annotations
 

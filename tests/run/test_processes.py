@@ -1,4 +1,4 @@
-"""How a run finds out how many processes it has; signals before and after its steps."""
+"""How a run determines its number of processes; signals before and after its steps."""
 
 from __future__ import annotations
 

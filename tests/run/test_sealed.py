@@ -1,4 +1,4 @@
-"""Caches: a damaged entry is made anew and said, and a run goes on without a cache."""
+"""A damaged cache entry is rebuilt and reported, and a run continues without a cache."""
 
 from __future__ import annotations
 

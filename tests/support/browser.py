@@ -1,4 +1,4 @@
-"""A report's page as a real browser shows it, without a network."""
+"""Opens a report's page in a real browser, without a network."""
 
 from __future__ import annotations
 

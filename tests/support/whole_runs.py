@@ -1,4 +1,4 @@
-"""Real runs in processes of their own, and everything two of them can be compared by."""
+"""Starts real runs in their own processes, and compares everything that two runs wrote."""
 
 from __future__ import annotations
 

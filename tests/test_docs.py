@@ -1,4 +1,4 @@
-"""Every command that README and docs show is one that can be typed."""
+"""README and docs say what is so: commands can be typed, links lead somewhere, names are there."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ import pytest
 
 from simpo.config.compose import run_of_words
 from simpo.config.explain import explain
+from simpo.config.losses import LOSSES
 from simpo.data.demo.records import demo_records
 from simpo.launch.commands import export, report
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+# Its blocks are run by test_extending.py, with the files that they want.
+EXTENDING = ROOT / "docs" / "extending.md"
+BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)#:\s]+)\)")
+NAMED_FILE = re.compile(r"`((?:simpo|tests|conf|docs|examples|benchmarks|hydra_plugins)/[\w./]+)`")
 COMMAND = re.compile(
     r"(?:python -m simpo[. ]|simpo[- ])(train|preview|report|generate|annotate|export)\b(.*)"
 )
@@ -28,8 +35,11 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         text = re.sub(r"\\\n +", "", page.read_text(encoding="utf-8"))
+        lines = [line.strip() for line in text.splitlines() if line[:4] == " " * 4]
+        if page != EXTENDING:
+            lines += [line for block in BLOCK.findall(text) for line in block.splitlines()]
         # Two blanks come before what a line says about its command.
-        shown = [line.strip().split("  ")[0] for line in text.splitlines() if line[:4] == " " * 4]
+        shown = [re.sub(r"^srun \S+ ", "", line).split("  ")[0] for line in lines]
         shown += [" ".join(words.split()) for words in re.findall(r"`([^`]+)`", text)]
         found += [m[1] + m[2] for line in shown if (m := COMMAND.match(line))]
     return list(dict.fromkeys(found))
@@ -66,3 +76,43 @@ def test_a_command_composes(line: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def _example(match: re.Match[str]) -> str:
     return PLACEHOLDERS.get(match[0], match[0])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    places = [page.parent / link for link in LINK.findall(text)]
+    places += [
+        ROOT / name for name in NAMED_FILE.findall(text) if page != EXTENDING and "NAME" not in name
+    ]
+    assert [str(place) for place in places if not place.exists()] == []
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = {(ROOT / link).resolve() for link in LINK.findall(README.read_text(encoding="utf-8"))}
+    assert {*PAGES} - {README} <= linked
+
+
+def test_lines_of_the_readme_are_short() -> None:
+    assert [
+        line for line in README.read_text(encoding="utf-8").splitlines() if len(line) > 100
+    ] == []
+
+
+def test_every_loss_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    lines = {name: line for line in page.splitlines() for name in re.findall(r"`(\w+)`", line)}
+    for name, kind in LOSSES.items():
+        loss, line = kind(), lines[name]
+        assert f"| {loss.sft_weight:g} | {'yes' if loss.needs_reference else 'no'} |" in line
+        assert name == "sft" or f"`{loss.terms()[0]}`" in line
+
+
+def test_the_tour_names_what_is_there() -> None:
+    tour = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    for file, name in (stops := re.findall(r"`(simpo/[\w/]+\.py)`:\s+`(\w+)`", tour)):
+        code = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(def|class) {name}\b", code, re.MULTILINE), f"{file}: {name}"
+    assert len(stops) > 20
+    folders = {path.parent.name for path in ROOT.glob("simpo/*/__init__.py")}
+    assert {name for name in folders if f"`{name}/`" not in tour} == set()

@@ -280,7 +280,7 @@ def test_exit_codes(tiny_run: list[str], tmp_path: Path) -> None:
         (
             f"data.sources=[{{path: {tmp_path}/bad.jsonl}}]",
             f"{tmp_path}/bad.jsonl train record 1: rejected: the response is empty\n"
-            "(no record is good: bring them into one of the forms of the README, Your own data)\n",
+            "(no record is good: bring them into one of the forms of docs/data.md)\n",
         ),
     ):
         process = start([*tiny_run, bad], fresh=True)

@@ -220,9 +220,7 @@ def fault_lines(faults: list[tuple[str, str]], all_bad: bool = False) -> str:
         lines.append(f"... and {more} more bad record{'s' if more > 1 else ''}")
     remedy = "(mend the records, or leave them out with data.on_bad_record=drop)"
     if all_bad:
-        remedy = (
-            "(no record is good: bring them into one of the forms of the README, Your own data)"
-        )
+        remedy = "(no record is good: bring them into one of the forms of docs/data.md)"
     return "\n".join([*lines, remedy])
 
 

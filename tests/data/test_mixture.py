@@ -304,7 +304,7 @@ def test_where_every_row_is_bad_none_can_be_left_out(folder):
     with pytest.raises(DataError) as caught:
         mixture({"path": "odd.jsonl", "test_path": "held.jsonl"})
     assert str(caught.value).splitlines()[-1] == (
-        "(no record is good: bring them into one of the forms of the README, Your own data)"
+        "(no record is good: bring them into one of the forms of docs/data.md)"
     )
 
 

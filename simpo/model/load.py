@@ -47,13 +47,7 @@ def load_policy(
     attention.register()
     source = model_source(config, cache_dir)
     settings = settings or load_settings(config, cache_dir)
-    if hasattr(settings, "quantization_config"):
-        raise ConfigError(
-            [
-                f"model.path: {source} holds quantised weights (use the unquantised model; "
-                "model.quantization quantises it on loading)"
-            ]
-        )
+    _refuse_quantised(source, settings)
     packed = _quantization(config, bf16)
     try:
         model: Any = load_weights(
@@ -82,6 +76,16 @@ def load_policy(
             check_finite("model.lora.adapter", config.lora.adapter, model)
     _switch_dropout_off(model)
     return Policy(model, share_prefix).to(device)
+
+
+def _refuse_quantised(source: str, settings: PreTrainedConfig) -> None:
+    if hasattr(settings, "quantization_config"):
+        raise ConfigError(
+            [
+                f"model.path: {source} holds quantised weights (use the unquantised model; "
+                "model.quantization quantises it on loading)"
+            ]
+        )
 
 
 def _seed(seed: int) -> None:

@@ -88,7 +88,10 @@ def test_other_errors_pass() -> None:
         ("python3 -m simpo.pre", ["preview "]),
         ("simpo train lo", ["loss.", "loss="]),
         ("simpo-train trac", ["tracker.", "tracker="]),
-        ("simpo train loss=dpo loss.", ["loss.beta=", "loss.name=", "loss.sft_weight="]),
+        (
+            "simpo train loss=dpo loss.",
+            ["loss.beta=", "loss.module=", "loss.name=", "loss.sft_weight="],
+        ),
         ("python -m simpo.train data=ultrac", ["data=ultrachat "]),
         (
             "simpo train train.precision=",
@@ -117,4 +120,4 @@ def test_completion_in_bash(program: str) -> None:
     done = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert done.stdout == "<sigmoid ><simper >"
+    assert done.stdout == "<sigmoid ><simper ><simpo ><simpo_hinge >"

@@ -29,19 +29,16 @@ def load_policy(
     share_prefix: bool = True,
     settings: PreTrainedConfig | None = None,
 ) -> Policy:
-    """Load the model for training, without dropout; quantised, with adapters and with gradient
-    checkpointing according to its settings.
+    """Load the model for training, with its quantisation and adapters, and without dropout.
 
     Args:
         seed: seeds all random generators, and so the initial values of adapters.
         bf16: whether the forward computes in bf16.
-        share_prefix: False leaves attention to transformers, which separates packed sequences by
-            their positions.
+        share_prefix: False leaves attention to transformers.
         settings: result of `load_settings`, if it is known already.
 
     Raises:
-        ConfigError: the model cannot be loaded, does not support the attention, is already
-            quantised, or the adapters do not fit it (`simpo.model.adapters.add_adapters`).
+        ConfigError: model or adapters cannot be loaded, or do not fit the settings.
     """
     _seed(seed)
     attention.register()

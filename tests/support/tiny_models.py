@@ -1,4 +1,4 @@
-"""Tiny real models and the independent path that numbers are compared with."""
+"""Tiny real models, and an independent padded implementation to compare numbers with."""
 
 from __future__ import annotations
 

@@ -591,7 +591,7 @@ def test_cache_is_read(chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             tokenize_set(*arguments, tmp_path)
     for library in ("tokenizers", "transformers"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"{library}.__version__", "another")
+            patch.setattr(getattr(token_store, library), "__version__", "another")
             with pytest.raises(AssertionError, match="tokenized again"):
                 tokenize_set(chat, PAIRS, SHORT, tmp_path)
 

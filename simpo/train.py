@@ -36,7 +36,7 @@ from simpo.config.errors import (
     first_line,
 )
 from simpo.config.explain import explain
-from simpo.config.inputs import config_dir
+from simpo.config.paths import config_dir
 from simpo.config.renamed import rename_overrides
 from simpo.config.schema import RunConfig
 from simpo.run import processes

@@ -99,7 +99,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from simpo.config.inputs import TEMPLATES
+    from simpo.config.paths import TEMPLATES
     from simpo.data.demo.records import demo_records
 
     folder = tmp_path_factory.mktemp("tiny")

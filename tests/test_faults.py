@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
-from simpo.config.inputs import TEMPLATES
+from simpo.config.paths import TEMPLATES
 from tests.support.whole_runs import (
     Process,
     assert_same_run,

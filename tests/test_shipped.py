@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from simpo.config.compose import compose_run
-from simpo.config.inputs import config_dir
+from simpo.config.paths import config_dir
 from simpo.data.demo.records import demo_records
 from simpo.train import train
 

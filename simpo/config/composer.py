@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from simpo.config.check import register_own_losses, register_schemas
 from simpo.config.errors import ConfigError, first_line
-from simpo.config.inputs import config_dir
+from simpo.config.paths import config_dir
 from simpo.config.renamed import renamed_config
 
 # Where Hydra finds the group `experiments`; conf/train.yaml reads it.

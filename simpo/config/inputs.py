@@ -23,9 +23,8 @@ from simpo.config.choices import (
     Quantization,
 )
 from simpo.config.own_code import is_function
+from simpo.config.paths import TEMPLATES, template_file
 
-PACKAGE = Path(__file__).resolve().parents[1]
-TEMPLATES = PACKAGE / "data" / "templates"
 ADAPTER_FILE = "adapter_config.json"
 READABLE = (".jsonl", ".json", ".parquet")
 UNREADABLE = (
@@ -35,12 +34,6 @@ UNREADABLE = (
 )
 """Suffixes of files that cannot be read; a path with one is never taken for a hub id."""
 MAX_WEIGHT = 1000
-
-
-def config_dir(name: str) -> Path:
-    """The folder `conf` or `experiments`: inside an installed package, beside it in a checkout."""
-    inside = PACKAGE / name
-    return inside if inside.is_dir() else PACKAGE.parent / name
 
 
 @dataclass(kw_only=True)
@@ -266,12 +259,6 @@ class DataConfig:
                 f"max_prompt_tokens: must be from 1 to below max_length_tokens "
                 f"({self.max_length_tokens}), got {self.max_prompt_tokens}"
             )
-
-
-def template_file(name_or_path: str) -> Path:
-    """The file of a chat template: one shipped under that name, else the path itself."""
-    shipped = TEMPLATES / f"{name_or_path}.jinja"
-    return shipped if shipped.is_file() else Path(name_or_path).expanduser()
 
 
 def _problems_of_template(name_or_path: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from simpo.config.errors import ConfigError, first_line
-from simpo.config.inputs import template_file
+from simpo.config.paths import template_file
 from simpo.data.pairs import Message
 from simpo.data.records import RecordFault
 

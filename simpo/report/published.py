@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from simpo.config.inputs import PACKAGE
+from simpo.config.paths import PACKAGE
 from simpo.run.files import BENCHMARKS
 from simpo.run.runs import Run
 

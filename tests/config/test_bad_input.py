@@ -711,7 +711,7 @@ def test_odd_values_are_answered(key, value):
 
 def test_chat_template_names_those_shipped(tmp_path, monkeypatch):
     (tmp_path / "own.jinja").write_text("{{ messages }}")
-    monkeypatch.setattr("simpo.config.inputs.TEMPLATES", tmp_path)
+    monkeypatch.setattr("simpo.config.paths.TEMPLATES", tmp_path)
     with pytest.raises(ConfigError) as caught:
         compose_run(["model.chat_template=mine"])
     assert caught.value.problems == ["model.chat_template: no such file, got mine (shipped: own)"]

@@ -20,7 +20,7 @@ from simpo.config.check import (
 from simpo.config.choices import WandbMode
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
-from simpo.config.inputs import config_dir
+from simpo.config.paths import config_dir
 from simpo.config.schema import RunConfig, WandbConfig
 from simpo.loss.simpo import HingeConfig, SigmoidConfig
 

@@ -8,8 +8,8 @@ import pytest
 
 from simpo.config.check import settings
 from simpo.config.compose import compose_run
-from simpo.config.inputs import config_dir
 from simpo.config.losses import LOSSES
+from simpo.config.paths import config_dir
 from simpo.loss import LossConfig
 from simpo.loss.simpo import HingeConfig, SigmoidConfig
 from simpo.loss.without_reference import CpoConfig, OrpoConfig

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 
 from simpo.config.choices import Compat, OnBadRecord, PromptTruncation
 from simpo.config.errors import ConfigError, DataError
-from simpo.config.inputs import TEMPLATES, DataConfig, ModelConfig
+from simpo.config.inputs import DataConfig, ModelConfig
+from simpo.config.paths import TEMPLATES
 from simpo.data import chat as chat_module
 from simpo.data import tokens as token_store
 from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint

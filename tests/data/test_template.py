@@ -17,7 +17,8 @@ from typing_extensions import Self
 from simpo.config.choices import Compat, OnBadRecord
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
-from simpo.config.inputs import TEMPLATES, ModelConfig
+from simpo.config.inputs import ModelConfig
+from simpo.config.paths import TEMPLATES
 from simpo.config.schema import OnPolicyConfig
 from simpo.data.chat import Chat
 from simpo.data.checks import faults_kept_by_paper, placed_ids, refuse_unknown_ids

@@ -1,0 +1,20 @@
+"""Where simpo's own files lie: conf/, experiments/ and the chat templates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+TEMPLATES = PACKAGE / "data" / "templates"
+
+
+def config_dir(name: str) -> Path:
+    """The folder `conf` or `experiments`: inside an installed package, beside it in a checkout."""
+    inside = PACKAGE / name
+    return inside if inside.is_dir() else PACKAGE.parent / name
+
+
+def template_file(name_or_path: str) -> Path:
+    """The file of a chat template: one shipped under that name, else the path itself."""
+    shipped = TEMPLATES / f"{name_or_path}.jinja"
+    return shipped if shipped.is_file() else Path(name_or_path).expanduser()

@@ -66,23 +66,25 @@ def _run(name: str, words: list[str]) -> None:
     place = "simpo.train" if name == "train" else f"simpo.launch.commands.{name}"
     module = importlib.import_module(place)
     if {"-h", "--help"} & set(words):
-        print(module.USAGE.strip())
-        if name in SECTIONS:
-            _print_settings([w for w in words if not w.startswith("-")], SECTIONS[name])
+        settings = _settings(words, SECTIONS[name]) if name in SECTIONS else []
+        print(module.USAGE.strip(), *settings, sep="\n")
         return
     # Hydra reads the words there, and a run's records quote them.
     sys.argv = [f"simpo {name}", *words]
     module.main(words)
 
 
-def _print_settings(words: list[str], sections: list[str]) -> None:
+def _settings(words: list[str], sections: list[str]) -> list[str]:
+    """The part of a help on settings; words without = name the sections to show."""
+    from simpo.config.compose import split_words
     from simpo.config.meanings import settings_help
 
-    overrides = [word for word in words if "=" in word]
-    sections = [word for word in words if "=" not in word] or sections
+    asked = [word for word in words if word not in ("-h", "--help", "-m", "--multirun")]
+    composer, rest = split_words(asked)
+    overrides = [word for word in rest if "=" in word]
+    sections = [word for word in rest if "=" not in word] or sections
     width = min(100, shutil.get_terminal_size().columns)
-    print()
-    print("\n".join(settings_help(overrides, sections, width)))
+    return ["", *settings_help(overrides, sections, width, composer)]
 
 
 def _overview() -> str:
@@ -98,6 +100,7 @@ def _overview() -> str:
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, COMMANDS, 1)
     hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+    name = name or "''"
     if "=" in name:
         hint = f"settings follow a command: simpo train {name}"
     return f"{name}: no such command ({hint})"

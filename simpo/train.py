@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import os
 import sys
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import NoReturn
@@ -93,15 +94,28 @@ def main(words: Sequence[str]) -> None:
 @hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name="train")
 def run_composed(cfg: DictConfig) -> float | None:
     """Run one composed configuration and return its `monitor.metric`, for sweepers."""
+    several = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         run = build_run(cfg)
-        return start(run).get(run.monitor.metric)
-    except SimpoError as error:
-        if HydraConfig.get().mode is RunMode.MULTIRUN and not isinstance(error, Stopped):
-            raise  # Hydra goes on with the other members and raises at the end.
-        # Hydra prints a heading above an exception, but not above an exit.
+    except SimpoError:
+        if several:
+            raise
         with exit_codes():
             raise
+    # Hydra prints a heading above an exception, but not above an exit. Of several runs it goes on
+    # with the others, and raises at the end.
+    try:
+        return start(run).get(run.monitor.metric)
+    except SimpoError as error:
+        if several and not isinstance(error, Stopped):
+            raise
+        with exit_codes():
+            raise
+    except Exception:
+        if several:
+            raise
+        traceback.print_exc()
+        sys.exit(1)
 
 
 def start(run: RunConfig) -> dict[str, float]:

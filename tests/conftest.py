@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 import subprocess
 
 # Threads of several test processes would fight over the machine's cores; and no test may wait for a
@@ -38,6 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(group))
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 UNIT_CPU_S = 10
 """What a test without a marker may take, whatever else the machine does."""
 
@@ -58,6 +60,15 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
             f"{spent:.0f} CPU seconds: more than {UNIT_CPU_S} need the marker process or matrix",
             pytrace=False,
         )
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """A command called in the tests' process leaves no handler of signals behind."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from simpo.config.errors import ConfigError, DataError
 from simpo.config.losses import LOSSES
 from simpo.data.loader import read_mixture
 from simpo.data.mixture import Mixture
+from simpo.loop.score import check_loss
 from tests.support.forked import Forked
 from tests.support.whole_runs import finish, metrics_of, run, start
 
@@ -261,6 +262,49 @@ def test_a_misspelt_loss_of_ones_own(here: Path, monkeypatch: pytest.MonkeyPatch
     (line,) = caught.value.problems
     assert line.startswith("loss: no such choice, got powr (choose from alphapo, ")
     assert ", orpo, power, r_dpo, " in line
+
+
+GOOD = "Preference(logps.chosen, logps.chosen, logps.rejected)"
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (f"return {GOOD}", ""),
+        ("raise ValueError('bad')", "fails: ValueError: bad; needs_reference is False"),
+        (
+            "return Preference(logps.log_ratios()[0], logps.chosen, logps.rejected)",
+            "fails: AssertionError: scored without a reference; needs_reference is False",
+        ),
+        *(
+            (f"return {found}", "must return a Preference of three differentiable tensors [pairs]")
+            for found in (
+                "None",
+                "logps.chosen",
+                "Preference(logps.chosen.sum(), logps.chosen, logps.rejected)",
+                "Preference(logps.chosen.detach(), logps.chosen, logps.rejected)",
+                "Preference(logps.chosen[:, None], logps.chosen, logps.rejected)",
+            )
+        ),
+    ],
+)
+def test_what_a_loss_computes_is_checked(
+    body: str, fault: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "computes.py").write_text(
+        f"{LOSS}from simpo.loss import Preference\n\n@dataclass(kw_only=True)\n"
+        "class Mine(LossConfig):\n    name: str = 'mine'\n"
+        f"    def preference(self, logps):\n        {body}\n"
+        "    def terms(self):\n        return '-s', 's = sum'\n"
+    )
+    forget(monkeypatch, "computes")
+    loss = compose_run(["loss=mine", "loss.module=computes"]).loss
+    if not fault:
+        check_loss(loss)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_loss(loss)
+    assert str(caught.value) == f"loss.module: computes:Mine.preference {fault}"
 
 
 def read_with(form: str, **settings: str) -> Mixture:

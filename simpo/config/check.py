@@ -95,7 +95,7 @@ def register_own_losses(overrides: Iterable[str]) -> None:
         OwnCodeError: a module cannot be imported, or what it defines cannot be used.
     """
     for key, _, value in (text.partition("=") for text in overrides):
-        if key.lstrip("+") == "loss.module" and (name := value.strip("'\"")) not in ("", "null"):
+        if key.lstrip("+") == "loss.module" and (name := value.strip("'\"")) != "null":
             for module in name.split(","):
                 _register(module)
 

@@ -34,13 +34,23 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([f"{message} (see --help)"])
 
 
+def split_words(words: Sequence[str]) -> tuple[Composer, list[str]]:
+    """Split a command line into what `--config-dir DIR` composes from, and the other words.
+
+    Raises:
+        ConfigError: DIR is missing or no folder.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-cd", "--config-dir")
+    options, rest = parser.parse_known_args(list(words))
+    return Composer(options.config_dir), rest
+
+
 def run_of_words(words: Sequence[str]) -> RunConfig:
     """Compose and check a run from a command line: overrides and an optional `--config-dir DIR`.
 
     Raises:
         ConfigError: see `compose_run`.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-cd", "--config-dir")
-    options, overrides = parser.parse_known_args(list(words))
-    return compose_run(overrides, Composer(options.config_dir))
+    composer, overrides = split_words(words)
+    return compose_run(overrides, composer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, make_dataclass
 from importlib import import_module
@@ -44,6 +45,10 @@ def own_losses(module: str) -> dict[str, type[LossConfig]]:
     Raises:
         OwnCodeError: it cannot be imported, or defines no loss or an incomplete one.
     """
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module) or module.endswith(".py"):
+        raise OwnCodeError(
+            [f"loss.module: must name a Python module such as my_losses, got {module or 'nothing'}"]
+        )
     load("loss.module", module)
     if problems := list(_problems(module)):
         raise OwnCodeError([f"loss.module: {module}{problem}" for problem in problems])

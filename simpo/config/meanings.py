@@ -10,6 +10,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, fields, is_dataclass
+from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from types import ModuleType, NoneType
@@ -17,7 +18,11 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
-from simpo.config.composer import Composer
+from simpo.config.check import register_own_losses
+from simpo.config.composer import Composer, NotComposedError
+from simpo.config.errors import ConfigError
+from simpo.config.explain import explain
+from simpo.config.renamed import new_name, rename_overrides
 
 GROUPS = ("model", "data", "loss", "backend", "launcher", "tracker", "experiments")
 
@@ -68,15 +73,33 @@ def shown(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def settings_help(overrides: Sequence[str], sections: Sequence[str], width: int) -> Iterator[str]:
+def settings_help(
+    overrides: Sequence[str], sections: Sequence[str], width: int, composer: Composer
+) -> Iterator[str]:
     """Yield lines with every choice, and every key of the composed run, its value and meaning.
 
     Args:
         overrides: what the run is composed of.
         sections: only these, such as loss or train.epochs; all where empty.
         width: of a line, in characters.
+        composer: of the command line's `--config-dir`.
+
+    Raises:
+        ConfigError: the overrides cannot be composed, or there is no such section.
     """
-    composer = Composer()
+    register_own_losses(overrides)
+    overrides = rename_overrides(overrides)
+    sections = [new_name(section) for section in sections]
+    try:
+        config = composer.compose(overrides)
+    except NotComposedError as error:
+        raise ConfigError(explain(overrides, composer=composer) or [str(error)]) from error
+    told = list(_keys(config, ""))
+    for section in sections:
+        if not any(key == section or key.startswith(f"{section}.") for key, *_ in told):
+            near = get_close_matches(section, [*fields_of(config), *(key for key, *_ in told)], 1)
+            hint = f"did you mean {near[0]}?" if near else ", ".join(fields_of(config))
+            raise ConfigError([f"{section}: no such setting ({hint})"])
     if not sections:
         yield "Choices, as group=choice:"
         for group in GROUPS:
@@ -85,10 +108,16 @@ def settings_help(overrides: Sequence[str], sections: Sequence[str], width: int)
         yield ""
         yield "Settings, as key=value, with their values in this run:"
     # Keys of the schemas only: Hydra adds one for the choice of an experiment.
-    for key, value, text in _keys(composer.compose(overrides), ""):
+    for key, value, text in told:
         if not sections or any(key == one or key.startswith(f"{one}.") for one in sections):
             yield from _wrapped(f"{key}={value}", "  ", "      ", width)
             yield from _wrapped(text, "      ", "      ", width)
+
+
+def fields_of(config: DictConfig) -> list[str]:
+    """The names of a section's settings and of the sections below it."""
+    schema: Any = OmegaConf.get_type(config)
+    return [item.name for item in fields(schema)]
 
 
 def _keys(config: DictConfig, prefix: str) -> Iterator[tuple[str, str, str]]:

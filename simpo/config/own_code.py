@@ -32,7 +32,7 @@ def load(key: str, name: str) -> Any:
         OwnCodeError: it cannot be imported.
     """
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does
+        sys.path.append(os.getcwd())  # last: its files must not hide Python's own
     module, _, attribute = name.partition(":")
     try:
         found = importlib.import_module(module)

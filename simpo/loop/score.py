@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from simpo.backend import Backend
+from simpo.config.errors import ConfigError, first_line
 from simpo.data.pairs import PackedPairs
-from simpo.loss import LossConfig, PairLogps, pair_losses
+from simpo.loss import LossConfig, PairLogps, Preference, pair_losses
 from simpo.model.head import PairLoss
 
 COLUMNS = (
@@ -109,3 +110,36 @@ def evaluate(
     )
     table = torch.tensor(list(numbers.values()), dtype=torch.float64)
     return summarise(loss, pair_sums(table)), numbers
+
+
+def check_loss(loss: LossConfig) -> None:
+    """Compute a user's loss on two made-up pairs, before anything is loaded.
+
+    Raises:
+        ConfigError: it fails, or does not return what `LossConfig.preference` promises.
+    """
+    if loss.module is None:
+        return
+    place = f"loss.module: {loss.module}:{type(loss).__name__}.preference"
+    logps = PairLogps(
+        torch.tensor([-5.0, -4.0], requires_grad=True),
+        torch.tensor([-6.0, -9.0], requires_grad=True),
+        torch.tensor([3, 4]),
+        torch.tensor([3, 5]),
+        torch.tensor([-5.0, -6.5, -4.0, -8.0]) if loss.needs_reference else None,
+    )
+    try:
+        found: object = loss.preference(logps)
+    except Exception as error:  # whatever the user's code does
+        hint = "" if loss.needs_reference else "; needs_reference is False"
+        raise ConfigError(
+            [f"{place} fails: {type(error).__name__}: {first_line(error)}{hint}"]
+        ) from error
+    whole = isinstance(found, Preference) and all(
+        isinstance(part, Tensor) and part.shape == (2,) and part.is_floating_point()
+        for part in found
+    )
+    if not (isinstance(found, Preference) and whole and found.losses.requires_grad):
+        raise ConfigError(
+            [f"{place} must return a Preference of three differentiable tensors [pairs]"]
+        )

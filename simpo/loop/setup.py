@@ -32,6 +32,7 @@ from simpo.loop.optim import (
 )
 from simpo.loop.publish import check_end
 from simpo.loop.reference import weights_fingerprint, with_reference
+from simpo.loop.score import check_loss
 from simpo.loop.tracker import Tracker
 from simpo.model import cost
 from simpo.model.check import check_packing
@@ -81,6 +82,7 @@ def set_up(run: RunConfig) -> Parts:
     cfg, cache_dir = run.train, Path(run.cache_dir).expanduser()
     backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
     check_training(run, backend.bf16)
+    check_loss(run.loss)
     today = backend.broadcast(template_date(run) if backend.is_main else None)
     with backend.main_first("read and tokenised the data"):
         chat = Chat(load_tokenizer(run.model, cache_dir, run.data.compat), today)

@@ -10,7 +10,7 @@ import pytest
 from simpo.__main__ import COMMANDS, main
 from simpo.config.composer import CONF
 from simpo.config.errors import exit_codes
-from simpo.config.schema import TrainConfig
+from simpo.config.schema import RunConfig, TrainConfig
 from simpo.launch.completion import candidates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +66,35 @@ def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  loss.beta=" in section and "train.epochs" not in section
 
 
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["los"], "los: no such setting (did you mean loss?)"),
+        (["loss=nonsense", "loss"], "loss: no such choice, got nonsense (choose from "),
+        (["train.epochs=abc"], "train.epochs: must be a whole number, got abc"),
+        (["--config-dir", "nowhere"], "--config-dir: no such folder, got nowhere"),
+        (["loss.module="], "loss.module: must name a Python module such as my_losses, got nothing"),
+    ],
+)
+def test_help_that_cannot_be_given(
+    words: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(["train", "--help", *words], capsys)
+    assert error.startswith(answer) and error.count("\n") == 1
+
+
+def test_help_of_a_folder_of_choices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loss").mkdir()
+    text = "defaults: [sigmoid, _self_]\nbeta: 7.5\n"
+    (tmp_path / "loss" / "mine.yaml").write_text(text)
+    words = ["train", "--config-dir", str(tmp_path), "loss=mine", "--help", "loss.beta"]
+    assert "  loss.beta=7.5\n" in printed(words, capsys)
+    # An old name of a section.
+    assert "  monitor.metric=loss\n" in printed(
+        ["train", "--help", "objective", "objective.metric=loss"], capsys
+    )
+
+
 def test_a_reader_that_leaves() -> None:
     """`simpo train --help | head -1` says nothing more."""
     command = f"{sys.executable} -m simpo train --help | head -1; echo ${{PIPESTATUS[0]}}"
@@ -73,6 +102,21 @@ def test_a_reader_that_leaves() -> None:
         ["bash", "-c", command], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stderr == ""
+
+
+def test_a_crash_is_not_taken_for_a_mistake_in_the_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first value of a repeated key does not count, and would be refused."""
+
+    def crash(run: RunConfig) -> dict[str, float]:
+        raise ValueError(f"after {run.train.max_steps} steps")
+
+    monkeypatch.setattr("simpo.train.start", crash)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "train.max_steps=-5", "train.max_steps=2"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.endswith("\nValueError: after 2 steps\n")
 
 
 def test_other_errors_pass() -> None:

@@ -26,7 +26,11 @@ from simpo.run.runs import IN_PROGRESS, State, read_progress
 from tests.support.browser import look_at
 from tests.support.whole_runs import assert_same_run, logged, metrics_of, run, start
 
-pytestmark = [pytest.mark.matrix, pytest.mark.usefixtures("slurm")]
+pytestmark = [
+    pytest.mark.matrix,
+    pytest.mark.usefixtures("slurm"),
+    pytest.mark.xdist_group("slurm"),
+]
 
 STEPS = 600
 # What users set for their own reading of Slurm's answers.

@@ -123,8 +123,8 @@ def test_an_expert_that_is_missing(tmp_path: Path) -> None:
     loaded(tmp_path)
     changed(tmp_path, lambda w: w.pop("model.layers.0.block_sparse_moe.experts.1.w1.weight"))
     assert refusal(tmp_path) == (
-        f"model.path: {tmp_path} cannot be loaded: weights that belong together, as those of "
-        "experts do, are not all there or of different shapes"
+        f"model.path: {tmp_path} cannot be loaded: weights that are stacked into one "
+        "tensor, such as those of experts, are missing or differ in shape"
     )
 
 

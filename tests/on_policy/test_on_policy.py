@@ -462,7 +462,7 @@ def test_a_function_that_was_edited_scores_anew(
 
     for name in ("first", "second"):
         assert chosen(name) == chosen(name) == "- Owls."
-    assert "note" not in capsys.readouterr().out
+    assert "scored anew" not in capsys.readouterr().out
     (folder / "first.py").write_text(code.format("-"))
     for name in ("first", "second"):
         assert chosen(name) == "Owls."
@@ -538,7 +538,7 @@ def test_replies_that_are_missing_are_counted(
     )
     file.write_text("\n".join(replies) + "\n")
     annotate(folder, "rules")
-    assert "note" not in capsys.readouterr().out
+    assert "scored anew" not in capsys.readouterr().out
 
 
 def test_nothing_to_score(tmp_path: Path) -> None:

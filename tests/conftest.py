@@ -27,18 +27,6 @@ from tests.support.programs import skip_without
 from tests.support.tiny_models import WIDE, tiny_model
 from tests.support.whole_runs import tiny_overrides
 
-MADE_ONCE = ("slurm", "alone", "adapters_alone", "undisturbed", "template")
-"""Fixtures that take long: all tests that want the first of these run in the same process."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        wanted = getattr(item, "fixturenames", ())
-        if group := next((name for name in MADE_ONCE if name in wanted), None):
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 UNIT_CPU_S = 10
 """What a test without a marker may take, whatever else the machine does."""

@@ -29,7 +29,6 @@ from tests.support.whole_runs import assert_same_run, logged, metrics_of, run, s
 pytestmark = [
     pytest.mark.matrix,
     pytest.mark.usefixtures("slurm"),
-    pytest.mark.xdist_group("slurm"),
 ]
 
 STEPS = 600

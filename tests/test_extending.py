@@ -137,6 +137,7 @@ EXPECTED = {
 """What commands of the page print, by their last word."""
 
 
+@pytest.mark.matrix
 def test_a_loss_on_two_processes_is_the_shipped_one(here: Path, tiny_run: list[str]) -> None:
     """To the power of 1 it is RePO. The file of the menu is that of a shipped loss."""
     own = [*tiny_run, "loss=power", "loss.module=my_losses", "loss.power=1"]

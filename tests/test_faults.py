@@ -190,7 +190,7 @@ def test_a_signal_to_one_rank_stops_all(settings: list[str], tmp_path: Path) -> 
     assert "SIGUSR1: saved after step" in finish(process, code=75)
 
 
-@pytest.mark.process
+@pytest.mark.matrix
 def test_a_second_ctrl_c_ends_at_once(settings: list[str], tmp_path: Path) -> None:
     """Also while a rank waits for another; nothing is saved, no traceback."""
     folder = tmp_path / "run"

@@ -23,7 +23,7 @@ from simpo.config.choices import (
     Quantization,
 )
 from simpo.config.own_code import is_function
-from simpo.config.paths import TEMPLATES, template_file
+from simpo.config.paths import shipped_templates, template_file
 
 ADAPTER_FILE = "adapter_config.json"
 READABLE = (".jsonl", ".json", ".parquet")
@@ -262,7 +262,7 @@ class DataConfig:
 
 
 def _problems_of_template(name_or_path: str) -> Iterator[str]:
-    shipped = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+    shipped = ", ".join(shipped_templates())
     try:
         text = template_file(name_or_path).read_text(encoding="utf-8")
     except UnicodeDecodeError:

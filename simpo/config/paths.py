@@ -14,6 +14,11 @@ def config_dir(name: str) -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / name
 
 
+def shipped_templates() -> list[str]:
+    """The names of the chat templates that come with simpo."""
+    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+
+
 def template_file(name_or_path: str) -> Path:
     """The file of a chat template: one shipped under that name, else the path itself."""
     shipped = TEMPLATES / f"{name_or_path}.jinja"

@@ -276,7 +276,7 @@ OURS = (
 """How the lines begin that a whole run of `tiny_run` prints."""
 
 
-@pytest.mark.process
+@pytest.mark.matrix
 def test_no_library_prints_beside_a_run(tiny_run: list[str]) -> None:
     """All that two ranks of DeepSpeed print, which find out for themselves that there is no GPU."""
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -699,7 +699,7 @@ KEYS = sorted(
 )
 
 
-@pytest.mark.process  # for its time alone
+@pytest.mark.matrix
 @given(st.sampled_from([*KEYS, "train", "model.lora", "data.sources", "data", "loss"]), ODD)
 @fuzz(max_examples=25, deadline=None, derandomize=True, database=None)
 def test_odd_values_are_answered(key, value):

@@ -72,6 +72,7 @@ def test_a_stopped_drawing_goes_on_to_the_same_replies(drawing: list[str], tmp_p
     assert more[:80] == whole and {row["seed"] for row in more[80:]} == {3}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [

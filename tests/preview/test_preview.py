@@ -70,6 +70,7 @@ def test_a_dialogue_to_imitate(tiny_folder: Path, tmp_path: Path) -> None:
 OWLS = {"prompt": "Tell me of owls. " * 4, "chosen": "They hunt. " * 9, "rejected": "Owls\u00e9?"}
 
 
+@pytest.mark.matrix
 @given(st.integers(8, 60), st.integers(0, 40), st.sampled_from(["keep_end", "keep_start"]))
 @settings(max_examples=12, deadline=None)
 def test_what_is_not_cut_is_what_is_trained_on(

@@ -539,6 +539,7 @@ def test_a_disk_that_is_full_before_the_first_step(
     ]
 
 
+@pytest.mark.matrix
 def test_a_page_that_cannot_be_written(template: Template, tmp_path: Path) -> None:
     """The table is told all the same."""
     told = run_command("simpo.report", str(template.whole), "html=/dev/full")

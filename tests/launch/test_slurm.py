@@ -356,7 +356,7 @@ def test_a_job_that_cannot_run(tiny_run: list[str], tmp_path: Path) -> None:
     assert progress.state is State.failed
     reason = f"exit code 2: DataError: {tmp_path}/train.jsonl train record 1: rejected: missing"
     assert progress.note.startswith(reason), progress.note
-    assert progress.log is not None and "row 1: rejected: missing" in progress.log.read_text()
+    assert progress.log is not None and "record 1: rejected: missing" in progress.log.read_text()
     told = slurm_command("scontrol", "--oneliner", "show", "job", job_of(folder))
     assert "JobState=FAILED" in told and "ExitCode=2:0" in told
     # Gone from squeue, as it is after some minutes, it is in the accounts.

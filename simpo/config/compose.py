@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from omegaconf.errors import OmegaConfBaseException
@@ -16,6 +17,19 @@ from simpo.config.renamed import rename_overrides
 from simpo.config.schema import RunConfig
 
 
+@contextmanager
+def explaining(overrides: Sequence[str], composer: Composer) -> Iterator[None]:
+    """Turn what Hydra or OmegaConf raises in the block into every fault of the overrides.
+
+    Raises:
+        ConfigError: in their place.
+    """
+    try:
+        yield
+    except (NotComposedError, OmegaConfBaseException) as error:
+        raise ConfigError(explain(overrides, composer=composer) or [first_line(error)]) from error
+
+
 def compose_run(overrides: Sequence[str], composer: Composer = CONF) -> RunConfig:
     """Compose and check a run.
 
@@ -23,10 +37,8 @@ def compose_run(overrides: Sequence[str], composer: Composer = CONF) -> RunConfi
         ConfigError: with every fault of the overrides and of the run they make.
     """
     overrides = rename_overrides(overrides)
-    try:
+    with explaining(overrides, composer):
         return build_run(composer.compose(overrides))
-    except (NotComposedError, OmegaConfBaseException) as error:
-        raise ConfigError(explain(overrides, composer=composer) or [first_line(error)]) from error
 
 
 class _Parser(argparse.ArgumentParser):

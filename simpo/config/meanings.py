@@ -18,13 +18,14 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
-from simpo.config.check import register_own_losses
-from simpo.config.composer import Composer, NotComposedError
+from simpo.config.check import GROUPS
+from simpo.config.compose import explaining
+from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError
-from simpo.config.explain import explain
 from simpo.config.renamed import new_name, rename_overrides
 
-GROUPS = ("model", "data", "loss", "backend", "launcher", "tracker", "experiments")
+Setting = tuple[str, str, str]
+"""Key, value and meaning."""
 
 
 def meaning(schema: type, name: str) -> str:
@@ -87,40 +88,42 @@ def settings_help(
     Raises:
         ConfigError: the overrides cannot be composed, or there is no such section.
     """
-    register_own_losses(overrides)
     overrides = rename_overrides(overrides)
-    sections = [new_name(section) for section in sections]
-    try:
+    with explaining(overrides, composer):
         config = composer.compose(overrides)
-    except NotComposedError as error:
-        raise ConfigError(explain(overrides, composer=composer) or [str(error)]) from error
-    told = list(_keys(config, ""))
-    for section in sections:
-        if not any(key == section or key.startswith(f"{section}.") for key, *_ in told):
-            near = get_close_matches(section, [*fields_of(config), *(key for key, *_ in told)], 1)
-            hint = f"did you mean {near[0]}?" if near else ", ".join(fields_of(config))
-            raise ConfigError([f"{section}: no such setting ({hint})"])
-    if not sections:
+    # Keys of the schemas only: Hydra adds one for the choice of an experiment.
+    settings = list(_keys(config, ""))
+    if sections:
+        asked = [one for name in sections for one in _section(new_name(name), config, settings)]
+        settings = [one for one in settings if one in asked]
+    else:
         yield "Choices, as group=choice:"
-        for group in GROUPS:
+        for group in (*GROUPS, "experiments"):
             choices = f"{group:12} {', '.join(composer.choices(group))}"
             yield from _wrapped(choices, "  ", " " * 15, width)
         yield ""
         yield "Settings, as key=value, with their values in this run:"
-    # Keys of the schemas only: Hydra adds one for the choice of an experiment.
-    for key, value, text in told:
-        if not sections or any(key == one or key.startswith(f"{one}.") for one in sections):
-            yield from _wrapped(f"{key}={value}", "  ", "      ", width)
-            yield from _wrapped(text, "      ", "      ", width)
+    for key, value, text in settings:
+        yield from _wrapped(f"{key}={value}", "  ", "      ", width)
+        yield from _wrapped(text, "      ", "      ", width)
 
 
-def fields_of(config: DictConfig) -> list[str]:
-    """The names of a section's settings and of the sections below it."""
+def _section(name: str, config: DictConfig, settings: Sequence[Setting]) -> list[Setting]:
+    """The settings of a section, or the one of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if found := [one for one in settings if f"{one[0]}.".startswith(f"{name}.")]:
+        return found
     schema: Any = OmegaConf.get_type(config)
-    return [item.name for item in fields(schema)]
+    top = [item.name for item in fields(schema)]
+    near = get_close_matches(name, [*top, *(key for key, *_ in settings)], 1)
+    hint = f"did you mean {near[0]}?" if near else ", ".join(top)
+    raise ConfigError([f"{name}: no such setting ({hint})"])
 
 
-def _keys(config: DictConfig, prefix: str) -> Iterator[tuple[str, str, str]]:
+def _keys(config: DictConfig, prefix: str) -> Iterator[Setting]:
     """Key, value and meaning of everything below a section."""
     schema: Any = OmegaConf.get_type(config)
     for item in fields(schema):

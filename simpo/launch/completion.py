@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 from omegaconf import BooleanNode, DictConfig, EnumNode, OmegaConf
 
+from simpo.config.check import GROUPS
 from simpo.config.composer import CONF, NotComposedError
 from simpo.config.errors import ConfigError
-from simpo.config.meanings import GROUPS
 
 WITH_SETTINGS = ("train", "preview", "generate", "annotate")
 BASH = r"""
@@ -67,7 +67,7 @@ def candidates(line: str, commands: Sequence[str]) -> list[str]:
     key, equals, start = last.partition("=")
     if equals:
         return [f"{key}={word} " for word in _values(before, key) if word.startswith(start)]
-    groups = [f"{group}=" for group in GROUPS if group.startswith(last)]
+    groups = [f"{group}=" for group in (*GROUPS, "experiments") if group.startswith(last)]
     config = _composed(before)
     keys = [] if config is None else DefaultCompletionPlugin._get_matches(config, last)
     return sorted({*groups, *keys})

@@ -26,8 +26,6 @@ COLUMNS = (
     "chosen_tokens",
     "rejected_tokens",
 )
-
-
 CHOSEN_COLUMNS = ("preference_loss", "logps/chosen", "chosen_nll", "chosen_tokens")
 
 
@@ -135,11 +133,11 @@ def check_loss(loss: LossConfig) -> None:
         raise ConfigError(
             [f"{place} fails: {type(error).__name__}: {first_line(error)}{hint}"]
         ) from error
-    whole = isinstance(found, Preference) and all(
-        isinstance(part, Tensor) and part.shape == (2,) and part.is_floating_point()
-        for part in found
-    )
-    if not (isinstance(found, Preference) and whole and found.losses.requires_grad):
+    if not (
+        isinstance(found, Preference)
+        and all(isinstance(p, Tensor) and p.shape == (2,) and p.is_floating_point() for p in found)
+        and found.losses.requires_grad
+    ):
         raise ConfigError(
             [f"{place} must return a Preference of three differentiable tensors [pairs]"]
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import socket
@@ -16,7 +15,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from simpo.config.compose import compose_run
-from simpo.data.demo.records import demo_records
 from simpo.train import train
 from tests.support.whole_runs import (
     assert_same_run,
@@ -27,6 +25,7 @@ from tests.support.whole_runs import (
     run,
     start,
     state_of,
+    tiny_model_and_data,
     wait_for,
     weights_of,
 )
@@ -52,14 +51,8 @@ FRESH = ("ddp-2", "fsdp-2", "zero3-2")
 def settings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """20 steps of at most 6 of 25 pairs; an epoch ends with one pair, so that ranks have none."""
     folder = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 25), ("test", 9)):
-        rows = demo_records(0, split)[:count]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return [
-        f"model.path={tiny_folder}",
-        "model.lora.rank=0",
-        "data=jsonl",
-        f"data.sources=[{{path: {folder}/train.jsonl, test_path: {folder}/test.jsonl}}]",
+        *tiny_model_and_data(tiny_folder, folder, 25, 9),
         "loss.sft_weight=0.3",
         "train.pairs_per_step=6",
         "train.epochs=4",

@@ -26,21 +26,28 @@ Process = subprocess.Popen[str] | Forked
 Ended = subprocess.CompletedProcess[str]
 
 
-def tiny_overrides(tiny_folder: Path, folder: Path) -> list[str]:
-    """Overrides of a whole run that takes seconds, with all that it writes below a folder.
-
-    6 steps of 4 pairs; 16 pairs are held out.
-    """
+def tiny_model_and_data(tiny_folder: Path, folder: Path, train: int, test: int) -> list[str]:
+    """Overrides that train the tiny model on so many of the demo's records, written to a folder."""
     from simpo.data.demo.records import demo_records
 
-    for split, count in (("train", 24), ("test", 16)):
-        rows = demo_records(0, split)[:count]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for split, count in (("train", train), ("test", test)):
+        records = demo_records(0, split)[:count]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return [
         f"model.path={tiny_folder}",
         "model.lora.rank=0",
         "data=jsonl",
         f"data.sources=[{{path: {folder}/train.jsonl, test_path: {folder}/test.jsonl}}]",
+    ]
+
+
+def tiny_overrides(tiny_folder: Path, folder: Path) -> list[str]:
+    """Overrides of a whole run that takes seconds, with all that it writes below a folder.
+
+    6 steps of 4 pairs; 16 pairs are held out.
+    """
+    return [
+        *tiny_model_and_data(tiny_folder, folder, 24, 16),
         "train.pairs_per_step=4",
         "train.tokens_per_row=256",
         "train.learning_rate=1e-3",

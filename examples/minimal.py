@@ -40,7 +40,7 @@ def main(model: str, steps: int = 5) -> list[float]:
     # Text to tokens: the chat template says what is prompt and what is response.
     pairs = [to_pair(record, f"record {i}") for i, record in enumerate(RECORDS)]
     chat = Chat(load_tokenizer(config, CACHE))
-    print(chat.prompt_text(pairs[0].prompt) + pairs[0].chosen)
+    print(chat.prompt_text(pairs[0].prompt) + pairs[0].chosen[0]["content"])
     tokenized = [result for result in chat.tokenize(pairs, DataConfig())]
     tokens = [result.pair for result in tokenized if isinstance(result, Tokenized)]
 

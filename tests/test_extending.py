@@ -322,7 +322,10 @@ def test_records_of_ones_own_format(here: Path, monkeypatch: pytest.MonkeyPatch)
         same = {"question": "Who?", "answers": [{"text": "I", "votes": 1}] * 2}
         file.write(json.dumps(same) + "\n")
     mixture = read_with("my_readers:qa", on_bad_record="drop")
-    pairs = {pair.prompt[0]["content"]: (pair.chosen, pair.rejected) for pair in mixture.train}
+    pairs = {
+        pair.prompt[0]["content"]: tuple(turns[0]["content"] for turns in pair.responses)
+        for pair in mixture.train
+    }
     assert pairs == {
         "Name a colour.": ("Blue.", "Yes."),
         "Name a bird.": ("A wren.", "No."),

@@ -114,7 +114,7 @@ def test_what_a_run_leaves(tiny_run: list[str], run_dir: Path, tiny_folder: Path
     # Each line is of its own pair: the reply and the token that ends it.
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     for pair, line in zip(load_mixture(run.data).test, pairs, strict=True):
-        reply = tokenizer(pair.chosen, add_special_tokens=False).input_ids
+        reply = tokenizer(pair.chosen[0]["content"], add_special_tokens=False).input_ids
         assert float(line["chosen_tokens"]) == len(reply) + 1
     data = json.loads((run_dir / "data.json").read_text())
     assert [row["taken"] for row in data["mixture"]] == [24, 16]

@@ -6,6 +6,9 @@ scored, and the prompt ids are exactly those that generation starts from:
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n | Hello!<|im_end|>
     prompt ------------------------------------------------- | response ------
+
+Of a response of several turns the replies of the assistant are scored, each from the end of its own
+generation prompt to the token that ends its turn.
 """
 
 from __future__ import annotations
@@ -126,28 +129,26 @@ class Chat:
         self, pairs: Sequence[Pair], config: DataConfig
     ) -> Iterator[Tokenized | RecordFault]:
         """Yield the tokens of each pair in order, or the fault of one that has none."""
-        if any(pair.rejected is None for pair in pairs):
-            render, join = self._dialogue_texts, self._dialogue
-        elif config.compat is Compat.paper:
+        render, join = self._texts, self._pair
+        if config.compat is Compat.paper and all(pair.rejected is not None for pair in pairs):
             render = partial(paper_texts, self.template, self.tokenizer)
             join = partial(paper_pair, self.tokenizer)
-        else:
-            render, join = self._texts, self._pair
         for start in range(0, len(pairs), BATCH_PAIRS):
-            texts: list[list[str] | RecordFault] = []
+            rendered: list[list[list[str]] | RecordFault] = []
             for pair in pairs[start : start + BATCH_PAIRS]:
                 try:
-                    texts.append(render(pair))
+                    rendered.append(render(pair))
                 except RecordFault as fault:
-                    texts.append(fault)
-            flat = [text for item in texts if not isinstance(item, RecordFault) for text in item]
-            ids = iter(self.encode(flat) if flat else [])
-            for item in texts:
-                if isinstance(item, RecordFault):
-                    yield item
+                    rendered.append(fault)
+            good = [parts for parts in rendered if not isinstance(parts, RecordFault)]
+            texts = [text for parts in good for part in parts for text in part]
+            ids = iter(self.encode(texts) if texts else [])
+            for parts in rendered:
+                if isinstance(parts, RecordFault):
+                    yield parts
                     continue
                 try:
-                    yield join([next(ids) for _ in item], config)
+                    yield join([[next(ids) for _ in part] for part in parts], config)
                 except RecordFault as fault:
                     yield fault
 
@@ -174,91 +175,83 @@ class Chat:
             if mark := self._marks.search(message["content"]):
                 raise RecordFault(f"a message holds the token {mark[0]} as text")
 
-    def _texts(self, pair: Pair) -> list[str]:
-        """Texts of the prompt, of prompt + chosen and of prompt + rejected."""
-        replies = [_reply(text) for text in (pair.chosen, pair.rejected) if text is not None]
-        self.check_messages([*pair.prompt, *replies])
+    def _texts(self, pair: Pair) -> list[list[str]]:
+        """Text of the prompt alone, then for each response the texts before its further replies
+        and the text of the whole dialogue."""
+        for part in (pair.prompt, *pair.responses):
+            self.check_messages(part)
         prompt = self.prompt_text(pair.prompt)
         _check_whole(prompt, [turn for turn in pair.prompt if turn["role"] != "assistant"])
-        whole = [self.template.render([*pair.prompt, reply]) for reply in replies]
-        _check_start([prompt], whole)
-        for text, reply in zip(whole, replies, strict=True):
-            _check_whole(text[len(prompt) :], [reply])
-        return [prompt, *whole]
+        parts = [[prompt]]
+        for response in pair.responses:
+            turns = [*pair.prompt, *response]
+            replies = [
+                i for i in range(len(pair.prompt), len(turns)) if turns[i]["role"] == "assistant"
+            ]
+            before = [prompt, *(self.prompt_text(turns[:i]) for i in replies[1:])]
+            whole = self.template.render(turns)
+            if not all(whole.startswith(text) for text in before):
+                raise RecordFault(
+                    "the chat template writes the prompt differently before a reply "
+                    "(choose another model.chat_template)"
+                )
+            ends = [*map(len, before[1:]), len(whole)]
+            for text, end, i in zip(before, ends, replies, strict=True):
+                _check_whole(whole[len(text) : end], [turns[i]])
+            parts.append([*before[1:], whole])
+        return parts
 
-    def _dialogue_texts(self, pair: Pair) -> list[str]:
-        """Text before each reply of the assistant, and text of the whole dialogue."""
-        messages = [*pair.prompt, _reply(pair.chosen), *pair.later]
-        self.check_messages(messages)
-        turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-        prompts = [self.prompt_text(messages[:turn]) for turn in turns]
-        whole = self.template.render(messages)
-        _check_start(prompts, [whole])
-        _check_whole(whole, messages[: turns[0]])
-        ends = [*map(len, prompts[1:]), len(whole)]
-        for prompt, end, turn in zip(prompts, ends, turns, strict=True):
-            _check_whole(whole[len(prompt) : end], [messages[turn]])
-        return [*prompts, whole]
-
-    def _dialogue(self, token_ids: list[list[int]], config: DataConfig) -> Tokenized:
-        """Ids of a dialogue whose replies are scored, each up to the token that ends it."""
-        *prompts, whole = token_ids
-        starts = [_common_prefix(prompt, whole) for prompt in prompts]
-        num_prompt = starts[0]
+    def _pair(self, token_ids: list[list[list[int]]], config: DataConfig) -> Tokenized:
+        """Ids of a pair from those of the texts of `_texts`, cut to length."""
+        (prompt,), *parts = token_ids
+        num_prompt = _common_prefix(prompt, *(part[-1] for part in parts))
         if num_prompt == 0:
             raise RecordFault("prompt and dialogue share no token (check the chat template)")
-        scored = np.zeros(len(whole) + 1, dtype=bool)
-        end = 0
-        for start in starts:
-            if end > start:
-                raise RecordFault("the chat template ends no reply before the next turn")
-            ended = self.end_id in whole[start:]
-            end = whole.index(self.end_id, start) + 1 if ended else len(whole) + 1
-            scored[start:end] = True
-        # Text that a template writes after the last reply is dropped.
-        response = np.array([*whole, self.end_id], dtype=np.int32)[num_prompt:end]
-        kept = prompts[0][:num_prompt]
-        if num_prompt + len(response) > config.max_length_tokens:
-            budget = max(config.max_prompt_tokens, config.max_length_tokens - len(response))
-            kept = self._cut(kept, budget, config.prompt_truncation)
-        budget = config.max_length_tokens - len(kept)
-        pair = replace(
-            TokenizedPair.of(kept, list(response[:budget]), []),
-            scored=scored[num_prompt:end][:budget],
-        )
-        merged = any(start < len(prompt) for start, prompt in zip(starts, prompts, strict=True))
-        cut = len(response) > budget
-        return Tokenized(pair, merged, len(kept) < num_prompt, cut, False)
-
-    def _pair(self, token_ids: list[list[int]], config: DataConfig) -> Tokenized:
-        prompt, chosen, rejected = token_ids
-        num_prompt = _common_prefix(prompt, chosen, rejected)
-        if num_prompt == 0:
-            raise RecordFault("prompt and dialogue share no token (check the chat template)")
-        responses = []
-        for key, ids in (("chosen", chosen[num_prompt:]), ("rejected", rejected[num_prompt:])):
-            end = len(ids) - 1 - ids[::-1].index(self.end_id) if self.end_id in ids else None
-            ids = ids[: end + 1] if end is not None else [*ids, self.end_id]
+        responses, masks, merged = [], [], num_prompt < len(prompt)
+        for key, (*before, whole) in zip(("chosen", "rejected"), parts, strict=False):
+            starts = [num_prompt, *(_common_prefix(text, whole) for text in before)]
+            merged |= any(n < len(text) for n, text in zip(starts[1:], before, strict=True))
+            ids, scored = self._response(whole, starts)
             if len(ids) < 2:
                 raise RecordFault(f"{key}: the response has no token")
             responses.append(ids)
-        longest = max(len(ids) for ids in responses)
+            masks.append(scored)
+        longest = max(map(len, responses))
         kept = prompt[:num_prompt]
         if num_prompt + longest > config.max_length_tokens:
             budget = max(config.max_prompt_tokens, config.max_length_tokens - longest)
             kept = self._cut(kept, budget, config.prompt_truncation)
         budget = config.max_length_tokens - len(kept)
-        kept_chosen, kept_rejected = (ids[:budget] for ids in responses)
-        if kept_chosen == kept_rejected:
-            cut = " once they are cut (raise data.max_length_tokens)" if longest > budget else ""
-            raise RecordFault(f"chosen and rejected have the same tokens{cut}")
-        return Tokenized(
-            TokenizedPair.of(kept, kept_chosen, kept_rejected),
-            num_prompt < len(prompt),
-            len(kept) < num_prompt,
-            len(responses[0]) > budget,
-            len(responses[1]) > budget,
-        )
+        cut = [len(ids) > budget for ids in responses]
+        responses = [ids[:budget] for ids in responses]
+        masks = [None if mask is None else mask[:budget] for mask in masks]
+        if len(responses) == 2 and responses[0] == responses[1]:
+            remedy = " once they are cut (raise data.max_length_tokens)" if any(cut) else ""
+            raise RecordFault(f"chosen and rejected have the same tokens{remedy}")
+        if len(responses) == 1:
+            responses, masks, cut = [*responses, []], [*masks, None], [*cut, False]
+        tokens = TokenizedPair.of(kept, *responses)
+        pair = replace(tokens, chosen_scored=masks[0], rejected_scored=masks[1])
+        return Tokenized(pair, merged, len(kept) < num_prompt, *cut)
+
+    def _response(self, whole: list[int], starts: list[int]) -> tuple[list[int], np.ndarray | None]:
+        """Ids of a response, and which of them are scored (None: all).
+
+        Args:
+            whole: ids of the dialogue.
+            starts: index of the first token of each reply of the assistant.
+        """
+        ended = [*whole, self.end_id]
+        scored = np.zeros(len(ended), dtype=bool)
+        end = 0
+        for start in starts:
+            if end > start:
+                raise RecordFault("the chat template ends no reply before the next turn")
+            end = ended.index(self.end_id, start) + 1
+            scored[start:end] = True
+        # Text that a template writes after the last reply is dropped.
+        mask = scored[starts[0] : end]
+        return ended[starts[0] : end], None if mask.all() else mask
 
     def _cut(self, ids: list[int], budget: int, truncation: PromptTruncation) -> list[int]:
         if len(ids) <= budget:
@@ -283,10 +276,6 @@ def _common_prefix(*token_ids: list[int]) -> int:
     return next((i for i in range(shortest) if any(r[i] != first[i] for r in token_ids)), shortest)
 
 
-def _reply(text: str) -> Message:
-    return {"role": "assistant", "content": text}
-
-
 def _check_whole(text: str, messages: Sequence[Message]) -> None:
     """Check that the rendered text contains each message, apart from white space around it.
 
@@ -302,11 +291,3 @@ def _check_whole(text: str, messages: Sequence[Message]) -> None:
                 f"the chat template leaves out a part of what the {message['role']} says "
                 "(choose another model.chat_template)"
             )
-
-
-def _check_start(prompts: Sequence[str], dialogues: Sequence[str]) -> None:
-    if not all(text.startswith(prompt) for text in dialogues for prompt in prompts):
-        raise RecordFault(
-            "the chat template writes the prompt differently before a reply "
-            "(choose another model.chat_template)"
-        )

@@ -58,9 +58,8 @@ def faults_kept_by_paper(chat: Chat, data: TokenizedSet, config: DataConfig) -> 
         return {}
 
     def forges(pair: Pair) -> bool:
-        replies = ({"role": "assistant", "content": x or ""} for x in (pair.chosen, pair.rejected))
         try:
-            chat.check_messages([*pair.prompt, *replies])
+            chat.check_messages([turn for part in (pair.prompt, *pair.responses) for turn in part])
         except RecordFault:
             return True
         return False

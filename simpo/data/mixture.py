@@ -197,8 +197,12 @@ def _prompt_text(pair: Pair) -> tuple[str, ...]:
 
 
 def _text(pair: Pair) -> tuple[str, ...]:
-    later = (turn["content"].strip() for turn in pair.later)
-    return (*_prompt_text(pair), pair.chosen.strip(), (pair.rejected or "").strip(), *later)
+    return tuple(
+        text
+        for turns in (pair.prompt, *pair.responses)
+        for turn in turns
+        for text in (turn["role"], turn["content"].strip())
+    )
 
 
 def _printable(text: str) -> str:

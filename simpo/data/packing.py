@@ -57,8 +57,8 @@ def pack(
         if share_prefix:
             segments.append(Segment(start, chosen, rejected, end))
         for first, ids, scored in (
-            (chosen, pair.chosen_ids, pair.scored),
-            (rejected, pair.rejected_ids, None),
+            (chosen, pair.chosen_ids, pair.chosen_scored),
+            (rejected, pair.rejected_ids, pair.rejected_scored),
         ):
             wanted = _scored(ids, scored, num_prompt)
             if not wanted.any() and (len(ids) or ids is pair.chosen_ids):

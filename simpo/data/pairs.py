@@ -1,6 +1,6 @@
 """The data types of a preference pair, from text to packed row.
 
-    Pair           prompt messages and the texts of both replies
+    Pair           messages of the prompt and of both responses
     TokenizedPair  three arrays of token ids: prompt, chosen, rejected
     PackedPairs    several pairs in one row, each prompt once: [P C R][P C R]...
 
@@ -22,41 +22,55 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Message = dict[str, str]
-"""One OpenAI-format message: `role` (system, user, assistant) and `content`."""
+Message = dict[str, Any]
+"""One OpenAI-format message: `role` (system, user, assistant) and `content`, which is text."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and the two replies to it.
+    """A prompt and the two responses to it.
 
-    `place` names source, split and record, for messages. `rule` is a check that a program can run
-    on a reply (see `simpo.data.rules`), or None. For supervised fine-tuning `rejected` is None and
-    `later` holds the turns after the chosen reply.
+    A response is one turn of the assistant or several, with the turns between them. What the
+    assistant says is scored. `rejected` is None for supervised fine-tuning; both are empty for a
+    prompt alone.
+
+    Attributes:
+        prompt: the turns before the responses.
+        chosen, rejected: the turns of each response; the first and the last are the assistant's.
+        place: source, split and record, for messages.
+        rule: a check that a program can run on a reply (see `simpo.data.rules`).
     """
 
     prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str | None
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...] | None
     place: str
     rule: Mapping[str, Any] | None = None
-    later: tuple[Message, ...] = ()
+
+    @property
+    def responses(self) -> tuple[tuple[Message, ...], ...]:
+        """`chosen`, and `rejected` if there is one."""
+        return (self.chosen,) if self.rejected is None else (self.chosen, self.rejected)
 
 
 @dataclass(frozen=True)
 class TokenizedPair:
     """Token ids of a pair, each an int32 array [length].
 
-    `chosen_ids` and `rejected_ids` continue the prompt. For supervised fine-tuning `rejected_ids`
-    is empty and `scored`, bool [length of chosen_ids], is False for tokens between the assistant's
-    replies. `reference_logps` are the summed log-probs of both responses under the reference model,
-    None until it has scored the pair.
+    Attributes:
+        prompt_ids: the prompt, which both responses continue.
+        chosen_ids, rejected_ids: the responses; `rejected_ids` is empty for supervised fine-tuning.
+        chosen_scored, rejected_scored: bool [length of the response], False for tokens that are
+            not scored, such as those between two replies of the assistant; None scores all.
+        reference_logps: summed log-probs of both responses under the reference model; None until
+            it has scored the pair.
     """
 
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
-    scored: np.ndarray | None = None
+    chosen_scored: np.ndarray | None = None
+    rejected_scored: np.ndarray | None = None
     reference_logps: tuple[float, float] | None = None
 
     @staticmethod

@@ -11,7 +11,9 @@ from simpo.data.records import RecordFault
 from simpo.data.template import Template
 
 
-def paper_texts(template: Template, tokenizer: PreTrainedTokenizerBase, pair: Pair) -> list[str]:
+def paper_texts(
+    template: Template, tokenizer: PreTrainedTokenizerBase, pair: Pair
+) -> list[list[str]]:
     """Texts of prompt, prompt + chosen and prompt + rejected, as the original trainer builds them.
 
     The prompt has no generation prompt; each reply is rendered as a dialogue of its own.
@@ -20,16 +22,16 @@ def paper_texts(template: Template, tokenizer: PreTrainedTokenizerBase, pair: Pa
     if prompt[0]["role"] != "system" and template.speaks_of_system:
         prompt = [{"role": "system", "content": ""}, *prompt]
     text = template.render(prompt)
-    texts = [text]
-    for content in (pair.chosen, pair.rejected):
-        assert content is not None
-        reply = template.render([{"role": "assistant", "content": content}])
-        texts.append(text + reply.removeprefix(tokenizer.bos_token or ""))
+    texts = [[text]]
+    for response in pair.responses:
+        if len(response) > 1:
+            raise RecordFault("data.compat=paper has responses of one turn only")
+        texts.append([text + template.render(response).removeprefix(tokenizer.bos_token or "")])
     return texts
 
 
 def paper_pair(
-    tokenizer: PreTrainedTokenizerBase, token_ids: list[list[int]], config: DataConfig
+    tokenizer: PreTrainedTokenizerBase, token_ids: list[list[list[int]]], config: DataConfig
 ) -> Tokenized:
     """Tokens of a pair as in the original trainer: BOS first, EOS last, both replies cut alike.
 
@@ -39,7 +41,7 @@ def paper_pair(
         RecordFault: the token boundary between prompt and response differs between the two
             responses, so the prompt cannot be shared.
     """
-    prompt, chosen, rejected = token_ids
+    (prompt,), (chosen,), (rejected,) = token_ids
     starts = [
         len(prompt) if ids[: len(prompt)] == prompt else len(prompt) - 1
         for ids in (chosen, rejected)

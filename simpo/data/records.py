@@ -2,9 +2,10 @@
 
 A record is one of
     prompt + chosen + rejected   text, or OpenAI messages; a response may repeat the prompt's turns
-    chosen + rejected            whole dialogues that differ in their last turn only
+    chosen + rejected            whole dialogues that start from the same turns
     messages                     a dialogue to imitate, for supervised fine-tuning only
-A string `prompt` is ignored if chosen and rejected are whole dialogues, which contain the prompt.
+All turns that chosen and rejected start with are their prompt. A string `prompt` is ignored if they
+are whole dialogues, which contain it.
 Optional columns: `system` (or `system_prompt`) is the text of a system turn before the prompt;
 `rule` is a check that a program can run on a reply (see `simpo.data.rules`).
 """
@@ -58,12 +59,13 @@ def to_pair(record: Any, place: str) -> Pair:
     for key in ("chosen", "rejected"):
         if record.get(key) is None:
             raise _missing(record, key)
-    chosen_before, chosen = _split(record["chosen"], "chosen")
-    rejected_before, rejected = _split(record["rejected"], "rejected")
-    prompt = _prompt(record, record.get("prompt"), chosen_before, rejected_before)
-    if chosen.strip() == rejected.strip():
+    prompt, chosen, rejected = _parts(record)
+    if [_said(turn) for turn in chosen] == [_said(turn) for turn in rejected]:
         raise RecordFault("chosen and rejected are the same")
-    return Pair(tuple(prompt), chosen, rejected, place, _rule(record))
+    return Pair(
+        _prompt(record, prompt), _response(chosen, "chosen"), _response(rejected, "rejected"),
+        place, _rule(record),
+    )  # fmt: skip
 
 
 def to_dialogue(record: Any, place: str) -> Pair:
@@ -78,21 +80,11 @@ def to_dialogue(record: Any, place: str) -> Pair:
         return pair
     _refuse_not_text(record)
     messages = _messages(record["messages"], "messages")
-    roles = [turn["role"] for turn in messages]
-    if roles[-1] != "assistant":
-        raise RecordFault(f"messages: the last turn must be the assistant's, got {roles[-1]}")
-    first = roles.index("assistant")
-    if first == 0:
+    first = next((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), 0)
+    if messages[first]["role"] == "assistant" and first == 0:
         raise RecordFault("messages: begins with the assistant, whose reply answers nothing")
-    for index, turn in enumerate(messages):
-        if turn["role"] == "assistant" and not turn["content"].strip():
-            raise RecordFault(f"messages[{index}]: the response is empty")
-    prompt = _prompt(record, messages[:first], [], [])
-    if "system" in roles[first:]:
-        raise RecordFault("messages: a system message may only come first")
-    return Pair(
-        tuple(prompt), messages[first]["content"], None, place, None, tuple(messages[first + 1 :])
-    )
+    chosen = _response(messages[first:], "messages", first)
+    return Pair(_prompt(record, messages[:first]), chosen, None, place)
 
 
 def to_prompt(record: Any, place: str) -> Pair:
@@ -101,11 +93,11 @@ def to_prompt(record: Any, place: str) -> Pair:
     Args and Raises: as `to_pair`.
     """
     if not isinstance(record, Mapping) or record.get("chosen") is not None:
-        return replace(to_pair(record, place), chosen="", rejected=None)
+        return replace(to_pair(record, place), chosen=(), rejected=None)
     _refuse_not_text(record)
-    return Pair(
-        tuple(_prompt(record, record.get("prompt"), [], [])), "", None, place, _rule(record)
-    )
+    if record.get("prompt") is None:
+        raise _missing(record, "prompt")
+    return Pair(_prompt(record, _given(record["prompt"])), (), None, place, _rule(record))
 
 
 COLUMNS: dict[Callable[[Any, str], Pair], frozenset[str]] = {
@@ -143,11 +135,10 @@ def remarks(record: Mapping[str, Any], pair: Pair) -> Iterator[str]:
         scores = [record[key] for key in keys if isinstance(record.get(key), (int, float))]
         if len(scores) == 2 and scores[0] <= scores[1]:
             yield f"{keys[0]} {'equals' if scores[0] == scores[1] else 'is below'} {keys[1]}"
-    contents = [turn["content"] for turn in (*pair.prompt, *pair.later)]
+    texts = [turn["content"] for part in (pair.prompt, *pair.responses) for turn in part]
     prompt = record.get("prompt")
-    if isinstance(prompt, str) and prompt.strip() not in map(str.strip, contents):
+    if isinstance(prompt, str) and prompt.strip() not in map(str.strip, texts):
         yield "prompt is not in the dialogue (prompt is ignored)"
-    texts = [*contents, pair.chosen, pair.rejected or ""]
     # The plain search is much faster than the pattern, and few texts get past it.
     if any("Human:" in text and _TURNS_IN_TEXT.search(text) for text in texts):
         yield "a text contains turns (Human: ...), which are read as one"
@@ -171,19 +162,74 @@ def _rule(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return rule
 
 
-def _split(value: Any, key: str) -> tuple[list[Message], str]:
-    """Split a response into the turns before its text, and the text."""
-    if isinstance(value, str):
-        turns, text = [], value
-        _check_text(text, key)
-    else:
-        *turns, last = _messages(value, key)
-        if last["role"] != "assistant":
-            raise RecordFault(f"{key}: the last turn must be the assistant's, got {last['role']}")
-        text = last["content"]
-    if not text.strip():
-        raise RecordFault(f"{key}: the response is empty")
-    return turns, text
+def _parts(record: Mapping[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
+    """The turns of the prompt, of chosen and of rejected; the prompt is all that both start with.
+
+    Raises:
+        RecordFault: there is no prompt, or a response does not continue it.
+    """
+    prompt = record.get("prompt")
+    dialogues = []
+    for key in ("chosen", "rejected"):
+        value = record[key]
+        turns = [_reply(value, key)] if isinstance(value, str) else _messages(value, key)
+        if turns[-1]["role"] != "assistant":
+            raise RecordFault(f"{key}: the last turn must be the assistant's, got {_last(turns)}")
+        if turns[0]["role"] == "assistant":
+            if prompt is None:
+                raise _missing(record, "prompt")
+            turns = [*_given(prompt), *turns]
+        elif prompt is not None and not isinstance(prompt, str):
+            given = _given(prompt)
+            if turns[: len(given)] != given:
+                raise RecordFault(f"{key} does not continue prompt: their turns differ")
+        dialogues.append(turns)
+    chosen, rejected = dialogues
+    both = zip(chosen, rejected, strict=False)
+    shortest = min(len(chosen), len(rejected))
+    same = next((i for i, (one, other) in enumerate(both) if one != other), shortest)
+    if same == len(chosen) == len(rejected):
+        raise RecordFault("chosen and rejected are the same")
+    if same == shortest:
+        longer, other = ("rejected", "chosen") if same == len(chosen) else ("chosen", "rejected")
+        raise RecordFault(f"{longer} is {other} with more turns, so they are no two replies")
+    if same == 0 or not chosen[same]["role"] == rejected[same]["role"] == "assistant":
+        raise RecordFault("chosen and rejected start from different prompts")
+    return chosen[:same], chosen[same:], rejected[same:]
+
+
+def _given(prompt: Any) -> list[Message]:
+    """The turns of the column `prompt`."""
+    if not isinstance(prompt, str):
+        return _messages(prompt, "prompt")
+    _check_text(prompt, "prompt")
+    return [{"role": "user", "content": prompt}]
+
+
+def _reply(text: str, key: str) -> Message:
+    _check_text(text, key)
+    return {"role": "assistant", "content": text}
+
+
+def _response(turns: list[Message], key: str, first: int | None = None) -> tuple[Message, ...]:
+    """The turns of a response, checked; `first` is the index of the first one in column `key`."""
+    if turns[-1]["role"] != "assistant":
+        raise RecordFault(f"{key}: the last turn must be the assistant's, got {_last(turns)}")
+    for index, turn in enumerate(turns, start=first or 0):
+        if turn["role"] == "system":
+            raise RecordFault(f"{key}: a system message may only come first")
+        if turn["role"] == "assistant" and not turn["content"].strip():
+            place = key if first is None else f"{key}[{index}]"
+            raise RecordFault(f"{place}: the response is empty")
+    return tuple(turns)
+
+
+def _last(turns: list[Message]) -> str:
+    return str(turns[-1]["role"])
+
+
+def _said(turn: Message) -> Message:
+    return turn | {"content": turn["content"].strip()}
 
 
 def _missing(record: Mapping[str, Any], key: str) -> RecordFault:
@@ -192,30 +238,15 @@ def _missing(record: Mapping[str, Any], key: str) -> RecordFault:
     return RecordFault(f"{key}: missing (the record has {columns or 'no value'})")
 
 
-def _prompt(
-    record: Mapping[str, Any], value: Any, chosen: list[Message], rejected: list[Message]
-) -> list[Message]:
-    """The turns of the prompt: from `value` or the turns before the responses, and `system`."""
-    if chosen != rejected:
-        raise RecordFault("chosen and rejected start from different prompts")
-    if isinstance(value, str) and not chosen:
-        _check_text(value, "prompt")
-        prompt = [{"role": "user", "content": value}]
-    elif value is None or isinstance(value, str):
-        prompt = chosen
-    else:
-        prompt = _messages(value, "prompt")
-        if chosen and chosen != prompt:
-            raise RecordFault("chosen does not continue prompt: their turns differ")
-    if not prompt:
-        raise _missing(record, "prompt")
-    if any(turn["role"] == "system" for turn in prompt[1:]):
+def _prompt(record: Mapping[str, Any], turns: list[Message]) -> tuple[Message, ...]:
+    """The turns of a prompt, checked, with the text of a column `system` before them."""
+    if any(turn["role"] == "system" for turn in turns[1:]):
         raise RecordFault("prompt: a system message may only come first")
-    if prompt[-1]["role"] != "user":
-        raise RecordFault(f"prompt: the last turn must be the user's, got {prompt[-1]['role']}")
-    if not prompt[-1]["content"].strip():
+    if turns[-1]["role"] != "user":
+        raise RecordFault(f"prompt: the last turn must be the user's, got {_last(turns)}")
+    if not turns[-1]["content"].strip():
         raise RecordFault("prompt: the last turn is empty")
-    return _with_system(record, prompt)
+    return tuple(_with_system(record, turns))
 
 
 def _with_system(record: Mapping[str, Any], prompt: list[Message]) -> list[Message]:

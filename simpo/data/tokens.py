@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,13 +53,13 @@ def tokenize_set(
     if pairs and not good:
         raise DataError(f"data: none of the {len(pairs)} pairs can be tokenized")
     parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"].reshape(-1))[:-1])
-    tokens = [
-        TokenizedPair(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, 3 * len(good), 3)
-    ]
+    masks: list[np.ndarray | None] = [None] * len(parts)
     if "scored" in arrays:
-        ends = np.cumsum([len(pair.chosen_ids) for pair in tokens])[:-1]
-        masks = np.split(arrays["scored"], ends)
-        tokens = [replace(p, scored=mask) for p, mask in zip(tokens, masks, strict=True)]
+        masks = list(np.split(arrays["scored"], np.cumsum(arrays["lengths"].reshape(-1))[:-1]))
+    tokens = [
+        TokenizedPair(parts[i], parts[i + 1], parts[i + 2], masks[i + 1], masks[i + 2])
+        for i in range(0, 3 * len(good), 3)
+    ]
     merged, prompts, chosen, rejected = stored["counts"]
     bad = dict(Counter(faults.values()))
     report = TokenReport(len(good), merged, prompts, chosen, rejected, bad)
@@ -78,11 +77,19 @@ def _collected(
         for pair, *_ in done
         for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
     ]  # fmt: skip
-    masks = [pair.scored for pair, *_ in done if pair.scored is not None]
+    masks = [
+        np.ones(len(ids), dtype=bool) if mask is None else mask
+        for pair, *_ in done
+        for ids, mask in (
+            (pair.prompt_ids, None),
+            (pair.chosen_ids, pair.chosen_scored),
+            (pair.rejected_ids, pair.rejected_scored),
+        )
+    ]
     arrays = {
         "ids": np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
         "lengths": np.array([len(ids) for ids in tokens], np.int64).reshape(-1, 3),
-        **({"scored": np.concatenate(masks)} if masks else {}),
+        **({} if all(mask.all() for mask in masks) else {"scored": np.concatenate(masks)}),
     }
     counts = [sum(column) for column in zip(*(one[1:] for one in done), strict=True)] or [0] * 4
     faults = {str(i): str(item) for i, item in enumerate(results) if isinstance(item, RecordFault)}
@@ -116,5 +123,5 @@ def _content_hash(chat: Chat, pairs: list[Pair], config: DataConfig) -> str:
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(vocabulary.encode())
     for pair in pairs:
-        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.later]).encode())
+        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode())
     return digest.hexdigest()[:32]

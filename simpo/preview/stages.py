@@ -165,18 +165,15 @@ def _shown(run: RunConfig, chat: Chat, data: TokenizedSet, index: int) -> Shown:
     pair, kept = data.pairs[index], data.tokens[index]
     endless = replace(run.data, max_length_tokens=ENDLESS, max_prompt_tokens=ENDLESS - 1)
     (whole,) = (one.pair for one in chat.tokenize([pair], endless) if isinstance(one, Tokenized))
-    scored = np.ones(len(whole.chosen_ids), bool) if whole.scored is None else whole.scored
-    parts = {
-        "prompt": _prompt_tokens(chat, whole, kept),
-        "chosen": [
-            _token(chat, token, _role("chosen", i < len(kept.chosen_ids), bool(scored[i])))
-            for i, token in enumerate(whole.chosen_ids)
-        ],
-        "rejected": [
-            _token(chat, token, _role("rejected", i < len(kept.rejected_ids), True))
-            for i, token in enumerate(whole.rejected_ids)
-        ],
-    }
+    parts = {"prompt": _prompt_tokens(chat, whole, kept)}
+    for name, ids, scored, num_kept in (
+        ("chosen", whole.chosen_ids, whole.chosen_scored, len(kept.chosen_ids)),
+        ("rejected", whole.rejected_ids, whole.rejected_scored, len(kept.rejected_ids)),
+    ):
+        parts[name] = [
+            _token(chat, token, _role(name, i < num_kept, scored is None or bool(scored[i])))
+            for i, token in enumerate(ids)
+        ]
     return Shown(pair.place, _messages(pair), {k: v for k, v in parts.items() if v})
 
 
@@ -209,10 +206,11 @@ def _token(chat: Chat, token: int, role: str) -> Token:
 
 def _messages(pair: Pair) -> list[tuple[str, str]]:
     messages = [(turn["role"], turn["content"]) for turn in pair.prompt]
-    messages.append(("chosen", pair.chosen))
-    if pair.rejected is not None:
-        messages.append(("rejected", pair.rejected))
-    return messages + [(turn["role"], turn["content"]) for turn in pair.later]
+    for name, turns in zip(("chosen", "rejected"), pair.responses, strict=False):
+        for turn in turns:
+            role = name if turn["role"] == "assistant" else turn["role"]
+            messages.append((role, turn["content"]))
+    return messages
 
 
 def _row_table(

@@ -1099,7 +1099,7 @@ def test_a_lone_surrogate_is_its_rows_fault(folder):
     write(folder / "a.jsonl", [*bad.values(), GOOD | {"chosen": "A whole one: \U0001f600"}])
     loaded = mixture({"path": "a.jsonl"}, on_bad_record=OnBadRecord.drop)
     assert loaded.table[0].bad == {f"{place}: {half}": 1 for place in bad}
-    assert [pair.chosen for pair in loaded.train] == ["A whole one: \U0001f600"]
+    assert [pair.chosen[0]["content"] for pair in loaded.train] == ["A whole one: \U0001f600"]
     # Nor does one elsewhere come to a terminal or a file that cannot take it.
     row = GOOD | {"chosen": [{"role": "\ud83d", "content": "a"}]}
     write(folder / "b.jsonl", [row, GOOD | {"\ud83d": 1}])

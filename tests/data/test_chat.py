@@ -304,9 +304,8 @@ def original_rows(chat: Chat, pair: Pair, config: DataConfig) -> list[tuple[list
     prompt_text = text_of(messages)
     alone = ids_of(prompt_text)
     rows = []
-    for reply in (pair.chosen, pair.rejected):
-        assert reply is not None
-        reply_text = text_of([assistant(reply)])
+    for response in pair.responses:
+        reply_text = text_of(list(response))
         if reply_text.startswith(tokenizer.bos_token):
             reply_text = reply_text[len(tokenizer.bos_token) :]
         joined = ids_of(prompt_text + reply_text)
@@ -492,12 +491,14 @@ FAULTS = [
     ("mistral", OTHER_HEADER, {}, "the chat template writes the prompt differently before a reply"),
     # `internat` has two tokens, the whole word one, which has none in common with them.
     ("smollm2", BARE,
-     {"prompt": (user(" internat"),), "chosen": "ional", "rejected": "ional law"},
+     {"prompt": (user(" internat"),), "chosen": (assistant("ional"),),
+      "rejected": (assistant("ional law"),)},
      "prompt and dialogue share no token"),
-    ("llama3", "llama3", {"rejected": " \n"}, "rejected: the response has no token"),
-    ("llama3", "llama3", {"chosen": "a<|eot_id|>b"},
+    ("llama3", "llama3", {"rejected": (assistant(" \n"),)}, "rejected: the response has no token"),
+    ("llama3", "llama3", {"chosen": (assistant("a<|eot_id|>b"),)},
      "a message holds the token <|eot_id|> as text"),
-    ("mistral", "zephyr", {"rejected": "a </s>"}, "a message holds the token </s> as text"),
+    ("mistral", "zephyr", {"rejected": (assistant("a </s>"),)},
+     "a message holds the token </s> as text"),
     ("mistral", "zephyr", {"prompt": (user("what is <s>?"),)},
      "a message holds the token <s> as text"),
 ]  # fmt: skip

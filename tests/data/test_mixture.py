@@ -37,7 +37,7 @@ def mixture(*several, seed=42, read_record=to_pair, **settings):
 
 
 def chosen(pairs):
-    return [pair.chosen for pair in pairs]
+    return [pair.chosen[0]["content"] for pair in pairs]
 
 
 @pytest.fixture(autouse=True)
@@ -265,7 +265,8 @@ def test_row_forms(form):
     row, prompt = FORMS[form]
     pair = to_pair(row, "here")
     assert pair.prompt == tuple(prompt)
-    assert (pair.chosen, pair.rejected, pair.place, pair.rule) == ("So.", "No.", "here", None)
+    assert pair.responses == ((assistant("So."),), (assistant("No."),))
+    assert (pair.place, pair.rule) == ("here", None)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +415,7 @@ def test_a_run_says_what_looks_wrong(tiny_run, tmp_path, capsys):
 
 def test_white_space_of_a_response_is_kept():
     pair = to_pair({"prompt": "Why?", "chosen": " So.\n", "rejected": "No."}, "here")
-    assert pair.chosen == " So.\n"
+    assert pair.chosen == (assistant(" So.\n"),)
 
 
 def test_rules_out_of_parquet():
@@ -423,7 +424,9 @@ def test_rules_out_of_parquet():
     made = [row | {"rule": rule} for row, rule in zip(rows("a", 3), rules, strict=True)]
     Dataset.from_list(made).to_parquet("rules.parquet")
     assert Dataset.from_parquet("rules.parquet")[0]["rule"]["keys"] is None
-    pairs = sorted(mixture({"path": "rules.parquet"}).train, key=lambda pair: pair.chosen)
+    pairs = sorted(
+        mixture({"path": "rules.parquet"}).train, key=lambda pair: pair.chosen[0]["content"]
+    )
     assert [pair.rule for pair in pairs] == rules
 
 

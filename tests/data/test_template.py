@@ -267,8 +267,8 @@ def test_what_may_be_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
     earlier = [user("Hi"), assistant("<think>Hm.</think>Hello!"), user("Bye")]
     tokenize_one(chat, make_pair(*earlier))
     # In supervised fine-tuning that turn would be scored.
-    dialogue = replace(make_pair(user("Hi")), rejected=None, chosen="<think>Hm.</think>Hello!")
-    dialogue = replace(dialogue, later=(user("Bye"), assistant("Bye.")))
+    turns = (assistant("<think>Hm.</think>Hello!"), user("Bye"), assistant("Bye."))
+    dialogue = replace(make_pair(user("Hi")), rejected=None, chosen=turns)
     with pytest.raises(RecordFault) as caught:
         tokenize_one(chat, dialogue)
     assert str(caught.value) == LEFT_OUT.format("assistant", "model.chat_template")

@@ -34,7 +34,7 @@ def test_scores_are_those_of_padded_sequences(
     """Against the padded float64 path, in another order than the rows'; then from the cache."""
     model = tiny_model("llama")
     tokens = random_pairs(np.random.default_rng(0), 5)
-    pairs = [Pair(({"role": "user", "content": "x"},), "a", "b", f"row {i}") for i in range(5)]
+    pairs = [Pair(({"role": "user", "content": "x"},), (), (), f"row {i}") for i in range(5)]
     data = TokenizedSet(pairs, tokens, TokenReport(5, 0, 0, 0, 0, {}))
     rows = [pack([tokens[i] for i in order], order) for order in ((3, 0), (4, 2, 1))]
     backend = build_backend(SingleConfig(), Precision.fp32, 1.0)

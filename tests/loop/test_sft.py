@@ -44,17 +44,12 @@ def dialogue(*messages: dict[str, str]) -> Pair:
 def test_a_dialogue_is_split_at_the_first_reply() -> None:
     pair = dialogue(system("Be kind."), *TURNS)
     assert pair.prompt == (system("Be kind."), user("Hi"))
-    assert (pair.chosen, pair.rejected, pair.later) == ("Yes?", None, tuple(TURNS[2:]))
+    assert (pair.chosen, pair.rejected) == (tuple(TURNS[1:]), None)
 
 
 def test_a_pair_is_imitated_by_its_chosen_reply() -> None:
     pair = to_dialogue({"prompt": "Hi", "chosen": "Yes?", "rejected": "No."}, "data.jsonl record 1")
-    assert (pair.prompt, pair.chosen, pair.rejected, pair.later) == (
-        (user("Hi"),),
-        "Yes?",
-        None,
-        (),
-    )
+    assert (pair.prompt, pair.responses) == ((user("Hi"),), ((assistant("Yes?"),),))
 
 
 @pytest.mark.parametrize(
@@ -91,11 +86,11 @@ def test_what_is_scored(family: str, template: str | None, end: str) -> None:
     """Both replies with the token that ends them, and nothing else; the ids are the template's."""
     chat = load_chat(family, template)
     tokens, *flags = tokenize_one(chat, dialogue(*TURNS))
-    assert tokens.scored is not None and not any(flags)
+    assert tokens.chosen_scored is not None and not any(flags)
     decode = chat.tokenizer.decode
-    scored = decode(tokens.chosen_ids[tokens.scored])
+    scored = decode(tokens.chosen_ids[tokens.chosen_scored])
     assert scored.replace(" ", "") == f"Yes?{end}Seeyou.{end}"
-    between = decode(tokens.chosen_ids[~tokens.scored])
+    between = decode(tokens.chosen_ids[~tokens.chosen_scored])
     assert "Bye" in between and "Yes" not in between and "See" not in between
     whole = [*tokens.prompt_ids.tolist(), *tokens.chosen_ids.tolist()]
     rendered = str(chat.tokenizer.apply_chat_template(TURNS, tokenize=False))
@@ -118,7 +113,7 @@ def test_one_reply_is_tokenized_as_that_of_a_pair() -> None:
     alone, *_ = tokenize_one(chat, replace(pair, rejected=None))
     assert alone.prompt_ids.tolist() == of_pair.prompt_ids.tolist()
     assert alone.chosen_ids.tolist() == of_pair.chosen_ids.tolist()
-    assert alone.scored.all()
+    assert alone.chosen_scored is None
 
 
 def test_a_long_dialogue_loses_its_end_and_an_endless_prompt_its_beginning() -> None:
@@ -128,14 +123,14 @@ def test_a_long_dialogue_loses_its_end_and_an_endless_prompt_its_beginning() -> 
         chat, long, max_length_tokens=64, max_prompt_tokens=60
     )
     assert (cut_prompt, cut_reply) == (False, True)
-    assert tokens.num_tokens() == 64 and tokens.scored.any()
+    assert tokens.num_tokens() == 64 and tokens.chosen_scored.any()
     tokens, _, cut_prompt, _, _ = tokenize_one(
         chat,
         dialogue(user("More. " * 50), assistant("Yes?")),
         max_length_tokens=64,
         max_prompt_tokens=32,
     )
-    assert cut_prompt and tokens.num_tokens() <= 64 and tokens.scored.all()
+    assert cut_prompt and tokens.num_tokens() <= 64 and tokens.chosen_scored is None
 
 
 def test_the_cache_keeps_what_is_scored(tmp_path: Path) -> None:
@@ -145,7 +140,9 @@ def test_the_cache_keeps_what_is_scored(tmp_path: Path) -> None:
     for _ in range(2):  # written, then read
         stored = tokenize_set(chat, pairs, data_config(), tmp_path).tokens
         for one, other in zip(stored, direct, strict=True):
-            assert one.scored.tolist() == other.scored.tolist()
+            mask = np.ones(len(other.chosen_ids), bool)
+            wanted = mask if other.chosen_scored is None else other.chosen_scored
+            assert one.chosen_scored.tolist() == wanted.tolist()
             assert one.chosen_ids.tolist() == other.chosen_ids.tolist()
 
 
@@ -169,8 +166,8 @@ def test_packed_dialogues(seed: int, share_prefix: bool) -> None:
         ids = torch.tensor([[*item.prompt_ids.tolist(), *item.chosen_ids.tolist()]])
         logps = plain(input_ids=ids).logits[0, :-1].log_softmax(-1)
         own = logps.gather(-1, ids[0, 1:, None])[len(item.prompt_ids) - 1 :, 0]
-        nll = nll - own[torch.from_numpy(item.scored)].sum()
-        count += int(item.scored.sum())
+        nll = nll - own[torch.from_numpy(item.chosen_scored)].sum()
+        count += int(item.chosen_scored.sum())
     (nll / count).backward()
 
     row = pack(dialogues, range(4), share_prefix)

@@ -395,7 +395,7 @@ def test_the_best_is_chosen_and_the_worst_rejected(
     }
     (held_out,) = lines(folder / "test.jsonl")
     assert (held_out["chosen"], held_out["rejected"]) == ("- Owls.", "Owls.")
-    assert to_pair(pair, "train.jsonl record 1").chosen == "- Owls."
+    assert to_pair(pair, "train.jsonl record 1").chosen[0]["content"] == "- Owls."
     shown = capsys.readouterr().out
     assert "| train | 2       | 1     | 1    | 0                                |" in shown
     assert "| test  | 2       | 1     | 0    | 1                                |" in shown

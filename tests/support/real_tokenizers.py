@@ -114,7 +114,8 @@ def system(text: str) -> Message:
 
 
 def make_pair(*prompt: Message, chosen: str = "Hello!", rejected: str = "Go away.") -> Pair:
-    return Pair(tuple(prompt), chosen, rejected, place="data.jsonl, record 1")
+    replies = (assistant(chosen),), (assistant(rejected),)
+    return Pair(tuple(prompt), *replies, place="data.jsonl, record 1")
 
 
 def tokenize_one(chat: Chat, pair: Pair, **changes: Any) -> tuple[Any, ...]:

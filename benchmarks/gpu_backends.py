@@ -82,7 +82,7 @@ def losses_of(name: str, device: str) -> list[float]:
     from simpo.backend import build_backend
     from simpo.config.check import GROUPS
     from simpo.config.choices import Device, Dtype, Precision, Quantization
-    from simpo.config.inputs import LoraConfig, ModelConfig
+    from simpo.config.models import LoraConfig, ModelConfig
     from simpo.config.schema import TrainConfig
     from simpo.data.packing import pack
     from simpo.data.pairs import TokenizedPair

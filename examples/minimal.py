@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from simpo.config.inputs import DataConfig, ModelConfig
+from simpo.config.data import DataConfig
+from simpo.config.models import ModelConfig
 from simpo.data.chat import Chat
 from simpo.data.packing import pack
 from simpo.data.pairs import Tokenized

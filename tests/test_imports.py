@@ -186,7 +186,7 @@ def test_the_mathematics_knows_no_framework(module: str) -> None:
         (
             "omegaconf",
             {
-                *("loss", "config.inputs", "config.schema", "config.check"),
+                *("loss", "config.data", "config.models", "config.schema", "config.check"),
                 *("config.compose", "config.composer", "config.explain", "config.suggest"),
                 *("config.meanings", "config.renamed"),
                 *("launch.completion", "report.published", "train"),

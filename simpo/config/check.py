@@ -27,10 +27,11 @@ from simpo.config.backends import (
     ZeroConfig,
 )
 from simpo.config.choices import Compat, Dtype, Precision, Quantization
+from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError, first_line
-from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LocalConfig, SlurmConfig
 from simpo.config.losses import LOSSES, is_of, losses_of, own_losses, read_only
+from simpo.config.models import ModelConfig
 from simpo.config.own_code import OwnCodeError
 from simpo.config.renamed import first_name, renamed_config
 from simpo.config.schema import RunConfig, TrackerConfig, WandbConfig

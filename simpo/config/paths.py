@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -23,3 +24,8 @@ def template_file(name_or_path: str) -> Path:
     """The file of a chat template: one shipped under that name, else the path itself."""
     shipped = TEMPLATES / f"{name_or_path}.jinja"
     return shipped if shipped.is_file() else Path(name_or_path).expanduser()
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path cannot be a hub id, so that it is never sent to the hub."""
+    return path.startswith((".", "~", os.sep)) or path.count("/") > 1

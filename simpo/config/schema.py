@@ -14,9 +14,10 @@ from omegaconf import MISSING
 
 from simpo.config.backends import BackendConfig
 from simpo.config.choices import Engine, Mode, Precision, Schedule, WandbMode, WatchAction
+from simpo.config.data import DataConfig
 from simpo.config.errors import LOST, SAVED
-from simpo.config.inputs import DataConfig, ModelConfig
 from simpo.config.launchers import LauncherConfig
+from simpo.config.models import ModelConfig
 from simpo.loss import LossConfig
 
 LONGEST_PART_BYTES = 255

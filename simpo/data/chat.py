@@ -25,8 +25,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from simpo.config.choices import Compat, PromptTruncation
+from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError
-from simpo.config.inputs import DataConfig
 from simpo.data.pairs import Message, Pair, Tokenized, TokenizedPair
 from simpo.data.paper import paper_pair, paper_texts
 from simpo.data.records import RecordFault

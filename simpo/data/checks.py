@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from simpo.config.choices import Compat
+from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError, DataError
-from simpo.config.inputs import DataConfig
 from simpo.data.chat import Chat, TokenizedSet
 from simpo.data.pairs import Pair
 from simpo.data.records import RecordFault

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from simpo.config.choices import OnBadRecord
+from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import DataError, first_line
-from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.config.own_code import load
 from simpo.data.pairs import Pair
 from simpo.data.records import COLUMNS, RecordFault, remarks, to_pair, unread_columns

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from simpo.config.choices import PromptTruncation
-from simpo.config.inputs import DataConfig
+from simpo.config.data import DataConfig
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair
 from simpo.data.records import RecordFault
 from simpo.data.template import Template

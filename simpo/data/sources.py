@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from simpo.config.data import SourceConfig
 from simpo.config.errors import DataError
-from simpo.config.inputs import SourceConfig
 from simpo.data import hub
 from simpo.data.demo.records import demo_records
 from simpo.data.records import RecordFault

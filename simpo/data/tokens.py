@@ -19,8 +19,8 @@ import tokenizers
 import transformers
 
 from simpo.config.choices import OnBadRecord
+from simpo.config.data import DataConfig
 from simpo.config.errors import DataError
-from simpo.config.inputs import DataConfig
 from simpo.data.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.mixture import fault_lines
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config.check import trajectory
-from simpo.config.inputs import ADAPTER_FILE
+from simpo.config.models import ADAPTER_FILE
 from simpo.config.schema import RunConfig
 from simpo.loop.console import Results, result_lines
 from simpo.run.atomic import write_text

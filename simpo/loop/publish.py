@@ -11,7 +11,7 @@ from typing import Any
 
 from simpo.backend import Backend
 from simpo.config.errors import ConfigError, RunError, first_line
-from simpo.config.inputs import ADAPTER_FILE
+from simpo.config.models import ADAPTER_FILE
 from simpo.config.schema import ExportConfig, RunConfig
 from simpo.data import hub
 from simpo.data.chat import Chat

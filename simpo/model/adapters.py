@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from simpo.config.errors import ConfigError, first_line
-from simpo.config.inputs import LoraConfig
+from simpo.config.models import LoraConfig
 from simpo.data import hub
 
 KINDS = {"attention": "Attention", "mlp": "MLP"}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 
 from simpo.config.choices import Attention, Dtype, Quantization
 from simpo.config.errors import ConfigError
-from simpo.config.inputs import ModelConfig
+from simpo.config.models import ModelConfig
 from simpo.model import attention
 from simpo.model.policy import Policy
 from simpo.model.pretrained import check_finite, load_settings, load_weights, model_source

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from simpo.config.errors import ConfigError
-from simpo.config.inputs import ModelConfig
+from simpo.config.models import ModelConfig
 from simpo.data import hub
 from simpo.model import attention
 from simpo.model.smollm2 import smollm2_folder

@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 
 from simpo.config.choices import Compat
 from simpo.config.errors import ConfigError
-from simpo.config.inputs import ModelConfig
+from simpo.config.models import ModelConfig
 from simpo.data.template import use_template
 from simpo.model.pretrained import load_pretrained, model_source
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from simpo.backend import build_backend
 from simpo.config.choices import Compat, Engine, OnBadRecord
 from simpo.config.errors import ConfigError, DataError
-from simpo.config.inputs import ADAPTER_FILE
+from simpo.config.models import ADAPTER_FILE
 from simpo.config.schema import RunConfig
 from simpo.data.chat import Chat
 from simpo.data.checks import refuse_unknown_ids

@@ -19,9 +19,9 @@ from simpo.config.check import settings
 from simpo.config.choices import OnBadRecord
 from simpo.config.compose import compose_run, run_of_words
 from simpo.config.composer import Composer
+from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.explain import explain
-from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data import sources
 from simpo.data.mixture import load_mixture
 from simpo.data.records import RecordFault, to_dialogue, to_pair, to_prompt
@@ -729,7 +729,7 @@ def test_wandb_that_is_not_installed(monkeypatch):
 
 
 def test_bitsandbytes_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr("simpo.config.inputs.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("simpo.config.models.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
         compose_run(["model.quantization=int8"])
     assert caught.value.problems == [

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from simpo.config.choices import Compat, OnBadRecord, PromptTruncation
+from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError, DataError
-from simpo.config.inputs import DataConfig, ModelConfig
+from simpo.config.models import ModelConfig
 from simpo.config.paths import TEMPLATES
 from simpo.data import chat as chat_module
 from simpo.data import tokens as token_store

@@ -15,8 +15,8 @@ import pytest
 from huggingface_hub import constants
 from transformers import AutoConfig
 
+from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import ConfigError, DataError
-from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data import hub
 from simpo.data.mixture import load_mixture
 from simpo.model.pretrained import load_pretrained

@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from simpo.config.compose import compose_run
+from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import DataError
-from simpo.config.inputs import DataConfig, SourceConfig
 from simpo.data.mixture import SplitReport, load_mixture
 from simpo.data.records import RecordFault, to_dialogue, to_pair, to_prompt
 from simpo.train import train

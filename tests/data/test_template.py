@@ -17,7 +17,7 @@ from typing_extensions import Self
 from simpo.config.choices import Compat, OnBadRecord
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
-from simpo.config.inputs import ModelConfig
+from simpo.config.models import ModelConfig
 from simpo.config.paths import TEMPLATES
 from simpo.config.schema import OnPolicyConfig
 from simpo.data.chat import Chat

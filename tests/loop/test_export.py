@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from simpo.__main__ import main
 from simpo.config.choices import Dtype
 from simpo.config.compose import compose_run
+from simpo.config.data import SourceConfig
 from simpo.config.errors import ConfigError, RunError, SimpoError
-from simpo.config.inputs import ModelConfig, SourceConfig
+from simpo.config.models import ModelConfig
 from simpo.data.chat import Chat
 from simpo.launch.commands.export import USAGE
 from simpo.loop.card import write_card, write_merged_card

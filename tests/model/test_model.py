@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo.config.choices import Compat
 from simpo.config.errors import ConfigError
-from simpo.config.inputs import LoraConfig, ModelConfig
+from simpo.config.models import LoraConfig, ModelConfig
 from simpo.model.load import load_policy
 from simpo.model.policy import Policy
 from simpo.model.pretrained import load_weights

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from simpo.config.errors import ConfigError
-from simpo.config.inputs import LoraConfig, ModelConfig
+from simpo.config.models import LoraConfig, ModelConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.loss import pair_losses

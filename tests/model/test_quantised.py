@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simpo.config.choices import Quantization
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
-from simpo.config.inputs import LoraConfig
+from simpo.config.models import LoraConfig
 from simpo.data.packing import pack
 from simpo.model import cost
 from simpo.model.check import check_packing

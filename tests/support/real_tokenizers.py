@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 
+from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError
-from simpo.config.inputs import DataConfig, ModelConfig
+from simpo.config.models import ModelConfig
 from simpo.data.chat import Chat
 from simpo.data.pairs import Message, Pair, TokenizedPair
 from simpo.data.records import RecordFault

@@ -1,0 +1,142 @@
+"""Settings of a run's data: the sources, and how a pair becomes tokens.
+
+A section's `problems()` yields all its faults as `key: rule, got value (remedy)`; an exception in
+`__post_init__` could report only the first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from simpo.config.choices import Compat, OnBadRecord, PromptTruncation
+from simpo.config.own_code import is_function
+from simpo.config.paths import looks_local
+
+READABLE = (".jsonl", ".json", ".parquet")
+UNREADABLE = (
+    *(".csv", ".tsv", ".txt", ".ndjson", ".jsonlines", ".md", ".html", ".xml", ".yaml", ".yml"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".feather", ".orc"),
+    *(".xls", ".xlsx", ".pkl", ".pickle", ".pt", ".npy", ".npz", ".h5", ".hdf5", ".db", ".sqlite"),
+)
+"""Suffixes of files that cannot be read; a path with one is never taken for a hub id."""
+MAX_WEIGHT = 1000
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One data set of the mixture."""
+
+    path: str = MISSING
+    """Hub id, local folder, .jsonl/.json/.parquet file, or `builtin:demo`."""
+    subset: str | None = None
+    """Configuration name of a hub data set that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    train_split: str | None = "train"
+    """Split to train on; null: none. For a file, the file itself is the split."""
+    test_split: str | None = "test"
+    """Held-out split, always used whole; null: none."""
+    test_path: str | None = None
+    """A second file that holds the held-out records of a .jsonl/.json/.parquet source."""
+    format: str | None = None
+    """Your function that converts records, `module:function` (docs/extending.md); null: none."""
+    weight: float = 1.0
+    """Share of the train split taken: 0.5 takes half, 2.5 takes all twice and half once more; at
+    most 1000."""
+    num_pairs: int | None = None
+    """Number of train records taken, instead of weight."""
+
+    def is_file(self) -> bool:
+        return _suffix(self.path) in READABLE
+
+    def problems(self) -> Iterator[str]:
+        if not self.path:
+            yield "path: must not be empty"
+        if not 0 < self.weight <= MAX_WEIGHT:
+            yield f"weight: must be above 0 and at most {MAX_WEIGHT}, got {self.weight}"
+        if self.num_pairs is not None and self.weight != 1.0:
+            both = f"{self.num_pairs} and {self.weight}"
+            yield f"num_pairs: cannot go with weight, got {both} (keep one)"
+        if self.num_pairs is not None and self.num_pairs < 1:
+            yield f"num_pairs: must be 1 or more, got {self.num_pairs}"
+        if self.train_split is None and self.test_split is None:
+            yield "train_split: null like test_split, so the source gives nothing (set one)"
+        if self.format is not None and not is_function(self.format):
+            yield f"format: must be module:function, got {self.format or repr(self.format)}"
+        yield from self._problems_of_path()
+        if self.test_path is not None and not self.is_file():
+            yield "test_path: only for a .jsonl/.json/.parquet path (else use test_split)"
+        elif self.test_path is not None:
+            test_path = os.path.expanduser(self.test_path)
+            if not os.path.exists(test_path):
+                yield f"test_path: no such file or folder, got {self.test_path}"
+            elif _suffix(self.test_path) not in READABLE or not os.path.isfile(test_path):
+                yield f"test_path: must be a .jsonl, .json or .parquet file, got {self.test_path}"
+
+    def _problems_of_path(self) -> Iterator[str]:
+        """Faults of `path`; one that is or looks local is never sent to the hub."""
+        # os.path.exists is False for a name that no file can have, where Path.exists raises.
+        path, suffix = os.path.expanduser(self.path), _suffix(self.path)
+        if self.path.startswith("builtin:"):
+            if self.path != "builtin:demo":
+                yield f"path: the only built-in data set is builtin:demo, got {self.path}"
+        elif "://" in self.path:
+            yield f"path: must be a hub id or a local file or folder, got {self.path} (download it)"
+        elif not os.path.exists(path):
+            if suffix in READABLE + UNREADABLE or looks_local(self.path):
+                yield f"path: no such file or folder, got {self.path}"
+        elif self.is_file() and not os.path.isfile(path):
+            yield f"path: must be a file, got the folder {self.path} (rename the folder)"
+        elif not self.is_file() and not os.path.isdir(path):
+            yield (
+                "path: must be a .jsonl, .json or .parquet file, a folder or a hub id, "
+                f"got the file {self.path} (convert it)"
+            )
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The mixture of preference pairs and how a pair becomes tokens."""
+
+    name: str = MISSING
+    """Short name, used in the run's folder and tables."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """The data sets mixed."""
+    seed: int = 42
+    """Seed that decides which records are taken, and their order."""
+    max_length_tokens: int = 2048
+    """Longest prompt + response; longer ones are cut."""
+    max_prompt_tokens: int = 1800
+    """A prompt longer than this is cut if a response would not fit otherwise."""
+    prompt_truncation: PromptTruncation = PromptTruncation.keep_end
+    """Which end of a cut prompt is kept (a BOS token always is)."""
+    compat: Compat = Compat.none
+    """paper: the token ids of the original SimPO trainer, with its header tokens and joint cut."""
+    on_bad_record: OnBadRecord = OnBadRecord.stop
+    """stop: the first bad record ends the run. drop: leave bad ones out and count them by fault."""
+    drop_overlap: bool = False
+    """Leave out train records whose prompt is also held out; the overlap is counted either way."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.sources:
+            yield "sources: must list at least one source (such as [{path: train.jsonl}])"
+        elif all(source.train_split is None for source in self.sources):
+            yield "sources: no source has a train_split"
+        if self.seed < 0:
+            yield f"seed: must be 0 or more, got {self.seed}"
+        if self.max_length_tokens < 2:
+            yield f"max_length_tokens: must be 2 or more, got {self.max_length_tokens}"
+        if not 1 <= self.max_prompt_tokens < self.max_length_tokens:
+            yield (
+                f"max_prompt_tokens: must be from 1 to below max_length_tokens "
+                f"({self.max_length_tokens}), got {self.max_prompt_tokens}"
+            )
+
+
+def _suffix(path: str) -> str:
+    return Path(path).suffix.lower()

@@ -28,6 +28,11 @@ from tests.support.tiny_models import WIDE, tiny_model
 from tests.support.whole_runs import tiny_overrides
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+LONGEST_FIRST = (
+    *("test_slurm.py", "test_backends.py", "test_watch.py", "test_faults.py", "test_launcher.py"),
+    *("test_train.py", "test_quantised.py", "test_on_policy.py", "test_bad_input.py"),
+)
+"""A worker takes a file at a time, so the longest must not be the last. Slurm mostly waits."""
 UNIT_CPU_S = 10
 """What a test without a marker may take, whatever else the machine does."""
 
@@ -36,6 +41,11 @@ def cpu_s() -> float:
     """CPU seconds of this process, of its children that have ended, and of what was forked."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used) + forked.cpu_s()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,8 +7,10 @@ A section's `problems()` yields all its faults as `key: rule, got value (remedy)
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -25,6 +27,8 @@ UNREADABLE = (
 )
 """Suffixes of files that cannot be read; a path with one is never taken for a hub id."""
 MAX_WEIGHT = 1000
+NO_NAMES = ("mean", "rewards", "logps")
+"""First parts of keys of held-out metrics, so no names of sets."""
 
 
 @dataclass(kw_only=True)
@@ -50,6 +54,9 @@ class SourceConfig:
     most 1000."""
     num_pairs: int | None = None
     """Number of train records taken, instead of weight."""
+    held_out_name: str | None = None
+    """Name of its held-out set in metrics (`eval/<name>/loss`), which are logged for each set if
+    there are several; null: the last part of the path."""
 
     def is_file(self) -> bool:
         return _suffix(self.path) in READABLE
@@ -64,6 +71,10 @@ class SourceConfig:
             yield f"num_pairs: cannot go with weight, got {both} (keep one)"
         if self.num_pairs is not None and self.num_pairs < 1:
             yield f"num_pairs: must be 1 or more, got {self.num_pairs}"
+        if self.held_out_name in NO_NAMES:
+            yield f"held_out_name: is a part of names of metrics, got {self.held_out_name}"
+        elif self.held_out_name and not re.fullmatch(r"[\w-]+", self.held_out_name):
+            yield f"held_out_name: must be letters, digits, _ and -, got {self.held_out_name}"
         if self.train_split is None and self.test_split is None:
             yield "train_split: null like test_split, so the source gives nothing (set one)"
         if self.format is not None and not is_function(self.format):
@@ -121,6 +132,21 @@ class DataConfig:
     """stop: the first bad record ends the run. drop: leave bad ones out and count them by fault."""
     drop_overlap: bool = False
     """Leave out train records whose prompt is also held out; the overlap is counted either way."""
+
+    def held_out_names(self) -> list[str]:
+        """The name of each source's held-out set, with a number behind one that would come twice.
+
+        Sources that are given the same name have one set in common.
+        """
+        names: list[str] = []
+        for source in self.sources:
+            last = Path(source.test_path or source.path).name.split(".")[0]
+            own = re.sub(r"[^\w-]+", "-", last) or "test"
+            others = (f"{own}-{number}" for number in count(2))
+            taken = {*NO_NAMES, *names}
+            unused = next(name for name in chain([own], others) if name not in taken)
+            names.append(source.held_out_name or unused)
+        return names
 
     def problems(self) -> Iterator[str]:
         if not self.sources:

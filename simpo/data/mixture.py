@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,11 @@ def load_mixture(config: DataConfig, read_record: Callable[[Any, str], Pair] = t
                 else None,
             )
         )
-    test = [pair for _, held_out in splits if held_out for pair in held_out.pairs]
+    test = [
+        replace(pair, held_out_set=name)
+        for name, (_, held_out) in zip(config.held_out_names(), splits, strict=True)
+        for pair in (held_out.pairs if held_out else [])
+    ]
     train: list[Pair] = []
     table: list[SplitReport] = []
     notes: list[str] = []

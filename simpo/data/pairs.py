@@ -39,6 +39,7 @@ class Pair:
         chosen, rejected: the turns of each response; the first and the last are the assistant's.
         place: source, split and record, for messages.
         rule: a check that a program can run on a reply (see `simpo.data.rules`).
+        held_out_set: name of the held-out set it is in, or empty.
     """
 
     prompt: tuple[Message, ...]
@@ -46,6 +47,7 @@ class Pair:
     rejected: tuple[Message, ...] | None
     place: str
     rule: Mapping[str, Any] | None = None
+    held_out_set: str = ""
 
     @property
     def responses(self) -> tuple[tuple[Message, ...], ...]:

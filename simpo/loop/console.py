@@ -124,15 +124,23 @@ def mixture_lines(table: Sequence[SplitReport]) -> list[dict[str, Any]]:
 
 
 def result_lines(results: Results) -> list[dict[str, Any]]:
-    """The held-out metrics of `SHOWN`, a line each with the value before and after."""
+    """The held-out metrics of `SHOWN`, a line each with the value before and after.
+
+    Several held-out sets add the accuracy of each (its loss if no reply is rejected) and the mean.
+    """
+    shown = [(key, name) for key, name in SHOWN if key in results.after]
+    of_sets = "rewards/accuracies" if "rewards/accuracies" in results.after else "loss"
+    for key in results.after:
+        name, _, metric = key.partition("/")
+        if metric == of_sets:
+            shown.append((key, f"{dict(SHOWN)[metric]}, {name}"))
     return [
         {
             "held out": name,
             "before": f"{results.before[key]:.3f}" if key in results.before else "-",
             "after": f"{results.after[key]:.3f}",
         }
-        for key, name in SHOWN
-        if key in results.after
+        for key, name in shown
     ]
 
 

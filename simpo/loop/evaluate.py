@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import torch
+
 from simpo.config.schema import RunConfig
+from simpo.data.pairs import Pair
 from simpo.loop.replies import greedy_replies, reply_lines, reply_metrics
-from simpo.loop.score import columns, evaluate
+from simpo.loop.score import columns, evaluate, pair_sums, summarise
 from simpo.loop.setup import Parts
 from simpo.loop.tracker import Tracker
+from simpo.loss import LossConfig
 
 
 def held_out_metrics(run: RunConfig, parts: Parts, tracker: Tracker, step: int) -> dict[str, float]:
@@ -20,7 +26,7 @@ def held_out_metrics(run: RunConfig, parts: Parts, tracker: Tracker, step: int) 
     if len(test):
         tracker.print(f"held out: {len(test)} pairs, {len(sampled)} replies ...")
         found, scores = evaluate(parts.wrapped, test.rows(), run.loss, backend)
-        metrics |= found
+        metrics |= found | metrics_of_sets(run.loss, test.data.pairs, scores)
         placed = ((test.data.pairs[i].place, numbers) for i, numbers in scores.items())
         folder.write_scores(step, columns(run.loss), placed)
     if sampled:
@@ -31,3 +37,33 @@ def held_out_metrics(run: RunConfig, parts: Parts, tracker: Tracker, step: int) 
         metrics |= reply_metrics(replies)
         folder.write_replies(step, reply_lines(replies))
     return metrics
+
+
+def metrics_of_sets(
+    loss: LossConfig, pairs: Sequence[Pair], scores: Mapping[int, Sequence[float]]
+) -> dict[str, float]:
+    """Metrics of each held-out set, `<name>/loss` and so on, and their mean over sets, `mean/loss`.
+
+    Args:
+        pairs: the held-out pairs.
+        scores: the numbers of each pair in the order of `columns`, by its index.
+
+    Returns:
+        The metrics; empty if there is only one set.
+    """
+    tables: dict[str, list[Sequence[float]]] = {}
+    for index, numbers in scores.items():
+        tables.setdefault(pairs[index].held_out_set, []).append(numbers)
+    if len(tables) < 2:
+        return {}
+    found = {
+        name: summarise(loss, pair_sums(torch.tensor(table, dtype=torch.float64)))
+        for name, table in tables.items()
+    }
+    keys = next(iter(found.values()))
+    means = {key: sum(metrics[key] for metrics in found.values()) / len(found) for key in keys}
+    return {
+        f"{name}/{key}": value
+        for name, metrics in (*found.items(), ("mean", means))
+        for key, value in metrics.items()
+    }

@@ -39,7 +39,7 @@ def mode_of(metric: str, monitor: MonitorConfig) -> Mode:
     """Whether a higher or a lower value of a held-out metric is better."""
     if metric == monitor.metric:
         return monitor.mode
-    return Mode.min if metric in LESS_IS_BETTER else Mode.max
+    return Mode.min if metric.rpartition("/")[2] in LESS_IS_BETTER else Mode.max
 
 
 def evaluations_without_gain(config: MonitorConfig, evaluations: Evaluations) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from simpo.config.choices import Compat, OnBadRecord, PromptTruncation
+from simpo.config.filters import FilterConfig
 from simpo.config.own_code import is_function
 from simpo.config.paths import looks_local
 
@@ -132,6 +133,7 @@ class DataConfig:
     """stop: the first bad record ends the run. drop: leave bad ones out and count them by fault."""
     drop_overlap: bool = False
     """Leave out train records whose prompt is also held out; the overlap is counted either way."""
+    filter: FilterConfig = field(default_factory=FilterConfig)
 
     def held_out_names(self) -> list[str]:
         """The name of each source's held-out set, with a number behind one that would come twice.

@@ -266,9 +266,8 @@ def pairs_fingerprint(pairs: Sequence[Pair]) -> str:
     """Hash of the text of pairs in order, 16 hex digits, stored with the run."""
     digest = hashlib.sha256()
     for pair in pairs:
-        digest.update(
-            json.dumps(asdict(pair) | {"place": "", "held_out_set": ""}, sort_keys=True).encode()
-        )
+        text = asdict(replace(pair, place="", held_out_set="", score_margin=None))
+        digest.update(json.dumps(text, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 

@@ -7,8 +7,9 @@ their number, or `num_pairs`, are taken in a seeded random order; a test split i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from simpo.config.choices import OnBadRecord
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import DataError, first_line
 from simpo.config.own_code import load
+from simpo.data.filter import left_out, pair_text, prompt_text, unscored_notes
 from simpo.data.pairs import Pair
 from simpo.data.records import COLUMNS, RecordFault, remarks, to_pair, unread_columns
 from simpo.data.sources import origin, raw_records
@@ -27,26 +29,33 @@ MAX_LETTERS_SHOWN = 300
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Counts of one split of one source: all records, bad records by fault, pairs taken."""
+    """Counts of one split of one source: all records, bad records by fault, pairs taken, and pairs
+    left out by the key of the check (see `simpo.data.filter`)."""
 
     source: str
     split: str
     records: int
     bad: dict[str, int]
     taken: int
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Mixture:
     """The pairs of a run, and a table of the splits they came from.
 
-    `notes` are lines for the user about records that look wrong but are used.
+    Attributes:
+        notes: lines for the user about records that look wrong but are used.
+        read: all good train pairs of the sources, before any is left out, chosen or repeated.
+        faults: (place, fault) of each bad record.
     """
 
     train: list[Pair]
     test: list[Pair]
     table: list[SplitReport]
     notes: list[str]
+    read: list[Pair]
+    faults: list[tuple[str, str]]
 
 
 @dataclass
@@ -60,9 +69,11 @@ class _Split:
     unread: dict[str, None] = field(default_factory=dict)
     remarks: Counter[str] = field(default_factory=Counter)
 
-    def report(self, source: str, split: str, taken: int) -> SplitReport:
+    def report(
+        self, source: str, split: str, taken: int, left_out: Mapping[str, int] | None = None
+    ) -> SplitReport:
         bad = dict(Counter(fault for _, fault in self.faults))
-        return SplitReport(source, split, self.records, bad, taken)
+        return SplitReport(source, split, self.records, bad, taken, dict(left_out or {}))
 
     def notes(self) -> list[str]:
         lines = [
@@ -104,28 +115,33 @@ def load_mixture(config: DataConfig, read_record: Callable[[Any, str], Pair] = t
     train: list[Pair] = []
     table: list[SplitReport] = []
     notes: list[str] = []
-    held_out_prompts = {_prompt_text(pair) for pair in test} if config.drop_overlap else set()
+    read = [pair for split, _ in splits if split for pair in split.pairs]
+    keys = left_out(read, test, config)
+    next_keys = iter(keys)
     for index, (source, (wanted, held_out)) in enumerate(zip(config.sources, splits, strict=True)):
         if wanted:
-            pairs = [p for p in wanted.pairs if _prompt_text(p) not in held_out_prompts]
-            if dropped := len(wanted.pairs) - len(pairs):
-                wanted.remarks["left out, as their prompt is held out"] = dropped
+            own = list(islice(next_keys, len(wanted.pairs)))
+            pairs = [pair for pair, key in zip(wanted.pairs, own, strict=True) if key is None]
             taken = _take(pairs, source, np.random.default_rng([config.seed, index]), index)
             train += taken
-            table.append(wanted.report(source.path, str(source.train_split), len(taken)))
+            gone = Counter(key for key in own if key)
+            table.append(wanted.report(source.path, str(source.train_split), len(taken), gone))
             notes += wanted.notes()
         if held_out:
             table.append(held_out.report(source.path, str(source.test_split), len(held_out.pairs)))
             notes += held_out.notes()
+    notes += unscored_notes(read, config)
     notes += _overlap_notes(train, test)
     notes += _repeat_notes([split for split, _ in splits if split])
     if not train:
         counts = ", ".join(
             f"{t.source} {t.split}: {t.records} records, {sum(t.bad.values())} bad" for t in table
         )
-        remedy = "; data.drop_overlap leaves out what is held out" if config.drop_overlap else ""
-        raise DataError(f"data.sources: no record left to train on ({counts}{remedy})")
-    return Mixture(train, test, table, notes)
+        by_key = Counter(filter(None, keys))
+        left = "".join(f"; {count} left out by data.{key}" for key, count in by_key.items())
+        raise DataError(f"data.sources: no record left to train on ({counts}{left})")
+    faults = [fault for both in splits for split in both if split for fault in split.faults]
+    return Mixture(train, test, table, notes, read, faults)
 
 
 def _read_split(
@@ -175,11 +191,11 @@ def _own_form(name: str) -> Callable[[Any], Any]:
 
 def _overlap_notes(train: list[Pair], test: list[Pair]) -> list[str]:
     """A line with the number of train pairs whose prompt is also held out, if there are any."""
-    prompts, pairs = {_prompt_text(pair) for pair in test}, {_text(pair) for pair in test}
-    shared = [pair for pair in train if _prompt_text(pair) in prompts]
+    prompts, pairs = {prompt_text(pair) for pair in test}, {pair_text(pair) for pair in test}
+    shared = [pair for pair in train if prompt_text(pair) in prompts]
     if not shared:
         return []
-    same_pair = sum(_text(pair) in pairs for pair in shared)
+    same_pair = sum(pair_text(pair) in pairs for pair in shared)
     return [
         f"note   {len(shared)} of {len(train)} train pairs have a prompt that is also held out, "
         f"{same_pair} of them with the same replies "
@@ -191,22 +207,9 @@ def _repeat_notes(splits: list[_Split]) -> list[str]:
     """A line for each train split that contains the same pair several times."""
     lines = []
     for split in splits:
-        if repeats := len(split.pairs) - len({_text(pair) for pair in split.pairs}):
+        if repeats := len(split.pairs) - len({pair_text(pair) for pair in split.pairs}):
             lines.append(f"note   {split.place}: {repeats} records repeat an earlier one")
     return [_printable(line) for line in lines]
-
-
-def _prompt_text(pair: Pair) -> tuple[str, ...]:
-    return tuple(part.strip() for turn in pair.prompt for part in (turn["role"], turn["content"]))
-
-
-def _text(pair: Pair) -> tuple[str, ...]:
-    return tuple(
-        text
-        for turns in (pair.prompt, *pair.responses)
-        for turn in turns
-        for text in (turn["role"], turn["content"].strip())
-    )
 
 
 def _printable(text: str) -> str:

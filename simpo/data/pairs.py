@@ -40,6 +40,7 @@ class Pair:
         place: source, split and record, for messages.
         rule: a check that a program can run on a reply (see `simpo.data.rules`).
         held_out_set: name of the held-out set it is in, or empty.
+        score_margin: score of chosen minus score of rejected; None if the record has no scores.
     """
 
     prompt: tuple[Message, ...]
@@ -48,6 +49,7 @@ class Pair:
     place: str
     rule: Mapping[str, Any] | None = None
     held_out_set: str = ""
+    score_margin: float | None = None
 
     @property
     def responses(self) -> tuple[tuple[Message, ...], ...]:

@@ -29,6 +29,7 @@ SCORE_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
+LARGEST_SCORE = 1e300
 NOT_TEXT = {
     *("tools", "functions", "tool_calls", "function_call", "tool_call_id"),
     *("image", "images", "video", "videos", "audio", "audios"),
@@ -64,7 +65,7 @@ def to_pair(record: Any, place: str) -> Pair:
         raise RecordFault("chosen and rejected are the same")
     return Pair(
         _prompt(record, prompt), _response(chosen, "chosen"), _response(rejected, "rejected"),
-        place, _rule(record),
+        place, _rule(record), score_margin=_score_margin(record),
     )  # fmt: skip
 
 
@@ -142,6 +143,15 @@ def remarks(record: Mapping[str, Any], pair: Pair) -> Iterator[str]:
     # The plain search is much faster than the pattern, and few texts get past it.
     if any("Human:" in text and _TURNS_IN_TEXT.search(text) for text in texts):
         yield "a text contains turns (Human: ...), which are read as one"
+
+
+def _score_margin(record: Mapping[str, Any]) -> float | None:
+    for keys in SCORE_COLUMNS:
+        scores = [record[key] for key in keys if isinstance(record.get(key), (int, float))]
+        # False for nan too; a larger integer cannot become a float.
+        if len(scores) == 2 and all(abs(score) < LARGEST_SCORE for score in scores):
+            return float(scores[0] - scores[1])
+    return None
 
 
 def _refuse_not_text(item: Mapping[str, Any], place: str = "") -> None:

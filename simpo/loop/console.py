@@ -111,12 +111,14 @@ def layout_line(planned: Layout) -> str:
 
 def mixture_lines(table: Sequence[SplitReport]) -> list[dict[str, Any]]:
     """The mixture table, a line for each split of each source."""
+    filtered = any(r.left_out for r in table)
     return [
         {
             "source": r.source,
             "split": r.split,
             "records": r.records,
             "bad": r.bad or 0,
+            **({"left out": r.left_out or 0} if filtered else {}),
             "taken": r.taken,
         }
         for r in table

@@ -235,9 +235,10 @@ def test_docs_name_every_key():
         for prefix, schema in sections.items()
         if is_dataclass(schema)
         for item in fields(schema)
-        if not is_dataclass(getattr(run, item.name, None)) and item.name != "lora"
+        if not is_dataclass(getattr(run, item.name, None)) and item.name not in ("lora", "filter")
     ]
     keys += ["data.sources.0.weight", "model.lora.rank", "loss.label_smoothing", "tracker.mode"]
+    keys += [f"data.filter.{item.name}" for item in fields(run.data.filter)]
     assert len(keys) > 50
     assert [key for key in keys if f"| `{key}` |" not in page] == []
     for choices in ("`none`, `paper`", "`cosine`, `linear`, `constant`", "`online`, `offline`"):

@@ -1,0 +1,102 @@
+"""Reads the prompts of benchmarks, and finds texts that contain one or a part of one."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simpo.config.data import SourceConfig
+from simpo.config.errors import DataError, first_line
+from simpo.config.filters import BENCHMARK_FILES
+from simpo.data.duplicates import words
+from simpo.data.records import RecordFault
+from simpo.data.sources import raw_records
+
+COLUMNS = ("prompt", "question", "instruction", "problem", "query", "input", "turns", "text", "ctx")
+"""Columns of a benchmark's file that hold its prompts; all that a record has are read."""
+NGRAM_WORDS = 13
+"""Words in a row that count as a part of a prompt, as in the decontamination of GPT-3."""
+
+
+class Benchmarks:
+    """The prompts of benchmarks, as runs of `NGRAM_WORDS` words; a shorter prompt is one run."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        """Read the files, and all files of the folders.
+
+        Raises:
+            DataError: a file cannot be read, or has no prompts.
+        """
+        self._places: dict[tuple[str, ...], str] = {}
+        for path in _files(paths):
+            for number, prompt in _prompts(path):
+                for run in _runs(words(prompt)):
+                    self._places.setdefault(run, f"{path.name} record {number}")
+
+    def overlap(self, text: str) -> str | None:
+        """What a text has in common with a prompt: its place and the words; None if nothing."""
+        for run in _runs(words(text)):
+            if place := self._places.get(run):
+                return f"{place}: {' '.join(run)}"
+        return None
+
+
+def _runs(found: list[str]) -> Iterator[tuple[str, ...]]:
+    """All runs of `NGRAM_WORDS` words; all words of a shorter text; none of a blank one."""
+    if found:
+        for start in range(max(1, len(found) - NGRAM_WORDS + 1)):
+            yield tuple(found[start : start + NGRAM_WORDS])
+
+
+def _files(paths: Sequence[str]) -> Iterator[Path]:
+    for path in map(Path, map(os.path.expanduser, paths)):
+        if not path.is_dir():
+            yield path
+            continue
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in BENCHMARK_FILES)
+        if not inside:
+            kinds = ", ".join(BENCHMARK_FILES)
+            raise DataError(f"data.filter.benchmarks: no file in {path} ({kinds} are read)")
+        yield from inside
+
+
+def _prompts(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number of each record of a file, from 1, with each of its prompts."""
+    for number, record in enumerate(_records(path), start=1):
+        if isinstance(record, RecordFault):
+            raise DataError(f"data.filter.benchmarks: {path} record {number}: {record}")
+        texts = list(_texts(record))
+        if not texts:
+            raise DataError(
+                f"data.filter.benchmarks: {path} record {number}: no prompt in it "
+                f"(name its column one of {', '.join(COLUMNS)})"
+            )
+        yield from ((number, text) for text in texts)
+
+
+def _records(path: Path) -> Iterable[Any]:
+    kind = path.suffix.lower()
+    if kind not in (".txt", ".csv"):
+        return raw_records(SourceConfig(path=str(path)), "benchmark", False, 0)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        fault = first_line(error)
+        raise DataError(f"data.filter.benchmarks: {path}: cannot be read: {fault}") from error
+    lines = text.splitlines(keepends=True)
+    return csv.DictReader(lines) if kind == ".csv" else [line for line in lines if line.strip()]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The prompts in a value of a file: a text, a list of texts or messages, or a record."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, Mapping) and value.get("role", "user") == "user":
+        for column in ("content", *COLUMNS):
+            yield from _texts(value.get(column))

@@ -203,7 +203,7 @@ def train(run: RunConfig) -> dict[str, float]:
             metrics: dict[str, float] = {}
             if last or step % cfg.log_every == 0:
                 metrics = {
-                    **summarise(run.loss, backend.sum(sums)),
+                    **summarise(run.loss, backend.sum(sums), run.model.router_aux_weight),
                     "grad_norm": grad_norm,
                     "learning_rate": rate,
                     "epoch": step / plan.steps_per_epoch,

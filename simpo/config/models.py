@@ -98,6 +98,8 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     chat_template: str | None = None
     """A name from simpo/data/templates or a .jinja file; null takes the tokenizer's own."""
+    router_aux_weight: float = 0.0
+    """Weight of the loss that balances a mixture of experts, over all tokens of a step; 0: off."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def problems(self) -> Iterator[str]:
@@ -120,6 +122,8 @@ class ModelConfig:
         for key, path in (("path", self.path), ("tokenizer", self.tokenizer)):
             if path and not looks_local(path) and os.path.isfile(path):
                 yield f"{key}: must be a folder or a hub id, got the file {path}"
+        if self.router_aux_weight < 0:
+            yield f"router_aux_weight: must be 0 (off) or more, got {self.router_aux_weight}"
         if self.quantization is not Quantization.none:
             if not self.lora.used:
                 yield (

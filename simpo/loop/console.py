@@ -48,9 +48,15 @@ def start_lines(
     parameters = list(policy.parameters())
     total = sum(num_weights(p) for p in parameters) / 1e6
     trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
+    weight = run.model.router_aux_weight
     return [
         f"model  {run.model.path}: {total:.1f}M weights, {trained:.1f}M trained, {machine}",
         run.loss.formula(),
+        *(
+            [f"       + {weight:g} * aux_loss of the router, over all tokens of a step"]
+            if weight
+            else []
+        ),
         "",
         *data_lines(table, train_set, plan),
     ]

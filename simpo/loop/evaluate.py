@@ -25,7 +25,9 @@ def held_out_metrics(run: RunConfig, parts: Parts, tracker: Tracker, step: int) 
     metrics: dict[str, float] = {}
     if len(test):
         tracker.print(f"held out: {len(test)} pairs, {len(sampled)} replies ...")
-        found, scores = evaluate(parts.wrapped, test.rows(), run.loss, backend)
+        found, scores = evaluate(
+            parts.wrapped, test.rows(), run.loss, backend, run.model.router_aux_weight
+        )
         metrics |= found | metrics_of_sets(run.loss, test.data.pairs, scores)
         placed = ((test.data.pairs[i].place, numbers) for i, numbers in scores.items())
         folder.write_scores(step, columns(run.loss), placed)

@@ -20,6 +20,7 @@ from simpo.backend import Backend
 from simpo.data.chat import TokenizedSet
 from simpo.data.pairs import PackedPairs
 from simpo.loop.score import score_pairs
+from simpo.model.head import no_loss
 from simpo.run.cache import find_entry, keep_entry
 
 
@@ -75,7 +76,7 @@ def _score(policy: nn.Module, rows: Iterable[PackedPairs], backend: Backend) -> 
     sums = score_pairs(
         policy,
         rows,
-        lambda logps: 0.0 * logps.chosen,
+        no_loss,
         lambda logps: torch.stack([logps.chosen, logps.rejected], dim=1),
         backend,
     )

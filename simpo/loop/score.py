@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from simpo.backend import Backend
 from simpo.config.errors import ConfigError, first_line
 from simpo.data.pairs import PackedPairs
+from simpo.loop.router import Routing
 from simpo.loss import LossConfig, PairLogps, Preference, pair_losses
 from simpo.model.head import PairLoss
 
@@ -61,11 +62,19 @@ def pair_sums(table: Tensor) -> Tensor:
     return torch.cat([table.sum(dim=0).cpu(), count])
 
 
-def summarise(loss: LossConfig, sums: Tensor) -> dict[str, float]:
-    """Means over pairs from `pair_sums`; the key `loss` includes the sft term."""
-    means = dict(zip(columns(loss), (sums[:-1] / sums[-1]).tolist(), strict=True))
+def summarise(loss: LossConfig, sums: Tensor, router_aux_weight: float = 0.0) -> dict[str, float]:
+    """Means over pairs; the key `loss` includes the sft term and the router's auxiliary loss.
+
+    Args:
+        sums: `pair_sums`, and behind them the auxiliary loss if it has a weight.
+    """
+    names = columns(loss)
+    means = dict(zip(names, (sums[: len(names)] / sums[len(names)]).tolist(), strict=True))
     nll = means.pop("chosen_nll") / means["chosen_tokens"]
     value = means.pop("preference_loss") + loss.sft_weight * nll
+    if router_aux_weight:
+        means["aux_loss"] = float(sums[-1])
+        value += router_aux_weight * means["aux_loss"]
     return {"loss": value, **means}
 
 
@@ -76,6 +85,7 @@ def score_pairs(
     pair_loss: PairLoss,
     table: Callable[[PairLogps], Tensor],
     backend: Backend,
+    routing: Routing | None = None,
 ) -> dict[int, list[float]]:
     """Compute numbers of the pairs of all processes' rows, without an update.
 
@@ -83,6 +93,7 @@ def score_pairs(
         policy: as `Backend.prepare` wrapped it.
         pair_loss: the loss that the policy's forward computes.
         table: maps log-probabilities to the numbers of a row's pairs, [P, numbers].
+        routing: the routing of this process's rows is added to it.
 
     Returns:
         The numbers of each pair, by its index.
@@ -90,24 +101,34 @@ def score_pairs(
     policy.eval()
     scored: list[tuple[int, list[float]]] = []
     for row in rows:
-        logps = policy(row.to(backend.device), pair_loss)[1]
+        logps = policy(row.to(backend.device), pair_loss, routing and routing.of(row))[1]
         scored += zip(row.pairs, table(logps)[: len(row.pairs)].tolist(), strict=True)
     return dict(sorted(backend.gather(scored)))
 
 
 def evaluate(
-    policy: nn.Module, rows: Iterable[PackedPairs], loss: LossConfig, backend: Backend
+    policy: nn.Module,
+    rows: Iterable[PackedPairs],
+    loss: LossConfig,
+    backend: Backend,
+    router_aux_weight: float = 0.0,
 ) -> tuple[dict[str, float], dict[int, list[float]]]:
     """Score the pairs of all processes' rows with a loss; arguments as `score_pairs`.
+
+    Args:
+        router_aux_weight: weight of the router's auxiliary loss, over the tokens of all rows.
 
     Returns:
         Metrics over all pairs, and the numbers of each pair in the order of `columns`.
     """
+    routing = Routing() if router_aux_weight else None
     numbers = score_pairs(
-        policy, rows, partial(pair_losses, loss), partial(pair_table, loss), backend
+        policy, rows, partial(pair_losses, loss), partial(pair_table, loss), backend, routing
     )
-    table = torch.tensor(list(numbers.values()), dtype=torch.float64)
-    return summarise(loss, pair_sums(table)), numbers
+    sums = pair_sums(torch.tensor(list(numbers.values()), dtype=torch.float64))
+    if routing is not None:
+        sums = torch.cat([sums, routing.aux_loss(backend)])
+    return summarise(loss, sums, router_aux_weight), numbers
 
 
 def check_loss(loss: LossConfig) -> None:

@@ -35,7 +35,7 @@ from simpo.loop.reference import weights_fingerprint, with_reference
 from simpo.loop.score import check_loss
 from simpo.loop.tracker import Tracker
 from simpo.model import cost
-from simpo.model.check import check_packing
+from simpo.model.check import check_packing, check_router
 from simpo.model.load import load_policy
 from simpo.model.policy import Policy
 from simpo.model.pretrained import load_settings, num_embeddings
@@ -108,6 +108,7 @@ def set_up(run: RunConfig) -> Parts:
         settings=settings,
     )
     check_packing(policy, backend.bf16, [*data.train.tokens, *data.test.tokens], cfg.tokens_per_row)
+    check_router(policy, backend.bf16, run.model.router_aux_weight)
     sampled_before = sampled_weights(policy.model)
     check_updates(cfg, sampled_before)
     start_lines = (

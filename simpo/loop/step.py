@@ -1,8 +1,9 @@
 """Updates the policy on packed rows, and measures the speed of a step.
 
 The loss of a step is the sum over its pairs divided by their number, counted before the forward;
-the sft term is the sum over chosen tokens divided by their number. The distribution of pairs over
-rows therefore changes only rounding.
+the sft term is the sum over chosen tokens divided by their number, and the router's auxiliary loss
+is over all tokens of the step (`simpo.loop.router`). The distribution of pairs over rows therefore
+changes only rounding.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from simpo.backend import Backend
 from simpo.config.errors import RunError
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs
+from simpo.loop.router import StepBalance, num_tokens
 from simpo.loop.score import pair_sums, pair_table
 from simpo.loop.setup import Parts
 from simpo.loss import LossConfig, PairLogps, pair_losses
 from simpo.model import cost
-from simpo.model.head import PairLoss
+from simpo.model.head import PairLoss, no_loss
 
 
 class NonFiniteError(Exception):
@@ -40,6 +42,7 @@ def update(
     rows: Sequence[PackedPairs],
     loss: LossConfig,
     backend: Backend,
+    router_aux_weight: float = 0.0,
 ) -> tuple[Tensor, float]:
     """One optimizer update on the pairs of all processes' rows.
 
@@ -47,21 +50,35 @@ def update(
         policy: as `Backend.prepare` wrapped it.
         rows: this process's rows, the same number on every process. A row without `pairs` adds
             nothing; it keeps collective operations in step.
+        router_aux_weight: weight of the auxiliary loss of a mixture of experts.
 
     Returns:
-        This process's `pair_sums`, and the norm of all gradients before clipping.
+        This process's `pair_sums`, and behind them its part of the auxiliary loss if that has a
+        weight; and the norm of all gradients before clipping.
 
     Raises:
         NonFiniteError: loss or gradient is not finite; weights are unchanged.
     """
     counted = [row for row in rows if row.pairs]
-    counts = [sum(len(r.pairs) for r in counted), sum(r.chosen_tokens for r in counted)]
-    pair_loss = _share_of_step(loss, *backend.sum(torch.tensor(counts)).tolist())
+    counts = [
+        sum(len(row.pairs) for row in counted),
+        sum(row.chosen_tokens for row in counted),
+        sum(num_tokens(row) for row in counted),
+    ]
+    num_pairs, num_chosen_tokens, tokens = backend.sum(torch.tensor(counts)).tolist()
+    pair_loss = _share_of_step(loss, num_pairs, num_chosen_tokens)
+    balance = StepBalance(router_aux_weight, tokens, backend) if router_aux_weight else None
+    if balance is not None:
+        balance.count(policy, rows[1:])
     tables = []
     policy.train()
     for index, row in enumerate(rows):
         with backend.micro_batch(policy, last=index == len(rows) - 1):
-            value, logps = policy(row.to(backend.device), pair_loss if row.pairs else _nothing)
+            value, logps = policy(
+                row.to(backend.device),
+                pair_loss if row.pairs else no_loss,
+                balance and balance.of(row),
+            )
             backend.backward(value)
         tables.append(pair_table(loss, logps)[: len(row.pairs)])
     table = torch.cat(tables)
@@ -73,11 +90,8 @@ def update(
     grad_norm = backend.step(policy, optimizer)
     if not math.isfinite(grad_norm):
         raise NonFiniteError(f"the gradient's norm is {grad_norm}", backend.gather(pairs))
-    return pair_sums(table), grad_norm
-
-
-def _nothing(logps: PairLogps) -> Tensor:
-    return 0.0 * logps.chosen
+    sums = pair_sums(table)
+    return sums if balance is None else torch.cat([sums, balance.aux_loss]), grad_norm
 
 
 def _share_of_step(loss: LossConfig, num_pairs: int, num_chosen_tokens: int) -> PairLoss:
@@ -101,7 +115,14 @@ def finite_update(
         RunError: loss or gradient is not finite; nothing was updated. It names the pairs.
     """
     try:
-        return update(parts.wrapped, parts.optimizer, rows, run.loss, parts.backend)
+        return update(
+            parts.wrapped,
+            parts.optimizer,
+            rows,
+            run.loss,
+            parts.backend,
+            run.model.router_aux_weight,
+        )
     except NonFiniteError as error:
         places = ", ".join(parts.train.data.pairs[i].place for i in error.pairs[:8])
         raise RunError(f"step {step + 1}: {error}; not updated; pairs: {places}") from error

@@ -1,5 +1,5 @@
 """Checks, before training, that a model gives the same hidden states for packed rows as for
-separate sequences.
+separate sequences, and that the auxiliary loss of its router is the one that is trained.
 
 An attention kernel, a mask or a recurrent layer that does not support packed rows mixes their
 sequences silently. So two short pairs are computed packed, with the run's kernel, and each sequence
@@ -25,6 +25,7 @@ from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.model.load import cannot_share
 from simpo.model.policy import Policy
+from simpo.model.router import aux_loss, experts_per_token, routing
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Largest relative difference (of norms) of hidden states or logits that is taken for rounding."""
@@ -150,6 +151,64 @@ def _compare(policy: Policy, bf16: bool) -> None:
                 f"supported: they differ by {gap:.2g} of their norm"
             ]
         )
+
+
+@torch.no_grad()
+def check_router(policy: Policy, bf16: bool, weight: float) -> None:
+    """Compare the auxiliary loss of `simpo.model.router` with the model's own in transformers.
+
+    Args:
+        bf16: whether the run computes in bf16.
+        weight: of the auxiliary loss; with 0 nothing is checked.
+
+    Raises:
+        ConfigError: the model has no experts, no auxiliary loss or another one, or it draws random
+            numbers in training, so that tokens would be routed otherwise than they were counted.
+    """
+    if not weight:
+        return
+    place = f"model.router_aux_weight: {type(policy.base).__name__}"
+    remedy = "(router_aux_weight=0 trains without)"
+    config: Any = policy.base.config.get_text_config()
+    chosen, experts = experts_per_token(config)
+    if experts == 1:
+        raise ConfigError([f"{place} has no experts to balance {remedy}"])
+    device = next(policy.parameters()).device
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, config.vocab_size, (1, 64)))
+    options: Any = {"input_ids": ids.to(device), "use_cache": False, "output_router_logits": True}
+    training = policy.training
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            policy.eval()
+            theirs = getattr(policy.base(**options), "aux_loss", None)
+            policy.train()
+            before = _random_state(device)
+            logits = policy.base.get_decoder()(**options).router_logits
+            random = not torch.equal(before, _random_state(device))
+            own = float(aux_loss(*routing(logits, chosen)))
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        fault = f"gives no router logits: {first_line(error)}"
+        raise ConfigError([f"{place} {fault} {remedy}"]) from error
+    finally:
+        policy.train(training)
+    rounded = bf16 or logits[0].dtype is torch.bfloat16
+    tolerance = TOLERANCE[torch.bfloat16 if rounded else torch.float32]
+    if not isinstance(theirs, Tensor):
+        fault = (
+            "has no auxiliary loss in transformers; models like DeepSeek-V3 balance their experts "
+            "by a bias instead"
+        )
+    elif random:
+        fault = "routes tokens by random numbers in training"
+    elif not abs(own - float(theirs)) < tolerance * float(theirs):
+        fault = f"has an auxiliary loss of another kind: {float(theirs):.2f}, here {own:.2f}"
+    else:
+        return
+    raise ConfigError([f"{place} {fault} {remedy}"])
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _separate_hidden(policy: Policy, pair: TokenizedPair) -> Tensor:

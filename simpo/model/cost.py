@@ -17,16 +17,13 @@ from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
 from simpo.model.head import LOGITS_BYTES
 from simpo.model.policy import Policy
+from simpo.model.router import experts_per_token
 
 GIB = 2**30
 STEPS_LOOKED_AT = 64
 
 # Dense bf16 peak of one GPU in TFLOP/s, from the vendor's data sheets.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "B200": 2250}
-
-# Config keys for the number of experts of a layer, and for the number that a token is routed to.
-ALL_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k")
 
 
 @dataclass(frozen=True)
@@ -197,22 +194,14 @@ def num_weights(parameter: Tensor) -> int:
     return math.prod(packed.shape) if packed is not None else parameter.numel()
 
 
-def experts_per_token(config: Any) -> tuple[int, int]:
-    """Number of experts that a token is routed to, and of all experts; (1, 1) without experts."""
-    chosen, experts = (
-        next((value for name in names if (value := getattr(config, name, None))), None)
-        for names in (CHOSEN_EXPERTS, ALL_EXPERTS)
-    )
-    return (chosen, experts) if chosen and experts else (1, 1)
-
-
 class Flops:
     """Counts the floating-point operations of a step.
 
     A matrix product is counted once in the forward pass, once for the gradient of its input and, if
     its weight is trained, once for the gradient of the weight. Of the experts only those that a
-    token is routed to are counted. Recomputation by gradient checkpointing is not, so the fraction
-    of a GPU's peak is model FLOPs utilisation (MFU) as in https://arxiv.org/abs/2204.02311.
+    token is routed to are counted. Recomputation by gradient checkpointing is not, nor is the pass
+    that counts the routing of a step, so the fraction of a GPU's peak is model FLOPs utilisation
+    (MFU) as in https://arxiv.org/abs/2204.02311.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -226,7 +215,8 @@ class Flops:
             # Experts may be stacked into one 3-D weight, and their biases into one 2-D tensor.
             if p.ndim > 1 and id(p) not in tables and not name.endswith("bias"):
                 operations = 2 * num_weights(p) * (2 + p.requires_grad)
-                of_expert = ".experts." in name
+                stacked = p.ndim == 3 and len(p) == experts
+                of_expert = stacked or (".experts." in name and ".router." not in name)
                 self._per_token += operations * chosen // experts if of_expert else operations
         self._per_target = 2 * head.numel() * (2 + head.requires_grad)
         # Scores and their product with the values in the forward pass; twice that in the backward.

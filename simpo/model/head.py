@@ -29,6 +29,11 @@ PairLoss = Callable[[PairLogps], Tensor]
 """Maps the log-probabilities of some pairs to the loss of each, float32 [P]."""
 
 
+def no_loss(logps: PairLogps) -> Tensor:
+    """The `PairLoss` of pairs that are only scored: 0 for each."""
+    return 0.0 * logps.chosen
+
+
 def fused_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -18,6 +18,9 @@ from simpo.model import attention
 from simpo.model.policy import Policy
 from simpo.model.pretrained import check_finite, load_settings, load_weights, model_source
 
+# Attributes of modules: noise on the input of a router in training (Mixtral, PhiMoE, DBRX).
+JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+
 
 def load_policy(
     config: ModelConfig,
@@ -29,7 +32,7 @@ def load_policy(
     share_prefix: bool = True,
     settings: PreTrainedConfig | None = None,
 ) -> Policy:
-    """Load the model for training, with its quantisation and adapters, and without dropout.
+    """Load the model for training, with its quantisation and adapters, and without noise.
 
     Args:
         seed: seeds all random generators, and so the initial values of adapters.
@@ -71,7 +74,7 @@ def load_policy(
         model = add_adapters(model, config.lora, config.revision)
         if config.lora.adapter is not None:
             check_finite("model.lora.adapter", config.lora.adapter, model)
-    _switch_dropout_off(model)
+    _switch_noise_off(model)
     return Policy(model, share_prefix).to(device)
 
 
@@ -92,10 +95,14 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _switch_dropout_off(model: nn.Module) -> None:
+def _switch_noise_off(model: nn.Module) -> None:
+    """Remove dropout, and the noise that some mixtures of experts put on the router's input."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name in JITTER:
+            if getattr(module, name, None):
+                setattr(module, name, 0.0)
 
 
 def cannot_share(name: str, reason: str) -> ConfigError:

@@ -12,6 +12,7 @@ from transformers import (
 from simpo.data.pairs import PackedPairs
 from simpo.loss import PairLogps
 from simpo.model.head import PairLoss, fused_loss
+from simpo.model.router import RouterLoss, experts_per_token, routing
 
 
 class Policy(nn.Module):
@@ -31,13 +32,23 @@ class Policy(nn.Module):
         """The transformers model, under the adapters if there are any."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator,return-value]
 
-    def forward(self, row: PackedPairs, pair_loss: PairLoss) -> tuple[Tensor, PairLogps]:
-        """Sum of the losses of a row's pairs, and their log-probabilities; see `fused_loss`."""
-        hidden = self.hidden(row)
+    def forward(
+        self, row: PackedPairs, pair_loss: PairLoss, router_loss: RouterLoss | None = None
+    ) -> tuple[Tensor, PairLogps]:
+        """Sum of the losses of a row's pairs, and their log-probabilities; see `fused_loss`.
+
+        Args:
+            router_loss: called with the routing of the row's tokens; its value is added to the sum.
+        """
+        output = self._decode(row, output_router_logits=router_loss is not None)
         # Read after the layers: sharded embeddings, which may be tied to the head, are freed after
         # their layer.
         weight, bias, softcap = self.head()
-        return fused_loss(hidden, weight, bias, row, pair_loss, softcap)
+        loss, logps = fused_loss(output.last_hidden_state[0], weight, bias, row, pair_loss, softcap)
+        if router_loss is not None:
+            chosen, _ = experts_per_token(self.base.config.get_text_config())
+            loss = loss + router_loss(*routing(output.router_logits, chosen))
+        return loss, logps
 
     def head(self) -> tuple[Tensor, Tensor | None, float | None]:
         """Weight [V, D] with its LoRA adapters merged, bias [V] and soft-cap of the logits."""
@@ -50,11 +61,15 @@ class Policy(nn.Module):
 
     def hidden(self, row: PackedPairs) -> Tensor:
         """Last hidden states of a row after the final norm, [T, D]."""
+        return self._decode(row).last_hidden_state[0]
+
+    def _decode(self, row: PackedPairs, output_router_logits: bool = False) -> Any:
         # Without mask and cache transformers separates packed sequences by their positions.
-        output = self.base.get_decoder()(
+        return self.base.get_decoder()(
             input_ids=row.input_ids,
             position_ids=row.position_ids,
             use_cache=False,
             **({"segments": row.segments, "keys": row.keys} if row.segments else {}),
+            # Only models with experts know the option.
+            **({"output_router_logits": True} if output_router_logits else {}),
         )
-        return output.last_hidden_state[0]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    JetMoeConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
@@ -22,7 +23,7 @@ from simpo.data.packing import pack
 from simpo.data.plan import TrainPlan
 from simpo.model import cost
 from simpo.model.policy import Policy
-from tests.support.tiny_models import SIZES, VOCAB, random_pairs, tiny_model
+from tests.support.tiny_models import EXPERTS, SIZES, VOCAB, random_pairs, tiny_model
 
 
 def test_layout() -> None:
@@ -33,12 +34,15 @@ def test_layout() -> None:
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_flops(share_prefix: bool) -> None:
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "qwen3_moe"])
+def test_flops(family: str, share_prefix: bool) -> None:
     """torch's own counter on a real forward and backward.
 
     It misses attention on a CPU, and the head's gradient, which is a product added in place.
     """
-    model = tiny_model("llama")
+    model = tiny_model(family)
+    if family in EXPERTS:
+        model.set_experts_implementation("eager")  # it misses products of groups as well
     if not share_prefix:
         model.set_attn_implementation("sdpa")
     policy = Policy(model, share_prefix)
@@ -81,6 +85,11 @@ ATTENTION = 32 * 32 + 2 * 16 * 32 + 32 * 32  # queries, keys and values of two h
         # Router, then two experts of three matrices each, in two layers.
         (MixtralConfig(**MOE, num_local_experts=8), 2 * (8 * 32 + 2 * 3 * 32 * 48 + ATTENTION)),
         (OlmoeConfig(**MOE, num_experts=8), 2 * (8 * 32 + 2 * 3 * 32 * 48 + ATTENTION)),
+        # Its experts are in modules with another name; the attention has experts as well.
+        (
+            JetMoeConfig(**MOE, num_local_experts=8, kv_channels=8),
+            2 * (8 * 32 + 2 * 3 * 32 * 48 + 8 * 32 + 2 * 2 * 32 * 16 + 2 * 16 * 32),
+        ),
         # One layer of experts that are smaller, one without.
         (
             Qwen3MoeConfig(

@@ -13,9 +13,13 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -54,6 +58,22 @@ FAMILIES = {
     ),
     "gemma3": Gemma3TextConfig(head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
 }
+EXPERTS = {
+    "mixtral": MixtralConfig(num_local_experts=8, num_experts_per_tok=2),
+    "olmoe": OlmoeConfig(num_experts=8, num_experts_per_tok=3),
+    # An expert that all tokens meet.
+    "qwen2_moe": Qwen2MoeConfig(
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+    ),
+    # One layer without experts.
+    "qwen3_moe": Qwen3MoeConfig(
+        num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[0]
+    ),
+}
+"""Mixtures of experts."""
 
 
 def tiny_model(
@@ -61,8 +81,9 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A random two-layer model of a real architecture, with weights large enough to matter."""
     attention.register()
-    config = type(FAMILIES[family]).from_dict(
-        FAMILIES[family].to_dict()
+    origin = (FAMILIES | EXPERTS)[family]
+    config = type(origin).from_dict(
+        origin.to_dict()
         | SIZES
         | {
             "head_dim": 16 if family.startswith("gemma") else 8,

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from simpo.config.check import GROUPS, load_run, run_yaml, settings
 from simpo.config.compose import compose_run
+from simpo.config.data import FORMATS
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.losses import LOSSES
 from simpo.data.loader import read_mixture
@@ -344,8 +345,21 @@ def test_records_of_ones_own_format(here: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ("qa", "data.sources[0].format: must be module:function, got qa"),
-        ("''", "data.sources[0].format: must be module:function, got ''"),
+        (
+            "qa",
+            "data.sources[0].format: must be a shape or module:function, got qa (shapes: "
+            f"{', '.join(FORMATS)})",
+        ),
+        (
+            "''",
+            "data.sources[0].format: must be a shape or module:function, got '' (shapes: "
+            f"{', '.join(FORMATS)})",
+        ),
+        (
+            "hh-rlhf",
+            "data.sources[0].format: must be a shape or module:function, got hh-rlhf (did you "
+            "mean hh_rlhf?)",
+        ),
         (
             "my_readers:qq",
             "data.sources.format: my_readers:qq cannot be imported: module 'my_readers' has no "

@@ -45,6 +45,12 @@ class OnBadRecord(str, Enum):
     drop = "drop"
 
 
+class PairChoice(str, Enum):
+    best_worst = "best_worst"
+    best_random = "best_random"
+    all = "all"
+
+
 class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"

@@ -6,8 +6,10 @@ A section's `problems()` yields all its faults as `key: rule, got value (remedy)
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from simpo.config.choices import Compat, OnBadRecord, PromptTruncation
+from simpo.config.choices import Compat, OnBadRecord, PairChoice, PromptTruncation
 from simpo.config.filters import FilterConfig
 from simpo.config.own_code import is_function
 from simpo.config.paths import looks_local
@@ -30,6 +32,11 @@ UNREADABLE = (
 MAX_WEIGHT = 1000
 NO_NAMES = ("mean", "rewards", "logps")
 """First parts of keys of held-out metrics, so no names of sets."""
+FORMATS = (
+    *("openai", "sharegpt", "hh_rlhf", "ultrafeedback", "dialogues", "pair", "alpaca", "orca"),
+    *("comparison", "replies", "messages", "prompt"),
+)
+"""Names of the shapes of record in `simpo.data.shapes`."""
 
 
 @dataclass(kw_only=True)
@@ -49,7 +56,14 @@ class SourceConfig:
     test_path: str | None = None
     """A second file that holds the held-out records of a .jsonl/.json/.parquet source."""
     format: str | None = None
-    """Your function that converts records, `module:function` (docs/extending.md); null: none."""
+    """Shape of the records (docs/data.md), or `module:function`, your function that converts them
+    (docs/extending.md); null: the first shape that fits."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns under our names, as `{theirs: ours}`; `{input.text: prompt}` reaches into objects."""
+    pairs: PairChoice = PairChoice.best_worst
+    """Pairs of a prompt with scored replies: the best with the worst or a random one, or all."""
+    min_margin: float = 0.0
+    """Replies whose scores differ by less make no pair; nor do those of equal scores."""
     weight: float = 1.0
     """Share of the train split taken: 0.5 takes half, 2.5 takes all twice and half once more; at
     most 1000."""
@@ -78,8 +92,7 @@ class SourceConfig:
             yield f"held_out_name: must be letters, digits, _ and -, got {self.held_out_name}"
         if self.train_split is None and self.test_split is None:
             yield "train_split: null like test_split, so the source gives nothing (set one)"
-        if self.format is not None and not is_function(self.format):
-            yield f"format: must be module:function, got {self.format or repr(self.format)}"
+        yield from self._problems_of_shape()
         yield from self._problems_of_path()
         if self.test_path is not None and not self.is_file():
             yield "test_path: only for a .jsonl/.json/.parquet path (else use test_split)"
@@ -89,6 +102,22 @@ class SourceConfig:
                 yield f"test_path: no such file or folder, got {self.test_path}"
             elif _suffix(self.test_path) not in READABLE or not os.path.isfile(test_path):
                 yield f"test_path: must be a .jsonl, .json or .parquet file, got {self.test_path}"
+
+    def _problems_of_shape(self) -> Iterator[str]:
+        name = self.format
+        if name is not None and name not in FORMATS and not is_function(name):
+            near = difflib.get_close_matches(name, FORMATS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"shapes: {', '.join(FORMATS)}"
+            yield f"format: must be a shape or module:function, got {name or repr(name)} ({hint})"
+        columns = ", ".join(f"{theirs}: {ours}" for theirs, ours in self.columns.items())
+        if not all(isinstance(ours, str) for ours in self.columns.values()):
+            yield f"columns: must be of the form {{theirs: ours, ...}}, got {{{columns}}}"
+            return
+        for ours, times in Counter(self.columns.values()).items():
+            if times > 1:
+                yield f"columns: {times} are to be {ours}, got {{{columns}}} (keep one)"
+        if self.min_margin < 0:
+            yield f"min_margin: must be 0 or more, got {self.min_margin}"
 
     def _problems_of_path(self) -> Iterator[str]:
         """Faults of `path`; one that is or looks local is never sent to the hub."""

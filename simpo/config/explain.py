@@ -324,6 +324,11 @@ def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
     node: Any = base
     for part in key.split("."):
         node = node._get_node(int(part) if isinstance(node, ListConfig) else part)
+    if isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict:
+        texts = isinstance(value, dict) and all(
+            isinstance(k, str) and isinstance(v, (str, int, float)) for k, v in value.items()
+        )
+        return [] if texts else [f"{key}: must be {_wanted(node)}, got {_shown(value)}"]
     if isinstance(node, DictConfig) and isinstance(value, dict):
         return [p for k, item in value.items() for p in _value_problems(base, f"{key}.{k}", item)]
     schema = node._metadata.element_type if isinstance(node, ListConfig) else None
@@ -369,6 +374,8 @@ def _wanted(node: Any) -> str:
     elif isinstance(node, ListConfig):
         schema = node._metadata.element_type
         kind = f"a list such as [{_wanted(schema) if is_dataclass(schema) else 'a, b'}]"
+    elif isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict:
+        kind = "of the form {theirs: ours, ...}"
     elif isinstance(node, DictConfig) or is_dataclass(node):
         schema = node._metadata.object_type if isinstance(node, DictConfig) else node
         kind = f"of the form {{{fields(schema)[0].name}: ..., ...}}"

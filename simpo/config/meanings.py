@@ -53,6 +53,8 @@ def type_name(kind: Any) -> str:
     if typing.get_origin(kind) is list:
         inner = typing.get_args(kind)[0]
         return f"list of {'items, see below' if is_dataclass(inner) else type_name(inner)}"
+    if typing.get_origin(kind) is dict:
+        return " to ".join(map(type_name, typing.get_args(kind)))
     if issubclass(kind, Enum):
         return ", ".join(f"`{choice.value}`" for choice in kind)
     return {str: "text", int: "whole number", float: "number", bool: "true, false"}[kind]
@@ -68,6 +70,8 @@ def shown(value: Any) -> str:
     """A value as the command line would take it."""
     if isinstance(value, list):
         return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {shown(one)}' for key, one in value.items())}}}"
     value = value.value if isinstance(value, Enum) else value
     if isinstance(value, bool):
         return str(value).lower()

@@ -16,15 +16,17 @@ import numpy as np
 
 from simpo.config.choices import OnBadRecord
 from simpo.config.data import DataConfig, SourceConfig
-from simpo.config.errors import DataError, first_line
-from simpo.config.own_code import load
+from simpo.config.errors import DataError
 from simpo.data.filter import left_out, pair_text, prompt_text, unscored_notes
 from simpo.data.pairs import Pair
+from simpo.data.recognise import SplitReader
 from simpo.data.records import COLUMNS, RecordFault, remarks, to_pair, unread_columns
+from simpo.data.scored import LeftOut
 from simpo.data.sources import origin, raw_records
 
 MAX_FAULTS_SHOWN = 5
 MAX_LETTERS_SHOWN = 300
+TOO_DEEP = "lists or objects are nested too deeply"
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,19 @@ class Mixture:
 
 @dataclass
 class _Split:
-    """The good pairs of one split, its bad records as (place, fault), and remarks for the user."""
+    """The good pairs of one split, its bad records as (place, fault), and remarks for the user.
+
+    `read_as` is the shape of its records, and `left_out` counts pairs that are not made by reason.
+    """
 
     place: str
+    read_as: str | None = None
     records: int = 0
     pairs: list[Pair] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)
     unread: dict[str, None] = field(default_factory=dict)
     remarks: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def report(
         self, source: str, split: str, taken: int, left_out: Mapping[str, int] | None = None
@@ -76,7 +83,15 @@ class _Split:
         return SplitReport(source, split, self.records, bad, taken, dict(left_out or {}))
 
     def notes(self) -> list[str]:
-        lines = [
+        lines = []
+        if self.read_as:
+            many = f"{self.records} record{'s' if self.records != 1 else ''}"
+            lines.append(f"note   {self.place}: read as {self.read_as}, {many}")
+        lines += [
+            f"note   {self.place}: {count} pairs not made: {reason}"
+            for reason, count in self.left_out.items()
+        ]
+        lines += [
             f"note   {self.place}: {count} of {self.records} records: {remark}"
             for remark, count in self.remarks.items()
         ]
@@ -154,39 +169,47 @@ def _read_split(
     if split is None:
         return None
     found = _Split(f"{origin(source, held_out)} {split}")
-    form = _own_form(source.format) if source.format else None
+    reader = SplitReader(source, read_record, found.place, config.seed)
     for record in raw_records(source, split, held_out, config.seed):
         found.records += 1
         place = f"{found.place} record {found.records}"
         try:
             if isinstance(record, RecordFault):
                 raise record
-            record = form(record) if form else record
-            pair = read_record(record, place)
+            made = reader.records(record, found.records)
         except RecordFault as fault:
             found.faults.append((place, _printable(str(fault))))
         except RecursionError:
-            found.faults.append((place, "lists or objects are nested too deeply"))
+            found.faults.append((place, TOO_DEEP))
         else:
-            found.pairs.append(pair)
-            found.unread |= dict.fromkeys(unread_columns(record, COLUMNS[read_record]))
-            found.remarks.update(remarks(record, pair))
+            for index, one in enumerate(made, start=1):
+                pair_place = f"{place} pair {index}" if len(made) > 1 else place
+                _read_pair(found, one, pair_place, read_record)
+    if refusal := reader.refusal():
+        raise DataError("\n".join(map(_printable, refusal)))
+    found.read_as = None if source.path.startswith("builtin:") else reader.read_as()
     if found.faults and config.on_bad_record is OnBadRecord.stop:
         raise DataError(fault_lines(found.faults, all_bad=not found.pairs))
     return found
 
 
-def _own_form(name: str) -> Callable[[Any], Any]:
-    """The user's function that converts a record; its exceptions become faults of the record."""
-    function = load("data.sources.format", name)
-
-    def form(record: Any) -> Any:
-        try:
-            return function(record)
-        except Exception as error:
-            raise RecordFault(f"{name}: {type(error).__name__}: {first_line(error)}") from error
-
-    return form
+def _read_pair(
+    found: _Split, record: Any, place: str, read_record: Callable[[Any, str], Pair]
+) -> None:
+    """Add the pair of one record to its split, or its fault."""
+    if isinstance(record, LeftOut):
+        found.left_out[record.reason] += 1
+        return
+    try:
+        pair = read_record(record, place)
+    except RecordFault as fault:
+        found.faults.append((place, _printable(str(fault))))
+    except RecursionError:
+        found.faults.append((place, TOO_DEEP))
+    else:
+        found.pairs.append(pair)
+        found.unread |= dict.fromkeys(unread_columns(record, COLUMNS[read_record]))
+        found.remarks.update(remarks(record, pair))
 
 
 def _overlap_notes(train: list[Pair], test: list[Pair]) -> list[str]:

@@ -111,6 +111,27 @@ SETTINGS: list[tuple[str, list[str]]] = [
             "(backend= takes single, ddp, fsdp, zero2, zero3)"
         ],
     ),
+    (
+        "data.sources=[{path:x,format:orcca}]",
+        [
+            "data.sources[0].format: must be a shape or module:function, got orcca (did you mean "
+            "orca?)",
+        ],
+    ),
+    (
+        "data.sources=[{path:x,columns:{q:prompt,r:prompt},min_margin:-1}]",
+        [
+            "data.sources[0].columns: 2 are to be prompt, got {q: prompt, r: prompt} (keep one)",
+            "data.sources[0].min_margin: must be 0 or more, got -1.0",
+        ],
+    ),
+    *(
+        (
+            f"data.sources=[{{path:x,columns:{bad}}}]",
+            [f"data.sources[0].columns: must be of the form {{theirs: ours, ...}}, got {shown}"],
+        )
+        for bad, shown in (("q", "q"), ("[q]", "[q]"), ("{q:[a]}", "{q: ['a']}"), ("null", "null"))
+    ),
     # Wrong types.
     ("train.epochs=two", ["train.epochs: must be a whole number, got two"]),
     ("train.epochs=1.5", ["train.epochs: must be a whole number, got 1.5"]),
@@ -665,10 +686,10 @@ def test_words_of_the_other_commands(command, own_composer, capsys):
             "search path.",
         ),
         (
-            ["data.sources=[{path: x, wieght: 2, column: a}]"],
+            ["data.sources=[{path: x, wieght: 2, shards: 3}]"],
             "data.sources[0].wieght: no such key (did you mean weight?)\n"
-            "data.sources[0].column: no such key (an item has path, subset, revision, train_split, "
-            "test_split, test_path, format, weight, num_pairs)",
+            "data.sources[0].shards: no such key (an item has path, subset, revision, train_split, "
+            "test_split, test_path, format, columns, pairs, min_margin, weight, num_pairs)",
         ),
         (
             ["-m", "loss.beta=interval(1,2)"],
@@ -1073,7 +1094,10 @@ def test_what_is_told_of_a_row_is_one_line(folder):
         told + "a\\n\\x1b[31m": 1,
         (told + "a" * 1000)[:300] + "...": 1,
     }
-    assert loaded.notes == ["note   a.jsonl train: columns not read: a\\nb"]
+    assert loaded.notes == [
+        "note   a.jsonl train: read as prompt and replies as messages, 3 records",
+        "note   a.jsonl train: columns not read: a\\nb",
+    ]
 
 
 def test_depths_around_what_python_takes(folder):
@@ -1107,7 +1131,10 @@ def test_a_lone_surrogate_is_its_rows_fault(folder):
     assert loaded.table[0].bad == {
         "chosen[0].role: must be one of system, user, assistant, got \\ud83d": 1
     }
-    assert loaded.notes == ["note   b.jsonl train: columns not read: \\ud83d"]
+    assert loaded.notes == [
+        "note   b.jsonl train: read as prompt and replies as messages, 2 records",
+        "note   b.jsonl train: columns not read: \\ud83d",
+    ]
 
 
 def test_no_part_of_a_weight_is_too_small(folder):

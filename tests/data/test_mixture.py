@@ -301,7 +301,7 @@ def test_imitation_needs_a_first_turn_of_the_user(turns):
 
 
 def test_where_every_row_is_bad_none_can_be_left_out(folder):
-    write(folder / "odd.jsonl", [{"question": "Why?"}] * 2)
+    write(folder / "odd.jsonl", [{"prompt": "Why?", "chosen": "So.", "rejected": "So."}] * 2)
     with pytest.raises(DataError) as caught:
         mixture({"path": "odd.jsonl", "test_path": "held.jsonl"})
     assert str(caught.value).splitlines()[-1] == (
@@ -331,22 +331,27 @@ def test_what_looks_wrong_is_counted(folder):
     )
     loaded = mixture({"path": "odd.jsonl", "test_path": "held.jsonl"})
     assert loaded.notes == [
+        "note   odd.jsonl train: read as prompt and two texts, 9 records",
         "note   odd.jsonl train: 1 of 9 records: score_chosen is below score_rejected",
         "note   odd.jsonl train: 1 of 9 records: score_chosen equals score_rejected",
         "note   odd.jsonl train: 2 of 9 records: a text contains turns (Human: ...), which are "
         "read as one",
         "note   odd.jsonl train: 1 of 9 records: prompt is not in the dialogue (prompt is ignored)",
         "note   odd.jsonl train: columns not read: prompt_id, extra, prompt[].name",
+        "note   held.jsonl test: read as prompt and two texts, 3 records",
         "note   odd.jsonl train: 5 records repeat an earlier one",
     ]
-    assert mixture({"path": "a.jsonl", "test_path": "held.jsonl"}).notes == []
+    assert mixture({"path": "a.jsonl", "test_path": "held.jsonl"}).notes == [
+        "note   a.jsonl train: read as prompt and two texts, 10 records",
+        "note   held.jsonl test: read as prompt and two texts, 3 records",
+    ]
 
 
 def test_a_split_of_which_nothing_comes(folder):
     write(folder / "empty.jsonl", [])
     loaded = mixture({"path": "a.jsonl", "test_path": "empty.jsonl"}, {"path": "empty.jsonl"})
     assert len(loaded.train) == 10 and loaded.test == []
-    assert loaded.notes == [
+    assert loaded.notes == ["note   a.jsonl train: read as prompt and two texts, 10 records"] + [
         f"note   empty.jsonl {split}: no good record in 0, so none is taken"
         for split in ("test", "train")
     ]
@@ -355,9 +360,12 @@ def test_a_split_of_which_nothing_comes(folder):
 def test_messages_are_read_to_imitate_and_else_not(folder):
     row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
     write(folder / "m.jsonl", [row | {"messages": [*ASKED, assistant("So.")]}])
-    assert mixture({"path": "m.jsonl"}, read_record=to_dialogue).notes == []
+    assert mixture({"path": "m.jsonl"}, read_record=to_dialogue).notes == [
+        "note   m.jsonl train: read as messages, 1 record"
+    ]
     assert mixture({"path": "m.jsonl"}).notes == [
-        "note   m.jsonl train: columns not read: messages"
+        "note   m.jsonl train: read as prompt and two texts, 1 record",
+        "note   m.jsonl train: columns not read: messages",
     ]
 
 
@@ -371,12 +379,12 @@ def test_overlap_of_train_and_test(folder):
     write(folder / "again.jsonl", again)
     sources = ({"path": "a.jsonl", "test_path": "held.jsonl"}, {"path": "again.jsonl", "weight": 2})
     loaded = mixture(*sources)
-    assert loaded.notes == [
+    assert loaded.notes[3:] == [
         "note   4 of 16 train pairs have a prompt that is also held out, 2 of them with the same "
         "replies (data.drop_overlap=true leaves them out of training)"
     ]
     without = mixture(*sources, drop_overlap=True)
-    assert without.notes == []
+    assert [note for note in without.notes if ": read as " not in note] == []
     assert [report.left_out for report in without.table] == [{}, {}, {"drop_overlap": 2}]
     assert sorted(chosen(without.train)) == sorted([f"a {i}." for i in range(10)] + ["held 2."] * 2)
     with pytest.raises(DataError) as caught:
@@ -405,11 +413,18 @@ def test_a_run_says_what_looks_wrong(tiny_run, tmp_path, capsys):
         "note   1 of 25 train pairs have a prompt that is also held out, 1 of them with the same "
         "replies (data.drop_overlap=true leaves them out of training)"
     )
-    assert notes[0] == overlap
-    assert [re.sub(r"\S+/tokenized/\w+", "ENTRY", note) for note in notes[1:]] == [
+    read_as = [
+        f"note   {tmp_path}/train.jsonl train: read as prompt and replies as messages, 25 records",
+        f"note   {tmp_path}/test.jsonl test: read as prompt and replies as messages, 17 records",
+    ]
+    assert notes[:3] == [*read_as, overlap]
+    assert [re.sub(r"\S+/tokenized/\w+", "ENTRY", note) for note in notes[3:]] == [
         "note   cache: ENTRY is damaged and made anew: tokens.npz is missing"
     ] * 2
-    assert json.loads((tmp_path / "again" / "data.json").read_text())["notes"] == [overlap]
+    assert json.loads((tmp_path / "again" / "data.json").read_text())["notes"] == [
+        *read_as,
+        overlap,
+    ]
 
 
 def test_white_space_of_a_response_is_kept():

@@ -58,7 +58,8 @@ def test_a_command_composes(line: str, tmp_path: Path, monkeypatch: pytest.Monke
     command, *words = shlex.split(line)
     words = [re.sub(r"(?<=[=/ ])[A-Z]+\b|^[A-Z]+$", _example, word) for word in words]
     words = [word for word in words if "..." not in word and word not in ("--help", "--cfg", "job")]
-    for name in re.findall(r"[\w/]+\.jsonl", " ".join(words)):
+    for pattern in re.findall(r"[\w/*]+\.jsonl", " ".join(words)):
+        name = pattern.replace("*", "a")
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(demo_records(0, "train")[0]) + "\n")
     (tmp_path / "run").mkdir()

@@ -7,7 +7,6 @@ A section's `problems()` yields all its faults as `key: rule, got value (remedy)
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -18,17 +17,10 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from simpo.config.choices import Compat, OnBadRecord, PairChoice, PromptTruncation
+from simpo.config.data_path import FILE, names_files, path_problems
 from simpo.config.filters import FilterConfig
 from simpo.config.own_code import is_function
-from simpo.config.paths import looks_local
 
-READABLE = (".jsonl", ".json", ".parquet")
-UNREADABLE = (
-    *(".csv", ".tsv", ".txt", ".ndjson", ".jsonlines", ".md", ".html", ".xml", ".yaml", ".yml"),
-    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".feather", ".orc"),
-    *(".xls", ".xlsx", ".pkl", ".pickle", ".pt", ".npy", ".npz", ".h5", ".hdf5", ".db", ".sqlite"),
-)
-"""Suffixes of files that cannot be read; a path with one is never taken for a hub id."""
 MAX_WEIGHT = 1000
 NO_NAMES = ("mean", "rewards", "logps")
 """First parts of keys of held-out metrics, so no names of sets."""
@@ -44,17 +36,18 @@ class SourceConfig:
     """One data set of the mixture."""
 
     path: str = MISSING
-    """Hub id, local folder, .jsonl/.json/.parquet file, or `builtin:demo`."""
+    """Hub id, local folder, file (JSON lines, JSON, CSV, TSV, parquet or Arrow), glob of files,
+    `hf://datasets/USER/NAME/FILE`, or `builtin:demo`."""
     subset: str | None = None
-    """Configuration name of a hub data set that has several."""
+    """Configuration name of a hub data set, or of a folder whose README.md lists several."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of a data set of the hub."""
     train_split: str | None = "train"
     """Split to train on; null: none. For a file, the file itself is the split."""
     test_split: str | None = "test"
     """Held-out split, always used whole; null: none."""
     test_path: str | None = None
-    """A second file that holds the held-out records of a .jsonl/.json/.parquet source."""
+    """A second file, or glob, that holds the held-out records of a source of files."""
     format: str | None = None
     """Shape of the records (docs/data.md), or `module:function`, your function that converts them
     (docs/extending.md); null: the first shape that fits."""
@@ -74,7 +67,8 @@ class SourceConfig:
     there are several; null: the last part of the path."""
 
     def is_file(self) -> bool:
-        return _suffix(self.path) in READABLE
+        """Whether the path names files that are one split; held-out records come by `test_path`."""
+        return names_files(self.path)
 
     def problems(self) -> Iterator[str]:
         if not self.path:
@@ -93,15 +87,8 @@ class SourceConfig:
         if self.train_split is None and self.test_split is None:
             yield "train_split: null like test_split, so the source gives nothing (set one)"
         yield from self._problems_of_shape()
-        yield from self._problems_of_path()
-        if self.test_path is not None and not self.is_file():
-            yield "test_path: only for a .jsonl/.json/.parquet path (else use test_split)"
-        elif self.test_path is not None:
-            test_path = os.path.expanduser(self.test_path)
-            if not os.path.exists(test_path):
-                yield f"test_path: no such file or folder, got {self.test_path}"
-            elif _suffix(self.test_path) not in READABLE or not os.path.isfile(test_path):
-                yield f"test_path: must be a .jsonl, .json or .parquet file, got {self.test_path}"
+        yield from (f"path: {problem}" for problem in path_problems(self.path) if self.path)
+        yield from self._problems_of_test_path()
 
     def _problems_of_shape(self) -> Iterator[str]:
         name = self.format
@@ -119,25 +106,15 @@ class SourceConfig:
         if self.min_margin < 0:
             yield f"min_margin: must be 0 or more, got {self.min_margin}"
 
-    def _problems_of_path(self) -> Iterator[str]:
-        """Faults of `path`; one that is or looks local is never sent to the hub."""
-        # os.path.exists is False for a name that no file can have, where Path.exists raises.
-        path, suffix = os.path.expanduser(self.path), _suffix(self.path)
-        if self.path.startswith("builtin:"):
-            if self.path != "builtin:demo":
-                yield f"path: the only built-in data set is builtin:demo, got {self.path}"
-        elif "://" in self.path:
-            yield f"path: must be a hub id or a local file or folder, got {self.path} (download it)"
-        elif not os.path.exists(path):
-            if suffix in READABLE + UNREADABLE or looks_local(self.path):
-                yield f"path: no such file or folder, got {self.path}"
-        elif self.is_file() and not os.path.isfile(path):
-            yield f"path: must be a file, got the folder {self.path} (rename the folder)"
-        elif not self.is_file() and not os.path.isdir(path):
-            yield (
-                "path: must be a .jsonl, .json or .parquet file, a folder or a hub id, "
-                f"got the file {self.path} (convert it)"
-            )
+    def _problems_of_test_path(self) -> Iterator[str]:
+        if self.test_path is None:
+            return
+        if not self.is_file():
+            yield f"test_path: only where path is {FILE} (else use test_split)"
+        elif not names_files(self.test_path):
+            yield f"test_path: must be {FILE}, got {self.test_path}"
+        else:
+            yield from (f"test_path: {problem}" for problem in path_problems(self.test_path))
 
 
 @dataclass(kw_only=True)
@@ -172,7 +149,7 @@ class DataConfig:
         names: list[str] = []
         for source in self.sources:
             last = Path(source.test_path or source.path).name.split(".")[0]
-            own = re.sub(r"[^\w-]+", "-", last) or "test"
+            own = re.sub(r"[^\w-]+", "-", last).strip("-") or "test"
             others = (f"{own}-{number}" for number in count(2))
             taken = {*NO_NAMES, *names}
             unused = next(name for name in chain([own], others) if name not in taken)
@@ -193,7 +170,3 @@ class DataConfig:
                 f"max_prompt_tokens: must be from 1 to below max_length_tokens "
                 f"({self.max_length_tokens}), got {self.max_prompt_tokens}"
             )
-
-
-def _suffix(path: str) -> str:
-    return Path(path).suffix.lower()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from functools import cache
+from glob import glob
+from pathlib import Path
 
 from simpo.config.errors import first_line
 
@@ -30,6 +32,32 @@ def go_offline_if_unreachable() -> None:
         except Exception:  # depends on the HTTP library; an HTTP error status raises nothing
             time.sleep(attempt)
     constants.HF_HUB_OFFLINE = True
+
+
+def download(repo: str, revision: str | None, path: str) -> Path:
+    """Fetch a file, a folder or what a glob matches out of a data set, or take it from the cache.
+
+    Returns: the local folder that stands for the data set.
+
+    Raises:
+        ValueError: the data set has nothing at `path`.
+        Exception: of the library's many types, if the hub refuses or does not answer.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    go_offline_if_unreachable()
+    # In patterns of the hub * matches across folders.
+    wanted = [path.replace("**/", "*"), f"{path}/*"]
+    folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted)
+    if not glob(path, root_dir=folder, recursive=True):
+        if constants.HF_HUB_OFFLINE:
+            raise LocalEntryNotFoundError(path)
+        page = f"{constants.ENDPOINT}/datasets/{repo}/tree/{revision or 'main'}"
+        raise ValueError(f"the data set has no such file (look at {page})")
+    return Path(folder)
 
 
 def reason(error: BaseException, source: str) -> str:

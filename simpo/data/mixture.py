@@ -170,9 +170,9 @@ def _read_split(
         return None
     found = _Split(f"{origin(source, held_out)} {split}")
     reader = SplitReader(source, read_record, found.place, config.seed)
-    for record in raw_records(source, split, held_out, config.seed):
+    for where, record in raw_records(source, split, held_out, config.seed):
         found.records += 1
-        place = f"{found.place} record {found.records}"
+        place = f"{found.place} {where}"
         try:
             if isinstance(record, RecordFault):
                 raise record

@@ -1,31 +1,33 @@
-"""Reads the raw records of one split of a source: file, saved data set or hub data set.
+"""Finds the files of one split of a source, or its data set, and yields the raw records.
 
-A line that cannot be parsed is a fault of that record; a file that cannot be read is a `DataError`.
-Local files are never read through a cache that identifies them by path or time stamp.
+A local path is never sent to the hub. Folders are divided into splits as `datasets` does it, by the
+names of their files, but `simpo.data.readers` reads the files.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from collections.abc import Iterator, Mapping
+from glob import glob
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
+from simpo.config import data_path
 from simpo.config.data import SourceConfig
 from simpo.config.errors import DataError
 from simpo.data import hub
 from simpo.data.demo.records import demo_records
-from simpo.data.records import RecordFault
+from simpo.data.readers import read_file
 
-FIRST_BYTES = {
-    b"\xff\xfe": "it is UTF-16 or UTF-32 text (convert it to UTF-8)",
-    b"\xfe\xff": "it is UTF-16 text (convert it to UTF-8)",
-    b"\x00\x00\xfe\xff": "it is UTF-32 text (convert it to UTF-8)",
-    b"\x1f\x8b": "it is compressed (gunzip it)",
-    b"PAR1": "it is a parquet file (name it .parquet)",
+SPLIT_WORDS = {
+    "train": "train|training",
+    "validation": "validation|valid|dev|val",
+    "test": "test|testing|eval|evaluation",
 }
-"""First bytes of files that are not JSON lines in UTF-8, with the message for each."""
+"""Words in the name of a file or folder that put it into a split, as `datasets` reads them."""
+METADATA_FILES = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
 def origin(source: SourceConfig, held_out: bool) -> str:
@@ -33,135 +35,175 @@ def origin(source: SourceConfig, held_out: bool) -> str:
     return source.test_path if held_out and source.test_path else source.path
 
 
-def raw_records(source: SourceConfig, split: str, held_out: bool, seed: int) -> Iterator[Any]:
-    """Yield the records of a split, and a `RecordFault` for each line that is not JSON.
+def raw_records(
+    source: SourceConfig, split: str, held_out: bool, seed: int
+) -> Iterator[tuple[str, Any]]:
+    """Yield the records of a split, each with its place: `record 3`, and where that is not the
+    third line of a single file, the file and line too: `record 3 (data/b.jsonl line 1)`.
+
+    A record that cannot be parsed is a `RecordFault`.
 
     Raises:
         DataError: the source cannot be read, or changed while it was read.
     """
-    path = Path(os.path.expanduser(origin(source, held_out)))
+    path = origin(source, held_out)
     # Libraries raise errors of many types, with messages of many lines.
     try:
-        if source.path == "builtin:demo":
-            yield from demo_records(seed, split)
-        elif source.is_file():
-            yield from _file(path)
-        else:
-            yield from _dataset(source, path, split)
+        for number, (where, record) in enumerate(_records(source, path, split, seed), start=1):
+            shown = f" ({where})" if where and where != f"line {number}" else ""
+            yield f"record {number}{shown}", record
     except Exception as error:
         # The reason of "An error occurred while generating the dataset" is in its cause.
-        fault = hub.reason(error.__cause__ or error, f"datasets/{source.path}")
-        raise DataError(f"{origin(source, held_out)} {split}: cannot be read: {fault}") from error
+        address = data_path.HUB_FILE.fullmatch(path)
+        name = address[1] if address else path
+        fault = hub.reason(error.__cause__ or error, f"datasets/{name}")
+        raise DataError(f"{path} {split}: cannot be read: {fault}") from error
 
 
-def _file(path: Path) -> Iterator[Any]:
-    readers = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
-    before = path.stat()
-    yield from readers[path.suffix.lower()](path)
-    after = path.stat()
-    if (before.st_ino, before.st_size, before.st_mtime_ns) != (
-        after.st_ino, after.st_size, after.st_mtime_ns,
-    ):  # fmt: skip
-        raise ValueError("it changed while it was read (run the same command again)")
+def _records(source: SourceConfig, path: str, split: str, seed: int) -> Iterator[tuple[str, Any]]:
+    """Yield where a record lies, if that says more than its number, and the record."""
+    folder = Path(os.path.expanduser(path))
+    if path == "builtin:demo":
+        yield from (("", record) for record in demo_records(seed, split))
+    elif data_path.is_hub_id(path):
+        yield from (("", record) for record in _hub_dataset(source, split))
+    elif any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+        yield from (("", record) for record in _saved(folder, source, split))
+    else:
+        yield from _read(_files(source, path, split))
 
 
-def _json_lines(path: Path) -> Iterator[Any]:
-    """Yield the value of each line that is not blank, or the fault of a line that is not JSON."""
-    with path.open("rb") as file:
-        begin = file.read(4)
-    for first_bytes, fault in FIRST_BYTES.items():
-        if begin.startswith(first_bytes):
-            raise ValueError(fault)
-    # utf-8-sig skips a byte order mark. Bytes that are not UTF-8 are kept as surrogates, so only
-    # their line is refused.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for line in lines:
-            if line.strip():
-                try:
-                    # With the line feed, the fault of a truncated line would be on the next line.
-                    yield _value(line.rstrip())
-                except RecordFault as fault:
-                    yield fault
+def _read(files: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
+    """Yield the records of named files; the names are shown if there are several."""
+    for name, file in files.items():
+        try:
+            for index, (line, record) in enumerate(read_file(file), start=1):
+                where = f"line {line}" if line else ""
+                if len(files) > 1:
+                    where = f"{name} {where or f'record {index}'}"
+                yield where, record
+        except Exception as error:
+            if len(files) == 1:
+                raise
+            raise ValueError(f"{name}: {hub.reason(error, name)}") from None
 
 
-def _json(path: Path) -> Iterator[Any]:
-    """Yield the records of a JSON list, or of JSON lines in a file named .json."""
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    if not text.lstrip().startswith("["):
-        yield from _json_lines(path)
-        return
-    try:
-        yield from _value(text)
-    except RecordFault as fault:
-        raise ValueError(str(fault)) from None  # callers report the cause of an error if it has one
+def _files(source: SourceConfig, path: str, split: str) -> dict[str, Path]:
+    """The files of a split by the names that messages show, in the order in which they are read."""
+    root, local = None, os.path.expanduser(path)
+    if address := data_path.HUB_FILE.fullmatch(path):
+        repo, revision, local = address.groups()
+        root = hub.download(repo, unquote(revision) if revision else source.revision, local)
+        local = str(root / local)
+    if os.path.isdir(local):
+        root = Path(local)
+        paths = [str(root / name) for name in _files_of_folder(root, source.subset, split)]
+    else:
+        paths = data_path.matched(local) if data_path.is_glob(local) else [local]
+    if not paths or not os.path.exists(paths[0]):
+        raise ValueError("no such file")
+    if fault := next(data_path.kind_problems(paths), None):
+        raise ValueError(fault)
+    return {os.path.relpath(file, root) if root else file: Path(file) for file in paths}
 
 
-def _parquet(path: Path) -> Iterator[Any]:
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(path) as file:
-        for batch in file.iter_batches():
-            yield from batch.to_pylist()
-
-
-def _value(text: str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        RecordFault: the text is not JSON, or JSON parsers disagree on it (a repeated key).
-    """
-    try:
-        text.encode()
-        return _DECODER.decode(text)
-    except UnicodeEncodeError as error:
-        raise RecordFault(f"not UTF-8 at {_position(text, error.start)}") from error
-    except json.JSONDecodeError as error:
-        what = error.msg.removesuffix(" at")
-        raise RecordFault(f"not JSON: {what} at {_position(text, error.pos)}") from error
-    except RecursionError as error:
-        raise RecordFault("not JSON: lists or objects are nested too deeply") from error
-    except ValueError as error:
-        raise RecordFault("not JSON: a number has too many digits") from error
+def _files_of_folder(folder: Path, subset: str | None, split: str) -> list[str]:
+    """The names of the files of one split, sorted, relative to their folder."""
+    relative = (PurePosixPath(file.relative_to(folder).as_posix()) for file in folder.rglob("*"))
+    names = sorted(
+        str(name)
+        for name in relative
+        if data_path.kind(name.name)
+        and name.name not in METADATA_FILES
+        and not any(part.startswith((".", "__")) for part in name.parts)
+        and (folder / name).is_file()
+    )
+    if not names:
+        raise ValueError(f"the folder has no {data_path.FILE[2:]}")
+    return _of(_listed_splits(folder, names, subset) or _splits(names), split)
 
 
-def _position(text: str, index: int) -> str:
-    line = text.count("\n", 0, index)
-    column = index - text.rfind("\n", 0, index)
-    return f"column {column}" if line == 0 else f"line {line + 1} column {column}"
+def _of(splits: Mapping[Any, Any], split: str) -> Any:
+    if split not in splits:
+        raise ValueError(
+            f"no such split, only {', '.join(sorted(splits))} (set it to null to leave it out)"
+        )
+    return splits[split]
 
 
-def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(items)
-    if len(made) < len(items):
-        keys = [key for key, _ in items]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise RecordFault(f"not JSON: an object has the key {twice} twice")
-    return made
+def _splits(names: list[str]) -> dict[str, list[str]]:
+    """The splits that names show: data/SPLIT-00000-of-00001, else a word in the names of folders,
+    else a word in the names of files; else all files are the train split."""
+    sharded: dict[str, list[str]] = {}
+    for name in names:
+        if found := re.fullmatch(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*", name):
+            sharded.setdefault(found[1], []).append(name)
+    if sharded:
+        return sharded
+    for parts in (lambda name: name.parts[:-1], lambda name: name.parts[-1:]):
+        splits = {}
+        for split, words in SPLIT_WORDS.items():
+            word = re.compile(rf"(?:^|[-._ 0-9])(?:{words})(?:$|[-._ 0-9])")
+            found_names = [n for n in names if any(map(word.search, parts(PurePosixPath(n))))]
+            if found_names:
+                splits[split] = found_names
+        if splits:
+            return splits
+    return {"train": names}
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+def _listed_splits(folder: Path, names: list[str], subset: str | None) -> dict[str, list[str]]:
+    """The splits of a subset that the header of README.md lists, as in data sets of the hub."""
+    readme = folder / "README.md"
+    if not subset and not readme.is_file():
+        return {}
+    from huggingface_hub import metadata_load
+
+    header = (metadata_load(readme) if readme.is_file() else None) or {}
+    if not subset and "configs" not in header:
+        return {}
+    from datasets.data_files import sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+
+    subsets = MetadataConfigs.from_dataset_card_data(header)
+    only = next(iter(subsets)) if len(subsets) == 1 else None
+    chosen = subset or subsets.get_default_config_name() or only
+    if chosen not in subsets:
+        listed = f"lists {', '.join(subsets)}" if subsets else "lists none"
+        raise ValueError(f"no subset {subset or 'is set'}: its README.md {listed} (set subset)")
+    inside = folder / (subsets[chosen].get("data_dir") or "")
+    if not (patterns := subsets[chosen].get("data_files")):
+        return _splits([name for name in names if (folder / name).is_relative_to(inside)])
+    return {
+        split: sorted(
+            {
+                os.path.relpath(inside / file, folder)
+                for pattern in wanted
+                for file in glob(pattern, root_dir=inside, recursive=True)
+            }
+            & set(names)
+        )
+        for split, wanted in sanitize_patterns(patterns).items()
+    }
 
 
-def _dataset(source: SourceConfig, path: Path, split: str) -> Any:
+def _saved(folder: Path, source: SourceConfig, split: str) -> Any:
+    """A split of a data set that `save_to_disk` wrote."""
+    from datasets import DatasetDict, disable_progress_bars, load_from_disk
+
+    disable_progress_bars()
+    saved = load_from_disk(str(folder))
+    # A saved data set without named splits is one split, like a file.
+    only = source.train_split or source.test_split
+    return _of(saved if isinstance(saved, DatasetDict) else {only: saved}, split)
+
+
+def _hub_dataset(source: SourceConfig, split: str) -> Any:
     # Imported here because it takes a second, mostly for pandas and pyarrow.
     import datasets
-    from datasets import DatasetDict, load_dataset, load_from_disk
     from huggingface_hub import constants
 
     datasets.disable_progress_bars()
-    if not path.is_dir():
-        hub.go_offline_if_unreachable()
-        datasets.config.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE
-        return load_dataset(source.path, source.subset, split=split, revision=source.revision)
-    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
-        saved = load_from_disk(str(path))
-        # A saved data set without named splits is one split, like a file.
-        only = source.train_split or source.test_split
-        splits: dict[Any, Any] = saved if isinstance(saved, DatasetDict) else {only: saved}
-        if split not in splits:
-            raise ValueError(
-                f"no such split, only {', '.join(splits)} (set it to null to leave it out)"
-            )
-        return splits[split]
-    # Streamed because the library's cache identifies the folder's files by time stamp only.
-    return load_dataset(str(path.absolute()), source.subset, split=split, streaming=True)
+    hub.go_offline_if_unreachable()
+    datasets.config.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE
+    return datasets.load_dataset(source.path, source.subset, split=split, revision=source.revision)

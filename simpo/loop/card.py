@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config.check import trajectory
+from simpo.config.data_path import is_hub_id, kind
 from simpo.config.models import ADAPTER_FILE
 from simpo.config.schema import RunConfig
 from simpo.loop.console import Results, result_lines
@@ -21,7 +22,6 @@ from simpo.run.tables import SHOWN, markdown_table
 
 BUILTIN = {"builtin:smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Names on the hub of built-in models."""
-FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".jinja", ".safetensors")
 
 
 def write_card(run: RunConfig, run_dir: Path, results: Results, model_dir: Path) -> None:
@@ -107,7 +107,7 @@ def _header(run: RunConfig) -> str:
     from huggingface_hub import ModelCardData
 
     base = run.model.path
-    sources = {s.path for s in run.data.sources if "/" in s.path and not is_local(s.path)}
+    sources = {s.path for s in run.data.sources if "/" in s.path and is_hub_id(s.path)}
     header = ModelCardData(
         library_name="peft" if run.model.lora.used else "transformers",
         base_model=None if is_local(base) else base_name(base),
@@ -132,7 +132,8 @@ def public(value: Any) -> Any:
 def is_local(text: str) -> bool:
     """Whether a setting is a local path, not a hub id or a word."""
     looks_local = text.startswith(("/", "./", "../", "~")) or text.count("/") > 1
-    return looks_local or text.endswith(FILES) or os.path.exists(text)
+    is_file = bool(kind(text)) or text.endswith((".jinja", ".safetensors"))
+    return looks_local or is_file or os.path.exists(text)
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:

@@ -22,7 +22,7 @@ from simpo.config.composer import Composer
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.explain import explain
-from simpo.data import sources
+from simpo.data import readers
 from simpo.data.mixture import load_mixture
 from simpo.data.records import RecordFault, to_dialogue, to_pair, to_prompt
 from simpo.data.rules import RULES
@@ -386,7 +386,10 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     (
         "data.sources.0.test_path=a.jsonl",
-        ["data.sources[0].test_path: only for a .jsonl/.json/.parquet path (else use test_split)"],
+        [
+            "data.sources[0].test_path: only where path is a .jsonl, .json, .csv, .tsv, .parquet "
+            "or .arrow file (else use test_split)"
+        ],
     ),
     # Ranges: loss.
     ("loss.beta=0", ["loss.beta: must be above 0, got 0.0 (the paper uses 2.0 to 10)"]),
@@ -979,39 +982,40 @@ def test_sources_that_cannot_be_read(folder):
         "utf16.jsonl train: cannot be read: it is UTF-16 or UTF-32 text (convert it to UTF-8)"
     ]
     assert data_error({"path": "zipped.jsonl"}) == [
-        "zipped.jsonl train: cannot be read: it is compressed (gunzip it)"
+        "zipped.jsonl train: cannot be read: it is compressed (name it zipped.jsonl.gz)"
     ]
     assert data_error({"path": "other.jsonl"}) == [
         "other.jsonl train: cannot be read: it is a parquet file (name it .parquet)"
     ]
-    assert data_error({"path": "gone.jsonl"}) == [
-        "gone.jsonl train: cannot be read: [Errno 2] No such file or directory: 'gone.jsonl'"
-    ]
+    assert data_error({"path": "gone.jsonl"}) == ["gone.jsonl train: cannot be read: no such file"]
     assert data_error({"path": "builtin:demo", "train_split": "all"}) == [
         'builtin:demo all: cannot be read: split must be "train" or "test", not \'all\''
     ]
-    # The reason is in the words of datasets and pyarrow, so only its place is ours.
+    assert data_error({"path": "./hollow"}) == [
+        "./hollow train: cannot be read: the folder has no .jsonl, .json, .csv, .tsv, .parquet or "
+        ".arrow file"
+    ]
+    assert data_error({"path": "./half"}) == [
+        "./half test: cannot be read: no such split, only train (set it to null to leave it out)"
+    ]
+    # The reason is in pyarrow's words, so only its place is ours.
     (line,) = data_error({"path": "not.parquet"})
     assert line.startswith("not.parquet train: cannot be read: Parquet file size is 1 bytes")
-    (line,) = data_error({"path": "./hollow"})
-    assert line.startswith("./hollow train: cannot be read: ")
-    (line,) = data_error({"path": "./half"})
-    assert line.startswith("./half test: cannot be read: Bad split: test. Available splits")
 
 
 def test_what_is_a_local_file_is_never_asked_of_the_hub(folder):
     """Neither by the settings nor, past them, by the libraries; nor what only looks like one."""
-    kinds = ("csv", "tsv", "txt", "ndjson", "jsonl.gz", "arrow", "parquet.bak")
+    kinds = ("xlsx", "txt", "tar.gz", "parquet.gz", "parquet.bak")
     for kind in kinds:
         (folder / f"plain.{kind}").write_text("x")
     (folder / "plain").write_text("x")
     (folder / "sub").mkdir()
     (folder / "sub" / "plain.dat").write_text("x")
     (folder / "a.jsonl").mkdir()
-    for name in (*(f"plain.{kind}" for kind in kinds), "plain", "sub/plain.dat", "./plain.csv"):
+    for name in (*(f"plain.{kind}" for kind in kinds), "plain", "sub/plain.dat", "./plain.txt"):
         assert list(SourceConfig(path=name).problems()) == [
-            "path: must be a .jsonl, .json or .parquet file, a folder or a hub id, "
-            f"got the file {name} (convert it)"
+            "path: must be a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, a folder or a hub "
+            f"id, got the file {name} (convert or rename it)"
         ]
     assert list(SourceConfig(path="a.jsonl").problems()) == [
         "path: must be a file, got the folder a.jsonl (rename the folder)"
@@ -1033,8 +1037,10 @@ def test_what_is_a_local_file_is_never_asked_of_the_hub(folder):
     for name in ("sub", "b.JSONL", "owner/set-v1.5", "set"):
         assert list(SourceConfig(path=name).problems()) == []
     for name, line in (
-        ("plain.csv", "must be a .jsonl, .json or .parquet file, got plain.csv"),
-        ("sub", "must be a .jsonl, .json or .parquet file, got sub"),
+        *(
+            (name, f"must be a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, got {name}")
+            for name in ("plain.xlsx", "sub", "owner/set")
+        ),
         ("gone.jsonl", "no such file or folder, got gone.jsonl"),
     ):
         assert list(SourceConfig(path="b.JSONL", test_path=name).problems()) == [
@@ -1146,14 +1152,14 @@ def test_no_part_of_a_weight_is_too_small(folder):
 
 def test_a_file_that_changes_while_it_is_read(folder, monkeypatch):
     write(folder / "a.jsonl", [GOOD])
-    read = sources._json_lines
+    read = readers._json_lines
 
-    def changing(path):
-        yield from read(path)
-        with path.open("a") as file:
+    def changing(lines):
+        yield from read(lines)
+        with open("a.jsonl", "a") as file:
             file.write("\n")
 
-    monkeypatch.setattr(sources, "_json_lines", changing)
+    monkeypatch.setattr(readers, "_json_lines", changing)
     assert data_error({"path": "a.jsonl"}) == [
         "a.jsonl train: cannot be read: it changed while it was read (run the same command again)"
     ]

@@ -235,7 +235,7 @@ CHECKS = (
         _benchmarks,
     ),
     Check(
-        "filter.max_length_ratio", 4.0,
+        "filter.max_length_ratio", 4,
         "with one reply more than so many times as long as the other, in characters",
         _each(_length_ratio),
     ),

@@ -18,6 +18,8 @@ from simpo.data.tokens import tokenize_set
 from simpo.loop import console
 from simpo.model import cost
 from simpo.model.tokenizer import load_tokenizer
+from simpo.preview import cleaning
+from simpo.preview.cleaning import Cleaning
 from simpo.run.folder import template_date
 from simpo.run.tables import html_page, markdown_table
 
@@ -58,6 +60,7 @@ class Stages:
     Attributes:
         title: model, data and loss.
         lines: lines about the mixture, its tokens and cuts.
+        cleaning: what the checks of `data.filter` find.
         lengths: a line for each part of a pair, in tokens.
         pairs: the first pairs in the order of training.
         row: the packed row with the first pair: a line for each pair in it.
@@ -66,6 +69,7 @@ class Stages:
 
     title: str
     lines: list[str]
+    cleaning: Cleaning
     lengths: list[dict[str, object]]
     pairs: list[Shown]
     row: list[dict[str, object]]
@@ -99,6 +103,7 @@ class Stages:
                 *data.notes,
                 *console.token_notes(run, chat, mixture.table, data),
             ],
+            cleaning=Cleaning.of(run.data, mixture),
             lengths=_lengths(data),
             pairs=[_shown(run, chat, data, int(i)) for i in _in_order(plan, num_pairs)],
             row=_row_table(data, row, cfg.share_prefix),
@@ -109,6 +114,7 @@ class Stages:
 def text(stages: Stages, colors: bool = False) -> str:
     """The stages for a terminal; without colours, the lines show the roles."""
     lines = [stages.title, "", *stages.lines, "", *markdown_table(stages.lengths)]
+    lines += ["", *cleaning.text(stages.cleaning)]
     for shown in stages.pairs:
         lines += ["", f"--- {shown.place}"]
         lines += [f"{role}: {content}" for role, content in shown.messages]

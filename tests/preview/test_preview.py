@@ -140,7 +140,15 @@ def test_the_command(tmp_path: Path, tiny_run: list[str]) -> None:
     shown = preview(*tiny_run, "pairs=7", "html=look.html")
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("\n--- ") == 7
-    assert shown.stdout.endswith("page   look.html\n") and (tmp_path / "look.html").is_file()
+    assert shown.stdout.endswith("page   cleaning.html\npage   look.html\n")
+    assert all((tmp_path / name).is_file() for name in ("cleaning.html", "look.html"))
+    assert "\n| data.filter.cut_off=true " in shown.stdout
+    wrong = preview(*tiny_run, "cleaning=none/at/all.html")
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        "cleaning: must be a file in a folder that can be written, got none/at/all.html "
+        "(cleaning=none writes none)\n",
+    )
     wrong = preview("pairs=0")
     assert (wrong.returncode, wrong.stderr) == (2, "pairs: must be 1 or more, got 0\n")
     wrong = preview("loss.betaa=2")

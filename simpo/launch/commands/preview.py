@@ -11,15 +11,16 @@ from simpo.config.compose import run_of_words
 from simpo.config.errors import ConfigError, unwritable
 
 USAGE = """
-usage: simpo preview [key=value ...] [pairs=N] [html=FILE]
+usage: simpo preview [key=value ...] [pairs=N] [html=FILE] [cleaning=FILE|none]
 
 Show what a run would be trained on: messages, template text, tokens and packed rows of some pairs,
-without loading the model's weights.
+without loading the model's weights. Count what each check of data.filter would leave out.
 
   simpo preview model=mistral_base data=ultrafeedback
   simpo preview experiments=paper/gemma2_it pairs=5 html=preview.html
 
-pairs=N shows N pairs (3). html=FILE also writes them as a web page. Settings are those of
+pairs=N shows N pairs (3). html=FILE also writes them as a web page. cleaning=FILE (cleaning.html)
+writes a page with what each check would leave out, and why; none writes none. Settings are those of
 `simpo train` (see its --help).
 """
 
@@ -30,7 +31,7 @@ def main(words: Sequence[str]) -> None:
     Raises:
         ConfigError: the settings cannot be used.
     """
-    options = {"pairs": "3", "html": ""}
+    options = {"pairs": "3", "html": "", "cleaning": "cleaning.html"}
     settings = []
     for word in words:
         key, equals, value = word.partition("=")
@@ -39,20 +40,38 @@ def main(words: Sequence[str]) -> None:
         else:
             settings.append(word)
     run = run_of_words(settings)
-    number, file = options["pairs"], options["html"]
-    path = Path(file).expanduser()
+    number = options["pairs"]
     if not number.isdecimal() or int(number) < 1:
         raise ConfigError([f"pairs: must be 1 or more, got {number}"])
-    if file and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise ConfigError([f"html: must be a file in a folder that can be written, got {file}"])
+    paths = {key: _page(key, options[key]) for key in ("cleaning", "html")}
     # Imported here, so that a fault in the settings is answered before torch is loaded.
+    from simpo.preview import cleaning
     from simpo.preview.stages import Stages, page, text
 
     stages = Stages.of(run, int(number))
     print(text(stages, colors=sys.stdout.isatty()))
-    if file:
-        try:
-            path.write_text(page(stages), encoding="utf-8")
-        except OSError as error:
-            raise unwritable(path, error) from error
-        print(f"page   {path}")
+    for path, content in (
+        (paths["cleaning"], cleaning.page(stages.cleaning)),
+        (paths["html"], page(stages)),
+    ):
+        if path:
+            try:
+                path.write_text(content, encoding="utf-8")
+            except OSError as error:
+                raise unwritable(path, error) from error
+            print(f"page   {path}")
+
+
+def _page(key: str, file: str) -> Path | None:
+    """Where a page is written; None for no page.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    if file in ("", "none"):
+        return None
+    path = Path(file).expanduser()
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        fault = f"{key}: must be a file in a folder that can be written, got {file}"
+        raise ConfigError([f"{fault} ({key}=none writes none)"])
+    return path

@@ -242,6 +242,14 @@ def test_faults_of_rows():
     ]
 
 
+def test_line_ends_inside_a_cell_are_kept():
+    put({"a.csv": 'prompt,chosen\r\n"a\r\nb","a\rb"\r\nc,"d\n"\r\n'})
+    assert placed("a.csv") == [
+        ("record 1 (line 2)", {"prompt": "a\r\nb", "chosen": "a\rb"}),
+        ("record 2 (line 5)", {"prompt": "c", "chosen": "d\n"}),
+    ]
+
+
 def test_columns_without_a_name():
     """The index that pandas writes, and empty columns of a spreadsheet."""
     pandas.DataFrame([{"prompt": "a", "chosen": "b"}]).to_csv("index.csv")
@@ -649,6 +657,7 @@ def served(monkeypatch, tmp_path):
 def test_files_of_the_hub(served, monkeypatch):
     """Fetched one by one, read as local ones, and read again without a network."""
     root = "hf://datasets/user/name"
+    assert read(f"{root}/data/**/a.jsonl") == ROWS
     assert read(f"{root}/data/a.jsonl") == ROWS
     assert not any("sub/b" in path for path in served)
     assert placed(f"{root}@v1/data/**/*.jsonl")[2:] == [
@@ -665,9 +674,9 @@ def test_files_of_the_hub(served, monkeypatch):
     served.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert read(f"{root}/data/a.jsonl") == ROWS
-    assert refusal(f"{root}/other.parquet") == (
-        f"{root}/other.parquet train: cannot be read: it is not in the cache, and "
-        f"{constants.ENDPOINT} does not answer or HF_HUB_OFFLINE is set (check the network, or "
-        "name a local folder)"
-    )
+    for path in (f"{root}/other.parquet", f"{root}/none.csv"):
+        assert refusal(path) == (
+            f"{path} train: cannot be read: it is not in the cache, and {constants.ENDPOINT} does "
+            "not answer or HF_HUB_OFFLINE is set (check the network, or name a local folder)"
+        )
     assert served == []

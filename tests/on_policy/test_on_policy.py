@@ -295,6 +295,7 @@ def test_a_prompt_that_the_template_refuses(
     strict = [f"model.chat_template={template}", f"data.sources=[{{path: {file}}}]"]
     rows = generate(drawing, *strict, "data.on_bad_record=drop")
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("note ")] == [
+        f"note   {file} train: read as prompts, 3 records",
         "note   1 records left out: the chat template refuses it: no owls",
         "note   1 records left out: prompt: the last turn is empty",
     ]

@@ -173,6 +173,10 @@ PAIRS: dict[str, tuple[Any, str, str, Any]] = {
         {"prompt": "Why?", "responses": ["Hm.", "No.", "So."], "scores": [2, 1, 3.5]},
         *("replies", "replies with scores", ASKED),
     ),
+    "ranks beside": (
+        {"question": "Why?", "answers": ["So.", "Hm.", "No."], "ranks": ["1", "2", "3"]},
+        *("replies", "replies with scores", ASKED),
+    ),
     "ultrafeedback raw": (
         {
             "instruction": "Why?",

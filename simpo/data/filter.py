@@ -30,7 +30,7 @@ _ITEM = re.compile(r"\s{4}|\t|\s*(?:[-*+\u2022#>|]|\d+[.)])")
 a quote, a row of a table."""
 DETECTED_CHARACTERS = 200
 LEAST_LETTERS = 20
-LEAST_CERTAINTY = 0.8
+LEAST_CERTAINTY = 0.9
 _NOT_PROSE = re.compile(r"```.*?(?:```|\Z)|`[^`]*`|https?://\S+|\$[^$]*\$", re.DOTALL)
 
 
@@ -164,7 +164,10 @@ def _cut_off(pair: Pair, _: Any) -> str | None:
 def _is_cut(lines: Sequence[str]) -> bool:
     """Whether the last line is a sentence that stops at a letter, a digit or a comma."""
     last = lines[-1]
-    if not (last[-1].isalnum() or last[-1] in ",;-(") or len(words(last)) < SHORTEST_SENTENCE_WORDS:
+    num_words = sum(word[0].isalnum() for word in words(last))
+    listed = 3 * last.count(",") >= num_words
+    stops = last[-1].isalnum() or last[-1] in ",;-("
+    if not stops or listed or num_words < SHORTEST_SENTENCE_WORDS:
         return False
     # An item is cut off only where other items end with a mark.
     return not _ITEM.match(last) or any(

@@ -87,6 +87,7 @@ FINISHED = [
     "Yours sincerely,\nJohn Smith of the Royal Society",
     f"- {SENTENCE}\n- {SENTENCE}",
     f"1. {SENTENCE}\n2. {SENTENCE} nine",
+    "Earth, Mercury, Jupiter, Mars, Uranus, Venus, Saturn, Neptune",
     f"## {SENTENCE}",
     f"| {SENTENCE} | nine |",
     "```python\nprint(1)\n```",

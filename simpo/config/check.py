@@ -86,7 +86,10 @@ def register_schemas() -> None:
     store.store(name="run_schema", node=RunConfig)
     for group, schemas in GROUPS.items():
         for name, schema in schemas.items():
-            store.store(group=f"schema/{group}", name=name, node=schema)
+            node = OmegaConf.structured(schema)
+            if schema is ModelConfig:  # its keys are the template's
+                OmegaConf.set_struct(node.chat_template_kwargs, False)
+            store.store(group=f"schema/{group}", name=name, node=node)
 
 
 def register_own_losses(overrides: Iterable[str]) -> None:
@@ -351,6 +354,9 @@ def _section_problems(section: Any, prefix: str) -> Iterator[str]:
 
 def _plain(key: str, value: Any) -> Iterator[str]:
     """Faults of a value that do not depend on which section the setting is in."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _plain("", item)
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, int) and abs(item) > LARGEST:
             yield f"must be at most {LARGEST} in size, got {item}"

@@ -40,6 +40,12 @@ class Compat(str, Enum):
     paper = "paper"
 
 
+class Reasoning(str, Enum):
+    score = "score"
+    keep = "keep"
+    drop = "drop"
+
+
 class OnBadRecord(str, Enum):
     stop = "stop"
     drop = "drop"

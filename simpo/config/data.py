@@ -16,7 +16,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from simpo.config.choices import Compat, OnBadRecord, PairChoice, PromptTruncation
+from simpo.config.choices import Compat, OnBadRecord, PairChoice, PromptTruncation, Reasoning
 from simpo.config.data_path import FILE, names_files, path_problems
 from simpo.config.filters import FilterConfig
 from simpo.config.own_code import is_function
@@ -135,6 +135,9 @@ class DataConfig:
     """Which end of a cut prompt is kept (a BOS token always is)."""
     compat: Compat = Compat.none
     """paper: the token ids of the original SimPO trainer, with its header tokens and joint cut."""
+    reasoning: Reasoning = Reasoning.score
+    """What happens to the reasoning of replies. score: it is scored like the rest. keep: it stays
+    before the answer but is not scored. drop: it is removed from all turns."""
     on_bad_record: OnBadRecord = OnBadRecord.stop
     """stop: the first bad record ends the run. drop: leave bad ones out and count them by fault."""
     drop_overlap: bool = False
@@ -170,3 +173,5 @@ class DataConfig:
                 f"max_prompt_tokens: must be from 1 to below max_length_tokens "
                 f"({self.max_length_tokens}), got {self.max_prompt_tokens}"
             )
+        if self.reasoning is Reasoning.keep and self.compat is Compat.paper:
+            yield "reasoning: with compat=paper all of a response is scored, got keep (set drop)"

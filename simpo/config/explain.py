@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from simpo.config.check import build_run, fault_line
 from simpo.config.composer import CONF, Composer, NotComposedError
 from simpo.config.errors import ConfigError, first_line
-from simpo.config.suggest import all_keys, choices_with, unknown_key
+from simpo.config.suggest import all_keys, choices_with, is_free, unknown_key
 
 SEARCHPATH = "hydra.searchpath="
 MOST_MEMBERS = 10_000
@@ -319,6 +319,8 @@ def _override_problems(
 
 def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
     """Faults of setting a key of a composed configuration to a value, item by item."""
+    if is_free(base, key) and (isinstance(value, dict) or key not in all_keys(base)):
+        return []
     if key not in all_keys(base):
         return [f"{key}: {unknown_key(base, key)}"]
     node: Any = base
@@ -375,7 +377,7 @@ def _wanted(node: Any) -> str:
         schema = node._metadata.element_type
         kind = f"a list such as [{_wanted(schema) if is_dataclass(schema) else 'a, b'}]"
     elif isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict:
-        kind = "of the form {theirs: ours, ...}"
+        kind = "of the form {name: value, ...}"
     elif isinstance(node, DictConfig) or is_dataclass(node):
         schema = node._metadata.object_type if isinstance(node, DictConfig) else node
         kind = f"of the form {{{fields(schema)[0].name}: ..., ...}}"

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BENCHMARK_FILES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+from simpo.config.data_path import FILE, kind
+
 LOWEST_JACCARD = 0.5
 
 
@@ -17,8 +18,8 @@ class FilterConfig:
     `simpo preview` counts what each check would leave out."""
 
     benchmarks: list[str] = field(default_factory=list)
-    """Files (.jsonl, .json, .parquet, .csv, .txt) and folders of benchmark prompts: leave out pairs
-    whose prompt has 13 words in a row of one, or is a shorter one."""
+    """Files (.txt, or of any kind that a source may be) and folders of benchmark prompts: leave out
+    pairs whose prompt has 13 words in a row of one, or is a shorter one."""
     max_length_ratio: float | None = None
     """Leave out pairs with one reply more than this many times as long as the other, in
     characters; null: off."""
@@ -47,8 +48,13 @@ class FilterConfig:
             place = os.path.expanduser(path)
             if not os.path.exists(place):
                 yield f"benchmarks[{index}]: no such file or folder, got {path or repr(path)}"
-            elif os.path.isfile(place) and Path(path).suffix.lower() not in BENCHMARK_FILES:
+            elif os.path.isfile(place) and not holds_prompts(path):
                 yield (
-                    f"benchmarks[{index}]: must be a .jsonl, .json, .parquet, .csv or .txt file or "
-                    f"a folder of them, got {path} (convert it)"
+                    f"benchmarks[{index}]: must be a .txt file, {FILE} or a folder of them, "
+                    f"got {path} (convert it)"
                 )
+
+
+def holds_prompts(path: str) -> bool:
+    """Whether a file can be read as benchmark prompts."""
+    return bool(kind(path)) or Path(path).suffix.lower() == ".txt"

@@ -54,7 +54,8 @@ def type_name(kind: Any) -> str:
         inner = typing.get_args(kind)[0]
         return f"list of {'items, see below' if is_dataclass(inner) else type_name(inner)}"
     if typing.get_origin(kind) is dict:
-        return " to ".join(map(type_name, typing.get_args(kind)))
+        of = typing.get_args(kind)
+        return "names with values" if Any in of else " to ".join(map(type_name, of))
     if issubclass(kind, Enum):
         return ", ".join(f"`{choice.value}`" for choice in kind)
     return {str: "text", int: "whole number", float: "number", bool: "true, false"}[kind]
@@ -135,7 +136,7 @@ def _keys(config: DictConfig, prefix: str) -> Iterator[Setting]:
         below = {item.name: value}
         if isinstance(value, ListConfig):
             below = {f"{item.name}.{index}": one for index, one in enumerate(value)}
-        if below and all(isinstance(one, DictConfig) for one in below.values()):
+        if below and all(map(_is_section, below.values())):
             for name, section in below.items():
                 yield from _keys(section, f"{prefix}{name}.")
             continue
@@ -144,6 +145,10 @@ def _keys(config: DictConfig, prefix: str) -> Iterator[Setting]:
         choices = type_name(kind).replace("`", "")
         text = f"{meaning(schema, item.name)} ({choices})".strip()
         yield f"{prefix}{item.name}", shown(plain), text
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value))
 
 
 def _wrapped(text: str, first: str, rest: str, width: int) -> list[str]:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -18,6 +19,8 @@ from simpo.config.choices import Attention, Dtype, Quantization
 from simpo.config.paths import looks_local, shipped_templates, template_file
 
 ADAPTER_FILE = "adapter_config.json"
+TEMPLATE_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
+"""Variables that every chat template gets."""
 
 
 @dataclass(kw_only=True)
@@ -100,6 +103,8 @@ class ModelConfig:
     """A name from simpo/data/templates or a .jinja file; null takes the tokenizer's own."""
     router_aux_weight: float = 0.0
     """Weight of the loss that balances a mixture of experts, over all tokens of a step; 0: off."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables given to the chat template in every rendering, such as {enable_thinking: false}."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def problems(self) -> Iterator[str]:
@@ -134,6 +139,8 @@ class ModelConfig:
                 yield "lora.dora: peft would lose the scales of int8 layers (set nf4)"
             if importlib.util.find_spec("bitsandbytes") is None:
                 yield "quantization: needs bitsandbytes (pip install bitsandbytes)"
+        for key in TEMPLATE_VARIABLES & self.chat_template_kwargs.keys():
+            yield f"chat_template_kwargs.{key}: is given to every template (leave it out)"
         if self.chat_template is not None:
             yield from _problems_of_template(self.chat_template)
 

@@ -59,3 +59,10 @@ def all_keys(config: DictConfig | ListConfig, prefix: str = "") -> list[str]:
         ):
             keys += all_keys(node, f"{prefix}{key}.")
     return keys
+
+
+def is_free(base: DictConfig, key: str) -> bool:
+    """Whether a key is, or is within, a section that takes any names."""
+    parts = key.split(".")
+    above = (OmegaConf.select(base, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
+    return any(isinstance(node, DictConfig) and not OmegaConf.is_struct(node) for node in above)

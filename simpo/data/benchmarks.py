@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from simpo.config.data import SourceConfig
+from simpo.config.data_path import FILE
 from simpo.config.errors import DataError, first_line
-from simpo.config.filters import BENCHMARK_FILES
+from simpo.config.filters import holds_prompts
 from simpo.data.duplicates import words
 from simpo.data.records import RecordFault
 from simpo.data.sources import raw_records
@@ -56,10 +56,11 @@ def _files(paths: Sequence[str]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in BENCHMARK_FILES)
+        inside = sorted(p for p in path.rglob("*") if holds_prompts(str(p)))
         if not inside:
-            kinds = ", ".join(BENCHMARK_FILES)
-            raise DataError(f"data.filter.benchmarks: no file in {path} ({kinds} are read)")
+            raise DataError(
+                f"data.filter.benchmarks: no .txt file or {FILE.removeprefix('a ')} in {path}"
+            )
         yield from inside
 
 
@@ -77,17 +78,17 @@ def _prompts(path: Path) -> Iterator[tuple[int, str]]:
         yield from ((number, text) for text in texts)
 
 
-def _records(path: Path) -> Iterable[Any]:
-    kind = path.suffix.lower()
-    if kind not in (".txt", ".csv"):
-        return raw_records(SourceConfig(path=str(path)), "benchmark", False, 0)
+def _records(path: Path) -> Iterator[Any]:
+    if path.suffix.lower() != ".txt":
+        source = SourceConfig(path=str(path))
+        yield from (record for _, record in raw_records(source, "benchmark", False, 0))
+        return
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         fault = first_line(error)
         raise DataError(f"data.filter.benchmarks: {path}: cannot be read: {fault}") from error
-    lines = text.splitlines(keepends=True)
-    return csv.DictReader(lines) if kind == ".csv" else [line for line in lines if line.strip()]
+    yield from (line for line in text.splitlines(keepends=True) if line.strip())
 
 
 def _texts(value: Any) -> Iterator[str]:

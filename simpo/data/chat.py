@@ -8,7 +8,7 @@ scored, and the prompt ids are exactly those that generation starts from:
     prompt ------------------------------------------------- | response ------
 
 Of a response of several turns the replies of the assistant are scored, each from the end of its own
-generation prompt to the token that ends its turn.
+generation prompt to the token that ends its turn. The texts come from `simpo.data.render`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -30,9 +30,19 @@ from simpo.config.errors import ConfigError
 from simpo.data.pairs import Message, Pair, Tokenized, TokenizedPair
 from simpo.data.paper import paper_pair, paper_texts
 from simpo.data.records import RecordFault
+from simpo.data.render import Rendered, RenderedResponse, Reply, render_pair
 from simpo.data.template import Template, control_tokens
 
 BATCH_PAIRS = 512
+
+_ENDS_NO_REPLY = "the chat template ends no reply before the next turn"
+
+
+class _Place(NamedTuple):
+    """Index `at` of the first token behind a place in a text; one that spans it is `merged`."""
+
+    at: int
+    merged: bool
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,8 @@ class TokenReport:
             response; their prompt ends at the longest common token prefix.
         cut_prompts, cut_chosen, cut_rejected: pairs in which this part was cut to its budget.
         bad: number of pairs left out, by fault.
+        unreasoned: pairs in which a reply is scored without its reasoning, which the chat template
+            strips because another reply follows.
     """
 
     pairs: int
@@ -53,6 +65,7 @@ class TokenReport:
     cut_chosen: int
     cut_rejected: int
     bad: dict[str, int]
+    unreasoned: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,16 +104,22 @@ class Chat:
         template_sha256: hash of the template, stored with the run.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, today: date | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        today: date | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         """
         Args:
             today: the date given to templates that ask for one; None is the current date.
+            template_kwargs: variables given to the template, `model.chat_template_kwargs`.
 
         Raises:
             ConfigError: the template cannot be used, or there is no token that ends a response.
         """
         self.tokenizer = tokenizer
-        self.template = Template(tokenizer, today or date.today())
+        self.template = Template(tokenizer, today or date.today(), template_kwargs)
         self.template_sha256 = self.template.sha256
         self._bos_id = tokenizer.bos_token_id
         self._adds_bos = self._bos_id is not None and tokenizer("x").input_ids[0] == self._bos_id
@@ -108,13 +127,18 @@ class Chat:
         written = self.template.probe(question, answer)
         self.end_id = self._find_end_id(written[written.rindex(answer) + len(answer) :])
         marks = control_tokens(tokenizer, written)
-        marks.add(str(tokenizer.convert_ids_to_tokens(self.end_id)))
+        self._end = str(tokenizer.convert_ids_to_tokens(self.end_id))
+        marks.add(self._end)
         longest_first = sorted(marks, key=lambda mark: (-len(mark), mark))
-        self._marks = re.compile("|".join(map(re.escape, longest_first)))
+        any_mark = "|".join(map(re.escape, longest_first))
+        self._marks = re.compile(any_mark)
+        self._run_of_marks = re.compile(rf"(?:(?:{any_mark})\s*)+")
 
-    def prompt_text(self, messages: Sequence[Message]) -> str:
+    def prompt_text(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
         """The prompt as text, with the generation prompt at its end."""
-        return self.template.render(messages, add_generation_prompt=True)
+        return self.template.render(messages, tools, add_generation_prompt=True)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered texts, with one BOS if the tokenizer adds it."""
@@ -129,26 +153,30 @@ class Chat:
         self, pairs: Sequence[Pair], config: DataConfig
     ) -> Iterator[Tokenized | RecordFault]:
         """Yield the tokens of each pair in order, or the fault of one that has none."""
-        render, join = self._texts, self._pair
-        if config.compat is Compat.paper and all(pair.rejected is not None for pair in pairs):
-            render = partial(paper_texts, self.template, self.tokenizer)
-            join = partial(paper_pair, self.tokenizer)
+        paper = config.compat is Compat.paper and all(pair.rejected is not None for pair in pairs)
         for start in range(0, len(pairs), BATCH_PAIRS):
-            rendered: list[list[list[str]] | RecordFault] = []
+            rendered: list[Rendered | RecordFault] = []
             for pair in pairs[start : start + BATCH_PAIRS]:
                 try:
-                    rendered.append(render(pair))
+                    if paper:
+                        rendered.append(paper_texts(self.template, self.tokenizer, pair))
+                    else:
+                        self.check_pair(pair)
+                        rendered.append(render_pair(self.template, pair, config.reasoning))
                 except RecordFault as fault:
                     rendered.append(fault)
-            good = [parts for parts in rendered if not isinstance(parts, RecordFault)]
-            texts = [text for parts in good for part in parts for text in part]
-            ids = iter(self.encode(texts) if texts else [])
-            for parts in rendered:
-                if isinstance(parts, RecordFault):
-                    yield parts
+            good = [texts for texts in rendered if not isinstance(texts, RecordFault)]
+            texts = list(dict.fromkeys(text for one in good for text in one.texts()))
+            ids = dict(zip(texts, self.encode(texts) if texts else (), strict=True))
+            for one in rendered:
+                if isinstance(one, RecordFault):
+                    yield one
                     continue
                 try:
-                    yield join([[next(ids) for _ in part] for part in parts], config)
+                    if paper:
+                        yield paper_pair(self.tokenizer, one, ids, config)
+                    else:
+                        yield self._pair(one, ids, config)
                 except RecordFault as fault:
                     yield fault
 
@@ -165,56 +193,40 @@ class Chat:
             raise ConfigError(["model.tokenizer: has no EOS token and its template ends no turn"])
         return int(end_id)
 
-    def check_messages(self, messages: Sequence[Message]) -> None:
+    def check_pair(self, pair: Pair) -> None:
         """
         Raises:
-            RecordFault: the text of a message contains a control token, which would be tokenized
-                as that token.
+            RecordFault: a text of the pair contains a control token, which would be tokenized as
+                that token.
         """
-        for message in messages:
-            if mark := self._marks.search(message["content"]):
+        for message in (turn for part in (pair.prompt, *pair.responses) for turn in part):
+            text = message["content"] or ""
+            if len(message) > 2:
+                text = json.dumps(message, ensure_ascii=False)
+            if mark := self._marks.search(text):
                 raise RecordFault(f"a message holds the token {mark[0]} as text")
+        tools = json.dumps(pair.tools, ensure_ascii=False) if pair.tools else ""
+        if mark := self._marks.search(tools):
+            raise RecordFault(f"the tools hold the token {mark[0]} as text")
 
-    def _texts(self, pair: Pair) -> list[list[str]]:
-        """Text of the prompt alone, then for each response the texts before its further replies
-        and the text of the whole dialogue."""
-        for part in (pair.prompt, *pair.responses):
-            self.check_messages(part)
-        prompt = self.prompt_text(pair.prompt)
-        _check_whole(prompt, [turn for turn in pair.prompt if turn["role"] != "assistant"])
-        parts = [[prompt]]
-        for response in pair.responses:
-            turns = [*pair.prompt, *response]
-            replies = [
-                i for i in range(len(pair.prompt), len(turns)) if turns[i]["role"] == "assistant"
-            ]
-            before = [prompt, *(self.prompt_text(turns[:i]) for i in replies[1:])]
-            whole = self.template.render(turns)
-            if not all(whole.startswith(text) for text in before):
-                raise RecordFault(
-                    "the chat template writes the prompt differently before a reply "
-                    "(choose another model.chat_template)"
-                )
-            ends = [*map(len, before[1:]), len(whole)]
-            for text, end, i in zip(before, ends, replies, strict=True):
-                _check_whole(whole[len(text) : end], [turns[i]])
-            parts.append([*before[1:], whole])
-        return parts
-
-    def _pair(self, token_ids: list[list[list[int]]], config: DataConfig) -> Tokenized:
-        """Ids of a pair from those of the texts of `_texts`, cut to length."""
-        (prompt,), *parts = token_ids
-        num_prompt = _common_prefix(prompt, *(part[-1] for part in parts))
+    def _pair(
+        self, rendered: Rendered, ids: Mapping[str, list[int]], config: DataConfig
+    ) -> Tokenized:
+        """Ids of a pair, cut to length, from the `ids` of its texts."""
+        prompt = ids[rendered.prompt]
+        num_prompt = _common_prefix(prompt, *(ids[one.whole] for one in rendered.responses))
         if num_prompt == 0:
             raise RecordFault("prompt and dialogue share no token (check the chat template)")
         responses, masks, merged = [], [], num_prompt < len(prompt)
-        for key, (*before, whole) in zip(("chosen", "rejected"), parts, strict=False):
-            starts = [num_prompt, *(_common_prefix(text, whole) for text in before)]
-            merged |= any(n < len(text) for n, text in zip(starts[1:], before, strict=True))
-            ids, scored = self._response(whole, starts)
-            if len(ids) < 2:
+        for key, response in zip(("chosen", "rejected"), rendered.responses, strict=False):
+            places = {n: _place(response.whole[:n], response.whole, ids) for n in response.places()}
+            merged |= any(places[reply.scored].merged for reply in response.replies)
+            # A token that spans the end of the prompt is scored in both responses.
+            places[len(rendered.prompt)] = _Place(num_prompt, False)
+            tokens, scored = self._response(response, ids[response.whole], num_prompt, places)
+            if len(tokens) < 2 or not scored.any():
                 raise RecordFault(f"{key}: the response has no token")
-            responses.append(ids)
+            responses.append(tokens)
             masks.append(scored)
         longest = max(map(len, responses))
         kept = prompt[:num_prompt]
@@ -224,34 +236,79 @@ class Chat:
         budget = config.max_length_tokens - len(kept)
         cut = [len(ids) > budget for ids in responses]
         responses = [ids[:budget] for ids in responses]
-        masks = [None if mask is None else mask[:budget] for mask in masks]
+        masks = [mask[:budget] for mask in masks]
+        for key, mask in zip(("chosen", "rejected"), masks, strict=False):
+            if not mask.any():
+                remedy = "raise data.max_length_tokens"
+                raise RecordFault(f"{key}: no scored token is left once it is cut ({remedy})")
         if len(responses) == 2 and responses[0] == responses[1]:
             remedy = " once they are cut (raise data.max_length_tokens)" if any(cut) else ""
             raise RecordFault(f"chosen and rejected have the same tokens{remedy}")
+        some = [None if mask.all() else mask for mask in masks]
         if len(responses) == 1:
-            responses, masks, cut = [*responses, []], [*masks, None], [*cut, False]
-        tokens = TokenizedPair.of(kept, *responses)
-        pair = replace(tokens, chosen_scored=masks[0], rejected_scored=masks[1])
-        return Tokenized(pair, merged, len(kept) < num_prompt, *cut)
+            responses, some, cut = [*responses, []], [*some, None], [*cut, False]
+        pair = TokenizedPair.of(kept, *responses)
+        pair = replace(pair, chosen_scored=some[0], rejected_scored=some[1])
+        prompt_cut, unreasoned = len(kept) < num_prompt, rendered.unreasoned
+        return Tokenized(pair, merged, prompt_cut, cut[0], cut[1], unreasoned)
 
-    def _response(self, whole: list[int], starts: list[int]) -> tuple[list[int], np.ndarray | None]:
-        """Ids of a response, and which of them are scored (None: all).
+    def _response(
+        self,
+        response: RenderedResponse,
+        whole: list[int],
+        num_prompt: int,
+        places: Mapping[int, _Place],
+    ) -> tuple[list[int], np.ndarray]:
+        """Ids of a response, and which of them are scored, bool [length].
 
         Args:
             whole: ids of the dialogue.
-            starts: index of the first token of each reply of the assistant.
+            places: for characters of the dialogue, where they are among its ids.
         """
         ended = [*whole, self.end_id]
         scored = np.zeros(len(ended), dtype=bool)
+        for start, stop in response.marked or ():
+            scored[places[start].at : places[stop].at + places[stop].merged] = True
+        scored[len(whole) :] = scored[len(whole) - 1]
         end = 0
-        for start in starts:
+        for reply in response.replies:
+            start = places[reply.scored].at
             if end > start:
-                raise RecordFault("the chat template ends no reply before the next turn")
-            end = ended.index(self.end_id, start) + 1
-            scored[start:end] = True
+                raise RecordFault(_ENDS_NO_REPLY)
+            stop = self._end_of(reply, response.whole, ended, start)
+            if response.marked is None:
+                scored[start:stop] = True
+            elif reply.scored > reply.start:
+                scored[end:start] = False
+            end = stop
         # Text that a template writes after the last reply is dropped.
-        mask = scored[starts[0] : end]
-        return ended[starts[0] : end], None if mask.all() else mask
+        return ended[num_prompt:end], scored[num_prompt:end]
+
+    def _end_of(self, reply: Reply, text: str, ended: list[int], start: int) -> int:
+        """Index of the token after the one that ends a reply.
+
+        That is the end token among the control tokens right behind the reply's text; without it the
+        first of them, which may begin the next turn. The last reply gets an end token if the
+        template writes none.
+
+        Args:
+            text: the dialogue.
+            ended: its ids, and the end token.
+            start: index of the first token of the reply.
+        """
+        first = self._marks.search(text, reply.said, reply.until)
+        if first is None and reply.until == len(text):
+            return len(ended)
+        between = text[reply.said : first.start()] if first else ""
+        if first is None or (reply.next_text and reply.next_text in between):
+            raise RecordFault(_ENDS_NO_REPLY)
+        run = self._run_of_marks.match(text, first.start(), reply.until)
+        token = self._end if run and self._end in run[0] else first[0]
+        token_id: Any = self.tokenizer.convert_tokens_to_ids(token)
+        # A reply may hold that token, as gpt-oss writes it behind its reasoning.
+        for _ in range(text.count(token, reply.scored, first.start()) + 1):
+            start = ended.index(token_id, start) + 1
+        return start
 
     def _cut(self, ids: list[int], budget: int, truncation: PromptTruncation) -> list[int]:
         if len(ids) <= budget:
@@ -271,24 +328,13 @@ def pairs_fingerprint(pairs: Sequence[Pair]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _place(before: str, whole: str, ids: Mapping[str, list[int]]) -> _Place:
+    """The place in the ids of a dialogue at which the text `before` ends."""
+    at = _common_prefix(ids[before], ids[whole])
+    return _Place(at, at < len(ids[before]))
+
+
 def _common_prefix(*token_ids: list[int]) -> int:
     shortest = min(len(ids) for ids in token_ids)
     first = token_ids[0]
     return next((i for i in range(shortest) if any(r[i] != first[i] for r in token_ids)), shortest)
-
-
-def _check_whole(text: str, messages: Sequence[Message]) -> None:
-    """Check that the rendered text contains each message, apart from white space around it.
-
-    Callers leave out the assistant's earlier turns, from which some templates drop the reasoning
-    on purpose.
-
-    Raises:
-        RecordFault: the template leaves out a part of a message.
-    """
-    for message in messages:
-        if message["content"].strip() not in text:
-            raise RecordFault(
-                f"the chat template leaves out a part of what the {message['role']} says "
-                "(choose another model.chat_template)"
-            )

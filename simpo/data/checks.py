@@ -59,7 +59,7 @@ def faults_kept_by_paper(chat: Chat, data: TokenizedSet, config: DataConfig) -> 
 
     def forges(pair: Pair) -> bool:
         try:
-            chat.check_messages([turn for part in (pair.prompt, *pair.responses) for turn in part])
+            chat.check_pair(pair)
         except RecordFault:
             return True
         return False

@@ -14,6 +14,7 @@ from typing import Any
 from simpo.config.data import DataConfig
 from simpo.data.benchmarks import Benchmarks
 from simpo.data.duplicates import near_duplicates, words
+from simpo.data.messages import all_text
 from simpo.data.pairs import Message, Pair
 
 Find = Callable[[Sequence[Pair], Any, Sequence[Pair]], list[str | None]]
@@ -93,7 +94,7 @@ def unscored_notes(pairs: Sequence[Pair], config: DataConfig) -> list[str]:
 
 def prompt_text(pair: Pair) -> tuple[str, ...]:
     """Role and text of each turn of the prompt, without white space around them."""
-    return tuple(part.strip() for turn in pair.prompt for part in (turn["role"], turn["content"]))
+    return tuple(part.strip() for turn in pair.prompt for part in (turn["role"], all_text(turn)))
 
 
 def pair_text(pair: Pair) -> tuple[str, ...]:
@@ -102,13 +103,13 @@ def pair_text(pair: Pair) -> tuple[str, ...]:
         text
         for turns in (pair.prompt, *pair.responses)
         for turn in turns
-        for text in (turn["role"], turn["content"].strip())
+        for text in (turn["role"], all_text(turn).strip())
     )
 
 
 def reply(turns: Sequence[Message]) -> str:
     """What the assistant says in a response."""
-    return "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
+    return "\n".join(turn["content"] or "" for turn in turns if turn["role"] == "assistant")
 
 
 def _named_replies(pair: Pair) -> list[tuple[str, str]]:
@@ -223,7 +224,7 @@ def _said(pair: Pair) -> str:
     """All turns of prompt, chosen and rejected, one after the other, without a system message:
     many pairs may share one, and would resemble each other."""
     turns = (turn for part in (pair.prompt, *pair.responses) for turn in part)
-    return " ".join(turn["content"] for turn in turns if turn["role"] != "system")
+    return " ".join(all_text(turn) for turn in turns if turn["role"] != "system")
 
 
 CHECKS = (

@@ -14,13 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from simpo.config.choices import OnBadRecord
+from simpo.config.choices import OnBadRecord, Reasoning
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import DataError
 from simpo.data.filter import left_out, pair_text, prompt_text, unscored_notes
 from simpo.data.pairs import Pair
 from simpo.data.recognise import SplitReader
-from simpo.data.records import COLUMNS, RecordFault, remarks, to_pair, unread_columns
+from simpo.data.records import (
+    COLUMNS,
+    RecordFault,
+    drop_reasoning,
+    remarks,
+    to_pair,
+    unread_columns,
+)
 from simpo.data.scored import LeftOut
 from simpo.data.sources import origin, raw_records
 
@@ -184,7 +191,7 @@ def _read_split(
         else:
             for index, one in enumerate(made, start=1):
                 pair_place = f"{place} pair {index}" if len(made) > 1 else place
-                _read_pair(found, one, pair_place, read_record)
+                _read_pair(found, one, pair_place, read_record, config.reasoning)
     if refusal := reader.refusal():
         raise DataError("\n".join(map(_printable, refusal)))
     found.read_as = None if source.path.startswith("builtin:") else reader.read_as()
@@ -194,7 +201,11 @@ def _read_split(
 
 
 def _read_pair(
-    found: _Split, record: Any, place: str, read_record: Callable[[Any, str], Pair]
+    found: _Split,
+    record: Any,
+    place: str,
+    read_record: Callable[[Any, str], Pair],
+    reasoning: Reasoning,
 ) -> None:
     """Add the pair of one record to its split, or its fault."""
     if isinstance(record, LeftOut):
@@ -202,6 +213,8 @@ def _read_pair(
         return
     try:
         pair = read_record(record, place)
+        if reasoning is Reasoning.drop:
+            pair = drop_reasoning(pair)
     except RecordFault as fault:
         found.faults.append((place, _printable(str(fault))))
     except RecursionError:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 Message = dict[str, Any]
-"""One OpenAI-format message: `role` (system, user, assistant) and `content`, which is text."""
+"""One message in OpenAI's format: `role`, `content`, and what else `simpo.data.messages` reads."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Pair:
         rule: a check that a program can run on a reply (see `simpo.data.rules`).
         held_out_set: name of the held-out set it is in, or empty.
         score_margin: score of chosen minus score of rejected; None if the record has no scores.
+        tools: JSON schemas of the tools that the assistant may call; None without tools.
     """
 
     prompt: tuple[Message, ...]
@@ -50,6 +51,7 @@ class Pair:
     rule: Mapping[str, Any] | None = None
     held_out_set: str = ""
     score_margin: float | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
 
     @property
     def responses(self) -> tuple[tuple[Message, ...], ...]:
@@ -95,6 +97,7 @@ class Tokenized(NamedTuple):
     Attributes:
         merged: one token spans the end of the prompt and the start of the response.
         prompt_cut, chosen_cut, rejected_cut: this part was cut to its budget.
+        unreasoned: a reply is scored without its reasoning, which the chat template strips.
     """
 
     pair: TokenizedPair
@@ -102,6 +105,7 @@ class Tokenized(NamedTuple):
     prompt_cut: bool
     chosen_cut: bool
     rejected_cut: bool
+    unreasoned: bool = False
 
 
 class Segment(NamedTuple):

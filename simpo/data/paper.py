@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedTokenizerBase
 
 from simpo.config.choices import PromptTruncation
 from simpo.config.data import DataConfig
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair
 from simpo.data.records import RecordFault
+from simpo.data.render import Rendered, RenderedResponse
 from simpo.data.template import Template
 
 
-def paper_texts(
-    template: Template, tokenizer: PreTrainedTokenizerBase, pair: Pair
-) -> list[list[str]]:
+def paper_texts(template: Template, tokenizer: PreTrainedTokenizerBase, pair: Pair) -> Rendered:
     """Texts of prompt, prompt + chosen and prompt + rejected, as the original trainer builds them.
 
     The prompt has no generation prompt; each reply is rendered as a dialogue of its own.
+
+    Raises:
+        RecordFault: the pair has what the original trainer does not know, or the template refuses
+            it.
     """
+    turns = [turn for part in (pair.prompt, *pair.responses) for turn in part]
+    if pair.tools or any("tool_calls" in turn for turn in turns):
+        raise RecordFault("data.compat=paper has no tools")
     prompt = list(pair.prompt)
     if prompt[0]["role"] != "system" and template.speaks_of_system:
         prompt = [{"role": "system", "content": ""}, *prompt]
     text = template.render(prompt)
-    texts = [[text]]
+    responses = []
     for response in pair.responses:
         if len(response) > 1:
             raise RecordFault("data.compat=paper has responses of one turn only")
-        texts.append([text + template.render(response).removeprefix(tokenizer.bos_token or "")])
-    return texts
+        reply = template.render(response).removeprefix(tokenizer.bos_token or "")
+        responses.append(RenderedResponse(text + reply, (), None))
+    return Rendered(text, tuple(responses), False)
 
 
 def paper_pair(
-    tokenizer: PreTrainedTokenizerBase, token_ids: list[list[list[int]]], config: DataConfig
+    tokenizer: PreTrainedTokenizerBase,
+    rendered: Rendered,
+    ids: Mapping[str, list[int]],
+    config: DataConfig,
 ) -> Tokenized:
     """Tokens of a pair as in the original trainer: BOS first, EOS last, both replies cut alike.
+
+    Args:
+        ids: token ids of the rendered texts.
 
     Source: `tokenize_row` of https://github.com/princeton-nlp/SimPO.
 
@@ -41,7 +56,7 @@ def paper_pair(
         RecordFault: the token boundary between prompt and response differs between the two
             responses, so the prompt cannot be shared.
     """
-    (prompt,), (chosen,), (rejected,) = token_ids
+    prompt, (chosen, rejected) = ids[rendered.prompt], (ids[r.whole] for r in rendered.responses)
     starts = [
         len(prompt) if ids[: len(prompt)] == prompt else len(prompt) - 1
         for ids in (chosen, rejected)

@@ -7,7 +7,9 @@ A record is one of
 All turns that chosen and rejected start with are their prompt. A string `prompt` is ignored if they
 are whole dialogues, which contain it.
 Optional columns: `system` (or `system_prompt`) is the text of a system turn before the prompt;
-`rule` is a check that a program can run on a reply (see `simpo.data.rules`).
+`tools` (or `functions`) are the JSON schemas of the tools that the assistant may call; `rule` is a
+check that a program can run on a reply (see `simpo.data.rules`). What a message may hold:
+`simpo.data.messages`.
 """
 
 from __future__ import annotations
@@ -18,10 +20,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from simpo.data.messages import RecordFault as RecordFault
+from simpo.data.messages import (
+    check_text,
+    has_value,
+    kind,
+    read_messages,
+    read_tools,
+    refuse_not_text,
+    unread_keys,
+    without_reasoning,
+)
 from simpo.data.pairs import Message, Pair
 from simpo.data.rules import rule_fault
 
-ROLES = ("system", "user", "assistant")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
@@ -30,18 +42,10 @@ SCORE_COLUMNS = (
     ("chosen-rating", "rejected-rating"),
 )
 LARGEST_SCORE = 1e300
-NOT_TEXT = {
-    *("tools", "functions", "tool_calls", "function_call", "tool_call_id"),
-    *("image", "images", "video", "videos", "audio", "audios"),
-}
-"""Columns of a record and keys of a message that change its meaning but are not text. A record with
-a value for one of them is refused."""
+MESSAGE_KEYS = ("tool_calls", "function_call", "tool_call_id")
+"""Keys of messages that say something else than meant as columns of a record."""
 
 _TURNS_IN_TEXT = re.compile(r"(?:\A|\n\n)(?:### ?)?Human:")
-
-
-class RecordFault(Exception):
-    """What is wrong with one record, without its place."""
 
 
 def to_pair(record: Any, place: str) -> Pair:
@@ -55,8 +59,8 @@ def to_pair(record: Any, place: str) -> Pair:
         RecordFault: the record has none of the forms above, or chosen and rejected are the same.
     """
     if not isinstance(record, Mapping):
-        raise RecordFault(f"must be an object with chosen and rejected, got {_kind(record)}")
-    _refuse_not_text(record)
+        raise RecordFault(f"must be an object with chosen and rejected, got {kind(record)}")
+    _refuse(record)
     for key in ("chosen", "rejected"):
         if record.get(key) is None:
             raise _missing(record, key)
@@ -65,7 +69,7 @@ def to_pair(record: Any, place: str) -> Pair:
         raise RecordFault("chosen and rejected are the same")
     return Pair(
         _prompt(record, prompt), _response(chosen, "chosen"), _response(rejected, "rejected"),
-        place, _rule(record), score_margin=_score_margin(record),
+        place, _rule(record), score_margin=_score_margin(record), tools=read_tools(record),
     )  # fmt: skip
 
 
@@ -76,16 +80,16 @@ def to_dialogue(record: Any, place: str) -> Pair:
     """
     if not isinstance(record, Mapping) or record.get("messages") is None:
         pair = replace(to_pair(record, place), rejected=None)
-        if next(turn["role"] for turn in pair.prompt if turn["role"] != "system") != "user":
+        if next(turn["role"] for turn in pair.prompt if not _is_system(turn)) != "user":
             raise RecordFault("prompt: begins with the assistant, whose reply answers nothing")
         return pair
-    _refuse_not_text(record)
-    messages = _messages(record["messages"], "messages")
+    _refuse(record)
+    messages = read_messages(record["messages"], "messages")
     first = next((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), 0)
     if messages[first]["role"] == "assistant" and first == 0:
         raise RecordFault("messages: begins with the assistant, whose reply answers nothing")
     chosen = _response(messages[first:], "messages", first)
-    return Pair(_prompt(record, messages[:first]), chosen, None, place)
+    return Pair(_prompt(record, messages[:first]), chosen, None, place, tools=read_tools(record))
 
 
 def to_prompt(record: Any, place: str) -> Pair:
@@ -95,15 +99,33 @@ def to_prompt(record: Any, place: str) -> Pair:
     """
     if not isinstance(record, Mapping) or record.get("chosen") is not None:
         return replace(to_pair(record, place), chosen=(), rejected=None)
-    _refuse_not_text(record)
+    _refuse(record)
     if record.get("prompt") is None:
         raise _missing(record, "prompt")
-    return Pair(_prompt(record, _given(record["prompt"])), (), None, place, _rule(record))
+    prompt = _prompt(record, _given(record["prompt"]))
+    return Pair(prompt, (), None, place, _rule(record), tools=read_tools(record))
+
+
+def drop_reasoning(pair: Pair) -> Pair:
+    """A pair without the reasoning of all its turns.
+
+    Raises:
+        RecordFault: a turn of a response is nothing but reasoning.
+    """
+    prompt = tuple(map(without_reasoning, pair.prompt))
+    chosen, *rejected = (
+        _response([without_reasoning(turn) for turn in response], key) if response else ()
+        for key, response in zip(("chosen", "rejected"), pair.responses, strict=False)
+    )
+    return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected[0] if rejected else None)
 
 
 COLUMNS: dict[Callable[[Any, str], Pair], frozenset[str]] = {
     reader: frozenset(
-        [*columns, "rule", *SYSTEM_COLUMNS, *(name for names in SCORE_COLUMNS for name in names)]
+        [
+            *(*columns, "rule", "tools", "functions", *SYSTEM_COLUMNS),
+            *(name for names in SCORE_COLUMNS for name in names),
+        ]
     )
     for reader, columns in (
         (to_pair, ("prompt", "chosen", "rejected")),
@@ -123,11 +145,7 @@ def unread_columns(record: Mapping[str, Any], read: frozenset[str]) -> Iterator[
         elif isinstance(value, list):
             for message in value:
                 if isinstance(message, Mapping) and len(message) > 2:
-                    yield from (
-                        f"{column}[].{key}"
-                        for key, part in message.items()
-                        if key not in ("role", "content") and part
-                    )
+                    yield from (f"{column}[].{key}" for key in unread_keys(message))
 
 
 def remarks(record: Mapping[str, Any], pair: Pair) -> Iterator[str]:
@@ -136,13 +154,18 @@ def remarks(record: Mapping[str, Any], pair: Pair) -> Iterator[str]:
         scores = [record[key] for key in keys if isinstance(record.get(key), (int, float))]
         if len(scores) == 2 and scores[0] <= scores[1]:
             yield f"{keys[0]} {'equals' if scores[0] == scores[1] else 'is below'} {keys[1]}"
-    texts = [turn["content"] for part in (pair.prompt, *pair.responses) for turn in part]
+    turns = [turn for part in (pair.prompt, *pair.responses) for turn in part]
+    texts = [turn["content"] or "" for turn in turns]
     prompt = record.get("prompt")
     if isinstance(prompt, str) and prompt.strip() not in map(str.strip, texts):
         yield "prompt is not in the dialogue (prompt is ignored)"
     # The plain search is much faster than the pattern, and few texts get past it.
     if any("Human:" in text and _TURNS_IN_TEXT.search(text) for text in texts):
         yield "a text contains turns (Human: ...), which are read as one"
+    calls = [call["function"] for turn in turns for call in turn.get("tool_calls", ())]
+    if any(value is None for call in calls for value in call["arguments"].values()):
+        remedy = "columnar files add them: store arguments as JSON text"
+        yield f"a tool call has null arguments ({remedy})"
 
 
 def _score_margin(record: Mapping[str, Any]) -> float | None:
@@ -154,10 +177,15 @@ def _score_margin(record: Mapping[str, Any]) -> float | None:
     return None
 
 
-def _refuse_not_text(item: Mapping[str, Any], place: str = "") -> None:
-    for key, value in item.items():
-        if key in NOT_TEXT and value and value not in ("[]", "{}", "null"):
-            raise RecordFault(f"{place}{key}: has a value, and only text can be trained on")
+def _refuse(record: Mapping[str, Any]) -> None:
+    refuse_not_text(record)
+    for key in MESSAGE_KEYS:
+        if has_value(record.get(key)):
+            raise RecordFault(f"{key}: has a value outside of messages (put it into a message)")
+
+
+def _is_system(turn: Message) -> bool:
+    return turn["role"] in ("system", "developer")
 
 
 def _rule(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -168,7 +196,7 @@ def _rule(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     rule = {k: v for k, v in rule.items() if v is not None} if hasattr(rule, "items") else rule
     if fault := rule_fault(rule):
         raise RecordFault(f"rule: {fault}")
-    _check_text(json.dumps(rule, ensure_ascii=False), "rule")
+    check_text(json.dumps(rule, ensure_ascii=False), "rule")
     return rule
 
 
@@ -182,7 +210,7 @@ def _parts(record: Mapping[str, Any]) -> tuple[list[Message], list[Message], lis
     dialogues = []
     for key in ("chosen", "rejected"):
         value = record[key]
-        turns = [_reply(value, key)] if isinstance(value, str) else _messages(value, key)
+        turns = [_reply(value, key)] if isinstance(value, str) else read_messages(value, key)
         if turns[-1]["role"] != "assistant":
             raise RecordFault(f"{key}: the last turn must be the assistant's, got {_last(turns)}")
         if turns[0]["role"] == "assistant":
@@ -211,13 +239,13 @@ def _parts(record: Mapping[str, Any]) -> tuple[list[Message], list[Message], lis
 def _given(prompt: Any) -> list[Message]:
     """The turns of the column `prompt`."""
     if not isinstance(prompt, str):
-        return _messages(prompt, "prompt")
-    _check_text(prompt, "prompt")
+        return read_messages(prompt, "prompt")
+    check_text(prompt, "prompt")
     return [{"role": "user", "content": prompt}]
 
 
 def _reply(text: str, key: str) -> Message:
-    _check_text(text, key)
+    check_text(text, key)
     return {"role": "assistant", "content": text}
 
 
@@ -226,9 +254,9 @@ def _response(turns: list[Message], key: str, first: int | None = None) -> tuple
     if turns[-1]["role"] != "assistant":
         raise RecordFault(f"{key}: the last turn must be the assistant's, got {_last(turns)}")
     for index, turn in enumerate(turns, start=first or 0):
-        if turn["role"] == "system":
-            raise RecordFault(f"{key}: a system message may only come first")
-        if turn["role"] == "assistant" and not turn["content"].strip():
+        if _is_system(turn):
+            raise RecordFault(f"{key}: a {turn['role']} message may only come first")
+        if turn["role"] == "assistant" and not ("tool_calls" in turn or turn["content"].strip()):
             place = key if first is None else f"{key}[{index}]"
             raise RecordFault(f"{place}: the response is empty")
     return tuple(turns)
@@ -239,7 +267,7 @@ def _last(turns: list[Message]) -> str:
 
 
 def _said(turn: Message) -> Message:
-    return turn | {"content": turn["content"].strip()}
+    return turn | {"content": turn["content"] and turn["content"].strip()}
 
 
 def _missing(record: Mapping[str, Any], key: str) -> RecordFault:
@@ -250,11 +278,11 @@ def _missing(record: Mapping[str, Any], key: str) -> RecordFault:
 
 def _prompt(record: Mapping[str, Any], turns: list[Message]) -> tuple[Message, ...]:
     """The turns of a prompt, checked, with the text of a column `system` before them."""
-    if any(turn["role"] == "system" for turn in turns[1:]):
-        raise RecordFault("prompt: a system message may only come first")
-    if turns[-1]["role"] != "user":
+    for turn in filter(_is_system, turns[1:]):
+        raise RecordFault(f"prompt: a {turn['role']} message may only come first")
+    if turns[-1]["role"] not in ("user", "tool"):
         raise RecordFault(f"prompt: the last turn must be the user's, got {_last(turns)}")
-    if not turns[-1]["content"].strip():
+    if turns[-1]["role"] == "user" and not turns[-1]["content"].strip():
         raise RecordFault("prompt: the last turn is empty")
     return tuple(_with_system(record, turns))
 
@@ -265,56 +293,12 @@ def _with_system(record: Mapping[str, Any], prompt: list[Message]) -> list[Messa
         if text is None:
             continue
         if not isinstance(text, str):
-            raise RecordFault(f"{column}: must be text, got {_kind(text)}")
+            raise RecordFault(f"{column}: must be text, got {kind(text)}")
         if not text.strip():
             continue
-        _check_text(text, column)
-        if prompt[0]["role"] != "system":
+        check_text(text, column)
+        if not _is_system(prompt[0]):
             prompt = [{"role": "system", "content": text}, *prompt]
         elif prompt[0]["content"] != text:
             raise RecordFault(f"{column}: the prompt has another system message of its own")
     return prompt
-
-
-def _messages(value: Any, key: str) -> list[Message]:
-    if not isinstance(value, list):
-        text = "" if key == "messages" else "text or "
-        raise RecordFault(f"{key}: must be {text}a list of messages, got {_kind(value)}")
-    if not value:
-        raise RecordFault(f"{key}: holds no message")
-    messages = []
-    for index, item in enumerate(value):
-        place = f"{key}[{index}]"
-        if not isinstance(item, Mapping):
-            raise RecordFault(
-                f"{place}: must be an object with role and content, got {_kind(item)}"
-            )
-        if "role" not in item or "content" not in item:
-            has = ", ".join(map(str, item)) or "nothing"
-            raise RecordFault(f"{place}: must have role and content, has {has}")
-        _refuse_not_text(item, f"{place}.")
-        role, content = item["role"], item["content"]
-        if role not in ROLES:
-            raise RecordFault(f"{place}.role: must be one of {', '.join(ROLES)}, got {role}")
-        if not isinstance(content, str):
-            raise RecordFault(f"{place}.content: must be text, got {_kind(content)}")
-        _check_text(content, f"{place}.content")
-        messages.append({"role": role, "content": content})
-    return messages
-
-
-def _check_text(text: str, place: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(text[error.start])[1:-1]
-        raise RecordFault(
-            f"{place}: holds {half}, half of a character (a lone surrogate)"
-        ) from error
-
-
-def _kind(value: Any) -> str:
-    names = {str: "text", list: "a list", dict: "an object", type(None): "null", bool: "a boolean"}
-    return names.get(
-        type(value), "a number" if isinstance(value, (int, float)) else "something else"
-    )

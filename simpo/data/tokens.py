@@ -60,9 +60,9 @@ def tokenize_set(
         TokenizedPair(parts[i], parts[i + 1], parts[i + 2], masks[i + 1], masks[i + 2])
         for i in range(0, 3 * len(good), 3)
     ]
-    merged, prompts, chosen, rejected = stored["counts"]
+    merged, prompts, chosen, rejected, unreasoned = stored["counts"]
     bad = dict(Counter(faults.values()))
-    report = TokenReport(len(good), merged, prompts, chosen, rejected, bad)
+    report = TokenReport(len(good), merged, prompts, chosen, rejected, bad, unreasoned)
     return TokenizedSet(good, tokens, report, tuple(notes))
 
 
@@ -91,7 +91,7 @@ def _collected(
         "lengths": np.array([len(ids) for ids in tokens], np.int64).reshape(-1, 3),
         **({} if all(mask.all() for mask in masks) else {"scored": np.concatenate(masks)}),
     }
-    counts = [sum(column) for column in zip(*(one[1:] for one in done), strict=True)] or [0] * 4
+    counts = [sum(column) for column in zip(*(one[1:] for one in done), strict=True)] or [0] * 5
     faults = {str(i): str(item) for i, item in enumerate(results) if isinstance(item, RecordFault)}
     return arrays, {"counts": counts, "faults": faults}
 
@@ -117,11 +117,13 @@ def _content_hash(chat: Chat, pairs: list[Pair], config: DataConfig) -> str:
     settings = (
         code, transformers.__version__, tokenizers.__version__, type(tokenizer).__name__,
         config.max_length_tokens, config.max_prompt_tokens,
-        config.prompt_truncation.value, config.compat.value, str(tokenizer.special_tokens_map),
+        config.prompt_truncation.value, config.compat.value, config.reasoning.value,
+        str(tokenizer.special_tokens_map),
+        json.dumps(chat.template.kwargs, sort_keys=True),
         chat.template_sha256, str(chat.template.date), chat.end_id, chat._adds_bos,
     )  # fmt: skip
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(vocabulary.encode())
     for pair in pairs:
-        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode())
+        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.tools]).encode())
     return digest.hexdigest()[:32]

@@ -95,6 +95,11 @@ def token_notes(
         lines.append(
             f"note   the chat template writes the date: {chat.template.date} throughout this run"
         )
+    if unreasoned := train_set.report.unreasoned:
+        lines.append(
+            f"note   {unreasoned} train pairs have replies that are scored without their "
+            "reasoning, which the chat template strips because another question follows"
+        )
     for fault, count in faults_kept_by_paper(chat, train_set, run.data).items():
         if count:
             lines.append(f"note   {count} train pairs kept with {fault} (data.compat=paper)")

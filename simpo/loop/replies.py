@@ -40,7 +40,7 @@ def greedy_replies(
     The prompt's ids are those of training. A reply ends with the token that ends a response in
     training, or after `max_new_tokens`.
     """
-    prompts = chat.encode([chat.prompt_text(pair.prompt) for pair in pairs])
+    prompts = chat.encode([chat.prompt_text(pair.prompt, pair.tools) for pair in pairs])
     replies: dict[int, HeldOutReply] = {}
     for batch in batches([len(ids) for ids in prompts], BATCH_PROMPTS):
         generated = generate_replies(

@@ -85,7 +85,8 @@ def set_up(run: RunConfig) -> Parts:
     check_loss(run.loss)
     today = backend.broadcast(template_date(run) if backend.is_main else None)
     with backend.main_first("read and tokenised the data"):
-        chat = Chat(load_tokenizer(run.model, cache_dir, run.data.compat), today)
+        tokenizer = load_tokenizer(run.model, cache_dir, run.data.compat)
+        chat = Chat(tokenizer, today, run.model.chat_template_kwargs)
         data = load_data(run, chat, cache_dir)
     settings = load_settings(run.model, cache_dir)
     ids = placed_ids(data.train, data.test)

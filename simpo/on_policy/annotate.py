@@ -99,6 +99,7 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
                 "chosen": texts[best],
                 "rejected": texts[worst],
                 "rule": prompt.rule,
+                **({"tools": prompt.tools} if prompt.tools else {}),
                 "chosen_score": scores[best],
                 "rejected_score": scores[worst],
                 "scores": scores,

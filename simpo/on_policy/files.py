@@ -2,7 +2,7 @@
 
 <folder>/
     settings.json              settings of simpo.generate; a run with others is refused
-    prompts.jsonl              id, split, prompt (messages), rule
+    prompts.jsonl              id, split, prompt (messages), rule, tools
     responses.jsonl            replies: prompt id, seed, text, its tokens, whether it ended
     scores-<reward>.jsonl      prompt id, hashes of its replies and of the reward, their scores
     train.jsonl, test.jsonl    the pairs, as `data=jsonl` reads them
@@ -41,6 +41,7 @@ class Prompt:
     split: str
     prompt: tuple[Message, ...]
     rule: Mapping[str, Any] | None
+    tools: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ def read_prompts(folder: Path) -> list[Prompt]:
                 "prompt": [{}, *_] as turns,
                 "rule": {} | None as rule,
             }:
-                prompts.append(Prompt(key, split, tuple(turns), rule))
+                tools = line.get("tools") and tuple(line["tools"])
+                prompts.append(Prompt(key, split, tuple(turns), rule, tools))
             case _:
                 raise _damaged(path, number, "not a prompt")
     return prompts

@@ -26,6 +26,7 @@ from simpo.config.schema import RunConfig
 from simpo.data.chat import Chat
 from simpo.data.checks import refuse_unknown_ids
 from simpo.data.mixture import fault_lines, load_mixture
+from simpo.data.pairs import Pair
 from simpo.data.records import RecordFault, to_prompt
 from simpo.loop.console import quiet_libraries
 from simpo.model.generate import Reply, batches, decode_reply, generate_replies
@@ -69,7 +70,7 @@ def generate(run: RunConfig) -> Path:
     cache_dir = Path(run.cache_dir).expanduser()
     folder = on_policy_folder(run)
     tokenizer = load_tokenizer(run.model, cache_dir, run.data.compat)
-    chat = Chat(tokenizer, _template_date(folder))
+    chat = Chat(tokenizer, _template_date(folder), run.model.chat_template_kwargs)
     found = _prompts(run, chat)
     prompts = [prompt for prompt, _ in found]
     ids = chat.encode([text for _, text in found])
@@ -130,6 +131,7 @@ def _settings(
         "content of model.lora.adapter": adapter
         and model_content("model.lora.adapter", adapter, None, ADAPTER_FILE),
         "chat_template": chat.template_sha256[:16],
+        **({"chat_template_kwargs": kwargs} if (kwargs := chat.template.kwargs) else {}),
         **({"template_date": str(chat.template.date)} if chat.template.date else {}),
         "prompts": content_hash([prompt.id for prompt in prompts]),
         "tokens of the prompts": content_hash(ids),
@@ -153,16 +155,16 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
     found: dict[str, tuple[Prompt, str]] = {}
     faults: list[tuple[str, str]] = []
     for split, pairs in (("test", mixture.test), ("train", mixture.train)):
-        own = {content_hash(pair.prompt): pair for pair in pairs}
+        own = {_prompt_id(pair): pair for pair in pairs}
         for key, pair in list(own.items())[: run.on_policy.num_prompts]:
             try:
                 if run.data.compat is Compat.none:
-                    chat.check_messages(pair.prompt)
-                text = chat.prompt_text(pair.prompt)
+                    chat.check_pair(pair)
+                text = chat.prompt_text(pair.prompt, pair.tools)
             except RecordFault as fault:
                 faults.append((pair.place, str(fault)))
             else:
-                prompt = Prompt(key, split, pair.prompt, pair.rule)
+                prompt = Prompt(key, split, pair.prompt, pair.rule, pair.tools)
                 found.setdefault(key, (prompt, text))
     if faults and run.data.on_bad_record is OnBadRecord.stop:
         raise DataError(fault_lines(faults))
@@ -173,6 +175,10 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
         "".join(f"note   {n} records left out: {fault}\n" for fault, n in left_out.items()), end=""
     )
     return list(found.values())
+
+
+def _prompt_id(pair: Pair) -> str:
+    return content_hash([pair.prompt, pair.tools] if pair.tools else pair.prompt)
 
 
 def _template_date(folder: Path) -> date:

@@ -11,6 +11,7 @@ from typing import Any
 from simpo.config.data import DataConfig
 from simpo.config.meanings import shown
 from simpo.data.filter import CHECKS, Check
+from simpo.data.messages import all_text
 from simpo.data.mixture import Mixture
 from simpo.data.pairs import Pair
 from simpo.run.tables import html_page, markdown_table
@@ -170,7 +171,7 @@ def _messages(pair: Pair) -> Iterator[tuple[str, str]]:
     for name, turns in zip(names, (pair.prompt, *pair.responses), strict=False):
         for turn in turns:
             own = name != "prompt" and turn["role"] == "assistant"
-            content = turn["content"]
+            content = all_text(turn)
             if (more := len(content) - LONGEST_SHOWN) > 0:
                 content = f"{content[:LONGEST_SHOWN]} ... and {more:,} more characters"
             yield name if own else turn["role"], content

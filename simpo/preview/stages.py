@@ -11,6 +11,7 @@ import numpy as np
 from simpo.config.schema import RunConfig
 from simpo.data.chat import Chat, TokenizedSet
 from simpo.data.loader import read_mixture
+from simpo.data.messages import all_text, tool_name
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair
 from simpo.data.plan import TrainPlan, build_plan, pairs_of_step, rows_of_pairs
@@ -85,7 +86,7 @@ class Stages:
         console.quiet_libraries()
         cache_dir = Path(run.cache_dir).expanduser()
         tokenizer = load_tokenizer(run.model, cache_dir, run.data.compat)
-        chat = Chat(tokenizer, template_date(run))
+        chat = Chat(tokenizer, template_date(run), run.model.chat_template_kwargs)
         mixture = read_mixture(run)
         data = tokenize_set(chat, mixture.train, run.data, cache_dir)
         cfg = run.train
@@ -211,11 +212,13 @@ def _token(chat: Chat, token: int, role: str) -> Token:
 
 
 def _messages(pair: Pair) -> list[tuple[str, str]]:
-    messages = [(turn["role"], turn["content"]) for turn in pair.prompt]
+    names = ", ".join(tool_name(tool) for tool in pair.tools or ())
+    messages = [("tools", names)] if names else []
+    messages += [(turn["role"], all_text(turn)) for turn in pair.prompt]
     for name, turns in zip(("chosen", "rejected"), pair.responses, strict=False):
         for turn in turns:
             role = name if turn["role"] == "assistant" else turn["role"]
-            messages.append((role, turn["content"]))
+            messages.append((role, all_text(turn)))
     return messages
 
 

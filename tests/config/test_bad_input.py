@@ -791,6 +791,8 @@ def assistant(text):
 ASKED = [user("Why is the sky blue?")]
 GOOD = {"prompt": "Why is the sky blue?", "chosen": "Scattering.", "rejected": "It is not."}
 
+CALLED = [assistant(None) | {"tool_calls": [{"name": "search", "arguments": {}}]}]
+
 # Row -> what is wrong with it.
 ROWS: list[tuple[Any, str]] = [
     (["a"], "must be an object with chosen and rejected, got a list"),
@@ -816,7 +818,7 @@ ROWS: list[tuple[Any, str]] = [
     ),
     (
         GOOD | {"rejected": [user("a"), {"role": "bot", "content": "b"}]},
-        "rejected[1].role: must be one of system, user, assistant, got bot",
+        "rejected[1].role: must be one of system, developer, user, assistant, tool, got bot",
     ),
     (
         GOOD | {"rejected": [{"role": "assistant", "content": None}]},
@@ -855,13 +857,84 @@ ROWS: list[tuple[Any, str]] = [
         "system: the prompt has another system message of its own",
     ),
     (
-        GOOD | {"tools": [{"name": "search"}]},
-        "tools: has a value, and only text can be trained on",
+        GOOD | {"prompt": [*ASKED, {"role": "developer", "content": "Be brief."}, user("a")]},
+        "prompt: a developer message may only come first",
+    ),
+    (GOOD | {"tools": {"name": "search"}}, "tools: must be a list of JSON schemas, got an object"),
+    (GOOD | {"tools": ["search"]}, "tools[0]: must be a JSON schema with a name"),
+    (GOOD | {"functions": [{"function": {}}]}, "functions[0]: must be a JSON schema with a name"),
+    (
+        GOOD | {"tools": "[{]"},
+        "tools: not JSON: Expecting property name enclosed in double quotes at column 3",
+    ),
+    (
+        GOOD | {"tool_calls": [{"name": "a"}]},
+        "tool_calls: has a value outside of messages (put it into a message)",
     ),
     (GOOD | {"images": ["a.png"]}, "images: has a value, and only text can be trained on"),
     (
         GOOD | {"chosen": [assistant("a") | {"tool_calls": [{"id": 1}]}]},
-        "chosen[0].tool_calls: has a value, and only text can be trained on",
+        "chosen[0].tool_calls[0]: must have a function with name and arguments",
+    ),
+    (
+        GOOD | {"chosen": [assistant("a") | {"tool_calls": "search"}]},
+        "chosen[0].tool_calls: must be a list of tool calls, got text",
+    ),
+    (
+        GOOD | {"chosen": [assistant(None) | {"function_call": {"name": "a", "arguments": "{a"}}]},
+        "chosen[0].function_call.arguments: not JSON: Expecting property name enclosed in double "
+        "quotes at column 2",
+    ),
+    (
+        GOOD
+        | {
+            "chosen": [
+                assistant(None) | {"tool_calls": [{"function": {"name": "a", "arguments": "[1]"}}]}
+            ]
+        },
+        "chosen[0].tool_calls[0].arguments: must be a JSON object, got a list",
+    ),
+    (
+        GOOD | {"prompt": [user("a") | {"tool_calls": [{"name": "a"}]}]},
+        "prompt[0].tool_calls: only the assistant calls tools, got role user",
+    ),
+    (
+        GOOD | {"prompt": [{"role": "tool", "content": "a", "tool_call_id": 1}]},
+        "prompt[0].tool_call_id: must be text, got a number",
+    ),
+    (
+        GOOD | {"chosen": [assistant("a") | {"reasoning": ["b"]}]},
+        "chosen[0].reasoning: must be text, got a list",
+    ),
+    (
+        GOOD
+        | {
+            "prompt": [
+                user(
+                    [
+                        {"type": "text", "text": "a"},
+                        {"type": "image_url", "image_url": {"url": "b.png"}},
+                    ]
+                )
+            ]
+        },
+        "prompt[0].content[1]: is image_url, and only text can be trained on",
+    ),
+    (
+        GOOD | {"prompt": [user(["a"])]},
+        "prompt[0].content[0]: must be an object with type and text, got text",
+    ),
+    (
+        GOOD | {"prompt": [user([{"type": "text", "text": None}])]},
+        "prompt[0].content[0].text: must be text, got null",
+    ),
+    (
+        GOOD | {"chosen": [*CALLED, {"role": "tool", "content": "4"}]},
+        "chosen: the last turn must be the assistant's, got tool",
+    ),
+    (
+        GOOD | {"chosen": [*CALLED, {"role": "developer", "content": "4"}, assistant("b")]},
+        "chosen: a developer message may only come first",
     ),
     (GOOD | {"rule": "bullets"}, "rule: a rule must be a mapping, not str"),
     (
@@ -1095,7 +1168,7 @@ def test_what_is_told_of_a_row_is_one_line(folder):
     ]
     write(folder / "a.jsonl", rows)
     loaded = mixture({"path": "a.jsonl"}, on_bad_record=OnBadRecord.drop)
-    told = "chosen[0].role: must be one of system, user, assistant, got "
+    told = "chosen[0].role: must be one of system, developer, user, assistant, tool, got "
     assert loaded.table[0].bad == {
         told + "a\\n\\x1b[31m": 1,
         (told + "a" * 1000)[:300] + "...": 1,
@@ -1135,7 +1208,7 @@ def test_a_lone_surrogate_is_its_rows_fault(folder):
     write(folder / "b.jsonl", [row, GOOD | {"\ud83d": 1}])
     loaded = mixture({"path": "b.jsonl"}, on_bad_record=OnBadRecord.drop)
     assert loaded.table[0].bad == {
-        "chosen[0].role: must be one of system, user, assistant, got \\ud83d": 1
+        "chosen[0].role: must be one of system, developer, user, assistant, tool, got \\ud83d": 1
     }
     assert loaded.notes == [
         "note   b.jsonl train: read as prompt and replies as messages, 2 records",

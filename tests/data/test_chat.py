@@ -173,7 +173,7 @@ def test_tokens(compat: Compat, family: str, template: str | None) -> None:
     tokens, *flags = tokenize_one(chat, make_pair(user("Hi there")), compat=compat)
     expected = TOKENS if compat is Compat.none else PAPER_TOKENS
     assert pieces(chat, tokens) == expected[family, template]
-    assert flags == [False] * 4
+    assert flags == [False] * 5
 
 
 @pytest.mark.parametrize(("family", "template"), TOKENS)
@@ -228,7 +228,7 @@ PAPER_CUTS = [
 def test_cuts(compat: Compat, cut: tuple[Any, ...]) -> None:
     max_length, max_prompt, truncation, prompt, chosen, rejected, flags = cut
     chat = load_chat("llama3", "llama3")
-    tokens, merged, *was_cut = tokenize_one(
+    tokens, merged, *was_cut, _ = tokenize_one(
         chat,
         make_pair(user("Hi there")),
         compat=compat,
@@ -254,7 +254,7 @@ def test_cut_properties(
     counting = [" ".join(str(n % 10) for n in range(num)) for num in (prompt, chosen, rejected)]
     pair = make_pair(user(counting[0]), chosen=counting[1], rejected=f"No {counting[2]}")
     whole = as_lists(tokenize_one(chat, pair, max_length_tokens=10_000)[0])
-    tokens, _, *was_cut = tokenize_one(
+    tokens, _, *was_cut, _ = tokenize_one(
         chat,
         pair,
         max_length_tokens=max_length,
@@ -470,7 +470,7 @@ def test_merge_with_the_prompt(
 ) -> None:  # fmt: skip
     chat = load_chat(family, template)
     pair = make_pair(user("Hi"), chosen=chosen, rejected=rejected)
-    tokens, merged, *was_cut = tokenize_one(chat, pair)
+    tokens, merged, *was_cut, _ = tokenize_one(chat, pair)
     assert (merged, was_cut) == (True, [False] * 3)
     assert pieces(chat, tokens)[1:] == responses
     (alone,) = chat.encode([chat.prompt_text(pair.prompt)])

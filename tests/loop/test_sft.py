@@ -119,12 +119,12 @@ def test_one_reply_is_tokenized_as_that_of_a_pair() -> None:
 def test_a_long_dialogue_loses_its_end_and_an_endless_prompt_its_beginning() -> None:
     chat = load_chat("smollm2", None)
     long = dialogue(user("Hi"), assistant("Yes?"), user("More. " * 50), assistant("No."))
-    tokens, _, cut_prompt, cut_reply, _ = tokenize_one(
+    tokens, _, cut_prompt, cut_reply, *_ = tokenize_one(
         chat, long, max_length_tokens=64, max_prompt_tokens=60
     )
     assert (cut_prompt, cut_reply) == (False, True)
     assert tokens.num_tokens() == 64 and tokens.chosen_scored.any()
-    tokens, _, cut_prompt, _, _ = tokenize_one(
+    tokens, _, cut_prompt, *_ = tokenize_one(
         chat,
         dialogue(user("More. " * 50), assistant("Yes?")),
         max_length_tokens=64,

@@ -25,7 +25,7 @@ from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError
 from simpo.config.models import ModelConfig
 from simpo.data.chat import Chat
-from simpo.data.pairs import Message, Pair, TokenizedPair
+from simpo.data.pairs import Message, Pair, Tokenized, TokenizedPair
 from simpo.data.records import RecordFault
 from simpo.model.smollm2 import smollm2_folder
 from simpo.model.tokenizer import load_tokenizer
@@ -185,8 +185,8 @@ def make_pair(*prompt: Message, chosen: str = "Hello!", rejected: str = "Go away
     return Pair(tuple(prompt), *replies, place="data.jsonl, record 1")
 
 
-def tokenize_one(chat: Chat, pair: Pair, **changes: Any) -> tuple[Any, ...]:
-    """(TokenizedPair, merged, cut prompt, cut chosen, cut rejected); raises the pair's fault."""
+def tokenize_one(chat: Chat, pair: Pair, **changes: Any) -> Tokenized:
+    """The tokens of a pair; raises its fault."""
     (result,) = chat.tokenize([pair], data_config(**changes))
     if isinstance(result, RecordFault):
         raise result

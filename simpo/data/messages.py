@@ -1,0 +1,259 @@
+"""Reads the messages and the tools of a record.
+
+A message that was read has
+    role               system, developer, user, assistant or tool
+    content            text; None in a turn of the assistant that only calls tools
+and, if the record gives them,
+    reasoning_content  what the assistant thinks before it speaks
+    tool_calls         of the assistant, in OpenAI's form, with `arguments` as an object
+    tool_call_id, name of a tool's result
+Reasoning may also be at the start of the content, as `<think>...</think>`, with or without its
+opening tag.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from simpo.data.pairs import Message
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+OLD_ROLES = {"function": "tool"}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names of a turn's reasoning in records; `reasoning_content` is the one it gets here."""
+TEXT_PARTS = ("text", "input_text", "output_text")
+READ_KEYS = frozenset(
+    {"role", "content", "tool_calls", "function_call", "tool_call_id", "name", *REASONING_KEYS}
+)
+"""Keys of messages that are read, of those roles that may have them."""
+NOT_TEXT = {"image", "images", "video", "videos", "audio", "audios"}
+"""Columns of a record and keys of a message that change its meaning but are not text. A record with
+a value for one of them is refused."""
+
+# Where the generation prompt opens the block, a generated reply has only its end.
+_THINKING = re.compile(r"\A(?:\s*<think>)?(.*?)</think>\s*", re.DOTALL)
+
+
+class RecordFault(Exception):
+    """What is wrong with one record, without its place."""
+
+
+def read_messages(value: Any, key: str) -> list[Message]:
+    """Read the messages of a column.
+
+    Args:
+        key: name of the column, for messages of faults.
+
+    Raises:
+        RecordFault: they are not messages, or hold something else than text.
+    """
+    if not isinstance(value, list):
+        text = "" if key == "messages" else "text or "
+        raise RecordFault(f"{key}: must be {text}a list of messages, got {kind(value)}")
+    if not value:
+        raise RecordFault(f"{key}: holds no message")
+    return [_message(item, f"{key}[{index}]") for index, item in enumerate(value)]
+
+
+def read_tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
+    """The JSON schemas of the tools in a record: `tools`, or `functions` as OpenAI had them.
+
+    Raises:
+        RecordFault: they are no list of schemas with a name.
+    """
+    for column in ("tools", "functions"):
+        value = _parsed(record.get(column), column)
+        if not value:
+            continue
+        if not isinstance(value, list):
+            raise RecordFault(f"{column}: must be a list of JSON schemas, got {kind(value)}")
+        for index, tool in enumerate(value):
+            place = f"{column}[{index}]"
+            if not isinstance(tool, Mapping) or not isinstance(tool_name(tool), str):
+                raise RecordFault(f"{place}: must be a JSON schema with a name")
+            _check_json(tool, place)
+        wrapped = ({"type": "function", "function": tool} for tool in value)
+        return tuple(wrapped if column == "functions" else value)
+    return None
+
+
+def tool_name(tool: Mapping[str, Any]) -> Any:
+    """The name of a tool, from its JSON schema."""
+    function = tool.get("function")
+    return (function if isinstance(function, Mapping) else tool).get("name")
+
+
+def split_reasoning(message: Message) -> tuple[str, str]:
+    """Reasoning and content of a message, both without white space around them."""
+    content = message["content"] or ""
+    thinking = _THINKING.match(content) if message["role"] == "assistant" else None
+    said = content[thinking.end() :] if thinking else content
+    within = thinking[1] if thinking else ""
+    return str(message.get("reasoning_content", within)).strip(), said.strip()
+
+
+def without_reasoning(message: Message) -> Message:
+    """A message without its reasoning, in either form."""
+    if message["role"] != "assistant":
+        return message
+    kept = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return kept | {"content": kept["content"] and _THINKING.sub("", kept["content"], count=1)}
+
+
+def all_text(message: Message) -> str:
+    """Reasoning, content and tool calls of a message as one text."""
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    parts = [
+        message.get("reasoning_content"),
+        message["content"],
+        *(f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in calls),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def unread_keys(message: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of a message that have a value and are not read."""
+    for key, value in message.items():
+        if value and (key not in READ_KEYS or (key == "name" and message.get("role") in ROLES[:4])):
+            yield str(key)
+
+
+def refuse_not_text(item: Mapping[str, Any], place: str = "") -> None:
+    """
+    Raises:
+        RecordFault: a record or a message has an image, a video or a sound.
+    """
+    for key, value in item.items():
+        if key in NOT_TEXT and has_value(value):
+            raise RecordFault(f"{place}{key}: has a value, and only text can be trained on")
+
+
+def has_value(value: Any) -> bool:
+    """Whether a column or key says anything; columnar files write one into every record."""
+    return bool(value) and value not in ("[]", "{}", "null")
+
+
+def check_text(text: str, place: str) -> None:
+    """
+    Raises:
+        RecordFault: the text is not Unicode.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise RecordFault(
+            f"{place}: holds {half}, half of a character (a lone surrogate)"
+        ) from error
+
+
+def kind(value: Any) -> str:
+    """The type of a value in the words of JSON."""
+    names = {str: "text", list: "a list", dict: "an object", type(None): "null", bool: "a boolean"}
+    return names.get(
+        type(value), "a number" if isinstance(value, (int, float)) else "something else"
+    )
+
+
+def _message(item: Any, place: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise RecordFault(f"{place}: must be an object with role and content, got {kind(item)}")
+    calls = _calls(item, place)
+    if "role" not in item or ("content" not in item and not calls):
+        has = ", ".join(map(str, item)) or "nothing"
+        raise RecordFault(f"{place}: must have role and content, has {has}")
+    refuse_not_text(item, f"{place}.")
+    role = item["role"]
+    role = OLD_ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise RecordFault(f"{place}.role: must be one of {', '.join(ROLES)}, got {role}")
+    if calls and role != "assistant":
+        raise RecordFault(f"{place}.tool_calls: only the assistant calls tools, got role {role}")
+    content = item.get("content")
+    if content is not None or not calls:
+        content = _content(content, f"{place}.content")
+    message: Message = {"role": role, "content": content}
+    if role == "assistant":
+        named = ((key, item[key]) for key in REASONING_KEYS if has_value(item.get(key)))
+        for key, reasoning in named:
+            message.setdefault("reasoning_content", _text(reasoning, f"{place}.{key}"))
+        if calls:
+            message["tool_calls"] = calls
+    if role == "tool":
+        for key in ("tool_call_id", "name"):
+            if item.get(key) is not None:
+                message[key] = _text(item[key], f"{place}.{key}")
+    return message
+
+
+def _content(value: Any, place: str) -> str:
+    """Text, or the text of a list of parts."""
+    if not isinstance(value, list):
+        return _text(value, place)
+    texts = []
+    for index, part in enumerate(value):
+        here = f"{place}[{index}]"
+        if not isinstance(part, Mapping):
+            raise RecordFault(f"{here}: must be an object with type and text, got {kind(part)}")
+        if part.get("type") not in TEXT_PARTS:
+            named = part.get("type") or "of no type"
+            raise RecordFault(f"{here}: is {named}, and only text can be trained on")
+        texts.append(_text(part.get("text"), f"{here}.text"))
+    return "".join(texts)
+
+
+def _calls(item: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
+    """The tool calls of a message: `tool_calls`, or the one `function_call` that OpenAI had."""
+    value, key = item.get("tool_calls"), f"{place}.tool_calls"
+    if not has_value(value):
+        if not has_value(item.get("function_call")):
+            return []
+        value, key = [item["function_call"]], f"{place}.function_call"
+    if not isinstance(value, list):
+        raise RecordFault(f"{key}: must be a list of tool calls, got {kind(value)}")
+    calls = []
+    for index, call in enumerate(value):
+        here = f"{key}[{index}]" if key.endswith("calls") else key
+        function = call.get("function") or call if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RecordFault(f"{here}: must have a function with name and arguments")
+        check_text(function["name"], f"{here}.name")
+        arguments = _parsed(function.get("arguments") or {}, f"{here}.arguments")
+        if not isinstance(arguments, Mapping):
+            raise RecordFault(f"{here}.arguments: must be a JSON object, got {kind(arguments)}")
+        _check_json(arguments, f"{here}.arguments")
+        identity = {} if call.get("id") is None else {"id": _text(call["id"], f"{here}.id")}
+        made = {"name": function["name"], "arguments": arguments}
+        calls.append({**identity, "type": "function", "function": made})
+    return calls
+
+
+def _parsed(value: Any, place: str) -> Any:
+    """A value, or what it says as JSON text."""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" at")
+        raise RecordFault(f"{place}: not JSON: {what} at column {error.pos + 1}") from error
+    except ValueError as error:
+        raise RecordFault(f"{place}: not JSON: a number has too many digits") from error
+
+
+def _check_json(value: Any, place: str) -> None:
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise RecordFault(f"{place}: must be JSON, holds something else") from error
+    check_text(text, place)
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise RecordFault(f"{place}: must be text, got {kind(value)}")
+    check_text(value, place)
+    return value

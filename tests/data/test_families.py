@@ -24,6 +24,7 @@ from simpo.loop.score import summarise
 from simpo.loop.step import update
 from simpo.loss.simpo import SigmoidConfig
 from simpo.model.policy import Policy
+from tests.support.published_templates import MISTRAL_V3
 from tests.support.real_tokenizers import (
     assistant,
     load_chat,
@@ -34,14 +35,6 @@ from tests.support.real_tokenizers import (
 )
 from tests.support.tiny_models import FAMILIES, loss_by_hand, random_pairs, tiny_model
 
-# As the checkpoints of Mistral-7B-Instruct-v0.3 have it: no space before [/INST].
-MISTRAL_V3 = (
-    "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}"
-    "{% if m.role == 'system' %}"
-    "{% if m.content %}{% set ns.system = m.content + '\n\n' %}{% endif %}"
-    "{% elif m.role == 'user' %}[INST] {{ ns.system + m.content }}[/INST]{% set ns.system = '' %}"
-    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-)
 FAMILY_TEMPLATES = {
     "llama3": ("llama3", "llama3"),
     "mistral": ("mistral", "mistral_paper"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from simpo.config.data_path import FILE, kind
 
+BENCHMARK_FILE = FILE.replace("a ", "a .txt, ", 1)
 LOWEST_JACCARD = 0.5
 
 
@@ -50,7 +51,7 @@ class FilterConfig:
                 yield f"benchmarks[{index}]: no such file or folder, got {path or repr(path)}"
             elif os.path.isfile(place) and not holds_prompts(path):
                 yield (
-                    f"benchmarks[{index}]: must be a .txt file, {FILE} or a folder of them, "
+                    f"benchmarks[{index}]: must be {BENCHMARK_FILE}, or a folder of them, "
                     f"got {path} (convert it)"
                 )
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config.data import SourceConfig
-from simpo.config.data_path import FILE
 from simpo.config.errors import DataError, first_line
-from simpo.config.filters import holds_prompts
+from simpo.config.filters import BENCHMARK_FILE, holds_prompts
 from simpo.data.duplicates import words
 from simpo.data.records import RecordFault
 from simpo.data.sources import raw_records
@@ -58,9 +57,7 @@ def _files(paths: Sequence[str]) -> Iterator[Path]:
             continue
         inside = sorted(p for p in path.rglob("*") if holds_prompts(str(p)))
         if not inside:
-            raise DataError(
-                f"data.filter.benchmarks: no .txt file or {FILE.removeprefix('a ')} in {path}"
-            )
+            raise DataError(f"data.filter.benchmarks: {path} must hold {BENCHMARK_FILE}")
         yield from inside
 
 

@@ -277,8 +277,8 @@ def test_faults_of_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     Path("bad.jsonl").write_text('{"prompt": \n')
     Path("bad.txt").write_bytes(b"\xff\n")
     faults = {
-        "none": "data.filter.benchmarks: no file in none (.jsonl, .json, .parquet, .csv, .txt are "
-        "read)",
+        "none": "data.filter.benchmarks: none must hold a .txt, .jsonl, .json, .csv, .tsv, "
+        ".parquet or .arrow file",
         "odd.jsonl": "data.filter.benchmarks: odd.jsonl record 2: no prompt in it (name its column "
         "one of prompt, question, instruction, problem, query, input, turns, text, ctx)",
         "bad.jsonl": "data.filter.benchmarks: bad.jsonl record 1: not JSON: Expecting value at "
@@ -306,8 +306,8 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         "data.filter.max_length_ratio: must be 1 or more, or null, got 0.5",
         "data.filter.near_duplicates: must be from 0.5 to 1, or null, got 0.4",
         f"data.filter.benchmarks[0]: no such file or folder, got {tmp_path}/none.jsonl",
-        "data.filter.benchmarks[1]: must be a .jsonl, .json, .parquet, .csv or .txt file or a "
-        f"folder of them, got {tmp_path}/b.xlsx (convert it)",
+        "data.filter.benchmarks[1]: must be a .txt, .jsonl, .json, .csv, .tsv, .parquet or "
+        f".arrow file, or a folder of them, got {tmp_path}/b.xlsx (convert it)",
     ]
 
 

@@ -57,7 +57,7 @@ def near_duplicates(texts: Iterable[str], threshold: float) -> list[Repeat | Non
     found: list[Repeat | None] = [None] * len(sets)
     kept_with: defaultdict[int, list[int]] = defaultdict(list)
     for index, own in enumerate(sets):
-        # Less a little, because 0.7 * 10 is above 7.
+        # Less a little, because 0.56 * 25 is above 14 as a float.
         prefix = own[: len(own) - math.ceil(threshold * len(own) - 1e-9) + 1]
         shared = prefix[num_texts_with[prefix] > 1].tolist()
         candidates = {other for ngram in shared for other in kept_with[ngram]}

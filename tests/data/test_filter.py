@@ -170,6 +170,8 @@ def test_near_duplicates_at_known_jaccard() -> None:
     repeats = near_duplicates(texts, 0.8)
     assert repeats == [None, (0, 81 / 99), (0, 0.8), None, None]
     assert near_duplicates([*texts, texts[3].upper()], 0.8)[5] == (3, 1.0)
+    # 0.56 * 25 is above 14 as a float: the 14 3-grams of one text are among the other's 25.
+    assert near_duplicates([numbered(range(27)), numbered(range(16))], 0.56) == [None, (0, 0.56)]
     assert near_duplicates([], 0.8) == []
     assert near_duplicates(["Hi", "hi ", "Hi there", "", " ", "."], 1.0) == [
         None, (0, 1.0), None, None, (3, 1.0), None,

@@ -128,7 +128,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     *(
         (
             f"data.sources=[{{path:x,columns:{bad}}}]",
-            [f"data.sources[0].columns: must be of the form {{theirs: ours, ...}}, got {shown}"],
+            [f"data.sources[0].columns: must be of the form {{name: value, ...}}, got {shown}"],
         )
         for bad, shown in (("q", "q"), ("[q]", "[q]"), ("{q:[a]}", "{q: ['a']}"), ("null", "null"))
     ),
@@ -692,7 +692,7 @@ def test_words_of_the_other_commands(command, own_composer, capsys):
             ["data.sources=[{path: x, wieght: 2, shards: 3}]"],
             "data.sources[0].wieght: no such key (did you mean weight?)\n"
             "data.sources[0].shards: no such key (an item has path, subset, revision, train_split, "
-            "test_split, test_path, format, columns, pairs, min_margin, weight, num_pairs)",
+            "test_split, test_path, format, columns, pairs, min_margin, weight, num_pairs, held_out_name)",
         ),
         (
             ["-m", "loss.beta=interval(1,2)"],

@@ -219,10 +219,11 @@ class Chat:
             raise RecordFault("prompt and dialogue share no token (check the chat template)")
         responses, masks, merged = [], [], num_prompt < len(prompt)
         for key, response in zip(("chosen", "rejected"), rendered.responses, strict=False):
-            places = {n: _place(response.whole[:n], response.whole, ids) for n in response.places()}
-            merged |= any(places[reply.scored].merged for reply in response.replies)
             # A token that spans the end of the prompt is scored in both responses.
-            places[len(rendered.prompt)] = _Place(num_prompt, False)
+            places = {len(rendered.prompt): _Place(num_prompt, False)}
+            for end in set(response.places()) - places.keys():
+                places[end] = _place(response.whole[:end], response.whole, ids)
+            merged |= any(places[reply.scored].merged for reply in response.replies)
             tokens, scored = self._response(response, ids[response.whole], num_prompt, places)
             if len(tokens) < 2 or not scored.any():
                 raise RecordFault(f"{key}: the response has no token")
@@ -299,8 +300,12 @@ class Chat:
         first = self._marks.search(text, reply.said, reply.until)
         if first is None and reply.until == len(text):
             return len(ended)
-        between = text[reply.said : first.start()] if first else ""
-        if first is None or (reply.next_text and reply.next_text in between):
+        following = reply.next_text
+        if first is None or (
+            # The next turn is before that token, which then ends the next turn.
+            following in text[reply.said : first.start()]
+            and following not in text[first.end() : reply.until]
+        ):
             raise RecordFault(_ENDS_NO_REPLY)
         run = self._run_of_marks.match(text, first.start(), reply.until)
         token = self._end if run and self._end in run[0] else first[0]
@@ -337,4 +342,6 @@ def _place(before: str, whole: str, ids: Mapping[str, list[int]]) -> _Place:
 def _common_prefix(*token_ids: list[int]) -> int:
     shortest = min(len(ids) for ids in token_ids)
     first = token_ids[0]
+    if all(ids[:shortest] == first[:shortest] for ids in token_ids):
+        return shortest
     return next((i for i in range(shortest) if any(r[i] != first[i] for r in token_ids)), shortest)

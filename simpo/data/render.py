@@ -100,7 +100,7 @@ def render_pair(template: Template, pair: Pair, reasoning: Reasoning) -> Rendere
     prompt = template.render(pair.prompt, pair.tools, add_generation_prompt=True)
     _check_prompt(prompt, pair)
     texts = [whole.text for whole in wholes]
-    prompt, starts = _before(template, pair.prompt, pair.tools, texts)
+    prompt, starts = _before(template, pair.prompt, pair.tools, texts, prompt)
     responses, unreasoned = [], False
     for response, (whole, marked), start in zip(pair.responses, wholes, starts, strict=True):
         indices = [i for i, turn in enumerate(response) if turn["role"] == "assistant"]
@@ -129,20 +129,26 @@ def _before(
     turns: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None,
     wholes: Sequence[str],
+    text: str | None = None,
 ) -> tuple[str, list[int]]:
     """The text before a reply with its generation prompt, and where it ends in each dialogue.
 
     A template may write the reasoning of earlier turns before a reply, and strip it from a dialogue
     that goes on with another question. The dialogue counts.
 
+    Args:
+        text: that text as the template writes it, if it is known.
+
     Raises:
         RecordFault: a dialogue does not begin with that text.
     """
     for shown in (turns, list(map(without_reasoning, turns))):
-        text = template.render(shown, tools, add_generation_prompt=True)
+        if text is None:
+            text = template.render(shown, tools, add_generation_prompt=True)
         ends = [_end(text, whole) for whole in wholes]
         if None not in ends:
             return text, [end for end in ends if end is not None]
+        text = None
     raise RecordFault(
         f"the chat template writes the prompt differently before a reply {OTHER_TEMPLATE}"
     )
@@ -185,7 +191,8 @@ def _reply(
     scored = start
     if reasoning is Reasoning.keep:
         closing = _END_OF_THINKING.match(whole, begin, until)
-        scored = closing.end() if closing else content if thought and said else begin
+        after = content if thought and said and not stripped else begin
+        scored = closing.end() if closing else after
     return Reply(start, scored, end, until, ""), stripped
 
 

@@ -133,6 +133,13 @@ LLAMA = """{{ '<|begin_of_text|>' }}{% for m in messages %}
 {%- else %}{{ m.content | trim ~ '<|eot_id|>' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}
 {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+# Reasoning is a turn of its own before the answer, and ends in the token that ends other turns.
+CHANNELS = """{% for m in messages %}{% if m.role == 'assistant' %}
+{%- if m.thinking and loop.last %}
+{{- '<|im_start|>assistant analysis ' ~ m.thinking ~ '<|im_end|>' }}{% endif %}
+{{- '<|im_start|>assistant final ' ~ m.content ~ '<|im_end|>' }}
+{%- else %}{{ '<|im_start|>' ~ m.role ~ ' ' ~ m.content ~ '<|im_end|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"""
 MARKED = """{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' }}
 {%- if m.role == 'assistant' %}{% generation %}{{ m.content ~ '<|im_end|>' }}{% endgeneration %}
 {%- else %}{{ m.content ~ '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}
@@ -347,6 +354,21 @@ def test_a_generation_prompt_that_opens_the_reasoning() -> None:
     ]
 
 
+def test_reasoning_in_a_channel() -> None:
+    """As gpt-oss writes it: the first end token is not that of the reply."""
+    chat = chat_of("qwen2_5", CHANNELS)
+    several = [thinking("Hm.", "One."), user("And?"), thinking("So.", "Two.")]
+    pair = pair_of(ASKED, several, [thinking("No.", "Bah.")], tools=False)
+    same_as_transformers(chat, pair, "")
+    assert scored(chat, pair) == [
+        " final One.<|im_end|>| analysis So.<|im_end|><|im_start|>assistant final Two.<|im_end|>",
+        " analysis No.<|im_end|><|im_start|>assistant final Bah.<|im_end|>",
+    ]
+    assert scored(chat, pair, reasoning=Reasoning.keep) == [
+        " final One.<|im_end|>| Two.<|im_end|>", " Bah.<|im_end|>",
+    ]  # fmt: skip
+
+
 def test_dropped_reasoning(tmp_path: Path) -> None:
     """Both forms, of prompts too; a reply of nothing else is a fault."""
     rows = [
@@ -402,6 +424,19 @@ def test_a_call_ends_in_a_token_of_its_own() -> None:
     chat = chat_of("llama3", LLAMA)
     assert scored(chat, pair_of(ASKED, SUNNY, [call("Rome")], tools=False)) == [
         f"{called}|Sun.<|eot_id|>", called,
+    ]  # fmt: skip
+
+
+def test_two_calls_with_short_results() -> None:
+    """A result is found neither in the end of the calls nor taken for it."""
+    calls = call("Rome", "Both.") | {"tool_calls": [*call("Rome")["tool_calls"],
+                                                    *call("Paris")["tool_calls"]]}  # fmt: skip
+    pair = pair_of(ASKED, [calls, result("a"), result(""), assistant("Done.")], DIRECT)
+    chat = chat_of("qwen2_5", QWEN3)
+    same_as_transformers(chat, pair, "\n")
+    both = ROME.removesuffix("<|im_end|>") + "\n" + ROME.replace("Rome", "Paris")
+    assert scored(chat, pair, reasoning=Reasoning.keep) == [
+        f"Both.\n{both}|Done.<|im_end|>", "Warm.<|im_end|>",
     ]  # fmt: skip
 
 

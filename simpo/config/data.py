@@ -98,7 +98,7 @@ class SourceConfig:
             yield f"format: must be a shape or module:function, got {name or repr(name)} ({hint})"
         columns = ", ".join(f"{theirs}: {ours}" for theirs, ours in self.columns.items())
         if not all(isinstance(ours, str) for ours in self.columns.values()):
-            yield f"columns: must be of the form {{theirs: ours, ...}}, got {{{columns}}}"
+            yield f"columns: must be of the form {{name: value, ...}}, got {{{columns}}}"
             return
         for ours, times in Counter(self.columns.values()).items():
             if times > 1:

@@ -692,7 +692,8 @@ def test_words_of_the_other_commands(command, own_composer, capsys):
             ["data.sources=[{path: x, wieght: 2, shards: 3}]"],
             "data.sources[0].wieght: no such key (did you mean weight?)\n"
             "data.sources[0].shards: no such key (an item has path, subset, revision, train_split, "
-            "test_split, test_path, format, columns, pairs, min_margin, weight, num_pairs, held_out_name)",
+            "test_split, test_path, format, columns, pairs, min_margin, weight, num_pairs, "
+            "held_out_name)",
         ),
         (
             ["-m", "loss.beta=interval(1,2)"],

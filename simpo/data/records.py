@@ -15,6 +15,7 @@ check that a program can run on a reply (see `simpo.data.rules`). What a message
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -41,7 +42,6 @@ SCORE_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
-LARGEST_SCORE = 1e300
 MESSAGE_KEYS = ("tool_calls", "function_call", "tool_call_id")
 """Keys of messages that say something else than meant as columns of a record."""
 
@@ -150,10 +150,9 @@ def unread_columns(record: Mapping[str, Any], read: frozenset[str]) -> Iterator[
 
 def remarks(record: Mapping[str, Any], pair: Pair) -> Iterator[str]:
     """Yield what looks wrong in a record that is still used."""
-    for keys in SCORE_COLUMNS:
-        scores = [record[key] for key in keys if isinstance(record.get(key), (int, float))]
-        if len(scores) == 2 and scores[0] <= scores[1]:
-            yield f"{keys[0]} {'equals' if scores[0] == scores[1] else 'is below'} {keys[1]}"
+    if pair.score_margin is not None and pair.score_margin <= 0:
+        chosen, rejected = next(keys for keys in SCORE_COLUMNS if _scores(record, keys))
+        yield f"{chosen} {'is below' if pair.score_margin else 'equals'} {rejected}"
     turns = [turn for part in (pair.prompt, *pair.responses) for turn in part]
     texts = [turn["content"] or "" for turn in turns]
     prompt = record.get("prompt")
@@ -169,12 +168,17 @@ def remarks(record: Mapping[str, Any], pair: Pair) -> Iterator[str]:
 
 
 def _score_margin(record: Mapping[str, Any]) -> float | None:
-    for keys in SCORE_COLUMNS:
-        scores = [record[key] for key in keys if isinstance(record.get(key), (int, float))]
-        # False for nan too; a larger integer cannot become a float.
-        if len(scores) == 2 and all(abs(score) < LARGEST_SCORE for score in scores):
-            return float(scores[0] - scores[1])
-    return None
+    found = next(filter(None, (_scores(record, keys) for keys in SCORE_COLUMNS)), None)
+    return None if found is None else found[0] - found[1]
+
+
+def _scores(record: Mapping[str, Any], keys: tuple[str, str]) -> tuple[float, float] | None:
+    """The numbers in two columns, which are texts in a CSV file; None if one is no number."""
+    try:
+        chosen, rejected = (float(record[key]) for key in keys)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return (chosen, rejected) if math.isfinite(chosen - rejected) else None
 
 
 def _refuse(record: Mapping[str, Any]) -> None:

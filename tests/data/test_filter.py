@@ -67,12 +67,13 @@ def test_score_margin() -> None:
         scored(chosen_rating=1, rejected_rating=4),
         scored(**{"chosen-rating": 5.0, "rejected-rating": 5.0}),
         scored(score_chosen=8),
+        scored(score_chosen="8.5", score_rejected="8.1"),  # as in a CSV file
     ]
     why = "score of chosen less score of rejected: "
     assert found("filter.min_score_margin", 0.5, *pairs) == [
-        None, f"{why}0.4", f"{why}-3", f"{why}0", None,
+        None, f"{why}0.4", f"{why}-3", f"{why}0", None, f"{why}0.4",
     ]  # fmt: skip
-    for odd in (float("nan"), float("inf"), 10**400, "8"):
+    for odd in (float("nan"), float("inf"), 10**400, "8 of 10"):
         assert scored(score_chosen=odd, score_rejected=1).score_margin is None
 
 

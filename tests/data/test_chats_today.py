@@ -557,15 +557,20 @@ def test_several_replies_in_a_packed_row() -> None:
 # --- Marks, and several templates ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [True, False])
-def test_marks_decide_what_is_imitated(stop: bool) -> None:
+UNMARKED_END = "{{ m.content }}{% endgeneration %}{{ 'END<|im_end|>' }}"
+
+
+# With "ed" one token spans the end of what is marked.
+@pytest.mark.parametrize("end", [None, "", "ed"])
+def test_marks_decide_what_is_imitated(end: str | None) -> None:
     """The mask is transformers' own; a pair is scored as without marks."""
-    template = MARKED if stop else MARKED.replace(
-        "{{ m.content ~ '<|im_end|>' }}{% endgeneration %}",
-        "{{ m.content }}{% endgeneration %}{{ '<|im_end|>' }}",
-    )  # fmt: skip
+    marked = "{{ m.content ~ '<|im_end|>' }}{% endgeneration %}"
+    template = MARKED
+    if end is not None:
+        template = MARKED.replace(marked, UNMARKED_END.replace("END", end))
+    assert (template == MARKED) == (end is None)
     chat = chat_of("qwen2_5", template)
-    turns = [system("Be kind."), user("Hi"), assistant("Yes, you?"), user("Bye"), assistant("Bye.")]
+    turns = [system("Be kind."), user("Hi"), assistant("I want"), user("Bye"), assistant("I play")]
     tokens = tokenize_one(chat, to_dialogue({"messages": turns}, "here"))[0]
     wanted: Any = chat.tokenizer.apply_chat_template(
         turns, return_dict=True, return_assistant_tokens_mask=True
@@ -576,7 +581,8 @@ def test_marks_decide_what_is_imitated(stop: bool) -> None:
     assert mask == [bool(one) for one in wanted["assistant_masks"][: len(own)]]
     assert sum(mask) == sum(wanted["assistant_masks"])
     pair = make_pair(user("Hi"))
-    assert scored(chat, pair) == ["Hello!<|im_end|>", "Go away.<|im_end|>"]
+    closing = f"{end or ''}<|im_end|>"
+    assert scored(chat, pair) == [f"Hello!{closing}", f"Go away.{closing}"]
 
 
 def test_marks_and_reasoning() -> None:

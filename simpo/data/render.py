@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from simpo.config.choices import Reasoning
@@ -99,6 +100,7 @@ def render_pair(template: Template, pair: Pair, reasoning: Reasoning) -> Rendere
     ]
     prompt = template.render(pair.prompt, pair.tools, add_generation_prompt=True)
     _check_prompt(prompt, pair)
+    _check_tools(template, prompt, pair)
     texts = [whole.text for whole in wholes]
     prompt, starts = _before(template, pair.prompt, pair.tools, texts, prompt)
     responses, unreasoned = [], False
@@ -203,9 +205,6 @@ def _check_prompt(text: str, pair: Pair) -> None:
     Raises:
         RecordFault: the template leaves out a part.
     """
-    for tool in pair.tools or ():
-        if tool_name(tool) not in text:
-            raise RecordFault(f"the chat template leaves out the tools {OTHER_TEMPLATE}")
     _check_turns(text, pair.prompt)
     # A call comes behind the turn that it answers; the schemas before it may hold its name.
     at = 0
@@ -214,6 +213,21 @@ def _check_prompt(text: str, pair: Pair) -> None:
             at = max(at, _find(turn["content"], text, at, len(text)))
         for call in turn.get("tool_calls", ()):
             at = _check_call(call["function"], text, at, len(text))
+
+
+def _check_tools(template: Template, prompt: str, pair: Pair) -> None:
+    """
+    Raises:
+        RecordFault: the prompt lacks a tool, or is the same without tools: an earlier call may hold
+            the name of a tool that is not written.
+    """
+    if not pair.tools:
+        return
+    without = None
+    with suppress(RecordFault):  # a template may need the tools to write a call
+        without = template.render(pair.prompt, add_generation_prompt=True)
+    if prompt == without or not all(tool_name(tool) in prompt for tool in pair.tools):
+        raise RecordFault(f"the chat template leaves out the tools {OTHER_TEMPLATE}")
 
 
 def _check_turns(text: str, turns: Sequence[Message]) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import date, datetime, time
 from difflib import get_close_matches
 from pathlib import Path
@@ -123,8 +124,9 @@ class Template:
     ) -> Rendering:
         """As `render`, with the stretches that the template marks as generated.
 
-        `developer` becomes `system` in a template that never mentions it. Arguments of tool calls
-        are given as objects, or as JSON text to a template that fails on objects.
+        `developer` becomes `system` in a template that never mentions it. To a template that fails
+        on tool calls they are given once more with arguments as JSON text instead of objects, then
+        with '' instead of null content.
 
         Raises:
             RecordFault: as `render`.
@@ -144,10 +146,15 @@ class Template:
         except RecordFault as fault:
             if not any("tool_calls" in turn for turn in turns):
                 raise
-            try:
-                return self._run(program, list(map(_with_arguments_as_text, turns)), given)
-            except RecordFault:
-                raise fault from None
+            with_content = [turn | {"content": turn["content"] or ""} for turn in turns]
+            for other in (
+                list(map(_with_arguments_as_text, turns)),
+                with_content,
+                list(map(_with_arguments_as_text, with_content)),
+            ):
+                with suppress(RecordFault):
+                    return self._run(program, other, given)
+            raise fault from None
 
     def _run(self, program: _Program, turns: list[Message], given: Mapping[str, Any]) -> Rendering:
         size = sum(map(_size, turns)) + len(json.dumps(given["tools"]))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 from transformers import AutoTokenizer
 
 from simpo.config.check import load_run, run_yaml
@@ -461,6 +462,8 @@ OTHER = "(choose another model.chat_template)"
     [
         (CHATML, pair_of(ASKED, DIRECT, [assistant("No.")]),
          f"the chat template leaves out the tools {OTHER}"),
+        (QWEN3.replace("if tools", "if false"), pair_of([*ASKED, *SUNNY, *ASKED], DIRECT, PARIS),
+         f"the chat template leaves out the tools {OTHER}"),
         (QWEN3.replace("| tojson ~ '}", "| length ~ '}"), pair_of(ASKED, SUNNY, DIRECT),
          f"the chat template leaves out a tool call {OTHER}"),
         (QWEN3.replace("m.tool_calls or []", "[]"), pair_of(ASKED, SUNNY, DIRECT),
@@ -486,6 +489,27 @@ def test_results_may_be_written_as_json() -> None:
     template = QWEN3.replace("~ content ~ '\\n</tool_", "~ content | tojson ~ '\\n</tool_")
     said = result('{"sky": "clear", "wind": "é"}')
     tokenize_one(chat_of("qwen2_5", template), pair_of(ASKED, [SUNNY[0], said, SUNNY[2]], DIRECT))
+
+
+def test_a_template_that_fails_on_null_content() -> None:
+    """As Qwen3's first ones do, where OpenAI writes null beside a call: the ids are those of ''."""
+    template = QWEN3.replace("m.content if m.content is string else ''", "m.content + ''")
+    pair = pair_of(ASKED, SUNNY, PARIS)
+    empty = [replace_content(turn) for turn in SUNNY], [replace_content(turn) for turn in PARIS]
+    assert SUNNY[0]["content"] is None
+    fails = chat_of("qwen2_5", template)
+    with pytest.raises(UndefinedError):
+        fails.tokenizer.apply_chat_template([*ASKED, *SUNNY])
+    found, wanted = (
+        tokenize_one(chat, one)[0]
+        for chat, one in ((fails, pair), (chat_of("qwen2_5", QWEN3), pair_of(ASKED, *empty)))
+    )
+    assert found.chosen_ids.tolist() == wanted.chosen_ids.tolist()
+    assert found.rejected_ids.tolist() == wanted.rejected_ids.tolist()
+
+
+def replace_content(turn: Message) -> Message:
+    return turn | {"content": turn["content"] or ""}
 
 
 def test_a_template_refuses_a_call() -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from simpo.data.duplicates import near_duplicates, words
-from simpo.data.filter import CHECKS
+from simpo.data.cleaning.duplicates import near_duplicates, words
+from simpo.data.cleaning.filter import CHECKS
 from simpo.data.pairs import Pair
 
 VOCABULARY = 50_000

@@ -91,7 +91,7 @@ def real_batches(folder: Path, num_batches: int, num_pairs: int) -> list[list[To
     """Micro-batches of real pairs from a folder, tokenized for the built-in model."""
     from transformers import AutoTokenizer
 
-    from simpo.data.chat import Chat
+    from simpo.data.chats.chat import Chat
     from simpo.model.smollm2 import smollm2_folder
 
     chat = Chat(AutoTokenizer.from_pretrained(smollm2_folder(Path("~/.cache/simpo").expanduser())))

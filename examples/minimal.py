@@ -15,10 +15,10 @@ import torch
 
 from simpo.config.data import DataConfig
 from simpo.config.models import ModelConfig
-from simpo.data.chat import Chat
+from simpo.data.chats.chat import Chat
 from simpo.data.packing import pack
 from simpo.data.pairs import Tokenized
-from simpo.data.records import to_pair
+from simpo.data.reading.records import to_pair
 from simpo.loss import PairLogps
 from simpo.loss.simpo import SigmoidConfig
 from simpo.model.load import load_policy

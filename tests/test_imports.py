@@ -161,7 +161,7 @@ def test_files_and_functions_are_short(module: str) -> None:
             "data.pairs",
             "data.packing",
             "data.plan",
-            "data.records",
+            "data.reading.records",
         ),
         *("loop.optim", "loop.watch", "model.head"),
     ],

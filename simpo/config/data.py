@@ -28,7 +28,7 @@ FORMATS = (
     *("openai", "sharegpt", "hh_rlhf", "ultrafeedback", "dialogues", "pair", "alpaca", "orca"),
     *("comparison", "replies", "messages", "prompt"),
 )
-"""Names of the shapes of record in `simpo.data.shapes`."""
+"""Names of the shapes of record in `simpo.data.reading.shapes`."""
 
 
 @dataclass(kw_only=True)

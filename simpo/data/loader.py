@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from simpo.config.schema import RunConfig, TrainConfig
-from simpo.data.chat import Chat, TokenizedSet
+from simpo.data.chats.chat import Chat, TokenizedSet
 from simpo.data.mixture import Mixture, load_mixture
 from simpo.data.packing import pack, placeholder_row
 from simpo.data.pairs import PackedPairs
 from simpo.data.plan import rows_of_pairs
-from simpo.data.records import to_dialogue, to_pair
+from simpo.data.reading.records import to_dialogue, to_pair
 from simpo.data.tokens import tokenize_set
 
 

@@ -17,10 +17,10 @@ import numpy as np
 from simpo.config.choices import OnBadRecord, Reasoning
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import DataError
-from simpo.data.filter import left_out, pair_text, prompt_text, unscored_notes
+from simpo.data.cleaning.filter import left_out, pair_text, prompt_text, unscored_notes
 from simpo.data.pairs import Pair
-from simpo.data.recognise import SplitReader
-from simpo.data.records import (
+from simpo.data.reading.recognise import SplitReader
+from simpo.data.reading.records import (
     COLUMNS,
     RecordFault,
     drop_reasoning,
@@ -28,8 +28,8 @@ from simpo.data.records import (
     to_pair,
     unread_columns,
 )
-from simpo.data.scored import LeftOut
-from simpo.data.sources import origin, raw_records
+from simpo.data.reading.scored import LeftOut
+from simpo.data.reading.sources import origin, raw_records
 
 MAX_FAULTS_SHOWN = 5
 MAX_LETTERS_SHOWN = 300
@@ -39,7 +39,7 @@ TOO_DEEP = "lists or objects are nested too deeply"
 @dataclass(frozen=True)
 class SplitReport:
     """Counts of one split of one source: all records, bad records by fault, pairs taken, and pairs
-    left out by the key of the check (see `simpo.data.filter`)."""
+    left out by the key of the check (see `simpo.data.cleaning.filter`)."""
 
     source: str
     split: str
@@ -113,7 +113,7 @@ def load_mixture(config: DataConfig, read_record: Callable[[Any, str], Pair] = t
     """Read, check and mix all sources.
 
     Args:
-        read_record: turns a record and its place into a pair; see `simpo.data.records`.
+        read_record: turns a record and its place into a pair; see `simpo.data.reading.records`.
 
     Raises:
         DataError: a source cannot be read, a record is bad (with on_bad_record=stop), or no record

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 Message = dict[str, Any]
-"""One message in OpenAI's format: `role`, `content`, and what else `simpo.data.messages` reads."""
+"""One message in OpenAI's format: `role`, `content`, and what else
+`simpo.data.reading.messages` reads."""
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import transformers
 from simpo.config.choices import OnBadRecord
 from simpo.config.data import DataConfig
 from simpo.config.errors import DataError
-from simpo.data.chat import Chat, TokenizedSet, TokenReport
+from simpo.data.chats.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.mixture import fault_lines
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair
-from simpo.data.records import RecordFault
+from simpo.data.reading.records import RecordFault
 from simpo.run.cache import find_entry, keep_entry, sha256
 
 
@@ -113,7 +113,7 @@ def _content_hash(chat: Chat, pairs: list[Pair], config: DataConfig) -> str:
     vocabulary = (
         json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
     )
-    code = [sha256(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    code = [sha256(file) for file in sorted(Path(__file__).parent.rglob("*.py"))]
     settings = (
         code, transformers.__version__, tokenizers.__version__, type(tokenizer).__name__,
         config.max_length_tokens, config.max_prompt_tokens,

@@ -11,8 +11,8 @@ from typing import Any
 from simpo.config.choices import Compat
 from simpo.config.errors import DamagedError
 from simpo.config.schema import RunConfig
-from simpo.data.chat import Chat, TokenizedSet
-from simpo.data.checks import faults_kept_by_paper
+from simpo.data.chats.chat import Chat, TokenizedSet
+from simpo.data.chats.checks import faults_kept_by_paper
 from simpo.data.mixture import SplitReport
 from simpo.data.plan import TrainPlan
 from simpo.model.cost import Layout, num_weights

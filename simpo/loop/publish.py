@@ -14,7 +14,7 @@ from simpo.config.errors import ConfigError, RunError, first_line
 from simpo.config.models import ADAPTER_FILE
 from simpo.config.schema import ExportConfig, RunConfig
 from simpo.data import hub
-from simpo.data.chat import Chat
+from simpo.data.chats.chat import Chat
 from simpo.loop import console
 from simpo.loop.card import draw_curves, is_local, public, write_card
 from simpo.model.export import model_folder, save_model

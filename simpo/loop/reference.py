@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from simpo.backend import Backend
-from simpo.data.chat import TokenizedSet
+from simpo.data.chats.chat import TokenizedSet
 from simpo.data.pairs import PackedPairs
 from simpo.loop.score import score_pairs
 from simpo.model.head import no_loss

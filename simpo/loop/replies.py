@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from simpo.data.chat import Chat
+from simpo.data.chats.chat import Chat
 from simpo.data.pairs import Pair
 from simpo.data.rules import obeys
 from simpo.model.generate import BATCH_PROMPTS, batches, generate_replies

@@ -17,8 +17,8 @@ from simpo.config.check import check_training
 from simpo.config.errors import ConfigError
 from simpo.config.own_code import source_sha256
 from simpo.config.schema import RunConfig
-from simpo.data.chat import Chat, pairs_fingerprint
-from simpo.data.checks import faults_kept_by_paper, placed_ids, refuse_unknown_ids
+from simpo.data.chats.chat import Chat, pairs_fingerprint
+from simpo.data.chats.checks import faults_kept_by_paper, placed_ids, refuse_unknown_ids
 from simpo.data.loader import LoadedData, PackedSet, load_data
 from simpo.data.plan import TrainPlan, build_plan
 from simpo.loop import console
@@ -89,8 +89,7 @@ def set_up(run: RunConfig) -> Parts:
         chat = Chat(tokenizer, today, run.model.chat_template_kwargs)
         data = load_data(run, chat, cache_dir)
     settings = load_settings(run.model, cache_dir)
-    ids = placed_ids(data.train, data.test)
-    refuse_unknown_ids(chat, ids, num_embeddings(settings))
+    refuse_unknown_ids(chat, placed_ids(data.train, data.test), num_embeddings(settings))
     train, test = (
         PackedSet(tokens, cfg, backend.rank, backend.processes)
         for tokens in (data.train, data.test)

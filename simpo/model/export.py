@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from simpo.config.errors import RunError, first_line
-from simpo.data.chat import Chat
+from simpo.data.chats.chat import Chat
 from simpo.model.policy import Policy
 
 

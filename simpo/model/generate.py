@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from simpo.data.chat import Chat
+from simpo.data.chats.chat import Chat
 from simpo.model.policy import Policy
 
 BATCH_PROMPTS = 64

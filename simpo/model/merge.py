@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from simpo.config.choices import Dtype
 from simpo.config.errors import ConfigError
 from simpo.config.models import ADAPTER_FILE, ModelConfig
-from simpo.data.chat import Chat
+from simpo.data.chats.chat import Chat
 from simpo.model.adapters import adapter_settings, load_adapter
 from simpo.model.export import model_folder, save_model
 from simpo.model.policy import Policy

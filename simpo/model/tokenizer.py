@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from simpo.config.choices import Compat
 from simpo.config.errors import ConfigError
 from simpo.config.models import ModelConfig
-from simpo.data.template import use_template
+from simpo.data.chats.template import use_template
 from simpo.model.pretrained import load_pretrained, model_source
 
 

@@ -23,11 +23,11 @@ from simpo.config.choices import Compat, Engine, OnBadRecord
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.models import ADAPTER_FILE
 from simpo.config.schema import RunConfig
-from simpo.data.chat import Chat
-from simpo.data.checks import refuse_unknown_ids
+from simpo.data.chats.chat import Chat
+from simpo.data.chats.checks import refuse_unknown_ids
 from simpo.data.mixture import fault_lines, load_mixture
 from simpo.data.pairs import Pair
-from simpo.data.records import RecordFault, to_prompt
+from simpo.data.reading.records import RecordFault, to_prompt
 from simpo.loop.console import quiet_libraries
 from simpo.model.generate import Reply, batches, decode_reply, generate_replies
 from simpo.model.load import load_policy

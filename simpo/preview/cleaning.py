@@ -10,10 +10,10 @@ from typing import Any
 
 from simpo.config.data import DataConfig
 from simpo.config.meanings import shown
-from simpo.data.filter import CHECKS, Check
-from simpo.data.messages import all_text
+from simpo.data.cleaning.filter import CHECKS, Check
 from simpo.data.mixture import Mixture
 from simpo.data.pairs import Pair
+from simpo.data.reading.messages import all_text
 from simpo.run.tables import html_page, markdown_table
 
 EXAMPLES_ON_PAGE = 10

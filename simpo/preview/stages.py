@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from simpo.config.schema import RunConfig
-from simpo.data.chat import Chat, TokenizedSet
+from simpo.data.chats.chat import Chat, TokenizedSet
 from simpo.data.loader import read_mixture
-from simpo.data.messages import all_text, tool_name
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair
 from simpo.data.plan import TrainPlan, build_plan, pairs_of_step, rows_of_pairs
+from simpo.data.reading.messages import all_text, tool_name
 from simpo.data.tokens import tokenize_set
 from simpo.loop import console
 from simpo.model import cost

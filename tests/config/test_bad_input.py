@@ -22,9 +22,9 @@ from simpo.config.composer import Composer
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.explain import explain
-from simpo.data import readers
 from simpo.data.mixture import load_mixture
-from simpo.data.records import RecordFault, to_dialogue, to_pair, to_prompt
+from simpo.data.reading import readers
+from simpo.data.reading.records import RecordFault, to_dialogue, to_pair, to_prompt
 from simpo.data.rules import RULES
 from simpo.loss.simpo import SimpoConfig
 

@@ -23,11 +23,11 @@ from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.models import ModelConfig
 from simpo.config.paths import TEMPLATES
-from simpo.data import chat as chat_module
 from simpo.data import tokens as token_store
-from simpo.data.chat import Chat, TokenizedSet, pairs_fingerprint
+from simpo.data.chats import chat as chat_module
+from simpo.data.chats.chat import Chat, TokenizedSet, pairs_fingerprint
 from simpo.data.pairs import Message, Pair
-from simpo.data.records import RecordFault
+from simpo.data.reading.records import RecordFault
 from simpo.data.tokens import tokenize_set
 from simpo.model.tokenizer import load_tokenizer
 from tests.support.real_tokenizers import (

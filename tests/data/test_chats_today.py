@@ -23,11 +23,11 @@ from simpo.config.compose import compose_run
 from simpo.config.data import SourceConfig
 from simpo.config.errors import ConfigError
 from simpo.config.models import ModelConfig
-from simpo.data.chat import Chat, pairs_fingerprint
+from simpo.data.chats.chat import Chat, pairs_fingerprint
 from simpo.data.mixture import load_mixture
 from simpo.data.packing import pack
 from simpo.data.pairs import Message, Pair
-from simpo.data.records import (
+from simpo.data.reading.records import (
     COLUMNS,
     RecordFault,
     remarks,

@@ -31,8 +31,8 @@ from simpo.config.data import SourceConfig
 from simpo.config.data_path import is_hub_id, kind
 from simpo.config.errors import ConfigError, DataError
 from simpo.data import hub
-from simpo.data.records import RecordFault
-from simpo.data.sources import raw_records
+from simpo.data.reading.records import RecordFault
+from simpo.data.reading.sources import raw_records
 
 ROWS = [
     {"prompt": "Why?", "chosen": "So,\nas I said.", "rejected": "007"},

@@ -16,12 +16,12 @@ from simpo.config.compose import compose_run
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.filters import FilterConfig
-from simpo.data.benchmarks import Benchmarks
-from simpo.data.duplicates import near_duplicates, words
-from simpo.data.filter import CHECKS, left_out
+from simpo.data.cleaning.benchmarks import Benchmarks
+from simpo.data.cleaning.duplicates import near_duplicates, words
+from simpo.data.cleaning.filter import CHECKS, left_out
 from simpo.data.mixture import load_mixture
 from simpo.data.pairs import Pair
-from simpo.data.records import to_pair
+from simpo.data.reading.records import to_pair
 from simpo.train import train
 
 EN = "Could you please explain how the engine of a car works?"

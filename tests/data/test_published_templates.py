@@ -14,7 +14,7 @@ import tiktoken
 from jinja2.exceptions import TemplateError
 
 from simpo.data.pairs import Message
-from simpo.data.records import RecordFault
+from simpo.data.reading.records import RecordFault
 from tests.support.published_templates import (
     BOS,
     END,

@@ -12,9 +12,9 @@ import pytest
 from jinja2.exceptions import TemplateError
 
 from simpo.config.choices import Reasoning
-from simpo.data.chat import Chat
+from simpo.data.chats.chat import Chat
 from simpo.data.pairs import Message, Pair
-from simpo.data.records import RecordFault, drop_reasoning
+from simpo.data.reading.records import RecordFault, drop_reasoning
 from tests.support.published_templates import (
     END,
     chat_of,

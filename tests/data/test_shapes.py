@@ -15,8 +15,8 @@ from simpo.config.compose import compose_run
 from simpo.config.data import FORMATS, DataConfig, SourceConfig
 from simpo.config.errors import DataError
 from simpo.data.mixture import load_mixture
-from simpo.data.records import to_dialogue, to_pair, to_prompt
-from simpo.data.shapes import SHAPES, Gives
+from simpo.data.reading.records import to_dialogue, to_pair, to_prompt
+from simpo.data.reading.shapes import SHAPES, Gives
 
 
 def user(text):

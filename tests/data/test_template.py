@@ -20,10 +20,10 @@ from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.config.models import ModelConfig
 from simpo.config.paths import TEMPLATES
 from simpo.config.schema import OnPolicyConfig
-from simpo.data.chat import Chat
-from simpo.data.checks import faults_kept_by_paper, placed_ids, refuse_unknown_ids
-from simpo.data.records import RecordFault
-from simpo.data.template import NEEDED_TOKENS, Template, use_template
+from simpo.data.chats.chat import Chat
+from simpo.data.chats.checks import faults_kept_by_paper, placed_ids, refuse_unknown_ids
+from simpo.data.chats.template import NEEDED_TOKENS, Template, use_template
+from simpo.data.reading.records import RecordFault
 from simpo.data.tokens import tokenize_set
 from simpo.loop import console
 from simpo.loop import step as loop_step

@@ -29,7 +29,7 @@ from simpo.config.compose import compose_run
 from simpo.config.data import SourceConfig
 from simpo.config.errors import ConfigError, RunError, SimpoError
 from simpo.config.models import ModelConfig
-from simpo.data.chat import Chat
+from simpo.data.chats.chat import Chat
 from simpo.launch.commands.export import USAGE
 from simpo.loop.card import write_card, write_merged_card
 from simpo.loop.console import Results, end_lines, result_lines

@@ -16,7 +16,7 @@ from simpo.backend import build_backend
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import Precision
 from simpo.config.compose import compose_run
-from simpo.data.chat import TokenizedSet, TokenReport
+from simpo.data.chats.chat import TokenizedSet, TokenReport
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair
 from simpo.loop import reference

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from simpo.config.compose import compose_run
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair, TokenizedPair
-from simpo.data.records import RecordFault, to_dialogue
+from simpo.data.reading.records import RecordFault, to_dialogue
 from simpo.data.tokens import tokenize_set
 from simpo.loss import PairLogps, pair_losses
 from simpo.loss.without_reference import SftConfig

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from simpo.config.compose import compose_run
-from simpo.data.chat import Chat
+from simpo.data.chats.chat import Chat
 from simpo.data.mixture import load_mixture
 from simpo.loop.replies import HeldOutReply, greedy_replies, repetition, reply_metrics
 from simpo.model.generate import generate_replies

@@ -22,7 +22,7 @@ from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.data.demo.records import demo_records
 from simpo.data.mixture import load_mixture
-from simpo.data.records import to_pair, to_prompt
+from simpo.data.reading.records import to_pair, to_prompt
 from simpo.data.rules import obeys
 from simpo.on_policy import annotate as annotating
 from simpo.on_policy import generate as generating

@@ -19,7 +19,7 @@ from simpo.config.backends import SingleConfig
 from simpo.config.choices import Precision
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
-from simpo.data.chat import Chat, TokenizedSet, TokenReport
+from simpo.data.chats.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.packing import pack
 from simpo.data.tokens import tokenize_set
 from simpo.loop import reference

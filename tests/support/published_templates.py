@@ -38,7 +38,7 @@ from unittest import mock
 import pytest
 from transformers.utils import chat_template_utils
 
-from simpo.data.chat import Chat
+from simpo.data.chats.chat import Chat
 from simpo.data.pairs import Message, Pair, TokenizedPair
 from tests.support.real_tokenizers import (
     assistant,

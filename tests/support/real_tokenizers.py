@@ -24,9 +24,9 @@ import pytest
 from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError
 from simpo.config.models import ModelConfig
-from simpo.data.chat import Chat
+from simpo.data.chats.chat import Chat
 from simpo.data.pairs import Message, Pair, Tokenized, TokenizedPair
-from simpo.data.records import RecordFault
+from simpo.data.reading.records import RecordFault
 from simpo.model.smollm2 import smollm2_folder
 from simpo.model.tokenizer import load_tokenizer
 

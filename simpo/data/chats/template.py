@@ -22,7 +22,7 @@ from simpo.config.errors import ConfigError, first_line
 from simpo.config.models import TEMPLATE_VARIABLES
 from simpo.config.paths import template_file
 from simpo.data.pairs import Message
-from simpo.data.records import RecordFault
+from simpo.data.reading.records import RecordFault
 
 NEEDED_TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),

@@ -1,7 +1,7 @@
 """Finds the files of one split of a source, or its data set, and yields the raw records.
 
 A local path is never sent to the hub. Folders are divided into splits as `datasets` does it, by the
-names of their files, but `simpo.data.readers` reads the files.
+names of their files, but `simpo.data.reading.readers` reads the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from simpo.config.data import SourceConfig
 from simpo.config.errors import DataError
 from simpo.data import hub
 from simpo.data.demo.records import demo_records
-from simpo.data.readers import read_file
+from simpo.data.reading.readers import read_file
 
 SPLIT_WORDS = {
     "train": "train|training",

@@ -1,8 +1,8 @@
 """The shapes of record that people have, and how each becomes one that `records` reads.
 
-A shape takes a raw record and gives the columns that `simpo.data.records` reads (prompt, chosen,
-rejected, messages, system, tools), or all replies to a prompt with their scores. Columns that a
-shape does not use stay in the record.
+A shape takes a raw record and gives the columns that `simpo.data.reading.records` reads (prompt,
+chosen, rejected, messages, system, tools), or all replies to a prompt with their scores. Columns
+that a shape does not use stay in the record.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from simpo.data.records import RecordFault
-from simpo.data.scored import (
+from simpo.data.reading.records import RecordFault
+from simpo.data.reading.scored import (
     NAMED,
     REPLIES,
     SCORES,
@@ -24,7 +24,7 @@ from simpo.data.scored import (
     has_scores,
     replies,
 )
-from simpo.data.turns import (
+from simpo.data.reading.turns import (
     HH_TEXT,
     PROMPTS,
     asked_of,

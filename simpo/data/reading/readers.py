@@ -21,7 +21,7 @@ from typing import Any, TextIO, cast
 
 from simpo.config.data_path import kind
 from simpo.config.errors import first_line
-from simpo.data.records import RecordFault
+from simpo.data.reading.records import RecordFault
 
 Line = int | None
 """Number of the line in its file where a record begins; None where there are no such lines."""

@@ -16,9 +16,9 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from simpo.config.choices import Reasoning
-from simpo.data.messages import RecordFault, split_reasoning, tool_name, without_reasoning
+from simpo.data.chats.template import Template
 from simpo.data.pairs import Message, Pair
-from simpo.data.template import Template
+from simpo.data.reading.messages import RecordFault, split_reasoning, tool_name, without_reasoning
 
 OTHER_TEMPLATE = "(choose another model.chat_template)"
 

@@ -9,7 +9,7 @@ are whole dialogues, which contain it.
 Optional columns: `system` (or `system_prompt`) is the text of a system turn before the prompt;
 `tools` (or `functions`) are the JSON schemas of the tools that the assistant may call; `rule` is a
 check that a program can run on a reply (see `simpo.data.rules`). What a message may hold:
-`simpo.data.messages`.
+`simpo.data.reading.messages`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from simpo.data.messages import RecordFault as RecordFault
-from simpo.data.messages import (
+from simpo.data.pairs import Message, Pair
+from simpo.data.reading.messages import RecordFault as RecordFault
+from simpo.data.reading.messages import (
     check_text,
     has_value,
     kind,
@@ -32,7 +33,6 @@ from simpo.data.messages import (
     unread_keys,
     without_reasoning,
 )
-from simpo.data.pairs import Message, Pair
 from simpo.data.rules import rule_fault
 
 SYSTEM_COLUMNS = ("system", "system_prompt")

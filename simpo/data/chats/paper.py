@@ -8,10 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from simpo.config.choices import PromptTruncation
 from simpo.config.data import DataConfig
+from simpo.data.chats.render import Rendered, RenderedResponse
+from simpo.data.chats.template import Template
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair
-from simpo.data.records import RecordFault
-from simpo.data.render import Rendered, RenderedResponse
-from simpo.data.template import Template
+from simpo.data.reading.records import RecordFault
 
 
 def paper_texts(template: Template, tokenizer: PreTrainedTokenizerBase, pair: Pair) -> Rendered:

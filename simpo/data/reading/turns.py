@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from simpo.data.records import RecordFault
+from simpo.data.reading.records import RecordFault
 
 PROMPTS = ("prompt", "instruction", "question", "context")
 """Columns that may hold the prompt."""

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from simpo.config.choices import PairChoice
-from simpo.data.records import RecordFault
-from simpo.data.turns import asked_of, is_message, turns
+from simpo.data.reading.records import RecordFault
+from simpo.data.reading.turns import asked_of, is_message, turns
 
 REPLIES = ("responses", "completions", "answers", "generations", "replies")
 SCORES = ("scores", "ratings", "rewards", "ranks")

@@ -9,9 +9,9 @@ import numpy as np
 from simpo.config.choices import Compat
 from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError, DataError
-from simpo.data.chat import Chat, TokenizedSet
+from simpo.data.chats.chat import Chat, TokenizedSet
 from simpo.data.pairs import Pair
-from simpo.data.records import RecordFault
+from simpo.data.reading.records import RecordFault
 
 
 def placed_ids(*sets: TokenizedSet) -> Iterator[tuple[str, np.ndarray]]:

@@ -16,16 +16,16 @@ from simpo.config.data import SourceConfig
 from simpo.config.errors import DataError, first_line
 from simpo.config.own_code import is_function, load
 from simpo.data.pairs import Pair
-from simpo.data.records import COLUMNS, RecordFault, to_dialogue, to_prompt
-from simpo.data.scored import LeftOut, Scored, WrongShape, scored_pairs
-from simpo.data.shapes import (
+from simpo.data.reading.records import COLUMNS, RecordFault, to_dialogue, to_prompt
+from simpo.data.reading.scored import LeftOut, Scored, WrongShape, scored_pairs
+from simpo.data.reading.shapes import (
     SHAPES,
     Gives,
     Record,
     Shape,
     as_they_are,
 )
-from simpo.data.turns import PROMPTS, is_message
+from simpo.data.reading.turns import PROMPTS, is_message
 
 ReadRecord = Callable[[Any, str], Pair]
 MAX_LETTERS_OF_A_VALUE = 60

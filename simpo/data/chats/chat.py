@@ -8,7 +8,7 @@ scored, and the prompt ids are exactly those that generation starts from:
     prompt ------------------------------------------------- | response ------
 
 Of a response of several turns the replies of the assistant are scored, each from the end of its own
-generation prompt to the token that ends its turn. The texts come from `simpo.data.render`.
+generation prompt to the token that ends its turn. The texts come from `simpo.data.chats.render`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from transformers import PreTrainedTokenizerBase
 from simpo.config.choices import Compat, PromptTruncation
 from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError
+from simpo.data.chats.paper import paper_pair, paper_texts
+from simpo.data.chats.render import Rendered, RenderedResponse, Reply, render_pair
+from simpo.data.chats.template import Template, control_tokens
 from simpo.data.pairs import Message, Pair, Tokenized, TokenizedPair
-from simpo.data.paper import paper_pair, paper_texts
-from simpo.data.records import RecordFault
-from simpo.data.render import Rendered, RenderedResponse, Reply, render_pair
-from simpo.data.template import Template, control_tokens
+from simpo.data.reading.records import RecordFault
 
 BATCH_PAIRS = 512
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpo.config.data import DataConfig
-from simpo.data.benchmarks import Benchmarks
-from simpo.data.duplicates import near_duplicates, words
-from simpo.data.messages import all_text
+from simpo.data.cleaning.benchmarks import Benchmarks
+from simpo.data.cleaning.duplicates import near_duplicates, words
 from simpo.data.pairs import Message, Pair
+from simpo.data.reading.messages import all_text
 
 Find = Callable[[Sequence[Pair], Any, Sequence[Pair]], list[str | None]]
 """Takes pairs, the check's setting and the held-out pairs. Returns why each pair would go, or

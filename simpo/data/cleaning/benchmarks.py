@@ -10,9 +10,9 @@ from typing import Any
 from simpo.config.data import SourceConfig
 from simpo.config.errors import DataError, first_line
 from simpo.config.filters import BENCHMARK_FILE, holds_prompts
-from simpo.data.duplicates import words
-from simpo.data.records import RecordFault
-from simpo.data.sources import raw_records
+from simpo.data.cleaning.duplicates import words
+from simpo.data.reading.records import RecordFault
+from simpo.data.reading.sources import raw_records
 
 COLUMNS = ("prompt", "question", "instruction", "problem", "query", "input", "turns", "text", "ctx")
 """Columns of a benchmark's file that hold its prompts; all that a record has are read."""

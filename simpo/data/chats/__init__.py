@@ -1,0 +1,1 @@
+"""Turns pairs into text by the chat template, and into token ids."""

@@ -1,0 +1,1 @@
+"""Finds pairs that are better left out of training."""

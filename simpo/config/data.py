@@ -149,12 +149,13 @@ class DataConfig:
 
         Sources that are given the same name have one set in common.
         """
+        given = [source.held_out_name for source in self.sources]
         names: list[str] = []
         for source in self.sources:
             last = Path(source.test_path or source.path).name.split(".")[0]
             own = re.sub(r"[^\w-]+", "-", last).strip("-") or "test"
             others = (f"{own}-{number}" for number in count(2))
-            taken = {*NO_NAMES, *names}
+            taken = {*NO_NAMES, *names, *given}
             unused = next(name for name in chain([own], others) if name not in taken)
             names.append(source.held_out_name or unused)
         return names

@@ -54,6 +54,14 @@ def test_length_ratio() -> None:
     several = {"chosen": [{"role": "assistant", "content": "x"}, *turns], "rejected": "abc"}
     assert found("filter.max_length_ratio", 1.5, to_pair({"prompt": "?"} | several, "")) == [None]
     assert found("filter.max_length_ratio", 1.0, replace(pairs[0], rejected=None)) == [None]
+    # A call counts as it is written: f({"a": 1})
+    function = {"name": "f", "arguments": {"a": 1}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+    called = to_pair({"prompt": "?", "chosen": [calls], "rejected": "x" * 44}, "")
+    assert found("filter.max_length_ratio", 4.0, called) == [None]
+    assert found("filter.max_length_ratio", 3.9, called) == [
+        "rejected is 4.0 times as long: 44 and 11 characters"
+    ]
 
 
 def scored(**scores: Any) -> Pair:
@@ -68,10 +76,11 @@ def test_score_margin() -> None:
         scored(**{"chosen-rating": 5.0, "rejected-rating": 5.0}),
         scored(score_chosen=8),
         scored(score_chosen="8.5", score_rejected="8.1"),  # as in a CSV file
+        scored(score_chosen=0.7, score_rejected=0.2),  # 0.49999999999999994
     ]
     why = "score of chosen less score of rejected: "
     assert found("filter.min_score_margin", 0.5, *pairs) == [
-        None, f"{why}0.4", f"{why}-3", f"{why}0", None, f"{why}0.4",
+        None, f"{why}0.4", f"{why}-3", f"{why}0", None, f"{why}0.4", None,
     ]  # fmt: skip
     for odd in (float("nan"), float("inf"), 10**400, "8 of 10"):
         assert scored(score_chosen=odd, score_rejected=1).score_margin is None
@@ -94,6 +103,8 @@ FINISHED = [
     "```python\nprint(1)\n```",
     f"    return {SENTENCE.replace(' ', ' + ')}",
     "发动机在汽缸内燃烧汽油。",
+    "เครื่องยนต์เผาไหม้น้ำมันในกระบอกสูบ",
+    f"{SENTENCE}: https://example.org/engine",
 ]
 CUT = [
     (SENTENCE, "four five six seven eight"),
@@ -130,13 +141,18 @@ def test_language() -> None:
         pair(EN, "Oui.", "No."),
         pair(EN, f"```\n{FR}\n```", ENGINE),
         pair("x = 3; print(x)", FR, ENGINE),
+        # A tool's result is not what was asked.
+        replace(
+            pair(FR, FR + " Oui.", FR),
+            prompt=({"role": "user", "content": FR}, {"role": "tool", "content": ENGINE}),
+        ),
     ]
     assert found("filter.language", True, *pairs) == [
         None,
         "the prompt is in en, chosen in fr",
         "the prompt is in en, rejected in zh",
         "the prompt is in fr, chosen in de",
-        None, None, None, None,
+        None, None, None, None, None,
     ]  # fmt: skip
 
 
@@ -152,6 +168,8 @@ def test_exact_duplicates() -> None:
     assert found("filter.exact_duplicates", True, *pairs) == [
         None, "the same as a", None, None, "the same as c",
     ]  # fmt: skip
+    tools = [replace(pairs[0], tools=({"name": name},)) for name in ("f", "g", "f")]
+    assert found("filter.exact_duplicates", True, *tools) == [None, None, "the same as a"]
 
 
 def test_held_out_prompts() -> None:
@@ -199,8 +217,13 @@ def edited_texts(seed: int, number: int) -> Iterator[str]:
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.95, 1.0])
 def test_near_duplicates_are_those_of_all_pairs(threshold: float) -> None:
-    """Neither more nor fewer than when each text is compared with all that stay before it."""
+    """Neither more nor fewer than when each text is compared with all that stay before it.
+
+    A third of the texts have a template in common, which is longer than the rest of them.
+    """
+    template = " ".join(f"t{i}" for i in range(60))
     texts = list(edited_texts(seed=3, number=400))
+    texts[::3] = [f"{template} {text}" for text in texts[::3]]
     sets = [shingles(text) for text in texts]
     expected: list[tuple[int, float] | None] = []
     for index, own in enumerate(sets):
@@ -254,7 +277,9 @@ THIRTEEN = numbered(range(13))
     ],
 )  # fmt: skip
 def test_benchmarks(tmp_path: Path, name: str, content: str) -> None:
-    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "folder.txt").mkdir(parents=True)
+    for beside in (".hidden.json", "dataset_infos.json"):
+        (tmp_path / "deep" / beside).write_text("{}")
     (tmp_path / "deep" / name).write_text(content)
     pairs = [
         pair(f"First, {THIRTEEN.upper()} at last.", "a", "b"),
@@ -279,13 +304,15 @@ def test_faults_of_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     Path("odd.jsonl").write_text('{"prompt": "Hi"}\n{"answer": "Hi"}\n')
     Path("bad.jsonl").write_text('{"prompt": \n')
     Path("bad.txt").write_bytes(b"\xff\n")
+    Path("dots.txt").write_text(" \n")
     faults = {
         "none": "data.filter.benchmarks: none must hold a .txt, .jsonl, .json, .csv, .tsv, "
         ".parquet or .arrow file",
         "odd.jsonl": "data.filter.benchmarks: odd.jsonl record 2: no prompt in it (name its column "
-        "one of prompt, question, instruction, problem, query, input, turns, text, ctx)",
+        "one of prompt, question, instruction, problem, query, input, turns, messages, text, ctx)",
         "bad.jsonl": "data.filter.benchmarks: bad.jsonl record 1: not JSON: Expecting value at "
         "column 11",
+        "dots.txt": "data.filter.benchmarks: dots.txt: no prompt in it (leave it out)",
         "bad.txt": "data.filter.benchmarks: bad.txt: cannot be read: 'utf-8' codec can't decode "
         "byte 0xff in position 0: invalid start byte",
     }

@@ -67,8 +67,11 @@ def test_names_of_sets() -> None:
         SourceConfig(path="c.jsonl", test_path="z/mean.jsonl"),
         SourceConfig(path="d.jsonl", held_out_name="common"),
         SourceConfig(path="e.jsonl", held_out_name="common"),
+        SourceConfig(path="f.jsonl", test_path="common.jsonl"),
+        SourceConfig(path="g.jsonl", held_out_name="late"),
     ]
-    names = ["helpful", "test", "test-2", "mean-2", "common", "common"]
+    sources.insert(0, SourceConfig(path="late.jsonl"))
+    names = ["late-2", "helpful", "test", "test-2", "mean-2", *["common"] * 2, "common-2", "late"]
     assert DataConfig(name="x", sources=sources).held_out_names() == names
 
 

@@ -12,9 +12,12 @@ from simpo.config.errors import DataError, first_line
 from simpo.config.filters import BENCHMARK_FILE, holds_prompts
 from simpo.data.cleaning.duplicates import words
 from simpo.data.reading.records import RecordFault
-from simpo.data.reading.sources import raw_records
+from simpo.data.reading.sources import METADATA_FILES, raw_records
 
-COLUMNS = ("prompt", "question", "instruction", "problem", "query", "input", "turns", "text", "ctx")
+COLUMNS = (
+    *("prompt", "question", "instruction", "problem", "query", "input"),
+    *("turns", "messages", "text", "ctx"),
+)
 """Columns of a benchmark's file that hold its prompts; all that a record has are read."""
 NGRAM_WORDS = 13
 """Words in a row that count as a part of a prompt, as in the decontamination of GPT-3."""
@@ -31,9 +34,13 @@ class Benchmarks:
         """
         self._places: dict[tuple[str, ...], str] = {}
         for path in _files(paths):
+            empty = True
             for number, prompt in _prompts(path):
                 for run in _runs(words(prompt)):
                     self._places.setdefault(run, f"{path.name} record {number}")
+                    empty = False
+            if empty:
+                raise DataError(f"data.filter.benchmarks: {path}: no prompt in it (leave it out)")
 
     def overlap(self, text: str) -> str | None:
         """What a text has in common with a prompt: its place and the words; None if nothing."""
@@ -55,7 +62,14 @@ def _files(paths: Sequence[str]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        inside = sorted(p for p in path.rglob("*") if holds_prompts(str(p)))
+        inside = [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+            and holds_prompts(str(file))
+            and not file.name.startswith(".")
+            and file.name not in METADATA_FILES
+        ]
         if not inside:
             raise DataError(f"data.filter.benchmarks: {path} must hold {BENCHMARK_FILE}")
         yield from inside
@@ -67,7 +81,7 @@ def _prompts(path: Path) -> Iterator[tuple[int, str]]:
         if isinstance(record, RecordFault):
             raise DataError(f"data.filter.benchmarks: {path} record {number}: {record}")
         texts = list(_texts(record))
-        if not texts:
+        if not texts and not _has_column(record):
             raise DataError(
                 f"data.filter.benchmarks: {path} record {number}: no prompt in it "
                 f"(name its column one of {', '.join(COLUMNS)})"
@@ -95,6 +109,15 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)
-    elif isinstance(value, Mapping) and value.get("role", "user") == "user":
-        for column in ("content", *COLUMNS):
-            yield from _texts(value.get(column))
+    elif isinstance(value, Mapping) and "content" in value:
+        if value.get("role", "user") == "user":
+            yield from _texts(value["content"])
+    elif isinstance(value, Mapping):
+        for column, item in value.items():
+            if str(column).lower() in COLUMNS:
+                yield from _texts(item)
+
+
+def _has_column(record: Any) -> bool:
+    """Whether a record has a column of prompts, if only without a value."""
+    return isinstance(record, Mapping) and any(str(key).lower() in COLUMNS for key in record)

@@ -3,19 +3,22 @@
 A text is the set of its 3-grams of words. If two sets have a Jaccard index of t or more, both have
 at least t of the larger one's elements in common. So if each set is sorted in the same order, they
 share an element among the first `size - ceil(t * size) + 1` of each. With the rarest 3-grams first,
-few texts share one of these, and only those are compared (prefix filtering, Bayardo et al. 2007).
-Nothing is estimated: every such text is found, and no other.
+few texts share one of these (prefix filtering, Bayardo et al. 2007). What follows the first shared
+element in both sets is all that they can have in common; only if that is enough are they compared
+(positional filtering, Xiao et al. 2008). Nothing is estimated: every such text is found, and no
+other.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import sys
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import count, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,12 +58,16 @@ def near_duplicates(texts: Iterable[str], threshold: float) -> list[Repeat | Non
     """
     sets, num_texts_with = _ngram_sets(texts)
     found: list[Repeat | None] = [None] * len(sets)
-    kept_with: defaultdict[int, list[int]] = defaultdict(list)
+    sizes = np.array([len(own) for own in sets], dtype=np.int64)
+    kept_with: defaultdict[int, _Kept] = defaultdict(_Kept)
     for index, own in enumerate(sets):
         # Less a little, because 0.56 * 25 is above 14 as a float.
         prefix = own[: len(own) - math.ceil(threshold * len(own) - 1e-9) + 1]
-        shared = prefix[num_texts_with[prefix] > 1].tolist()
-        candidates = {other for ngram in shared for other in kept_with[ngram]}
+        shared = [(int(at), int(prefix[at])) for at in np.flatnonzero(num_texts_with[prefix] > 1)]
+        candidates: set[int] = set()
+        for at, ngram in shared:
+            if ngram in kept_with:
+                candidates |= kept_with[ngram].similar(len(own), len(own) - at, sizes, threshold)
         best = max(
             (Repeat(other, _jaccard(own, sets[other])) for other in candidates),
             key=lambda repeat: (repeat.jaccard, -repeat.earlier),
@@ -69,9 +76,44 @@ def near_duplicates(texts: Iterable[str], threshold: float) -> list[Repeat | Non
         if best and best.jaccard >= threshold:
             found[index] = best
         else:
-            for ngram in shared:
-                kept_with[ngram].append(index)
+            for at, ngram in shared:
+                kept_with[ngram].add(index, len(own) - at, len(own))
     return found
+
+
+class _Kept:
+    """The kept texts whose prefix has a certain 3-gram, and the size of each from there on."""
+
+    def __init__(self) -> None:
+        self._texts, self._rests = array("q"), array("q")
+        self._longest_rest, self._least_size = 0, sys.maxsize
+
+    def add(self, text: int, rest: int, size: int) -> None:
+        self._texts.append(text)
+        self._rests.append(rest)
+        self._longest_rest = max(self._longest_rest, rest)
+        self._least_size = min(self._least_size, size)
+
+    def similar(self, size: int, rest: int, sizes: np.ndarray, threshold: float) -> set[int]:
+        """Those that may have a Jaccard index of `threshold` with a set.
+
+        Args:
+            size: elements of the set.
+            rest: its elements from the 3-gram on.
+            sizes: elements of the set of each text.
+        """
+        # Spares a look at all texts that share a template.
+        if min(rest, self._longest_rest) < _needed(size, self._least_size, threshold):
+            return set()
+        texts = np.frombuffer(self._texts, dtype=np.int64)
+        rests = np.frombuffer(self._rests, dtype=np.int64)
+        needed = _needed(size, sizes[texts], threshold)
+        return set(texts[np.minimum(rest, rests) >= needed].tolist())
+
+
+def _needed(size: int, other_size: Any, threshold: float) -> Any:
+    """Elements in common that give two sets a Jaccard index of `threshold`; a little less."""
+    return threshold / (1 + threshold) * (size + other_size) - 1e-9
 
 
 def _ngram_sets(texts: Iterable[str]) -> tuple[list[np.ndarray], np.ndarray]:

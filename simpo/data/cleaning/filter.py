@@ -6,6 +6,7 @@ that leaves it out, and later checks do not see it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ mark."""
 _ITEM = re.compile(r"\s{4}|\t|\s*(?:[-*+\u2022#>|]|\d+[.)])")
 """Matches a line that may be finished without a mark: an item of a list, indented code, a heading,
 a quote, a row of a table."""
+_UNMARKED = re.compile(r"[\u0e00-\u0eff\u1780-\u17ff]\Z|(?:https?://|www\.)\S+\Z")
+"""Matches what ends a sentence without a mark: letters of Thai, Lao and Khmer, and a link."""
 DETECTED_CHARACTERS = 200
 LEAST_LETTERS = 20
 LEAST_CERTAINTY = 0.9
@@ -98,18 +101,25 @@ def prompt_text(pair: Pair) -> tuple[str, ...]:
 
 
 def pair_text(pair: Pair) -> tuple[str, ...]:
-    """Role and text of each turn of the prompt and the responses."""
-    return tuple(
-        text
-        for turns in (pair.prompt, *pair.responses)
-        for turn in turns
-        for text in (turn["role"], all_text(turn).strip())
+    """Role and text of each turn of the prompt and the responses, and the tools."""
+    return (
+        json.dumps(pair.tools, sort_keys=True),
+        *(
+            text
+            for turns in (pair.prompt, *pair.responses)
+            for turn in turns
+            for text in (turn["role"], all_text(turn).strip())
+        ),
     )
 
 
 def reply(turns: Sequence[Message]) -> str:
-    """What the assistant says in a response."""
+    """What the assistant says in a response, without its reasoning and its calls."""
     return "\n".join(turn["content"] or "" for turn in turns if turn["role"] == "assistant")
+
+
+def _num_characters(turns: Sequence[Message]) -> int:
+    return sum(len(all_text(turn)) for turn in turns if turn["role"] == "assistant")
 
 
 def _named_replies(pair: Pair) -> list[tuple[str, str]]:
@@ -138,7 +148,7 @@ def _benchmarks(pairs: Sequence[Pair], paths: Any, _: Sequence[Pair]) -> list[st
 def _length_ratio(pair: Pair, most: Any) -> str | None:
     if pair.rejected is None:
         return None
-    chosen, rejected = (len(text) for _, text in _named_replies(pair))
+    chosen, rejected = map(_num_characters, pair.responses)
     if max(chosen, rejected) <= most * min(chosen, rejected):
         return None
     longer, shorter = max(chosen, rejected), min(chosen, rejected)
@@ -147,7 +157,8 @@ def _length_ratio(pair: Pair, most: Any) -> str | None:
 
 
 def _score_margin(pair: Pair, least: Any) -> str | None:
-    if pair.score_margin is None or pair.score_margin >= least:
+    # 0.3 - 0.2 is a little below 0.1 as a float.
+    if pair.score_margin is None or pair.score_margin >= least - 1e-9 * max(1, abs(least)):
         return None
     return f"score of chosen less score of rejected: {pair.score_margin:g}"
 
@@ -167,7 +178,7 @@ def _is_cut(lines: Sequence[str]) -> bool:
     last = lines[-1]
     num_words = sum(word[0].isalnum() for word in words(last))
     listed = 3 * last.count(",") >= num_words
-    stops = last[-1].isalnum() or last[-1] in ",;-("
+    stops = (last[-1].isalnum() and not _UNMARKED.search(last)) or last[-1] in ",;-("
     if not stops or listed or num_words < SHORTEST_SENTENCE_WORDS:
         return False
     # An item is cut off only where other items end with a mark.
@@ -191,7 +202,8 @@ def _language(pairs: Sequence[Pair], _: Any, __: Sequence[Pair]) -> list[str | N
         return str(best["lang"]) if best["score"] >= LEAST_CERTAINTY else None
 
     def why(pair: Pair) -> str | None:
-        asked = language(pair.prompt[-1]["content"])
+        questions = [turn["content"] for turn in pair.prompt if turn["role"] == "user"]
+        asked = language(questions[-1]) if questions else None
         if asked:
             for name, text in _named_replies(pair):
                 answered = language(text)

@@ -254,19 +254,24 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
-def fault_lines(faults: list[tuple[str, str]], all_bad: bool = False) -> str:
+def fault_lines(
+    faults: list[tuple[str, str]], all_bad: bool = False, of_template: bool = False
+) -> str:
     """The message for bad records: a line for each of the first few, and a remedy.
 
     Args:
         faults: (place, fault) of each bad record.
         all_bad: every record is bad, so dropping the bad ones is no remedy.
+        of_template: the faults are those of records that the chat template cannot write.
     """
     lines = [f"{place}: {fault}" for place, fault in faults[:MAX_FAULTS_SHOWN]]
     if len(faults) > MAX_FAULTS_SHOWN:
         more = len(faults) - MAX_FAULTS_SHOWN
         lines.append(f"... and {more} more bad record{'s' if more > 1 else ''}")
     remedy = "(mend the records, or leave them out with data.on_bad_record=drop)"
-    if all_bad:
+    if all_bad and of_template:
+        remedy = "(no record can be written by the chat template: docs/data.md, Chats)"
+    elif all_bad:
         remedy = "(no record is good: bring them into one of the forms of docs/data.md)"
     return "\n".join([*lines, remedy])
 

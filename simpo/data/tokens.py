@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -47,11 +48,12 @@ def tokenize_set(
         arrays, stored = _collected(list(chat.tokenize(pairs, config)))
         notes += keep_entry(folder, partial(_write, arrays=arrays, stored=stored))
     faults = {int(index): fault for index, fault in stored["faults"].items()}
-    if faults and config.on_bad_record is OnBadRecord.stop:
-        raise DataError(fault_lines([(pairs[i].place, fault) for i, fault in faults.items()]))
     good = [pair for index, pair in enumerate(pairs) if index not in faults]
-    if pairs and not good:
-        raise DataError(f"data: none of the {len(pairs)} pairs can be tokenized")
+    if faults and (config.on_bad_record is OnBadRecord.stop or not good):
+        # Each record once, in their order, which the mixture shuffles.
+        placed = {pairs[i].place: fault for i, fault in faults.items()}
+        ordered = sorted(placed.items(), key=_numbers)
+        raise DataError(fault_lines(ordered, all_bad=not good, of_template=True))
     parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"].reshape(-1))[:-1])
     masks: list[np.ndarray | None] = [None] * len(parts)
     if "scored" in arrays:
@@ -64,6 +66,11 @@ def tokenize_set(
     bad = dict(Counter(faults.values()))
     report = TokenReport(len(good), merged, prompts, chosen, rejected, bad, unreasoned)
     return TokenizedSet(good, tokens, report, tuple(notes))
+
+
+def _numbers(placed: tuple[str, str]) -> list[str | int]:
+    """A key that sorts places by the numbers in them: record 9 comes before record 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", placed[0])]
 
 
 def _collected(

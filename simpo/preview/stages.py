@@ -27,7 +27,9 @@ from simpo.run.tables import html_page, markdown_table
 ENDLESS = 10**9
 QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 COLORS = {"prompt": 34, "chosen": 32, "rejected": 31, "between": 36, "cut": 90}
-"""Terminal colours by role. `between` is the text between the replies of a dialogue."""
+"""Terminal colours by role. `between` is what is not scored between replies, or of one."""
+IN_BRACKETS = {"cut": "[cut: ", "between": "[not scored: "}
+"""How tokens of a role begin where there are no colours."""
 
 
 @dataclass(frozen=True)
@@ -145,13 +147,14 @@ def _run_of_role(tokens: Sequence[Token], colors: bool) -> Iterator[str]:
         if token.role != role:
             if colors:
                 yield f"\033[0m\033[{COLORS[token.role]}m"
-            elif "cut" in (role, token.role):
-                yield "[cut: " if token.role == "cut" else "]"
+            else:
+                yield "]" if role in IN_BRACKETS else ""
+                yield IN_BRACKETS.get(token.role, "")
             role = token.role
         yield token.text
     if colors:
         yield "\033[0m"
-    elif role == "cut":
+    elif role in IN_BRACKETS:
         yield "]"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 
 from simpo.config.choices import Mode
 from simpo.config.errors import ConfigError
@@ -25,14 +26,18 @@ def evaluations_in(lines: Iterable[Mapping[str, float]]) -> dict[int, dict[str, 
 
 
 def best_step(config: MonitorConfig, evaluations: Evaluations) -> int | None:
-    """The step with the best metric, the earliest of equals; None if there is none.
+    """The step with the best metric; None if there is none.
 
-    Step 0, the untrained model, does not count.
+    Of equals, such as accuracies of 1, the lowest loss is the best, then the earliest. Step 0, the
+    untrained model, does not count.
     """
     steps = [step for step in sorted(evaluations) if step]
-    return max(
-        steps, key=lambda step: config.mode.sign * evaluations[step][config.metric], default=None
-    )
+
+    def goodness(step: int) -> tuple[float, float]:
+        metrics = evaluations[step]
+        return config.mode.sign * metrics[config.metric], -metrics.get("loss", 0.0)
+
+    return max(steps, key=goodness, default=None)
 
 
 def mode_of(metric: str, monitor: MonitorConfig) -> Mode:
@@ -55,7 +60,10 @@ def check_monitor(config: MonitorConfig, metrics: Mapping[str, float]) -> None:
         ConfigError: it does not.
     """
     if config.metric not in metrics:
-        known = ", ".join(metrics) or "nothing is held out"
+        *_, last = config.metric.split("/")
+        # Tables say accuracy where the key is rewards/accuracies.
+        near = [key for key in metrics if last[:6] in key] or get_close_matches(last, metrics)
+        hint = f"did you mean {near[0]}?" if near else ", ".join(metrics) or "nothing is held out"
         raise ConfigError(
-            [f"monitor.metric: no such held-out metric, got {config.metric} ({known})"]
+            [f"monitor.metric: no such held-out metric, got {config.metric} ({hint})"]
         )

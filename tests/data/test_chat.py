@@ -570,8 +570,14 @@ def test_set_stops_at_bad_rows(chat: Chat, tmp_path: Path) -> None:
     tokenize_set(chat, PAIRS, SHORT, tmp_path)
     with pytest.raises(DataError, match=r"record 2.*</s>(.|\n)*record 5.*</s>"):
         tokenize_set(chat, PAIRS, replace(SHORT, on_bad_record=OnBadRecord.stop), tmp_path)
-    with pytest.raises(DataError, match="none of the 1 pairs can be tokenized"):
-        tokenize_set(chat, [BAD], SHORT, tmp_path)
+    with pytest.raises(DataError) as caught:
+        tokenize_set(chat, [replace(BAD, place=f"a.jsonl record {n}") for n in (10, 9, 9)], SHORT,
+                     tmp_path)  # fmt: skip
+    assert str(caught.value) == (
+        "a.jsonl record 9: a message holds the token </s> as text\n"
+        "a.jsonl record 10: a message holds the token </s> as text\n"
+        "(no record can be written by the chat template: docs/data.md, Chats)"
+    )
 
 
 def test_cache_is_read(chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

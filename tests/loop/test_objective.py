@@ -33,20 +33,22 @@ EVALUATIONS = {
     10: {"loss": 2.0, "accuracy": 0.8},
     15: {"loss": 2.5, "accuracy": 0.8},
     20: {"loss": 2.0, "accuracy": 0.4},
+    25: {"loss": 1.5, "accuracy": 0.8},
+    30: {"loss": 1.5, "accuracy": 0.8},
 }
 
 
 @pytest.mark.parametrize(
     ("metric", "mode", "best", "waited"),
     [
-        ("loss", Mode.min, 10, 2),
-        ("loss", Mode.max, 5, 3),
-        ("accuracy", Mode.max, 10, 2),
-        ("accuracy", Mode.min, 20, 0),
+        ("loss", Mode.min, 25, 1),
+        ("loss", Mode.max, 5, 5),
+        ("accuracy", Mode.max, 25, 1),
+        ("accuracy", Mode.min, 20, 2),
     ],
 )
 def test_best_step(metric: str, mode: Mode, best: int, waited: int) -> None:
-    """The model before the first step does not count; of equals the earliest is the best."""
+    """Step 0 does not count; of equals the one with the lowest loss is the best, then the first."""
     config = MonitorConfig(metric=metric, mode=mode)
     assert best_step(config, EVALUATIONS) == best
     assert evaluations_without_gain(config, EVALUATIONS) == waited

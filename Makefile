@@ -33,7 +33,7 @@ train: $(READY)  ## run the main job; settings in ARGS="loss.beta=5 ..."
 test: check  ## linters, types, unit tests and one real process of each kind: minutes
 	$(PYTEST) -m "not matrix"
 
-test-all: check  ## the same, and every backend, fault, shipped experiment and Slurm
+test-all: check  ## the same, and every backend, fault, experiment, family of templates, Slurm
 	$(PYTEST)
 
 test-fast: $(READY)  ## the unit tests alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,7 +25,12 @@ def held_out_metrics(run: RunConfig, parts: Parts, tracker: Tracker, step: int) 
     sampled = test.data.pairs[: run.sample.num_prompts]
     metrics: dict[str, float] = {}
     if len(test):
-        tracker.print(f"held out: {len(test)} pairs, {len(sampled)} replies ...")
+        sets = Counter(pair.held_out_set for pair in test.data.pairs)
+        named = ", ".join(f"{name} {count}" for name, count in sets.items())
+        tracker.print(
+            f"held out: {len(test)} pairs{f' ({named})' if len(sets) > 1 else ''}, "
+            f"{len(sampled)} replies ..."
+        )
         found, scores = evaluate(
             parts.wrapped, test.rows(), run.loss, backend, run.model.router_aux_weight
         )

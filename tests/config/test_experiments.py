@@ -134,7 +134,17 @@ def test_the_stage_before_llama3_base() -> None:
     assert (run.loss.name, run.monitor.metric, run.monitor.mode.value) == ("sft", "loss", "min")
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mistral_base",
+        *(
+            pytest.param(name, marks=pytest.mark.matrix)
+            for name in RELEASED
+            if name != "mistral_base"
+        ),
+    ],
+)
 def test_smoke_runs(name: str, tiny_folder: Path, tmp_path: Path) -> None:
     """Each released run shrunk, here on a tiny model, keeps what makes it that run."""
     whole = compose_run([f"experiments=paper/{name}"])

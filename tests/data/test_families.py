@@ -35,6 +35,8 @@ from tests.support.real_tokenizers import (
 )
 from tests.support.tiny_models import FAMILIES, loss_by_hand, random_pairs, tiny_model
 
+pytestmark = pytest.mark.matrix
+
 FAMILY_TEMPLATES = {
     "llama3": ("llama3", "llama3"),
     "mistral": ("mistral", "mistral_paper"),

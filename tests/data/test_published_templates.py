@@ -26,6 +26,8 @@ from tests.support.published_templates import (
 )
 from tests.support.real_tokenizers import FOLDERS, assistant, deepseek_token, system, user
 
+pytestmark = pytest.mark.matrix
+
 CODE = "```python\ndef f(x):\n\treturn {'a': x < 3}  # ∀x ≠ ∅\n```"
 THOUGHT = "<think>\nThree twice.\n</think>\n\n"
 DIALOGUES: dict[str, tuple[list[Message], list[Message]]] = {

@@ -24,6 +24,8 @@ from tests.support.published_templates import (
 )
 from tests.support.real_tokenizers import as_lists, assistant, system, tokenize_one, user
 
+pytestmark = pytest.mark.matrix
+
 WEATHER = {
     "type": "function",
     "function": {

@@ -27,9 +27,11 @@ from simpo.data.chats.chat import Chat, pairs_fingerprint
 from simpo.data.mixture import load_mixture
 from simpo.data.packing import pack
 from simpo.data.pairs import Message, Pair
+from simpo.data.reading.messages import split_reasoning
 from simpo.data.reading.records import (
     COLUMNS,
     RecordFault,
+    drop_reasoning,
     remarks,
     to_dialogue,
     to_pair,
@@ -375,7 +377,7 @@ def test_dropped_reasoning(tmp_path: Path) -> None:
     rows = [
         {"prompt": [user("Hi"), thinking("a", "Yes?"), user("Bye")],
          "chosen": [assistant("<think>\nb\n</think>\n\nBye.")],
-         "rejected": "c</think>Go."},
+         "rejected": "c\n</think>\n\nGo."},
         {"prompt": "Hi", "chosen": "<think>a</think>", "rejected": "b"},
     ]  # fmt: skip
     path = tmp_path / "a.jsonl"
@@ -390,6 +392,57 @@ def test_dropped_reasoning(tmp_path: Path) -> None:
     assert pair.prompt == (user("Hi"), assistant("Yes?"), user("Bye"))
     assert pair.responses == ((assistant("Bye."),), (assistant("Go."),))
     assert mixture.table[0].bad == {"chosen: the response is empty": 1}
+
+
+NO_END = (
+    "a reply never ends its reasoning: <think> without </think> "
+    "(set data.reasoning=score, or leave the record out)"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "thought", "said"),
+    [
+        ("<think>\nHm.\n</think>\n\nSun.", "Hm.", "Sun."),
+        ("<think>Hm.</think>Sun.", "Hm.", "Sun."),
+        (" <think></think>Sun.", "", "Sun."),
+        ("<think>a<think>b</think>c</think>d", "a<think>b</think>c", "d"),
+        ("<think>a</think>Write <think>b</think>.", "a", "Write <think>b</think>."),
+        # As R1 replies to a prompt that opens the block.
+        ("Hm.\n</think>\n\nSun.", "Hm.", "Sun."),
+        ("Hm.</think>  \nSun.", "Hm.", "Sun."),
+        # Of these nothing is reasoning.
+        ("Hello <think>x</think> world", "", "Hello <think>x</think> world"),
+        ("Hello <think>x\n</think>\nworld", "", "Hello <think>x\n</think>\nworld"),
+        ("Write </think> to close.", "", "Write </think> to close."),
+        ("Write </think> to\nclose.", "", "Write </think> to\nclose."),
+    ],
+)
+def test_where_reasoning_ends(content: str, thought: str, said: str) -> None:
+    turn = assistant(content)
+    assert split_reasoning(turn) == (thought, said)
+    assert drop_reasoning(make_pair(user("Hi"), chosen=content)).chosen == (assistant(said),)
+    if not thought:
+        text = content.strip().removeprefix("<think></think>")
+        pair = pair_of(ASKED, [turn], DIRECT, tools=False)
+        wanted = [f"{text}<|im_end|>", "Warm.<|im_end|>"]
+        assert scored(chat_of("smollm2", CHATML), pair, reasoning=Reasoning.keep) == wanted
+
+
+@pytest.mark.parametrize("content", ["<think>Hm.", "\n<think>a<think>b</think>c"])
+def test_reasoning_without_an_end(content: str) -> None:
+    """As a generation that was cut off: under `score` it is trained as it is."""
+    chat = chat_of("smollm2", CHATML)
+    pair = pair_of(ASKED, [assistant(content)], DIRECT, tools=False)
+    assert scored(chat, pair) == [f"{content}<|im_end|>", "Warm.<|im_end|>"]
+    for fails in (
+        lambda: drop_reasoning(pair),
+        lambda: drop_reasoning(pair_of([*ASKED, assistant(content), *ASKED], DIRECT)),
+        lambda: tokenize_one(chat, pair, reasoning=Reasoning.keep),
+    ):
+        with pytest.raises(RecordFault) as caught:
+            fails()
+        assert str(caught.value) == NO_END
 
 
 def test_a_cut_that_leaves_reasoning_only() -> None:

@@ -116,6 +116,28 @@ def test_calls_and_replies_are_scored_and_results_are_not(family: str) -> None:
     assert (call, said) == (CALL_TEXTS[family], f"{SAID['content']}{end}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said", "content"),
+    [
+        ({"on": True}, "true", None),
+        ({}, "{}", None),
+        ({"x": None}, "null", None),
+        ({}, "r", "<think>hm</think>"),
+    ],
+)
+@pytest.mark.parametrize("family", TOOL_FAMILIES)
+def test_results_that_the_end_of_a_call_holds(
+    family: str, arguments: dict[str, Any], said: str, content: str | None
+) -> None:
+    call = calls(content)
+    call["tool_calls"][0]["function"]["arguments"] = arguments
+    chat = chat_of(family)
+    called, answer = replies(chat, ASKED, [call, RESULT | {"content": said}, SAID], [WEATHER])
+    end = str(chat.tokenizer.convert_ids_to_tokens(END[family]))
+    assert json.dumps(arguments) in called and called.endswith(end)
+    assert answer.endswith(f"{SAID['content']}{end}")
+
+
 @pytest.mark.parametrize("family", ["llama3_1", "qwen2_5", "mistral_v3"])
 def test_a_call_without_content_is_one_with_empty_content(family: str) -> None:
     chat = chat_of(family)

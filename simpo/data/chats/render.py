@@ -18,7 +18,13 @@ from typing import Any, NamedTuple
 from simpo.config.choices import Reasoning
 from simpo.data.chats.template import Template
 from simpo.data.pairs import Message, Pair
-from simpo.data.reading.messages import RecordFault, split_reasoning, tool_name, without_reasoning
+from simpo.data.reading.messages import (
+    RecordFault,
+    check_reasoning_ends,
+    split_reasoning,
+    tool_name,
+    without_reasoning,
+)
 
 OTHER_TEMPLATE = "(choose another model.chat_template)"
 
@@ -177,8 +183,11 @@ def _reply(
     """The places of a reply, and whether the template strips its reasoning.
 
     Raises:
-        RecordFault: the template leaves out another part of it.
+        RecordFault: the template leaves out another part of it, or reasoning that is not to be
+            scored does not end.
     """
+    if reasoning is Reasoning.keep:
+        check_reasoning_ends(turn)
     thought, said = split_reasoning(turn)
     # The reasoning counts only before the content, which may repeat it.
     thought_end = _find(thought, whole, start, until)

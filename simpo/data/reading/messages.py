@@ -7,8 +7,9 @@ and, if the record gives them,
     reasoning_content  what the assistant thinks before it speaks
     tool_calls         of the assistant, in OpenAI's form, with `arguments` as an object
     tool_call_id, name of a tool's result
-Reasoning may also be at the start of the content, as `<think>...</think>`, with or without its
-opening tag.
+Reasoning may also be at the start of the content, as `<think>...</think>`. Where the generation
+prompt opens the block, a generated reply has only its end: without the opening tag, `</think>` has
+to be the first tag and the last of its line.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ NOT_TEXT = {"image", "images", "video", "videos", "audio", "audios"}
 """Columns of a record and keys of a message that change its meaning but are not text. A record with
 a value for one of them is refused."""
 
-# Where the generation prompt opens the block, a generated reply has only its end.
-_THINKING = re.compile(r"\A(?:\s*<think>)?(.*?)</think>\s*", re.DOTALL)
+_OPENS_THINKING = re.compile(r"\s*<think>")
+_THINK_TAG = re.compile(r"<(/?)think>")
+_REST_OF_LINE = re.compile(r"[^\S\n]*(?:\n\s*|\Z)")
 
 
 class RecordFault(Exception):
@@ -88,10 +90,9 @@ def tool_name(tool: Mapping[str, Any]) -> Any:
 
 def split_reasoning(message: Message) -> tuple[str, str]:
     """Reasoning and content of a message, both without white space around them."""
-    content = message["content"] or ""
-    thinking = _THINKING.match(content) if message["role"] == "assistant" else None
-    said = content[thinking.end() :] if thinking else content
-    within = thinking[1] if thinking else ""
+    within, said = "", message["content"] or ""
+    if message["role"] == "assistant":
+        within, said = _split(said)
     return str(message.get("reasoning_content", within)).strip(), said.strip()
 
 
@@ -100,7 +101,22 @@ def without_reasoning(message: Message) -> Message:
     if message["role"] != "assistant":
         return message
     kept = {key: value for key, value in message.items() if key != "reasoning_content"}
-    return kept | {"content": kept["content"] and _THINKING.sub("", kept["content"], count=1)}
+    return kept | {"content": kept["content"] and _split(kept["content"])[1]}
+
+
+def check_reasoning_ends(message: Message) -> None:
+    """
+    Raises:
+        RecordFault: the content begins with reasoning that does not end, as in a reply that was
+            cut off, so that nobody can tell it from the answer.
+    """
+    content = message["content"] or ""
+    opens = message["role"] == "assistant" and _OPENS_THINKING.match(content)
+    if opens and _split(content)[1] == content:
+        raise RecordFault(
+            "a reply never ends its reasoning: <think> without </think> "
+            "(set data.reasoning=score, or leave the record out)"
+        )
 
 
 def all_text(message: Message) -> str:
@@ -156,6 +172,21 @@ def kind(value: Any) -> str:
     return names.get(
         type(value), "a number" if isinstance(value, (int, float)) else "something else"
     )
+
+
+def _split(content: str) -> tuple[str, str]:
+    """The reasoning at the start of what the assistant says, and the rest."""
+    opening, tags = _OPENS_THINKING.match(content), _THINK_TAG.finditer(content)
+    if not opening:
+        tag = next(tags, None)
+        rest = _REST_OF_LINE.match(content, tag.end()) if tag and tag[1] else None
+        return (content[: tag.start()], content[rest.end() :]) if tag and rest else ("", content)
+    depth = 0  # reasoning may hold such a block itself
+    for tag in tags:
+        depth += -1 if tag[1] else 1
+        if depth == 0:
+            return content[opening.end() : tag.start()], content[tag.end() :].lstrip()
+    return "", content
 
 
 def _message(item: Any, place: str) -> Message:

@@ -24,6 +24,7 @@ from typing import Any
 from simpo.data.pairs import Message, Pair
 from simpo.data.reading.messages import RecordFault as RecordFault
 from simpo.data.reading.messages import (
+    check_reasoning_ends,
     check_text,
     has_value,
     kind,
@@ -110,8 +111,10 @@ def drop_reasoning(pair: Pair) -> Pair:
     """A pair without the reasoning of all its turns.
 
     Raises:
-        RecordFault: a turn of a response is nothing but reasoning.
+        RecordFault: a turn of a response is nothing but reasoning, or reasoning does not end.
     """
+    for turn in (turn for part in (pair.prompt, *pair.responses) for turn in part):
+        check_reasoning_ends(turn)
     prompt = tuple(map(without_reasoning, pair.prompt))
     chosen, *rejected = (
         _response([without_reasoning(turn) for turn in response], key) if response else ()

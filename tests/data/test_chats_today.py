@@ -13,8 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from jinja2 import UndefinedError
+from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from simpo.config.check import load_run, run_yaml
@@ -802,6 +804,51 @@ def test_what_is_noticed_of_records() -> None:
     assert list(remarks(row, pair)) == [
         "a tool call has null arguments (columnar files add them: store arguments as JSON text)"
     ]
+
+
+def test_schemas_of_a_columnar_file(tmp_path: Path) -> None:
+    """Each gets the keys of all others; a null in a list or in JSON text is meant."""
+    clock = json.loads(json.dumps(TOOL).replace("weather", "clock").replace("city", "zone"))
+    clock["function"]["parameters"]["enum"] = [None]
+    table = pyarrow.Table.from_pylist([{"tools": [TOOL, clock]}])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (row,) = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    assert row["tools"][0]["function"]["parameters"]["properties"]["zone"] is None
+    assert to_prompt({"prompt": "Hi", **row}, "here").tools == (TOOL, clock)
+    old = {"prompt": "Hi", "functions": [tool["function"] for tool in row["tools"]]}
+    assert to_prompt(old, "here").tools == (TOOL, clock)
+    clock["function"]["parameters"]["default"] = None
+    text = json.dumps([clock])
+    assert to_prompt({"prompt": "Hi", "tools": text}, "here").tools == (clock,)
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [({"weight": 0}, "weight 0"), ({"weight": 0.0}, "weight 0"), ({"train": False}, "train false")],
+)
+def test_turns_that_are_not_to_be_trained(keys: dict[str, Any], why: str) -> None:
+    told = f"is not to be trained ({why}), which is not supported: "
+    told += "leave the turn out of the response"
+    untrained = assistant("Sun.") | keys
+    for read, row, place in (
+        (to_dialogue, {"messages": [*ASKED, untrained, *ASKED, *DIRECT]}, "messages[1]"),
+        (to_pair, {"prompt": "Rome?", "chosen": [untrained], "rejected": "No."}, "chosen[0]"),
+    ):
+        with pytest.raises(RecordFault) as caught:
+            read(row, "here")
+        assert str(caught.value) == f"{place}: {told}"
+    # A prompt is not trained anyway.
+    row = {"prompt": [*ASKED, untrained, user("So?") | keys], "chosen": "a", "rejected": "b"}
+    assert to_pair(row, "here").prompt == (*ASKED, assistant("Sun."), user("So?"))
+    assert list(unread_columns(row, COLUMNS[to_pair])) == [f"prompt[].{next(iter(keys))}"] * 2
+
+
+def test_two_reasonings_of_a_turn() -> None:
+    """The second is told, unless it is the same."""
+    turn = thinking("Hm.", "Sun.") | {"reasoning": "Hm.", "thinking": "Well."}
+    row = {"prompt": "Rome?", "chosen": [turn], "rejected": "No."}
+    assert to_pair(row, "here").chosen == (thinking("Hm.", "Sun."),)
+    assert list(unread_columns(row, COLUMNS[to_pair])) == ["chosen[].thinking"]
 
 
 def test_what_the_preview_shows() -> None:

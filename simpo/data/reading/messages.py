@@ -57,11 +57,20 @@ def read_messages(value: Any, key: str) -> list[Message]:
         raise RecordFault(f"{key}: must be {text}a list of messages, got {kind(value)}")
     if not value:
         raise RecordFault(f"{key}: holds no message")
-    return [_message(item, f"{key}[{index}]") for index, item in enumerate(value)]
+    messages = []
+    for index, item in enumerate(value):
+        place = f"{key}[{index}]"
+        messages.append(_message(item, place))
+        if key != "prompt" and messages[-1]["role"] == "assistant":
+            _check_trained(item, place)
+    return messages
 
 
 def read_tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
     """The JSON schemas of the tools in a record: `tools`, or `functions` as OpenAI had them.
+
+    Columnar files give each schema the keys of all others, as null; keys with null are left out of
+    schemas that are not JSON text.
 
     Raises:
         RecordFault: they are no list of schemas with a name.
@@ -77,6 +86,8 @@ def read_tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | Non
             if not isinstance(tool, Mapping) or not isinstance(tool_name(tool), str):
                 raise RecordFault(f"{place}: must be a JSON schema with a name")
             _check_json(tool, place)
+        if not isinstance(record[column], str):
+            value = _without_nulls(value)
         wrapped = ({"type": "function", "function": tool} for tool in value)
         return tuple(wrapped if column == "functions" else value)
     return None
@@ -132,8 +143,13 @@ def all_text(message: Message) -> str:
 
 def unread_keys(message: Mapping[str, Any]) -> Iterator[str]:
     """Keys of a message that have a value and are not read."""
+    used = next((message[key] for key in REASONING_KEYS if has_value(message.get(key))), None)
     for key, value in message.items():
-        if value and (key not in READ_KEYS or (key == "name" and message.get("role") in ROLES[:4])):
+        if value is None or value in ("", [], {}):
+            continue
+        second = key in REASONING_KEYS and has_value(value) and value != used
+        named = key == "name" and message.get("role") in ROLES[:4]
+        if key not in READ_KEYS or second or named:
             yield str(key)
 
 
@@ -220,6 +236,22 @@ def _message(item: Any, place: str) -> Message:
     return message
 
 
+def _check_trained(item: Mapping[str, Any], place: str) -> None:
+    """
+    Raises:
+        RecordFault: the record does not want the turn to be trained.
+    """
+    weight = item.get("weight")
+    untrained = "weight 0" if isinstance(weight, (int, float)) and weight == 0 else ""
+    if item.get("train") is False:
+        untrained = "train false"
+    if untrained:
+        raise RecordFault(
+            f"{place}: is not to be trained ({untrained}), which is not supported: "
+            "leave the turn out of the response"
+        )
+
+
 def _content(value: Any, place: str) -> str:
     """Text, or the text of a list of parts."""
     if not isinstance(value, list):
@@ -273,6 +305,13 @@ def _parsed(value: Any, place: str) -> Any:
         raise RecordFault(f"{place}: not JSON: {what} at column {error.pos + 1}") from error
     except ValueError as error:
         raise RecordFault(f"{place}: not JSON: a number has too many digits") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """A JSON value without those keys of its objects that are null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_json(value: Any, place: str) -> None:

@@ -338,6 +338,24 @@ def test_no_thinking() -> None:
         tokenize_one(chat_of("smollm2", DEEPSEEK), pair_of(ASKED, WITH_THOUGHT, DIRECT))
 
 
+def test_reasoning_where_the_prompt_has_an_empty_block() -> None:
+    """The prompt ends before the block, all of which is the response's."""
+    chat = chat_of("qwen2_5", QWEN3, enable_thinking=False)
+    block = "<think>\nHm.\n</think>\n\n"
+    thought = [thinking("Hm.", "Sun.")]
+    for other, score in (
+        ([thinking("Hm.", "No.")], f"{block}No.<|im_end|>"),
+        (DIRECT, "Warm.<|im_end|>"),
+    ):
+        pair = pair_of(ASKED, thought, other, tools=False)
+        same_as_transformers(chat, pair, "\n")
+        prompt = chat.tokenizer.decode(tokenize_one(chat, pair)[0].prompt_ids)
+        assert prompt == "<|im_start|>user\nRome?<|im_end|>\n<|im_start|>assistant\n"
+        assert scored(chat, pair) == [f"{block}Sun.<|im_end|>", score]
+        keep = [f"{text}<|im_end|>" for text in ("Sun.", other[0]["content"])]
+        assert scored(chat, pair, reasoning=Reasoning.keep) == keep
+
+
 def test_a_generation_prompt_that_opens_the_reasoning() -> None:
     """As DeepSeek-R1's: dialogues have no reasoning, so the prompt ends before it."""
     chat = chat_of("smollm2", DEEPSEEK)

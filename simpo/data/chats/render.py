@@ -29,6 +29,7 @@ from simpo.data.reading.messages import (
 OTHER_TEMPLATE = "(choose another model.chat_template)"
 
 _EMPTY_THINKING = re.compile(r"\s*(<think>\s*)?(</think>\s*)?")
+_CLOSED_THINKING = re.compile(r"<think>\s*</think>\s*\Z")
 _END_OF_THINKING = re.compile(r"(\s*<think>)?\s*</think>\s*")
 
 
@@ -170,6 +171,9 @@ def _end(before: str, whole: str) -> int | None:
         return len(before)
     both = enumerate(zip(before, whole, strict=False))
     shared = next((i for i, (one, other) in both if one != other), min(len(before), len(whole)))
+    block = before.rfind("<think>")
+    if block >= 0 and _CLOSED_THINKING.match(before, block):
+        shared = min(shared, block)  # the dialogue may have a block that is not empty
     # The dialogue may go on with a letter of the tag.
     for end in range(shared, max(shared - len("</think>"), -1), -1):
         if _EMPTY_THINKING.fullmatch(before, end):

@@ -75,14 +75,25 @@ def path_problems(path: str) -> Iterator[str]:
         yield f"must be a hub id or a local file or folder, got {path} (download it)"
     elif is_glob(path):
         files = matched(path)
-        yield from kind_problems(files) if files else [f"no file matches, got {path}"]
+        hint = _literal_hint(path)
+        yield from kind_problems(files) if files else [f"no file matches, got {path}{hint}"]
     elif not os.path.exists(expanded):
         if not is_hub_id(path):
             yield f"no such file or folder, got {path}"
+    elif not os.path.isfile(expanded) and not os.path.isdir(expanded):
+        yield f"must be a file or a folder, got {path}, a pipe or a device (write a file from it)"
     elif kind(path) and not os.path.isfile(expanded):
         yield f"must be a file, got the folder {path} (rename the folder)"
     elif not kind(path) and not os.path.isdir(expanded):
         yield f"must be {FILE}, a folder or a hub id, got the file {path} (convert or rename it)"
+
+
+def _literal_hint(pattern: str) -> str:
+    """What to write where a folder has `[` in its name, which is a wildcard beside others."""
+    for folder in Path(os.path.expanduser(pattern)).parents:
+        if "[" in folder.name and folder.is_dir():
+            return f" (write [[] for the [ of the folder {folder.name})"
+    return ""
 
 
 def kind_problems(files: list[str]) -> Iterator[str]:

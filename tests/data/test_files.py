@@ -74,6 +74,12 @@ TEXTS = {
     ),
     "semicolons.csv": SEMICOLONS,
     "tabs.csv": TABS,
+    "blank.csv": f"\r\n \r\n{TABLE}",
+    "blank_semicolons.csv": f"\n{SEMICOLONS}",
+    "excel.csv": f"\ufeffsep=;\r\n{SEMICOLONS}",
+    "excel_quoted.csv": f'"sep=|"\n{SEMICOLONS.replace("; and", "@").replace(";", "|")}'.replace(
+        "@", "; and"
+    ),
     "a.tsv": TABS,
 }
 
@@ -240,6 +246,41 @@ def test_faults_of_rows():
         ("record 4 (line 7)", "not UTF-8 (convert the file to UTF-8)"),
         ("record 5 (line 8)", {"prompt": "g", "chosen": "h"}),
     ]
+
+
+def test_lines_before_a_header_are_counted():
+    put({"a.csv": "sep=;\n\nprompt;chosen, or not\n\na;b\nc\n"})
+    assert placed("a.csv") == [
+        ("record 1 (line 5)", {"prompt": "a", "chosen, or not": "b"}),
+        ("record 2 (line 6)", "has 1 cells where the header has 2"),
+    ]
+
+
+def test_a_byte_order_mark_between_joined_files():
+    mark = "a byte order mark inside the file, as cat of two files leaves it, at "
+    whole = ("\ufeff" + '{"a": 1}\n') * 2
+    put({"a.jsonl": whole, "a.json": whole, "a.csv": "\ufeffa,b\n1,2\n" * 2})
+    for name in ("a.jsonl", "a.json"):
+        assert read(name) == [{"a": 1}, f"{mark}column 1 (remove it)"]
+    put({"b.json": "[1,\n\ufeff2]"})
+    assert refusal("b.json") == (f"b.json train: cannot be read: {mark}line 2 column 1 (remove it)")
+    assert read("a.csv") == [
+        {"a": "1", "b": "2"}, f"{mark}column 1 (remove it)", {"a": "1", "b": "2"},
+    ]  # fmt: skip
+
+
+def test_a_large_cell():
+    put({"a.csv": f"a,b\n{'x' * 20_000_000},y\n"})
+    (row,) = read("a.csv")
+    assert (len(row["a"]), row["b"]) == (20_000_000, "y")
+
+
+def test_frames_of_zstd_without_data():
+    """As pzstd writes them before each frame."""
+    for first in (0x50, 0x5F):
+        empty = bytes([first]) + b"\x2a\x4d\x18" + b"\x04\x00\x00\x00" + b"size"
+        put({"a.jsonl.zst": (empty + zstd(LINES.encode())) * 2})
+        assert read("a.jsonl.zst") == ROWS * 2
 
 
 def test_line_ends_inside_a_cell_are_kept():
@@ -412,6 +453,18 @@ def test_splits_of_a_folder_are_those_of_datasets(case, folder):
         )
 
 
+@pytest.mark.parametrize("held_out", ["Test.jsonl", "sub/VALID-2.jsonl", "My Eval/a.jsonl"])
+def test_held_out_files_that_datasets_takes_for_train(held_out):
+    put({f"set/{name}": "1\n" for name in ("Train.jsonl", held_out)})
+    assert str(next(iter(get_data_patterns("set")))) == "train"
+    for split in ("train", "test"):
+        assert refusal("./set", split) == (
+            f"./set {split}: cannot be read: {held_out} would be train, as names of splits are "
+            "read in lower case only (rename it, or name the files by a glob)"
+        )
+    assert read("set/Train.jsonl") == [1]
+
+
 README = """---
 configs:
 - config_name: helpful
@@ -515,6 +568,21 @@ def test_settings_answer_what_a_path_shows():
         if problem and not path.startswith("hf:"):
             held_out = SourceConfig(path="e/a.csv", test_path=path)
             assert list(held_out.problems()) == [f"test_path: {problem}"]
+
+
+def test_settings_tell_what_is_there():
+    put({"p[1]/a.jsonl": LINES})
+    (problem,) = SourceConfig(path="p[1]/*.jsonl").problems()
+    assert problem == (
+        "path: no file matches, got p[1]/*.jsonl (write [[] for the [ of the folder p[1])"
+    )
+    assert read("p[[]1]/*.jsonl") == ROWS
+    os.mkfifo("a.jsonl")
+    for path in ("a.jsonl", "/dev/null"):
+        assert list(SourceConfig(path=path).problems()) == [
+            f"path: must be a file or a folder, got {path}, a pipe or a device "
+            "(write a file from it)"
+        ]
 
 
 def test_on_the_command_line():

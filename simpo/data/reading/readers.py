@@ -32,6 +32,9 @@ COMPRESSED = {
     ".zst": b"\x28\xb5\x2f\xfd",
 }
 """First bytes of compressed files, by the suffix that they must have."""
+BYTE_ORDER_MARK = "\ufeff"
+SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+"""First bytes of a frame of zstandard without data, which pzstd writes before the others."""
 NOT_TEXT = {
     b"\xff\xfe": "it is UTF-16 or UTF-32 text (convert it to UTF-8)",
     b"\xfe\xff": "it is UTF-16 text (convert it to UTF-8)",
@@ -40,7 +43,7 @@ NOT_TEXT = {
     b"PK\x03\x04": "it is a zip archive or an Excel workbook (unpack it, or save it as CSV)",
 }
 """First bytes of files that are not UTF-8 text, with the message for each."""
-MAX_CELL_LETTERS = 2**24
+MAX_CELL_LETTERS = 2**27
 """A longer cell of a table is taken for a quote that is not closed."""
 ROWS_AT_ONCE = 1024
 """Rows of a parquet file that are in memory as Python objects."""
@@ -80,7 +83,8 @@ def _text_file(path: Path, suffixes: str) -> Iterator[tuple[Line, Any]]:
     for suffix, first_bytes in COMPRESSED.items():
         if begin.startswith(first_bytes) and suffix != compression:
             raise ValueError(f"it is compressed (name it {plain}{suffix})")
-    if compression and not begin.startswith(COMPRESSED[compression]):
+    skippable = compression == ".zst" and SKIPPABLE.match(begin)
+    if compression and not (skippable or begin.startswith(COMPRESSED[compression])):
         raise ValueError(f"it is not compressed (name it {plain})")
     count = 0
     try:
@@ -198,12 +202,19 @@ def _value(text: str) -> Any:
     except UnicodeEncodeError as error:
         raise RecordFault(f"not UTF-8 at {_position(text, error.start)}") from error
     except json.JSONDecodeError as error:
+        if text[error.pos : error.pos + 1] == BYTE_ORDER_MARK:
+            raise _mark_inside(_position(text, error.pos)) from error
         what = error.msg.removesuffix(" at")
         raise RecordFault(f"not JSON: {what} at {_position(text, error.pos)}") from error
     except RecursionError as error:
         raise RecordFault("not JSON: lists or objects are nested too deeply") from error
     except ValueError as error:
         raise RecordFault("not JSON: a number has too many digits") from error
+
+
+def _mark_inside(place: str) -> RecordFault:
+    what = "a byte order mark inside the file, as cat of two files leaves it"
+    return RecordFault(f"{what}, at {place} (remove it)")
 
 
 def _position(text: str, index: int) -> str:
@@ -237,12 +248,16 @@ def _table(text: TextIO, separator: str) -> Iterator[tuple[Line, Any]]:
 
     Libraries that read tables guess types, and would make 7 of "007" and nothing of "NA".
     """
-    first = text.readline()
+    before, given, first = [], None, text.readline()
+    while (first and not first.strip()) or (given := _GIVEN_SEPARATOR.fullmatch(first)):
+        separator = given[1] if given else separator
+        before.append("\n")  # it counts as a line
+        first = text.readline()
     unquoted = re.sub('"[^"]*"', "", first)
     if separator not in unquoted:
         separator = max(separator, ",", ";", "\t", "|", key=unquoted.count)
     csv.field_size_limit(MAX_CELL_LETTERS)
-    rows = csv.reader(chain([first], text), delimiter=separator, strict=True)
+    rows = csv.reader(chain(before, [first], text), delimiter=separator, strict=True)
     names: list[str] = []
     while True:
         line = rows.line_num + 1
@@ -263,6 +278,7 @@ def _table(text: TextIO, separator: str) -> Iterator[tuple[Line, Any]]:
         raise ValueError(f"it has no header {_NAME_COLUMNS}")
 
 
+_GIVEN_SEPARATOR = re.compile(r'"?sep=([,;|\t])"?\s*', re.IGNORECASE)  # Excel's first line
 _NAME_COLUMNS = "(the first row must name the columns)"
 
 
@@ -281,6 +297,8 @@ def _header(cells: list[str]) -> list[str]:
 
 
 def _row(names: list[str], cells: list[str]) -> dict[str, str | None] | RecordFault:
+    if cells[0].startswith(BYTE_ORDER_MARK):
+        return _mark_inside("column 1")
     if len(cells) != len(names):
         return RecordFault(f"has {len(cells)} cells where the header has {len(names)}")
     if _not_utf_8("".join(cells)):

@@ -143,13 +143,25 @@ def _splits(names: list[str]) -> dict[str, list[str]]:
     for parts in (lambda name: name.parts[:-1], lambda name: name.parts[-1:]):
         splits = {}
         for split, words in SPLIT_WORDS.items():
-            word = re.compile(rf"(?:^|[-._ 0-9])(?:{words})(?:$|[-._ 0-9])")
+            word = _word(words)
             found_names = [n for n in names if any(map(word.search, parts(PurePosixPath(n))))]
             if found_names:
                 splits[split] = found_names
         if splits:
             return splits
+    # As `datasets` does it, but it would train on them without a word.
+    held_out = _word(f"{SPLIT_WORDS['validation']}|{SPLIT_WORDS['test']}", re.IGNORECASE)
+    for name in names:
+        if any(map(held_out.search, PurePosixPath(name).parts)):
+            raise ValueError(
+                f"{name} would be train, as names of splits are read in lower case only "
+                "(rename it, or name the files by a glob)"
+            )
     return {"train": names}
+
+
+def _word(words: str, flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str]:
+    return re.compile(rf"(?:^|[-._ 0-9])(?:{words})(?:$|[-._ 0-9])", flags)
 
 
 def _listed_splits(folder: Path, names: list[str], subset: str | None) -> dict[str, list[str]]:

@@ -89,6 +89,16 @@ class _Split:
         bad = dict(Counter(fault for _, fault in self.faults))
         return SplitReport(source, split, self.records, bad, taken, dict(left_out or {}))
 
+    def counts(self) -> str:
+        """The numbers of records and of bad ones, with what most of them have."""
+        many = f"{self.place}: {self.records} record{'s' if self.records != 1 else ''}"
+        parts = [many, f"{len(self.faults)} bad"]
+        if self.faults:
+            ((fault, _),) = Counter(fault for _, fault in self.faults).most_common(1)
+            parts[-1] += f" (most often: {fault})"
+        parts += [f"{count} pairs not made: {reason}" for reason, count in self.left_out.items()]
+        return ", ".join(parts)
+
     def notes(self) -> list[str]:
         lines = []
         if self.read_as:
@@ -156,9 +166,7 @@ def load_mixture(config: DataConfig, read_record: Callable[[Any, str], Pair] = t
     notes += _overlap_notes(train, test)
     notes += _repeat_notes([split for split, _ in splits if split])
     if not train:
-        counts = ", ".join(
-            f"{t.source} {t.split}: {t.records} records, {sum(t.bad.values())} bad" for t in table
-        )
+        counts = ", ".join(split.counts() for both in splits for split in both if split)
         by_key = Counter(filter(None, keys))
         left = "".join(f"; {count} left out by data.{key}" for key, count in by_key.items())
         raise DataError(f"data.sources: no record left to train on ({counts}{left})")

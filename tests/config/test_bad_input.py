@@ -1039,8 +1039,8 @@ def test_nothing_left_to_train_on(folder):
     write(folder / "a.jsonl", [EMPTY, SAME])
     write(folder / "b.jsonl", [])
     assert data_error({"path": "a.jsonl"}, {"path": "b.jsonl"}, on_bad_record=OnBadRecord.drop) == [
-        "data.sources: no record left to train on (a.jsonl train: 2 records, 2 bad, "
-        "b.jsonl train: 0 records, 0 bad)"
+        "data.sources: no record left to train on (a.jsonl train: 2 records, 2 bad (most "
+        "often: chosen: the response is empty), b.jsonl train: 0 records, 0 bad)"
     ]
 
 

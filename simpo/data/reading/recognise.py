@@ -17,7 +17,16 @@ from simpo.config.errors import DataError, first_line
 from simpo.config.own_code import is_function, load
 from simpo.data.pairs import Pair
 from simpo.data.reading.records import COLUMNS, RecordFault, to_dialogue, to_prompt
-from simpo.data.reading.scored import LeftOut, Scored, WrongShape, scored_pairs
+from simpo.data.reading.scored import (
+    REPLIES,
+    SCORES,
+    LeftOut,
+    Scored,
+    Verdict,
+    WrongShape,
+    comparison,
+    scored_pairs,
+)
 from simpo.data.reading.shapes import (
     SHAPES,
     Gives,
@@ -32,19 +41,42 @@ MAX_LETTERS_OF_A_VALUE = 60
 _MESSAGES = ("prompt", "context", "chosen", "rejected", "messages", "conversations", "conversation")
 _LISTS = (
     *("preferred_output", "non_preferred_output", "responses", "completions", "answers"),
-    *("generations", "replies", "scores", "ratings", "rewards", "ranks", "history", "output"),
+    *("generations", "replies", *SCORES, "history", "output"),
 )
+_NEVER_TEXT = frozenset([*SCORES, *REPLIES, "history", "messages", "conversations"]) - {"output"}
 _KNOWN = frozenset(
     [name for shape in SHAPES for names in (*shape.needs, shape.optional) for name in names]
     + [name for columns in COLUMNS.values() for name in columns]
 )
+_OPTIONAL = frozenset(
+    [
+        *(name for columns in COLUMNS.values() for name in columns),
+        *("history", "input"),
+    ]
+) - {"prompt", "chosen", "rejected", "messages"}
+"""Columns that a record need not have."""
 _ALIASES = {
     "prompt": {"question", "instruction", "input", "query", "problem", "request", "ask"},
-    "chosen": {"better", "best", "good", "accepted", "preferred", "winner", "win", "positive"},
-    "rejected": {"worse", "worst", "bad", "loser", "lose", "negative", "dispreferred", "refused"},
+    "chosen": {"better", "best", "good", "accepted", "preferred", "winner", "win", "positive", "j"},
+    "rejected": {
+        "worse",
+        "worst",
+        "bad",
+        "loser",
+        "lose",
+        "negative",
+        "dispreferred",
+        "refused",
+        "k",
+    },
     "responses": {"candidates", "outputs", "samples"},
 }
 """Words in the names of columns that probably mean one of ours."""
+_IMITATED = {
+    "instruction": {"prompt", "question", "query", "problem", "request"},
+    "output": {"answer", "completion", "response", "reply", "target"},
+}
+"""The same for a prompt with one reply."""
 
 
 @dataclass
@@ -66,6 +98,8 @@ class SplitReader:
     shape: Shape | None = None
     _own: Callable[[Any], Any] | None = None
     _first: tuple[int, Record] | None = None
+    _verdict: Verdict = field(default_factory=Verdict)
+    _found: set[str] = field(default_factory=set)
     _json_columns: frozenset[str] = field(default=frozenset([*_MESSAGES, *_LISTS, "input"]))
 
     def __post_init__(self) -> None:
@@ -97,7 +131,7 @@ class SplitReader:
             DataError: the shape was taken for another one.
         """
         if isinstance(record, Mapping) and self.source.columns:
-            record = _renamed(record, self.source.columns)
+            record = self._renamed(record)
         if self._own:
             made = self._own(record)
             return made if isinstance(made, list) else [made]
@@ -110,17 +144,39 @@ class SplitReader:
             return [record]
         return self._read(self.shape, given, number)
 
+    def _renamed(self, record: Mapping[str, Any]) -> Record:
+        """The record with its columns under our names; optional ones may be absent.
+
+        Raises:
+            RecordFault: it lacks one that is needed.
+        """
+        rest, found = dict(record), {}
+        for theirs, ours in self.source.columns.items():
+            try:
+                found[ours] = _taken(rest, theirs)
+                self._found.add(theirs)
+            except KeyError:
+                if ours in _OPTIONAL:
+                    continue
+                names = [name for name, _ in _flat(record)]
+                near = difflib.get_close_matches(theirs, names, 1)
+                hint = (
+                    f"did you mean {near[0]}?" if near else f"it has {', '.join(map(str, record))}"
+                )
+                raise RecordFault(f"columns: the record has no {theirs} ({hint})") from None
+        return rest | found
+
     def _choose(self, record: Mapping[str, Any], given: Record, number: int) -> None:
         self._first = self._first or (number, given)
         shapes = self._shapes()
         self.shape = next((shape for shape in shapes if shape.fits(given)), None)
-        if self.shape is None and self.source.format is not None and not self.refusal():
+        if self.shape is None and self.source.format is not None and not self._no_shape():
             # The setting stands above what the record looks like.
             self.shape = shapes[-1]
         if self.shape is not None:
             # Only these columns are parsed from now on: a reply may be text that looks like JSON.
             parsed = [key for key in self._json_columns if given.get(key) is not record.get(key)]
-            self._json_columns = frozenset(parsed)
+            self._json_columns = _NEVER_TEXT.union(parsed)
 
     def _shapes(self) -> list[Shape]:
         """The shapes that can be read, the first to try first."""
@@ -143,7 +199,10 @@ class SplitReader:
             raise RecordFault(f"{names}: missing (the record has {columns or 'no value'})")
         rest = dict(given)
         try:
-            made = shape.read(rest)
+            if shape.read is comparison:
+                made: Record | Scored = comparison(rest, self._verdict)
+            else:
+                made = shape.read(rest)
         except WrongShape as error:
             raise DataError(f"{self.place} record {number}: {error}") from error
         if not isinstance(made, Scored):
@@ -155,6 +214,16 @@ class SplitReader:
         return [pair if isinstance(pair, LeftOut) else rest | pair for pair in pairs]
 
     def refusal(self) -> list[str]:
+        """Why the split cannot be read, once all its records were, as lines; empty if it can."""
+        if lines := self._no_shape():
+            return lines
+        missing = [name for name in self.source.columns if name not in self._found]
+        if self._first and missing:
+            return [f"{self.place}: columns: no record has {missing[0]}"]
+        problem = None if self.read_record is to_prompt else self._verdict.problem()
+        return [f"{self.place}: {problem}"] if problem else []
+
+    def _no_shape(self) -> list[str]:
         """Why no record of the split has a shape that can be read, as lines; empty if one has."""
         if self.shape is not None or self._first is None:
             return []
@@ -192,24 +261,6 @@ def _own_form(name: str) -> Callable[[Any], Any]:
             raise RecordFault(f"{name}: {type(error).__name__}: {first_line(error)}") from error
 
     return form
-
-
-def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
-    """The record with its columns under our names.
-
-    Raises:
-        RecordFault: it lacks one.
-    """
-    rest, found = dict(record), {}
-    for theirs, ours in columns.items():
-        try:
-            found[ours] = _taken(rest, theirs)
-        except KeyError:
-            names = [name for name, _ in _flat(record)]
-            near = difflib.get_close_matches(theirs, names, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(map(str, record))}"
-            raise RecordFault(f"columns: the record has no {theirs} ({hint})") from None
-    return rest | found
 
 
 def _taken(record: Record, name: str) -> Any:
@@ -318,7 +369,8 @@ def _guesses(shape: Shape, record: Mapping[str, Any]) -> dict[str, str]:
     free = [name for name, value in _flat(record) if name not in used and value is not None]
     found: dict[str, str] = {}
     for ours in (names[0] for names in shape.lacks(record)):
-        meant = {ours, *_ALIASES.get(ours, ())}
+        aliases = _IMITATED if shape.gives is Gives.dialogue else _ALIASES
+        meant = {ours, *aliases.get(ours, ())}
         able = [name for name in free if meant & set(re.split(r"[^a-z0-9]+", name.lower()))]
         able = sorted(able, key=lambda name: len(re.split(r"[^A-Za-z0-9]+", name)))
         if able or (able := difflib.get_close_matches(ours, free, 1, 0.8)):

@@ -20,9 +20,12 @@ from simpo.data.reading.scored import (
     SIGNED,
     TWO_REPLIES,
     Scored,
+    chosen_names_a_reply,
     comparison,
     has_scores,
+    lists_scores,
     replies,
+    two_replies,
 )
 from simpo.data.reading.turns import (
     HH_TEXT,
@@ -33,6 +36,7 @@ from simpo.data.reading.turns import (
     is_hh_prompt,
     is_message,
     turns,
+    with_history,
     with_input,
 )
 
@@ -78,9 +82,12 @@ class Shape:
 def as_they_are(rest: Record) -> Record:
     """Pairs, dialogues and prompts as `records` reads them; ShareGPT's messages become OpenAI's."""
     columns = ("prompt", "chosen", "rejected", "messages")
-    return {
+    made = {
         key: turns(rest[key], key) for key in columns if isinstance(rest.get(key), (list, dict))
     }
+    if "history" in rest and "prompt" in rest and not _starts_with_the_user(rest):
+        made["prompt"] = with_history(rest["prompt"], rest)
+    return made
 
 
 def _is_hh(record: Mapping[str, Any]) -> bool:
@@ -103,23 +110,12 @@ def _hh_rlhf(rest: Record) -> Record:
 
 def _orca(rest: Record) -> Record:
     name = "question" if rest.get("question") is not None else "input"
-    return {"prompt": rest.pop(name), **as_they_are(rest)}
+    return {"prompt": with_history(rest.pop(name), rest), **as_they_are(rest)}
 
 
 def _alpaca(rest: Record) -> Record:
     """`output` is the reply to imitate, or both replies with the better one first."""
-    prompt = with_input(rest.pop("instruction"), rest.pop("input", None))
-    earlier = rest.pop("history", None) or []
-    if not isinstance(earlier, list) or any(
-        not isinstance(turn, list) or len(turn) != 2 for turn in earlier
-    ):
-        raise RecordFault("history: must be a list of [instruction, reply]")
-    before = [
-        {"role": role, "content": said}
-        for turn in earlier
-        for role, said in zip(("user", "assistant"), turn, strict=True)
-    ]
-    asked = [*before, {"role": "user", "content": prompt}] if before else prompt
+    asked = with_history(with_input(rest.pop("instruction"), rest.pop("input", None)), rest)
     if rest.get("chosen") is not None or rest.get("rejected") is not None:
         return {"prompt": asked, **as_they_are(rest)}
     output = rest.pop("output", None)
@@ -127,8 +123,8 @@ def _alpaca(rest: Record) -> Record:
         if len(output) != 2:
             raise RecordFault(f"output: must list two replies, the better first, got {len(output)}")
         return {"prompt": asked, "chosen": output[0], "rejected": output[1]}
-    question = {"role": "user", "content": prompt}
-    return {"messages": [*before, question, {"role": "assistant", "content": output}]}
+    before = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    return {"messages": [*before, {"role": "assistant", "content": output}]}
 
 
 def _sharegpt(rest: Record) -> Record:
@@ -154,7 +150,7 @@ def _openai(rest: Record) -> Record:
 
 
 def _starts_with_the_user(record: Mapping[str, Any]) -> bool:
-    chosen = record["chosen"]
+    chosen = record.get("chosen")
     if not isinstance(chosen, list) or not chosen or not is_message(chosen[0]):
         return False
     return chosen[0].get("role", chosen[0].get("from")) in ("system", "developer", "user", "human")
@@ -174,6 +170,10 @@ _COMPARED = (
     (*SIGNED, *NAMED),
 )
 SHAPES = (
+    Shape(
+        "comparison", "two replies and which is better", Gives.pair, _COMPARED, comparison,
+        chosen_names_a_reply, ("input",),
+    ),
     Shape(
         "openai", "OpenAI preferences", Gives.pair,
         (("input",), ("preferred_output",), ("non_preferred_output",)), _openai,
@@ -202,7 +202,8 @@ SHAPES = (
     ),
     Shape(
         "alpaca", "Alpaca with two outputs", Gives.pair, (("instruction",), ("output",)), _alpaca,
-        lambda record: isinstance(record["output"], list), ("input", "history"),
+        lambda record: isinstance(record["output"], list) and not lists_scores(record),
+        ("input", "history"),
     ),
     Shape(
         "orca", "Orca", Gives.pair, (("question", "input"), ("chosen",), ("rejected",)), _orca,
@@ -210,7 +211,7 @@ SHAPES = (
     ),
     Shape(
         "comparison", "two replies and which is better", Gives.pair, _COMPARED, comparison,
-        lambda record: any(all(record.get(n) is not None for n in two) for two in TWO_REPLIES),
+        lambda record: two_replies(record) is not None,
         ("input",),
     ),
     Shape(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from simpo.data.reading.messages import has_value
 from simpo.data.reading.records import RecordFault
 
 PROMPTS = ("prompt", "instruction", "question", "context")
@@ -96,7 +97,32 @@ def asked_of(rest: dict[str, Any]) -> Any:
     asked = rest.pop(name)
     if name == "instruction":
         asked = with_input(asked, rest.pop("input", None))
-    return hh_prompt(turns(asked, name))
+    return with_history(hh_prompt(turns(asked, name)), rest)
+
+
+def with_history(prompt: Any, rest: dict[str, Any]) -> Any:
+    """A prompt of one text behind the earlier turns in the column `history`; others as they are.
+
+    Raises:
+        RecordFault: `history` holds something else than dialogue up to a reply.
+    """
+    if not isinstance(prompt, str) or "history" not in rest:
+        return prompt
+    earlier = rest.pop("history")
+    if not has_value(earlier):
+        return prompt
+    before = turns(earlier, "history")
+    if isinstance(before, list) and all(isinstance(t, list) and len(t) == 2 for t in before):
+        before = [
+            {"role": role, "content": said}
+            for turn in before
+            for role, said in zip(("user", "assistant"), turn, strict=True)
+        ]
+    if not isinstance(before, list) or not all(map(is_message, before)):
+        raise RecordFault("history: must be a list of [instruction, reply] or of messages")
+    if before[-1]["role"] != "assistant":
+        raise RecordFault("history: must end with a reply")
+    return [*before, {"role": "user", "content": prompt}]
 
 
 def with_input(instruction: Any, more: Any) -> Any:

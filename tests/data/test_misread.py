@@ -102,7 +102,9 @@ def test_preferences_of_one_sign_only_are_sizes(column):
 PRINTED = "[{'role': 'assistant', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]"
 
 
-@pytest.mark.parametrize("text", [PRINTED, json.dumps(SO), ' {"from": "gpt", "value": "So."}'])
+@pytest.mark.parametrize(
+    "text", [PRINTED, f"array({PRINTED})", json.dumps(SO), ' {"from": "gpt", "value": "So."}']
+)
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
 def test_messages_that_are_left_as_text(column, text):
     good = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
@@ -116,6 +118,23 @@ def test_messages_that_are_left_as_text(column, text):
     assert pair.chosen[0]["content"] == PRINTED
 
 
+def test_messages_that_are_left_as_text_of_one_reply():
+    record = {"instruction": "Why?", "output": "So."}
+    for column, name in (("instruction", "prompt"), ("output", "output")):
+        (line, _) = error(record, record | {column: PRINTED}, read_record=to_dialogue)
+        assert line == (
+            f"a.jsonl train record 2: {name}: is the text of messages, and the column was not read "
+            "as such (write messages as JSON in every record; a reply that is such a text goes "
+            "into a message)"
+        )
+
+
+def test_the_hint_for_lists_that_are_no_json():
+    assert error({"chosen": PRINTED, "rejected": PRINTED, "scores": "[1 2]"})[4:] == [
+        "(chosen, rejected, scores: lists as text that is not JSON; write JSON)"
+    ]
+
+
 def test_lists_of_texts_are_no_prompt():
     record = {"prompt": '["Why?", "And now?"]', "response_a": '["So."]', "response_b": '["No."]'}
     assert error(record | {"winner": "model_a"})[0] == (
@@ -125,12 +144,20 @@ def test_lists_of_texts_are_no_prompt():
     assert len(mixture({"prompt": '["Why?" is a text', "chosen": "So.", "rejected": "No."}).train)
 
 
-@pytest.mark.parametrize("scores", ["ratings", "scores", "rating"])
+@pytest.mark.parametrize("scores", ["ratings", "scores", "rating", "score"])
 def test_outputs_with_scores(scores):
     for outputs, numbers in ((["No.", "So."], [1, 5]), (["No.", "So.", "Hm."], [1, 5, 2])):
         loaded = mixture({"instruction": "Why?", "output": outputs, scores: numbers})
         assert replies(loaded) == [("So.", "No.")]
         assert loaded.notes == ["note   a.jsonl train: read as replies with scores, 1 record"]
+
+
+def test_outputs_with_scores_in_later_records_only():
+    record = {"instruction": "Why?", "output": ["No.", "So."]}
+    told = "output has scores, which are not read (set format: replies)"
+    assert error(record, record | {"ratings": [1, 5]}, **DROP) == [
+        f"a.jsonl train record 2: {told}"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +173,10 @@ def test_chosen_may_name_a_reply(prompt, chosen, rejected):
     assert loaded.notes[1] == TIE
     (pair,) = replies(mixture(record | {"chosen": "So.", "rejected": "No."}))
     assert pair == ("So.", "No.")
+    assert error(record | {"chosen": "So.", "rejected": "No."}, named, **DROP) == [
+        "a.jsonl train record 2: chosen names a reply, and is not read as such (set format: "
+        "comparison)"
+    ]
     letters = {prompt: "Why?", "response_a": "B", "response_b": "A", "chosen": "A", "rejected": "B"}
     assert replies(mixture(letters)) == [("A", "B")]
 
@@ -270,6 +301,10 @@ def test_alpaca_farm():
     [
         ({"question": "Why?", "answer": "So."}, "{question: instruction, answer: output}"),
         ({"prompt": "Why?", "completion": "So."}, "{prompt: instruction, completion: output}"),
+        (
+            {"prompt": "Why?", "response": "So.", "score": 3},
+            "{prompt: instruction, response: output}",
+        ),
     ],
 )
 def test_hints_for_one_reply(record, setting):

@@ -16,7 +16,13 @@ from simpo.config.data import SourceConfig
 from simpo.config.errors import DataError, first_line
 from simpo.config.own_code import is_function, load
 from simpo.data.pairs import Pair
-from simpo.data.reading.records import COLUMNS, RecordFault, to_dialogue, to_prompt
+from simpo.data.reading.records import (
+    COLUMNS,
+    RecordFault,
+    is_messages_as_text,
+    to_dialogue,
+    to_prompt,
+)
 from simpo.data.reading.scored import (
     REPLIES,
     SCORES,
@@ -233,11 +239,13 @@ class SplitReader:
         fitting = [shape for shape in named if shape.fits(record)]
         if self.source.format is None:  # most records have a prompt
             fitting = [shape for shape in fitting if shape.gives is not Gives.prompt]
+        if self.read_record is to_dialogue:  # one reply is enough
+            fitting = [shape for shape in fitting if shape.name != "ratings"]
         if fitting:
             return [f"{place}: {_why_not(fitting[0])}"]
         shapes = self._shapes()
         if self.source.format is None:
-            return [*_shown(place, record), *_nearest(shapes, record)]
+            return [*_shown(place, record), *(_lists_as_text(record) or _nearest(shapes, record))]
         return [] if shapes else [f"{place}: {_why_not(named[0])}"]
 
 
@@ -331,19 +339,31 @@ def _shown(place: str, record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _lists_as_text(record: Mapping[str, Any]) -> list[str]:
+    """A line with the columns that could not be parsed, such as lists that NumPy printed."""
+    names = [
+        name
+        for name, value in record.items()
+        if isinstance(value, str)
+        and (is_messages_as_text(value) or (name in _NEVER_TEXT and value.lstrip()[:1] == "["))
+    ]
+    return [f"({', '.join(names)}: lists as text that is not JSON; write JSON)"] if names else []
+
+
 def _nearest(shapes: list[Shape], record: Mapping[str, Any]) -> list[str]:
     """Lines with the shape that a record is nearest to, what it lacks, and what to set."""
 
-    def nearness(shape: Shape) -> tuple[int, int]:
+    def nearness(shape: Shape) -> tuple[int, bool, int]:
+        one = shape.gives is Gives.dialogue
         lacking = shape.lacks(record)
         if not lacking:  # values of another kind
-            return len(shape.needs) - 3, 0
+            return len(shape.needs) - 3, one, 0
         guesses = _guesses(shape, record)
         replies = [names for names in shape.needs if names[0] not in PROMPTS]
         if all(names in lacking and names[0] not in guesses for names in replies):
-            return -len(shapes), 0  # nothing but a prompt in common
+            return -len(shapes), one, 0  # nothing but a prompt in common
         unknown = len(lacking) - len(guesses)
-        return len(shape.needs) - 2 * unknown, len(shape.needs) - len(lacking)
+        return len(shape.needs) - 2 * unknown, one, len(shape.needs) - len(lacking)
 
     plain = next(shape for shape in reversed(shapes) if shape.name == "pair")
     shape = max([plain, *shapes], key=nearness)

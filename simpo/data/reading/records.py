@@ -47,7 +47,9 @@ MESSAGE_KEYS = ("tool_calls", "function_call", "tool_call_id")
 """Keys of messages that say something else than meant as columns of a record."""
 
 _OTHER_KEY = {"role": "content", "content": "role", "from": "value", "value": "from"}
-_MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
+_MESSAGES_AS_TEXT = re.compile(
+    r"""\s*(?:array\()?\[?\s*\{\s*["'](role|content|from|value)["']\s*:"""
+)
 _TURNS_IN_TEXT = re.compile(r"(?:\A|\n\n)(?:### ?)?Human:")
 
 
@@ -250,7 +252,7 @@ def _given(prompt: Any) -> list[Message]:
     if not isinstance(prompt, str):
         return read_messages(prompt, "prompt")
     check_text(prompt, "prompt")
-    _refuse_list(prompt, "prompt")
+    refuse_messages_as_text(prompt, "prompt")
     if _is_list_of_texts(prompt):
         raise RecordFault(
             "prompt: is a JSON list of texts (make messages of its turns, format: module:function)"
@@ -260,17 +262,22 @@ def _given(prompt: Any) -> list[Message]:
 
 def _reply(text: str, key: str) -> Message:
     check_text(text, key)
-    _refuse_list(text, key)
+    refuse_messages_as_text(text, key)
     return {"role": "assistant", "content": text}
 
 
-def _refuse_list(text: str, key: str) -> None:
+def is_messages_as_text(text: str) -> bool:
+    """Whether a text is messages as a program printed them."""
+    begin = _MESSAGES_AS_TEXT.match(text)
+    return bool(begin and re.search(rf"""["']{_OTHER_KEY[begin[1]]}["']\s*:""", text))
+
+
+def refuse_messages_as_text(text: str, key: str) -> None:
     """
     Raises:
-        RecordFault: the text is a list of messages, as a program printed it.
+        RecordFault: the text is messages as a program printed them.
     """
-    begin = _MESSAGES_AS_TEXT.match(text)
-    if begin and re.search(rf"""["']{_OTHER_KEY[begin[1]]}["']\s*:""", text):
+    if is_messages_as_text(text):
         raise RecordFault(
             f"{key}: is the text of messages, and the column was not read as such (write messages "
             "as JSON in every record; a reply that is such a text goes into a message)"

@@ -15,7 +15,7 @@ from simpo.data.reading.records import RecordFault
 from simpo.data.reading.turns import asked_of, is_message, turns
 
 REPLIES = ("responses", "completions", "answers", "generations", "replies", "output")
-SCORES = ("scores", "ratings", "rating", "rewards", "ranks")
+SCORES = ("scores", "ratings", "rewards", "ranks", "score", "rating", "reward", "rank")
 """Columns with a number for each reply; the lower a rank, the better."""
 TWO_REPLIES = (
     ("response_0", "response_1"),
@@ -252,7 +252,7 @@ def replies(rest: dict[str, Any]) -> Scored:
     scores = rest.pop(beside)
     if not isinstance(scores, list) or len(scores) != len(replies):
         raise RecordFault(f"{beside}: must list a number for each of the {len(replies)} {name}")
-    sign = -1 if beside == "ranks" else 1
+    sign = -1 if beside.startswith("rank") else 1
     scored = [
         (_reply_text(reply), sign * _number(score, f"{beside}[{index}]"))
         for index, (reply, score) in enumerate(zip(replies, scores, strict=True))
@@ -270,12 +270,13 @@ def _scored_reply(item: Any, place: str) -> tuple[Any, float]:
 
 
 def _score_column(record: Mapping[str, Any]) -> str | None:
-    """The column with the scores; `rating` may also be one number for something else."""
+    """The column with the scores; a name such as `score` may also hold one number of its own."""
     return next(
         (
             name
             for name in SCORES
-            if record.get(name) is not None and (name != "rating" or isinstance(record[name], list))
+            if record.get(name) is not None
+            and (name.endswith("s") or isinstance(record[name], list))
         ),
         None,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from simpo.data.reading.records import RecordFault
+from simpo.data.reading.records import RecordFault, refuse_messages_as_text
 from simpo.data.reading.scored import (
     NAMED,
     REPLIES,
@@ -20,6 +20,7 @@ from simpo.data.reading.scored import (
     SIGNED,
     TWO_REPLIES,
     Scored,
+    WrongShape,
     chosen_names_a_reply,
     comparison,
     has_scores,
@@ -81,6 +82,8 @@ class Shape:
 
 def as_they_are(rest: Record) -> Record:
     """Pairs, dialogues and prompts as `records` reads them; ShareGPT's messages become OpenAI's."""
+    if chosen_names_a_reply(rest):
+        raise WrongShape("chosen names a reply, and is not read as such (set format: comparison)")
     columns = ("prompt", "chosen", "rejected", "messages")
     made = {
         key: turns(rest[key], key) for key in columns if isinstance(rest.get(key), (list, dict))
@@ -119,10 +122,14 @@ def _alpaca(rest: Record) -> Record:
     if rest.get("chosen") is not None or rest.get("rejected") is not None:
         return {"prompt": asked, **as_they_are(rest)}
     output = rest.pop("output", None)
+    if isinstance(output, list) and lists_scores(rest):
+        raise WrongShape("output has scores, which are not read (set format: replies)")
     if isinstance(output, list):
         if len(output) != 2:
             raise RecordFault(f"output: must list two replies, the better first, got {len(output)}")
         return {"prompt": asked, "chosen": output[0], "rejected": output[1]}
+    if isinstance(output, str):
+        refuse_messages_as_text(output, "output")
     before = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     return {"messages": [*before, {"role": "assistant", "content": output}]}
 

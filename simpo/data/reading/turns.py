@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simpo.data.reading.messages import has_value
-from simpo.data.reading.records import RecordFault
+from simpo.data.reading.records import RecordFault, refuse_messages_as_text
 
 PROMPTS = ("prompt", "instruction", "question", "context")
 """Columns that may hold the prompt."""
@@ -104,9 +104,12 @@ def with_history(prompt: Any, rest: dict[str, Any]) -> Any:
     """A prompt of one text behind the earlier turns in the column `history`; others as they are.
 
     Raises:
-        RecordFault: `history` holds something else than dialogue up to a reply.
+        RecordFault: `history` is no dialogue up to a reply, or the text is messages.
     """
-    if not isinstance(prompt, str) or "history" not in rest:
+    if not isinstance(prompt, str):
+        return prompt
+    refuse_messages_as_text(prompt, "prompt")
+    if "history" not in rest:
         return prompt
     earlier = rest.pop("history")
     if not has_value(earlier):

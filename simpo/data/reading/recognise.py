@@ -5,8 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,15 +15,14 @@ from simpo.config.data import SourceConfig
 from simpo.config.errors import DataError, first_line
 from simpo.config.own_code import is_function, load
 from simpo.data.pairs import Pair
+from simpo.data.reading.hints import NEVER_TEXT, fits_no_shape, named_values
 from simpo.data.reading.records import (
     COLUMNS,
     RecordFault,
-    is_messages_as_text,
     to_dialogue,
     to_prompt,
 )
 from simpo.data.reading.scored import (
-    REPLIES,
     SCORES,
     LeftOut,
     Scored,
@@ -40,16 +38,14 @@ from simpo.data.reading.shapes import (
     Shape,
     as_they_are,
 )
-from simpo.data.reading.turns import PROMPTS, is_message
+from simpo.data.reading.turns import is_message
 
 ReadRecord = Callable[[Any, str], Pair]
-MAX_LETTERS_OF_A_VALUE = 60
 _MESSAGES = ("prompt", "context", "chosen", "rejected", "messages", "conversations", "conversation")
 _LISTS = (
     *("preferred_output", "non_preferred_output", "responses", "completions", "answers"),
     *("generations", "replies", *SCORES, "history", "output"),
 )
-_NEVER_TEXT = frozenset([*SCORES, *REPLIES, "history", "messages", "conversations"]) - {"output"}
 _KNOWN = frozenset(
     [name for shape in SHAPES for names in (*shape.needs, shape.optional) for name in names]
     + [name for columns in COLUMNS.values() for name in columns]
@@ -61,28 +57,6 @@ _OPTIONAL = frozenset(
     ]
 ) - {"prompt", "chosen", "rejected", "messages"}
 """Columns that a record need not have."""
-_ALIASES = {
-    "prompt": {"question", "instruction", "input", "query", "problem", "request", "ask"},
-    "chosen": {"better", "best", "good", "accepted", "preferred", "winner", "win", "positive", "j"},
-    "rejected": {
-        "worse",
-        "worst",
-        "bad",
-        "loser",
-        "lose",
-        "negative",
-        "dispreferred",
-        "refused",
-        "k",
-    },
-    "responses": {"candidates", "outputs", "samples"},
-}
-"""Words in the names of columns that probably mean one of ours."""
-_IMITATED = {
-    "instruction": {"prompt", "question", "query", "problem", "request"},
-    "output": {"answer", "completion", "response", "reply", "target"},
-}
-"""The same for a prompt with one reply."""
 
 
 @dataclass
@@ -164,7 +138,7 @@ class SplitReader:
             except KeyError:
                 if ours in _OPTIONAL:
                     continue
-                names = [name for name, _ in _flat(record)]
+                names = [name for name, _ in named_values(record)]
                 near = difflib.get_close_matches(theirs, names, 1)
                 hint = (
                     f"did you mean {near[0]}?" if near else f"it has {', '.join(map(str, record))}"
@@ -182,7 +156,7 @@ class SplitReader:
         if self.shape is not None:
             # Only these columns are parsed from now on: a reply may be text that looks like JSON.
             parsed = [key for key in self._json_columns if given.get(key) is not record.get(key)]
-            self._json_columns = _NEVER_TEXT.union(parsed)
+            self._json_columns = NEVER_TEXT.union(parsed)
 
     def _shapes(self) -> list[Shape]:
         """The shapes that can be read, the first to try first."""
@@ -245,7 +219,7 @@ class SplitReader:
             return [f"{place}: {_why_not(fitting[0])}"]
         shapes = self._shapes()
         if self.source.format is None:
-            return [*_shown(place, record), *(_lists_as_text(record) or _nearest(shapes, record))]
+            return fits_no_shape(place, record, shapes, self.source.columns)
         return [] if shapes else [f"{place}: {_why_not(named[0])}"]
 
 
@@ -290,14 +264,6 @@ def _taken(record: Record, name: str) -> Any:
     return value
 
 
-def _flat(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, value) of each column, and of the keys of objects as `a.b`."""
-    for key, value in record.items():
-        yield str(key), value
-        if isinstance(value, Mapping) and not is_message(value):
-            yield from ((f"{key}.{inner}", item) for inner, item in value.items())
-
-
 def _with_json(record: Mapping[str, Any], columns: frozenset[str]) -> Record:
     """The record with lists in place of their JSON, as the cells of a CSV file hold it."""
     given = dict(record)
@@ -327,73 +293,3 @@ def _from_json(text: str, name: str) -> Any:
     if messages and all(map(is_message, messages)):
         return value
     return value if name in _LISTS and isinstance(value, list) else text
-
-
-def _shown(place: str, record: Mapping[str, Any]) -> list[str]:
-    """Lines with the columns of a record and their values, shortened."""
-    lines = [f"{place}: fits no shape of record that is read here (docs/data.md); it has"]
-    for key, value in record.items():
-        text = value if isinstance(value, str) else repr(value)
-        cut = len(text) > MAX_LETTERS_OF_A_VALUE
-        lines.append(f"  {key}: {text[:MAX_LETTERS_OF_A_VALUE]}{'...' if cut else ''}")
-    return lines
-
-
-def _lists_as_text(record: Mapping[str, Any]) -> list[str]:
-    """A line with the columns that could not be parsed, such as lists that NumPy printed."""
-    names = [
-        name
-        for name, value in record.items()
-        if isinstance(value, str)
-        and (is_messages_as_text(value) or (name in _NEVER_TEXT and value.lstrip()[:1] == "["))
-    ]
-    return [f"({', '.join(names)}: lists as text that is not JSON; write JSON)"] if names else []
-
-
-def _nearest(shapes: list[Shape], record: Mapping[str, Any]) -> list[str]:
-    """Lines with the shape that a record is nearest to, what it lacks, and what to set."""
-
-    def nearness(shape: Shape) -> tuple[int, bool, int]:
-        one = shape.gives is Gives.dialogue
-        lacking = shape.lacks(record)
-        if not lacking:  # values of another kind
-            return len(shape.needs) - 3, one, 0
-        guesses = _guesses(shape, record)
-        replies = [names for names in shape.needs if names[0] not in PROMPTS]
-        if all(names in lacking and names[0] not in guesses for names in replies):
-            return -len(shapes), one, 0  # nothing but a prompt in common
-        unknown = len(lacking) - len(guesses)
-        return len(shape.needs) - 2 * unknown, one, len(shape.needs) - len(lacking)
-
-    plain = next(shape for shape in reversed(shapes) if shape.name == "pair")
-    shape = max([plain, *shapes], key=nearness)
-    lacking, guesses = shape.lacks(record), _guesses(shape, record)
-    needs = ", ".join(names[0] for names in shape.needs)
-    own = "or convert the records: format: module:function, docs/extending.md"
-    if not lacking:
-        return [f"nearest shape: {shape.title} ({needs}), with other kinds of values", f"({own})"]
-    lacks = ", ".join(" or ".join(names) for names in lacking)
-    named = [f"{guesses.get(names[0], '...')}: {names[0]}" for names in lacking]
-    setting = f"columns: {{{', '.join(named)}}}"
-    return [
-        f"nearest shape: {shape.title} ({needs}); it lacks {lacks}",
-        f"(set for this source {setting})"
-        if len(guesses) == len(lacking)
-        else f"(name its columns in the source: {setting}, {own})",
-    ]
-
-
-def _guesses(shape: Shape, record: Mapping[str, Any]) -> dict[str, str]:
-    """For columns that a shape lacks, the columns of the record that probably are them."""
-    used = {name for names in shape.needs for name in names}
-    free = [name for name, value in _flat(record) if name not in used and value is not None]
-    found: dict[str, str] = {}
-    for ours in (names[0] for names in shape.lacks(record)):
-        aliases = _IMITATED if shape.gives is Gives.dialogue else _ALIASES
-        meant = {ours, *aliases.get(ours, ())}
-        able = [name for name in free if meant & set(re.split(r"[^a-z0-9]+", name.lower()))]
-        able = sorted(able, key=lambda name: len(re.split(r"[^A-Za-z0-9]+", name)))
-        if able or (able := difflib.get_close_matches(ours, free, 1, 0.8)):
-            found[ours] = able[0]
-            free.remove(able[0])
-    return found

@@ -43,7 +43,7 @@ RUNS = {
     "zero3-1": ("zero3", 1, 256),
 }
 
-FRESH = ("ddp-2", "fsdp-2", "zero3-2")
+FRESH = ("ddp-2", "fsdp-2", pytest.param("zero3-2", marks=pytest.mark.matrix))
 """Runs that are started as a user's command is; the others are forked (see `forked.py`)."""
 
 

@@ -1070,7 +1070,8 @@ def test_sources_that_cannot_be_read(folder):
         ".arrow file"
     ]
     assert data_error({"path": "./half"}) == [
-        "./half test: cannot be read: no such split, only train (set it to null to leave it out)"
+        "./half test: cannot be read: no such split, only train "
+        "(train_split and test_split take another, or null for none)"
     ]
     # The reason is in pyarrow's words, so only its place is ours.
     (line,) = data_error({"path": "not.parquet"})

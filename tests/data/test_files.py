@@ -449,7 +449,7 @@ def test_splits_of_a_folder_are_those_of_datasets(case, folder):
     for split in {"train", "validation", "test"} - set(theirs):
         assert refusal("./set", split) == (
             f"./set {split}: cannot be read: no such split, only {', '.join(sorted(theirs))} "
-            "(set it to null to leave it out)"
+            "(train_split and test_split take another, or null for none)"
         )
 
 

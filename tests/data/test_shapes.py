@@ -658,6 +658,24 @@ def test_messages_in_the_cells_of_a_csv_file():
                 "rejected})",
             ],
         ),
+        (
+            {"ask": {"body": "Why?"}, "replies_to_it": {"best": {"text": "So."},
+                                                        "worst": {"text": "No."}}},
+            [
+                "nearest shape: prompt and two texts (prompt, chosen, rejected); it lacks prompt, "
+                "chosen, rejected",
+                "(set for this source columns: {ask.body: prompt, replies_to_it.best.text: chosen, "
+                "replies_to_it.worst.text: rejected})",
+            ],
+        ),
+        (
+            {"prompt": "Why?", "responses": [{"text": "So.", "vote": 2}, {"text": "No."}]},
+            [
+                "nearest shape: replies with scores (prompt, responses), with other kinds of "
+                "values",
+                "(or convert the records: format: module:function, docs/extending.md)",
+            ],
+        ),
     ],
 )  # fmt: skip
 def test_the_nearest_shape_is_told(record, lines):
@@ -670,6 +688,13 @@ def test_the_nearest_shape_is_told(record, lines):
         run = compose_run(["data=jsonl", f"data.sources=[{{path: a.jsonl, {setting}}}]"])
         (pair,) = load_mixture(run.data).train
         assert pair.chosen[0]["content"].startswith("So.") and pair.rejected == tuple(NO)
+
+
+def test_what_is_already_named_stays_in_the_setting():
+    record = {"query": "Why?", "winner_text": "So.", "loser_text": "No."}
+    told = error(record, columns={"query": "prompt"})
+    setting = "{query: prompt, winner_text: chosen, loser_text: rejected}"
+    assert told[-1] == f"(set for this source columns: {setting})"
 
 
 def test_own_functions_may_return_several_records(folder, monkeypatch):

@@ -126,7 +126,8 @@ def _files_of_folder(folder: Path, subset: str | None, split: str) -> list[str]:
 def _of(splits: Mapping[Any, Any], split: str) -> Any:
     if split not in splits:
         raise ValueError(
-            f"no such split, only {', '.join(sorted(splits))} (set it to null to leave it out)"
+            f"no such split, only {', '.join(sorted(splits))} "
+            "(train_split and test_split take another, or null for none)"
         )
     return splits[split]
 

@@ -30,8 +30,9 @@ mark."""
 _ITEM = re.compile(r"\s{4}|\t|\s*(?:[-*+\u2022#>|]|\d+[.)])")
 """Matches a line that may be finished without a mark: an item of a list, indented code, a heading,
 a quote, a row of a table."""
-_UNMARKED = re.compile(r"[\u0e00-\u0eff\u1780-\u17ff]\Z|(?:https?://|www\.)\S+\Z")
-"""Matches what ends a sentence without a mark: letters of Thai, Lao and Khmer, and a link."""
+_UNMARKED = re.compile(r"[\u0e00-\u0eff\u1780-\u17ff]")
+"""Matches letters of Thai, Lao and Khmer, whose sentences end without a mark."""
+LINKS = ("http://", "https://", "www.")
 DETECTED_CHARACTERS = 200
 LEAST_LETTERS = 20
 LEAST_CERTAINTY = 0.9
@@ -176,10 +177,12 @@ def _cut_off(pair: Pair, _: Any) -> str | None:
 def _is_cut(lines: Sequence[str]) -> bool:
     """Whether the last line is a sentence that stops at a letter, a digit or a comma."""
     last = lines[-1]
+    unmarked = _UNMARKED.match(last[-1]) or last.split()[-1].startswith(LINKS)
+    if unmarked or not (last[-1].isalnum() or last[-1] in ",;-("):
+        return False
     num_words = sum(word[0].isalnum() for word in words(last))
     listed = 3 * last.count(",") >= num_words
-    stops = (last[-1].isalnum() and not _UNMARKED.search(last)) or last[-1] in ",;-("
-    if not stops or listed or num_words < SHORTEST_SENTENCE_WORDS:
+    if listed or num_words < SHORTEST_SENTENCE_WORDS:
         return False
     # An item is cut off only where other items end with a mark.
     return not _ITEM.match(last) or any(

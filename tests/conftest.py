@@ -86,6 +86,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     script = Path(__file__).parent / "support" / "slurm" / "cluster.sh"
     root = tmp_path_factory.mktemp("slurm")
     os.environ["SLURM_CONF"] = str(root / "slurm.conf")
+    # Several test processes may each have a cluster.
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.environ["SLURM_TEST_PORT"] = str(17817 + 10 * number)
     try:
         subprocess.run(["bash", script, "up", root], check=True)
         yield root

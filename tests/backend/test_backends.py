@@ -264,7 +264,7 @@ def test_joins_torchrun(settings: list[str], alone: Path, tmp_path: Path) -> Non
 
 OURS = (
     *("model  ", "loss = ", "| ", "|-", "tokens ", "plan   ", "       ", "memory ", "run    "),
-    *("note   only 6 steps", "held out: 16 pairs", "prompt  ", "before  ", "after   "),
+    *("note   only 6 steps", "note   /", "held out: 16 pairs", "prompt  ", "before  ", "after   "),
 )
 """How the lines begin that a whole run of `tiny_run` prints."""
 

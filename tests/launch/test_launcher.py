@@ -85,7 +85,8 @@ def test_a_member_fails_and_the_others_go_on(
     tiny_run: list[str], tiny_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "sweep"
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    record = '{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
+    (tmp_path / "bad.jsonl").write_text(record)
     good = f"{{path: {tmp_path}/train.jsonl, test_path: {tmp_path}/test.jsonl}}"
     overrides = [*tiny_run, f"launcher.sweep_dir={folder}"]
     sweep = [f"data.sources=[{{path: {tmp_path}/bad.jsonl}}],[{good}]"]
@@ -96,7 +97,7 @@ def test_a_member_fails_and_the_others_go_on(
         f"{os.path.relpath(folder)} tells why; the same command continues them)"
     )
     place = f"{tmp_path}/bad.jsonl train record 1"
-    reason = f"DataError: {place}: rejected: missing (the record has prompt, chosen)"
+    reason = f"DataError: {place}: chosen and rejected are the same"
     states = read_progress([bad, fine])
     assert [progress.state for progress in states] == [State.failed, State.finished]
     assert states[0].note == reason

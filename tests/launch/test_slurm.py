@@ -347,16 +347,18 @@ def test_settings_outdo_the_variables_of_sbatch(
 
 def test_a_job_that_cannot_run(tiny_run: list[str], tmp_path: Path) -> None:
     """Bad data: FAILED to Slurm too, with the exit code and the log; waited for, an error."""
-    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    record = '{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
+    (tmp_path / "train.jsonl").write_text(record)
     folder = tmp_path / "run"
     command = ["launcher=slurm", "launcher.wait=true", "launcher.poll_s=0.5", f"run_dir={folder}"]
     message = run([*command, *tiny_run], code=1)
     assert "1 of 1 members did not finish: run (python -m simpo.report " in message
     (progress,) = read_progress([folder])
     assert progress.state is State.failed
-    reason = f"exit code 2: DataError: {tmp_path}/train.jsonl train record 1: rejected: missing"
+    fault = "record 1: chosen and rejected are the same"
+    reason = f"exit code 2: DataError: {tmp_path}/train.jsonl train {fault}"
     assert progress.note.startswith(reason), progress.note
-    assert progress.log is not None and "record 1: rejected: missing" in progress.log.read_text()
+    assert progress.log is not None and fault in progress.log.read_text()
     told = slurm_command("scontrol", "--oneliner", "show", "job", job_of(folder))
     assert "JobState=FAILED" in told and "ExitCode=2:0" in told
     # Gone from squeue, as it is after some minutes, it is in the accounts.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import shutil
 import signal
 import subprocess
+import tempfile
 
 # Threads of several test processes would fight over the machine's cores; and no test may wait for a
 # model hub that is not there.
@@ -78,23 +80,25 @@ def real_data() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A real Slurm of two nodes on this machine, for the commands and runs that tests start."""
+    """A real Slurm of two nodes on this machine, for the commands and runs that tests start.
+
+    Test processes have it one after the other: two would want the same ports.
+    """
     skip_without("slurmctld", "slurmctld slurmd slurm-client munge")
     skip_without("slurmdbd", "slurmdbd mariadb-server-core mariadb-client-core")
     script = Path(__file__).parent / "support" / "slurm" / "cluster.sh"
     root = tmp_path_factory.mktemp("slurm")
-    os.environ["SLURM_CONF"] = str(root / "slurm.conf")
-    # Several test processes may each have a cluster.
-    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    os.environ["SLURM_TEST_PORT"] = str(17817 + 10 * number)
-    try:
-        subprocess.run(["bash", script, "up", root], check=True)
-        yield root
-    finally:
-        subprocess.run(["bash", script, "down", root], check=True)
-        del os.environ["SLURM_CONF"]
+    with (Path(tempfile.gettempdir()) / "simpo-test-slurm.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.environ["SLURM_CONF"] = str(root / "slurm.conf")
+        try:
+            subprocess.run(["bash", script, "up", root], check=True)
+            yield root
+        finally:
+            subprocess.run(["bash", script, "down", root], check=True)
+            del os.environ["SLURM_CONF"]
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
-# Test processes, each of up to 2 GiB: one more than a small machine has cores, as many tests wait.
-WORKERS ?= 3
+# Test processes; each takes a core and up to 8 GiB.
+WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --durations=20
 TORCH := torch==2.13.0
 PIP := python -m pip install --quiet --disable-pip-version-check

@@ -31,10 +31,11 @@ from tests.support.whole_runs import tiny_overrides
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LONGEST_FIRST = (
-    *("test_slurm.py", "test_backends.py", "test_watch.py", "test_faults.py", "test_launcher.py"),
-    *("test_train.py", "test_quantised.py", "test_on_policy.py", "test_bad_input.py"),
+    *("test_slurm.py", "test_faults.py", "test_watch.py", "test_launcher.py", "test_train.py"),
+    *("test_backends.py", "test_quantised.py", "test_on_policy.py", "test_bad_input.py"),
 )
-"""A worker takes a file at a time, so the longest must not be the last. Slurm mostly waits."""
+"""A worker takes a file at a time, so the longest must not be the last. Slurm mostly waits, and is
+over when the test of it among the backends begins."""
 UNIT_CPU_S = 10
 """What a test without a marker may take, whatever else the machine does."""
 

@@ -92,7 +92,7 @@ def test_works_from_an_empty_folder(
     assert "path: builtin:smollm2" in run("simpo-train", "--cfg", "job")
     assert "group=choice" in run("simpo-train", "--help")
     assert "on_policy.*" in run("simpo-generate", "--help") + run("simpo-annotate", "--help")
-    assert "assistant" in run("simpo-preview", *tiny_run, "pairs=1")
+    assert "assistant" in run("simpo-preview", *tiny_run, "pairs=1", "cleaning=none")
     assert "rank: 0" in run("simpo-train", "experiments=demo_full", "--cfg", "job")
     assert list(empty.iterdir()) == []
     # A sweep of one: the launcher is found, too.

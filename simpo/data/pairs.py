@@ -59,6 +59,11 @@ class Pair:
         """`chosen`, and `rejected` if there is one."""
         return (self.chosen,) if self.rejected is None else (self.chosen, self.rejected)
 
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """All turns: those of the prompt, then those of each response."""
+        return sum(self.responses, self.prompt)
+
 
 @dataclass(frozen=True)
 class TokenizedPair:

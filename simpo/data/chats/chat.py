@@ -199,7 +199,7 @@ class Chat:
             RecordFault: a text of the pair contains a control token, which would be tokenized as
                 that token.
         """
-        for message in (turn for part in (pair.prompt, *pair.responses) for turn in part):
+        for message in pair.turns:
             text = message["content"] or ""
             if len(message) > 2:
                 text = json.dumps(message, ensure_ascii=False)

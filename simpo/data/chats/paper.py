@@ -23,8 +23,7 @@ def paper_texts(template: Template, tokenizer: PreTrainedTokenizerBase, pair: Pa
         RecordFault: the pair has what the original trainer does not know, or the template refuses
             it.
     """
-    turns = [turn for part in (pair.prompt, *pair.responses) for turn in part]
-    if pair.tools or any("tool_calls" in turn for turn in turns):
+    if pair.tools or any("tool_calls" in turn for turn in pair.turns):
         raise RecordFault("data.compat=paper has no tools")
     prompt = list(pair.prompt)
     if prompt[0]["role"] != "system" and template.speaks_of_system:

@@ -105,12 +105,7 @@ def pair_text(pair: Pair) -> tuple[str, ...]:
     """Role and text of each turn of the prompt and the responses, and the tools."""
     return (
         json.dumps(pair.tools, sort_keys=True),
-        *(
-            text
-            for turns in (pair.prompt, *pair.responses)
-            for turn in turns
-            for text in (turn["role"], all_text(turn).strip())
-        ),
+        *(text for turn in pair.turns for text in (turn["role"], all_text(turn).strip())),
     )
 
 
@@ -238,8 +233,7 @@ def _near_duplicates(pairs: Sequence[Pair], least: Any, _: Sequence[Pair]) -> li
 def _said(pair: Pair) -> str:
     """All turns of prompt, chosen and rejected, one after the other, without a system message:
     many pairs may share one, and would resemble each other."""
-    turns = (turn for part in (pair.prompt, *pair.responses) for turn in part)
-    return " ".join(all_text(turn) for turn in turns if turn["role"] != "system")
+    return " ".join(all_text(turn) for turn in pair.turns if turn["role"] != "system")
 
 
 CHECKS = (

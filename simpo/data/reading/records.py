@@ -117,7 +117,7 @@ def drop_reasoning(pair: Pair) -> Pair:
     Raises:
         RecordFault: a turn of a response is nothing but reasoning, or reasoning does not end.
     """
-    for turn in (turn for part in (pair.prompt, *pair.responses) for turn in part):
+    for turn in pair.turns:
         check_reasoning_ends(turn)
     prompt = tuple(map(without_reasoning, pair.prompt))
     chosen, *rejected = (
@@ -160,15 +160,14 @@ def remarks(record: Mapping[str, Any], pair: Pair) -> Iterator[str]:
     if pair.score_margin is not None and pair.score_margin <= 0:
         chosen, rejected = next(keys for keys in SCORE_COLUMNS if _scores(record, keys))
         yield f"{chosen} {'is below' if pair.score_margin else 'equals'} {rejected}"
-    turns = [turn for part in (pair.prompt, *pair.responses) for turn in part]
-    texts = [turn["content"] or "" for turn in turns]
+    texts = [turn["content"] or "" for turn in pair.turns]
     prompt = record.get("prompt")
     if isinstance(prompt, str) and prompt.strip() not in map(str.strip, texts):
         yield "prompt is not in the dialogue (prompt is ignored)"
     # The plain search is much faster than the pattern, and few texts get past it.
     if any("Human:" in text and _TURNS_IN_TEXT.search(text) for text in texts):
         yield "a text contains turns (Human: ...), which are read as one"
-    calls = [call["function"] for turn in turns for call in turn.get("tool_calls", ())]
+    calls = [call["function"] for turn in pair.turns for call in turn.get("tool_calls", ())]
     if any(value is None for call in calls for value in call["arguments"].values()):
         remedy = "columnar files add them: store arguments as JSON text"
         yield f"a tool call has null arguments ({remedy})"

@@ -22,6 +22,7 @@ from typing import Any, TextIO, cast
 from simpo.config.data_path import kind
 from simpo.config.errors import first_line
 from simpo.data.reading.records import RecordFault
+from simpo.data.reading.turns import is_message
 
 Line = int | None
 """Number of the line in its file where a record begins; None where there are no such lines."""
@@ -179,14 +180,10 @@ def _records(value: Any) -> list[Any]:
 
 def _holds_records(items: Any) -> bool:
     """Whether a value is a list of objects that are not messages."""
-    message = ({"role", "content"}, {"from", "value"})
     return (
         isinstance(items, list)
         and bool(items)
-        and all(
-            isinstance(item, dict) and not any(keys <= item.keys() for keys in message)
-            for item in items
-        )
+        and all(isinstance(item, dict) and not is_message(item) for item in items)
     )
 
 

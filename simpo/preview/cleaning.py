@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def _finding(check: Check, config: DataConfig, mixture: Mixture) -> tuple[Findin
             held_out = sum(map(bool, check.find(mixture.test, setting, [])))
     indices = [index for index, why in enumerate(reasons) if why]
     examples = [
-        Example(mixture.read[i].place, str(reasons[i]), list(_messages(mixture.read[i])))
+        Example(mixture.read[i].place, str(reasons[i]), list(map(_short, spoken(mixture.read[i]))))
         for i in indices[:EXAMPLES_ON_PAGE]
     ]
     value = "[FILE]" if setting is None else shown(setting)
@@ -166,12 +166,17 @@ def _missing(check: Check, setting: Any, mixture: Mixture) -> str:
     return ""
 
 
-def _messages(pair: Pair) -> Iterator[tuple[str, str]]:
-    names = ("prompt", "chosen", "rejected")
-    for name, turns in zip(names, (pair.prompt, *pair.responses), strict=False):
+def spoken(pair: Pair) -> list[tuple[str, str]]:
+    """All turns as (role, text); the role of a reply in a response is chosen or rejected."""
+    found = [(turn["role"], all_text(turn)) for turn in pair.prompt]
+    for name, turns in zip(("chosen", "rejected"), pair.responses, strict=False):
         for turn in turns:
-            own = name != "prompt" and turn["role"] == "assistant"
-            content = all_text(turn)
-            if (more := len(content) - LONGEST_SHOWN) > 0:
-                content = f"{content[:LONGEST_SHOWN]} ... and {more:,} more characters"
-            yield name if own else turn["role"], content
+            found.append((name if turn["role"] == "assistant" else turn["role"], all_text(turn)))
+    return found
+
+
+def _short(said: tuple[str, str]) -> tuple[str, str]:
+    role, content = said
+    if (more := len(content) - LONGEST_SHOWN) > 0:
+        content = f"{content[:LONGEST_SHOWN]} ... and {more:,} more characters"
+    return role, content

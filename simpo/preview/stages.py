@@ -14,7 +14,7 @@ from simpo.data.loader import read_mixture
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair
 from simpo.data.plan import TrainPlan, build_plan, pairs_of_step, rows_of_pairs
-from simpo.data.reading.messages import all_text, tool_name
+from simpo.data.reading.messages import tool_name
 from simpo.data.tokens import tokenize_set
 from simpo.loop import console
 from simpo.model import cost
@@ -216,13 +216,7 @@ def _token(chat: Chat, token: int, role: str) -> Token:
 
 def _messages(pair: Pair) -> list[tuple[str, str]]:
     names = ", ".join(tool_name(tool) for tool in pair.tools or ())
-    messages = [("tools", names)] if names else []
-    messages += [(turn["role"], all_text(turn)) for turn in pair.prompt]
-    for name, turns in zip(("chosen", "rejected"), pair.responses, strict=False):
-        for turn in turns:
-            role = name if turn["role"] == "assistant" else turn["role"]
-            messages.append((role, all_text(turn)))
-    return messages
+    return [*([("tools", names)] if names else []), *cleaning.spoken(pair)]
 
 
 def _row_table(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from simpo.config.compose import run_of_words
@@ -50,13 +51,13 @@ def main(words: Sequence[str]) -> None:
 
     stages = Stages.of(run, int(number))
     print(text(stages, colors=sys.stdout.isatty()))
-    for path, content in (
-        (paths["cleaning"], cleaning.page(stages.cleaning)),
-        (paths["html"], page(stages)),
+    for path, write in (
+        (paths["cleaning"], partial(cleaning.page, stages.cleaning)),
+        (paths["html"], partial(page, stages)),
     ):
         if path:
             try:
-                path.write_text(content, encoding="utf-8")
+                path.write_text(write(), encoding="utf-8")
             except OSError as error:
                 raise unwritable(path, error) from error
             print(f"page   {path}")

@@ -71,7 +71,7 @@ class Mixture:
 class _Split:
     """The good pairs of one split, its bad records as (place, fault), and remarks for the user.
 
-    `read_as` is the shape of its records, and `left_out` counts pairs that are not made by reason.
+    `read_as` is the shape of its records, and `not_made` counts pairs that are not made by reason.
     """
 
     place: str
@@ -81,7 +81,7 @@ class _Split:
     faults: list[tuple[str, str]] = field(default_factory=list)
     unread: dict[str, None] = field(default_factory=dict)
     remarks: Counter[str] = field(default_factory=Counter)
-    left_out: Counter[str] = field(default_factory=Counter)
+    not_made: Counter[str] = field(default_factory=Counter)
 
     def report(
         self, source: str, split: str, taken: int, left_out: Mapping[str, int] | None = None
@@ -91,23 +91,23 @@ class _Split:
 
     def counts(self) -> str:
         """The numbers of records and of bad ones, with what most of them have."""
-        many = f"{self.place}: {self.records} record{'s' if self.records != 1 else ''}"
-        parts = [many, f"{len(self.faults)} bad"]
+        bad = f"{len(self.faults)} bad"
         if self.faults:
             ((fault, _),) = Counter(fault for _, fault in self.faults).most_common(1)
-            parts[-1] += f" (most often: {fault})"
-        parts += [f"{count} pairs not made: {reason}" for reason, count in self.left_out.items()]
-        return ", ".join(parts)
+            bad += f" (most often: {fault})"
+        return ", ".join([f"{self.place}: {self._num_records()}", bad, *self._not_made()])
+
+    def _num_records(self) -> str:
+        return f"{self.records} record{'s' if self.records != 1 else ''}"
+
+    def _not_made(self) -> list[str]:
+        return [f"{count} pairs not made: {reason}" for reason, count in self.not_made.items()]
 
     def notes(self) -> list[str]:
         lines = []
         if self.read_as:
-            many = f"{self.records} record{'s' if self.records != 1 else ''}"
-            lines.append(f"note   {self.place}: read as {self.read_as}, {many}")
-        lines += [
-            f"note   {self.place}: {count} pairs not made: {reason}"
-            for reason, count in self.left_out.items()
-        ]
+            lines.append(f"note   {self.place}: read as {self.read_as}, {self._num_records()}")
+        lines += [f"note   {self.place}: {line}" for line in self._not_made()]
         lines += [
             f"note   {self.place}: {count} of {self.records} records: {remark}"
             for remark, count in self.remarks.items()
@@ -217,7 +217,7 @@ def _read_pair(
 ) -> None:
     """Add the pair of one record to its split, or its fault."""
     if isinstance(record, LeftOut):
-        found.left_out[record.reason] += 1
+        found.not_made[record.reason] += 1
         return
     try:
         pair = read_record(record, place)

@@ -54,10 +54,11 @@ def tokenize_set(
         placed = {pairs[i].place: fault for i, fault in faults.items()}
         ordered = sorted(placed.items(), key=_numbers)
         raise DataError(fault_lines(ordered, all_bad=not good, of_template=True))
-    parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"].reshape(-1))[:-1])
+    ends = np.cumsum(arrays["lengths"].reshape(-1))[:-1]
+    parts = np.split(arrays["ids"], ends)
     masks: list[np.ndarray | None] = [None] * len(parts)
     if "scored" in arrays:
-        masks = list(np.split(arrays["scored"], np.cumsum(arrays["lengths"].reshape(-1))[:-1]))
+        masks = list(np.split(arrays["scored"], ends))
     tokens = [
         TokenizedPair(parts[i], parts[i + 1], parts[i + 2], masks[i + 1], masks[i + 2])
         for i in range(0, 3 * len(good), 3)
@@ -84,20 +85,18 @@ def _collected(
         for pair, *_ in done
         for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
     ]  # fmt: skip
-    masks = [
-        np.ones(len(ids), dtype=bool) if mask is None else mask
-        for pair, *_ in done
-        for ids, mask in (
-            (pair.prompt_ids, None),
-            (pair.chosen_ids, pair.chosen_scored),
-            (pair.rejected_ids, pair.rejected_scored),
-        )
-    ]
+    masks = [mask for pair, *_ in done for mask in (None, pair.chosen_scored, pair.rejected_scored)]
     arrays = {
         "ids": np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
         "lengths": np.array([len(ids) for ids in tokens], np.int64).reshape(-1, 3),
-        **({} if all(mask.all() for mask in masks) else {"scored": np.concatenate(masks)}),
     }
+    if any(mask is not None for mask in masks):
+        arrays["scored"] = np.concatenate(
+            [
+                np.ones(len(ids), dtype=bool) if mask is None else mask
+                for ids, mask in zip(tokens, masks, strict=True)
+            ]
+        )
     counts = [sum(column) for column in zip(*(one[1:] for one in done), strict=True)] or [0] * 5
     faults = {str(i): str(item) for i, item in enumerate(results) if isinstance(item, RecordFault)}
     return arrays, {"counts": counts, "faults": faults}

@@ -63,8 +63,7 @@ def script() -> None:
 def _run(name: str, words: list[str]) -> None:
     if name in ("generate", "annotate"):
         exit_on_signals(f"interrupted: {CONTINUES}", f"stopped ({CONTINUES})")
-    place = "simpo.train" if name == "train" else f"simpo.launch.commands.{name}"
-    module = importlib.import_module(place)
+    module = importlib.import_module(f"simpo.launch.commands.{name}")
     if {"-h", "--help"} & set(words):
         settings = _settings(words, SECTIONS[name]) if name in SECTIONS else []
         print(module.USAGE.strip(), *settings, sep="\n")

@@ -22,9 +22,9 @@ data
 model report
 backend
 loop
-on_policy preview train
+on_policy previewing
 launch
-__main__
+api __main__
 """
 FLOOR = {name: floor for floor, line in enumerate(FLOORS.split("\n")) for name in line.split()}
 
@@ -144,7 +144,7 @@ def test_files_and_functions_are_short(module: str) -> None:
     lengths = {
         node.name: (node.end_lineno or 0) - node.lineno + 1
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and (module, node.name) != ("train", "train")
+        if isinstance(node, ast.FunctionDef) and (module, node.name) != ("loop.train", "train")
     }
     assert {name: lines for name, lines in lengths.items() if lines > 60} == {}
     assert max((getattr(node, "end_lineno", 0) for node in ast.walk(tree)), default=0) <= 400
@@ -181,7 +181,10 @@ def test_the_mathematics_knows_no_framework(module: str) -> None:
         ("peft", {"model.adapters"}),
         (
             "hydra",
-            {"config.check", "config.composer", "config.explain", "launch.completion", "train"},
+            {
+                *("config.check", "config.composer", "config.explain"),
+                *("launch.commands.train", "launch.completion"),
+            },
         ),
         (
             "omegaconf",
@@ -189,7 +192,7 @@ def test_the_mathematics_knows_no_framework(module: str) -> None:
                 *("loss", "config.data", "config.models", "config.schema", "config.check"),
                 *("config.compose", "config.composer", "config.explain", "config.suggest"),
                 *("config.meanings", "config.renamed"),
-                *("launch.completion", "report.published", "train"),
+                *("launch.commands.train", "launch.completion", "report.published"),
             },
         ),
     ],
@@ -202,7 +205,7 @@ def test_one_place_for_each_framework(package: str, modules: set[str]) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [name for name in MODULES if folder(name) in ("loss", "config", "run", "report", "train")],
+    [name for name in MODULES if folder(name) in ("loss", "config", "run", "report", "api")],
 )
 def test_settings_folders_and_reports_do_without_torch(module: str) -> None:
     heavy = {"torch", "transformers", "datasets", "accelerate", "peft", "wandb", "numpy"}
@@ -210,7 +213,11 @@ def test_settings_folders_and_reports_do_without_torch(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["simpo.train", "simpo.launch.sweep", "simpo.report.page", "simpo.__main__"]
+    "module",
+    [
+        *("simpo.launch.commands.train", "simpo.launch.sweep"),
+        *("simpo.report.page", "simpo.__main__", "simpo.api"),
+    ],
 )
 def test_commands_start_without_torch(module: str) -> None:
     """They answer at once, also on login nodes."""
@@ -229,7 +236,7 @@ def test_a_run_imports_only_what_it_uses(tiny_run: list[str]) -> None:
     """Without LoRA neither peft nor what it takes along; with LoRA no library of quantisation."""
     code = (
         "import sys\n"
-        "from simpo.train import main\n"
+        "from simpo.launch.commands.train import main\n"
         "heavy = {'peft', 'bitsandbytes', 'deepspeed', 'datasets', 'pandas', 'pyarrow',\n"
         "         'sklearn', 'scipy', 'trl', 'wandb', 'plotly', 'submitit',\n"
         "         'matplotlib.pyplot', 'transformers.trainer', 'torch._inductor.compile_fx'}\n"

@@ -63,7 +63,7 @@ def test_wheel_carries_every_menu_and_template(wheel: Path) -> None:
             assert inside in names
     assert {"hydra_plugins/simpo_launcher.py", "hydra_plugins/simpo_sweepers.py"} <= names
     read = {
-        "simpo/preview/page.html.jinja",
+        "simpo/previewing/page.html.jinja",
         "simpo/report/page.html.jinja",
         "simpo/report/published.yaml",
     }

@@ -11,7 +11,7 @@ import yaml
 from simpo.config.compose import compose_run
 from simpo.config.paths import config_dir
 from simpo.data.demo.records import demo_records
-from simpo.train import train
+from simpo.loop.train import train
 
 EXPERIMENTS = config_dir("experiments")
 FILES = sorted(path.relative_to(EXPERIMENTS) for path in EXPERIMENTS.rglob("*.yaml"))

@@ -22,9 +22,9 @@ from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.data.demo.records import demo_records
 from simpo.data.mixture import load_mixture
 from simpo.loop.setup import set_up
+from simpo.loop.train import train
 from simpo.loss.simpo import SigmoidConfig
 from simpo.model import pretrained
-from simpo.train import train
 from tests.support.whole_runs import (
     assert_same_run,
     logged,

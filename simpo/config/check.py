@@ -34,7 +34,8 @@ from simpo.config.losses import LOSSES, is_of, losses_of, own_losses, read_only
 from simpo.config.models import ModelConfig
 from simpo.config.own_code import OwnCodeError
 from simpo.config.renamed import first_name, renamed_config
-from simpo.config.schema import RunConfig, TrackerConfig, WandbConfig
+from simpo.config.schema import RunConfig
+from simpo.config.trackers import TrackerConfig, WandbConfig
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"base": ModelConfig},

@@ -1,6 +1,7 @@
-"""The settings of a run. Those of the loss, the policy and data, the backend and the launcher are
-in `simpo.loss` and in `inputs`, `backends` and `launchers` of this folder. No code changes a
-`RunConfig`; it is not frozen because OmegaConf cannot compose frozen dataclasses.
+"""The settings of a run.
+
+Those of the loss are in `simpo.loss`, those of other groups in modules of this folder. No code
+changes a `RunConfig`; it is not frozen because OmegaConf cannot compose frozen dataclasses.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from simpo.config.backends import BackendConfig
-from simpo.config.choices import Engine, Mode, Precision, Schedule, WandbMode, WatchAction
+from simpo.config.choices import Engine, Mode, Precision, Schedule, WatchAction
 from simpo.config.data import DataConfig
 from simpo.config.errors import LOST, SAVED
 from simpo.config.launchers import LauncherConfig
 from simpo.config.models import ModelConfig
+from simpo.config.trackers import TrackerConfig
 from simpo.loss import LossConfig
 
 LONGEST_PART_BYTES = 255
@@ -238,33 +240,6 @@ class ExportConfig:
             except HFValidationError as error:
                 rule = str(error).rpartition(":")[0]
                 yield f"push_to_hub: not a valid name on the hub, got {self.push_to_hub} ({rule})"
-
-
-@dataclass(kw_only=True)
-class TrackerConfig:
-    """Where metrics go besides the console and metrics.jsonl."""
-
-    name: str = "console"
-    """Kind of tracker; set by the group."""
-
-
-@dataclass(kw_only=True)
-class WandbConfig(TrackerConfig):
-    """Weights & Biases."""
-
-    name: str = "wandb"
-    project: str = "simpo"
-    """Project the run is listed under."""
-    entity: str | None = None
-    """Team or user; null takes the account's default."""
-    mode: WandbMode = WandbMode.online
-    """offline writes into the run's folder and needs no key; `wandb sync` uploads it later."""
-    tags: list[str] = field(default_factory=list)
-    """Tags of the run."""
-
-    def problems(self) -> Iterator[str]:
-        if importlib.util.find_spec("wandb") is None:
-            yield "name: wandb is not installed (pip install 'simpo[wandb]')"
 
 
 @dataclass(kw_only=True)

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from simpo.config.check import load_run
 from simpo.config.errors import INTERRUPTED, DamagedError, SimpoError, Stopped
+from simpo.launch.start import start
 from simpo.run import slurm
 from simpo.run.atomic import write_json
 from simpo.run.files import last_job, status_or_none
 from simpo.run.processes import die_with_parent, end_process
 from simpo.run.runs import note_job
-from simpo.train import start
 
 REQUEUE_MARGIN_S = 20.0
 """Time before its limit at which a job is requeued, saved or not."""

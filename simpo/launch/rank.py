@@ -30,7 +30,6 @@ from simpo.run.processes import (
     reporting_lost_ranks,
 )
 from simpo.run.unused import hide_unused
-from simpo.train import train
 
 
 def main() -> int:
@@ -43,6 +42,8 @@ def main() -> int:
         run = load_run(folder / "run.yaml")
         set_stopped_exit_code(run.train.stopped_exit_code)
         hide_unused(run)
+        from simpo.loop.train import train
+
         with reporting_lost_ranks():
             metrics = train(run)
     except LostError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,17 @@ def _reply_lines(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any
 def _flat(text: str, width: int = 160) -> str:
     line = " / ".join(part.strip() for part in text.strip().splitlines() if part.strip())
     return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def bar_text(metrics: Mapping[str, float]) -> str:
+    """What the bar of the steps shows of the metrics of a step; empty if none were logged."""
+    if not metrics:
+        return ""
+    text = f"{metrics['pairs_per_s']:.1f} pairs/s, loss {metrics['loss']:.3f}"
+    if "rewards/margins" in metrics:  # losses with rejected responses
+        accuracy, margin = metrics["rewards/accuracies"], metrics["rewards/margins"]
+        text += f", accuracy {accuracy:.2f}, margin {margin:+.2f}"
+    return text
 
 
 def quiet_libraries() -> None:

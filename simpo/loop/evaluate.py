@@ -12,11 +12,11 @@ from simpo.data.pairs import Pair
 from simpo.loop.replies import greedy_replies, reply_lines, reply_metrics
 from simpo.loop.score import columns, evaluate, pair_sums, summarise
 from simpo.loop.setup import Parts
-from simpo.loop.tracker import Tracker
 from simpo.loss import LossConfig
+from simpo.run.progress import say
 
 
-def held_out_metrics(run: RunConfig, parts: Parts, tracker: Tracker, step: int) -> dict[str, float]:
+def held_out_metrics(run: RunConfig, parts: Parts, step: int) -> dict[str, float]:
     """Metrics of the held-out pairs, and of replies to some; empty if nothing is held out.
 
     The numbers of each pair and the replies are written into the run's folder.
@@ -27,7 +27,7 @@ def held_out_metrics(run: RunConfig, parts: Parts, tracker: Tracker, step: int) 
     if len(test):
         sets = Counter(pair.held_out_set for pair in test.data.pairs)
         named = ", ".join(f"{name} {count}" for name, count in sets.items())
-        tracker.print(
+        say(
             f"held out: {len(test)} pairs{f' ({named})' if len(sets) > 1 else ''}, "
             f"{len(sampled)} replies ..."
         )

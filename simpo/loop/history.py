@@ -14,6 +14,7 @@ from simpo.loop.checkpoint import CheckpointStore
 from simpo.loop.tracker import Tracker
 from simpo.loop.watch import CollapseWatch
 from simpo.run.best import best_step, evaluations_in, evaluations_without_gain
+from simpo.run.progress import say
 
 
 class History:
@@ -52,7 +53,7 @@ class History:
             message = f"watch  {finding.text}; last good checkpoint: {good}"
             if self._run.watch.action is WatchAction.stop:
                 raise RunError(message)
-            self._tracker.print(message)
+            say(message)
 
     @property
     def findings(self) -> tuple[str, ...]:

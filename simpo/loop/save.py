@@ -8,12 +8,12 @@ from simpo.loop.history import History
 from simpo.loop.optim import change_notes
 from simpo.loop.publish import publish
 from simpo.loop.setup import Parts
-from simpo.loop.tracker import Tracker
 from simpo.model.export import save_model
+from simpo.run.progress import say
 
 
 def save_results(
-    run: RunConfig, parts: Parts, history: History, tracker: Tracker, step: int, trained_s: float
+    run: RunConfig, parts: Parts, history: History, step: int, trained_s: float
 ) -> dict[str, float]:
     """Save the last model, or the best with train.keep_best, with its card; upload if asked to.
 
@@ -23,7 +23,7 @@ def save_results(
     folder, backend = parts.folder, parts.backend
     kept = history.best_step or step
     if kept != step and (fault := parts.store.load(kept, parts.wrapped, parts.optimizer)):
-        tracker.print(f"the best model, after step {kept}, is damaged ({fault}): the last is saved")
+        say(f"the best model, after step {kept}, is damaged ({fault}): the last is saved")
         kept = step
     weights = backend.full_weights(parts.wrapped, parts.policy)
     results = console.Results(
@@ -47,5 +47,5 @@ def save_results(
     )
     messages = publish(run, folder.path, results) if backend.is_main else []
     folder.write_status("finished", step, parts.plan.total_steps)
-    tracker.print(*notes, "", *console.end_lines(results, folder.path, kept, step), *messages)
+    say(*notes, "", *console.end_lines(results, folder.path, kept, step), *messages)
     return results.after

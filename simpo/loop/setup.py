@@ -33,7 +33,6 @@ from simpo.loop.optim import (
 from simpo.loop.publish import check_end
 from simpo.loop.reference import weights_fingerprint, with_reference
 from simpo.loop.score import check_loss
-from simpo.loop.tracker import Tracker
 from simpo.model import cost
 from simpo.model.check import check_packing, check_router
 from simpo.model.load import load_policy
@@ -41,6 +40,7 @@ from simpo.model.policy import Policy
 from simpo.model.pretrained import load_settings, num_embeddings
 from simpo.model.tokenizer import load_tokenizer
 from simpo.run.folder import RunFolder, template_date
+from simpo.run.progress import say
 from simpo.run.provenance import environment, git_diff
 
 
@@ -198,9 +198,9 @@ def _plan_costs(
     return [console.layout_line(planned), f"memory about {memory}"]
 
 
-def with_references(run: RunConfig, parts: Parts, tracker: Tracker) -> Parts:
+def with_references(run: RunConfig, parts: Parts) -> Parts:
     """Score all pairs under the reference: the policy before a checkpoint is loaded."""
-    tracker.print(f"reference: {len(parts.train) + len(parts.test)} pairs ...")
+    say(f"reference: {len(parts.train) + len(parts.test)} pairs ...")
     origin = parts.backend.broadcast(parts.origin)
     cache_dir = Path(run.cache_dir).expanduser()
     train, test = (

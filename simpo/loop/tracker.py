@@ -1,21 +1,19 @@
-"""Writes metrics to the console, metrics.jsonl and, if configured, Weights & Biases."""
+"""Writes metrics to metrics.jsonl and, if configured, Weights & Biases."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from simpo.config.choices import WandbMode
 from simpo.config.errors import ConfigError, DamagedError, first_line
-from simpo.config.schema import TrackerConfig, WandbConfig
+from simpo.config.trackers import TrackerConfig, WandbConfig
 from simpo.run.files import NEW_RUN, read_metrics
+from simpo.run.progress import say
 
 LOGIN_S = 20.0
 """Time that Weights & Biases may take to answer when a run begins."""
@@ -45,7 +43,6 @@ class Tracker:
         self._writes = writes
         self._path = run_dir / "metrics.jsonl"
         self._file = (self._path if writes else Path(os.devnull)).open("ab")
-        self._bar: tqdm[Any] | None = None
         self._wandb = _remote_run(config, run_dir, name, settings) if writes else None
 
     def cut_back(self, num_bytes: int) -> None:
@@ -84,43 +81,10 @@ class Tracker:
             update(self._wandb)
         except Exception as error:  # of any type: a tracker must not end training
             self._wandb = None
-            self.print(
+            say(
                 f"note   wandb failed, nothing more is sent: {first_line(error)} "
                 "(metrics.jsonl has everything)"
             )
-
-    def progress(self, step: int, total_steps: int, metrics: dict[str, float]) -> None:
-        """Move the progress bar to `step`; `metrics` are those logged at it, or empty."""
-        if self._bar is None:
-            self._bar = tqdm(
-                total=total_steps,
-                initial=step - 1,
-                unit="step",
-                desc="train",
-                dynamic_ncols=True,
-                disable=not self._writes,
-                # A terminal shows a live bar, a log file a line every ten seconds.
-                mininterval=0.1 if sys.stderr.isatty() else 10.0,
-            )
-        if metrics:
-            postfix = f"{metrics['pairs_per_s']:.1f} pairs/s, loss {metrics['loss']:.3f}"
-            if "rewards/margins" in metrics:  # losses with rejected responses
-                accuracy, margin = metrics["rewards/accuracies"], metrics["rewards/margins"]
-                postfix += f", accuracy {accuracy:.2f}, margin {margin:+.2f}"
-            self._bar.set_postfix_str(postfix, refresh=False)
-        self._bar.update(step - self._bar.n)
-
-    def end_progress(self) -> None:
-        """Close the progress bar; later lines are printed below it."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def print(self, *lines: str) -> None:
-        """Print lines above the progress bar."""
-        if not self._writes:
-            return
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(*lines, sep="\n", flush=True)
 
     def history(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl so far, with those of earlier processes."""
@@ -130,8 +94,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the bar and the remote run, and close metrics.jsonl."""
-        self.end_progress()
+        """Finish the remote run, and close metrics.jsonl."""
         if self._wandb is not None:
             self._update_wandb(lambda remote: remote.finish(exit_code=int(kind is not None)))
         self._file.close()
@@ -184,13 +147,12 @@ def _remote_run(
     try:
         return begin("online" if config.mode is WandbMode.online else "offline")
     except Exception as error:  # no network, a project that this key may not write to, ...
-        print(
+        say(
             f"note   wandb: {first_line(error)}; tracked offline (wandb sync "
-            f"{run_dir}/wandb/offline-* uploads it later)",
-            flush=True,
+            f"{run_dir}/wandb/offline-* uploads it later)"
         )
     try:
         return begin("offline")
     except Exception as error:
-        print(f"note   wandb: {first_line(error)}; not tracked there", flush=True)
+        say(f"note   wandb: {first_line(error)}; not tracked there")
         return None

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from simpo.config.compose import compose_run
-from simpo.train import train
+from simpo.loop.train import train
 from tests.support.whole_runs import (
     assert_same_run,
     finish,

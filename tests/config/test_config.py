@@ -21,7 +21,8 @@ from simpo.config.choices import WandbMode
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.paths import config_dir
-from simpo.config.schema import RunConfig, WandbConfig
+from simpo.config.schema import RunConfig
+from simpo.config.trackers import WandbConfig
 from simpo.loss.simpo import HingeConfig, SigmoidConfig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,11 +10,11 @@ from simpo.config.check import settings
 from simpo.config.compose import compose_run
 from simpo.config.losses import LOSSES
 from simpo.config.paths import config_dir
+from simpo.loop.train import train
 from simpo.loss import LossConfig
 from simpo.loss.simpo import HingeConfig, SigmoidConfig
 from simpo.loss.without_reference import CpoConfig, OrpoConfig
 from simpo.report import published
-from simpo.train import train
 
 # https://github.com/princeton-nlp/SimPO, training_configs: checkpoint, dataset, splits, template
 # given there, beta, ratio, learning rate, lengths.

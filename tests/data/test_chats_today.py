@@ -43,7 +43,7 @@ from simpo.data.reading.records import (
 from simpo.data.tokens import tokenize_set
 from simpo.loop import console
 from simpo.on_policy.files import Prompt, read_prompts
-from simpo.preview.stages import _messages
+from simpo.previewing.stages import _messages
 from tests.support.real_tokenizers import (
     FOLDERS,
     assistant,
@@ -756,7 +756,7 @@ def test_what_the_cache_tells_apart(tmp_path: Path) -> None:
 
 
 def test_another_variable_is_another_run(tiny_run: list[str], tmp_path: Path) -> None:
-    from simpo.train import train
+    from simpo.loop.train import train
 
     (tmp_path / "own.jinja").write_text(QWEN3)
     words = [*tiny_run, f"model.chat_template={tmp_path}/own.jinja", f"run_dir={tmp_path}/run",

@@ -22,7 +22,7 @@ from simpo.data.cleaning.filter import CHECKS, left_out
 from simpo.data.mixture import load_mixture
 from simpo.data.pairs import Pair
 from simpo.data.reading.records import to_pair
-from simpo.train import train
+from simpo.loop.train import train
 
 EN = "Could you please explain how the engine of a car works?"
 FR = "Le moteur brûle de l'essence dans ses cylindres, et la voiture avance."

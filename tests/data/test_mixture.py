@@ -14,7 +14,7 @@ from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import DataError
 from simpo.data.mixture import SplitReport, load_mixture
 from simpo.data.reading.records import RecordFault, to_dialogue, to_pair, to_prompt
-from simpo.train import train
+from simpo.loop.train import train
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 

@@ -27,11 +27,11 @@ from simpo.data.reading.records import RecordFault
 from simpo.data.tokens import tokenize_set
 from simpo.loop import console
 from simpo.loop import step as loop_step
+from simpo.loop.train import train
 from simpo.on_policy import generate as generating
 from simpo.on_policy.generate import generate
-from simpo.preview.stages import Stages
+from simpo.previewing.stages import Stages
 from simpo.run import folder as run_folder
-from simpo.train import train
 from tests.data.test_families import DIALOGUES, FAMILY_TEMPLATES
 from tests.support.real_tokenizers import (
     as_lists,

@@ -112,7 +112,7 @@ def test_a_crash_is_not_taken_for_a_mistake_in_the_settings(
     def crash(run: RunConfig) -> dict[str, float]:
         raise ValueError(f"after {run.train.max_steps} steps")
 
-    monkeypatch.setattr("simpo.train.start", crash)
+    monkeypatch.setattr("simpo.launch.commands.train.start", crash)
     with pytest.raises(SystemExit) as ended:
         main(["train", "train.max_steps=-5", "train.max_steps=2"])
     assert ended.value.code == 1

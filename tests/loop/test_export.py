@@ -33,13 +33,13 @@ from simpo.data.chats.chat import Chat
 from simpo.launch.commands.export import USAGE
 from simpo.loop.card import write_card, write_merged_card
 from simpo.loop.console import Results, end_lines, result_lines
+from simpo.loop.train import train
 from simpo.model.export import save_model
 from simpo.model.merge import merge
 from simpo.model.policy import Policy
 from simpo.model.tokenizer import load_tokenizer
 from simpo.run.folder import RunFolder
 from simpo.run.tables import markdown_table
-from simpo.train import train
 from tests.support.whole_runs import run_command
 
 TOKEN = "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"

@@ -12,8 +12,8 @@ from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import ConfigError
 from simpo.config.schema import MonitorConfig
 from simpo.loop.console import Results, result_lines
+from simpo.loop.train import train
 from simpo.run.best import mode_of
-from simpo.train import train
 from tests.support.whole_runs import metrics_of
 
 

@@ -14,8 +14,8 @@ from simpo.config.choices import Mode
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.schema import MonitorConfig
+from simpo.loop.train import train
 from simpo.run.best import best_step, evaluations_in, evaluations_without_gain
-from simpo.train import train
 from tests.support.whole_runs import (
     finish,
     logged,

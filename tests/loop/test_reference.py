@@ -20,8 +20,8 @@ from simpo.data.chats.chat import TokenizedSet, TokenReport
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair
 from simpo.loop import reference
+from simpo.loop.train import train
 from simpo.model.policy import Policy
-from simpo.train import train
 from tests.support.tiny_models import padded_logps, random_pairs, tiny_model
 from tests.support.whole_runs import assert_same_run, logged, metrics_of, run, start, wait_for
 

@@ -18,10 +18,10 @@ from simpo.data.packing import pack
 from simpo.data.pairs import Pair, TokenizedPair
 from simpo.data.reading.records import RecordFault, to_dialogue
 from simpo.data.tokens import tokenize_set
+from simpo.loop.train import train
 from simpo.loss import PairLogps, pair_losses
 from simpo.loss.without_reference import SftConfig
 from simpo.model.policy import Policy
-from simpo.train import train
 from tests.support.real_tokenizers import (
     assistant,
     data_config,

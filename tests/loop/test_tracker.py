@@ -14,11 +14,11 @@ import pytest
 
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
-from simpo.config.schema import TrackerConfig, WandbConfig
+from simpo.config.trackers import TrackerConfig, WandbConfig
+from simpo.launch.start import start as start_here
 from simpo.loop.tracker import Tracker, check_login
+from simpo.loop.train import train
 from simpo.run.files import read_metrics
-from simpo.train import start as start_here
-from simpo.train import train
 from tests.support.whole_runs import TIMING, finish, logged, newest_checkpoint, run, start, wait_for
 
 BLOCK = 32768

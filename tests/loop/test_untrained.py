@@ -13,7 +13,7 @@ from simpo.config.check import check_training
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.data.demo.records import demo_records
-from simpo.train import train
+from simpo.loop.train import train
 
 
 def own_pairs(tiny_run: list[str], folder: Path, count: int) -> list[str]:

@@ -14,8 +14,8 @@ import simpo.loop.step
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, RunError
 from simpo.config.schema import WatchConfig
+from simpo.loop.train import train
 from simpo.loop.watch import CollapseWatch
-from simpo.train import train
 from tests.support.whole_runs import run_command
 
 REMEDY = "lower train.learning_rate, raise loss.beta or add loss.sft_weight"

@@ -160,7 +160,7 @@ def test_unusable(kernel: str, device: str, bf16: bool, softcap: bool, reason: s
 
 def test_a_kernel_that_is_not_there(tiny_run: list[str]) -> None:
     from simpo.config.compose import compose_run
-    from simpo.train import train
+    from simpo.loop.train import train
 
     with pytest.raises(ConfigError, match=r"^model\.attention: varlen needs a CUDA GPU$"):
         train(compose_run([*tiny_run, "model.attention=varlen"]))

@@ -23,10 +23,10 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.data.pairs import TokenizedPair
+from simpo.loop.train import train
 from simpo.model import attention
 from simpo.model.check import check_packing
 from simpo.model.policy import Policy
-from simpo.train import train
 from tests.support.tiny_models import FAMILIES, SEGMENTS, SIZES, tiny_model
 
 # The same sizes by the names that GPT-2 and its kin give them.

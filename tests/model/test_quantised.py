@@ -16,10 +16,10 @@ from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.models import LoraConfig
 from simpo.data.packing import pack
+from simpo.loop.train import train
 from simpo.model import cost
 from simpo.model.check import check_packing
 from simpo.model.policy import Policy
-from simpo.train import train
 from tests.model.test_peft import PAIRS, adapted, loaded, padded_step, saved, step, trained
 from tests.support.tiny_models import WIDE
 from tests.support.whole_runs import assert_same_run, logged, run, start, state_of, wait_for

@@ -11,8 +11,8 @@ import pytest
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.filters import FilterConfig
 from simpo.data.mixture import Mixture, load_mixture
-from simpo.preview import cleaning
-from simpo.preview.cleaning import Cleaning
+from simpo.previewing import cleaning
+from simpo.previewing.cleaning import Cleaning
 from tests.support.browser import look_at
 
 ROWS: list[dict[str, Any]] = [

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simpo.config.compose import compose_run
-from simpo.preview.stages import ENDLESS, Stages, page, text
+from simpo.previewing.stages import ENDLESS, Stages, page, text
 from tests.support.browser import look_at
 from tests.support.real_tokenizers import FOLDERS
 from tests.support.whole_runs import Ended, run_command

@@ -23,6 +23,7 @@ from simpo.config.errors import ConfigError, DamagedError, RunError, SimpoError,
 from simpo.config.schema import RunConfig
 from simpo.launch.member import _note_start
 from simpo.loop.checkpoint import CheckpointStore
+from simpo.loop.train import train
 from simpo.report.compare import compare
 from simpo.report.page import render
 from simpo.report.text import text
@@ -31,7 +32,6 @@ from simpo.run.atomic import write_text
 from simpo.run.folder import RunFolder, refuse_unwritable
 from simpo.run.provenance import git_diff
 from simpo.run.runs import State, find_runs, read_progress
-from simpo.train import train
 from tests.support.whole_runs import metrics_of, run_command, tiny_overrides
 
 

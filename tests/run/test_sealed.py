@@ -23,10 +23,10 @@ from simpo.data.chats.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.packing import pack
 from simpo.data.tokens import tokenize_set
 from simpo.loop import reference
+from simpo.loop.train import train
 from simpo.model import smollm2
 from simpo.model.policy import Policy
 from simpo.run.cache import entry_fault, find_entry, keep_entry, write_entry
-from simpo.train import train
 from tests.support.real_tokenizers import as_lists, data_config, load_chat, make_pair, user
 from tests.support.tiny_models import random_pairs, tiny_model
 

@@ -231,15 +231,17 @@ def _serve(path: str) -> None:
     import torch.distributed.checkpoint  # noqa: F401
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
+    import simpo.launch.commands.preview
+    import simpo.launch.commands.report
+    import simpo.launch.commands.train
     import simpo.launch.member
     import simpo.launch.rank
     import simpo.loop.publish
+    import simpo.loop.train
     import simpo.model.merge
     import simpo.on_policy.annotate
     import simpo.on_policy.generate
-    import simpo.preview.__main__
-    import simpo.report.__main__
-    import simpo.train  # noqa: F401
+    import simpo.previewing.stages  # noqa: F401
     from simpo.run.processes import die_with_parent
 
     die_with_parent()

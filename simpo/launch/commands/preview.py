@@ -46,8 +46,8 @@ def main(words: Sequence[str]) -> None:
         raise ConfigError([f"pairs: must be 1 or more, got {number}"])
     paths = {key: _page(key, options[key]) for key in ("cleaning", "html")}
     # Imported here, so that a fault in the settings is answered before torch is loaded.
-    from simpo.preview import cleaning
-    from simpo.preview.stages import Stages, page, text
+    from simpo.previewing import cleaning
+    from simpo.previewing.stages import Stages, page, text
 
     stages = Stages.of(run, int(number))
     print(text(stages, colors=sys.stdout.isatty()))

@@ -19,8 +19,8 @@ from simpo.data.tokens import tokenize_set
 from simpo.loop import console
 from simpo.model import cost
 from simpo.model.tokenizer import load_tokenizer
-from simpo.preview import cleaning
-from simpo.preview.cleaning import Cleaning
+from simpo.previewing import cleaning
+from simpo.previewing.cleaning import Cleaning
 from simpo.run.folder import template_date
 from simpo.run.tables import html_page, markdown_table
 

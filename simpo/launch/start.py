@@ -1,0 +1,30 @@
+"""Starts a run: in this process, or in several that are started for it."""
+
+from __future__ import annotations
+
+from simpo.config.schema import RunConfig
+from simpo.run import processes
+from simpo.run.folder import refuse_unwritable
+from simpo.run.signals import set_stopped_exit_code
+from simpo.run.unused import hide_unused
+
+
+def start(run: RunConfig) -> dict[str, float]:
+    """Train a run in this process (alone, or as a rank that a launcher started) or in processes
+    that are started for it; see `train`.
+    """
+    # Imported here, so that a fault in the settings is answered before torch is loaded.
+    from simpo.loop.tracker import check_login
+
+    set_stopped_exit_code(run.train.stopped_exit_code)
+    refuse_unwritable(run)
+    check_login(run.tracker)
+    processes.join_slurm()
+    count = processes.num_processes_to_start(run.backend)
+    if count is not None:
+        return processes.run_in_processes(count, run)
+    hide_unused(run)
+    from simpo.loop.train import train
+
+    with processes.reporting_lost_ranks():
+        return train(run)

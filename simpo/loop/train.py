@@ -1,0 +1,114 @@
+"""Trains one run, top to bottom."""
+
+from __future__ import annotations
+
+import time
+
+from simpo.config.check import trajectory
+from simpo.config.errors import INTERRUPTED, Stopped
+from simpo.config.schema import RunConfig
+from simpo.data.plan import pairs_of_step
+from simpo.loop import console
+from simpo.loop.evaluate import held_out_metrics
+from simpo.loop.history import History
+from simpo.loop.optim import learning_rate, set_learning_rate
+from simpo.loop.save import save_results
+from simpo.loop.score import summarise
+from simpo.loop.setup import set_up, with_references
+from simpo.loop.step import finite_update, speed
+from simpo.loop.tracker import Tracker
+from simpo.run import processes, progress
+from simpo.run.best import check_monitor
+from simpo.run.signals import StopRequest
+
+
+def train(run: RunConfig) -> dict[str, float]:
+    """Train, evaluate and save one run, or continue it where it stopped.
+
+    Several processes of a run each call this; `run` is the same for all.
+
+    Returns:
+        The held-out metrics of the saved model; empty if nothing is held out.
+
+    Raises:
+        ConfigError, DataError: the settings or the data cannot be used.
+        RunError: the run had to stop; the same command continues it.
+        Stopped: a signal or Ctrl-C asked the run to stop; it has been saved.
+    """
+    console.quiet_libraries()
+    cfg = run.train
+    parts = set_up(run)
+    backend, folder, plan, store = parts.backend, parts.folder, parts.plan, parts.store
+    settings = trajectory(run)
+    with (
+        folder.recording_failure(),
+        StopRequest() as stop,
+        Tracker(run.tracker, folder.path, run.name, settings, writes=backend.is_main) as tracker,
+        progress.bar("train", plan.total_steps, "step") as bar,
+        processes.reporting_lost_ranks(),
+    ):
+        if run.loss.needs_reference:
+            parts = with_references(run, parts)
+        manifest, damaged = store.resume(parts.wrapped, parts.optimizer)
+        step = manifest.step if manifest else 0
+        tracker.cut_back(manifest.metrics_bytes if manifest else 0)
+        history = History(run, backend.broadcast(tracker.history()), tracker, store)
+        progress.say(
+            *parts.start_lines,
+            *damaged,
+            *dict.fromkeys([*parts.train.data.notes, *parts.test.data.notes]),
+            f"run    {folder.path}" + (f", continued after step {step}" if step else ""),
+        )
+        folder.write_status("running", step, plan.total_steps)
+        bar.begin_at(step)
+        begin = time.perf_counter()
+        if step == 0:
+            history.log(0, "eval", held_out_metrics(run, parts, 0))
+            if cfg.keep_best or cfg.patience_evals:
+                check_monitor(run.monitor, history.evaluations.get(0, {}))
+        while step < plan.total_steps and not history.out_of_patience:
+            step_begin = time.perf_counter()
+            set_learning_rate(parts.optimizer, rate := learning_rate(cfg, step, plan.total_steps))
+            indices = pairs_of_step(plan, step)
+            rows = list(parts.train.rows(indices))
+            sums, grad_norm = finite_update(run, parts, rows, step)
+            step += 1
+            last = step == plan.total_steps
+            metrics: dict[str, float] = {}
+            if last or step % cfg.log_every == 0:
+                metrics = {
+                    **summarise(run.loss, backend.sum(sums), run.model.router_aux_weight),
+                    "grad_norm": grad_norm,
+                    "learning_rate": rate,
+                    "epoch": step / plan.steps_per_epoch,
+                }
+                metrics |= speed(parts, indices, rows, time.perf_counter() - step_begin)
+                history.log(step, "train", metrics)
+            bar.advance(text=console.bar_text(metrics))
+            if cfg.eval_every and step % cfg.eval_every == 0 and not last:
+                history.log(step, "eval", held_out_metrics(run, parts, step))
+            store.best = history.best_step
+            store.finish_pending(wait=False)
+            stopping = backend.any(bool(stop.name))
+            due = cfg.checkpoint_every and step % cfg.checkpoint_every == 0
+            if due or last or stopping or store.best == step or history.out_of_patience:
+                store.save(step, parts.wrapped, parts.optimizer, tracker.num_bytes())
+                folder.write_status("running", step, plan.total_steps)
+            if stopping:
+                break
+        store.finish_pending(wait=True)
+        trained_s = time.perf_counter() - begin
+        bar.close()
+        if step == plan.total_steps and not backend.any(bool(stop.name)):
+            history.log(step, "eval", held_out_metrics(run, parts, step))
+        if backend.any(bool(stop.name)):
+            name = next(name for name in backend.gather([stop.name]) if name)
+            interrupted = name == "SIGINT"
+            raise Stopped(
+                f"{'interrupted' if interrupted else name}: saved after step {step} in "
+                f"{folder.path} (the same command continues)",
+                INTERRUPTED if interrupted else cfg.stopped_exit_code,
+            )
+        after = save_results(run, parts, history, step, trained_s)
+    backend.close()
+    return after

@@ -76,3 +76,9 @@ def _page(key: str, file: str) -> Path | None:
         fault = f"{key}: must be a file in a folder that can be written, got {file}"
         raise ConfigError([f"{fault} ({key}=none writes none)"])
     return path
+
+
+if __name__ == "__main__":
+    from simpo.__main__ import main as dispatch
+
+    dispatch(["preview", *sys.argv[1:]])

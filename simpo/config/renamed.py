@@ -1,4 +1,4 @@
-"""Accepts old names of settings, with a note on stderr."""
+"""Accepts old and other names of settings, with a note on stderr."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from simpo.config.errors import ConfigError
 
 RENAMED = {"objective": "monitor", "data.on_bad_row": "data.on_bad_record"}
 """Old names of sections and of single keys, with their new names in the same section."""
+
+SYNONYMS = {"experiment": "experiments"}
+"""Names that other projects give to our groups. No run was ever stored under them."""
 
 _noted: set[str] = set()
 
@@ -62,8 +65,8 @@ def renamed_config(config: DictConfig, section: str = "", note: bool = True) -> 
 
 
 def new_name(key: str) -> str:
-    """A dotted key under its new name."""
-    return _replaced(key, RENAMED)
+    """A key or group under its new name."""
+    return _replaced(key, RENAMED | SYNONYMS)
 
 
 def first_name(key: str) -> str:
@@ -73,7 +76,7 @@ def first_name(key: str) -> str:
 
 def _replaced(key: str, names: dict[str, str]) -> str:
     for name, other in names.items():
-        if key == name or key.startswith(f"{name}."):
+        if key == name or key.startswith((f"{name}.", f"{name}/")):
             return other + key.removeprefix(name)
     return key
 
@@ -121,12 +124,16 @@ def _section(settings: dict[str, Any], key: str) -> dict[str, Any]:
 def _refuse_both(changes: dict[str, str]) -> None:
     if changes:
         raise ConfigError(
-            [f"{old}: is now {new}, got both (leave out {old})" for old, new in changes.items()]
+            [f"{old}: {_is(old)} {new}, got both (leave out {old})" for old, new in changes.items()]
         )
 
 
 def _note(changes: dict[str, str]) -> None:
-    line = ", ".join(f"{old} is now {new}" for old, new in changes.items())
+    line = ", ".join(f"{old} {_is(old)} {new}" for old, new in changes.items())
     if line and line not in _noted:
         _noted.add(line)
         print(f"note   {line}", file=sys.stderr)
+
+
+def _is(name: str) -> str:
+    return "is read as" if _replaced(name, SYNONYMS) != name else "is now"

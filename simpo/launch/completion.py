@@ -14,6 +14,7 @@ from omegaconf import BooleanNode, DictConfig, EnumNode, OmegaConf
 from simpo.config.check import GROUPS
 from simpo.config.composer import CONF, NotComposedError
 from simpo.config.errors import ConfigError
+from simpo.config.renamed import new_name, rename_overrides
 
 WITH_SETTINGS = ("train", "preview", "generate", "annotate")
 BASH = r"""
@@ -66,7 +67,8 @@ def candidates(line: str, commands: Sequence[str]) -> list[str]:
     *before, last = words.split(" ")
     key, equals, start = last.partition("=")
     if equals:
-        return [f"{key}={word} " for word in _values(before, key) if word.startswith(start)]
+        values = _values(before, new_name(key))
+        return [f"{key}={word} " for word in values if word.startswith(start)]
     groups = [f"{group}=" for group in (*GROUPS, "experiments") if group.startswith(last)]
     config = _composed(before)
     keys = [] if config is None else DefaultCompletionPlugin._get_matches(config, last)
@@ -88,6 +90,6 @@ def _values(overrides: Sequence[str], key: str) -> list[str]:
 
 def _composed(overrides: Sequence[str]) -> DictConfig | None:
     try:
-        return CONF.compose([word for word in overrides if "=" in word])
+        return CONF.compose(rename_overrides([word for word in overrides if "=" in word]))
     except (NotComposedError, ConfigError):
         return None

@@ -12,7 +12,7 @@ from simpo.config.choices import OnBadRecord
 from simpo.config.compose import compose_run
 from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError
-from simpo.config.renamed import rename_overrides
+from simpo.config.renamed import first_name, rename_overrides
 from simpo.run.folder import FINGERPRINTS, refuse_other_settings
 from tests.support.whole_runs import finish, start
 
@@ -63,13 +63,19 @@ def test_an_old_name_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> 
             "hydra.sweeper.params={loss.beta: '1,2', monitor.metric: 'a,b'}",
         ),
         ("hydra.sweeper.stages=[{objective.mode: a}]", "hydra.sweeper.stages=[{monitor.mode: a}]"),
+        ("experiment=paper/gemma2_it", "experiments=paper/gemma2_it"),
+        ("+experiment=[a,b]", "+experiments=[a,b]"),
+        ("experiment/objectives=a,b", "experiments/objectives=a,b"),
+        ("hydra.sweeper.params={experiment: 'a,b'}", "hydra.sweeper.params={experiments: 'a,b'}"),
     ],
 )
 def test_overrides(old: str, new: str) -> None:
     assert rename_overrides([old]) == rename_overrides([new]) == [new]
 
 
-@pytest.mark.parametrize("word", ["objective.d", "-m", "--cfg", "name=objective.metric", "name="])
+@pytest.mark.parametrize(
+    "word", ["objective.d", "-m", "--cfg", "name=objective.metric", "name=experiment", "name="]
+)
 def test_other_words_stay(word: str) -> None:
     assert rename_overrides([word]) == [word]
 
@@ -85,6 +91,22 @@ def test_both_names_are_refused(tmp_path: Path, composer: Composer) -> None:
         compose_run(["loss=mine"], composer)
     assert str(error.value) == f"loss=mine: {fault}"
     assert finish(start(["objective.mode=min", "monitor.mode=max"]), code=2) == f"{fault}\n"
+
+
+def test_the_name_of_a_group_in_other_projects(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = compose_run(["experiments=paper/gemma2_it"])
+    assert capsys.readouterr().err == ""
+    assert compose_run(["experiment=paper/gemma2_it"]) == run
+    assert capsys.readouterr().err == "note   experiment is read as experiments\n"
+    with pytest.raises(ConfigError) as error:
+        compose_run(["experiment=demo_full", "experiments=demo_full"])
+    assert str(error.value) == (
+        "experiment: is read as experiments, got both (leave out experiment)"
+    )
+    # Folders of sweeps are named by first names, and this never was one.
+    assert first_name("experiments") == "experiments"
 
 
 def test_an_old_name_in_a_file_of_settings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from simpo.config.check import register_own_losses, register_schemas
+from simpo.config.data import SourceConfig
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.paths import config_dir
 from simpo.config.renamed import renamed_config
+from simpo.config.suggest import unknown_key
 
 # Where Hydra finds the group `experiments`; conf/train.yaml reads it.
 os.environ["SIMPO_MENUS"] = str(config_dir("experiments").parent)
@@ -79,16 +82,16 @@ class Composer:
             OwnCodeError: the module of a loss cannot be loaded.
         """
         register_own_losses(overrides)
-        with self.loader():
-            try:
+        try:
+            with self.loader():
                 return compose(
                     self.config_name,
                     [*self.searchpath, *overrides],
                     return_hydra_config=with_hydra,
                 )
-            # Of any type: ValueError for a group set to a number, TypeError for a list of numbers.
-            except Exception as error:
-                raise NotComposedError(first_line(error)) from error
+        # Of any type: ValueError for a group set to a number, TypeError for a list of numbers.
+        except Exception as error:
+            raise NotComposedError(_fault(error)) from error
 
     def choices(self, group: str) -> list[str]:
         """The choices of a group and of its subfolders; empty if there is no such group."""
@@ -124,3 +127,14 @@ class Composer:
 
 CONF = Composer()
 """Composes from the files that come with simpo alone."""
+
+
+def _fault(error: Exception) -> str:
+    """One line; a key in a file that is no setting is answered as one on the command line is."""
+    found = re.match(r"(In '.*'): ConfigKeyError .*\n.*\n\s*full_key: (\S+)", str(error))
+    if found is None:
+        return first_line(error)
+    place, key = found.groups()
+    is_source = f"object_type={SourceConfig.__name__}" in str(error)
+    base = OmegaConf.structured(SourceConfig) if is_source else CONF.compose([])
+    return f"{place}: {key}: {unknown_key(base, key)}"

@@ -9,18 +9,14 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import (
-    BooleanNode,
     DictConfig,
-    EnumNode,
-    FloatNode,
-    IntegerNode,
     ListConfig,
     OmegaConf,
 )
@@ -29,7 +25,15 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from simpo.config.check import build_run, fault_line
 from simpo.config.composer import CONF, Composer, NotComposedError
 from simpo.config.errors import ConfigError, first_line
-from simpo.config.suggest import all_keys, choices_with, is_free, unknown_key
+from simpo.config.suggest import (
+    all_keys,
+    choices_with,
+    is_free,
+    shown,
+    take_beta,
+    unknown_key,
+    wanted,
+)
 
 SEARCHPATH = "hydra.searchpath="
 MOST_MEMBERS = 10_000
@@ -129,10 +133,10 @@ def _sweeper(composer: Composer, overrides: Sequence[str]) -> tuple[Sweeper, lis
         value = node.get(name) or []
         for item in value if isinstance(value, list) else [value]:
             if not isinstance(item, dict):
-                problem = f"must be of the form {example}, got {_shown(value)}"
+                problem = f"must be of the form {example}, got {shown(value)}"
                 return Sweeper(), [f"hydra.sweeper.{name}: {problem}"]
             swept |= item
-    params = (f"{key}={_shown(value)}" for key, value in swept.items())
+    params = (f"{key}={shown(value)}" for key, value in swept.items())
     return Sweeper(composed.runtime.choices["hydra/sweeper"], tuple(params)), []
 
 
@@ -241,6 +245,7 @@ def _member_problems(
         base = composer.compose(groups)
     except NotComposedError as error:
         return [f"{' '.join(groups)}: {error}"]
+    take_beta(base, ((o.key_or_group, o.value()) for o in values))
     problems: list[str] = []
     good: list[str] = []
     # A misspelt loss may be in the module that is named.
@@ -283,10 +288,10 @@ def _group_problem(composer: Composer, override: Override, others: list[str]) ->
         if override.is_delete():
             return f"{group}: cannot be left out (leave out the ~)"
         choices = composer.choices(group)
-        wanted = {_shown(item) for item in (value if isinstance(value, list) else [value])}
-        if not wanted <= set(choices):
+        asked = {shown(item) for item in (value if isinstance(value, list) else [value])}
+        if not asked <= set(choices):
             known = f"choose from {', '.join(choices)}" if choices else f"{group}/ has none"
-            return f"{group}: no such choice, got {_shown(value)} ({known})"
+            return f"{group}: no such choice, got {shown(value)} ({known})"
         if override.is_add():
             return f"{group}: set already (leave out the +)"
         return f"{line}: {error}"
@@ -322,7 +327,7 @@ def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
     if is_free(base, key) and (isinstance(value, dict) or key not in all_keys(base)):
         return []
     if key not in all_keys(base):
-        return [f"{key}: {unknown_key(base, key)}"]
+        return [f"{key}: {unknown_key(base, key, shown(value))}"]
     node: Any = base
     for part in key.split("."):
         node = node._get_node(int(part) if isinstance(node, ListConfig) else part)
@@ -330,7 +335,7 @@ def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
         texts = isinstance(value, dict) and all(
             isinstance(k, str) and isinstance(v, (str, int, float)) for k, v in value.items()
         )
-        return [] if texts else [f"{key}: must be {_wanted(node)}, got {_shown(value)}"]
+        return [] if texts else [f"{key}: must be {wanted(node)}, got {shown(value)}"]
     if isinstance(node, DictConfig) and isinstance(value, dict):
         return [p for k, item in value.items() for p in _value_problems(base, f"{key}.{k}", item)]
     schema = node._metadata.element_type if isinstance(node, ListConfig) else None
@@ -340,23 +345,23 @@ def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
             if isinstance(item, dict):
                 empty = OmegaConf.structured(schema)
                 # Interpolations cannot be resolved here; they are checked in the composed run.
-                plain = {str(k): v for k, v in item.items() if "${" not in _shown(v)}
+                plain = {str(k): v for k, v in item.items() if "${" not in shown(v)}
                 faults = [p for k, v in plain.items() for p in _value_problems(empty, k, v)]
                 problems += [f"{key}[{index}].{fault}" for fault in faults]
             else:
-                problems.append(f"{key}[{index}]: must be {_wanted(schema)}, got {_shown(item)}")
+                problems.append(f"{key}[{index}]: must be {wanted(schema)}, got {shown(item)}")
         return problems
     changed = base.copy()
     try:
         OmegaConf.update(changed, key, value)
     except OmegaConfBaseException:
-        return [f"{key}: must be {_wanted(node)}, got {_shown(value)}"]
+        return [f"{key}: must be {wanted(node)}, got {shown(value)}"]
     try:
         found = OmegaConf.select(changed, key)
-        if "${" in _shown(value) and OmegaConf.is_config(found):
+        if "${" in shown(value) and OmegaConf.is_config(found):
             found = OmegaConf.to_container(found, resolve=True)
     except ValidationError:
-        return [f"{key}: must be {_wanted(node)}, got {_shown(value)}"]
+        return [f"{key}: must be {wanted(node)}, got {shown(value)}"]
     except OmegaConfBaseException as error:
         return [f"{key}: {first_line(error)}"]
     # OmegaConf does not check the type of a section or list that an interpolation gives.
@@ -365,35 +370,5 @@ def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
     else:
         astray = isinstance(node, (DictConfig, ListConfig)) and isinstance(value, str)
     if astray:
-        return [f"{key}: must be {_wanted(node)}, got {_shown(value)}"]
+        return [f"{key}: must be {wanted(node)}, got {shown(value)}"]
     return []
-
-
-def _wanted(node: Any) -> str:
-    """Describe the values that a setting takes."""
-    if isinstance(node, EnumNode):
-        kind = f"one of {', '.join(node.enum_type.__members__)}"
-    elif isinstance(node, ListConfig):
-        schema = node._metadata.element_type
-        kind = f"a list such as [{_wanted(schema) if is_dataclass(schema) else 'a, b'}]"
-    elif isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict:
-        kind = "of the form {name: value, ...}"
-    elif isinstance(node, DictConfig) or is_dataclass(node):
-        schema = node._metadata.object_type if isinstance(node, DictConfig) else node
-        kind = f"of the form {{{fields(schema)[0].name}: ..., ...}}"
-        return kind if isinstance(node, DictConfig) else kind.removeprefix("of the form ")
-    else:
-        kinds = {BooleanNode: "true or false", IntegerNode: "a whole number", FloatNode: "a number"}
-        kind = kinds.get(type(node), "text")
-    return f"{kind} or null" if node._metadata.optional else kind
-
-
-def _shown(value: Any) -> str:
-    """A value as typed on the command line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_shown(item) for item in value) + "]"
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    return "''" if value == "" else str(value)

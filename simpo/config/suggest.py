@@ -1,23 +1,33 @@
-"""Suggests what an unknown key may mean: the nearest settings, and the choices that have it."""
+"""Says which keys and values there are: what an unknown key may mean, what a setting takes."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from omegaconf import (
+    BooleanNode,
     DictConfig,
+    EnumNode,
+    FloatNode,
+    IntegerNode,
     ListConfig,
     OmegaConf,
 )
 
 from simpo.config.check import GROUPS
+from simpo.config.other_trainers import ANSWERS, answer
 
 
-def unknown_key(base: DictConfig, key: str) -> str:
-    """The message for a key that a composed configuration lacks, with the nearest keys."""
+def unknown_key(base: DictConfig, key: str, value: str | None = None) -> str:
+    """The message for a key that a composed configuration lacks, with the nearest keys.
+
+    Args:
+        value: what it was to be set to, as typed on a command line.
+    """
     known = all_keys(base)
     section, _, leaf = key.rpartition(".")
     group = key.partition(".")[0]
@@ -28,6 +38,8 @@ def unknown_key(base: DictConfig, key: str) -> str:
     beside = [k for k in known if k.rpartition(".")[0] == section]
     if isinstance(OmegaConf.select(base, section) if section else base, ListConfig):
         return f"no such item of {section} (set all of it: {section}='[{{path: ...}}, ...]')"
+    if "train" in known and (found := other_trainers_answer(base, key, value)):
+        return found
     near = [k for k in known if k.rpartition(".")[2] == leaf.lower()]
     if not near:
         names = {k.rpartition(".")[2]: k for k in beside}
@@ -38,6 +50,26 @@ def unknown_key(base: DictConfig, key: str) -> str:
         return f"no such key (did you mean {' or '.join(near)}?)"
     here = section or ("the top level" if "train" in known else "an item")
     return f"no such key ({here} has {', '.join(k.rpartition('.')[2] for k in beside)})"
+
+
+def other_trainers_answer(base: DictConfig, key: str, value: str | None) -> str:
+    """What a key of another trainer is here; empty for a name that none has."""
+    beta = OmegaConf.select(base, "loss.beta")
+    return answer(key, value, beta if isinstance(beta, float) else None)
+
+
+def take_beta(base: DictConfig, settings: Iterable[tuple[str, Any]]) -> None:
+    """Set `loss.beta` of a composed configuration to the beta of any trainer among settings.
+
+    Args:
+        settings: keys and values; those that are no numbers do not count.
+    """
+    names = [name for name, ours in ANSWERS.items() if ours == "loss.beta"]
+    has_beta = OmegaConf.select(base, "loss.beta") is not None
+    for key, value in settings:
+        if has_beta and key.rpartition(".")[2] in names:
+            with suppress(TypeError, ValueError):
+                OmegaConf.update(base, "loss.beta", float(value))
 
 
 def choices_with(key: str) -> list[str]:
@@ -66,3 +98,35 @@ def is_free(base: DictConfig, key: str) -> bool:
     parts = key.split(".")
     above = (OmegaConf.select(base, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
     return any(isinstance(node, DictConfig) and not OmegaConf.is_struct(node) for node in above)
+
+
+def wanted(node: Any) -> str:
+    """Describe the values that a setting takes."""
+    if isinstance(node, EnumNode):
+        kind = f"one of {', '.join(node.enum_type.__members__)}"
+    elif isinstance(node, ListConfig):
+        schema = node._metadata.element_type
+        kind = f"a list such as [{wanted(schema) if is_dataclass(schema) else 'a, b'}]"
+    elif isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict:
+        kind = "of the form {name: value, ...}"
+    elif isinstance(node, DictConfig) or is_dataclass(node):
+        schema = node._metadata.object_type if isinstance(node, DictConfig) else node
+        kind = f"of the form {{{fields(schema)[0].name}: ..., ...}}"
+        return kind if isinstance(node, DictConfig) else kind.removeprefix("of the form ")
+    else:
+        kinds = {BooleanNode: "true or false", IntegerNode: "a whole number", FloatNode: "a number"}
+        kind = kinds.get(type(node), "text")
+    return f"{kind} or null" if node._metadata.optional else kind
+
+
+def shown(value: Any) -> str:
+    """A value as typed on the command line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(shown(item) for item in value) + "]"
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, float):
+        return str(value).replace("e-0", "e-")
+    return "''" if value == "" else str(value)

@@ -74,15 +74,21 @@ SETTINGS: list[tuple[str, list[str]]] = [
     # Misspelt keys, near and far.
     ("loss.betaa=2", ["loss.betaa: no such key (did you mean loss.beta?)"]),
     ("loss.BETA=2", ["loss.BETA: no such key (did you mean loss.beta?)"]),
-    ("loss.gamma=1", ["loss.gamma: no such key (did you mean loss.gamma_beta_ratio?)"]),
     ("model.lora.rnak=8", ["model.lora.rnak: no such key (did you mean model.lora.rank?)"]),
     ("trian.epochs=2", ["trian.epochs: no such key (did you mean train.epochs?)"]),
-    ("beta=2", ["beta: no such key (did you mean loss.beta?)"]),
-    ("seed=1", ["seed: no such key (did you mean data.seed or train.seed?)"]),
-    ("train.batch_size=8", [f"train.batch_size: no such key (train has {TRAIN_KEYS})"]),
-    ("train={lr:1}", [f"train.lr: no such key (train has {TRAIN_KEYS})"]),
-    ("model.lora.r=8", [f"model.lora.r: no such key (model.lora has {LORA_KEYS})"]),
-    ("optimizer.lr=1", [f"optimizer.lr: no such key (the top level has {SECTIONS})"]),
+    ("sft_weight=2", ["sft_weight: no such key (did you mean loss.sft_weight?)"]),
+    ("device=cpu", ["device: no such key (did you mean backend.device?)"]),
+    (
+        "max_new_tokens=1",
+        [
+            "max_new_tokens: no such key (did you mean sample.max_new_tokens or "
+            "on_policy.max_new_tokens?)"
+        ],
+    ),
+    ("train.shards=8", [f"train.shards: no such key (train has {TRAIN_KEYS})"]),
+    ("train={shards:1}", [f"train.shards: no such key (train has {TRAIN_KEYS})"]),
+    ("model.lora.bias=8", [f"model.lora.bias: no such key (model.lora has {LORA_KEYS})"]),
+    ("optimizer.foo=1", [f"optimizer.foo: no such key (the top level has {SECTIONS})"]),
     ("hydra.foo=1", ["hydra.foo: Could not override 'hydra.foo'."]),
     # Keys that only another choice has.
     ("loss=hinge loss.label_smoothing=0.1", ["loss.label_smoothing: only with loss=sigmoid"]),
@@ -502,8 +508,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
         "experiments=[paper/mistral_base,objectives/cpo]",
         [
             "experiments=[paper/mistral_base,objectives/cpo]: In 'experiments/paper/mistral_base': "
-            "ConfigKeyError raised while composing config: Key 'gamma_beta_ratio' not in "
-            "'CpoConfig'"
+            "loss.gamma_beta_ratio: only with loss=sigmoid or hinge or alphapo"
         ],
     ),
     ("data=[1,2]", [f"data: no such choice, got [1, 2] (choose from {DATA})"]),
@@ -679,8 +684,8 @@ def test_words_of_the_other_commands(command, own_composer, capsys):
         ),
         (["--config-dir", "nowhere"], "--config-dir: no such folder, got nowhere"),
         (
-            ["--learning_rate", "3"],
-            "unrecognized arguments: --learning_rate (settings are key=value, such as "
+            ["--foo", "3"],
+            "unrecognized arguments: --foo (settings are key=value, such as "
             "train.learning_rate=1e-6; see --help)",
         ),
         (

@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from simpo.config.check import build_run, register_own_losses
+from simpo.config.compose import refuse_options
 from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError, SimpoError, Stopped, exit_codes, first_line
 from simpo.config.explain import explain
@@ -58,6 +59,7 @@ def main(words: Sequence[str]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     parser = get_args_parser()
     parser.error = _refuse_options  # type: ignore[method-assign]
+    refuse_options(words)
     # Hydra reads the command line itself.
     sys.argv[1:] = rename_overrides(words)
     arguments = parser.parse_args()

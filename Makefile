@@ -44,7 +44,7 @@ check: $(READY)  ## linters and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(READY)  ## write docs/config.md anew from the dataclasses
+docs: $(READY)  ## write docs/config.md and conf/schema.json anew from the dataclasses
 	$(BIN)/python docs/build_config_docs.py
 
 bench: $(READY)  ## a step against the padded one, TRL's and Liger's: time, memory, picture

@@ -1,4 +1,5 @@
-"""Write docs/config.md from the dataclasses of the settings: `python docs/build_config_docs.py`.
+"""Write docs/config.md and conf/schema.json from the dataclasses of the settings:
+`python docs/build_config_docs.py`.
 
 A field's meaning is the docstring under it, which only the source has; so the source is parsed.
 """
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config.check import GROUPS
+from simpo.config.json_schema import schema_text
 from simpo.config.meanings import default, field_types, meaning, type_name
+from simpo.config.paths import config_dir
 from simpo.config.schema import RunConfig
 
 PAGE = Path(__file__).with_name("config.md")
+SCHEMA = config_dir("conf") / "schema.json"
 
 HEAD = """\
 # Settings
@@ -86,3 +90,4 @@ def _default(item: Field[Any]) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(render(), encoding="utf-8")
+    SCHEMA.write_text(schema_text(), encoding="utf-8")

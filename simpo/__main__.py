@@ -49,6 +49,8 @@ def main(words: list[str] | None = None) -> None:
             print(f"simpo {version('simpo')}")
         elif name in ("complete", "completion"):
             _complete(name, " ".join(rest))
+        elif name == "schema":
+            _schema(rest)
         elif name not in COMMANDS:
             raise ConfigError([_unknown(name)])
         else:
@@ -91,7 +93,8 @@ def _overview() -> str:
     lines += [f"  {name:10} {text}" for name, text in COMMANDS.items()]
     lines += [
         "",
-        "simpo COMMAND --help tells more; simpo completion bash|zsh prints a TAB completion",
+        "simpo COMMAND --help tells more; simpo completion bash|zsh prints a TAB completion,",
+        "simpo schema a JSON schema of the settings for editors",
     ]
     return "\n".join(lines)
 
@@ -112,6 +115,17 @@ def _complete(name: str, text: str) -> None:
         print(script(text, list(COMMANDS)), end="")
     else:
         print("\n".join(candidates(text, list(COMMANDS))))
+
+
+def _schema(words: list[str]) -> None:
+    from simpo.config.check import register_own_losses
+    from simpo.config.json_schema import schema_text
+
+    for word in words:
+        if not word.startswith("loss.module="):
+            raise ConfigError([f"schema: takes only loss.module=MODULE, got {word}"])
+    register_own_losses(words)
+    print(schema_text(), end="")
 
 
 if __name__ == "__main__":

@@ -170,3 +170,14 @@ def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def tiny_run(tiny_folder: Path, tmp_path: Path) -> list[str]:
     """Overrides of a whole run that takes seconds: 6 steps of 4 pairs, 16 pairs held out."""
     return tiny_overrides(tiny_folder, tmp_path)
+
+
+@pytest.fixture
+def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment without a login."""
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it reads its variables once in a process
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)

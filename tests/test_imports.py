@@ -29,7 +29,8 @@ api __main__
 FLOOR = {name: floor for floor, line in enumerate(FLOORS.split("\n")) for name in line.split()}
 
 STARTED = "if __name__ == '__main__':"
-HEAVY = {"transformers", "accelerate", "peft", "datasets", "hydra", "wandb"}
+TRACKERS = {"wandb", "trackio", "tensorboard", "mlflow"}
+HEAVY = {"transformers", "accelerate", "peft", "datasets", "hydra", *TRACKERS}
 
 
 def module_name(path: Path) -> str:
@@ -177,7 +178,9 @@ def test_the_mathematics_knows_no_framework(module: str) -> None:
         ("deepspeed", {"backend.zero"}),
         ("submitit", {"launch.member", "launch.submit", "run.processes"}),
         ("plotly", {"report.page"}),
-        ("wandb", {"loop.tracker"}),
+        ("wandb", {"loop.sinks"}),
+        ("trackio", {"loop.sinks"}),
+        ("mlflow", {"loop.sinks"}),
         ("peft", {"model.adapters"}),
         (
             "hydra",
@@ -191,7 +194,7 @@ def test_the_mathematics_knows_no_framework(module: str) -> None:
             {
                 *("loss", "config.data", "config.models", "config.schema", "config.check"),
                 *("config.compose", "config.composer", "config.explain", "config.suggest"),
-                *("config.meanings", "config.renamed", "config.json_schema"),
+                *("config.meanings", "config.renamed", "config.json_schema", "config.trackers"),
                 *("launch.commands.train", "launch.completion", "report.published"),
             },
         ),
@@ -208,7 +211,7 @@ def test_one_place_for_each_framework(package: str, modules: set[str]) -> None:
     [name for name in MODULES if folder(name) in ("loss", "config", "run", "report", "api")],
 )
 def test_settings_folders_and_reports_do_without_torch(module: str) -> None:
-    heavy = {"torch", "transformers", "datasets", "accelerate", "peft", "wandb", "numpy"}
+    heavy = {"torch", "transformers", "datasets", "accelerate", "peft", "numpy", *TRACKERS}
     assert packages(imported(MODULES[module].body)) & heavy == set()
 
 
@@ -238,7 +241,8 @@ def test_a_run_imports_only_what_it_uses(tiny_run: list[str]) -> None:
         "import sys\n"
         "from simpo.launch.commands.train import main\n"
         "heavy = {'peft', 'bitsandbytes', 'deepspeed', 'datasets', 'pandas', 'pyarrow',\n"
-        "         'sklearn', 'scipy', 'trl', 'wandb', 'plotly', 'submitit',\n"
+        "         'sklearn', 'scipy', 'trl', 'plotly', 'submitit',\n"
+        "         'wandb', 'trackio', 'tensorboard', 'mlflow',\n"
         "         'matplotlib.pyplot', 'transformers.trainer', 'torch._inductor.compile_fx'}\n"
         "def used(*more):\n"
         "    main([*words, *more])\n"

@@ -21,7 +21,10 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OPTIONAL = ("wandb", "submitit", "deepspeed", "bitsandbytes", "flash_attn", "vllm", "trl", "optuna")
+OPTIONAL = (
+    *("wandb", "trackio", "tensorboard", "mlflow", "submitit", "deepspeed", "bitsandbytes"),
+    *("flash_attn", "vllm", "trl", "optuna"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,9 @@ def test_extras() -> None:
         "gpu",
         "deepspeed",
         "wandb",
+        "trackio",
+        "tensorboard",
+        "mlflow",
         "slurm",
         "optuna",
         "vllm",

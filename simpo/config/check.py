@@ -35,7 +35,13 @@ from simpo.config.models import ModelConfig
 from simpo.config.own_code import OwnCodeError
 from simpo.config.renamed import first_name, renamed_config
 from simpo.config.schema import RunConfig
-from simpo.config.trackers import TrackerConfig, WandbConfig
+from simpo.config.trackers import (
+    MlflowConfig,
+    TensorBoardConfig,
+    TrackerConfig,
+    TrackioConfig,
+    WandbConfig,
+)
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"base": ModelConfig},
@@ -49,7 +55,13 @@ GROUPS: dict[str, dict[str, type]] = {
         "zero3": Zero3Config,
     },
     "launcher": {"local": LocalConfig, "slurm": SlurmConfig},
-    "tracker": {"console": TrackerConfig, "wandb": WandbConfig},
+    "tracker": {
+        "console": TrackerConfig,
+        "wandb": WandbConfig,
+        "trackio": TrackioConfig,
+        "tensorboard": TensorBoardConfig,
+        "mlflow": MlflowConfig,
+    },
 }
 """The schemas of each group. If a group has several, `name` in its YAML says which."""
 

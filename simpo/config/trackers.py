@@ -6,6 +6,8 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from omegaconf import MISSING
+
 from simpo.config.choices import WandbMode
 
 
@@ -32,5 +34,53 @@ class WandbConfig(TrackerConfig):
     """Tags of the run."""
 
     def problems(self) -> Iterator[str]:
-        if importlib.util.find_spec("wandb") is None:
-            yield "name: wandb is not installed (pip install 'simpo[wandb]')"
+        yield from _not_installed("wandb")
+
+
+@dataclass(kw_only=True)
+class TrackioConfig(TrackerConfig):
+    """Trackio, on this machine."""
+
+    name: str = "trackio"
+    project: str = "simpo"
+    """Project the run is listed under; `trackio show --project simpo` shows it."""
+
+    def problems(self) -> Iterator[str]:
+        yield from _not_installed("trackio")
+        if not self.project:
+            yield "project: must not be empty"
+
+
+@dataclass(kw_only=True)
+class TensorBoardConfig(TrackerConfig):
+    """TensorBoard, with the events in the run's folder."""
+
+    name: str = "tensorboard"
+
+    def problems(self) -> Iterator[str]:
+        yield from _not_installed("tensorboard")
+
+
+@dataclass(kw_only=True)
+class MlflowConfig(TrackerConfig):
+    """MLflow, with a server or a database file."""
+
+    name: str = "mlflow"
+    tracking_uri: str = MISSING
+    """Server or database: http://HOST:5000, sqlite:///FILE. MLFLOW_TRACKING_URI if that is set,
+    else a SQLite file in output_dir."""
+    experiment: str = "simpo"
+    """Experiment the run is listed under; made if it does not exist."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Tags of the run."""
+
+    def problems(self) -> Iterator[str]:
+        yield from _not_installed("mlflow")
+        for key in ("tracking_uri", "experiment"):
+            if not getattr(self, key):
+                yield f"{key}: must not be empty"
+
+
+def _not_installed(library: str) -> Iterator[str]:
+    if importlib.util.find_spec(library) is None:
+        yield f"name: {library} is not installed (pip install 'simpo[{library}]')"

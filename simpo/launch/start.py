@@ -14,7 +14,7 @@ def start(run: RunConfig) -> dict[str, float]:
     that are started for it; see `train`.
     """
     # Imported here, so that a fault in the settings is answered before torch is loaded.
-    from simpo.loop.tracker import check_login
+    from simpo.loop.sinks import check_login
 
     set_stopped_exit_code(run.train.stopped_exit_code)
     refuse_unwritable(run)

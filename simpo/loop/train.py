@@ -51,7 +51,7 @@ def train(run: RunConfig) -> dict[str, float]:
             parts = with_references(run, parts)
         manifest, damaged = store.resume(parts.wrapped, parts.optimizer)
         step = manifest.step if manifest else 0
-        tracker.cut_back(manifest.metrics_bytes if manifest else 0)
+        tracker.begin(manifest.metrics_bytes if manifest else 0)
         history = History(run, backend.broadcast(tracker.history()), tracker, store)
         progress.say(
             *parts.start_lines,

@@ -38,7 +38,7 @@ from simpo.run.files import (
 from simpo.run.folder import is_free
 
 RECORDS = {"run.yaml", "status.json"}
-SKIPPED = {"checkpoints", "model", "samples", "held_out", "slurm", "wandb"}
+SKIPPED = {"checkpoints", "model", "samples", "held_out", "slurm", "wandb", "tensorboard"}
 
 
 PROGRESS = re.compile(r"\d+%\|")

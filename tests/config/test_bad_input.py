@@ -93,10 +93,25 @@ SETTINGS: list[tuple[str, list[str]]] = [
     # Keys that only another choice has.
     ("loss=hinge loss.label_smoothing=0.1", ["loss.label_smoothing: only with loss=sigmoid"]),
     ("loss=sigmoid,hinge loss.label_smoothing=0", ["loss.label_smoothing: only with loss=sigmoid"]),
-    ("tracker.project=mine", ["tracker.project: only with tracker=wandb"]),
+    ("tracker.project=mine", ["tracker.project: only with tracker=wandb or trackio"]),
     (
         "tracker=wandbb tracker.project=mine",
-        ["tracker: no such choice, got wandbb (choose from console, wandb)"],
+        [
+            "tracker: no such choice, got wandbb (choose from console, mlflow, tensorboard, "
+            "trackio, wandb)"
+        ],
+    ),
+    (
+        "tracker=mlflow tracker.tracking_uri= tracker.experiment=",
+        [
+            "tracker.tracking_uri: must not be empty",
+            "tracker.experiment: must not be empty",
+        ],
+    ),
+    ("tracker=trackio tracker.project=", ["tracker.project: must not be empty"]),
+    (
+        "tracker=tensorboard tracker.project=mine",
+        ["tracker.project: only with tracker=wandb or trackio"],
     ),
     # Wrong choices.
     ("loss=simp", [f"loss: no such choice, got simp (choose from {LOSS_CHOICES})"]),
@@ -749,12 +764,13 @@ def test_chat_template_names_those_shipped(tmp_path, monkeypatch):
     compose_run(["model.chat_template=own"])
 
 
-def test_wandb_that_is_not_installed(monkeypatch):
+@pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard", "mlflow"])
+def test_trackers_that_are_not_installed(name, monkeypatch):
     monkeypatch.setattr("simpo.config.schema.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
-        compose_run(["tracker=wandb"])
+        compose_run([f"tracker={name}"])
     assert caught.value.problems == [
-        "tracker.name: wandb is not installed (pip install 'simpo[wandb]')"
+        f"tracker.name: {name} is not installed (pip install 'simpo[{name}]')"
     ]
 
 

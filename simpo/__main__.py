@@ -26,6 +26,7 @@ COMMANDS = {
     "report": "compare runs: table, csv, json or web page",
     "generate": "write replies of a model to the prompts of a data set",
     "annotate": "score those replies, and make pairs of them",
+    "chat": "talk to the model of a run in a terminal",
     "export": "merge an adapter into its base model, or upload a model",
 }
 SECTIONS = {"train": [], "generate": ["on_policy"], "annotate": ["on_policy"]}

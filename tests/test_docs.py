@@ -13,7 +13,7 @@ from simpo.config.compose import run_of_words
 from simpo.config.explain import explain
 from simpo.config.losses import LOSSES
 from simpo.data.demo.records import demo_records
-from simpo.launch.commands import export, report
+from simpo.launch.commands import chat, export, report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -24,7 +24,7 @@ BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:\s]+)\)")
 NAMED_FILE = re.compile(r"`((?:simpo|tests|conf|docs|examples|benchmarks|hydra_plugins)/[\w./]+)`")
 COMMAND = re.compile(
-    r"(?:python -m simpo[. ]|simpo[- ])(train|preview|report|generate|annotate|export)\b(.*)"
+    r"(?:python -m simpo[. ]|simpo[- ])(train|preview|report|generate|annotate|export|chat)\b(.*)"
 )
 # What stands for something of the reader's.
 PLACEHOLDERS = {"RUN": "run", "S": "7", "DIR": "run"}
@@ -47,7 +47,7 @@ def commands() -> list[str]:
 
 def test_the_pages_show_commands() -> None:
     assert {line.split()[0] for line in commands()} == {
-        *("train", "preview", "report", "generate", "annotate", "export")
+        *("train", "preview", "report", "generate", "annotate", "export", "chat")
     }
 
 
@@ -66,6 +66,8 @@ def test_a_command_composes(line: str, tmp_path: Path, monkeypatch: pytest.Monke
     if command == "export":
         if words:
             export._arguments(words)
+    elif command == "chat":
+        chat._arguments(words)
     elif command == "report":
         report._arguments([*[w for w in words if "=" in w], "run"])
     elif words[:1] == ["-m"]:

@@ -15,6 +15,7 @@ from simpo.config.check import GROUPS
 from simpo.config.composer import CONF, NotComposedError
 from simpo.config.errors import ConfigError
 from simpo.config.renamed import new_name, rename_overrides
+from simpo.launch.commands import chat
 
 WITH_SETTINGS = ("train", "preview", "generate", "annotate")
 BASH = r"""
@@ -62,10 +63,14 @@ def candidates(line: str, commands: Sequence[str]) -> list[str]:
     command, space, words = found.groups()
     if not space:
         return [f"{name} " for name in commands if name.startswith(command)]
-    if command not in WITH_SETTINGS:
-        return []
     *before, last = words.split(" ")
     key, equals, start = last.partition("=")
+    if command == "chat" and last:
+        values = {"base": ["true"], **chat.CHOICES}.get(key, []) if equals else []
+        offered = [f"{key}={value} " for value in values] or [f"{name}=" for name in chat.KEYS]
+        return [word for word in offered if word.startswith(last)]
+    if command not in WITH_SETTINGS:
+        return []
     if equals:
         values = _values(before, new_name(key))
         return [f"{key}={word} " for word in values if word.startswith(start)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation import BaseStreamer
 
 from simpo.data.chats.chat import Chat
 from simpo.model.policy import Policy
@@ -43,6 +44,7 @@ def generate_replies(
     device: torch.device,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    streamer: BaseStreamer | None = None,
 ) -> list[Reply]:
     """Generate a reply to each prompt, in one left-padded batch.
 
@@ -50,6 +52,7 @@ def generate_replies(
         prompts: token ids of each prompt.
         temperature: sampling temperature; 0 is greedy decoding.
         top_p: probability mass of nucleus sampling.
+        streamer: gets each token of a single prompt's reply as soon as it is generated.
     """
     policy.eval()
     base: Any = policy.base
@@ -75,6 +78,7 @@ def generate_replies(
             input_ids=torch.tensor(padded, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=settings,
+            streamer=streamer,
         )
     finally:
         base.generation_config = own

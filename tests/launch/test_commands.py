@@ -148,6 +148,12 @@ def test_other_errors_pass() -> None:
         ("simpo train objective.metric=loss monitor.metr", ["monitor.metric="]),
         ("simpo train loss=nonsense loss.", []),
         ("simpo report DIR o", []),
+        ("simpo ch", ["chat "]),
+        ("simpo chat RUN t", ["temperature=", "top_p="]),
+        ("python -m simpo.chat RUN base=", ["base=true "]),
+        ("simpo-chat RUN dtype=b", ["dtype=bfloat16 "]),
+        ("simpo chat RUN seed=1", []),
+        ("simpo chat ", []),
         ("python other.py tr", []),
     ],
 )

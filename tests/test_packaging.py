@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.support.small_hub import COMMIT, small_hub
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -51,8 +53,10 @@ def clean_venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (site,) = folder.glob("lib/python*/site-packages")
     # A path named in a .pth file is searched, but the .pth files in it (the editable install of
-    # this checkout) are not read.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # this checkout) are not read. The dependencies may lie in several such folders.
+    installed = [sysconfig.get_path("purelib"), *sys.path]
+    dependencies = [path for path in installed if Path(path).name.endswith("-packages")]
+    (site / "dependencies.pth").write_text("\n".join(dict.fromkeys(dependencies)) + "\n")
     blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in OPTIONAL)
     (site / "sitecustomize.py").write_text(f"import sys\n{blocked}\n")
     return folder
@@ -79,11 +83,11 @@ def test_works_from_an_empty_folder(
 ) -> None:
     empty = tmp_path_factory.mktemp("empty")
 
-    def run(*command: str) -> str:
+    def run(*command: str, **variables: str) -> str:
         result = subprocess.run(
             [str(clean_venv / "bin" / command[0]), *command[1:]],
             cwd=empty,
-            env=os.environ | {"PYTHONPATH": ""},
+            env=os.environ | {"PYTHONPATH": ""} | variables,
             capture_output=True,
             text=True,
         )
@@ -104,6 +108,18 @@ def test_works_from_an_empty_folder(
     assert (folder / "model" / "model.safetensors").is_file()
     assert "rewards/accuracies" in run("simpo-report", "outputs")
     assert (empty / "outputs" / "report.html").is_file()
+    # An adapter: talked to beside its base, merged, and uploaded.
+    run("simpo-train", *tiny_run, "model.lora.rank=2", "run_dir=lora")
+    said = run("simpo-chat", "lora", "prompt=Hi", "base=true", "max_new_tokens=8")
+    assert said.startswith("[base]\n") and "\n[trained]\n" in said
+    assert run("simpo-export", "lora", "merge=true") == "model  lora/model-merged\n"
+    with small_hub() as hub:
+        reach = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
+        pushed = run("simpo-export", "lora/model-merged", "push_to_hub=me/model", **reach)
+    assert pushed == f"hub    {hub.address}/me/model/commit/{COMMIT}\n"
+    files = {path.name: path.read_bytes() for path in (empty / "lora/model-merged").iterdir()}
+    assert hub.files == {"me/model": files} and hub.private == {"me/model": True}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= files.keys()
 
 
 def locked() -> dict[str, tuple[str, list[str]]]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants, hf_api
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.__main__ import main
@@ -26,6 +27,7 @@ from simpo.config.check import load_run
 from simpo.config.choices import Device, Dtype
 from simpo.config.compose import compose_run
 from simpo.data.chats.chat import Chat
+from simpo.data.hub import go_offline_if_unreachable
 from simpo.data.mixture import load_mixture
 from simpo.data.pairs import Tokenized
 from simpo.data.reading.records import to_dialogue
@@ -35,6 +37,7 @@ from simpo.loop.train import train
 from simpo.model import talk
 from simpo.model.tokenizer import load_tokenizer
 from simpo.run.files import read_replies
+from tests.support.small_hub import small_hub
 from tests.support.whole_runs import tiny_overrides
 
 GREEDY = ("temperature=0", "max_new_tokens=8")
@@ -162,6 +165,37 @@ def test_a_model_and_an_adapter_away_from_their_run(
     )
     ask(tmp_path / "merged", *words, f"base={tiny_folder}")
     assert capsys.readouterr().out == both
+
+
+def test_models_of_a_hub(
+    runs: dict[str, Path],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Uploaded by `simpo export` and talked to by their names."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    go_offline_if_unreachable.cache_clear()
+    with small_hub() as hub:
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for name, run in runs.items():
+            old, new = (replies[0] for replies in replies_of(run))
+            main(["export", str(run), f"push_to_hub=me/{name}"])
+            capsys.readouterr()
+            main(["chat", f"me/{name}", f"prompt={new['prompt']}", f"base={tiny_folder}", *GREEDY])
+            said = f"[base]\n{old['reply']}\n[trained]\n{new['reply']}\n"
+            assert capsys.readouterr().out == said
+        assert refused(capsys, "me/none") == (
+            f"RUN: me/none cannot be loaded: {hub.address}/me/none is not there, or private "
+            "(`hf auth login` or set HF_TOKEN)\n"
+        )
+    go_offline_if_unreachable.cache_clear()
 
 
 def test_the_template_has_the_date_and_the_variables_of_the_run(

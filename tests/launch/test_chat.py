@@ -529,14 +529,22 @@ class Terminal:
         deadline = time.monotonic() + 100
         while text not in self._shown:
             assert time.monotonic() < deadline, self._shown
-            try:
-                self._shown += os.read(self._master, 65536).decode(errors="replace")
-            except BlockingIOError:
-                time.sleep(0.01)
-            except OSError:  # the other end is closed
-                assert text in self._shown, self._shown
+            self._read()
         before, _, self._shown = self._shown.partition(text)
         return before.replace("\r\n", "\n") + text
+
+    def until_some(self, letters: int) -> None:
+        """Wait until so many letters and signs are shown."""
+        deadline = time.monotonic() + 100
+        while len("".join(self._shown.split())) < letters:
+            assert time.monotonic() < deadline, self._shown
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            self._shown += os.read(self._master, 65536).decode(errors="replace")
+        except BlockingIOError:
+            time.sleep(0.01)
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
@@ -565,7 +573,7 @@ def test_a_session(terminal: Terminal, tiny_folder: Path, tmp_path: Path) -> Non
     terminal.until("> ")
     terminal.type("Name a bird.\r")
     terminal.until("Name a bird.\r\n")
-    time.sleep(0.5)
+    terminal.until_some(20)
     terminal.type("\x03")
     terminal.until("(stopped)")
     terminal.until("> ")

@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --durations=20
 TORCH := torch==2.13.0
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train test test-all test-fast check docs bench bench-head gpu-check lock clean
+.PHONY: help install train test test-all test-fast check docs site bench bench-head gpu-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ check: $(READY)  ## linters and types
 docs: $(READY)  ## write docs/config.md and conf/schema.json anew from the dataclasses
 	$(BIN)/python docs/build_config_docs.py
 
+site: $(READY)  ## the documentation as a site that opens from disk: site/index.html
+	$(BIN)/python -m zensical build --strict --clean
+
 bench: $(READY)  ## a step against the padded one, TRL's and Liger's: time, memory, picture
 	grep -o '^[^ ]*==[^ ]*' requirements.lock > $(VENV)/versions.txt
 	$(BIN)/$(PIP) --constraint $(VENV)/versions.txt --editable ".[bench]"
@@ -75,4 +78,4 @@ lock:  ## write requirements.lock anew from what pyproject.toml admits today
 	rm -rf $(VENV)-lock
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist build site .cache .pytest_cache .mypy_cache .ruff_cache

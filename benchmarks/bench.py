@@ -29,6 +29,7 @@ from simpo.data.pairs import TokenizedPair
 PAIRS = 2
 MIB = 2**20
 RESULTS = Path(__file__).parent / "results"
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "performance.png"
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--real", type=Path, default=REAL, help="folder of real pairs (JSON lines)")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args()
     results = []
     for shape in options.shapes:
@@ -62,7 +64,7 @@ def main() -> None:
             results += [{"shape": shape, "profile": profile, **line} for line in found]
             print("\n".join(table(results[-len(runners) :])), flush=True)
             save(options.out, results)
-    plot(results, options.out.with_suffix(".png"))
+    plot(results, options.picture)
 
 
 def measure(

@@ -33,6 +33,7 @@ PLACEHOLDERS = {"RUN": "run", "S": "7", "DIR": "run"}
 def commands() -> list[str]:
     """Command and words, as a page shows them: a line of a block, or between backquotes."""
     found = []
+    run_elsewhere = EXTENDING.read_text(encoding="utf-8")
     for page in PAGES:
         text = re.sub(r"\\\n +", "", page.read_text(encoding="utf-8"))
         lines = [line.strip() for line in text.splitlines() if line[:4] == " " * 4]
@@ -41,7 +42,8 @@ def commands() -> list[str]:
         # Two blanks come before what a line says about its command.
         shown = [re.sub(r"^srun \S+ ", "", line).split("  ")[0] for line in lines]
         shown += [" ".join(words.split()) for words in re.findall(r"`([^`]+)`", text)]
-        found += [m[1] + m[2] for line in shown if (m := COMMAND.match(line))]
+        lines = [m[1] + m[2] for line in shown if (m := COMMAND.match(line))]
+        found += [line for line in lines if page == EXTENDING or line not in run_elsewhere]
     return list(dict.fromkeys(found))
 
 
@@ -55,9 +57,10 @@ def test_the_pages_show_commands() -> None:
 def test_a_command_composes(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder where the files and runs lie that it names."""
     monkeypatch.chdir(tmp_path)
-    command, *words = shlex.split(line)
+    # Behind --help come sections, of which test_commands.py knows.
+    command, *words = shlex.split(line.partition("--help")[0])
     words = [re.sub(r"(?<=[=/ ])[A-Z]+\b|^[A-Z]+$", _example, word) for word in words]
-    words = [word for word in words if "..." not in word and word not in ("--help", "--cfg", "job")]
+    words = [word for word in words if "..." not in word and word not in ("--cfg", "job")]
     for pattern in re.findall(r"[\w/*]+\.jsonl", " ".join(words)):
         name = pattern.replace("*", "a")
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -39,10 +39,11 @@ test-all: check  ## the same, and every backend, fault, experiment, family of te
 test-fast: $(READY)  ## the unit tests alone
 	$(PYTEST) -m "not matrix and not process"
 
-check: $(READY)  ## linters and types
+check: $(READY)  ## linters, types and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 docs: $(READY)  ## write docs/config.md and conf/schema.json anew from the dataclasses
 	$(BIN)/python docs/build_config_docs.py

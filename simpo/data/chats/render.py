@@ -113,8 +113,8 @@ def render_pair(template: Template, pair: Pair, reasoning: Reasoning) -> Rendere
     responses, unreasoned = [], False
     for response, (whole, marked), start in zip(pair.responses, wholes, starts, strict=True):
         indices = [i for i, turn in enumerate(response) if turn["role"] == "assistant"]
-        befores = ([*pair.prompt, *response[:i]] for i in indices[1:])
-        begin = [start, *(_before(template, b, pair.tools, [whole])[1][0] for b in befores)]
+        earlier = ([*pair.prompt, *response[:i]] for i in indices[1:])
+        begin = [start, *(_before(template, b, pair.tools, [whole])[1][0] for b in earlier)]
         replies = []
         for i, at, until in zip(indices, begin, [*begin[1:], len(whole)], strict=True):
             following = response[i + 1]["content"] if i < indices[-1] else ""

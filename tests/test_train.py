@@ -25,6 +25,7 @@ from simpo.loop.setup import set_up
 from simpo.loop.train import train
 from simpo.loss.simpo import SigmoidConfig
 from simpo.model import pretrained
+from simpo.run.files import read_results
 from tests.support.whole_runs import (
     assert_same_run,
     logged,
@@ -83,7 +84,7 @@ def test_the_models_settings_are_loaded_once(
 
 def test_what_a_run_leaves(tiny_run: list[str], run_dir: Path, tiny_folder: Path) -> None:
     run = compose_run([*tiny_run, f"run_dir={run_dir}"])
-    after = train(run)
+    after = read_results(train(run))["eval_after"]
     assert load_run(run_dir / "run.yaml") == run
     assert json.loads((run_dir / "status.json").read_text()) == {
         "state": "finished",
@@ -119,7 +120,9 @@ def test_what_a_run_leaves(tiny_run: list[str], run_dir: Path, tiny_folder: Path
     data = json.loads((run_dir / "data.json").read_text())
     assert [row["taken"] for row in data["mixture"]] == [24, 16]
     assert "torch" in json.loads((run_dir / "environment.json").read_text())["packages"]
-    assert f"run_dir={run_dir}" in (run_dir / "command.txt").read_text()
+    # From Python; tests/test_api.py runs it.
+    command = f"python -m simpo.launch.member {run_dir}\n"
+    assert (run_dir / "command.txt").read_text() == command
 
     card = (run_dir / "model/README.md").read_text()
     assert "loss = -log sigmoid(2*(l_w - l_l) - 1)" in card

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -15,6 +19,9 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
@@ -138,3 +145,43 @@ def _fault(error: Exception) -> str:
     is_source = f"object_type={SourceConfig.__name__}" in str(error)
     base = OmegaConf.structured(SourceConfig) if is_source else CONF.compose([])
     return f"{place}: {key}: {unknown_key(base, key)}"
+
+
+def written(key: str, value: Any) -> str:
+    """The override `key=value` that gives a setting a Python value.
+
+    Args:
+        value: text (in which `${...}` is read as in YAML), a number, a truth value, None, or a
+            list or mapping of these.
+
+    Raises:
+        ConfigError: a value or a key of a mapping cannot be written as an override.
+    """
+    text = Override._get_value_element_as_str(_element(key, value))
+    try:
+        OverridesParser.create().parse_overrides([f"{key}={text}"])
+    except HydraException as error:
+        names = f"the names in {value}" if isinstance(value, Mapping | list) else "the key"
+        raise ConfigError(
+            [f"{key}: {names} must be plain letters, digits and _ (use a file of config_dir)"]
+        ) from error
+    return f"{key}={text}"
+
+
+def _element(key: str, value: Any) -> Any:
+    """A Python value as Hydra's parser would give it."""
+    if isinstance(value, Enum):
+        return _element(key, value.value)
+    if isinstance(value, str | Path):
+        return QuotedString(str(value), Quote.single)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Real):  # also a number of NumPy
+        return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, Mapping):
+        return {str(name): _element(key, item) for name, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_element(key, item) for item in value]
+    raise ConfigError(
+        [f"{key}: must be text, a number, true or false, None, a list or a dict, got {value!r}"]
+    )

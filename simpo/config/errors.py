@@ -42,10 +42,17 @@ DISK = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)
 class SimpoError(Exception):
     """An error whose message is all that a user sees, without a traceback.
 
-    `exit_code` is that of the process: 1 for a failed run, 2 for bad settings or data.
+    Attributes:
+        exit_code: that of the process: 1 for a failed run, 2 for bad settings or data.
+        printed: whether another process of the run has printed the message.
     """
 
     exit_code = 1
+    printed = False
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of the error (IPython calls this)."""
+        return [f"{type(self).__name__}: {self}"]
 
 
 class ConfigError(SimpoError):
@@ -123,7 +130,7 @@ def exit_codes() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except SimpoError as error:
-        if str(error):  # empty if a rank has printed it
+        if not error.printed:
             print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

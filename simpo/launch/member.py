@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from simpo.config.check import load_run
@@ -26,6 +27,7 @@ from simpo.run.atomic import write_json
 from simpo.run.files import last_job, status_or_none
 from simpo.run.processes import die_with_parent, end_process
 from simpo.run.runs import note_job
+from simpo.run.unused import hide_unused
 
 REQUEUE_MARGIN_S = 20.0
 """Time before its limit at which a job is requeued, saved or not."""
@@ -70,9 +72,11 @@ def run_member(folder: Path) -> tuple[int, bool]:
         The exit code, and whether a signal other than SIGINT stopped it after saving.
     """
     try:
-        start(load_run(folder / "run.yaml"))
+        run = replace(load_run(folder / "run.yaml"), run_dir=str(folder.absolute()))
+        hide_unused(run)
+        start(run)
     except SimpoError as error:
-        if str(error):  # empty if a rank has printed it
+        if not error.printed:
             print(error, file=sys.stderr)
         _note_refusal(folder, error)
         by_signal = isinstance(error, Stopped) and error.exit_code != INTERRUPTED

@@ -1,7 +1,8 @@
 """Trains one rank of a run, started by `simpo.run.processes`: `python -m simpo.launch.rank FOLDER`.
 
-FOLDER holds run.yaml; rank 0 writes metrics.json into it. The rest of the command line is that of
-the run, which its records quote.
+FOLDER holds run.yaml. Rank 0 writes into it the name of the run's folder (`finished`), or the line
+of an error that it printed (`printed`). The rest of the command line is that of the process that
+started this one, which the run's records quote.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from simpo.run.signals import exit_on_signals, set_stopped_exit_code
 if __name__ == "__main__":
     exit_on_signals(interruption="")  # importing what follows takes a while
 
-import json
 import os
 import sys
 import threading
@@ -25,8 +25,10 @@ from simpo.run.processes import (
     HEARTBEAT_S,
     die_with_parent,
     end_process,
+    finished_file,
     heartbeat_file,
     log_file,
+    printed_file,
     reporting_lost_ranks,
 )
 from simpo.run.unused import hide_unused
@@ -34,7 +36,8 @@ from simpo.run.unused import hide_unused
 
 def main() -> int:
     """Train; returns the exit code."""
-    folder = Path(sys.argv.pop(1))
+    _, name, *sys.argv = sys.argv
+    folder = Path(name)
     die_with_parent()
     rank = int(os.environ["RANK"])
     threading.Thread(target=_heartbeat, args=(heartbeat_file(folder, rank),), daemon=True).start()
@@ -45,7 +48,7 @@ def main() -> int:
         from simpo.loop.train import train
 
         with reporting_lost_ranks():
-            metrics = train(run)
+            run_dir = train(run)
     except LostError as error:
         # Not printed: another rank's error may be the cause.
         with log_file(folder, rank).open("a") as log:
@@ -53,6 +56,8 @@ def main() -> int:
         return LOST
     except SimpoError as error:
         print(error, file=sys.stderr)
+        if rank == 0:
+            printed_file(folder).write_text(str(error), errors="backslashreplace")
         saved = isinstance(error, Stopped) and error.exit_code == INTERRUPTED
         return SAVED if saved else error.exit_code
     except KeyboardInterrupt:
@@ -62,7 +67,7 @@ def main() -> int:
             traceback.print_exc(file=log)
         return 1
     if rank == 0:
-        (folder / "metrics.json").write_text(json.dumps(metrics))
+        finished_file(folder).write_text(str(run_dir))
     return 0
 
 

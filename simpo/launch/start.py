@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from simpo.config.schema import RunConfig
 from simpo.run import processes
 from simpo.run.folder import refuse_unwritable
 from simpo.run.signals import set_stopped_exit_code
-from simpo.run.unused import hide_unused
 
 
-def start(run: RunConfig) -> dict[str, float]:
+def start(run: RunConfig) -> Path:
     """Train a run in this process (alone, or as a rank that a launcher started) or in processes
-    that are started for it; see `train`.
+    that are started for it; see `simpo.loop.train.train`.
     """
     # Imported here, so that a fault in the settings is answered before torch is loaded.
     from simpo.loop.sinks import check_login
@@ -23,7 +24,6 @@ def start(run: RunConfig) -> dict[str, float]:
     count = processes.num_processes_to_start(run.backend)
     if count is not None:
         return processes.run_in_processes(count, run)
-    hide_unused(run)
     from simpo.loop.train import train
 
     with processes.reporting_lost_ranks():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,14 +201,25 @@ def bar_text(metrics: Mapping[str, float]) -> str:
     return text
 
 
-def quiet_libraries() -> None:
-    """Silence progress bars and advice of the libraries."""
-    for library in ("transformers", "torch.distributed"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+@contextmanager
+def libraries_quiet() -> Iterator[None]:
+    """Silence progress bars and advice of the libraries while entered."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    hub_logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    before = hub_logging.get_verbosity(), logging.get_verbosity()
+    showed_bars = logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        for library in ("transformers", "torch.distributed"):
+            warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        hub_logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            hub_logging.set_verbosity(before[0])
+            logging.set_verbosity(before[1])
+            if showed_bars:
+                logging.enable_progress_bar()

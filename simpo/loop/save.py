@@ -14,12 +14,8 @@ from simpo.run.progress import say
 
 def save_results(
     run: RunConfig, parts: Parts, history: History, step: int, trained_s: float
-) -> dict[str, float]:
-    """Save the last model, or the best with train.keep_best, with its card; upload if asked to.
-
-    Returns:
-        The held-out metrics of the saved model; empty if nothing is held out.
-    """
+) -> None:
+    """Save the last model, or the best with train.keep_best, with its card; upload if asked to."""
     folder, backend = parts.folder, parts.backend
     kept = history.best_step or step
     if kept != step and (fault := parts.store.load(kept, parts.wrapped, parts.optimizer)):
@@ -48,4 +44,3 @@ def save_results(
     messages = publish(run, folder.path, results) if backend.is_main else []
     folder.write_status("finished", step, parts.plan.total_steps)
     say(*notes, "", *console.end_lines(results, folder.path, kept, step), *messages)
-    return results.after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from simpo.config.check import trajectory
 from simpo.config.errors import INTERRUPTED, Stopped
@@ -22,20 +23,20 @@ from simpo.run.best import check_monitor
 from simpo.run.signals import StopRequest
 
 
-def train(run: RunConfig) -> dict[str, float]:
+@console.libraries_quiet()
+def train(run: RunConfig) -> Path:
     """Train, evaluate and save one run, or continue it where it stopped.
 
     Several processes of a run each call this; `run` is the same for all.
 
     Returns:
-        The held-out metrics of the saved model; empty if nothing is held out.
+        The run's folder, with the model and results.json.
 
     Raises:
         ConfigError, DataError: the settings or the data cannot be used.
         RunError: the run had to stop; the same command continues it.
         Stopped: a signal or Ctrl-C asked the run to stop; it has been saved.
     """
-    console.quiet_libraries()
     cfg = run.train
     parts = set_up(run)
     backend, folder, plan, store = parts.backend, parts.folder, parts.plan, parts.store
@@ -109,6 +110,6 @@ def train(run: RunConfig) -> dict[str, float]:
                 f"{folder.path} (the same command continues)",
                 INTERRUPTED if interrupted else cfg.stopped_exit_code,
             )
-        after = save_results(run, parts, history, step, trained_s)
+        save_results(run, parts, history, step, trained_s)
     backend.close()
-    return after
+    return folder.path

@@ -25,7 +25,7 @@ from simpo.config.schema import RunConfig
 from simpo.data import rules
 from simpo.data.pairs import Message
 from simpo.data.rules import obeys
-from simpo.loop.console import quiet_libraries
+from simpo.loop.console import libraries_quiet
 from simpo.model.pretrained import load_pretrained, load_weights
 from simpo.on_policy.files import (
     Prompt,
@@ -47,6 +47,7 @@ Reward = Callable[[Sequence[Message], Sequence[str], Mapping[str, Any] | None], 
 """Maps a prompt, replies to it and its rule to a score per reply; higher is better."""
 
 
+@libraries_quiet()
 def annotate(run: RunConfig) -> Path:
     """Score every reply and write train.jsonl and test.jsonl.
 
@@ -61,7 +62,6 @@ def annotate(run: RunConfig) -> Path:
             the folder.
         RunError: the reward failed on a prompt (scores so far are kept), or there is no pair.
     """
-    quiet_libraries()
     folder = on_policy_folder(run)
     name = run.on_policy.reward
     if not (folder / "responses.jsonl").is_file():

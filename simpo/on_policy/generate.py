@@ -28,7 +28,7 @@ from simpo.data.chats.checks import refuse_unknown_ids
 from simpo.data.mixture import fault_lines, load_mixture
 from simpo.data.pairs import Pair
 from simpo.data.reading.records import RecordFault, to_prompt
-from simpo.loop.console import quiet_libraries
+from simpo.loop.console import libraries_quiet
 from simpo.model.generate import Reply, batches, decode_reply, generate_replies
 from simpo.model.load import load_policy
 from simpo.model.pretrained import load_settings, model_source, num_embeddings
@@ -51,6 +51,7 @@ Generate = Callable[[Sequence[list[int]], int], list[Reply]]
 """Maps token ids of prompts and a seed to a reply to each prompt."""
 
 
+@libraries_quiet()
 def generate(run: RunConfig) -> Path:
     """Generate the missing replies: one to every prompt with each seed of `on_policy.seeds`.
 
@@ -65,7 +66,6 @@ def generate(run: RunConfig) -> Path:
             process works in it.
         DataError: the prompts cannot be read, or the model's template refuses one.
     """
-    quiet_libraries()
     config = run.on_policy
     cache_dir = Path(run.cache_dir).expanduser()
     folder = on_policy_folder(run)

@@ -79,13 +79,13 @@ class Stages:
     row_line: str
 
     @staticmethod
+    @console.libraries_quiet()
     def of(run: RunConfig, num_pairs: int) -> Stages:
         """Read, tokenize and pack the data of a run as `simpo.train` would.
 
         Raises:
             ConfigError, DataError: the settings or the data cannot be used.
         """
-        console.quiet_libraries()
         cache_dir = Path(run.cache_dir).expanduser()
         tokenizer = load_tokenizer(run.model, cache_dir, run.data.compat)
         chat = Chat(tokenizer, template_date(run), run.model.chat_template_kwargs)

@@ -51,6 +51,8 @@ FINGERPRINTS = {
 TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 """Error numbers of a lock that another process holds; others mean there are no locks."""
 NEW_FOLDER_TRIES = 100
+TRAIN = "simpo train"
+"""The first word of `sys.argv` in processes of that command."""
 
 
 class RunFolder:
@@ -216,8 +218,9 @@ class RunFolder:
         return False
 
     def _command(self, has_settings: bool) -> str:
-        """The command that continues the run; needs no settings if the folder has them."""
-        if has_settings:
+        """The command that continues the run; needs no settings if the folder has them, which a
+        program of a user's has composed in its own way."""
+        if has_settings or sys.argv[:1] != [TRAIN]:
             return shlex.join(["python", "-m", "simpo.launch.member", str(self.path)])
         arguments = [a for a in sys.argv[1:] if not a.startswith("run_dir=")]
         return train_command(arguments, self.path)

@@ -7,7 +7,6 @@ launch or Slurm has started the ranks already, this process is one of them.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import socket
@@ -158,14 +157,14 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def run_in_processes(count: int, run: RunConfig) -> dict[str, float]:
+def run_in_processes(count: int, run: RunConfig) -> Path:
     """Train a run in `count` processes on this machine.
 
     Rank 0 prints to the output of this process. SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are passed on
     to all ranks. The ranks end when this process ends in any way.
 
     Returns:
-        The held-out metrics of the trained model.
+        The run's folder.
 
     Raises:
         RunError: a rank failed or hangs; the message names it.
@@ -199,18 +198,17 @@ def run_in_processes(count: int, run: RunConfig) -> dict[str, float]:
             raise _hang_error(silent)
         if failed:
             raise _failure(failed, folder, run.train.stopped_exit_code)
-        result = folder / "metrics.json"
-        if not result.is_file():
-            raise Stopped("", 0)
-        metrics: dict[str, float] = json.loads(result.read_text())
-        return metrics
+        finished = finished_file(folder)
+        if not finished.is_file():
+            raise _printed(Stopped, folder, 0)
+        return Path(finished.read_text())
 
 
 def _start(folder: Path, rank: int, count: int, listener: socket.socket) -> subprocess.Popen[bytes]:
     with ExitStack() as stack:
         log = None if rank == 0 else stack.enter_context(log_file(folder, rank).open("wb"))
         return subprocess.Popen(
-            [sys.executable, "-m", "simpo.launch.rank", str(folder), *sys.argv[1:]],
+            [sys.executable, "-m", "simpo.launch.rank", str(folder), *sys.argv],
             env=os.environ | _environment(rank, count, listener) | {FOLDER_VARIABLE: str(folder)},
             stdout=log,
             stderr=log,
@@ -303,7 +301,7 @@ def _failure(failed: dict[int, int], folder: Path, stopped_code: int) -> BaseExc
     if code == INTERRUPTED:
         return KeyboardInterrupt()
     if code == SAVED:
-        return Stopped("", INTERRUPTED)
+        return _printed(Stopped, folder, INTERRUPTED)
     if code < 0:
         names = ", ".join(
             f"rank {rank} was killed by {_signal_name(-code)}" for rank, code in failed.items()
@@ -316,10 +314,20 @@ def _failure(failed: dict[int, int], folder: Path, stopped_code: int) -> BaseExc
         log = log_file(folder, rank)
         tail = log.read_text(errors="replace").splitlines()[-SHOWN_LINES:] if log.is_file() else []
         lines += [f"rank {rank}:", *tail] if tail else []
-    # Rank 0 has printed its error, and the others report the same.
-    was_printed = 0 in failed and not log_file(folder, 0).is_file()
-    text = "" if was_printed else "\n".join(lines)
-    return Stopped(text, code) if code == stopped_code else RunError(text, 2 if code == 2 else 1)
+    kind = Stopped if code == stopped_code else RunError
+    exit_code = 2 if code == 2 else code if kind is Stopped else 1
+    # If rank 0 has printed its error, the others report the same.
+    if 0 in failed and not log_file(folder, 0).is_file():
+        return _printed(kind, folder, exit_code)
+    return kind("\n".join(lines), exit_code)
+
+
+def _printed(kind: type[RunError], folder: Path, exit_code: int) -> RunError:
+    """The error that rank 0 has printed."""
+    file = printed_file(folder)
+    error = kind(file.read_text() if file.is_file() else "", exit_code)
+    error.printed = True
+    return error
 
 
 def _signal_name(number: int) -> str:
@@ -364,6 +372,16 @@ def heartbeat_file(folder: Path, rank: int) -> Path:
 def log_file(folder: Path, rank: int) -> Path:
     """File with the output of a rank other than 0, and with errors that end any rank."""
     return folder / f"rank-{rank}.log"
+
+
+def finished_file(folder: Path) -> Path:
+    """File in which rank 0 names the folder of the run that it has finished."""
+    return folder / "finished"
+
+
+def printed_file(folder: Path) -> Path:
+    """File with the message of an error that rank 0 has printed."""
+    return folder / "printed"
 
 
 def end_process(exit_code: int) -> NoReturn:

@@ -82,13 +82,24 @@ def signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def forwarding_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Pass stopping signals and Ctrl-C to a handler while entered."""
-    before = {number: signal.signal(number, handler) for number in ALL}
+    """Pass stopping signals and Ctrl-C to a handler while entered.
+
+    Outside the main thread nothing is passed on.
+    """
+    before = _handled_by(handler)
     try:
         yield
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Set the handler of all our signals; returns those before. Python allows this in the main
+    thread only, so others set and return none."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in ALL}
 
 
 class StopRequest:
@@ -107,9 +118,7 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        # Python allows handlers in the main thread only.
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in ALL}
+        self._before = _handled_by(self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,6 +16,7 @@ from simpo.config.errors import ConfigError
 from simpo.config.schema import MonitorConfig
 from simpo.loop.train import train
 from simpo.run.best import best_step, evaluations_in, evaluations_without_gain
+from simpo.run.files import read_results
 from tests.support.whole_runs import (
     finish,
     logged,
@@ -84,9 +85,8 @@ def overfitting(tiny_run: list[str], *more: str) -> list[str]:
 
 def test_the_best_model_is_kept_and_saved(tiny_run: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    after = train(
-        compose_run([*overfitting(tiny_run, "train.keep_best=true"), f"run_dir={folder}"])
-    )
+    train(compose_run([*overfitting(tiny_run, "train.keep_best=true"), f"run_dir={folder}"]))
+    after = read_results(folder)["eval_after"]
     values = {x["step"]: x["eval/logps/rejected"] for x in metrics_of(folder) if "eval/loss" in x}
     best = max((step for step in values if step), key=lambda step: values[step])
     assert best < 18, "the last model is the best: this run shows nothing"
@@ -122,7 +122,7 @@ def test_patience_ends_a_run(tiny_run: list[str], tmp_path: Path) -> None:
     """It ends two evaluations after the best, with the weights of then, and is finished."""
     folder = tmp_path / "run"
     overrides = overfitting(tiny_run, "train.patience_evals=2")
-    after = train(compose_run([*overrides, f"run_dir={folder}"]))
+    after = read_results(train(compose_run([*overrides, f"run_dir={folder}"])))["eval_after"]
     values = {x["step"]: x["eval/logps/rejected"] for x in metrics_of(folder) if "eval/loss" in x}
     last = max(values)
     best = max((step for step in values if step), key=lambda step: values[step])

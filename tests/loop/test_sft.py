@@ -22,6 +22,7 @@ from simpo.loop.train import train
 from simpo.loss import PairLogps, pair_losses
 from simpo.loss.without_reference import SftConfig
 from simpo.model.policy import Policy
+from simpo.run.files import read_results
 from tests.support.real_tokenizers import (
     assistant,
     data_config,
@@ -198,7 +199,7 @@ def test_a_whole_run(tiny_run: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = compose_run([*tiny_run, "loss=sft", "train.learning_rate=1e-2", f"run_dir={folder}"])
     assert (run.monitor.metric, run.monitor.mode.value) == ("loss", "min")
-    after = train(run)
+    after = read_results(train(run))["eval_after"]
     before = metrics_of(folder)[0]
     assert after["loss"] < 0.9 * before["eval/loss"]
     assert not [key for key in after if "reward" in key or "rejected" in key]

@@ -48,14 +48,16 @@ def test_online_without_a_login_is_refused_before_anything_is_loaded(
     check_login(compose_run(["tracker=wandb", "tracker.mode=offline"]).tracker)
 
 
-def test_the_login_is_looked_for_once(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_login_is_looked_for_once(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before processes are started, and not in each of them."""
     seen: list[object] = []
     monkeypatch.setattr("simpo.loop.sinks.check_login", seen.append)
 
-    def run_in_processes(count: int, run: object) -> dict[str, float]:
+    def run_in_processes(count: int, run: object) -> Path:
         seen.append(count)
-        return {}
+        return tmp_path
 
     monkeypatch.setattr("simpo.run.processes.run_in_processes", run_in_processes)
     two = compose_run([*tiny_run, "backend=ddp", "backend.processes=2"])

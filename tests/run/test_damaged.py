@@ -29,6 +29,7 @@ from simpo.report.page import render
 from simpo.report.text import text
 from simpo.run import folder, provenance
 from simpo.run.atomic import write_text
+from simpo.run.files import read_results
 from simpo.run.folder import RunFolder, refuse_unwritable
 from simpo.run.provenance import git_diff
 from simpo.run.runs import State, find_runs, read_progress
@@ -55,7 +56,7 @@ class Template:
 
     def go_on(self, folder: Path) -> None:
         """Continue a folder, which must give the undisturbed run's numbers."""
-        after = train(self.run(folder))
+        after = read_results(train(self.run(folder)))["eval_after"]
         lines = metrics_of(self.whole)
         assert metrics_of(folder) == lines
         assert after == {k[5:]: v for k, v in lines[-1].items() if k.startswith("eval/")}

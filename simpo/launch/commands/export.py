@@ -37,19 +37,19 @@ def main(words: Sequence[str]) -> None:
     run_dir, options = _arguments(words)
     # Imported here, so that a fault in the words is answered before torch is loaded.
     from simpo.loop.card import write_merged_card
-    from simpo.loop.console import quiet_libraries
+    from simpo.loop.console import libraries_quiet
     from simpo.loop.publish import push
     from simpo.model.export import model_folder
     from simpo.model.merge import merge
 
-    quiet_libraries()
-    if "merge" in options:
-        output = Path(options.get("output", run_dir / "model-merged")).expanduser()
-        lines = merge(run_dir, output, Dtype(options.get("dtype", "auto")), options.get("base"))
-        write_merged_card(model_folder(run_dir), output)
-    else:
-        private = options.get("private", "true") == "true"
-        lines = push(run_dir, ExportConfig(push_to_hub=options["push_to_hub"], private=private))
+    with libraries_quiet():
+        if "merge" in options:
+            output = Path(options.get("output", run_dir / "model-merged")).expanduser()
+            lines = merge(run_dir, output, Dtype(options.get("dtype", "auto")), options.get("base"))
+            write_merged_card(model_folder(run_dir), output)
+        else:
+            private = options.get("private", "true") == "true"
+            lines = push(run_dir, ExportConfig(push_to_hub=options["push_to_hub"], private=private))
     print("\n".join(lines))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if __name__ == "simpo.preview":  # would take the place of the function
+    raise ImportError("simpo.preview is a function (from simpo import preview)")
+
 import os
 import sys
 from collections.abc import Sequence

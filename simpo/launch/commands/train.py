@@ -10,6 +10,9 @@ from simpo.run.signals import exit_on_signals
 if __name__ == "__main__":
     exit_on_signals()  # importing what follows takes a while
 
+if __name__ == "simpo.train":  # would take the place of the function
+    raise ImportError("simpo.train is a function (from simpo import train)")
+
 import os
 import sys
 import traceback
@@ -33,6 +36,9 @@ from simpo.config.explain import explain
 from simpo.config.paths import config_dir
 from simpo.config.renamed import rename_overrides
 from simpo.launch.start import start
+from simpo.run.files import read_results
+from simpo.run.folder import TRAIN
+from simpo.run.unused import hide_unused
 
 USAGE = """
 usage: simpo train [key=value ...] [-m] [--cfg job] [--config-dir DIR] [--help [SECTION ...]]
@@ -61,7 +67,7 @@ def main(words: Sequence[str]) -> None:
     parser.error = _refuse_options  # type: ignore[method-assign]
     refuse_options(words)
     # Hydra reads the command line itself.
-    sys.argv[1:] = rename_overrides(words)
+    sys.argv = [TRAIN, *rename_overrides(words)]
     arguments = parser.parse_args()
     _check_options(arguments)
     register_own_losses(arguments.overrides)
@@ -96,7 +102,8 @@ def run_composed(cfg: DictConfig) -> float | None:
     # Hydra prints a heading above an exception, but not above an exit. Of several runs it goes on
     # with the others, and raises at the end.
     try:
-        return start(run).get(run.monitor.metric)
+        hide_unused(run)
+        return read_results(start(run))["eval_after"].get(run.monitor.metric)
     except SimpoError as error:
         if several and not isinstance(error, Stopped):
             raise

@@ -1,0 +1,68 @@
+"""Writes records that a Python program holds into a file, from which a run reads them.
+
+So a run of own records continues, starts several processes and is described by its run.yaml as one
+of a user's files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from simpo.config.errors import DataError, first_line, unwritable
+from simpo.run.atomic import write_text
+
+
+def write_records(records: Iterable[Mapping[Any, Any]], what: str, folder: Path) -> Path:
+    """Write records as JSON lines, unless they have been written before.
+
+    Args:
+        records: of any shape that is read from a file. NaN, which pandas puts where a value is
+            missing, becomes null; arrays become lists.
+        what: name of the records in messages.
+        folder: where to write; the name of the file is a hash of its content.
+
+    Raises:
+        DataError: a record is not a dict, or cannot be written as JSON.
+        RunError: the file cannot be written.
+    """
+    text = "".join(f"{_line(record, f'{what}[{i}]')}\n" for i, record in enumerate(records))
+    digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+    path = folder / f"{what}-{digest[:16]}.jsonl"
+    if not path.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        write_text(path, text)
+    return path
+
+
+def _line(record: Any, place: str) -> str:
+    if not isinstance(record, Mapping):
+        kind = type(record).__name__
+        raise DataError(
+            f"{place}: must be a dict, got {kind} (of a DataFrame take df.to_dict('records'))"
+        )
+    whole = {
+        key: None if isinstance(value, float) and math.isnan(value) else value
+        for key, value in record.items()
+    }
+    try:
+        return json.dumps(whole, ensure_ascii=False, allow_nan=False, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{place}: cannot be written as JSON: {first_line(error)} (make it text, numbers, "
+            "lists and dicts)"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """A number or an array of NumPy as Python's own."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} in it")

@@ -61,7 +61,8 @@ class SimpoLauncher(Launcher):
             members.append(Member(run, tuple(words), tuple(own)))
         sweeper = self._config.hydra.sweeper
         sweeps = len(shared) < len(typed) or sweeper.get("params") or sweeper.get("stages")
-        results = launch(members, self._config.name if sweeps else None)
+        search = sweeper._target_.startswith("hydra_plugins.simpo_sweepers.")
+        results = launch(members, self._config.name if sweeps else None, search)
         return [
             JobReturn(overrides=words, status=JobStatus.COMPLETED, _return_value=value)
             for words, value in zip(job_overrides, results, strict=True)

@@ -45,9 +45,7 @@ def download(repo: str, revision: str | None, path: str) -> Path:
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()
     go_offline_if_unreachable()
     # In patterns of the hub * matches across folders.
     wanted = [path.replace("**/", "*"), f"{path}/*"]

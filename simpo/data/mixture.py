@@ -30,6 +30,7 @@ from simpo.data.reading.records import (
 )
 from simpo.data.reading.scored import LeftOut
 from simpo.data.reading.sources import origin, raw_records
+from simpo.run.progress import say
 
 MAX_FAULTS_SHOWN = 5
 MAX_LETTERS_SHOWN = 300
@@ -131,6 +132,7 @@ def load_mixture(config: DataConfig, read_record: Callable[[Any, str], Pair] = t
     """
     splits: list[tuple[_Split | None, _Split | None]] = []
     for source in config.sources:
+        say(f"reading {source.path} ...")
         splits.append(
             (
                 _read_split(source, source.train_split, False, config, read_record),

@@ -116,6 +116,32 @@ RULES: dict[str, Callable[..., bool]] = {
 }
 
 
+WORDS = {
+    "one_sentence": "one sentence",
+    "bullets": "{count} bullet points",
+    "numbered": "{count} numbered lines",
+    "json_keys": "a JSON object with the keys {keys}",
+    "yes_no_first": "{answer} first",
+    "upper_case": "capital letters only",
+    "lower_case": "small letters only",
+    "comma_list": "{count} items separated by commas",
+    "quoted": "in double quotation marks",
+    "starts_with": 'starts with "{phrase}"',
+    "ends_with": 'ends with "{phrase}"',
+    "no_commas": "no commas",
+}
+"""What a reply must be, by name of the rule."""
+
+
+def in_words(rule: Mapping[str, Any]) -> str:
+    """What a valid rule asks of a reply, such as `a JSON object with the keys a, b`."""
+    arguments = {
+        key: ", ".join(value) if isinstance(value, list) else value
+        for key, value in _arguments(rule).items()
+    }
+    return WORDS[rule["name"]].format(**arguments)
+
+
 def obeys(rule: Mapping[str, Any], reply: str) -> bool:
     """Whether a reply obeys a rule.
 

@@ -26,6 +26,7 @@ from simpo.data.chats.chat import Chat, TokenizedSet, TokenReport
 from simpo.data.mixture import fault_lines
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair
 from simpo.data.reading.records import RecordFault
+from simpo.run import progress
 from simpo.run.cache import find_entry, keep_entry, sha256
 
 
@@ -45,7 +46,12 @@ def tokenize_set(
     if found:
         arrays, stored = _read(folder)
     else:
-        arrays, stored = _collected(list(chat.tokenize(pairs, config)))
+        with progress.bar("tokenising pairs", len(pairs)) as bar:
+            results = []
+            for result in chat.tokenize(pairs, config):
+                results.append(result)
+                bar.advance()
+        arrays, stored = _collected(results)
         notes += keep_entry(folder, partial(_write, arrays=arrays, stored=stored))
     faults = {int(index): fault for index, fault in stored["faults"].items()}
     good = [pair for index, pair in enumerate(pairs) if index not in faults]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from simpo.config.schema import RunConfig
-from simpo.run import processes
+from simpo.run import processes, progress
 from simpo.run.folder import refuse_unwritable
 from simpo.run.signals import set_stopped_exit_code
 
@@ -19,8 +19,9 @@ def start(run: RunConfig) -> Path:
 
     set_stopped_exit_code(run.train.stopped_exit_code)
     refuse_unwritable(run)
-    check_login(run.tracker)
     processes.join_slurm()
+    progress.say(f"{run.name}: loading torch and transformers ...")
+    check_login(run.tracker)
     count = processes.num_processes_to_start(run.backend)
     if count is not None:
         return processes.run_in_processes(count, run)

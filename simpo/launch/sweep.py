@@ -24,8 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from tqdm import tqdm
-
 from simpo.config.check import MAY_DIFFER, RESULT_SECTIONS, holds_secret, run_yaml
 from simpo.config.errors import INTERRUPTED, ConfigError, RunError, Stopped, unwritable
 from simpo.config.launchers import LauncherConfig, LocalConfig, SlurmConfig
@@ -33,12 +31,15 @@ from simpo.config.renamed import first_name
 from simpo.config.schema import RunConfig
 from simpo.launch.member import SlurmMember
 from simpo.launch.submit import submit
-from simpo.run import slurm
+from simpo.report.compare import compare
+from simpo.run import progress, slurm
 from simpo.run.atomic import write_text
 from simpo.run.folder import new_folder, refuse_other_settings, train_command, unfinished_folders
 from simpo.run.runs import IN_PROGRESS, UNSUCCESSFUL, State, note_job, read_progress, read_runs
-from simpo.run.signals import SAVING, forwarding_signals, signals_blocked
+from simpo.run.signals import SAVING, forwarding_signals, signals_blocked, tell
 
+Metrics = list[float | None]
+"""`monitor.metric` of members; None where it is not known."""
 GRACE_S = 60.0
 """Time that members get to save and end, if the sweep itself fails."""
 LONGEST_NAME = 120
@@ -70,11 +71,12 @@ class Member:
         return Path(self.run.run_dir)
 
 
-def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
+def launch(members: Sequence[Member], sweep: str | None, search: bool = False) -> Metrics:
     """Run all members that have not finished and are not running, as `launcher` says.
 
     Args:
         sweep: its name; None for a single run, whose folder is the same as without a launcher.
+        search: these are some members of a search, which prints the best of all itself.
 
     Returns:
         Each member's `monitor.metric`; None if it is not known (yet).
@@ -98,10 +100,10 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
         folder = _sweep_folder(members[0], sweep)
         members = [_with_folder(member, folder / member.name) for member in members]
     every = list({member.path: member for member in members}.values())
-    progress = read_progress([m.path for m in every])
-    if unreadable := [p.note for p in progress if p.state is State.damaged]:
+    now = read_progress([m.path for m in every])
+    if unreadable := [p.note for p in now if p.state is State.damaged]:
         raise ConfigError(unreadable)
-    states = [p.state for p in progress]
+    states = [p.state for p in now]
     todo = [
         member
         for member, state in zip(every, states, strict=True)
@@ -120,6 +122,7 @@ def launch(members: Sequence[Member], sweep: str | None) -> list[float | None]:
             _run_here(config, todo, folder)
     found, damaged = read_runs([member.path for member in every])
     runs = {run.folder: run for run in found}
+    _print_end(folder, with_best=sweep is not None and not search)
     bad = [run.folder.name for run in found if run.progress.state in UNSUCCESSFUL]
     bad += [run.folder.name for run in damaged]
     if bad:
@@ -242,7 +245,8 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
         if number == signal.SIGINT:
             # A first Ctrl-C makes the members save.
             number = signal.SIGKILL if again else signal.SIGTERM
-            os.write(2, b"" if again else SAVING)
+            if not again:
+                tell(SAVING)
         for _, process in at_work.values():
             if process.poll() is None:
                 process.send_signal(number)
@@ -277,7 +281,6 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
             f"{name}: the running members have saved (the same command continues)",
             INTERRUPTED if interrupted else todo[0].run.train.stopped_exit_code,
         )
-    print(f"report python -m simpo.report {_shown(folder)}")
 
 
 def _start(member: Member, place: int, places: int) -> subprocess.Popen[bytes]:
@@ -326,26 +329,35 @@ def _follow(
             still to start or to wait for. None: Slurm runs them.
     """
     unreported = [member.path for member in members]
-    silent = not sys.stderr.isatty()
-    with tqdm(total=len(unreported), unit="run", desc="sweep", leave=False, disable=silent) as bar:
+    with progress.bar("sweep", len(unreported)) as bar:
         while True:
             here = under_way()
             steps = []
-            for path, progress in zip(list(unreported), read_progress(unreported), strict=True):
-                at_rest = progress.state not in IN_PROGRESS
-                if progress.state is State.running:
-                    steps.append(f"{progress.step}/{progress.total_steps or '?'}")
+            ended = 0
+            for path, found in zip(list(unreported), read_progress(unreported), strict=True):
+                at_rest = found.state not in IN_PROGRESS
+                if found.state is State.running:
+                    steps.append(f"{found.step}/{found.total_steps or '?'}")
                 if not (at_rest if here is None else path not in here):
                     continue
                 unreported.remove(path)
+                ended += 1
                 if at_rest:  # a sweep that was stopped leaves others pending
-                    words = [f"{path.name}  {progress.text()}", progress.note]
-                    tqdm.write(": ".join(filter(None, words)))
-            bar.update(len(members) - len(unreported) - bar.n)
-            bar.set_postfix_str(f"at step {', '.join(steps)}" if steps else "")
+                    words = [f"{path.name}  {found.text()}", found.note]
+                    progress.say(": ".join(filter(None, words)))
+            bar.advance(ended, f"at step {', '.join(steps) or '-'}")
             if not unreported:
                 return
             time.sleep(config.poll_s)
+
+
+def _print_end(folder: Path, with_best: bool) -> None:
+    """Print the best finished run in a folder, as `simpo report` finds it, and its command."""
+    report = compare([folder]) if with_best else None
+    if report and report.best is not None:
+        value = report.monitored(report.best)
+        print(f"best   {report.names[report.best]}: {report.metric} {value:.4f}")
+    print(f"report python -m simpo.report {_shown(folder)}", flush=True)
 
 
 def _shown(folder: Path) -> str:

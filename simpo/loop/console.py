@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from simpo.data.plan import TrainPlan
 from simpo.model.cost import Layout, num_weights
 from simpo.model.policy import Policy
 from simpo.run.files import read_replies
+from simpo.run.progress import on_terminal
 from simpo.run.tables import SHOWN, markdown_table
 
 
@@ -35,6 +37,9 @@ class Results:
 
 
 REPLIES_SHOWN = 5
+LOG_COLUMNS = 160
+"""Width of the lines about replies where there is no terminal."""
+CUT = " ... "
 
 
 def start_lines(
@@ -175,35 +180,48 @@ def end_lines(results: Results, run_dir: Path, model_step: int, last_step: int) 
 
 def _reply_lines(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[str]:
     """A few held-out prompts with the replies before and after training."""
+    width = shutil.get_terminal_size((LOG_COLUMNS, 0)).columns
     lines = []
     for old, new in list(zip(before, after, strict=False))[:REPLIES_SHOWN]:
-        lines += [f"prompt  {_flat(old['prompt'])}"]
+        prompt = _one_line(old["prompt"])
+        if len(prompt) > (room := width - len("prompt  ")):
+            # An instruction stands at either end.
+            start = (room - len(CUT)) // 2
+            prompt = f"{prompt[:start]}{CUT}{prompt[start + len(CUT) - room :]}"
+        lines.append(f"prompt  {prompt}")
+        if rule := old.get("rule"):
+            lines.append(f"rule    {_one_line(str(rule))}")
         for name, reply in (("before", old), ("after", new)):
             verdict = {True: "[obeys] ", False: "[fails] "}.get(reply["obeys"], "")
-            lines.append(f"{name:6}  {verdict}{_flat(reply['reply'])}")
+            line = f"{name:6}  {verdict}{_one_line(reply['reply'])}"
+            lines.append(line if len(line) <= width else line[: width - 3] + "...")
         lines.append("")
     return lines
 
 
-def _flat(text: str, width: int = 160) -> str:
+def _one_line(text: str) -> str:
+    """Text with its lines joined by slashes, and without what would steer a terminal."""
     line = " / ".join(part.strip() for part in text.strip().splitlines() if part.strip())
-    return line if len(line) <= width else line[: width - 3] + "..."
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in line)
 
 
-def bar_text(metrics: Mapping[str, float]) -> str:
-    """What the bar of the steps shows of the metrics of a step; empty if none were logged."""
-    if not metrics:
-        return ""
-    text = f"{metrics['pairs_per_s']:.1f} pairs/s, loss {metrics['loss']:.3f}"
-    if "rewards/margins" in metrics:  # losses with rejected responses
-        accuracy, margin = metrics["rewards/accuracies"], metrics["rewards/margins"]
-        text += f", accuracy {accuracy:.2f}, margin {margin:+.2f}"
-    return text
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    """Loss, accuracy and margin, and the share of replies that obey, as far as they are there."""
+    shown = {
+        "loss": "loss {:.3f}",
+        "rewards/accuracies": "accuracy {:.2f}",
+        "rewards/margins": "margin {:+.2f}",
+        "rule_pass_rate": "{:.0%} of the replies obey",
+    }
+    return ", ".join(text.format(metrics[key]) for key, text in shown.items() if key in metrics)
 
 
 @contextmanager
 def libraries_quiet() -> Iterator[None]:
-    """Silence progress bars and advice of the libraries while entered."""
+    """Silence the advice of the libraries while entered, and their progress bars but for those of
+    downloads on a terminal."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import enable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -216,6 +234,8 @@ def libraries_quiet() -> Iterator[None]:
         hub_logging.set_verbosity_error()
         logging.disable_progress_bar()
         logging.set_verbosity_error()
+        if on_terminal() and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+            enable_progress_bars()
         try:
             yield
         finally:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import Pair
+from simpo.loop.console import metrics_text
 from simpo.loop.replies import greedy_replies, reply_lines, reply_metrics
-from simpo.loop.score import columns, evaluate, pair_sums, summarise
+from simpo.loop.score import columns, counted, evaluate, pair_sums, summarise
 from simpo.loop.setup import Parts
 from simpo.loss import LossConfig
-from simpo.run.progress import say
+from simpo.run.progress import bar, say
 
 
 def held_out_metrics(run: RunConfig, parts: Parts, step: int) -> dict[str, float]:
@@ -25,15 +25,14 @@ def held_out_metrics(run: RunConfig, parts: Parts, step: int) -> dict[str, float
     sampled = test.data.pairs[: run.sample.num_prompts]
     metrics: dict[str, float] = {}
     if len(test):
-        sets = Counter(pair.held_out_set for pair in test.data.pairs)
-        named = ", ".join(f"{name} {count}" for name, count in sets.items())
-        say(
-            f"held out: {len(test)} pairs{f' ({named})' if len(sets) > 1 else ''}, "
-            f"{len(sampled)} replies ..."
-        )
-        found, scores = evaluate(
-            parts.wrapped, test.rows(), run.loss, backend, run.model.router_aux_weight
-        )
+        with bar("held-out pairs", len(test)) as shown:
+            found, scores = evaluate(
+                parts.wrapped,
+                counted(test.rows(), shown, backend.processes),
+                run.loss,
+                backend,
+                run.model.router_aux_weight,
+            )
         metrics |= found | metrics_of_sets(run.loss, test.data.pairs, scores)
         placed = ((test.data.pairs[i].place, numbers) for i, numbers in scores.items())
         folder.write_scores(step, columns(run.loss), placed)
@@ -44,6 +43,8 @@ def held_out_metrics(run: RunConfig, parts: Parts, step: int) -> dict[str, float
             )
         metrics |= reply_metrics(replies)
         folder.write_replies(step, reply_lines(replies))
+    if metrics:
+        say(f"held out after step {step}: {metrics_text(metrics)}")
     return metrics
 
 

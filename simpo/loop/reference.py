@@ -19,9 +19,10 @@ from torch import nn
 from simpo.backend import Backend
 from simpo.data.chats.chat import TokenizedSet
 from simpo.data.pairs import PackedPairs
-from simpo.loop.score import score_pairs
+from simpo.loop.score import counted, score_pairs
 from simpo.model.head import no_loss
 from simpo.run.cache import find_entry, keep_entry
+from simpo.run.progress import bar
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -61,7 +62,8 @@ def with_reference(
     found, notes = find_entry(folder) if backend.is_main else (False, [])
     scores = backend.broadcast(np.load(folder / "scores.npy") if found else None)
     if scores is None:
-        scores = _score(policy, rows, backend)
+        with bar("reference log-probs of pairs", len(data.pairs)) as shown:
+            scores = _score(policy, counted(rows, shown, backend.processes), backend)
         if backend.is_main:
             notes += keep_entry(folder, partial(_write, scores=scores))
     tokens = [

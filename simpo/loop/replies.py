@@ -10,9 +10,10 @@ import torch
 
 from simpo.data.chats.chat import Chat
 from simpo.data.pairs import Pair
-from simpo.data.rules import obeys
+from simpo.data.rules import in_words, obeys
 from simpo.model.generate import BATCH_PROMPTS, batches, generate_replies
 from simpo.model.policy import Policy
+from simpo.run.progress import bar
 
 NGRAM_TOKENS = 4
 """Length of the n-grams that count as repetition: longer than common phrases."""
@@ -42,19 +43,21 @@ def greedy_replies(
     """
     prompts = chat.encode([chat.prompt_text(pair.prompt, pair.tools) for pair in pairs])
     replies: dict[int, HeldOutReply] = {}
-    for batch in batches([len(ids) for ids in prompts], BATCH_PROMPTS):
-        generated = generate_replies(
-            policy, chat, [prompts[i] for i in batch], max_new_tokens, device
-        )
-        for i, reply in zip(batch, generated, strict=True):
-            rule = pairs[i].rule
-            replies[i] = HeldOutReply(
-                pairs[i],
-                reply.text,
-                reply.tokens,
-                None if rule is None else obeys(rule, reply.text),
-                repetition(reply.ids),
+    with bar("held-out replies", len(pairs)) as shown:
+        for batch in batches([len(ids) for ids in prompts], BATCH_PROMPTS):
+            generated = generate_replies(
+                policy, chat, [prompts[i] for i in batch], max_new_tokens, device
             )
+            for i, reply in zip(batch, generated, strict=True):
+                rule = pairs[i].rule
+                replies[i] = HeldOutReply(
+                    pairs[i],
+                    reply.text,
+                    reply.tokens,
+                    None if rule is None else obeys(rule, reply.text),
+                    repetition(reply.ids),
+                )
+            shown.advance(len(batch))
     return [replies[i] for i in range(len(pairs))]
 
 
@@ -88,6 +91,7 @@ def reply_lines(replies: Sequence[HeldOutReply]) -> list[dict[str, Any]]:
             "reply": reply.text,
             "tokens": reply.tokens,
             "obeys": reply.obeys,
+            **({"rule": in_words(reply.pair.rule)} if reply.pair.rule else {}),
         }
         for reply in replies
     ]

@@ -21,6 +21,7 @@ def save_results(
     if kept != step and (fault := parts.store.load(kept, parts.wrapped, parts.optimizer)):
         say(f"the best model, after step {kept}, is damaged ({fault}): the last is saved")
         kept = step
+    say("saving the model ...")
     weights = backend.full_weights(parts.wrapped, parts.policy)
     results = console.Results(
         before=history.evaluations.get(0, {}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from simpo.data.pairs import PackedPairs
 from simpo.loop.router import Routing
 from simpo.loss import LossConfig, PairLogps, Preference, pair_losses
 from simpo.model.head import PairLoss
+from simpo.run.progress import Bar
 
 COLUMNS = (
     "preference_loss",
@@ -104,6 +105,13 @@ def score_pairs(
         logps = policy(row.to(backend.device), pair_loss, routing and routing.of(row))[1]
         scored += zip(row.pairs, table(logps)[: len(row.pairs)].tolist(), strict=True)
     return dict(sorted(backend.gather(scored)))
+
+
+def counted(rows: Iterable[PackedPairs], bar: Bar, processes: int) -> Iterator[PackedPairs]:
+    """Yield this process's rows, and count the pairs of all processes once they are computed."""
+    for row in rows:
+        yield row
+        bar.advance(len(row.pairs) * processes)
 
 
 def evaluate(

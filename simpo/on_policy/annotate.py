@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from simpo.backend import build_backend
@@ -41,6 +40,7 @@ from simpo.on_policy.files import (
 )
 from simpo.run.atomic import write_text
 from simpo.run.cache import sha256
+from simpo.run.progress import bar
 from simpo.run.tables import markdown_table
 
 Reward = Callable[[Sequence[Message], Sequence[str], Mapping[str, Any] | None], Sequence[float]]
@@ -182,18 +182,25 @@ def _score_all(
         print(f"note   {name} has changed since {file.name}: all replies are scored anew")
     reward: Reward | None = None
     scored: dict[str, list[float]] = {}
-    for prompt in tqdm(prompts, desc="annotate", unit="prompt"):
-        texts = [reply.text for reply in replies[prompt.id].values()]
-        if len(texts) < 2:
-            continue
-        wanted = content_hash(texts)
-        line = known.get(prompt.id)
-        if line is None or line.get("responses") != wanted or not _are_scores(line, len(texts)):
-            reward = reward or _reward(run, name)
-            scores = _scores(reward, name, prompt, texts)
-            line = {"id": prompt.id, "responses": wanted, "reward": content, "scores": scores}
-            append_lines(file, [line])
-        scored[prompt.id] = line["scores"]
+    several = {
+        prompt.id: texts
+        for prompt in prompts
+        if len(texts := [reply.text for reply in replies[prompt.id].values()]) > 1
+    }
+    with bar("scoring replies to prompts", len(several)) as shown:
+        for prompt in prompts:
+            if prompt.id not in several:
+                continue
+            texts = several[prompt.id]
+            wanted = content_hash(texts)
+            line = known.get(prompt.id)
+            if line is None or line.get("responses") != wanted or not _are_scores(line, len(texts)):
+                reward = reward or _reward(run, name)
+                scores = _scores(reward, name, prompt, texts)
+                line = {"id": prompt.id, "responses": wanted, "reward": content, "scores": scores}
+                append_lines(file, [line])
+            scored[prompt.id] = line["scores"]
+            shown.advance()
     return scored
 
 

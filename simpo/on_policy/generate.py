@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from simpo.backend import build_backend
 from simpo.config.choices import Compat, Engine, OnBadRecord
@@ -46,6 +45,7 @@ from simpo.on_policy.files import (
 )
 from simpo.run.atomic import write_text
 from simpo.run.folder import refuse_changed
+from simpo.run.progress import bar
 
 Generate = Callable[[Sequence[list[int]], int], list[Reply]]
 """Maps token ids of prompts and a seed to a reply to each prompt."""
@@ -102,16 +102,20 @@ def _generate_missing(
         return
     engine = _engine(config.engine)
     generate_batch = _vllm(run, chat) if engine is Engine.vllm else _transformers(run, chat)
-    for seed, batch in tqdm(todo, desc=f"generate ({engine.value})", unit="batch"):
-        replies = generate_batch([ids[i] for i in batch], seed)
-        append_lines(
-            folder / "responses.jsonl",
-            (
-                StoredReply(prompts[i].id, seed, reply.text, reply.tokens, reply.ended).line()
-                for i, reply in zip(batch, replies, strict=True)
-                if (prompts[i].id, seed) not in done
-            ),
-        )
+    count = sum(len(batch) for _, batch in todo)
+    with bar(f"replies ({engine.value})", count, stays=True) as shown:
+        shown.begin_at(0)
+        for seed, batch in todo:
+            replies = generate_batch([ids[i] for i in batch], seed)
+            append_lines(
+                folder / "responses.jsonl",
+                (
+                    StoredReply(prompts[i].id, seed, reply.text, reply.tokens, reply.ended).line()
+                    for i, reply in zip(batch, replies, strict=True)
+                    if (prompts[i].id, seed) not in done
+                ),
+            )
+            shown.advance(len(batch))
 
 
 def _settings(

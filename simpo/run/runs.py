@@ -41,7 +41,7 @@ RECORDS = {"run.yaml", "status.json"}
 SKIPPED = {"checkpoints", "model", "samples", "held_out", "slurm", "wandb", "tensorboard"}
 
 
-PROGRESS = re.compile(r"\d+%\|")
+PROGRESS = re.compile(r"\d+%\||^[\w() -]+ \d+/\d+(, |$)")
 """A progress bar in a log."""
 
 

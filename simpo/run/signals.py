@@ -19,11 +19,16 @@ from simpo.config.errors import INTERRUPTED, INTERRUPTION, STOPPED
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that schedulers send before they end a job."""
 ALL = (*STOP_SIGNALS, signal.SIGINT)
-SAVING = b"\ninterrupted: saving after this step (Ctrl-C again ends at once, without saving)\n"
-"""Printed on a first Ctrl-C, below the progress bar."""
+SAVING = "interrupted: saving after this step (Ctrl-C again ends at once, without saving)"
+"""Printed on a first Ctrl-C."""
 AGAIN_S = 1.0
 """A Ctrl-C this soon after another is the same one: torchrun passes it on to ranks that got it."""
 WHILE_STARTING = "stopped while starting (the same command continues)"
+
+
+def tell(line: str) -> None:
+    """Write a line to stderr in the handler of a signal; on a terminal below the bar and its ^C."""
+    os.write(2, b"\n" * os.isatty(2) + line.encode() + b"\n")
 
 
 class _ExitOnSignal:
@@ -42,7 +47,8 @@ class _ExitOnSignal:
         with suppress(Exception):  # the signal may have interrupted a write
             sys.stdout.flush()
         # Not an exception: code that is being imported could catch it.
-        os.write(2, f"{line}\n".encode() if line else b"")
+        if line:
+            tell(line)
         os._exit(code)
 
 
@@ -133,7 +139,7 @@ class StopRequest:
         if not self._interrupted_at:
             self._interrupted_at = time.monotonic()
             if os.environ.get("RANK", "0") == "0":
-                os.write(2, SAVING)
+                tell(SAVING)
         elif time.monotonic() - self._interrupted_at > AGAIN_S:
             signal.signal(number, self._before[signal.SIGINT])
             signal.raise_signal(number)

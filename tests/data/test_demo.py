@@ -10,7 +10,7 @@ import pytest
 
 from simpo.data.demo.records import demo_records
 from simpo.data.demo.topics import HELD_OUT, TOPICS
-from simpo.data.rules import RULES, obeys, rule_fault
+from simpo.data.rules import RULES, WORDS, in_words, obeys, rule_fault
 
 ONE_SENTENCE = {"name": "one_sentence"}
 TWO_BULLETS = {"name": "bullets", "count": 2}
@@ -25,6 +25,21 @@ QUOTED = {"name": "quoted"}
 IN_SHORT = {"name": "starts_with", "phrase": "In short:"}
 THAT_IS_ALL = {"name": "ends_with", "phrase": "That is all."}
 NO_COMMAS = {"name": "no_commas"}
+
+SAID: list[tuple[dict[str, Any], str]] = [
+    (ONE_SENTENCE, "one sentence"),
+    (TWO_BULLETS, "2 bullet points"),
+    (TWO_NUMBERED, "2 numbered lines"),
+    (NAME_AND_HOME, "a JSON object with the keys name, home"),
+    (YES, "Yes first"),
+    (UPPER, "capital letters only"),
+    (LOWER, "small letters only"),
+    (THREE_ITEMS, "3 items separated by commas"),
+    (QUOTED, "in double quotation marks"),
+    (IN_SHORT, 'starts with "In short:"'),
+    (THAT_IS_ALL, 'ends with "That is all."'),
+    (NO_COMMAS, "no commas"),
+]
 
 ACCEPTED: list[tuple[dict[str, Any], str]] = [
     (ONE_SENTENCE, "Owls hunt at night."),
@@ -159,6 +174,13 @@ FAULTS = [
     ({"name": "starts_with", "phrase": ""}, "'phrase' must be a text without white space"),
     ({"name": "ends_with", "phrase": "Bye! "}, "'phrase' must be a text without white space"),
 ]
+
+
+def test_a_rule_in_words() -> None:
+    """Each; also one of a column, where the arguments of the other rules are None."""
+    assert [in_words(rule) for rule, _ in SAID] == [words for _, words in SAID]
+    assert [rule["name"] for rule, _ in SAID] == list(RULES) == list(WORDS)
+    assert in_words({**TWO_BULLETS, "keys": None}) == "2 bullet points"
 
 
 @pytest.mark.parametrize(("rule", "reply"), ACCEPTED)

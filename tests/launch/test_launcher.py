@@ -69,7 +69,16 @@ def test_a_local_sweep(tiny_run: list[str], tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"loss.beta=2", "loss.beta=2.5"}
     run([*tiny_run, "loss.beta=2.5", f"run_dir={tmp_path / 'alone'}"])
     assert_same_run(folder / "loss.beta=2.5", tmp_path / "alone", tmp_path)
-    assert "held out: 16 pairs" in (folder / "loss.beta=2" / "log.txt").read_text()
+    assert "\nheld out after step 6: loss " in (folder / "loss.beta=2" / "log.txt").read_text()
+    found = {
+        path.parent.name: json.loads(path.read_text())["eval_after"]["rewards/accuracies"]
+        for path in folder.glob("*/results.json")
+    }
+    best = max(sorted(found), key=lambda name: found[name])
+    assert output.endswith(
+        f"best   {best}: rewards/accuracies {found[best]:.4f}\n"
+        f"report python -m simpo.report {os.path.relpath(folder)}\n"
+    )
     own = (folder / "loss.beta=2" / "command.txt").read_text()
     assert f"run_dir={folder}/loss.beta=2" in own and "launcher" not in own
     # Where and how members run makes no other sweep of it.

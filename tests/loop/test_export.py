@@ -665,6 +665,29 @@ def test_other_replies_than_the_run_was_begun_with(tmp_path: Path) -> None:
     ]
 
 
+def test_the_rule_of_a_reply_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ends of a long prompt, and the rule, in the columns there are; nothing steers them."""
+    prompt = "Saturn is a giant.\n\n" + "It has many moons. " * 9 + "Answer in capitals."
+    (tmp_path / "samples").mkdir()
+    for step, reply in ((0, "a \x1b[2Jred\n\nplanet " + "b" * 99), (6, "RED")):
+        obeys = {"obeys": step == 6, "rule": "capital letters only"}
+        text = json.dumps([{"prompt": prompt, "reply": reply, **obeys}])
+        (tmp_path / f"samples/step-{step:06d}.json").write_text(text)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert end_lines(Results({}, {}), tmp_path, 6, 6) == [
+        "",
+        "prompt  Saturn is a giant. / It ... ons. Answer in capitals.",
+        "rule    capital letters only",
+        f"before  [fails] a \ufffd[2Jred / planet {'b' * 22}...",
+        "after   [obeys] RED",
+        "",
+        f"model  {tmp_path}/model",
+    ]
+    monkeypatch.delenv("COLUMNS")
+    shown = end_lines(Results({}, {}), tmp_path, 6, 6)[1]
+    assert len(shown) == 160 and shown.endswith(" moons. Answer in capitals.")
+
+
 # --- The card ------------------------------------------------------------------------------------
 
 

@@ -164,7 +164,8 @@ def test_states_without_slurm(tmp_path: Path) -> None:
         for name in ("status.json", "results.json", "metrics.jsonl"):
             (folder / name).unlink()
     (refused / "log.txt").write_text(
-        "train:  5%|#  |\rdata.sources: must list one\nsrun: error: 2\n"
+        "data.sources: must list one\nsrun: error: 2\ntrain 16/36, loss 0.961, 0:31 left\n"
+        "reference log-probs of pairs 3/16, 0:02 left\nreplies (vllm) 64/64\n"
     )
     note_job(refused, refused / "log.txt", pid=2**22 + 1)
     sleep = [sys.executable, "-c", "import time; time.sleep(60)", str(folders[4])]

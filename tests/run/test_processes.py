@@ -177,7 +177,7 @@ exit_on_signals()
     done = subprocess.run([sys.executable, "-c", code, child], capture_output=True, text=True)
     assert done.stderr == (
         "SIGUSR1: stopped while starting (the same command continues)\n"
-        "\ninterrupted: saving after this step (Ctrl-C again ends at once, without saving)\n"
+        "interrupted: saving after this step (Ctrl-C again ends at once, without saving)\n"
         "interrupted (the same command continues from the last checkpoint, or else from the "
         "start)\n"
     )

@@ -20,6 +20,7 @@ from simpo.config.errors import DataError
 from simpo.data import hub
 from simpo.data.demo.records import demo_records
 from simpo.data.reading.readers import read_file
+from simpo.run.progress import on_terminal
 
 SPLIT_WORDS = {
     "train": "train|training",
@@ -216,7 +217,8 @@ def _hub_dataset(source: SourceConfig, split: str) -> Any:
     import datasets
     from huggingface_hub import constants
 
-    datasets.disable_progress_bars()
+    if not on_terminal():
+        datasets.disable_progress_bars()
     hub.go_offline_if_unreachable()
     datasets.config.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE
     return datasets.load_dataset(source.path, source.subset, split=split, revision=source.revision)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from simpo.config.compose import run_of_words
+from simpo.run.progress import say
 
 USAGE = """
 usage: simpo generate [key=value ...] [--config-dir DIR]
@@ -22,6 +23,7 @@ Settings are those of `simpo train`; on_policy.* are for this command:
 
 def main(words: Sequence[str]) -> None:
     run = run_of_words(words)
+    say("loading torch and transformers ...")
     # Imported here, so that a fault in the settings is answered before torch is loaded.
     from simpo.on_policy.generate import generate
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from simpo.config.compose import run_of_words
 from simpo.config.errors import ConfigError, unwritable
+from simpo.run.progress import say
 
 USAGE = """
 usage: simpo preview [key=value ...] [pairs=N] [html=FILE] [cleaning=FILE|none]
@@ -48,12 +49,13 @@ def main(words: Sequence[str]) -> None:
     if not number.isdecimal() or int(number) < 1:
         raise ConfigError([f"pairs: must be 1 or more, got {number}"])
     paths = {key: _page(key, options[key]) for key in ("cleaning", "html")}
+    say("loading torch and transformers ...")
     # Imported here, so that a fault in the settings is answered before torch is loaded.
     from simpo.previewing import cleaning
     from simpo.previewing.stages import Stages, page, text
 
     stages = Stages.of(run, int(number))
-    print(text(stages, colors=sys.stdout.isatty()))
+    print(text(stages, colors=_shows_colors()))
     for path, write in (
         (paths["cleaning"], partial(cleaning.page, stages.cleaning)),
         (paths["html"], partial(page, stages)),
@@ -64,6 +66,11 @@ def main(words: Sequence[str]) -> None:
             except OSError as error:
                 raise unwritable(path, error) from error
             print(f"page   {path}")
+
+
+def _shows_colors() -> bool:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain
 
 
 def _page(key: str, file: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -175,7 +176,11 @@ def end_lines(results: Results, run_dir: Path, model_step: int, last_step: int) 
     if results.findings:
         lines.append(f"watch  {len(results.findings)} signs of a collapse, see results.json")
     which = "" if model_step == last_step else f", the best: after step {model_step}"
-    return [*lines, f"model  {run_dir / 'model'}{which}"]
+    return [
+        *lines,
+        f"model  {run_dir / 'model'}{which}",
+        f"chat   python -m simpo.chat {shlex.quote(str(run_dir))} base=true",
+    ]
 
 
 def _reply_lines(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[str]:

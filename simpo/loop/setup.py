@@ -40,6 +40,7 @@ from simpo.model.policy import Policy
 from simpo.model.pretrained import load_settings, num_embeddings
 from simpo.model.tokenizer import load_tokenizer
 from simpo.run.folder import RunFolder, template_date
+from simpo.run.progress import say
 from simpo.run.provenance import environment, git_diff
 
 
@@ -97,6 +98,7 @@ def set_up(run: RunConfig) -> Parts:
     check_rates(cfg, plan)
     folder = _find_folder(run, backend)
     _write_records(run, folder, chat, data, str(backend))
+    say(f"loading the weights of {run.model.path} ...")
     policy = load_policy(
         run.model,
         cache_dir,

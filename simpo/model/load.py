@@ -17,7 +17,6 @@ from simpo.config.models import ModelConfig
 from simpo.model import attention
 from simpo.model.policy import Policy
 from simpo.model.pretrained import check_finite, load_settings, load_weights, model_source
-from simpo.run.progress import say
 
 # Attributes of modules: noise on the input of a router in training (Mixtral, PhiMoE, DBRX).
 JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
@@ -44,7 +43,6 @@ def load_policy(
     Raises:
         ConfigError: model or adapters cannot be loaded, or do not fit the settings.
     """
-    say(f"loading the weights of {config.path} ...")
     _seed(seed)
     attention.register()
     source = model_source(config, cache_dir)

@@ -45,7 +45,7 @@ from simpo.on_policy.files import (
 )
 from simpo.run.atomic import write_text
 from simpo.run.folder import refuse_changed
-from simpo.run.progress import bar
+from simpo.run.progress import bar, say
 
 Generate = Callable[[Sequence[list[int]], int], list[Reply]]
 """Maps token ids of prompts and a seed to a reply to each prompt."""
@@ -223,6 +223,7 @@ def _transformers(run: RunConfig, chat: Chat) -> Generate:
     config = run.on_policy
     backend = build_backend(run.backend, run.train.precision)
     cache_dir = Path(run.cache_dir).expanduser()
+    say(f"loading the weights of {run.model.path} ...")
     policy = load_policy(run.model, cache_dir, backend.device, seed=0, bf16=backend.bf16)
 
     def generate_batch(prompts: Sequence[list[int]], seed: int) -> list[Reply]:

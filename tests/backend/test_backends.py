@@ -266,7 +266,7 @@ OURS = (
     *("model  ", "loss = ", "| ", "|-", "tokens ", "plan   ", "       ", "memory ", "run    "),
     *("note   only 6 steps", "note   /", "held out after step ", "prompt  ", "rule    "),
     *("before  ", "after   ", "smollm2-jsonl-sigmoid: loading torch ", "reading /"),
-    *("loading the weights of /", "checking that packed rows ", "saving the model ..."),
+    *("loading the weights of /", "checking that packed rows ", "saving the model ...", "chat   "),
 )
 """How the lines begin that a whole run of `tiny_run` prints."""
 

@@ -662,6 +662,7 @@ def test_other_replies_than_the_run_was_begun_with(tmp_path: Path) -> None:
     assert end_lines(results, tmp_path, 6, 6)[4:] == [
         *("", "prompt  Hi", "before  at 0", "after   at 6", ""),
         f"model  {tmp_path}/model",
+        f"chat   python -m simpo.chat {tmp_path} base=true",
     ]
 
 
@@ -682,6 +683,7 @@ def test_the_rule_of_a_reply_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "after   [obeys] RED",
         "",
         f"model  {tmp_path}/model",
+        f"chat   python -m simpo.chat {tmp_path} base=true",
     ]
     monkeypatch.delenv("COLUMNS")
     shown = end_lines(Results({}, {}), tmp_path, 6, 6)[1]
@@ -710,7 +712,7 @@ def test_what_is_uploaded_holds_nothing_of_the_machine(
         *("launcher=slurm", f"launcher.setup=['export HF_TOKEN={TOKEN}']"),
     ]
     run = compose_run(overrides)
-    monkeypatch.setattr(sys, "argv", ["train", *overrides])
+    monkeypatch.setattr(sys, "argv", ["simpo train", *overrides])
     train(run)
     sent = hub[-1][1]["files"]
     for name, content in sent.items():

@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import pytest
 
-from simpo.loop.console import metrics_text, quiet_libraries
+from simpo.loop.console import libraries_quiet, metrics_text
 from simpo.run import progress
 from tests.support.whole_runs import start
 
@@ -253,11 +253,10 @@ def test_downloads_are_seen_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) 
     from huggingface_hub.utils import are_progress_bars_disabled
     from transformers.utils import logging
 
-    with terminal(80, monkeypatch):
-        quiet_libraries()
+    with terminal(80, monkeypatch), libraries_quiet():
         assert not are_progress_bars_disabled() and not logging.is_progress_bar_enabled()
-    quiet_libraries()
-    assert are_progress_bars_disabled() and not logging.is_progress_bar_enabled()
+    with libraries_quiet():
+        assert are_progress_bars_disabled() and not logging.is_progress_bar_enabled()
 
 
 def test_ctrl_c_in_the_middle_of_a_bar() -> None:
@@ -330,6 +329,7 @@ def test_what_a_run_prints_into_a_pipe(tiny_run: list[str], tmp_path: os.PathLik
         "rule    capital letters only",
         "",
         f"model  {tmp_path}/run/model",
+        f"chat   python -m simpo.chat {tmp_path}/run base=true",
     ]
     assert len(lines) == len(expected)
     for line, wanted in zip(lines, expected, strict=True):

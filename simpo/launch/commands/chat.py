@@ -69,11 +69,16 @@ def main(words: Sequence[str]) -> None:
     asked = _arguments(words)
     exit_on_signals("interrupted", "stopped")
     # Imported here, so that a fault in the words is answered before torch is loaded.
+    from simpo.loop.console import libraries_quiet
+
+    with libraries_quiet():
+        _talk(asked)
+
+
+def _talk(asked: Words) -> None:
     from simpo.launch.conversation import Conversation, talk
-    from simpo.loop.console import quiet_libraries
     from simpo.model.talk import Sampling, load_talking_model
 
-    quiet_libraries()
     model = load_talking_model(asked.source, asked.base, asked.dtype, asked.device)
     sampling = Sampling(asked.temperature, asked.top_p, asked.max_new_tokens, asked.seed)
     try:

@@ -49,7 +49,7 @@ def refuse_options(words: Sequence[str]) -> None:
         ConfigError: there are some, ours or those of other trainers.
     """
     typed: dict[str, str] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         name, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and name:
             is_value = following and "=" not in following and not following.startswith("-")

@@ -8,7 +8,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from simpo.__main__ import main
-from simpo.config.compose import compose_run
+from simpo.config.compose import compose_run, refuse_options
 from simpo.config.composer import CONF, Composer, NotComposedError
 from simpo.config.errors import ConfigError
 from simpo.config.explain import explain
@@ -160,6 +160,11 @@ def test_settings_that_are_typed_as_options(
         "--model: settings have no dashes (write model=mistral_base)",
         "--experiment: settings have no dashes (write experiment=paper/gemma2_it)",
     ]
+
+
+@pytest.mark.parametrize("words", [[], ["loss=hinge"], ["--config-dir", "."], ["--foo", "beta"]])
+def test_other_words_pass(words: list[str]) -> None:
+    refuse_options(words)
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,8 @@ def _overview() -> str:
     lines += [f"  {name:10} {text}" for name, text in COMMANDS.items()]
     lines += [
         "",
-        "simpo COMMAND --help tells more; simpo completion bash|zsh prints a TAB completion,",
-        "simpo schema a JSON schema of the settings for editors",
+        "simpo COMMAND --help tells more; simpo completion bash|zsh prints a TAB completion;",
+        "simpo schema prints a JSON schema of the settings for editors",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""TAB completion in a shell: commands, groups, choices, keys and values, for `simpo` and
+"""TAB completion in a shell: commands, options, groups, choices, keys and values, for `simpo` and
 `python -m simpo`. Hydra's own script knows neither subcommands nor modules, and offers every folder
 beside experiments/ as a group.
 """
@@ -6,26 +6,41 @@ beside experiments/ as a group.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from importlib import import_module
 
 from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 from omegaconf import BooleanNode, DictConfig, EnumNode, OmegaConf
 
 from simpo.config.check import GROUPS
-from simpo.config.composer import CONF, NotComposedError
+from simpo.config.compose import split_words
+from simpo.config.composer import CONF, Composer, NotComposedError
 from simpo.config.errors import ConfigError
 from simpo.config.renamed import new_name, rename_overrides
-from simpo.launch.commands import chat
+from simpo.config.schema import RunConfig
 
 WITH_SETTINGS = ("train", "preview", "generate", "annotate")
+OPTIONS = {
+    "train": ("--cfg", "--config-dir", "--config-name", "--help", "--info", "--multirun"),
+    **dict.fromkeys(WITH_SETTINGS[1:], ("--config-dir", "--help")),
+}
+OPTION_VALUES = {
+    "--cfg": ("job", "hydra", "all"),
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+    "--help": tuple(item.name for item in fields(RunConfig)),
+}
 BASH = r"""
 _simpo_complete() {
   local line="${COMP_LINE:0:$COMP_POINT}" program="${COMP_WORDS[0]}" word strip=""
   COMPREPLY=()
   [[ "$line" == *simpo* ]] || return 1
   word="${line##* }"
-  # Bash splits words at = and replaces only what follows it.
+  # Bash splits words at = and replaces only what follows it, but not within quotes.
   [[ "$word" == *=* && "$COMP_WORDBREAKS" == *=* ]] && strip="${word%=*}="
+  [[ "${COMP_WORDS[COMP_CWORD]}" == [\'\"]* ]] && strip=""
   [[ "$program" == *python* ]] && program="$program -m simpo" || program="${program%-*}"
   while IFS= read -r word; do
     COMPREPLY+=("${word#"$strip"}")
@@ -56,36 +71,63 @@ def candidates(line: str, commands: Sequence[str]) -> list[str]:
     Args:
         line: the text up to the cursor, such as `simpo train lo` or `python -m simpo.train lo`.
         commands: the commands of `simpo`.
+
+    Returns:
+        The words, without a quote that is open, and with a blank behind those that are complete.
     """
     found = re.search(r"(?:^|[\s/])simpo(?:\s+|[.-])(\w*)(\s?)(.*)$", line)
     if found is None:
         return []
-    command, space, words = found.groups()
+    command, space, text = found.groups()
     if not space:
         return [f"{name} " for name in commands if name.startswith(command)]
-    *before, last = words.split(" ")
-    key, equals, start = last.partition("=")
-    if command == "chat" and last:
-        values = {"base": ["true"], **chat.CHOICES}.get(key, []) if equals else []
-        offered = [f"{key}={value} " for value in values] or [f"{name}=" for name in chat.KEYS]
-        return [word for word in offered if word.startswith(last)]
+    if command not in commands:
+        return []
+    (*before, last), quote = _words(text)
+    key, equals, typed = last.partition("=")
+    if equals:
+        # The items of a list, or the values of a sweep, that are typed already.
+        done = re.match(r"(.*[\[,])?", typed)[0]  # type: ignore[index]
+        values = [f"{key}={done}{value}" for value in _values(command, before, new_name(key))]
+        end = "" if quote or "[" in done else " "
+        return [f"{word}{end}" for word in values if word.startswith(last)]
+    if before and before[-1] in OPTION_VALUES and command in WITH_SETTINGS:
+        return [f"{word} " for word in OPTION_VALUES[before[-1]] if word.startswith(last)]
+    if last.startswith("-"):
+        options = OPTIONS.get(command, ("--help",))
+        return [f"{option} " for option in options if option.startswith(last)]
+    keys = {f"{name}=" for name in _own_keys(command) if name.startswith(last)}
+    if command in WITH_SETTINGS:
+        keys |= {f"{group}=" for group in (*GROUPS, "experiments") if group.startswith(last)}
+        config = _composed(before)
+        keys |= {*([] if config is None else DefaultCompletionPlugin._get_matches(config, last))}
+    return sorted(keys)
+
+
+def _words(text: str) -> tuple[list[str], str]:
+    """The words of a command line, the one at the cursor last, and the quote that it is within."""
+    for quote in ("", "'", '"'):
+        with suppress(ValueError):
+            words = shlex.split(f"{text}{quote}")
+            return words if words and (quote or text[-1:].strip()) else [*words, ""], quote
+    return text.split(" "), ""
+
+
+def _own_keys(command: str) -> Mapping[str, Sequence[str]]:
+    """The keys that a command has besides settings, with their values if there are few."""
+    return getattr(import_module(f"simpo.launch.commands.{command}"), "KEYS", {})
+
+
+def _values(command: str, before: Sequence[str], key: str) -> Sequence[str]:
+    """The choices of a group, or the values of a key; empty if they cannot be listed."""
+    if key in (own := _own_keys(command)):
+        return own[key]
     if command not in WITH_SETTINGS:
         return []
-    if equals:
-        values = _values(before, new_name(key))
-        return [f"{key}={word} " for word in values if word.startswith(start)]
-    groups = [f"{group}=" for group in (*GROUPS, "experiments") if group.startswith(last)]
-    config = _composed(before)
-    keys = [] if config is None else DefaultCompletionPlugin._get_matches(config, last)
-    return sorted({*groups, *keys})
-
-
-def _values(overrides: Sequence[str], key: str) -> list[str]:
-    """The choices of a group, or the values of a key; empty if they cannot be listed."""
-    if choices := CONF.choices(key):
+    if choices := _composer(before).choices(key):
         return choices
     section, _, name = key.rpartition(".")
-    config = _composed(overrides)
+    config = _composed(before)
     parent = OmegaConf.select(config, section) if section and config is not None else config
     node = parent._get_node(name) if isinstance(parent, DictConfig) else None
     if isinstance(node, EnumNode):
@@ -93,8 +135,16 @@ def _values(overrides: Sequence[str], key: str) -> list[str]:
     return ["true", "false"] if isinstance(node, BooleanNode) else []
 
 
-def _composed(overrides: Sequence[str]) -> DictConfig | None:
+def _composer(words: Sequence[str]) -> Composer:
     try:
-        return CONF.compose(rename_overrides([word for word in overrides if "=" in word]))
+        return split_words(words)[0]
+    except ConfigError:
+        return CONF
+
+
+def _composed(words: Sequence[str]) -> DictConfig | None:
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    try:
+        return _composer(words).compose(rename_overrides(overrides))
     except (NotComposedError, ConfigError):
         return None

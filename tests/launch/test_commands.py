@@ -11,6 +11,8 @@ from simpo.__main__ import COMMANDS, main
 from simpo.config.composer import CONF
 from simpo.config.errors import exit_codes
 from simpo.config.schema import RunConfig, TrainConfig
+from simpo.launch.commands.chat import KEYS as CHAT_KEYS
+from simpo.launch.commands.export import KEYS as EXPORT_KEYS
 from simpo.launch.completion import candidates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,18 +149,52 @@ def test_other_errors_pass() -> None:
         ("simpo train experiment=objectives/cpo loss.b", ["loss.beta="]),
         ("simpo train objective.metric=loss monitor.metr", ["monitor.metric="]),
         ("simpo train loss=nonsense loss.", []),
-        ("simpo report DIR o", []),
         ("simpo ch", ["chat "]),
         ("simpo chat RUN t", ["temperature=", "top_p="]),
         ("python -m simpo.chat RUN base=", ["base=true "]),
         ("simpo-chat RUN dtype=b", ["dtype=bfloat16 "]),
         ("simpo chat RUN seed=1", []),
-        ("simpo chat ", []),
+        ("simpo chat RUN ", [f"{key}=" for key in sorted(CHAT_KEYS)]),
+        # Further values of a sweep, and items of a list.
+        ("simpo train -m loss=dpo,orp", ["loss=dpo,orpo "]),
+        ("simpo train -m train.precision=fp32,b", ["train.precision=fp32,bf16 "]),
+        (
+            "simpo train experiments=[paper/gemma2_it,demo",
+            ["experiments=[paper/gemma2_it,demo_full"],
+        ),
+        ("simpo train experiments=[demo", ["experiments=[demo_full"]),
+        ("simpo train loss.beta=2,", []),
+        # Within a quote that is open, and behind one that is closed.
+        ("simpo train 'data=ultrac", ["data=ultrachat"]),
+        ('simpo train loss=dpo "loss.b', ["loss.beta="]),
+        ("simpo train 'data.sources=[{path: tr", []),
+        ("simpo train 'data.sources=[{path: x, test_path: y}]' data=ultrac", ["data=ultrachat "]),
+        # Options and their values.
+        ("simpo train --c", ["--cfg ", "--config-dir ", "--config-name "]),
+        ("simpo train --cfg ", ["job ", "hydra ", "all "]),
+        ("simpo train --help mon", ["monitor "]),
+        ("simpo preview --", ["--config-dir ", "--help "]),
+        ("simpo report --", ["--help "]),
+        # Keys of commands without settings, and those beside settings.
+        ("simpo report DIR o", ["over="]),
+        ("simpo report DIR format=c", ["format=csv "]),
+        ("simpo export RUN ", [f"{key}=" for key in sorted(EXPORT_KEYS)]),
+        ("simpo export RUN dtype=b", ["dtype=bfloat16 "]),
+        ("simpo preview pa", ["pairs="]),
+        ("simpo preview cleaning=", ["cleaning=none "]),
         ("python other.py tr", []),
     ],
 )
 def test_completion(line: str, found: list[str]) -> None:
     assert candidates(line, [*COMMANDS]) == found
+
+
+def test_completion_of_a_folder_of_choices(tmp_path: Path) -> None:
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "loss" / "mine.yaml").write_text("defaults: [dpo, _self_]\n")
+    words = f"simpo train --config-dir {tmp_path} loss="
+    assert candidates(f"{words}mi", [*COMMANDS]) == ["loss=mine "]
+    assert candidates(f"{words}mine loss.b", [*COMMANDS]) == ["loss.beta="]
 
 
 @pytest.mark.parametrize("program", ["python -m simpo.train", "python -m simpo train"])

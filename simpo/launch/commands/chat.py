@@ -19,10 +19,14 @@ NUMBERS: dict[str, tuple[Callable[[str], float], Callable[[float], bool], str]] 
     "seed": (int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more"),
 }
 CHOICES = {
-    "dtype": [choice.value for choice in Dtype],
-    "device": [choice.value for choice in Device],
+    "dtype": tuple(choice.value for choice in Dtype),
+    "device": tuple(choice.value for choice in Device),
 }
-KEYS = ("base", "prompt", "system", *NUMBERS, *CHOICES)
+KEYS: dict[str, tuple[str, ...]] = {
+    "base": ("true",),
+    **dict.fromkeys(("prompt", "system", *NUMBERS), ()),
+    **CHOICES,
+}
 USAGE = """
 usage: simpo chat RUN [key=value ...]
 

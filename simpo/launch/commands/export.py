@@ -10,7 +10,15 @@ from simpo.config.choices import Dtype
 from simpo.config.errors import ConfigError
 from simpo.config.schema import ExportConfig
 
-KEYS = ("merge", "output", "dtype", "base", "push_to_hub", "private")
+KEYS: dict[str, tuple[str, ...]] = {
+    "merge": ("true",),
+    "output": (),
+    "dtype": tuple(choice.value for choice in Dtype),
+    "base": (),
+    "push_to_hub": (),
+    "private": ("true", "false"),
+}
+"""The keys, with their values if there are few."""
 USAGE = """
 usage: simpo export RUN (merge=true | push_to_hub=OWNER/NAME) [key=value ...]
 
@@ -81,8 +89,8 @@ def _arguments(words: Sequence[str]) -> tuple[Path, dict[str, str]]:
         ]
     if options.get("private", "true") not in ("true", "false"):
         problems += [f"private: must be true or false, got {options['private']}"]
-    if options.get("dtype", "auto") not in (names := [choice.value for choice in Dtype]):
-        problems += [f"dtype: must be one of {', '.join(names)}, got {options['dtype']}"]
+    if options.get("dtype", "auto") not in KEYS["dtype"]:
+        problems += [f"dtype: must be one of {', '.join(KEYS['dtype'])}, got {options['dtype']}"]
     problems += ExportConfig(push_to_hub=options.get("push_to_hub")).problems()
     run_dir = Path(folders[0]).expanduser()
     if not run_dir.is_dir():

@@ -29,6 +29,9 @@ writes a page with what each check would leave out, and why; none writes none. S
 `simpo train` (see its --help).
 """
 
+KEYS: dict[str, tuple[str, ...]] = {"pairs": (), "html": ("none",), "cleaning": ("none",)}
+"""The keys besides settings, with their values if there are few."""
+
 
 def main(words: Sequence[str]) -> None:
     """Print the stages of some pairs, and write them as a page if asked to.
@@ -40,7 +43,7 @@ def main(words: Sequence[str]) -> None:
     settings = []
     for word in words:
         key, equals, value = word.partition("=")
-        if equals and key in options:
+        if equals and key in KEYS:
             options[key] = value
         else:
             settings.append(word)

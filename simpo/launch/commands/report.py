@@ -13,7 +13,8 @@ from simpo.report.compare import averages, compare
 from simpo.report.text import averages_text, damaged_lines, text
 
 FORMATS = ("text", "csv", "json")
-KEYS = ("format", "metric", "html", "over")
+KEYS: dict[str, tuple[str, ...]] = {"format": FORMATS, "metric": (), "html": (), "over": ()}
+"""The keys, with their values if there are few."""
 USAGE = f"""
 usage: simpo report DIR... [format={"|".join(FORMATS)}] [metric=KEY] [over=SETTING] [html=FILE|none]
 

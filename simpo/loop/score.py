@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from simpo.backend import Backend
 from simpo.config.errors import ConfigError, first_line
-from simpo.data.pairs import PackedPairs
+from simpo.config.schema import RunConfig
+from simpo.data.pairs import PackedPairs, Pair
 from simpo.loop.router import Routing
 from simpo.loss import LossConfig, PairLogps, Preference, pair_losses
 from simpo.model.head import PairLoss
@@ -77,6 +78,22 @@ def summarise(loss: LossConfig, sums: Tensor, router_aux_weight: float = 0.0) ->
         means["aux_loss"] = float(sums[-1])
         value += router_aux_weight * means["aux_loss"]
     return {"loss": value, **means}
+
+
+def metric_names(run: RunConfig, pairs: Sequence[Pair]) -> list[str]:
+    """The keys that an evaluation of held-out pairs will have, in its order."""
+    if not pairs:
+        return []
+    sums = ("preference_loss", "chosen_nll")
+    of_set = ["loss", *(name for name in columns(run.loss) if name not in sums)]
+    sets = list(dict.fromkeys(pair.held_out_set for pair in pairs))
+    names = [*of_set, *(["aux_loss"] if run.model.router_aux_weight else [])]
+    if len(sets) > 1:
+        names += [f"{name}/{key}" for name in (*sets, "mean") for key in of_set]
+    if sampled := pairs[: run.sample.num_prompts]:
+        names += ["reply_tokens", "reply_repetition"]
+        names += ["rule_pass_rate"] if any(pair.rule is not None for pair in sampled) else []
+    return names
 
 
 @torch.no_grad()

@@ -32,13 +32,14 @@ from simpo.loop.optim import (
 )
 from simpo.loop.publish import check_end
 from simpo.loop.reference import weights_fingerprint, with_reference
-from simpo.loop.score import check_loss
+from simpo.loop.score import check_loss, metric_names
 from simpo.model import cost
 from simpo.model.check import check_packing, check_router
 from simpo.model.load import load_policy
 from simpo.model.policy import Policy
 from simpo.model.pretrained import load_settings, num_embeddings
 from simpo.model.tokenizer import load_tokenizer
+from simpo.run.best import check_monitor
 from simpo.run.folder import RunFolder, template_date
 from simpo.run.progress import say
 from simpo.run.provenance import environment, git_diff
@@ -88,6 +89,8 @@ def set_up(run: RunConfig) -> Parts:
         tokenizer = load_tokenizer(run.model, cache_dir, run.data.compat)
         chat = Chat(tokenizer, today, run.model.chat_template_kwargs)
         data = load_data(run, chat, cache_dir)
+    if cfg.keep_best or cfg.patience_evals:
+        check_monitor(run.monitor, metric_names(run, data.test.pairs))
     settings = load_settings(run.model, cache_dir)
     refuse_unknown_ids(chat, placed_ids(data.train, data.test), num_embeddings(settings))
     train, test = (

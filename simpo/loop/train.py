@@ -19,7 +19,6 @@ from simpo.loop.setup import set_up, with_references
 from simpo.loop.step import finite_update, speed
 from simpo.loop.tracker import Tracker
 from simpo.run import processes, progress
-from simpo.run.best import check_monitor
 from simpo.run.signals import StopRequest
 
 
@@ -64,8 +63,6 @@ def train(run: RunConfig) -> Path:
         begin = time.perf_counter()
         if step == 0:
             history.log(0, "eval", held_out_metrics(run, parts, 0))
-            if cfg.keep_best or cfg.patience_evals:
-                check_monitor(run.monitor, history.evaluations.get(0, {}))
         bar.begin_at(step)
         while step < plan.total_steps and not history.out_of_patience:
             step_begin = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 from simpo.config.choices import Mode
@@ -53,11 +53,11 @@ def evaluations_without_gain(config: MonitorConfig, evaluations: Evaluations) ->
     return 0 if best is None else sum(step > best for step in evaluations)
 
 
-def check_monitor(config: MonitorConfig, metrics: Mapping[str, float]) -> None:
-    """Check that the first evaluation has `monitor.metric`.
+def check_monitor(config: MonitorConfig, metrics: Sequence[str]) -> None:
+    """Check that evaluations, which have these metrics, have `monitor.metric`.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: they do not.
     """
     if config.metric not in metrics:
         *_, last = config.metric.split("/")

@@ -59,6 +59,29 @@ def test_each_set_is_as_alone(tiny_run: list[str], tmp_path: Path) -> None:
     assert shown[-3:] == ["accuracy, easy", "accuracy, on_birds", "accuracy, mean"]
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "sft"])
+def test_what_an_evaluation_measures_is_known_before_it(
+    loss: str, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[str] = []
+    monkeypatch.setattr(
+        "simpo.loop.setup.check_monitor", lambda monitor, names: known.extend(names)
+    )
+    sources = [
+        f"{{path: {tmp_path}/{name}.jsonl, test_path: {tmp_path}/test.jsonl}}" for name in "ab"
+    ]
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+    words = [*tiny_run, f"loss={loss}", "sample.num_prompts=2", "sample.max_new_tokens=2"]
+    words += ["train.keep_best=true", f"data.sources=[{', '.join(sources)}]"]
+    run = compose_run(
+        [*words, "train.max_steps=1", "train.warmup_ratio=0", f"run_dir={tmp_path}/run"]
+    )
+    train(run)
+    assert known == [key[5:] for key in metrics_of(tmp_path / "run")[0] if key[:5] == "eval/"]
+    assert {"loss", "mean/loss", "reply_tokens", "rule_pass_rate"} <= {*known}
+
+
 def test_names_of_sets() -> None:
     sources = [
         SourceConfig(path="me/helpful.v2"),

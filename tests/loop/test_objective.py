@@ -142,3 +142,4 @@ def test_an_objective_that_nobody_measures(tiny_run: list[str], tmp_path: Path) 
     )
     with pytest.raises(ConfigError, match=message):
         train(compose_run([*overrides, f"run_dir={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists(), "refused before the folder is made, and weights loaded"

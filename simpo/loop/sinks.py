@@ -244,7 +244,7 @@ class Trackio:
 class TensorBoard:
     """TensorBoard's events in the run's folder, in single precision.
 
-    A continued run writes them anew.
+    A continued run writes a file with the whole curve, which replaces that of earlier files.
     """
 
     def __init__(self, tracked: TrackedRun) -> None:
@@ -257,9 +257,8 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
 
         folder = self._tracked.folder / "tensorboard"
-        for file in folder.glob("events.out.tfevents.*"):
-            file.unlink()
-        # With purge_step, a TensorBoard that is open forgets the events of earlier files.
+        # purge_step makes TensorBoard drop the events of earlier files. One that is open would not
+        # go on if the files were removed.
         self._writer = self._library.SummaryWriter(folder, purge_step=0)
         values = {key: _plain(value) for key, value in self._tracked.settings.items()}
         _, settings, _ = hparams(values, {})

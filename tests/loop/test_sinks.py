@@ -34,6 +34,7 @@ from tests.support.tracked import (
     sent_to_tensorboard,
     sent_to_trackio,
     sent_to_wandb,
+    tensorboard_events,
     wandb_records,
 )
 from tests.support.whole_runs import TIMING, finish, logged, newest_checkpoint, run, start, wait_for
@@ -117,7 +118,7 @@ class Place:
             return sent_to_trackio(self.project, self.trackio_run())
         if self.kind == "mlflow":
             return sent_to_mlflow(self.uri, self.mlflow_run())
-        return sent_to_tensorboard(run_dir)
+        return sent_to_tensorboard(tensorboard_events(run_dir))
 
 
 @pytest.fixture(params=["wandb", "trackio", "tensorboard", "mlflow"])
@@ -198,10 +199,9 @@ def test_settings_and_name(place: Place, tmp_path: Path) -> None:
 
 def hparams_of(run_dir: Path) -> dict[str, Any]:
     """The hyperparameters of a run as TensorBoard's plugin reads them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import metadata
 
-    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events = tensorboard_events(run_dir)
     events.Reload()
     content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
     found = metadata.parse_session_start_info_plugin_data(content).hparams
@@ -226,6 +226,18 @@ def test_two_runs_of_one_name_have_a_curve_each(place: Place, tmp_path: Path) ->
     else:
         found = [place.sent(tmp_path / sweep / "beta=2") for sweep in "ab"]
     assert sorted(found) == [[(1, "train/loss", 1.0)], [(1, "train/loss", 2.0)]]
+
+
+def test_an_open_tensorboard_shows_the_continued_curve(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    events = tensorboard_events(tmp_path)
+    for values in ([3.0, 2.0, 1.0], [3.0, 2.5]):
+        with Tracker(TensorBoardConfig(), tmp_path, "pairs", {}) as tracker:
+            tracker.begin(0)
+            for step, value in enumerate(values):
+                tracker.log(step, "train", {"loss": value})
+        sent = [(step, "train/loss", value) for step, value in enumerate(values)]
+        assert sent_to_tensorboard(events) == sent
 
 
 def test_other_ranks_send_nothing(place: Place, tmp_path: Path) -> None:
@@ -272,7 +284,8 @@ def test_two_ranks_send_once(tiny_run: list[str], tmp_path: Path) -> None:
         ]
     )
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
-    assert sent_to_tensorboard(tmp_path / "run") == in_file(tmp_path / "run", "tensorboard")
+    sent = sent_to_tensorboard(tensorboard_events(tmp_path / "run"))
+    assert sent == in_file(tmp_path / "run", "tensorboard")
 
 
 BEGIN = """

@@ -61,10 +61,15 @@ def sent_to_wandb(records: list[Any]) -> Sent:
     return sorted(sent)
 
 
-def sent_to_tensorboard(run_dir: Path) -> Sent:
+def tensorboard_events(run_dir: Path) -> Any:
+    """TensorBoard's reader of a run's folder, which keeps all values."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    return EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+
+
+def sent_to_tensorboard(events: Any) -> Sent:
+    """What the reader has after reading on."""
     events.Reload()
     keys = events.Tags()["scalars"]
     return sorted((e.step, key, e.value) for key in keys for e in events.Scalars(key))

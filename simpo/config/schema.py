@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from simpo.config.backends import BackendConfig
-from simpo.config.choices import Engine, Mode, Precision, Schedule, WatchAction
+from simpo.config.choices import Dtype, Engine, Mode, Precision, Schedule, WatchAction
 from simpo.config.data import DataConfig
 from simpo.config.errors import LOST, SAVED
 from simpo.config.launchers import LauncherConfig
@@ -220,8 +220,11 @@ class WatchConfig:
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """Upload of the trained model, which is saved in the run's folder in any case."""
+    """How the trained model is saved in the run's folder, and whether it is uploaded."""
 
+    dtype: Dtype = Dtype.auto
+    """Dtype of the saved weights; training does not depend on it. auto: that of the base model's
+    files; float32 for an adapter."""
     push_to_hub: str | None = None
     """Hub repository (owner/name) to upload the model to, created before step 1; null: none."""
     private: bool = True

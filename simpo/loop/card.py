@@ -99,7 +99,7 @@ def write_merged_card(adapter: Path, output: Path) -> None:
     card.text = f"{heading}\n\n{merged}\n{rest}"
     write_text(output / "README.md", str(card))
     if (adapter / "curves.png").is_file():
-        shutil.copy(adapter / "curves.png", output)
+        shutil.copyfile(adapter / "curves.png", output / "curves.png")
 
 
 def _header(run: RunConfig) -> str:

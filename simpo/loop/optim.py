@@ -120,17 +120,31 @@ def check_updates(config: TrainConfig, sample: Mapping[str, Tensor]) -> None:
         )
 
 
-def change_notes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    """A note if training changed no weight.
+def change_notes(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], saved: torch.dtype
+) -> list[str]:
+    """A note if training changed no weight, or if saving rounds the weights.
 
     Args:
         before: result of `sampled_weights`.
         after: whole tensors by name, at least those in `before`.
+        saved: dtype in which they are saved.
     """
+    changed, kept, rounded = 0, 0, False
     for name, old in before.items():
         now = _sample(after[name])
-        if not torch.equal(old.to(now.dtype), now):
-            return []
+        changed += int((old.to(now.dtype) != now).sum())
+        kept += int((old.to(saved) != now.to(saved)).sum())
+        rounded |= torch.finfo(saved).eps > torch.finfo(now.dtype).eps
+    if changed and rounded:
+        name = str(saved).removeprefix("torch.")
+        return [
+            f"note   saved in {name}, where {kept / changed:.0%} of the weights that training "
+            "changed still differ from the base's; held-out metrics are of the weights before "
+            "rounding (export.dtype=float32 saves those)"
+        ]
+    if changed:
+        return []
     return [
         "note   no weight has changed: gradients were 0, or updates were lost in rounding (see "
         "grad_norm in metrics.jsonl; train.learning_rate, adam_epsilon, max_grad_norm)"

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from simpo.backend import Backend
+from simpo.config.choices import Dtype
 from simpo.config.errors import ConfigError, RunError, first_line
 from simpo.config.models import ADAPTER_FILE
 from simpo.config.schema import ExportConfig, RunConfig
@@ -19,6 +22,7 @@ from simpo.loop import console
 from simpo.loop.card import draw_curves, is_local, public, write_card
 from simpo.model.export import model_folder, save_model
 from simpo.model.policy import Policy
+from simpo.model.pretrained import files_dtype, model_source
 from simpo.run.atomic import write_json
 from simpo.run.files import read_status
 
@@ -115,8 +119,9 @@ def check_end(
         try:
             if run.export.push_to_hub is not None:
                 reach_repository(run.export)
-            _refuse_full_disk(policy, run_dir)
-            messages = save_model(policy, {}, chat, trial)
+            dtype = export_dtype(run)
+            _refuse_full_disk(policy, run_dir, dtype)
+            messages = save_model(policy, {}, chat, trial, dtype)
             write_card(run, run_dir, console.Results({}, {}), trial)
         except ConfigError as error:
             problems = error.problems
@@ -132,16 +137,23 @@ def check_end(
     return messages
 
 
-def _refuse_full_disk(policy: Policy, run_dir: Path) -> None:
+def export_dtype(run: RunConfig) -> torch.dtype:
+    """The dtype in which a run's model is saved."""
+    if run.export.dtype is Dtype.auto and not run.model.lora.used:
+        source = model_source(run.model, Path(run.cache_dir).expanduser())
+        return files_dtype(source, run.model.revision) or torch.float32
+    return torch.bfloat16 if run.export.dtype is Dtype.bfloat16 else torch.float32
+
+
+def _refuse_full_disk(policy: Policy, run_dir: Path, dtype: torch.dtype) -> None:
     """Check that the disk has room for a model and the first checkpoint.
 
     Raises:
         ConfigError: it has not.
     """
-    weights = list(policy.parameters())
-    trained = sum(p.numel() * p.element_size() for p in weights if p.requires_grad)
-    adapted = policy.model is not policy.base
-    needed = trained if adapted else sum(p.numel() * p.element_size() for p in weights)
+    weights = [p for p in policy.parameters() if p.requires_grad]
+    trained = sum(p.numel() * p.element_size() for p in weights)
+    needed = sum(p.numel() * dtype.itemsize for p in weights)
     if not any((run_dir / "checkpoints").glob("step-*")):
         needed += 3 * trained  # weights and the two moments of AdamW
     if (free := shutil.disk_usage(run_dir).free) < needed:

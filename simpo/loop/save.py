@@ -6,7 +6,7 @@ from simpo.config.schema import RunConfig
 from simpo.loop import console
 from simpo.loop.history import History
 from simpo.loop.optim import change_notes
-from simpo.loop.publish import publish
+from simpo.loop.publish import export_dtype, publish
 from simpo.loop.setup import Parts
 from simpo.model.export import save_model
 from simpo.run.progress import say
@@ -31,8 +31,9 @@ def save_results(
     notes: list[str] = []
     if backend.is_main:
         now = weights or dict(parts.policy.model.named_parameters())
-        notes = change_notes(parts.sampled_before, now)
-        save_model(parts.policy, weights, parts.chat, folder.path / "model")
+        dtype = export_dtype(run)
+        notes = change_notes(parts.sampled_before, now, dtype)
+        save_model(parts.policy, weights, parts.chat, folder.path / "model", dtype)
     folder.write_json(
         "results.json",
         {

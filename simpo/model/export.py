@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from simpo.config.errors import RunError, first_line
 from simpo.data.chats.chat import Chat
 from simpo.model.policy import Policy
+from simpo.model.pretrained import model_files
+
+LARGEST_FILE = "5GB"
+"""Larger models are written as several files and an index, each of which is loaded by itself."""
+TERMS = re.compile(r"(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)(?![a-z])", re.IGNORECASE)
+"""Names of files that the licences of base models want passed on with models made of them."""
 
 
 def save_model(
-    policy: Policy, weights: dict[str, Tensor] | None, chat: Chat, folder: Path
+    policy: Policy,
+    weights: dict[str, Tensor] | None,
+    chat: Chat,
+    folder: Path,
+    dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Write weights (or the adapter) as safetensors, with config, tokenizer and template.
 
@@ -27,29 +40,20 @@ def save_model(
     Args:
         weights: gathered weights of the policy's model; None if the policy holds its whole weights,
             empty to write everything except the weights.
+        dtype: dtype of the written weights; None writes them as they are.
 
     Returns:
         Lines to print.
 
     Raises:
-        RunError: the folder could not be written.
+        RunError: the folder could not be written, or a weight is too large for the dtype.
     """
     part, old = (folder.with_name(f".{folder.name}.{name}") for name in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
-    base, adapted = policy.base, policy.model is not policy.base
-    # The frozen weights below an adapter on lm_head are in the base's files.
-    alone = {"save_embedding_layers": False} if adapted else {}
+    if dtype is not None:
+        weights = _cast(policy, weights, dtype)
     try:
-        base.config.use_cache = True
-        left_out = _make_generation_savable(base, chat)
-        policy.model.save_pretrained(part, state_dict=weights, **alone)  # type: ignore[operator]
-        for key in ("is_local", "local_files_only"):  # options of loading, not of the tokenizer
-            chat.tokenizer.init_kwargs.pop(key, None)
-        chat.tokenizer.save_pretrained(part)
-        mode = (part / "tokenizer_config.json").stat().st_mode
-        for file in part.rglob("*"):
-            if file.is_file():  # safetensors makes its files readable by their owner only
-                file.chmod(mode)
+        left_out = _write(policy, weights, chat, part, dtype)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.rename(folder, old)
@@ -61,12 +65,89 @@ def save_model(
             "the same command again)"
         ) from error
     shutil.rmtree(old, ignore_errors=True)
-    if not left_out or adapted:
+    if not left_out or policy.model is not policy.base:
         return []
     return [
         f"note   generation_config.json is saved without {', '.join(left_out)}, which "
         "transformers refuses with the base model's other settings"
     ]
+
+
+def _write(
+    policy: Policy,
+    weights: dict[str, Tensor] | None,
+    chat: Chat,
+    folder: Path,
+    dtype: torch.dtype | None,
+) -> list[str]:
+    """Write all files of a model into a folder, with equal file modes.
+
+    Returns:
+        The settings that generation_config.json had to drop.
+    """
+    base, adapted = policy.base, policy.model is not policy.base
+    base.config.use_cache = True
+    left_out = _make_generation_savable(base, chat)
+    options: dict[str, Any] = {"state_dict": weights, "max_shard_size": LARGEST_FILE}
+    if adapted:
+        # The frozen weights below an adapter on lm_head are in the base's files.
+        options["save_embedding_layers"] = False
+    policy.model.save_pretrained(folder, **options)  # type: ignore[operator]
+    (folder / "README.md").unlink(missing_ok=True)  # peft's, which names the base's folder
+    if dtype is not None and not adapted:
+        _write_dtype(folder / "config.json", dtype)
+    for key in ("is_local", "local_files_only"):  # options of loading, not of the tokenizer
+        chat.tokenizer.init_kwargs.pop(key, None)
+    chat.tokenizer.save_pretrained(folder)
+    source, revision = base.name_or_path, getattr(base.config, "_commit_hash", None)
+    origin = model_files(source, revision) if source else None
+    for file in origin.iterdir() if origin else ():
+        if TERMS.match(file.name) and file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    mode = (folder / "tokenizer_config.json").stat().st_mode
+    for file in folder.rglob("*"):
+        if file.is_file():  # safetensors makes its files readable by their owner only
+            file.chmod(mode)
+    return left_out
+
+
+def _cast(
+    policy: Policy, weights: dict[str, Tensor] | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Trained weights in another dtype, on the CPU; tied ones stay one tensor.
+
+    Buffers, and weights that the model always keeps in fp32, stay as they are.
+
+    Raises:
+        RunError: a weight would become infinite.
+    """
+    kept = policy.base._keep_in_fp32_modules_strict or ()
+    trained = {
+        name: id(weight)
+        for name, weight in policy.model.named_parameters(remove_duplicate=False)
+        if weight.requires_grad and not any(part in name for part in kept)
+    }
+    done: dict[int, Tensor] = {}
+    state = dict(policy.model.state_dict() if weights is None else weights)
+    for name in trained.keys() & state.keys():
+        if (key := trained[name]) not in done:
+            done[key] = state[name].to("cpu", dtype)
+            if dtype is torch.float16 and not torch.isfinite(done[key]).all():
+                raise RunError(
+                    f"export.dtype: {name} has a weight too large for float16, the dtype of the "
+                    "base model (the same command with export.dtype=float32 saves it)"
+                )
+        state[name] = done[key]
+    return state
+
+
+def _write_dtype(file: Path, dtype: torch.dtype) -> None:
+    """Put the dtype of the written weights into a config.json, which has that of the policy."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for part in (settings, *settings.values()):
+        if isinstance(part, dict) and "dtype" in part:
+            part["dtype"] = str(dtype).removeprefix("torch.")
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _make_generation_savable(base: PreTrainedModel, chat: Chat) -> list[str]:

@@ -13,7 +13,7 @@ from simpo.data.chats.chat import Chat
 from simpo.model.adapters import adapter_settings, load_adapter
 from simpo.model.export import model_folder, save_model
 from simpo.model.policy import Policy
-from simpo.model.pretrained import load_weights
+from simpo.model.pretrained import files_dtype, load_weights
 from simpo.model.tokenizer import load_tokenizer
 
 
@@ -49,6 +49,9 @@ def merge(run_dir: Path, output: Path, dtype: Dtype, base: str | None) -> list[s
     tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else None
     config = ModelConfig(path=source, revision=revision, tokenizer=tokenizer)
     chat = Chat(load_tokenizer(config, folder))
-    model = load_weights("base", source, AutoModelForCausalLM, revision=revision, dtype=dtype.value)
+    wanted = files_dtype(source, revision) if dtype is Dtype.auto else None
+    model = load_weights(
+        "base", source, AutoModelForCausalLM, revision=revision, dtype=wanted or dtype.value
+    )
     merged = load_adapter("RUN", model, str(folder)).merge_and_unload(safe_merge=True)
     return [*save_model(Policy(merged), None, chat, output), f"model  {output}"]

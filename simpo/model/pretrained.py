@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,13 @@ from simpo.model import attention
 from simpo.model.smollm2 import smollm2_folder
 
 NAMES_SHOWN = 4
-
+FILE_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Dtypes of weights by their names in safetensors files."""
 
 HARMLESS = re.compile(
     r"inv_freq$|masked_bias$|attn\.bias$"
@@ -54,6 +62,47 @@ def load_settings(config: ModelConfig, cache_dir: Path) -> PreTrainedConfig:
         trust_remote_code=config.trust_remote_code,
     )
     return settings
+
+
+def model_files(source: str, revision: str | None = None) -> Path | None:
+    """The folder on this machine with the files of a model that was loaded; None if none is known.
+
+    Args:
+        source: folder or hub id; of a hub id the folder is a snapshot in the hub's cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def files_dtype(source: str, revision: str | None = None) -> torch.dtype | None:
+    """The dtype that most weights have in the files of a model; None if they are not here.
+
+    If they are no safetensors files, this is the dtype in config.json.
+
+    Args:
+        source: folder or hub id.
+    """
+    if (folder := model_files(source, revision)) is None:
+        return None
+    counts: Counter[str] = Counter()
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - not a dict
+                part = weights.get_slice(name)
+                counts[part.get_dtype()] += math.prod(part.get_shape())
+    for name, _ in counts.most_common():
+        if name in FILE_DTYPES:
+            return FILE_DTYPES[name]
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    written = getattr(torch, str(settings.get("dtype") or settings.get("torch_dtype")), None)
+    return written if isinstance(written, torch.dtype) else None
 
 
 def num_embeddings(settings: PreTrainedConfig) -> int:

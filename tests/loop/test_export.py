@@ -452,12 +452,12 @@ def test_room_is_asked_for_first(
 def failing_at_the_end(save: Any) -> Any:
     """Save settings as ever; with weights, run out of disk in the middle."""
 
-    def save_or_fail(policy: Policy, weights: Any, chat: Chat, folder: Path) -> list[str]:
+    def save_or_fail(policy: Policy, weights: Any, chat: Chat, folder: Path, *rest: Any) -> Any:
         if folder.name != "model":
-            return save(policy, weights, chat, folder)
+            return save(policy, weights, chat, folder, *rest)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(policy.model), "save_pretrained", full)
-            return save(policy, weights, chat, folder)
+            return save(policy, weights, chat, folder, *rest)
 
     return save_or_fail
 

@@ -107,7 +107,24 @@ def test_no_weight_has_changed() -> None:
     module = torch.nn.Linear(100, 100)
     before = sampled_weights(module)
     same = {name: weight.bfloat16() for name, weight in module.named_parameters()}
-    assert change_notes(before, same)[0].startswith("note   no weight has changed: ")
+    told = change_notes(before, same, torch.bfloat16)
+    assert told[0].startswith("note   no weight has changed: ")
     with torch.no_grad():
         module.bias[7] += 1e-3
-    assert change_notes(before, dict(module.named_parameters())) == []
+    assert change_notes(before, dict(module.named_parameters()), torch.float32) == []
+
+
+def test_what_rounding_keeps() -> None:
+    """bf16 has 8 binary digits: 1 + 2**-7 is another number, 1 + 2**-9 is 1."""
+    module = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.ones_(module.weight)
+    before = sampled_weights(module)
+    with torch.no_grad():
+        module.weight += torch.tensor([[2.0**-7, 2.0**-9], [2.0**-9, 2.0**-9]])
+    after = dict(module.named_parameters())
+    assert change_notes(before, after, torch.bfloat16) == [
+        "note   saved in bfloat16, where 25% of the weights that training changed still differ "
+        "from the base's; held-out metrics are of the weights before rounding "
+        "(export.dtype=float32 saves those)"
+    ]
+    assert change_notes(before, after, torch.float32) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from simpo.backend import Backend
+from simpo.config.check import load_run
 from simpo.config.choices import Dtype
 from simpo.config.errors import ConfigError, RunError, first_line
 from simpo.config.models import ADAPTER_FILE
@@ -19,8 +21,8 @@ from simpo.config.schema import ExportConfig, RunConfig
 from simpo.data import hub
 from simpo.data.chats.chat import Chat
 from simpo.loop import console
-from simpo.loop.card import draw_curves, is_local, public, write_card
-from simpo.model.export import model_folder, save_model
+from simpo.loop.card import BUILTIN, REPOSITORY, base_name, draw_curves, is_local, write_card
+from simpo.model.export import fetch_terms, model_folder, save_model
 from simpo.model.policy import Policy
 from simpo.model.pretrained import files_dtype, model_source
 from simpo.run.atomic import write_json
@@ -52,11 +54,15 @@ def reach_repository(config: ExportConfig) -> None:
         ) from error
 
 
-def upload(config: ExportConfig, model_dir: Path) -> list[str]:
+def upload(config: ExportConfig, model_dir: Path, base: str | None) -> list[str]:
     """Upload a model's folder to the repository of `reach_repository`.
 
-    The token is that stored by the hub's own tools. An adapter of a local base names the base's
-    folder in its settings; only the last part of that path is uploaded.
+    The token is that stored by the hub's own tools. The uploaded card names the repository. An
+    adapter of a local base names the base's folder in its settings; only the last part of that path
+    is uploaded, or the hub's name of a built-in model.
+
+    Args:
+        base: the run's model.path, if it is known.
 
     Returns:
         Lines to print, with the address of the commit.
@@ -69,7 +75,11 @@ def upload(config: ExportConfig, model_dir: Path) -> list[str]:
     name = str(config.push_to_hub)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            folder, messages = _without_local_base(model_dir, Path(scratch))
+            folder = Path(scratch) / "model"
+            shutil.copytree(model_dir.absolute(), folder, copy_function=os.symlink)
+            messages = _name_base(folder, base)
+            if (card := folder / "README.md").is_file():
+                _replace(card, card.read_text(encoding="utf-8").replace(REPOSITORY, name))
             commit = HfApi().upload_folder(
                 repo_id=name, folder_path=folder, commit_message="Model trained with simpo"
             )
@@ -81,21 +91,22 @@ def upload(config: ExportConfig, model_dir: Path) -> list[str]:
     return [*messages, f"hub    {commit.commit_url}"]
 
 
-def _without_local_base(model_dir: Path, scratch: Path) -> tuple[Path, list[str]]:
-    """The folder to upload (the model's own, or one that links to its files) and lines to print."""
-    file = model_dir / ADAPTER_FILE
-    settings = json.loads(file.read_text()) if file.is_file() else {}
-    base = settings.get("base_model_name_or_path") or ""
-    if not is_local(base):
-        return model_dir, []
-    for path in model_dir.iterdir():
-        (scratch / path.name).symlink_to(path.resolve())
-    (scratch / ADAPTER_FILE).unlink()
-    settings_text = json.dumps(settings | {"base_model_name_or_path": public(base)}, indent=2)
-    (scratch / ADAPTER_FILE).write_text(settings_text + "\n")
-    return scratch, [
-        f"note   the adapter's base is a local folder; uploaded it is named {public(base)}"
-    ]
+def _name_base(folder: Path, base: str | None) -> list[str]:
+    """Replace a local base in the settings of an adapter; returns lines to print."""
+    file = folder / ADAPTER_FILE
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    place = settings.get("base_model_name_or_path") or ""
+    if not is_local(place):
+        return []
+    public = base_name(base if base in BUILTIN else place)
+    _replace(file, json.dumps(settings | {"base_model_name_or_path": public}, indent=2) + "\n")
+    return [f"note   the adapter's base is a local folder; uploaded it is named {public}"]
+
+
+def _replace(link: Path, text: str) -> None:
+    """Put a file in the place of a link, leaving alone what the link points to."""
+    link.unlink()
+    link.write_text(text, encoding="utf-8")
 
 
 def check_end(
@@ -121,6 +132,7 @@ def check_end(
                 reach_repository(run.export)
             dtype = export_dtype(run)
             _refuse_full_disk(policy, run_dir, dtype)
+            fetch_terms(policy.base)
             messages = save_model(policy, {}, chat, trial, dtype)
             write_card(run, run_dir, console.Results({}, {}), trial)
         except ConfigError as error:
@@ -185,7 +197,7 @@ def publish(run: RunConfig, run_dir: Path, results: console.Results) -> list[str
         except Exception as error:  # from any library involved
             messages.append(f"note   the model has no {name}: {first_line(error)}")
     if run.export.push_to_hub is not None:
-        messages += upload(run.export, model_dir)
+        messages += upload(run.export, model_dir, run.model.path)
     return messages
 
 
@@ -206,7 +218,9 @@ def push(run_dir: Path, config: ExportConfig) -> list[str]:
     if not any(folder.glob("*.safetensors")):
         raise ConfigError([f"RUN: must hold a model, got {run_dir} (no {folder}/*.safetensors)"])
     reach_repository(config)
-    messages = upload(config, folder)
+    settings = run_dir / "run.yaml"
+    base = load_run(settings, check=False).model.path if settings.is_file() else None
+    messages = upload(config, folder, base)
     status = read_status(run_dir)
     if status.get("state") == "failed" and (run_dir / "results.json").is_file():
         # Only the upload was missing.

@@ -77,7 +77,7 @@ class SigmoidConfig(SimpoConfig):
 
 @dataclass(kw_only=True)
 class HingeConfig(SimpoConfig):
-    """max(0, 1 - z) with SimPO's z (https://github.com/princeton-nlp/SimPO)."""
+    """SimPO with a hinge (https://github.com/princeton-nlp/SimPO): max(0, 1 - z)."""
 
     name: str = "hinge"
 

@@ -5,6 +5,7 @@ peft keeps adapters in fp32 whatever the dtype of the base, so small updates are
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, revision: str | Non
     """
     if config.adapter is not None:
         adapted = load_adapter("model.lora.adapter", model, config.adapter)
+        _name_base(adapted, model, revision)
         _refuse_untrainable("model.lora.adapter", adapted)
         return adapted
     settings = PeftLoraConfig(
@@ -58,9 +60,20 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, revision: str | Non
         adapted = get_peft_model(model, settings)
     except ValueError as error:
         raise ConfigError([f"model.lora.targets: {first_line(error)}"]) from error
+    _name_base(adapted, model, revision)
     _refuse_tied("model.lora.targets", adapted)
     _refuse_untrainable("model.lora.targets", adapted)
     return adapted
+
+
+def _name_base(adapted: PeftModel, model: PreTrainedModel, revision: str | None) -> None:
+    """Name the base in an adapter's settings by its hub id or absolute folder.
+
+    peft keeps the path as it was given, and in a saved adapter that of another machine.
+    """
+    source, settings = model.name_or_path or "", adapted.active_peft_config
+    place = os.path.abspath(source) if os.path.isdir(source) else source
+    settings.base_model_name_or_path, settings.revision = place, revision
 
 
 def load_adapter(key: str, model: PreTrainedModel, adapter: str) -> PeftModel:

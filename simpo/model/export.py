@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,21 @@ def save_model(
         f"note   generation_config.json is saved without {', '.join(left_out)}, which "
         "transformers refuses with the base model's other settings"
     ]
+
+
+def fetch_terms(base: PreTrainedModel) -> None:
+    """Fetch card and licence files of a model of the hub into the hub's cache, if it answers."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    source = base.name_or_path or ""
+    if not source or os.path.isdir(source) or constants.HF_HUB_OFFLINE:
+        return
+    disable_progress_bars()
+    revision = getattr(base.config, "_commit_hash", None)
+    wanted = ["README.md", "LICEN[SC]E*", "NOTICE*", "COPYING*", "USE_POLICY*"]
+    with suppress(Exception):  # the model was loaded without them
+        snapshot_download(source, revision=revision, allow_patterns=wanted)
 
 
 def _write(

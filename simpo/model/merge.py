@@ -11,7 +11,7 @@ from simpo.config.errors import ConfigError
 from simpo.config.models import ADAPTER_FILE, ModelConfig
 from simpo.data.chats.chat import Chat
 from simpo.model.adapters import adapter_settings, load_adapter
-from simpo.model.export import model_folder, save_model
+from simpo.model.export import fetch_terms, model_folder, save_model
 from simpo.model.policy import Policy
 from simpo.model.pretrained import files_dtype, load_weights
 from simpo.model.tokenizer import load_tokenizer
@@ -53,5 +53,6 @@ def merge(run_dir: Path, output: Path, dtype: Dtype, base: str | None) -> list[s
     model = load_weights(
         "base", source, AutoModelForCausalLM, revision=revision, dtype=wanted or dtype.value
     )
+    fetch_terms(model)
     merged = load_adapter("RUN", model, str(folder)).merge_and_unload(safe_merge=True)
     return [*save_model(Policy(merged), None, chat, output), f"model  {output}"]

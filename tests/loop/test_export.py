@@ -716,10 +716,13 @@ def test_what_is_uploaded_holds_nothing_of_the_machine(
     train(run)
     sent = hub[-1][1]["files"]
     for name, content in sent.items():
-        for text in (TOKEN, "HF_TOKEN", str(tmp_path), str(tiny_folder), "simpo.train", "slurm"):
+        machine = (str(tmp_path), str(tiny_folder), str(Path.home()))
+        for text in (TOKEN, "HF_TOKEN", *machine, "simpo.train", "slurm"):
             assert text.encode() not in content, (name, text)
     card = sent["README.md"].decode()
-    assert "| train.jsonl | train | 24 " in card and 'model.chat_template: "own.jinja"' in card
+    assert "| train.jsonl | train | 24 " in card and "\nmodel.chat_template: own.jinja\n" in card
+    assert '"me/model"' in card and "OWNER/NAME" not in card
+    assert '"OWNER/NAME"' in (tmp_path / "run/model/README.md").read_text()
     header = ModelCard(card).data.to_dict()
     assert header["library_name"] == ("peft" if rank else "transformers")
     assert header.get("base_model") is None and header.get("datasets") is None
@@ -739,12 +742,15 @@ def test_what_is_uploaded_holds_nothing_of_the_machine(
 def test_a_card_names_what_lies_on_the_hub(tiny_run: list[str], tmp_path: Path) -> None:
     run = compose_run(tiny_run)
     (tmp_path / "mine").mkdir()
-    paths = ["org/pairs", f"{tmp_path}/mine", "builtin:demo"]
+    paths = ["org/pairs", f"{tmp_path}/mine", "builtin:demo", "hf://datasets/me/own/a/b.jsonl"]
     run.data.sources = [SourceConfig(path=path) for path in paths]
     run.model.path, run.model.lora.rank = "org/base", 4
     mixture = [{"source": path, "split": "train"} for path in paths]
-    data = dict.fromkeys(("train_fingerprint", "test_fingerprint", "template_sha256"), "0")
-    (tmp_path / "data.json").write_text(json.dumps(data | {"mixture": mixture}))
+    data: dict[str, Any] = dict.fromkeys(
+        ("train_fingerprint", "test_fingerprint", "template_sha256"), "0"
+    )
+    data |= {"mixture": mixture, "train_tokens": {"pairs": 9}, "test_tokens": {"pairs": 5}}
+    (tmp_path / "data.json").write_text(json.dumps(data))
     environment = {"packages": {}, "python": "3", "device": "1 CPU", "git_commit": ""}
     (tmp_path / "environment.json").write_text(json.dumps(environment))
     for base, name in {
@@ -758,12 +764,17 @@ def test_a_card_names_what_lies_on_the_hub(tiny_run: list[str], tmp_path: Path) 
         header = ModelCard(card).data
         assert header.to_dict() == {
             "library_name": "peft",
+            "pipeline_tag": "text-generation",
             "base_model": name,
-            "datasets": ["org/pairs"],
+            "base_model_relation": "adapter",
+            "datasets": ["me/own", "org/pairs"],
             "tags": ["simpo", "preference-optimization", "lora"],
+            **({"license": "apache-2.0"} if base == "builtin:smollm2" else {}),
         }
         assert f"\n{name} after preference optimisation" in card
         assert str(tmp_path) not in card and "| mine " in card
+        assert "| hf://datasets/me/own/a/b.jsonl |" in card
+        assert f'base = AutoModelForCausalLM.from_pretrained("{name}")\n' in card
 
 
 def test_a_merged_model_has_the_card_of_its_adapter(tmp_path: Path) -> None:
@@ -781,6 +792,7 @@ def test_a_merged_model_has_the_card_of_its_adapter(tmp_path: Path) -> None:
     card = ModelCard((output / "README.md").read_text())
     assert card.data.to_dict() == {
         "base_model": "org/base",
+        "base_model_relation": "finetune",
         "library_name": "transformers",
         "license": "mit",
         "tags": ["simpo", "merged"],

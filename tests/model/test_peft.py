@@ -228,6 +228,22 @@ def test_an_adapter_goes_on_exactly(
     assert torch.equal(step(again)[0], step(policy)[0])
 
 
+def test_an_adapter_names_the_base_that_it_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder as it is found from anywhere, also where the adapter named another before."""
+    path, file = Path(saved("llama", tmp_path)), tmp_path / "adapter" / "adapter_config.json"
+    monkeypatch.chdir(tmp_path)
+    loaded(path.name).model.save_pretrained(tmp_path / "adapter")
+    assert json.loads(file.read_text())["base_model_name_or_path"] == str(path)
+    settings = json.loads(file.read_text())
+    elsewhere = {"base_model_name_or_path": "/home/other/base", "revision": "v1"}
+    file.write_text(json.dumps(settings | elsewhere))
+    loaded(path.name, lora=LoraConfig(adapter="adapter")).model.save_pretrained("again")
+    again = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    assert again["base_model_name_or_path"] == str(path) and again["revision"] is None
+
+
 def spoilt(folder: Path, spoil: str) -> None:
     """A saved adapter made unfit."""
     settings = folder / "adapter_config.json"

@@ -283,6 +283,7 @@ def test_interrupt_and_continue(
 ) -> None:
     """The error is kept, as notebooks do; then the run goes on, here in a thread."""
     run = of_pairs(tiny_run)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(loop, "finite_update", interrupting(step=2))
     with pytest.raises(Stopped) as caught:
         train(run)
@@ -293,6 +294,7 @@ def test_interrupt_and_continue(
     assert caught.value._render_traceback_() == [f"Stopped: {caught.value}"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.undo()
+    signal.signal(signal.SIGINT, handler)
 
     found: list[TrainedRun] = []
     thread = threading.Thread(target=lambda: found.append(train(run)))

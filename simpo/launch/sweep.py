@@ -345,7 +345,7 @@ def _follow(
                 if at_rest:  # a sweep that was stopped leaves others pending
                     words = [f"{path.name}  {found.text()}", found.note]
                     progress.say(": ".join(filter(None, words)))
-            bar.advance(ended, f"at step {', '.join(steps) or '-'}")
+            bar.advance(ended, f"at step {', '.join(steps)}" if steps else "")
             if not unreported:
                 return
             time.sleep(config.poll_s)

@@ -83,7 +83,7 @@ def train(run: RunConfig) -> Path:
                 metrics |= speed(parts, indices, rows, time.perf_counter() - step_begin)
                 history.log(step, "train", metrics)
             took_s = time.perf_counter() - step_begin
-            bar.advance(text=console.metrics_text(metrics), took_s=took_s)
+            bar.advance(text=console.metrics_text(metrics) or None, took_s=took_s)
             if cfg.eval_every and step % cfg.eval_every == 0 and not last:
                 history.log(step, "eval", held_out_metrics(run, parts, step))
             store.best = history.best_step

@@ -178,6 +178,7 @@ def run_in_processes(count: int, run: RunConfig) -> Path:
     def pass_on(number: int, _: FrameType | None) -> None:
         signals.append(number)
         if signals.count(signal.SIGINT) > 1:
+            os.write(2, b"\n" * os.isatty(2))  # rank 0 cannot end the line of its bar
             raise KeyboardInterrupt  # not passed on: a rank that waits for others would not hear it
         for rank in ranks:
             if rank.poll() is None:

@@ -63,15 +63,15 @@ class Bar:
         if self._terminal:
             self._draw()
 
-    def advance(self, count: int = 1, text: str = "", took_s: float | None = None) -> None:
+    def advance(self, count: int = 1, text: str | None = None, took_s: float | None = None) -> None:
         """Count what was done.
 
         Args:
-            text: replaces the one behind the count; empty leaves it.
+            text: replaces the one behind the count; None leaves it.
             took_s: time of this work; its mean is shown per `unit`.
         """
         self._done = min(self._done + count, self._total)
-        self._text = text or self._text
+        self._text = self._text if text is None else text
         if took_s is not None:
             self._paces.append(took_s / count)
         now = time.perf_counter()

@@ -120,7 +120,9 @@ def test_time_left_and_pace(clock: Clock) -> None:
         # The mean of the last 20 steps. 46 steps in 2089 s, so 54 more in 2452.3 s.
         assert bar.line() == "train 56/110, loss 1.000, 40:52 left, 100.00 s/step"
         clock.now += 7200.0
-        bar.advance(54)
+        bar.advance(54, "")
+        assert bar.line() == "train 110/110, took 2:34:49, 100.00 s/step"
+        bar.advance(0, "loss 1.000")
         assert bar.line() == "train 110/110, loss 1.000, took 2:34:49, 100.00 s/step"
 
 

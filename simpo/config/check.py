@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def _resolved(cfg: DictConfig, kinds: dict[str, Any]) -> DictConfig | ListConfig
     """The configuration with its interpolations resolved and checked against the schemas again,
     because a resolved value may be of the wrong type.
     """
-    return OmegaConf.merge(_schema(kinds), OmegaConf.to_container(cfg, resolve=True))
+    return OmegaConf.merge(_schema(**kinds), OmegaConf.to_container(cfg, resolve=True))
 
 
 def fault_line(error: OmegaConfBaseException) -> str:
@@ -317,8 +318,9 @@ def run_id(run: RunConfig) -> str:
     return hashlib.sha256(repr(named).encode()).hexdigest()[:8]
 
 
-def _schema(kinds: dict[str, Any]) -> DictConfig:
-    """The schema of a run whose groups have these schemas."""
+@lru_cache(maxsize=32)
+def _schema(**kinds: type) -> DictConfig:
+    """The schema of a run whose groups have these schemas; not to be changed."""
     schema = OmegaConf.structured(RunConfig)
     for group, kind in kinds.items():
         schema[group] = OmegaConf.structured(kind)

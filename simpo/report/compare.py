@@ -6,16 +6,18 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from simpo.config.check import settings
+from simpo.config.check import settings, trajectory
 from simpo.config.choices import Mode
 from simpo.config.errors import ConfigError
-from simpo.config.schema import MonitorConfig
+from simpo.config.schema import MonitorConfig, RunConfig
 from simpo.run.best import mode_of
 from simpo.run.runs import DamagedRun, Run, State, find_runs, read_runs
+from simpo.run.tables import SHOWN
 
 # Settings of where a run is and how it is started are not compared.
 PLACES = ("name", "output_dir", "run_dir", "cache_dir", "launcher.")
@@ -44,6 +46,43 @@ class Comparison:
     def monitored(self, index: int) -> float | None:
         """Value of `metric` of a run; None if it has none yet."""
         return self.runs[index].metrics.get(self.metric)
+
+    @property
+    def order(self) -> list[int]:
+        """Indices of the runs: the best value of `metric` first, those without one last."""
+
+        def place(index: int) -> float:
+            value = self.monitored(index)
+            if value is None or not math.isfinite(value):
+                return math.inf
+            return -self.mode.sign * value
+
+        return sorted(range(len(self.runs)), key=place)
+
+    @property
+    def prefix(self) -> str:
+        """What all names begin with, up to a / or a comma; empty for a single run."""
+        names = [*self.names, *self.damaged]
+        parts = [re.split("(?<=[/,])", name)[:-1] for name in names if len(names) > 1]
+        common = takewhile(lambda same: len(set(same)) == 1, zip(*parts, strict=False))
+        return "".join(same[0] for same in common)
+
+    def columns(self) -> dict[str, str]:
+        """The held-out metrics that tables show, with their labels.
+
+        First `metric`, then those of `SHOWN`, then accuracies (or else losses) of held-out sets.
+        """
+        known = list(dict.fromkeys(key for run in self.runs for key in run.metrics))
+        labels = dict(SHOWN)
+        of_sets = "rewards/accuracies" if "rewards/accuracies" in known else "loss"
+        sets = {
+            key: f"{labels[of_sets]}, {key.removesuffix(of_sets).rstrip('/')}"
+            for key in known
+            if key.endswith(f"/{of_sets}")
+        }
+        labels |= sets
+        wanted = dict.fromkeys([self.metric, *labels])
+        return {key: labels.get(key, key) for key in wanted if key in known}
 
     def lines(self) -> list[dict[str, Any]]:
         """A line for each run: settings that differ, state, and its held-out metrics."""
@@ -121,7 +160,18 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
     paths = find_runs(folders)
     if not paths:
         raise ConfigError([f"DIR: no run in {', '.join(map(str, folders))} (no run.yaml below)"])
-    runs, damaged = read_runs(paths)
+    return comparison(*read_runs(paths), metric)
+
+
+def comparison(
+    runs: Sequence[Run], damaged: Sequence[DamagedRun], metric: str | None = None
+) -> Comparison:
+    """Put runs that were read side by side; at least one.
+
+    Raises:
+        ConfigError: no run has the metric.
+    """
+    paths = [*(run.folder for run in runs), *(run.folder for run in damaged)]
     known = sorted({key for run in runs for key in run.metrics})
     if metric is not None and metric not in known:
         raise ConfigError(
@@ -139,7 +189,7 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
     best = max(able, key=lambda index: mode.sign * values[index], default=None)
     names = dict(zip(paths, _names(paths), strict=True))
     return Comparison(
-        runs,
+        list(runs),
         [names[run.folder] for run in runs],
         metric,
         mode,
@@ -166,3 +216,38 @@ def _differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
         for key, values in table.items()
         if not key.startswith(PLACES) and any(value != values[0] for value in values)
     }
+
+
+def shared_facts(report: Comparison) -> dict[str, str]:
+    """What decides the numbers of the runs and is the same in all of them, by label."""
+    facts = [_facts(run.config) for run in report.runs]
+    return {
+        label: value
+        for label, value in (facts[0] if facts else {}).items()
+        if all(other[label] == value for other in facts)
+    }
+
+
+def _facts(run: RunConfig) -> dict[str, str]:
+    train, own = run.train, run.loss.module
+    revision = f", revision {run.model.revision}" if run.model.revision else ""
+    lora = f"adapters of rank {run.model.lora.rank}"
+    passes = f"{train.epochs} pass{'es' * (train.epochs > 1)} over the pairs"
+    steps = "" if train.max_steps is None else f", at most {train.max_steps} steps"
+    return {
+        "model": run.model.path + revision,
+        "trained": lora if run.model.lora.used else "all weights",
+        "data": ", ".join(source.path for source in run.data.sources),
+        # Reading a run's settings does not run its code.
+        "loss": f"{run.loss.name} of the module {own}" if own else run.loss.formula(),
+        "steps": f"{train.pairs_per_step} pairs a step, {passes}{steps}",
+        "learning rate": f"{train.learning_rate:g}, {train.schedule.value} after a warm-up over "
+        f"{train.warmup_ratio:g} of the steps",
+        "seed": str(train.seed),
+    }
+
+
+def shared_settings(report: Comparison) -> dict[str, Any]:
+    """The settings that decide the numbers of the runs and are the same in all, by dotted key."""
+    flat = trajectory(report.runs[0].config) if report.runs else {}
+    return {key: value for key, value in flat.items() if key not in report.differing}

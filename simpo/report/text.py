@@ -1,44 +1,128 @@
-"""Formats a comparison as text for a terminal."""
+"""Formats a comparison as text for a terminal or a file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from simpo.report.compare import Comparison, averages
 from simpo.report.published import published_tables
+from simpo.run.runs import Progress, State
 from simpo.run.tables import SHOWN, markdown_table
 
+ROWS_SHOWN = 40
+"""Lines of a table, and notes below it, that a terminal shows; a file gets all."""
+SHORTEST_NAME = 24
 
-def text(report: Comparison) -> str:
-    """The table of runs, with notes on their errors below it."""
-    cells: list[dict[str, str]] = []
-    for index, (name, run) in enumerate(zip(report.names, report.runs, strict=True)):
-        value = report.monitored(index)
+Cells = dict[str, str]
+
+
+def text(report: Comparison, width: int | None = None) -> str:
+    """The table of runs, the best first, with notes on their errors below it.
+
+    Args:
+        width: columns of the terminal, to which the table is cut; None cuts nothing.
+    """
+    rows = ROWS_SHOWN if width else len(report.runs) + len(report.damaged)
+    table = full = _cells(report, brief=False)[:rows]
+    keys = ""
+    if width is not None and _width(full) > width:
+        brief, keys = _by_values(_cells(report, brief=True)[:rows])
+        table = _fitted(brief, width)
+    lines = markdown_table(table)
+    if report.prefix:
+        lines.append(f"the runs' names begin with {report.prefix}")
+    if keys:
+        lines.append(f"a run's name here is its {keys}")
+    if (left := len(report.runs) + len(report.damaged) - rows) > 0:
+        lines.append(f"{left} more runs are in the page, and with format=csv")
+    if table and (hidden := [key for key in full[0] if key not in table[0]]):
+        lines.append(f"too wide for this terminal: {', '.join(hidden)}")
+    notes = [*_notes(report), *damaged_lines(report)]
+    lines += notes[:rows]
+    if len(notes) > rows:
+        lines.append(f"{len(notes) - rows} more notes are in the page, and with format=csv")
+    for setting, published in published_tables(report.runs, report.names).items():
+        lines += ["", f"published results of {setting}, in percent", *markdown_table(published)]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(report: Comparison, brief: bool) -> list[Cells]:
+    """A line of the table for each run, the best first."""
+    cells = []
+    for index in report.order:
+        run = report.runs[index]
+        best = "best" if index == report.best else ""
         cells.append(
             {
-                "run": name,
-                "state": run.progress.text(),
-                **({} if len(report.runs) == 1 else {"": "best" if index == report.best else ""}),
-                report.metric: "" if value is None else f"{value:.4f}",
+                "run": report.names[index].removeprefix(report.prefix),
+                **({} if len(report.runs) == 1 else {"": best}),
                 **{
                     label: f"{run.metrics[key]:.4f}" if key in run.metrics else ""
-                    for key, label in SHOWN
-                    if key != report.metric and any(key in other.metrics for other in report.runs)
+                    for key, label in report.columns().items()
                 },
+                "state": _brief(run.progress) if brief else run.progress.text(),
             }
         )
-    cells += [
-        dict.fromkeys(cells[0] if cells else (), "") | {"run": name, "state": "damaged"}
+    empty = dict.fromkeys(cells[0] if cells else ("run", "state"), "")
+    return cells + [
+        empty | {"run": name.removeprefix(report.prefix), "state": "damaged"}
         for name in report.damaged
     ]
-    lines = markdown_table(cells)
-    lines += [
+
+
+def _brief(progress: Progress) -> str:
+    """The progress in few letters."""
+    state = str(progress.state.value)
+    if progress.state is State.finished or not progress.total_steps:
+        return state
+    return f"{state} {progress.step}/{progress.total_steps}"
+
+
+def _by_values(cells: Sequence[Cells]) -> tuple[list[Cells], str]:
+    """Names such as a=1,b=2 as 1,2 if all have the same keys; and these keys, else nothing."""
+    parts = [[part.partition("=") for part in line["run"].split(",")] for line in cells]
+    keys = [[key for key, equals, _ in one if equals] for one in parts]
+    if len(cells) < 2 or any(own != keys[0] for own in keys) or len(keys[0]) < len(parts[0]):
+        return list(cells), ""
+    names = [",".join(value for *_, value in one) for one in parts]
+    short = [line | {"run": name} for line, name in zip(cells, names, strict=True)]
+    return short, ", ".join(keys[0])
+
+
+def _fitted(cells: Sequence[Cells], width: int) -> list[Cells]:
+    """The table without its last metrics, and with shortened names, if that makes it fit."""
+    keys = list(cells[0])
+    longest = max(len(line["run"]) for line in cells)
+    while True:
+        others = _width([{key: line[key] for key in keys if key != "run"} for line in cells])
+        room = width - others - 3
+        if room >= min(longest, SHORTEST_NAME) or len(keys) <= 3:
+            break
+        del keys[-2]  # the metric before the state
+    return [
+        {key: line[key] for key in keys} | {"run": shorten(line["run"], max(room, 8))}
+        for line in cells
+    ]
+
+
+def _width(cells: Sequence[Cells]) -> int:
+    return len(markdown_table(cells)[0])
+
+
+def shorten(name: str, width: int) -> str:
+    """A name of at most that many letters, with dots for what its middle has too many."""
+    if len(name) <= width:
+        return name
+    head = (width - 3) // 2
+    return f"{name[:head]}...{name[len(name) - (width - 3 - head) :]}"
+
+
+def _notes(report: Comparison) -> list[str]:
+    return [
         f"{name}: {run.progress.note}" + (f" ({run.progress.log})" if run.progress.log else "")
         for name, run in zip(report.names, report.runs, strict=True)
         if run.progress.note
     ]
-    lines += damaged_lines(report)
-    for setting, table in published_tables(report.runs, report.names).items():
-        lines += ["", f"published results of {setting}, in percent", *markdown_table(table)]
-    return "\n".join(lines) + "\n"
 
 
 def damaged_lines(report: Comparison) -> list[str]:

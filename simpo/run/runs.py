@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -155,22 +156,58 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     return list(found)
 
 
-def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[DamagedRun]]:
+Known = dict[Path, tuple[object, "Run | DamagedRun"]]
+"""What was read of each folder, with the stamp of its files at that time."""
+
+
+def read_runs(
+    folders: Sequence[Path], known: Known | None = None
+) -> tuple[list[Run], list[DamagedRun]]:
     """Read the folders of runs; a run that is being written is read up to its last whole line.
+
+    Args:
+        known: what an earlier call read. A run whose files and progress have not changed is the
+            same object again. Brought up to date.
 
     Returns:
         The runs, and those that cannot be read, each in the order given.
     """
-    runs, damaged = [], []
+    earlier = {} if known is None else known.copy()
+    read: Known = {}
     for folder, progress in zip(folders, read_progress(folders), strict=True):
-        try:
-            if progress.state is State.damaged:
-                damaged.append(DamagedRun(folder, progress.note))
-            else:
-                runs.append(_read(folder, progress))
-        except SimpoError as error:
-            damaged.append(DamagedRun(folder, str(error).splitlines()[0]))
-    return runs, damaged
+        # The stamp is taken first: what is written meanwhile is read the next time.
+        stamp = None if known is None else (progress, _stamp(folder))
+        same = folder in earlier and earlier[folder][0] == stamp
+        read[folder] = earlier[folder] if same else (stamp, _read_or_damaged(folder, progress))
+    if known is not None:
+        known.clear()
+        known.update(read)
+    found = [run for _, run in read.values()]
+    return (
+        [run for run in found if isinstance(run, Run)],
+        [run for run in found if isinstance(run, DamagedRun)],
+    )
+
+
+def _stamp(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of what a run's folder, held_out/ and samples/ hold."""
+    found = []
+    for place in (folder, folder / "held_out", folder / "samples"):
+        with suppress(OSError), os.scandir(place) as entries:
+            for entry in entries:
+                with suppress(OSError):
+                    facts = entry.stat()
+                    found.append((entry.path, facts.st_size, facts.st_mtime_ns))
+    return sorted(found)
+
+
+def _read_or_damaged(folder: Path, progress: Progress) -> Run | DamagedRun:
+    if progress.state is State.damaged:
+        return DamagedRun(folder, progress.note)
+    try:
+        return _read(folder, progress)
+    except SimpoError as error:
+        return DamagedRun(folder, str(error).splitlines()[0])
 
 
 def _read(folder: Path, progress: Progress) -> Run:

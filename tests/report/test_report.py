@@ -20,9 +20,10 @@ from simpo.config.errors import ConfigError
 from simpo.loss.simpo import SigmoidConfig
 from simpo.report.compare import Comparison, compare
 from simpo.report.page import render
-from simpo.report.text import text
+from simpo.report.text import shorten, text
 from simpo.run.runs import State, note_job, read_progress
 from tests.support.browser import look_at
+from tests.support.made_runs import make
 from tests.support.whole_runs import run_command
 
 GRID = [(beta, ratio) for beta in (2.0, 10.0) for ratio in (0.3, 0.5)]
@@ -75,6 +76,10 @@ def cli(*arguments: str, code: int = 0) -> str:
     told = run_command("simpo.report", *arguments)
     assert told.returncode == code, told.stderr
     return told.stdout if code == 0 else told.stderr
+
+
+def sections(page: str) -> list[str]:
+    return re.findall(r'<section id="([\w-]+)"', page)
 
 
 def best_of(comparison: Comparison) -> str:
@@ -142,7 +147,8 @@ def test_nothing_to_report(tmp_path: Path) -> None:
         f"DIR: no such folder, got {tmp_path}/x\nformat: must be one of text, csv, json, got xml\n"
     )
     assert (
-        cli("formt=json", code=2) == "formt: no such key (report has format, metric, html, over)\n"
+        cli("formt=json", code=2)
+        == "formt: no such key (report has format, metric, html, over, port)\n"
     )
 
 
@@ -219,11 +225,15 @@ def test_every_figure_is_drawn(sweep: Path) -> None:
 def test_one_run_and_one_swept_setting(tmp_path: Path) -> None:
     single = make_run(tmp_path / "one", [])
     page = render(compare([single]))
-    assert page.count("plotly-graph-div") == 2
-    assert "Settings that differ" not in page
+    assert sections(page) == ["top", "runs", "curves", "held-out", "replies"]
+    formula = compare([single]).runs[0].config.loss.formula()
+    assert f"<dt>loss</dt><dd>{formula}</dd>" in page and "log sigmoid(" in formula
+    assert "<td><code>train.learning_rate</code></td><td>0.0003</td>" in page
     make_run(tmp_path / "two", ["loss.beta=5"])
     page = render(compare([tmp_path]))
-    assert page.count("plotly-graph-div") == 3
+    assert sections(page) == ["top", "runs", "curves", "sweep", "held-out", "replies"]
+    assert "<dt>loss</dt>" not in page and "<dt>seed</dt><dd>42</dd>" in page
+    assert "<code>loss.beta</code>" not in page
     # Offline: the page names nothing to fetch (the library holds a few addresses as text).
     own = page.replace(get_plotlyjs(), "")
     assert re.findall(r"(?:src|href)=.(?!data:)\w+", own) == []
@@ -269,3 +279,41 @@ def test_runs_averaged_over_a_setting(tmp_path: Path) -> None:
     assert cli(folder, "over=train.sed", code=2) == (
         "over: the runs do not differ in train.sed (loss.beta, loss.gamma_beta_ratio)\n"
     )
+
+
+def test_the_table_fits_a_terminal(tmp_path: Path) -> None:
+    """80 columns and long names: the best first, metrics before the state, the rest in words."""
+    long = "very_long_name_of_a_sweep_with_many_settings_and_their_values"
+    for number in range(45):
+        state = {3: "failed", 4: "running"}.get(number, "finished")
+        make(tmp_path / f"{long},beta={number}", beta=number + 1.0, state=state, steps=4)
+    report = compare([tmp_path])
+    lines = text(report, 80).splitlines()
+    assert max(map(len, lines[:42])) <= 80
+    head = "| run |      | accuracy | loss   | margin | rule pass rate | state    |"
+    assert lines[0] == head
+    best = r"\| 44  \| best \| 0\.\d{4}   \| .* \| finished \|"
+    assert re.fullmatch(best, lines[2])
+    accuracies = [float(line.split("|")[3]) for line in lines[2:42]]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert lines[42:46] == [
+        f"the runs' names begin with {long},",
+        "a run's name here is its beta",
+        "5 more runs are in the page, and with format=csv",
+        "too wide for this terminal: repetition in replies",
+    ]
+    few = text(compare([tmp_path / f"{long},beta={number}" for number in (3, 5)]), 60).splitlines()
+    assert [line.split("|")[1].strip() for line in few[2:4]] == ["5", "3"]
+    assert not any("more runs" in line for line in few)
+    make(tmp_path / "another_name_that_is_longer_than_the_terminal_is_wide_and_no_setting", beta=60)
+    (_, _, top, *_) = text(compare([tmp_path]), 80).splitlines()
+    assert top.split("|")[1] == " another_name_...nd_no_setting " and len(top) <= 80
+    whole = text(report).splitlines()
+    assert len([line for line in whole if line.startswith("| beta=")]) == 45
+    assert "| finished, step 4 of 4 |" in whole[2]
+    assert [line["run"] for line in report.lines()] == report.names
+
+
+def test_long_names_are_shortened_in_their_middle() -> None:
+    assert shorten("loss.beta=2,train.seed=42", 15) == "loss.b...eed=42"
+    assert shorten("loss.beta=2", 11) == "loss.beta=2"

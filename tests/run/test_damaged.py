@@ -386,9 +386,9 @@ def test_a_damaged_run_beside_others(
     assert report.names == ["good"] and report.best == 0
     lines = text(report).splitlines()
     assert lines[-1] == f"bad: {folder}/{name}: {fault}"
-    assert [line.split("|")[1:3] for line in lines[2:4]] == [
-        [" good ", " finished, step 6 of 6 "],
-        [" bad  ", " damaged               "],
+    assert [(line.split("|")[1], line.split("|")[-2]) for line in lines[2:4]] == [
+        (" good ", " finished, step 6 of 6 "),
+        (" bad  ", " damaged               "),
     ]
     good, bad = report.lines()
     assert bad.keys() == good.keys()

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from simpo.config.errors import ConfigError, unwritable
 from simpo.report.compare import averages, compare
 from simpo.report.text import averages_text, damaged_lines, text
+from simpo.run.signals import ALL
 
+SERVE = "--serve"
+PORT = 8642
+"""The first port that --serve tries."""
 FORMATS = ("text", "csv", "json")
-KEYS: dict[str, tuple[str, ...]] = {"format": FORMATS, "metric": (), "html": (), "over": ()}
+KEYS: dict[str, tuple[str, ...]] = {
+    "format": FORMATS,
+    **dict.fromkeys(("metric", "html", "over", "port"), ()),
+}
 """The keys, with their values if there are few."""
 USAGE = f"""
 usage: simpo report DIR... [format={"|".join(FORMATS)}] [metric=KEY] [over=SETTING] [html=FILE|none]
+       simpo report DIR... --serve [metric=KEY] [port=N]
 
 Compare the runs in folders: the settings that differ, their progress, and which is the best.
 As text it also writes DIR/report.html. Works at any moment, for one run, a sweep or several.
@@ -25,6 +35,8 @@ As text it also writes DIR/report.html. Works at any moment, for one run, a swee
   metric=KEY     the held-out metric that decides which run is best (monitor.metric of the runs)
   over=SETTING   average the runs that differ in this setting alone, such as over=train.seed
   html=FILE      where to write the page; none writes no page
+  --serve        show the page in a browser on this machine, live, until Ctrl-C
+  port=N         the port that --serve takes (the first free one from {PORT} on)
 """
 
 
@@ -35,10 +47,14 @@ def main(words: Sequence[str]) -> None:
         ConfigError: there is no run, or the arguments cannot be used.
     """
     folders, options = _arguments(words)
+    if SERVE in words:
+        _serve(folders, options)
+        return
     report = compare(folders, options.get("metric"))
     form, key = options.get("format", "text"), options.get("over")
     if form == "text":
-        print(text(report) if key is None else averages_text(report, key), end="")
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(text(report, width) if key is None else averages_text(report, key), end="")
     else:
         lines = report.lines() if key is None else averages(report, key)
         sys.stderr.writelines(f"{line}\n" for line in damaged_lines(report))
@@ -60,11 +76,31 @@ def main(words: Sequence[str]) -> None:
         print(f"page   {path}", file=sys.stderr)
 
 
+def _serve(folders: Sequence[Path], options: Mapping[str, str]) -> None:
+    """Serve the page until Ctrl-C or another signal, which end it without an error."""
+    from simpo.report.serve import Source, start
+
+    port = int(options.get("port", PORT))
+    source = Source(folders, options.get("metric"))
+    with start(source, port, others="port" not in options) as server:
+        for number in ALL:
+            signal.signal(number, signal.default_int_handler)
+        try:
+            source.look()
+            address = f"http://127.0.0.1:{server.server_port}"
+            print(f"live   {address} (Ctrl-C ends it)", flush=True)
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("\nended", flush=True)
+
+
 def _arguments(words: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     """Folders and settings of a command line; a folder's name may hold an = itself."""
     options: dict[str, str] = {}
     folders: list[Path] = []
     for word in words:
+        if word == SERVE:
+            continue
         key, equals, value = word.partition("=")
         if equals and key in KEYS:
             options[key] = value
@@ -81,6 +117,17 @@ def _arguments(words: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
         problems.append(USAGE.strip().splitlines()[0])
     if options.get("format", "text") not in FORMATS:
         problems.append(f"format: must be one of {', '.join(FORMATS)}, got {options['format']}")
+    serves = SERVE in words
+    port = options.get("port", str(PORT))
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        problems.append(f"port: must be a number from 1 to {2**16 - 1}, got {port}")
+    elif "port" in options and not serves:
+        problems.append("port: is for --serve alone (add --serve)")
+    problems += [
+        f"{key}: --serve shows the page alone (leave out {key}=)"
+        for key in ("format", "html", "over")
+        if serves and key in options
+    ]
     if problems:
         raise ConfigError(problems)
     return folders, options

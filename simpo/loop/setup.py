@@ -93,10 +93,8 @@ def set_up(run: RunConfig) -> Parts:
         check_monitor(run.monitor, metric_names(run, data.test.pairs))
     settings = load_settings(run.model, cache_dir)
     refuse_unknown_ids(chat, placed_ids(data.train, data.test), num_embeddings(settings))
-    train, test = (
-        PackedSet(tokens, cfg, backend.rank, backend.processes)
-        for tokens in (data.train, data.test)
-    )
+    share = (cfg, backend.rank, backend.processes)
+    train, test = (PackedSet(tokens, *share) for tokens in (data.train, data.test))
     plan = build_plan(len(train), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
     check_rates(cfg, plan)
     folder = _find_folder(run, backend)

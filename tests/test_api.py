@@ -36,7 +36,6 @@ from simpo.data.demo.records import demo_records
 from simpo.data.mixture import load_mixture
 from simpo.launch.commands.preview import main as preview_command
 from simpo.loop import train as loop
-from simpo.model.policy import Policy
 from tests.support.whole_runs import assert_same_run, finish, metrics_of, start, status_of, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,9 +238,12 @@ def test_a_run_in_this_process(tiny_run: list[str]) -> None:
     """What it returns is what its files say; afterwards the process is as before."""
     run = of_pairs(tiny_run)
     before = state_of_process()
+    train(of_pairs(tiny_run, "train.max_steps=2"))  # libraries keep a few tensors
+    tensors = sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
     trained = train(run)
     assert state_of_process() == before
-    assert [x for x in gc.get_objects() if type(x) is Policy] == [], "the model stays in memory"
+    gc.collect()
+    assert sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()) <= tensors
 
     results = json.loads((trained.folder / "results.json").read_text())
     assert (trained.eval_before, trained.eval_after) == (

@@ -170,7 +170,8 @@ def _kept_bytes(policy: Policy, num_tokens: int, bf16: bool) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # The output of an operation would hold the graph that holds it, and neither be freed.
+        return tensor.detach()
 
     training = policy.training
     policy.eval()  # transformers' layers do not checkpoint in eval mode

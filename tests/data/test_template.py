@@ -26,7 +26,6 @@ from simpo.data.chats.template import NEEDED_TOKENS, Template, use_template
 from simpo.data.reading.records import RecordFault
 from simpo.data.tokens import tokenize_set
 from simpo.loop import console
-from simpo.loop import step as loop_step
 from simpo.loop.train import train
 from simpo.on_policy import generate as generating
 from simpo.on_policy.generate import generate
@@ -443,7 +442,7 @@ def test_a_run_keeps_the_date_of_its_start(
 
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "date", on("2026-01-01"))
-        patch.setattr(loop_step, "finite_update", fail)
+        patch.setattr("simpo.loop.train.finite_update", fail)
         with pytest.raises(RunError, match="cut off"):
             train(run)
     monkeypatch.setattr(run_folder, "date", on("2026-01-02"))

@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --durations=20
 TORCH := torch==2.13.0
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train test test-all test-fast check docs site bench bench-head gpu-check lock clean
+.PHONY: help install train test test-all test-fast check test-lowest docs site bench bench-head gpu-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -38,6 +38,16 @@ test-all: check  ## the same, and every backend, fault, experiment, family of te
 
 test-fast: $(READY)  ## the unit tests alone
 	$(PYTEST) -m "not matrix and not process"
+
+test-lowest:  ## the unit tests with the oldest versions that pyproject.toml admits: GBs
+	rm -rf $(VENV)-lowest
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/$(PIP) uv
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python \
+		--resolution lowest-direct --editable ".[dev]"
+	# The lock file has other versions, so its own test is left out.
+	$(VENV)-lowest/bin/python -m pytest -n $(WORKERS) -m "not matrix and not process" \
+		--deselect tests/test_packaging.py::test_lock_is_whole
 
 check: $(READY)  ## linters, types and spelling
 	$(BIN)/ruff check .
@@ -79,4 +89,4 @@ lock:  ## write requirements.lock anew from what pyproject.toml admits today
 	rm -rf $(VENV)-lock
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) dist build site .cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest dist build site .cache .pytest_cache .mypy_cache .ruff_cache

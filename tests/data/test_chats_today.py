@@ -54,6 +54,7 @@ from tests.support.real_tokenizers import (
     tokenize_one,
     user,
 )
+from tests.support.versions import transformers_before
 
 # Reasoning is written behind the last question only, in an empty block if there is none.
 QWEN3 = """
@@ -382,7 +383,8 @@ def test_reasoning_in_a_channel() -> None:
     chat = chat_of("qwen2_5", CHANNELS)
     several = [thinking("Hm.", "One."), user("And?"), thinking("So.", "Two.")]
     pair = pair_of(ASKED, several, [thinking("No.", "Bah.")], tools=False)
-    same_as_transformers(chat, pair, "")
+    if not transformers_before("5.21"):  # which give such a template no thinking
+        same_as_transformers(chat, pair, "")
     assert scored(chat, pair) == [
         " final One.<|im_end|>| analysis So.<|im_end|><|im_start|>assistant final Two.<|im_end|>",
         " analysis No.<|im_end|><|im_start|>assistant final Bah.<|im_end|>",
@@ -571,7 +573,7 @@ def test_a_template_that_fails_on_null_content() -> None:
     empty = [replace_content(turn) for turn in SUNNY], [replace_content(turn) for turn in PARIS]
     assert SUNNY[0]["content"] is None
     fails = chat_of("qwen2_5", template)
-    with pytest.raises(UndefinedError):
+    with pytest.raises(TypeError if transformers_before("5.23") else UndefinedError):
         fails.tokenizer.apply_chat_template([*ASKED, *SUNNY])
     found, wanted = (
         tokenize_one(chat, one)[0]

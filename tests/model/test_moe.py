@@ -45,6 +45,7 @@ from tests.support.tiny_models import (
     random_pairs,
     tiny_model,
 )
+from tests.support.versions import transformers_before
 from tests.support.whole_runs import metrics_of, run, tiny_model_and_data
 
 LOSS = SigmoidConfig(beta=2.0, gamma_beta_ratio=0.5)
@@ -299,8 +300,11 @@ def test_families_that_are_balanced(family: str, bf16: bool) -> None:
         (
             "glm4_moe",
             {"n_routed_experts": 4, "n_group": 1, "first_k_dense_replace": 1},
-            "Glm4MoeForCausalLM has no auxiliary loss in transformers; models like DeepSeek-V3 "
-            "balance their experts by a bias instead",
+            "Glm4MoeForCausalLM gives no router logits: 'BaseModelOutputWithPast' object has no "
+            "attribute 'router_logits'"
+            if transformers_before("5.19")
+            else "Glm4MoeForCausalLM has no auxiliary loss in transformers; models like "
+            "DeepSeek-V3 balance their experts by a bias instead",
         ),
         (
             "phimoe",
@@ -310,7 +314,10 @@ def test_families_that_are_balanced(family: str, bf16: bool) -> None:
         (
             "doge",
             {"is_moe": True, "num_experts": 16},
-            "DogeForCausalLM has an auxiliary loss of another kind: 1.00, here 2.00",
+            "DogeForCausalLM gives no router logits: dropout(): argument 'input' (position 1) must "
+            "be Tensor, not tuple"
+            if transformers_before("5.23")
+            else "DogeForCausalLM has an auxiliary loss of another kind: 1.00, here 2.00",
         ),
     ],
 )

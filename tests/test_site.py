@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.support.browser import Tab
+
 ROOT = Path(__file__).resolve().parents[1]
 # Attributes that name what a page loads, and those that name where a link leads.
 LOADED = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src"}
@@ -117,3 +119,33 @@ def test_a_page_loads_nothing_from_elsewhere(site: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = re.findall(r'"([\w/]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8"))
     assert sorted(listed) == sorted(file.name for file in (ROOT / "docs").glob("*.md"))
+
+
+TOO_WIDE = "document.documentElement.scrollWidth > innerWidth"
+COLOUR = "getComputedStyle(document.body).backgroundColor"
+
+
+@pytest.mark.parametrize("page", ["index", "recipes", "config", "performance"])
+def test_a_page_in_a_browser(site: Path, page: str) -> None:
+    """From disk, on a screen and on a phone, light and dark: nothing is missed or too wide."""
+    for width in (1280, 390):
+        colours = set()
+        for dark in (False, True):
+            with Tab((site / f"{page}.html").as_uri(), width, dark) as tab:
+                assert tab.console == []
+                assert not tab.run(TOO_WIDE)
+                missing = "[...document.images].filter(image => !image.naturalWidth).length"
+                assert tab.run(missing) == 0
+                colours.add(tab.run(COLOUR))
+        assert len(colours) == 2
+
+
+def test_the_search_works_from_disk(site: Path) -> None:
+    """Its box and results are in a shadow root."""
+    box = "[...document.querySelectorAll('*')].find(part => part.shadowRoot)?.shadowRoot"
+    with Tab((site / "index.html").as_uri(), 1280) as tab:
+        tab.run("document.querySelector('.md-search__button').click()")
+        tab.until(f"{box}?.activeElement?.tagName === 'INPUT'")
+        tab.call("Input.insertText", text="gamma_beta_ratio")
+        tab.until(f"{box}.querySelector('a[href*=\"losses.html\"]') !== null")
+        assert tab.console == []

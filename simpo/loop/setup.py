@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PreTrainedConfig
 
 from simpo.backend import Backend, build_backend
 from simpo.config.backends import BackgroundSaveConfig
@@ -99,16 +100,7 @@ def set_up(run: RunConfig) -> Parts:
     check_rates(cfg, plan)
     folder = _find_folder(run, backend)
     _write_records(run, folder, chat, data, str(backend))
-    say(f"loading the weights of {run.model.path} ...")
-    policy = load_policy(
-        run.model,
-        cache_dir,
-        backend.device,
-        cfg.seed,
-        bf16=backend.bf16,
-        share_prefix=cfg.share_prefix,
-        settings=settings,
-    )
+    policy = _load_policy(run, backend, settings)
     check_packing(policy, backend.bf16, [*data.train.tokens, *data.test.tokens], cfg.tokens_per_row)
     check_router(policy, backend.bf16, run.model.router_aux_weight)
     sampled_before = sampled_weights(policy.model)
@@ -135,6 +127,19 @@ def set_up(run: RunConfig) -> Parts:
         backend, chat, train, test, plan, folder, policy, wrapped, optimizer, store, flops,
         sampled_before, origin, start_lines,
     )  # fmt: skip
+
+
+def _load_policy(run: RunConfig, backend: Backend, settings: PreTrainedConfig) -> Policy:
+    say(f"loading the weights of {run.model.path} ...")
+    return load_policy(
+        run.model,
+        Path(run.cache_dir).expanduser(),
+        backend.device,
+        run.train.seed,
+        bf16=backend.bf16,
+        share_prefix=run.train.share_prefix,
+        settings=settings,
+    )
 
 
 def _find_folder(run: RunConfig, backend: Backend) -> RunFolder:

@@ -86,9 +86,9 @@ def _serve(folders: Sequence[Path], options: Mapping[str, str]) -> None:
         for number in ALL:
             signal.signal(number, signal.default_int_handler)
         try:
-            source.look()
             address = f"http://127.0.0.1:{server.server_port}"
             print(f"live   {address} (Ctrl-C ends it)", flush=True)
+            source.look()  # takes a while with many runs; a browser waits
             server.serve_forever()
         except KeyboardInterrupt:
             print("\nended", flush=True)

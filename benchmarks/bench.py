@@ -173,16 +173,14 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
     groups = list(dict.fromkeys((line["shape"], line["profile"]) for line in results))
     names = list(dict.fromkeys(line["contender"] for line in results))
-    by_key = {(x["shape"], x["profile"], x["contender"]): x for x in results}
+    by_key = {((x["shape"], x["profile"]), x["contender"]): x for x in results}
     figure, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
     for axis, key, title in (
         (axes[0], "pairs_per_s", "pairs per second, padded = 1"),
         (axes[1], "peak_mib", "step memory above weights and gradients, padded = 1"),
     ):
         for offset, name in enumerate(names):
-            heights = [
-                by_key[(*group, name)][key] / by_key[(*group, names[0])][key] for group in groups
-            ]
+            heights = [by_key[group, name][key] / by_key[group, names[0]][key] for group in groups]
             places = [i + 0.2 * offset for i in range(len(groups))]
             axis.bar(places, heights, width=0.19, label=name)
         axis.set_ylabel(title, fontsize=8)

@@ -157,7 +157,7 @@ def mistral_ids(version: str) -> Callable[[Sequence[Message]], list[int]]:
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-        make = {
+        make: dict[str, Any] = {
             "system": kinds.SystemMessage,
             "user": kinds.UserMessage,
             "assistant": kinds.AssistantMessage,

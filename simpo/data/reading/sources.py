@@ -162,7 +162,7 @@ def _splits(names: list[str]) -> dict[str, list[str]]:
     return {"train": names}
 
 
-def _word(words: str, flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str]:
+def _word(words: str, flags: int = 0) -> re.Pattern[str]:
     return re.compile(rf"(?:^|[-._ 0-9])(?:{words})(?:$|[-._ 0-9])", flags)
 
 

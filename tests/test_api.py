@@ -313,7 +313,9 @@ def test_the_preview_is_that_of_the_command(
 ) -> None:
     shown = preview(load_run_config(*tiny_run), pairs=2)
     preview_command([*tiny_run, "pairs=2", "cleaning=none", f"html={tmp_path}/page.html"])
-    assert capsys.readouterr().out == f"{shown}\npage   {tmp_path}/page.html\n"
+    output = capsys.readouterr().out
+    assert output.endswith(ended := f"{shown}\npage   {tmp_path}/page.html\n")
+    assert all(line.endswith(" ...") for line in output.removesuffix(ended).splitlines())
     page = (tmp_path / "page.html").read_text()
     (inside,) = re.findall(r'<iframe srcdoc="([^"]*)"', shown._repr_html_())
     assert html.unescape(inside) == page

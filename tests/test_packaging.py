@@ -122,6 +122,7 @@ def test_works_from_an_empty_folder(
         pushed = run("simpo-export", "lora/model-merged", "push_to_hub=me/model", **reach)
     assert pushed == f"hub    {hub.address}/me/model/commit/{COMMIT}\n"
     files = {path.name: path.read_bytes() for path in (empty / "lora/model-merged").iterdir()}
+    files["README.md"] = files["README.md"].replace(b"OWNER/NAME", b"me/model")
     assert hub.files == {"me/model": files} and hub.private == {"me/model": True}
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= files.keys()
 
@@ -185,6 +186,7 @@ def test_extras() -> None:
         "slurm",
         "optuna",
         "vllm",
+        "site",
         "bench",
         "dev",
     }

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from simpo.config.check import holds_secret, load_run, run_id, run_yaml, trajectory
 from simpo.config.errors import (
@@ -77,6 +77,7 @@ class RunFolder:
         """
         self._writes = followed is None
         self._settings = trajectory(run)
+        self._lock_handle: TextIO | None = None
         self.notes: list[str] = []
         self.path = followed or self._find(run)
         try:
@@ -171,6 +172,8 @@ class RunFolder:
     def recording_failure(self) -> Iterator[None]:
         """If the block raises, write to status.json that the run stopped or failed, and why.
 
+        The folder is unlocked when the block ends.
+
         Raises:
             RunError: a file of the folder could not be written; the disk may be full.
         """
@@ -186,6 +189,9 @@ class RunFolder:
             if isinstance(error, OSError) and (place := self._place(error)):
                 raise unwritable(place, error) from error
             raise
+        finally:
+            if self._lock_handle is not None:
+                self._lock_handle.close()
 
     def _place(self, error: OSError) -> Path | None:
         """The file of this folder, or the folder, that an error is about; None if another."""
@@ -204,7 +210,7 @@ class RunFolder:
         for pause_s in (0.05, 0.0):  # `runs` holds the lock for a moment to see if a run is alive
             try:
                 if is_free(handle, fcntl.LOCK_EX):
-                    # Held until the process ends, however it ends.
+                    # Held until the run ends, or the process, however it ends.
                     self._lock_handle = handle
                     return True
             except OSError as error:

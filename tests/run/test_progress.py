@@ -282,8 +282,11 @@ def test_ctrl_c_in_the_middle_of_a_bar() -> None:
     )
 
 
-def test_what_a_run_prints_into_a_pipe(tiny_run: list[str], tmp_path: os.PathLike[str]) -> None:
+def test_what_a_run_prints_into_a_pipe(
+    tiny_run: list[str], tmp_path: os.PathLike[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All of it, but for the replies of an untrained model."""
+    monkeypatch.delenv("COLUMNS", raising=False)
     process = start([*tiny_run, f"run_dir={tmp_path}/run", "train.eval_every=0"])
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0

@@ -243,7 +243,7 @@ def test_an_emptied_or_damaged_built_in_model_is_made_anew(
     assert found() == folder and len(made) == 2
     assert capsys.readouterr().out == (
         f"note   cache: {folder} is damaged and made anew: model.safetensors has changed (sha256)\n"
-        "converting SmolLM2-135M-Instruct (once, about 20 s)\n"
+        "converting SmolLM2-135M-Instruct (once, about 20 s) ...\n"
     )
     for file in folder.iterdir():
         file.unlink()

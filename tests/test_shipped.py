@@ -12,6 +12,7 @@ from simpo.config.compose import compose_run
 from simpo.config.paths import config_dir
 from simpo.data.demo.records import demo_records
 from simpo.loop.train import train
+from simpo.run.files import read_results
 
 EXPERIMENTS = config_dir("experiments")
 FILES = sorted(path.relative_to(EXPERIMENTS) for path in EXPERIMENTS.rglob("*.yaml"))
@@ -65,7 +66,7 @@ def test_shipped_experiments_train(
             "backend.device=cpu",
         ]
     )
-    assert "loss" in train(run)
+    assert "loss" in read_results(train(run))["eval_after"]
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 2
     assert list((tmp_path / "run/model").glob("*.safetensors"))

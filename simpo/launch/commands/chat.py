@@ -10,6 +10,7 @@ from pathlib import Path
 from simpo.config.choices import Device, Dtype
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.paths import looks_local
+from simpo.launch.run_words import split_run_words
 from simpo.run.signals import exit_on_signals
 
 NUMBERS: dict[str, tuple[Callable[[str], float], Callable[[float], bool], str]] = {
@@ -103,15 +104,7 @@ def _arguments(words: Sequence[str]) -> Words:
     Raises:
         ConfigError: they cannot be used; with the usage if RUN is missing.
     """
-    given: dict[str, str] = {}
-    sources: list[str] = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        # A folder's name may hold an = itself, as those of a sweep's members do: loss.beta=2.
-        if equals and key.isidentifier() and not Path(word).is_dir():
-            given[key] = value
-        else:
-            sources.append(word)
+    sources, given = split_run_words(words)
     if len(sources) != 1:
         raise ConfigError([USAGE.strip().splitlines()[0]])
     source = sources[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from simpo.config.choices import Dtype
 from simpo.config.errors import ConfigError
 from simpo.config.schema import ExportConfig
+from simpo.launch.run_words import split_run_words
 
 KEYS: dict[str, tuple[str, ...]] = {
     "merge": ("true",),
@@ -67,15 +68,7 @@ def _arguments(words: Sequence[str]) -> tuple[Path, dict[str, str]]:
     Raises:
         ConfigError: they cannot be used; with the usage if folder or settings are missing.
     """
-    options: dict[str, str] = {}
-    folders: list[str] = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        # A folder's name may hold an = itself, as those of a sweep's members do: loss.beta=2.
-        if equals and key.isidentifier() and not Path(word).is_dir():
-            options[key] = value
-        else:
-            folders.append(word)
+    folders, options = split_run_words(words)
     if len(folders) != 1 or not options:
         raise ConfigError([USAGE.strip().splitlines()[0]])
     problems = [

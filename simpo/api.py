@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import html
-import math
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from simpo.config.schema import RunConfig
 from simpo.data.reading.own_records import write_records
 from simpo.launch.start import start
 from simpo.run.files import read_metrics, read_results
-from simpo.run.tables import SHOWN, markdown_table
+from simpo.run.tables import markdown_table, result_lines
 
 Records = Iterable[Mapping[Any, Any]]
 PAGE = '<iframe srcdoc="{}" style="width: 100%; height: 640px; border: 1px solid #8888"></iframe>'
@@ -113,15 +112,7 @@ class TrainedRun:
         return read_metrics(self.folder / "metrics.jsonl")
 
     def __repr__(self) -> str:
-        table = [
-            {
-                "held out": label,
-                "before": f"{self.eval_before.get(key, math.nan):.3f}",
-                "after": f"{self.eval_after[key]:.3f}",
-            }
-            for key, label in SHOWN
-            if key in self.eval_after
-        ]
+        table = result_lines(self.eval_before, self.eval_after)
         lines = [f"model {self.model}, after step {self.model_step} of {self.steps}"]
         return "\n".join([*lines, *(markdown_table(table) if table else [])])
 

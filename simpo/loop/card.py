@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 from simpo.config.check import trajectory
 from simpo.config.data_path import HUB_FILE, is_hub_id, kind
 from simpo.config.models import ADAPTER_FILE
+from simpo.config.paths import looks_local
 from simpo.config.schema import RunConfig
 from simpo.data.plan import build_plan
-from simpo.loop.console import Results, result_lines
+from simpo.loop.console import Results
 from simpo.loss import LossConfig
 from simpo.loss.simpo import SimpoConfig
 from simpo.model.pretrained import model_files
 from simpo.run.atomic import write_text
 from simpo.run.files import read_metrics, series
-from simpo.run.tables import SHOWN, markdown_table
+from simpo.run.tables import SHOWN, markdown_table, result_lines
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -62,7 +63,8 @@ def write_card(run: RunConfig, run_dir: Path, results: Results, model_dir: Path)
     trained = f"preference optimisation with [{name}]({link})" if link else f"training with {name}"
     pairs = {split: data[f"{split}_tokens"]["pairs"] for split in ("train", "test")}
     table = [row | {"source": plain(public(row["source"]))} for row in data["mixture"]]
-    measured = [line | {"held out": plain(line["held out"])} for line in result_lines(results)]
+    lines = result_lines(results.before, results.after)
+    measured = [line | {"held out": plain(line["held out"])} for line in lines]
     blocks = [
         f"# {plain(public(run.name))}",
         *_cut_short(run, pairs["train"]),
@@ -289,9 +291,8 @@ def is_local(text: str) -> bool:
     """Whether a setting is a local path, not a hub id, an address of the hub or a word."""
     if HUB_FILE.fullmatch(text):
         return False
-    looks_local = text.startswith(("/", "./", "../", "~")) or text.count("/") > 1
     is_file = bool(kind(text)) or text.endswith((".jinja", ".safetensors"))
-    return looks_local or is_file or os.path.exists(text)
+    return looks_local(text) or is_file or os.path.exists(text)
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:

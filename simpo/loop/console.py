@@ -22,7 +22,7 @@ from simpo.model.cost import Layout, num_weights
 from simpo.model.policy import Policy
 from simpo.run.files import read_replies
 from simpo.run.progress import on_terminal
-from simpo.run.tables import SHOWN, markdown_table
+from simpo.run.tables import markdown_table, result_lines
 
 
 @dataclass(frozen=True)
@@ -143,30 +143,9 @@ def mixture_lines(table: Sequence[SplitReport]) -> list[dict[str, Any]]:
     ]
 
 
-def result_lines(results: Results) -> list[dict[str, Any]]:
-    """The held-out metrics of `SHOWN`, a line each with the value before and after.
-
-    Several held-out sets add the accuracy of each (its loss if no reply is rejected) and the mean.
-    """
-    shown = [(key, name) for key, name in SHOWN if key in results.after]
-    of_sets = "rewards/accuracies" if "rewards/accuracies" in results.after else "loss"
-    for key in results.after:
-        name, _, metric = key.partition("/")
-        if metric == of_sets:
-            shown.append((key, f"{dict(SHOWN)[metric]}, {name}"))
-    return [
-        {
-            "held out": name,
-            "before": f"{results.before[key]:.3f}" if key in results.before else "-",
-            "after": f"{results.after[key]:.3f}",
-        }
-        for key, name in shown
-    ]
-
-
 def end_lines(results: Results, run_dir: Path, model_step: int, last_step: int) -> list[str]:
     """Lines about held-out metrics and replies before and after, and the model's folder."""
-    lines = markdown_table(result_lines(results)) if results.after else []
+    lines = markdown_table(result_lines(results.before, results.after)) if results.after else []
     samples = [run_dir / f"samples/step-{step:06d}.json" for step in (0, model_step)]
     try:
         before, after = map(read_replies, samples)

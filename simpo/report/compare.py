@@ -17,7 +17,7 @@ from simpo.config.errors import ConfigError
 from simpo.config.schema import MonitorConfig, RunConfig
 from simpo.run.best import mode_of
 from simpo.run.runs import DamagedRun, Run, State, find_runs, read_runs
-from simpo.run.tables import SHOWN
+from simpo.run.tables import metric_labels
 
 # Settings of where a run is and how it is started are not compared.
 PLACES = ("name", "output_dir", "run_dir", "cache_dir", "launcher.")
@@ -68,19 +68,9 @@ class Comparison:
         return "".join(same[0] for same in common)
 
     def columns(self) -> dict[str, str]:
-        """The held-out metrics that tables show, with their labels.
-
-        First `metric`, then those of `SHOWN`, then accuracies (or else losses) of held-out sets.
-        """
-        known = list(dict.fromkeys(key for run in self.runs for key in run.metrics))
-        labels = dict(SHOWN)
-        of_sets = "rewards/accuracies" if "rewards/accuracies" in known else "loss"
-        sets = {
-            key: f"{labels[of_sets]}, {key.removesuffix(of_sets).rstrip('/')}"
-            for key in known
-            if key.endswith(f"/{of_sets}")
-        }
-        labels |= sets
+        """The held-out metrics that tables show, with their labels; first `metric`."""
+        known = dict.fromkeys(key for run in self.runs for key in run.metrics)
+        labels = metric_labels(known)
         wanted = dict.fromkeys([self.metric, *labels])
         return {key: labels.get(key, key) for key in wanted if key in known}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,33 @@ SHOWN = (
     ("reply_repetition", "repetition in replies"),
 )
 """Held-out metrics that tables show, with their labels."""
+
+
+def metric_labels(known: Iterable[str]) -> dict[str, str]:
+    """The held-out metrics that tables show, among those that are known, with their labels.
+
+    Several held-out sets add the accuracy of each (its loss if no reply is rejected) and the mean.
+    """
+    known = list(known)
+    labels = {key: label for key, label in SHOWN if key in known}
+    of_sets = "rewards/accuracies" if "rewards/accuracies" in known else "loss"
+    for key in known:
+        name, _, metric = key.partition("/")
+        if metric == of_sets:
+            labels[key] = f"{dict(SHOWN)[metric]}, {name}"
+    return labels
+
+
+def result_lines(before: Mapping[str, float], after: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A line for each held-out metric that tables show, with its values before and after."""
+    return [
+        {
+            "held out": label,
+            "before": f"{before[key]:.3f}" if key in before else "-",
+            "after": f"{after[key]:.3f}",
+        }
+        for key, label in metric_labels(after).items()
+    ]
 
 
 def markdown_table(lines: Sequence[dict[str, Any]]) -> list[str]:

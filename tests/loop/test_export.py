@@ -32,14 +32,14 @@ from simpo.config.models import ModelConfig
 from simpo.data.chats.chat import Chat
 from simpo.launch.commands.export import USAGE
 from simpo.loop.card import write_card, write_merged_card
-from simpo.loop.console import Results, end_lines, result_lines
+from simpo.loop.console import Results, end_lines
 from simpo.loop.train import train
 from simpo.model.export import save_model
 from simpo.model.merge import merge
 from simpo.model.policy import Policy
 from simpo.model.tokenizer import load_tokenizer
 from simpo.run.folder import RunFolder
-from simpo.run.tables import markdown_table
+from simpo.run.tables import markdown_table, result_lines
 from tests.support.whole_runs import run_command
 
 TOKEN = "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"
@@ -651,7 +651,7 @@ def test_without_a_network_an_upload_is_refused_first(
 def test_other_replies_than_the_run_was_begun_with(tmp_path: Path) -> None:
     """`sample.num_prompts` may differ between a run and its continuation."""
     results = Results({"loss": 0.5}, {"loss": 0.25, "reply_repetition": 0.0})
-    assert result_lines(results) == [
+    assert result_lines(results.before, results.after) == [
         {"held out": "loss", "before": "0.500", "after": "0.250"},
         {"held out": "repetition in replies", "before": "-", "after": "0.000"},
     ]

@@ -11,9 +11,9 @@ from simpo.config.compose import compose_run
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import ConfigError
 from simpo.config.schema import MonitorConfig
-from simpo.loop.console import Results, result_lines
 from simpo.loop.train import train
 from simpo.run.best import mode_of
+from simpo.run.tables import result_lines
 from tests.support.whole_runs import metrics_of
 
 
@@ -55,7 +55,7 @@ def test_each_set_is_as_alone(tiny_run: list[str], tmp_path: Path) -> None:
         if key != "loss":  # with an SFT term the loss is no mean over pairs
             assert both[f"eval/{key}"] == pytest.approx((5 * one + 11 * two) / 16, rel=1e-5)
     results = json.loads((tmp_path / "both" / "results.json").read_text())
-    shown = [line["held out"] for line in result_lines(Results({}, results["eval_after"]))]
+    shown = [line["held out"] for line in result_lines({}, results["eval_after"])]
     assert shown[-3:] == ["accuracy, easy", "accuracy, on_birds", "accuracy, mean"]
 
 

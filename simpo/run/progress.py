@@ -43,7 +43,8 @@ class Bar:
     def __init__(self, what: str, total: int, unit: str, stays: bool) -> None:
         self._what, self._total, self._unit, self._stays = what, total, unit, stays
         self._prints, self._terminal = _prints(), on_terminal()
-        self._first = self._done = self._lines = 0
+        self._first = self._done = 0
+        self._printed: int | None = None  # the count of the last line
         self._text = ""
         self._paces: deque[float] = deque(maxlen=RECENT)
         self._began = self._shown_at = time.perf_counter()
@@ -98,7 +99,8 @@ class Bar:
             self._open = False
             if self._tqdm is not None:
                 self._tqdm.close()
-        if not self._terminal and (self._lines or self._stays):
+        is_due = self._stays if self._printed is None else self._printed != self._done
+        if is_due and not self._terminal:
             self._print()
 
     def line(self, columns: int | None = None) -> str:
@@ -124,7 +126,7 @@ class Bar:
 
     def _print(self) -> None:
         self._shown_at = time.perf_counter()
-        self._lines += 1
+        self._printed = self._done
         _write(sys.stderr, (self.line(),))
 
     def _draw(self) -> None:

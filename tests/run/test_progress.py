@@ -158,6 +158,10 @@ def test_short_work_leaves_no_line(clock: Clock, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == (
         "held-out pairs 8/16, 0:11 left\nheld-out pairs 16/16, took 0:16\n"
     )
+    with progress.bar("held-out replies", 16) as bar:
+        clock.now += 11.0
+        bar.advance(16)
+    assert capsys.readouterr().err == "held-out replies 16/16, took 0:11\n"
 
 
 def test_other_ranks_print_nothing(
@@ -248,7 +252,7 @@ def test_a_terminal_without_carriage_returns(clock: Clock, monkeypatch: pytest.M
             clock.now += 20.0
             bar.advance(2, took_s=20.0)
         # The terminal itself begins each line with a return.
-        assert seen.read().replace("\r\n", "\n") == 2 * "train 2/2, took 0:20, 10.00 s/step\n"
+        assert seen.read().replace("\r\n", "\n") == "train 2/2, took 0:20, 10.00 s/step\n"
 
 
 def test_downloads_are_seen_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,20 +9,23 @@ from pathlib import Path
 import numpy as np
 
 from simpo.config.schema import RunConfig, TrainConfig
-from simpo.data.chats.chat import Chat, TokenizedSet
-from simpo.data.mixture import Mixture, load_mixture
+from simpo.data.chats.chat import Chat
+from simpo.data.mixture import Mixture, SplitReport, load_mixture
 from simpo.data.packing import pack, placeholder_row
 from simpo.data.pairs import PackedPairs
 from simpo.data.plan import rows_of_pairs
 from simpo.data.reading.records import to_dialogue, to_pair
+from simpo.data.store import TokenizedSet
 from simpo.data.tokens import tokenize_set
 
 
 @dataclass(frozen=True)
 class LoadedData:
-    """The mixture of all sources, and the tokens of its train and test pairs."""
+    """The tokens of the train and test pairs of a run, the table of the splits they came from, and
+    notes for the user about their records."""
 
-    mixture: Mixture
+    table: list[SplitReport]
+    notes: list[str]
     train: TokenizedSet
     test: TokenizedSet
 
@@ -47,7 +50,7 @@ def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
     train, test = (
         tokenize_set(chat, pairs, run.data, cache_dir) for pairs in (mixture.train, mixture.test)
     )
-    return LoadedData(mixture, train, test)
+    return LoadedData(mixture.table, mixture.notes, train, test)
 
 
 class PackedSet:
@@ -60,12 +63,12 @@ class PackedSet:
 
     def __init__(self, data: TokenizedSet, config: TrainConfig, rank: int, processes: int) -> None:
         self.data = data
-        self.num_tokens = data.num_tokens(config.share_prefix)
+        self.num_tokens = data.tokens.num_tokens(config.share_prefix)
         self._config = config
         self._rank, self._processes = rank, processes
 
     def __len__(self) -> int:
-        return len(self.data.pairs)
+        return len(self.data)
 
     def rows(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[PackedPairs]:
         """Yield this process's rows of some pairs; every process gets the same number of rows.

@@ -1,78 +1,109 @@
-"""Tokenizes pairs, or reads their tokens from the cache.
+"""Tokenizes pairs in several processes, or finds their tokens in the cache.
 
 The name of a cache entry is a hash of everything the tokens depend on: pairs, tokenizer, template,
-settings, the code of this folder and the versions of the libraries.
+settings, the code of this folder and the versions of the libraries. Until the entry is whole its
+blocks lie beside it, so that a start that was killed is continued:
+
+    <cache_dir>/tokenized/
+        <entry>/            the files of `simpo.data.store`
+        <entry>.blocks/     lock, and a file for each block that has been tokenized
 """
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import hashlib
 import json
+import multiprocessing
+import os
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import partial
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
-import numpy as np
 import tokenizers
 import transformers
 
 from simpo.config.choices import OnBadRecord
 from simpo.config.data import DataConfig
-from simpo.config.errors import DataError
-from simpo.data.chats.chat import Chat, TokenizedSet, TokenReport
+from simpo.config.errors import DataError, RunError, unwritable
+from simpo.data.chats.chat import Chat
+from simpo.data.chats.checks import faults_kept_by_paper
 from simpo.data.mixture import fault_lines
-from simpo.data.pairs import Pair, Tokenized, TokenizedPair
+from simpo.data.pairs import Pair
 from simpo.data.reading.records import RecordFault
+from simpo.data.store import Block, TokenizedSet, Tokens, open_set, pair_json, write_set
 from simpo.run import progress
-from simpo.run.cache import find_entry, keep_entry, sha256
+from simpo.run.cache import find_entry, not_cached, sha256, write_entry
+from simpo.run.folder import is_free
+from simpo.run.processes import die_with_parent
+from simpo.run.signals import ALL
+
+BLOCK_PAIRS = 1000
+"""Pairs that one process tokenizes at a time: about 4 s of work."""
+PAUSE_S = 0.2
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What decides the tokens of pairs."""
+
+    chat: Chat
+    config: DataConfig
+    pairs: Sequence[Pair]
+    text_fingerprint: str
+
+    def blocks(self, folder: Path) -> dict[Path, Sequence[Pair]]:
+        """The pairs of each block, by the file that holds its tokens."""
+        starts = range(0, len(self.pairs), BLOCK_PAIRS)
+        parts = (self.pairs[start : start + BLOCK_PAIRS] for start in starts)
+        return {
+            folder / f"{start}-{start + len(part)}.npz": part
+            for start, part in zip(starts, parts, strict=True)
+        }
 
 
 def tokenize_set(
-    chat: Chat, pairs: list[Pair], config: DataConfig, cache_dir: Path
+    chat: Chat, pairs: Sequence[Pair], config: DataConfig, cache_dir: Path
 ) -> TokenizedSet:
-    """Tokenize pairs, or read the tokens from the cache.
+    """Tokenize pairs, or map their tokens from the cache into memory.
 
     A damaged cache entry is rebuilt, and a cache that cannot be written is not used; `notes` of the
-    result say so.
+    result say so. Of several processes that want the same tokens, one makes them.
 
     Raises:
         DataError: a pair cannot be tokenized (with on_bad_record=stop), or none can.
+        RunError: a process that tokenizes was killed; its finished blocks are kept.
     """
-    folder = cache_dir / "tokenized" / _content_hash(chat, pairs, config)
+    name, text_fingerprint = _content_hash(chat, pairs, config)
+    folder = cache_dir / "tokenized" / name
+    job = _Job(chat, config, pairs, text_fingerprint)
     found, notes = find_entry(folder)
-    if found:
-        arrays, stored = _read(folder)
-    else:
-        with progress.bar("tokenising pairs", len(pairs)) as bar:
-            results = []
-            for result in chat.tokenize(pairs, config):
-                results.append(result)
-                bar.advance()
-        arrays, stored = _collected(results)
-        notes += keep_entry(folder, partial(_write, arrays=arrays, stored=stored))
-    faults = {int(index): fault for index, fault in stored["faults"].items()}
-    good = [pair for index, pair in enumerate(pairs) if index not in faults]
-    if faults and (config.on_bad_record is OnBadRecord.stop or not good):
+    try:
+        if not found:
+            _make(folder, job)
+        data = open_set(folder)
+    except OSError as error:
+        notes.append(not_cached(folder, error))
+        data = _uncached(job)
+    if data.faults and (config.on_bad_record is OnBadRecord.stop or not len(data)):
         # Each record once, in their order, which the mixture shuffles.
-        placed = {pairs[i].place: fault for i, fault in faults.items()}
+        placed = {pairs[i].place: fault for i, fault in data.faults.items()}
         ordered = sorted(placed.items(), key=_numbers)
-        raise DataError(fault_lines(ordered, all_bad=not good, of_template=True))
-    ends = np.cumsum(arrays["lengths"].reshape(-1))[:-1]
-    parts = np.split(arrays["ids"], ends)
-    masks: list[np.ndarray | None] = [None] * len(parts)
-    if "scored" in arrays:
-        masks = list(np.split(arrays["scored"], ends))
-    tokens = [
-        TokenizedPair(parts[i], parts[i + 1], parts[i + 2], masks[i + 1], masks[i + 2])
-        for i in range(0, 3 * len(good), 3)
-    ]
-    merged, prompts, chosen, rejected, unreasoned = stored["counts"]
-    bad = dict(Counter(faults.values()))
-    report = TokenReport(len(good), merged, prompts, chosen, rejected, bad, unreasoned)
-    return TokenizedSet(good, tokens, report, tuple(notes))
+        raise DataError(fault_lines(ordered, all_bad=not len(data), of_template=True))
+    return replace(data, notes=tuple(notes))
 
 
 def _numbers(placed: tuple[str, str]) -> list[str | int]:
@@ -80,46 +111,173 @@ def _numbers(placed: tuple[str, str]) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", placed[0])]
 
 
-def _collected(
-    results: Sequence[Tokenized | RecordFault],
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The content of a cache entry from the results of `Chat.tokenize`: arrays, and counts and
-    faults."""
+def _make(folder: Path, job: _Job) -> None:
+    """Make a cache entry, or wait until another process has made it.
+
+    Raises:
+        OSError: it cannot be written.
+        RunError: as `tokenize_set`.
+    """
+    kept = folder.with_name(f"{folder.name}.blocks")
+    kept.mkdir(parents=True, exist_ok=True)
+    with _alone(kept):
+        if not find_entry(folder)[0]:
+            try:
+                files = _tokenize(job, kept)
+                write_entry(folder, lambda part: _write(part, files, job))
+            except OSError:
+                shutil.rmtree(kept, ignore_errors=True)
+                raise
+        shutil.rmtree(kept, ignore_errors=True)
+
+
+def _write(folder: Path, files: Sequence[Path], job: _Job) -> None:
+    write_set(folder, lambda: map(Block.load, files), job.pairs, job.text_fingerprint)
+
+
+def _uncached(job: _Job) -> TokenizedSet:
+    """Tokenize into files of this process alone, which are removed once they are mapped.
+
+    Raises:
+        RunError: there is no room for them either; and as `tokenize_set`.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="simpo-tokens-") as scratch:
+            folder = Path(scratch) / "whole"
+            folder.mkdir()
+            _write(folder, _tokenize(job, Path(scratch)), job)
+            return open_set(folder)
+    except OSError as error:
+        raise unwritable(tempfile.gettempdir(), error) from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Context in which no other process is in it with this folder; waits for that, and says so.
+
+    The system frees the lock of a process that ends in any way. A file system without locks lets
+    all in: they do the same work, and none sees a part of another's.
+    """
+    with (folder / "lock").open("w") as lock:
+        try:
+            if not is_free(lock, fcntl.LOCK_EX):
+                progress.say(f"wait   another process tokenises these pairs into {folder}")
+                while not is_free(lock, fcntl.LOCK_EX):
+                    time.sleep(PAUSE_S)
+        except OSError:
+            pass
+        yield
+
+
+def _tokenize(job: _Job, folder: Path) -> list[Path]:
+    """Tokenize the blocks that a folder lacks.
+
+    Returns:
+        The files of all blocks, in order.
+    """
+    blocks = job.blocks(folder)
+    missing = {path: pairs for path, pairs in blocks.items() if not _is_whole(path, len(pairs))}
+    done = len(job.pairs) - sum(map(len, missing.values()))
+    workers = min(len(missing), _cores())
+    with progress.bar("tokenising pairs", len(job.pairs)) as bar:
+        if done:
+            progress.say(f"{done} of {len(job.pairs)} pairs are tokenised already")
+            bar.begin_at(done)
+        if workers > 1:
+            for count in _in_processes(job, missing, workers):
+                bar.advance(count)
+        else:
+            for path, pairs in missing.items():
+                results = []
+                for result in job.chat.tokenize(pairs, job.config):
+                    results.append(result)
+                    bar.advance()
+                _block(job.chat, job.config, pairs, results).save(path)
+    return list(blocks)
+
+
+def _is_whole(path: Path, given: int) -> bool:
+    """Whether a file holds the tokens of a block; its content has checksums."""
+    try:
+        return Block.load(path).given == given
+    except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile):
+        return False
+
+
+def _cores() -> int:
+    """Cores that this process may tokenize on with others; 1 where it cannot be forked safely."""
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return 1
+    return len(os.sched_getaffinity(0))
+
+
+def _in_processes(job: _Job, blocks: dict[Path, Sequence[Pair]], workers: int) -> Iterator[int]:
+    """Tokenize blocks in processes of their own, and yield the number of pairs of each when done.
+
+    They are forked: so they need not import anything, and no program of a user is run again. They
+    only render and encode texts, and use none of the threads or devices of this process.
+    """
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("fork"),
+        _begin_worker,
+        (job.chat, job.config, os.getpid()),
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This process", DeprecationWarning)
+            waiting = {
+                pool.submit(_work, pairs, path): len(pairs) for path, pairs in blocks.items()
+            }
+        for done in as_completed(waiting):
+            done.result()
+            yield waiting[done]
+    except BrokenProcessPool:
+        raise RunError(
+            "tokenising: a process was killed, often because memory ran out (the same command "
+            "continues with the pairs that are left)"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[Chat, DataConfig] | None = None
+"""What a worker process tokenizes with."""
+
+
+def _begin_worker(chat: Chat, config: DataConfig, parent: int) -> None:
+    global _worker
+    for number in ALL:
+        signal.signal(number, signal.SIG_DFL)
+    die_with_parent()
+    if os.getppid() != parent:  # it had ended before
+        os._exit(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # what this process shares with its parent stays shared
+    gc.disable()
+    _worker = chat, config
+
+
+def _work(pairs: Sequence[Pair], path: Path) -> None:
+    assert _worker is not None
+    chat, config = _worker
+    _block(chat, config, pairs, list(chat.tokenize(pairs, config))).save(path)
+    gc.collect()
+
+
+def _block(chat: Chat, config: DataConfig, pairs: Sequence[Pair], results: Sequence[Any]) -> Block:
+    """The block of pairs from the results of `Chat.tokenize`."""
+    faults = {i: str(item) for i, item in enumerate(results) if isinstance(item, RecordFault)}
     done = [item for item in results if not isinstance(item, RecordFault)]
-    tokens = [
-        ids
-        for pair, *_ in done
-        for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-    ]  # fmt: skip
-    masks = [mask for pair, *_ in done for mask in (None, pair.chosen_scored, pair.rejected_scored)]
-    arrays = {
-        "ids": np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
-        "lengths": np.array([len(ids) for ids in tokens], np.int64).reshape(-1, 3),
-    }
-    if any(mask is not None for mask in masks):
-        arrays["scored"] = np.concatenate(
-            [
-                np.ones(len(ids), dtype=bool) if mask is None else mask
-                for ids, mask in zip(tokens, masks, strict=True)
-            ]
-        )
-    counts = [sum(column) for column in zip(*(one[1:] for one in done), strict=True)] or [0] * 5
-    faults = {str(i): str(item) for i, item in enumerate(results) if isinstance(item, RecordFault)}
-    return arrays, {"counts": counts, "faults": faults}
+    tokens = Tokens.of([item.pair for item in done])
+    good = [pair for i, pair in enumerate(pairs) if i not in faults]
+    counts = [sum(column) for column in zip(*(item[1:] for item in done), strict=True)] or [0] * 5
+    kept_by_paper = faults_kept_by_paper(chat, good, tokens, config)
+    return Block(tokens, len(pairs), counts, faults, kept_by_paper)
 
 
-def _read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    stored = json.loads((folder / "report.json").read_text())
-    with np.load(folder / "tokens.npz") as file:
-        return dict(file), stored
-
-
-def _write(folder: Path, arrays: Mapping[str, np.ndarray], stored: Mapping[str, Any]) -> None:
-    np.savez(folder / "tokens.npz", **arrays)  # type: ignore[arg-type]
-    (folder / "report.json").write_text(json.dumps(stored))
-
-
-def _content_hash(chat: Chat, pairs: list[Pair], config: DataConfig) -> str:
+def _content_hash(chat: Chat, pairs: Sequence[Pair], config: DataConfig) -> tuple[str, str]:
+    """The name of the cache entry of pairs, and the fingerprint of their texts."""
     tokenizer = chat.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = (
@@ -136,6 +294,9 @@ def _content_hash(chat: Chat, pairs: list[Pair], config: DataConfig) -> str:
     )  # fmt: skip
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(vocabulary.encode())
+    texts = hashlib.sha256()
     for pair in pairs:
-        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.tools]).encode())
-    return digest.hexdigest()[:32]
+        texts.update(pair_json(pair))
+        digest.update(repr((pair.place, pair.held_out_set)).encode())
+    digest.update(texts.digest())
+    return digest.hexdigest()[:32], texts.hexdigest()[:16]

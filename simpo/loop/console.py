@@ -14,10 +14,10 @@ from typing import Any
 from simpo.config.choices import Compat
 from simpo.config.errors import DamagedError
 from simpo.config.schema import RunConfig
-from simpo.data.chats.chat import Chat, TokenizedSet
-from simpo.data.chats.checks import faults_kept_by_paper
+from simpo.data.chats.chat import Chat
 from simpo.data.mixture import SplitReport
 from simpo.data.plan import TrainPlan
+from simpo.data.store import TokenizedSet
 from simpo.model.cost import Layout, num_weights
 from simpo.model.policy import Policy
 from simpo.run.files import read_replies
@@ -72,7 +72,7 @@ def start_lines(
 def data_lines(table: Sequence[SplitReport], train_set: TokenizedSet, plan: TrainPlan) -> list[str]:
     """Lines about the sources of the pairs, their tokens and steps, and the repairs and cuts."""
     report = train_set.report
-    tokens, unshared = (int(train_set.num_tokens(share).sum()) for share in (True, False))
+    tokens, unshared = (int(train_set.tokens.num_tokens(share).sum()) for share in (True, False))
     lines = [
         *markdown_table(mixture_lines(table)),
         "",
@@ -107,7 +107,7 @@ def token_notes(
             f"note   {unreasoned} train pairs have replies that are scored without their "
             "reasoning, which the chat template strips because another question follows"
         )
-    for fault, count in faults_kept_by_paper(chat, train_set, run.data).items():
+    for fault, count in train_set.kept_by_paper.items():
         if count:
             lines.append(f"note   {count} train pairs kept with {fault} (data.compat=paper)")
     left_out = sum(sum(bad.values()) for bad in (*(r.bad for r in table), train_set.report.bad))

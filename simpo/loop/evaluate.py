@@ -22,7 +22,7 @@ def held_out_metrics(run: RunConfig, parts: Parts, step: int) -> dict[str, float
     The numbers of each pair and the replies are written into the run's folder.
     """
     folder, backend, test = parts.folder, parts.backend, parts.test
-    sampled = test.data.pairs[: run.sample.num_prompts]
+    sampled = test.data.held_out[: run.sample.num_prompts]
     metrics: dict[str, float] = {}
     if len(test):
         with bar("held-out pairs", len(test)) as shown:
@@ -33,8 +33,8 @@ def held_out_metrics(run: RunConfig, parts: Parts, step: int) -> dict[str, float
                 backend,
                 run.model.router_aux_weight,
             )
-        metrics |= found | metrics_of_sets(run.loss, test.data.pairs, scores)
-        placed = ((test.data.pairs[i].place, numbers) for i, numbers in scores.items())
+        metrics |= found | metrics_of_sets(run.loss, test.data.held_out, scores)
+        placed = ((test.data.places[i], numbers) for i, numbers in scores.items())
         folder.write_scores(step, columns(run.loss), placed)
     if sampled:
         with backend.unsharded(parts.policy):

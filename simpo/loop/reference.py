@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from simpo.backend import Backend
-from simpo.data.chats.chat import TokenizedSet
 from simpo.data.pairs import PackedPairs
+from simpo.data.store import TokenizedSet
 from simpo.loop.score import counted, score_pairs
 from simpo.model.head import no_loss
 from simpo.run.cache import find_entry, keep_entry
@@ -54,22 +54,19 @@ def with_reference(
         origin: `weights_fingerprint` of the policy.
         cache_dir: folder of the cache.
     """
-    if not data.pairs:
+    if not len(data):
         return data
-    settings = f"{origin} {data.fingerprint()} {backend.bf16} {backend.device.type}"
+    settings = f"{origin} {data.fingerprint} {backend.bf16} {backend.device.type}"
     name = hashlib.sha256(settings.encode()).hexdigest()[:32]
     folder = cache_dir / "reference" / name
     found, notes = find_entry(folder) if backend.is_main else (False, [])
     scores = backend.broadcast(np.load(folder / "scores.npy") if found else None)
     if scores is None:
-        with bar("reference log-probs of pairs", len(data.pairs)) as shown:
+        with bar("reference log-probs of pairs", len(data)) as shown:
             scores = _score(policy, counted(rows, shown, backend.processes), backend)
         if backend.is_main:
             notes += keep_entry(folder, partial(_write, scores=scores))
-    tokens = [
-        replace(pair, reference_logps=(float(chosen), float(rejected)))
-        for pair, (chosen, rejected) in zip(data.tokens, scores, strict=True)
-    ]
+    tokens = replace(data.tokens, reference_logps=scores)
     return replace(data, tokens=tokens, notes=(*data.notes, *notes))
 
 

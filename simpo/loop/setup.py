@@ -18,8 +18,8 @@ from simpo.config.check import check_training
 from simpo.config.errors import ConfigError
 from simpo.config.own_code import source_sha256
 from simpo.config.schema import RunConfig
-from simpo.data.chats.chat import Chat, pairs_fingerprint
-from simpo.data.chats.checks import faults_kept_by_paper, placed_ids, refuse_unknown_ids
+from simpo.data.chats.chat import Chat
+from simpo.data.chats.checks import placed_ids, refuse_unknown_ids
 from simpo.data.loader import LoadedData, PackedSet, load_data
 from simpo.data.plan import TrainPlan, build_plan
 from simpo.loop import console
@@ -91,9 +91,10 @@ def set_up(run: RunConfig) -> Parts:
         chat = Chat(tokenizer, today, run.model.chat_template_kwargs)
         data = load_data(run, chat, cache_dir)
     if cfg.keep_best or cfg.patience_evals:
-        check_monitor(run.monitor, metric_names(run, data.test.pairs))
+        check_monitor(run.monitor, metric_names(run, data.test.held_out))
     settings = load_settings(run.model, cache_dir)
-    refuse_unknown_ids(chat, placed_ids(data.train, data.test), num_embeddings(settings))
+    known = num_embeddings(settings)
+    refuse_unknown_ids(chat, placed_ids((data.train, data.test), known), known)
     share = (cfg, backend.rank, backend.processes)
     train, test = (PackedSet(tokens, *share) for tokens in (data.train, data.test))
     plan = build_plan(len(train), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
@@ -101,18 +102,19 @@ def set_up(run: RunConfig) -> Parts:
     folder = _find_folder(run, backend)
     _write_records(run, folder, chat, data, str(backend))
     policy = _load_policy(run, backend, settings)
-    check_packing(policy, backend.bf16, [*data.train.tokens, *data.test.tokens], cfg.tokens_per_row)
+    longest = max(data.train.tokens.longest_sequence(), data.test.tokens.longest_sequence())
+    check_packing(policy, backend.bf16, longest, cfg.tokens_per_row)
     check_router(policy, backend.bf16, run.model.router_aux_weight)
     sampled_before = sampled_weights(policy.model)
     check_updates(cfg, sampled_before)
     start_lines = (
-        *console.start_lines(run, policy, str(backend), data.mixture.table, data.train, plan),
+        *console.start_lines(run, policy, str(backend), data.table, data.train, plan),
         *_plan_costs(run, backend, policy, plan, train),
         *rate_notes(cfg, plan),
-        *console.token_notes(run, chat, data.mixture.table, data.train),
+        *console.token_notes(run, chat, data.table, data.train),
         *check_end(run, backend, policy, chat, folder.path),
         *folder.notes,
-        *data.mixture.notes,
+        *data.notes,
     )
     flops = cost.Flops(policy)
     origin = weights_fingerprint(policy) if run.loss.needs_reference and backend.is_main else ""
@@ -169,16 +171,16 @@ def _write_records(
 ) -> None:
     folder.write_data(
         {
-            "mixture": console.mixture_lines(data.mixture.table),
-            "notes": data.mixture.notes,
+            "mixture": console.mixture_lines(data.table),
+            "notes": data.notes,
             "train_tokens": asdict(data.train.report),
             "test_tokens": asdict(data.test.report),
-            "train_fingerprint": pairs_fingerprint(data.train.pairs),
-            "test_fingerprint": pairs_fingerprint(data.test.pairs),
+            "train_fingerprint": data.train.text_fingerprint,
+            "test_fingerprint": data.test.text_fingerprint,
             "template_sha256": chat.template_sha256,
             "template_date": chat.template.date and chat.template.date.isoformat(),
-            "kept_as_the_original": faults_kept_by_paper(chat, data.train, run.data),
-            "tokens_fingerprint": data.train.fingerprint(),
+            "kept_as_the_original": data.train.kept_by_paper,
+            "tokens_fingerprint": data.train.fingerprint,
             "loss_sha256": run.loss.module and source_sha256(run.loss.module),
         }
     )

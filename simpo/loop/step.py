@@ -124,7 +124,7 @@ def finite_update(
             run.model.router_aux_weight,
         )
     except NonFiniteError as error:
-        places = ", ".join(parts.train.data.pairs[i].place for i in error.pairs[:8])
+        places = ", ".join(parts.train.data.places[i] for i in error.pairs[:8])
         raise RunError(f"step {step + 1}: {error}; not updated; pairs: {places}") from error
 
 

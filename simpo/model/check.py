@@ -11,7 +11,7 @@ them after their head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,14 +36,12 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 SMALL_WINDOW = 4
 
 
-def check_packing(
-    policy: Policy, bf16: bool, tokens: Iterable[TokenizedPair] = (), row_tokens: int = 0
-) -> None:
+def check_packing(policy: Policy, bf16: bool, longest_tokens: int = 0, row_tokens: int = 0) -> None:
     """Compare a packed row with its sequences computed separately.
 
     Args:
         bf16: whether the run computes in bf16.
-        tokens: all train and test pairs of the run.
+        longest_tokens: of the longest prompt with one response, of all pairs of the run.
         row_tokens: token budget of a row.
 
     Raises:
@@ -51,14 +49,10 @@ def check_packing(
             the head, or chooses rotary frequencies by the longest sequence of a row.
     """
     say("checking that packed rows give the same as separate sequences ...")
-    longest = max((_longest(pair) for pair in tokens), default=0)
-    _check_rope(policy, longest)
-    with _small_windows(policy, longest if policy.share_prefix else max(longest, row_tokens)):
+    _check_rope(policy, longest_tokens)
+    reached = longest_tokens if policy.share_prefix else max(longest_tokens, row_tokens)
+    with _small_windows(policy, reached):
         _compare(policy, bf16)
-
-
-def _longest(pair: TokenizedPair) -> int:
-    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
 def _check_rope(policy: Policy, longest: int) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from simpo.config.schema import RunConfig
-from simpo.data.chats.chat import Chat, TokenizedSet
+from simpo.data.chats.chat import Chat
 from simpo.data.loader import read_mixture
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair
 from simpo.data.plan import TrainPlan, build_plan, pairs_of_step, rows_of_pairs
 from simpo.data.reading.messages import tool_name
+from simpo.data.store import TokenizedSet
 from simpo.data.tokens import tokenize_set
 from simpo.loop import console
 from simpo.model import cost
@@ -92,8 +93,9 @@ class Stages:
         mixture = read_mixture(run)
         data = tokenize_set(chat, mixture.train, run.data, cache_dir)
         cfg = run.train
-        plan = build_plan(len(data.pairs), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
-        num_tokens = data.num_tokens(cfg.share_prefix)
+        plan = build_plan(len(data), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
+        num_tokens = data.tokens.num_tokens(cfg.share_prefix)
+        pairs = [pair for i, pair in enumerate(mixture.train) if i not in data.faults]
         first = pairs_of_step(plan, 0)
         rows = rows_of_pairs(first, num_tokens, cfg.tokens_per_row)
         row = next(row for row in rows if first[0] in row)
@@ -108,7 +110,10 @@ class Stages:
             ],
             cleaning=Cleaning.of(run.data, mixture),
             lengths=_lengths(data),
-            pairs=[_shown(run, chat, data, int(i)) for i in _in_order(plan, num_pairs)],
+            pairs=[
+                _shown(run, chat, pairs[i], data.tokens[i])
+                for i in _in_order(plan, num_pairs).tolist()
+            ],
             row=_row_table(data, row, cfg.share_prefix),
             row_line=_row_line(data, row, cfg.share_prefix, cfg.tokens_per_row),
         )
@@ -159,20 +164,15 @@ def _run_of_role(tokens: Sequence[Token], colors: bool) -> Iterator[str]:
 
 
 def _lengths(data: TokenizedSet) -> list[dict[str, object]]:
-    parts = {
-        "prompt": [len(pair.prompt_ids) for pair in data.tokens],
-        "chosen": [len(pair.chosen_ids) for pair in data.tokens],
-        "rejected": [len(pair.rejected_ids) for pair in data.tokens],
-    }
+    parts = dict(zip(("prompt", "chosen", "rejected"), data.tokens.lengths().T, strict=True))
     return [
         {"tokens of": name} | {label: int(np.quantile(values, q)) for label, q in QUANTILES.items()}
         for name, values in parts.items()
-        if any(values)
+        if values.any()
     ]
 
 
-def _shown(run: RunConfig, chat: Chat, data: TokenizedSet, index: int) -> Shown:
-    pair, kept = data.pairs[index], data.tokens[index]
+def _shown(run: RunConfig, chat: Chat, pair: Pair, kept: TokenizedPair) -> Shown:
     endless = replace(run.data, max_length_tokens=ENDLESS, max_prompt_tokens=ENDLESS - 1)
     (whole,) = (one.pair for one in chat.tokenize([pair], endless) if isinstance(one, Tokenized))
     parts = {"prompt": _prompt_tokens(chat, whole, kept)}
@@ -229,7 +229,7 @@ def _row_table(
         size = tokens.num_tokens(share_prefix)
         table.append(
             {
-                "pair": data.pairs[index].place,
+                "pair": data.places[index],
                 "from": start,
                 "to": start + size,
                 "prompt": len(tokens.prompt_ids),

@@ -120,6 +120,11 @@ def keep_entry(folder: Path, write: Callable[[Path], None]) -> list[str]:
     try:
         write_entry(folder, write)
     except OSError as error:
-        reason = error.strerror or first_line(error)
-        return [f"note   cache: {folder.parent} cannot be written, not cached: {reason}"]
+        return [not_cached(folder, error)]
     return []
+
+
+def not_cached(folder: Path, error: OSError) -> str:
+    """A line for the user about a cache entry that could not be written."""
+    reason = error.strerror or first_line(error)
+    return f"note   cache: {folder.parent} cannot be written, not cached: {reason}"

@@ -12,20 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from simpo.config.choices import Compat, OnBadRecord, PromptTruncation
+from simpo.config.choices import Compat, PromptTruncation
 from simpo.config.data import DataConfig
-from simpo.config.errors import ConfigError, DataError
+from simpo.config.errors import ConfigError
 from simpo.config.models import ModelConfig
 from simpo.config.paths import TEMPLATES
-from simpo.data import tokens as token_store
-from simpo.data.chats import chat as chat_module
-from simpo.data.chats.chat import Chat, TokenizedSet, pairs_fingerprint
+from simpo.data.chats.chat import Chat
 from simpo.data.pairs import Message, Pair
 from simpo.data.reading.records import RecordFault
 from simpo.data.tokens import tokenize_set
@@ -514,121 +511,3 @@ def test_faults(family: str, template: str, changes: dict[str, Any], fault: str)
     with pytest.raises(RecordFault) as caught:
         tokenize_one(chat, replace(pair, **changes))
     assert fault in str(caught.value)
-
-
-# --- Sets and their cache ------------------------------------------------------------------------
-
-BAD = make_pair(user("Hi"), chosen="</s>")
-PAIRS = [
-    make_pair(user("Hi there")),
-    replace(BAD, place="data.jsonl, record 2"),
-    make_pair(user("word " * 60)),
-    make_pair(user("Hi"), chosen="word " * 60),
-    replace(BAD, place="data.jsonl, record 5"),
-    make_pair(user("Bye"), rejected="word " * 60),
-]
-SHORT = data_config(max_length_tokens=40, max_prompt_tokens=20, on_bad_record=OnBadRecord.drop)
-
-
-def contents(result: TokenizedSet) -> tuple[Any, ...]:
-    return result.pairs, [as_lists(tokens) for tokens in result.tokens], result.report
-
-
-def no_encoding(texts: list[str]) -> list[list[int]]:
-    raise AssertionError("tokenized again")
-
-
-@pytest.fixture
-def chat() -> Chat:
-    return load_chat("mistral", "mistral_paper")
-
-
-@pytest.mark.parametrize("batch_pairs", [1, 2, 512])
-def test_set(chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_pairs: int) -> None:
-    monkeypatch.setattr(chat_module, "BATCH_PAIRS", batch_pairs)
-    result = tokenize_set(chat, PAIRS, SHORT, tmp_path)
-    assert result.pairs == [PAIRS[i] for i in (0, 2, 3, 5)]
-    for pair, tokens in zip(result.pairs, result.tokens, strict=True):
-        assert as_lists(tokens) == as_lists(
-            tokenize_one(chat, pair, max_length_tokens=40, max_prompt_tokens=20)[0]
-        )
-    assert [len(tokens.prompt_ids) for tokens in result.tokens] == [10, 35, 9, 10]
-    assert result.num_tokens().tolist() == [t.num_tokens() for t in result.tokens]
-    report = result.report
-    assert (report.pairs, report.merged_prompts) == (4, 0)
-    assert (report.cut_prompts, report.cut_chosen, report.cut_rejected) == (1, 1, 1)
-    assert report.bad == {"a message holds the token </s> as text": 2}
-
-
-def test_an_empty_set(chat: Chat, tmp_path: Path) -> None:
-    """Nothing held out: made, and read back."""
-    for _ in range(2):
-        assert tokenize_set(chat, [], data_config(), tmp_path).tokens == []
-
-
-def test_set_stops_at_bad_rows(chat: Chat, tmp_path: Path) -> None:
-    tokenize_set(chat, PAIRS, SHORT, tmp_path)
-    with pytest.raises(DataError, match=r"record 2.*</s>(.|\n)*record 5.*</s>"):
-        tokenize_set(chat, PAIRS, replace(SHORT, on_bad_record=OnBadRecord.stop), tmp_path)
-    with pytest.raises(DataError) as caught:
-        tokenize_set(chat, [replace(BAD, place=f"a.jsonl record {n}") for n in (10, 9, 9)], SHORT,
-                     tmp_path)  # fmt: skip
-    assert str(caught.value) == (
-        "a.jsonl record 9: a message holds the token </s> as text\n"
-        "a.jsonl record 10: a message holds the token </s> as text\n"
-        "(no record can be written by the chat template: docs/data.md, Chats)"
-    )
-
-
-def test_cache_is_read(chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = tokenize_set(chat, PAIRS, SHORT, tmp_path)
-    other = load_chat("mistral", "zephyr")
-    for each in (chat, other):
-        monkeypatch.setattr(each, "encode", no_encoding)
-    assert contents(tokenize_set(chat, PAIRS, SHORT, tmp_path)) == contents(first)
-    misses = [
-        (other, PAIRS, SHORT),
-        (chat, PAIRS[:3], SHORT),
-        (chat, [*PAIRS[:-1], make_pair(user("Bye!"))], SHORT),
-        (chat, PAIRS, replace(SHORT, max_length_tokens=41)),
-        (chat, PAIRS, replace(SHORT, max_prompt_tokens=21)),
-        (chat, PAIRS, replace(SHORT, prompt_truncation=KEEP_START)),
-        (chat, PAIRS, replace(SHORT, compat=Compat.paper)),
-    ]
-    for arguments in misses:
-        with pytest.raises(AssertionError, match="tokenized again"):
-            tokenize_set(*arguments, tmp_path)
-    for library in ("tokenizers", "transformers"):
-        with monkeypatch.context() as patch:
-            patch.setattr(getattr(token_store, library), "__version__", "another")
-            with pytest.raises(AssertionError, match="tokenized again"):
-                tokenize_set(chat, PAIRS, SHORT, tmp_path)
-
-
-def test_interrupted_write_leaves_no_cache(
-    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(file: Path, **arrays: np.ndarray) -> None:
-        file.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(token_store.np, "savez", interrupt)
-        tokenize_set(chat, PAIRS, SHORT, tmp_path)
-    assert list((tmp_path / "tokenized").iterdir()) == []
-    assert len(tokenize_set(chat, PAIRS, SHORT, tmp_path).pairs) == 4
-
-
-@pytest.mark.parametrize("file", ["tokens.npz", "report.json"])
-def test_cache_without_one_file_is_made_anew(chat: Chat, tmp_path: Path, file: str) -> None:
-    first = tokenize_set(chat, PAIRS, SHORT, tmp_path)
-    (folder,) = (tmp_path / "tokenized").iterdir()
-    (folder / file).unlink()
-    assert contents(tokenize_set(chat, PAIRS, SHORT, tmp_path)) == contents(first)
-    assert list((tmp_path / "tokenized").iterdir()) == [folder]
-
-
-def test_fingerprint_is_of_texts_in_order() -> None:
-    moved = [replace(pair, place="elsewhere") for pair in PAIRS]
-    assert pairs_fingerprint(moved) == pairs_fingerprint(PAIRS)
-    assert pairs_fingerprint(PAIRS[::-1]) != pairs_fingerprint(PAIRS)

@@ -25,7 +25,7 @@ from simpo.config.compose import compose_run
 from simpo.config.data import SourceConfig
 from simpo.config.errors import ConfigError
 from simpo.config.models import ModelConfig
-from simpo.data.chats.chat import Chat, pairs_fingerprint
+from simpo.data.chats.chat import Chat
 from simpo.data.mixture import load_mixture
 from simpo.data.packing import pack
 from simpo.data.pairs import Message, Pair
@@ -40,6 +40,7 @@ from simpo.data.reading.records import (
     to_prompt,
     unread_columns,
 )
+from simpo.data.store import pairs_fingerprint
 from simpo.data.tokens import tokenize_set
 from simpo.loop import console
 from simpo.on_policy.files import Prompt, read_prompts

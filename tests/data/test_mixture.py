@@ -405,7 +405,7 @@ def test_a_run_says_what_looks_wrong(tiny_run, tmp_path, capsys):
             file.write(json.dumps(rows("both", 1)[0] | {"score_chosen": 1}) + "\n")
     train(compose_run([*run, f"run_dir={tmp_path}/once"]))
     for entry in (tmp_path / "cache" / "tokenized").iterdir():
-        (entry / "tokens.npz").unlink()
+        (entry / "ids.npy").unlink()
     capsys.readouterr()
     train(compose_run([*run, f"run_dir={tmp_path}/again"]))
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
@@ -419,7 +419,7 @@ def test_a_run_says_what_looks_wrong(tiny_run, tmp_path, capsys):
     ]
     assert notes[:3] == [*read_as, overlap]
     assert [re.sub(r"\S+/tokenized/\w+", "ENTRY", note) for note in notes[3:]] == [
-        "note   cache: ENTRY is damaged and made anew: tokens.npz is missing"
+        "note   cache: ENTRY is damaged and made anew: ids.npy is missing"
     ] * 2
     assert json.loads((tmp_path / "again" / "data.json").read_text())["notes"] == [
         *read_as,

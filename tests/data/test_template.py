@@ -21,7 +21,7 @@ from simpo.config.models import ModelConfig
 from simpo.config.paths import TEMPLATES
 from simpo.config.schema import OnPolicyConfig
 from simpo.data.chats.chat import Chat
-from simpo.data.chats.checks import faults_kept_by_paper, placed_ids, refuse_unknown_ids
+from simpo.data.chats.checks import placed_ids, refuse_unknown_ids
 from simpo.data.chats.template import NEEDED_TOKENS, Template, use_template
 from simpo.data.reading.records import RecordFault
 from simpo.data.tokens import tokenize_set
@@ -351,8 +351,8 @@ def test_the_original_keeps_them_and_they_are_counted(
     sizes = {"max_length_tokens": 60, "max_prompt_tokens": 20, "on_bad_record": OnBadRecord.drop}
     config = data_config(compat=Compat.paper, **sizes)
     data = tokenize_set(chat, pairs, config, tmp_path)
-    assert len(data.pairs) == 3
-    assert faults_kept_by_paper(chat, data, config) == {
+    assert len(data) == 3
+    assert data.kept_by_paper == {
         "special tokens as text in a message": 1,
         "the same tokens in both responses": 1,
     }
@@ -364,8 +364,8 @@ def test_the_original_keeps_them_and_they_are_counted(
     ]
     config = data_config(**sizes)
     data = tokenize_set(chat, pairs, config, tmp_path)
-    assert len(data.pairs) == 1 and len(data.report.bad) == 2
-    assert faults_kept_by_paper(chat, data, config) == {}
+    assert len(data) == 1 and len(data.report.bad) == 2
+    assert data.kept_by_paper == {}
 
 
 def test_rows_that_the_original_trains_on(
@@ -419,7 +419,7 @@ def test_a_template_that_writes_the_date(
     assert texts[0].startswith("<|im_start|>system\nToday is 01 Jan 2026<|im_end|>\n")
     assert texts[1] == texts[0].replace("01 Jan", "02 Jan")
     sets = [tokenize_set(chat, [make_pair(user("Hi"))], data_config(), tmp_path) for chat in chats]
-    assert sets[0].fingerprint() != sets[1].fingerprint()
+    assert sets[0].fingerprint != sets[1].fingerprint
     assert Template(tokenizer, date(2026, 1, 1)).date == date(2026, 1, 1)
     assert chat_of(tokenizer, CHATML).template.date is None
 
@@ -509,13 +509,14 @@ def test_ids_beyond_the_model(tiny_run: list[str], tiny_folder: Path, tmp_path: 
 def test_a_pad_token_beyond_the_model(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     chat = chat_of(tokenizer)
     data = tokenize_set(chat, [make_pair(user("Hi"))], data_config(), tmp_path)
-    largest = max(int(ids.max()) for _, ids in placed_ids(data))
-    refuse_unknown_ids(chat, placed_ids(data), largest + 1)
+    largest = max(int(ids.max()) for _, ids in placed_ids([data], 0))
+    assert data.largest_id == largest
+    refuse_unknown_ids(chat, placed_ids([data], largest + 1), largest + 1)
     with pytest.raises(DataError, match=r"^data\.jsonl, record 1: the token "):
-        refuse_unknown_ids(chat, placed_ids(data), largest)
+        refuse_unknown_ids(chat, placed_ids([data], largest), largest)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     with pytest.raises(ConfigError) as caught:
-        refuse_unknown_ids(chat, placed_ids(data), 384)
+        refuse_unknown_ids(chat, placed_ids([data], 384), 384)
     assert str(caught.value) == (
         "model.tokenizer: its token [PAD] has id 384, but the model has embeddings of 384 tokens "
         "only (model.tokenizer and model.path are of different models)"

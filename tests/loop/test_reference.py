@@ -16,13 +16,11 @@ from simpo.backend import build_backend
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import Precision
 from simpo.config.compose import compose_run
-from simpo.data.chats.chat import TokenizedSet, TokenReport
 from simpo.data.packing import pack
-from simpo.data.pairs import Pair
 from simpo.loop import reference
 from simpo.loop.train import train
 from simpo.model.policy import Policy
-from tests.support.tiny_models import padded_logps, random_pairs, tiny_model
+from tests.support.tiny_models import padded_logps, random_pairs, tiny_model, token_set
 from tests.support.whole_runs import assert_same_run, logged, metrics_of, run, start, wait_for
 
 DPO = ["loss=dpo", "loss.beta=0.5"]
@@ -34,8 +32,7 @@ def test_scores_are_those_of_padded_sequences(
     """Against the padded float64 path, in another order than the rows'; then from the cache."""
     model = tiny_model("llama")
     tokens = random_pairs(np.random.default_rng(0), 5)
-    pairs = [Pair(({"role": "user", "content": "x"},), (), (), f"row {i}") for i in range(5)]
-    data = TokenizedSet(pairs, tokens, TokenReport(5, 0, 0, 0, 0, {}))
+    data = token_set(tokens)
     rows = [pack([tokens[i] for i in order], order) for order in ((3, 0), (4, 2, 1))]
     backend = build_backend(SingleConfig(), Precision.fp32, 1.0)
     policy = Policy(model)

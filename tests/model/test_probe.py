@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.data.pairs import TokenizedPair
+from simpo.data.store import Tokens
 from simpo.loop.train import train
 from simpo.model import attention
 from simpo.model.check import check_packing
@@ -123,10 +124,11 @@ def policy_of(config: PreTrainedConfig, share_prefix: bool = True) -> Policy:
     )
 
 
-def pairs_up_to(longest: int) -> list[TokenizedPair]:
-    """A short pair beside one whose longer response ends at so many tokens."""
-    ids = np.ones(longest, dtype=np.int32)
-    return [TokenizedPair(ids[:3], ids[:2], ids[:2]), TokenizedPair(ids[:-4], ids[:2], ids[:4])]
+def longest_of(tokens: int) -> int:
+    """Of a short pair beside one whose longer response ends at so many tokens."""
+    ids = np.ones(tokens, dtype=np.int32)
+    pairs = [TokenizedPair(ids[:3], ids[:2], ids[:2]), TokenizedPair(ids[:-4], ids[:2], ids[:4])]
+    return Tokens.of(pairs).longest_sequence()
 
 
 LONGROPE = {
@@ -169,9 +171,9 @@ def test_positions_that_depend_on_the_longest_sequence(kind: str, share_prefix: 
     """Beyond the length that the model names, and there only, a row would not be its sequences."""
     config, name = ROPES[kind]
     policy = policy_of(config, share_prefix)
-    check_packing(policy, False, pairs_up_to(80), 4096)
+    check_packing(policy, False, longest_of(80), 4096)
     with pytest.raises(ConfigError) as error:
-        check_packing(policy, False, pairs_up_to(81), 4096)
+        check_packing(policy, False, longest_of(81), 4096)
     assert str(error.value) == (
         f"model.path: {name} changes the rotary frequencies of a whole row ({kind.split()[0]}) if "
         "one of its sequences is longer than 80 tokens, so pairs would affect each other; the "
@@ -190,23 +192,23 @@ def test_positions_that_do_not(kind: str) -> None:
         "high_freq_factor": 4.0,
     }
     config = LlamaConfig(**SIZES, max_position_embeddings=320, rope_parameters=rope)
-    check_packing(policy_of(config), False, pairs_up_to(300), 4096)
+    check_packing(policy_of(config), False, longest_of(300), 4096)
 
 
 @pytest.mark.parametrize("family", ["mistral_window", "gemma3"])
 def test_windows_of_any_size_are_outgrown(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that forgets the window is found where the data reaches it, and not before."""
     policy = Policy(tiny_model(family, sliding_window=1000))
-    check_packing(policy, False, pairs_up_to(1001), 0)
+    check_packing(policy, False, longest_of(1001), 0)
     whole = attention._by_segment
 
     def forgetting(query, key, value, segments, scaling, window, softcap):
         return whole(query, key, value, segments, scaling, None, softcap)
 
     monkeypatch.setattr(attention, "_by_segment", forgetting)
-    check_packing(policy, False, pairs_up_to(1000), 4096)
+    check_packing(policy, False, longest_of(1000), 4096)
     with pytest.raises(ConfigError, match=r"ForCausalLM cannot share prompts in packed rows: hidd"):
-        check_packing(policy, False, pairs_up_to(1001), 4096)
+        check_packing(policy, False, longest_of(1001), 4096)
     kept = {getattr(holder, "sliding_window", None) for holder in policy.modules()}
     assert policy.base.config.sliding_window == 1000 and kept <= {None, 1000}
 

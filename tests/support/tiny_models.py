@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo.data.pairs import TokenizedPair
+from simpo.data.store import TokenizedSet, TokenReport, Tokens
 from simpo.loss.simpo import SimpoConfig
 from simpo.model import attention
 
@@ -108,6 +110,18 @@ def random_pairs(
     return [
         TokenizedPair(ids(shortest_prompt), ids(shortest), ids(shortest)) for _ in range(num_pairs)
     ]
+
+
+def token_set(pairs: list[TokenizedPair]) -> TokenizedSet:
+    """A set of pairs in memory."""
+    tokens, digest = Tokens.of(pairs), hashlib.sha256()
+    tokens.add_to(digest)
+    report = TokenReport(len(pairs), 0, 0, 0, 0, {})
+    places = [f"row {index}" for index in range(len(pairs))]
+    largest = int(tokens.ids.max())
+    return TokenizedSet(
+        tokens, places, [], report, "texts", digest.hexdigest()[:16], largest, {}, {}
+    )
 
 
 def padded_logps(model: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:

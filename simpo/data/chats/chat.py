@@ -13,11 +13,10 @@ generation prompt to the token that ends its turn. The texts come from `simpo.da
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -43,54 +42,6 @@ class _Place(NamedTuple):
 
     at: int
     merged: bool
-
-
-@dataclass(frozen=True)
-class TokenReport:
-    """How many pairs were tokenized, cut or left out.
-
-    Attributes:
-        pairs: pairs that were tokenized.
-        merged_prompts: pairs in which one token spans the end of the prompt and the start of the
-            response; their prompt ends at the longest common token prefix.
-        cut_prompts, cut_chosen, cut_rejected: pairs in which this part was cut to its budget.
-        bad: number of pairs left out, by fault.
-        unreasoned: pairs in which a reply is scored without its reasoning, which the chat template
-            strips because another reply follows.
-    """
-
-    pairs: int
-    merged_prompts: int
-    cut_prompts: int
-    cut_chosen: int
-    cut_rejected: int
-    bad: dict[str, int]
-    unreasoned: int = 0
-
-
-@dataclass(frozen=True)
-class TokenizedSet:
-    """Pairs, their tokens in the same order, and the report of their tokenization.
-
-    `notes` are lines for the user about the token cache.
-    """
-
-    pairs: list[Pair]
-    tokens: list[TokenizedPair]
-    report: TokenReport
-    notes: tuple[str, ...] = ()
-
-    def num_tokens(self, share_prefix: bool = True) -> np.ndarray:
-        """Tokens computed for each pair, int64 [pairs]; without `share_prefix` its prompt twice."""
-        return np.array([pair.num_tokens(share_prefix) for pair in self.tokens], dtype=np.int64)
-
-    def fingerprint(self) -> str:
-        """Hash of the token ids in order, 16 hex digits, stored with the run."""
-        digest = hashlib.sha256()
-        for pair in self.tokens:
-            for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
-                digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-        return digest.hexdigest()[:16]
 
 
 class Chat:
@@ -322,15 +273,6 @@ class Chat:
             return ids[:budget]
         head = ids[:1] if ids[0] == self._bos_id else []
         return head + ids[len(ids) - budget + len(head) :]
-
-
-def pairs_fingerprint(pairs: Sequence[Pair]) -> str:
-    """Hash of the text of pairs in order, 16 hex digits, stored with the run."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        text = asdict(replace(pair, place="", held_out_set="", score_margin=None))
-        digest.update(json.dumps(text, sort_keys=True).encode())
-    return digest.hexdigest()[:16]
 
 
 def _place(before: str, whole: str, ids: Mapping[str, list[int]]) -> _Place:

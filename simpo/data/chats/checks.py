@@ -9,17 +9,22 @@ import numpy as np
 from simpo.config.choices import Compat
 from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError, DataError
-from simpo.data.chats.chat import Chat, TokenizedSet
-from simpo.data.pairs import Pair
+from simpo.data.chats.chat import Chat
+from simpo.data.pairs import Pair, TokenizedPair
 from simpo.data.reading.records import RecordFault
+from simpo.data.store import TokenizedSet
 
 
-def placed_ids(*sets: TokenizedSet) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the place of each pair and all its token ids."""
+def placed_ids(
+    sets: Iterable[TokenizedSet], num_embeddings: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the place of each pair and all its token ids, of sets with an id that a model with
+    embeddings of so many tokens does not have."""
     for data in sets:
-        for pair, ids in zip(data.pairs, data.tokens, strict=True):
-            parts = (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)
-            yield pair.place, np.concatenate(parts)
+        if data.largest_id >= num_embeddings:
+            for place, ids in zip(data.places, data.tokens, strict=True):
+                parts = (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)
+                yield place, np.concatenate(parts)
 
 
 def refuse_unknown_ids(
@@ -49,7 +54,9 @@ def refuse_unknown_ids(
             raise DataError(f"{place}: the token {token(number)}, {lacks} {remedy}")
 
 
-def faults_kept_by_paper(chat: Chat, data: TokenizedSet, config: DataConfig) -> dict[str, int]:
+def faults_kept_by_paper(
+    chat: Chat, pairs: Sequence[Pair], tokens: Iterable[TokenizedPair], config: DataConfig
+) -> dict[str, int]:
     """Count the pairs that only compat=paper accepts, by the fault they have without it.
 
     The original trainer keeps them. Empty without compat=paper.
@@ -65,8 +72,8 @@ def faults_kept_by_paper(chat: Chat, data: TokenizedSet, config: DataConfig) -> 
         return False
 
     return {
-        "special tokens as text in a message": sum(map(forges, data.pairs)),
+        "special tokens as text in a message": sum(map(forges, pairs)),
         "the same tokens in both responses": sum(
-            np.array_equal(ids.chosen_ids, ids.rejected_ids) for ids in data.tokens
+            np.array_equal(ids.chosen_ids, ids.rejected_ids) for ids in tokens
         ),
     }

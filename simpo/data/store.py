@@ -1,0 +1,368 @@
+"""The tokens of a run's pairs in flat arrays that lie in files and are mapped into memory.
+
+All processes that read the same files share their pages, and nothing is held for each pair:
+
+    bounds.npy         int64 [3 * pairs + 1], where the parts of the pairs end in ids: of pair i the
+                       prompt is ids[bounds[3i]:bounds[3i + 1]], then chosen, then rejected
+    ids.npy            int32 [tokens]
+    scored.npy         bool [tokens], only where some token of a response is not scored
+    places.npy         uint8 [bytes], the place of each pair as text
+    places-bounds.npy  int64 [pairs + 1], where they end
+    held_out...        the same for held-out pairs as JSON, without replies; empty for train pairs
+    report.json        what is known of the whole set
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, overload
+
+import numpy as np
+
+from simpo.data.pairs import Pair, TokenizedPair
+
+T = TypeVar("T")
+
+SCORED = "scored.npy"
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """How many pairs were tokenized, cut or left out.
+
+    Attributes:
+        pairs: pairs that were tokenized.
+        merged_prompts: pairs in which one token spans the end of the prompt and the start of the
+            response; their prompt ends at the longest common token prefix.
+        cut_prompts, cut_chosen, cut_rejected: pairs in which this part was cut to its budget.
+        bad: number of pairs left out, by fault.
+        unreasoned: pairs in which a reply is scored without its reasoning, which the chat template
+            strips because another reply follows.
+    """
+
+    pairs: int
+    merged_prompts: int
+    cut_prompts: int
+    cut_chosen: int
+    cut_rejected: int
+    bad: dict[str, int]
+    unreasoned: int = 0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token ids of many pairs, one after the other; `tokens[i]` is a `TokenizedPair`.
+
+    Attributes:
+        bounds: int64 [3 * pairs + 1], where prompt, chosen and rejected of each pair end.
+        ids: int32 [tokens].
+        scored: bool [tokens], False for tokens that are not scored; None scores all responses.
+        reference_logps: float32 [pairs, 2], summed log-probs of both responses under the reference
+            model; None until it has scored them.
+    """
+
+    bounds: np.ndarray
+    ids: np.ndarray
+    scored: np.ndarray | None = None
+    reference_logps: np.ndarray | None = None
+
+    @staticmethod
+    def of(pairs: Sequence[TokenizedPair]) -> Tokens:
+        """The same tokens in flat arrays in memory, without reference log-probs."""
+        parts = [
+            ids for pair in pairs for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        ]
+        masks = [
+            mask for pair in pairs for mask in (None, pair.chosen_scored, pair.rejected_scored)
+        ]
+        scored = None
+        if any(mask is not None for mask in masks):
+            scored = np.concatenate(
+                [
+                    np.ones(len(ids), dtype=bool) if mask is None else mask
+                    for ids, mask in zip(parts, masks, strict=True)
+                ]
+            )
+        bounds = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        return Tokens(bounds, np.concatenate(parts) if parts else np.zeros(0, np.int32), scored)
+
+    def __len__(self) -> int:
+        return len(self.bounds) // 3
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start, chosen, rejected, end = self.bounds[3 * index : 3 * index + 4].tolist()
+        masks: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+        if self.scored is not None:
+            masks = (self.scored[chosen:rejected], self.scored[rejected:end])
+        logps = None if self.reference_logps is None else self.reference_logps[index].tolist()
+        return TokenizedPair(
+            self.ids[start:chosen],
+            self.ids[chosen:rejected],
+            self.ids[rejected:end],
+            *masks,
+            None if logps is None else (logps[0], logps[1]),
+        )
+
+    def __iter__(self) -> Iterator[TokenizedPair]:
+        return (self[index] for index in range(len(self)))
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of prompt, chosen and rejected of each pair, int64 [pairs, 3]."""
+        return np.diff(self.bounds).reshape(-1, 3)
+
+    def num_tokens(self, share_prefix: bool = True) -> np.ndarray:
+        """Tokens computed for each pair, int64 [pairs]; without `share_prefix` its prompt twice."""
+        lengths = self.lengths()
+        twice = np.zeros(len(self), bool) if share_prefix else lengths[:, 2] > 0
+        found: np.ndarray = lengths.sum(axis=1) + lengths[:, 0] * twice
+        return found
+
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with one response; 0 without pairs."""
+        lengths = self.lengths()
+        return int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max(initial=0))
+
+    def add_to(self, digest: Any) -> None:
+        """Add length and ids of each part to a hash; that of all pairs is their fingerprint."""
+        ids, size = self.ids.tobytes(), self.ids.itemsize
+        for start, end in pairwise((self.bounds * size).tolist()):
+            digest.update(((end - start) // size).to_bytes(8, "little") + ids[start:end])
+
+
+@dataclass(frozen=True)
+class TokenizedSet:
+    """The tokens of pairs, and what else a run needs of them.
+
+    Attributes:
+        tokens: token ids of the pairs, in order.
+        places: source, split and record of each pair, for messages.
+        held_out: of held-out pairs, each without its replies; empty for train pairs.
+        report: what tokenization changed.
+        text_fingerprint: hash of the texts of the pairs in order, stored with the run.
+        fingerprint: hash of their token ids.
+        largest_id: the largest token id; -1 without pairs.
+        kept_by_paper: pairs that only compat=paper accepts, by the fault they have without it.
+        faults: why pairs have no tokens, by their index among all that were given.
+        notes: lines for the user about the cache.
+    """
+
+    tokens: Tokens
+    places: Sequence[str]
+    held_out: Sequence[Pair]
+    report: TokenReport
+    text_fingerprint: str
+    fingerprint: str
+    largest_id: int
+    kept_by_paper: dict[str, int]
+    faults: dict[int, str]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Lines(Sequence[T]):
+    """Items that lie one after the other in an array of bytes; each is read when it is asked for.
+
+    Args:
+        letters: uint8 [bytes].
+        bounds: int64 [items + 1], where the items end in `letters`, from 0.
+        read: makes an item of its bytes.
+    """
+
+    def __init__(self, letters: np.ndarray, bounds: np.ndarray, read: Callable[[bytes], T]) -> None:
+        self._letters, self._bounds, self._read = letters, bounds, read
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start, end = self._bounds[index : index + 2].tolist()
+        return self._read(self._letters[start:end].tobytes())
+
+
+def pair_json(pair: Pair) -> bytes:
+    """The text of a pair as JSON, without where it comes from: what fingerprints are made of."""
+    fields = {
+        "prompt": pair.prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "place": "",
+        "rule": pair.rule,
+        "held_out_set": "",
+        "score_margin": None,
+        "tools": pair.tools,
+    }
+    return json.dumps(fields, sort_keys=True).encode()
+
+
+def pairs_fingerprint(pairs: Iterable[Pair]) -> str:
+    """Hash of the text of pairs in order, 16 hex digits, stored with the run."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(pair_json(pair))
+    return digest.hexdigest()[:16]
+
+
+def _held_out_json(pair: Pair) -> bytes:
+    fields = (pair.prompt, pair.place, pair.rule, pair.held_out_set, pair.tools)
+    return json.dumps(fields).encode()
+
+
+def _held_out(line: bytes) -> Pair:
+    prompt, place, rule, name, tools = json.loads(line)
+    return Pair(tuple(prompt), (), None, place, rule, name, tools=tools and tuple(tools))
+
+
+def _place(line: bytes) -> str:
+    return line.decode("utf-8", "surrogatepass")
+
+
+@dataclass(frozen=True)
+class Block:
+    """The tokens of some pairs that follow one another in their set.
+
+    Attributes:
+        tokens: of those pairs that have tokens.
+        given: number of all the pairs.
+        counts: of pairs that tokenization changed, in the order of `Tokenized`.
+        faults: of the pairs without tokens, by their index in the block.
+        kept_by_paper: as that of `TokenizedSet`.
+    """
+
+    tokens: Tokens
+    given: int
+    counts: list[int]
+    faults: dict[int, str]
+    kept_by_paper: dict[str, int]
+
+    def save(self, path: Path) -> None:
+        """Write the block, whole or not at all."""
+        tokens, about = self.tokens, {k: v for k, v in vars(self).items() if k != "tokens"}
+        arrays = {"bounds": tokens.bounds, "ids": tokens.ids, "about": np.array(json.dumps(about))}
+        if tokens.scored is not None:
+            arrays["scored"] = tokens.scored
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.replace(part, path)
+
+    @staticmethod
+    def load(path: Path) -> Block:
+        """Read what `save` wrote.
+
+        Raises:
+            OSError, ValueError, KeyError, EOFError, BadZipFile: it is missing or damaged.
+        """
+        with np.load(path) as file:
+            about = json.loads(str(file["about"]))
+            tokens = Tokens(file["bounds"], file["ids"], file.get("scored"))
+        about["faults"] = {int(index): fault for index, fault in about["faults"].items()}
+        return Block(tokens, **about)
+
+
+def write_set(
+    folder: Path, read: Callable[[], Iterator[Block]], pairs: Sequence[Pair], text_fingerprint: str
+) -> None:
+    """Write the files of a set into an empty folder; one block is in memory at a time.
+
+    Args:
+        read: gives the blocks of the set in order, each time that it is called.
+        pairs: the pairs of all blocks.
+        text_fingerprint: `pairs_fingerprint` of these pairs.
+    """
+    counts, kept_by_paper = [0] * 5, Counter[str]()
+    faults: dict[int, str] = {}
+    given, total, masked, ends = 0, 0, False, [np.zeros(1, np.int64)]
+    for block in read():
+        faults |= {given + index: fault for index, fault in block.faults.items()}
+        given += block.given
+        counts = [sum(both) for both in zip(counts, block.counts, strict=True)]
+        kept_by_paper.update(block.kept_by_paper)
+        ends.append(block.tokens.bounds[1:] + total)
+        total += len(block.tokens.ids)
+        masked |= block.tokens.scored is not None
+    bounds = np.concatenate(ends)
+    np.save(folder / "bounds.npy", bounds)
+    digest, largest_id = hashlib.sha256(), -1
+    with ExitStack() as files:
+        ids = files.enter_context(_array_file(folder / "ids.npy", np.int32, total))
+        masks = masked and files.enter_context(_array_file(folder / SCORED, np.bool_, total))
+        for tokens in (block.tokens for block in read()):
+            ids.write(tokens.ids.tobytes())
+            if masks:
+                scored = tokens.scored
+                masks.write(
+                    (np.ones(len(tokens.ids), bool) if scored is None else scored).tobytes()
+                )
+            largest_id = max(largest_id, int(tokens.ids.max(initial=-1)))
+            tokens.add_to(digest)
+    good = [pair for index, pair in enumerate(pairs) if index not in faults] if faults else pairs
+    _write_lines(folder, "places", (pair.place.encode("utf-8", "surrogatepass") for pair in good))
+    _write_lines(folder, "held_out", (_held_out_json(pair) for pair in good if pair.held_out_set))
+    bad = dict(Counter(faults.values()))
+    merged, prompts, chosen, rejected, unreasoned = counts
+    report = TokenReport(len(good), merged, prompts, chosen, rejected, bad, unreasoned)
+    about = {
+        "report": asdict(report),
+        "faults": faults,
+        "text_fingerprint": pairs_fingerprint(good) if faults else text_fingerprint,
+        "fingerprint": digest.hexdigest()[:16],
+        "largest_id": largest_id,
+        "kept_by_paper": dict(kept_by_paper),
+    }
+    (folder / "report.json").write_text(json.dumps(about))
+
+
+def open_set(folder: Path) -> TokenizedSet:
+    """Map the files of a set into memory; they may be removed afterwards."""
+
+    def mapped(name: str) -> np.ndarray:
+        return np.asarray(np.load(folder / name, mmap_mode="r"))
+
+    def lines(name: str, read: Callable[[bytes], T]) -> Lines[T]:
+        return Lines(mapped(f"{name}.npy"), mapped(f"{name}-bounds.npy"), read)
+
+    about = json.loads((folder / "report.json").read_text())
+    masked = (folder / SCORED).exists()
+    tokens = Tokens(mapped("bounds.npy"), mapped("ids.npy"), mapped(SCORED) if masked else None)
+    about["faults"] = {int(index): fault for index, fault in about["faults"].items()}
+    about["report"] = TokenReport(**about["report"])
+    return TokenizedSet(tokens, lines("places", _place), lines("held_out", _held_out), **about)
+
+
+@contextmanager
+def _array_file(path: Path, dtype: type[np.generic], size: int) -> Iterator[BinaryIO]:
+    """A file of an array of one dimension, opened behind its header."""
+    with path.open("wb") as file:
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (size,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        yield file
+
+
+def _write_lines(folder: Path, name: str, lines: Iterable[bytes]) -> None:
+    letters, bounds = bytearray(), array("q", [0])
+    for line in lines:
+        letters += line
+        bounds.append(len(letters))
+    np.save(folder / f"{name}.npy", np.frombuffer(letters, np.uint8))
+    np.save(folder / f"{name}-bounds.npy", np.frombuffer(bounds, np.int64))

@@ -18,6 +18,9 @@ from simpo.data.reading.records import to_dialogue, to_pair
 from simpo.data.store import TokenizedSet
 from simpo.data.tokens import tokenize_set
 
+BLOCK_PAIRS = 16_384
+"""A whole set is laid out in blocks of this many pairs, so that it costs time by its size only."""
+
 
 @dataclass(frozen=True)
 class LoadedData:
@@ -78,14 +81,16 @@ class PackedSet:
         Args:
             indices: indices of the pairs; None is all of them.
         """
-        every: Sequence[int] | np.ndarray = range(len(self)) if indices is None else indices
-        share_prefix = self._config.share_prefix
-        rows = rows_of_pairs(every, self.num_tokens, self._config.tokens_per_row, self._processes)
-        for row in rows[self._rank :: self._processes]:
-            if row:
-                yield pack([self.data.tokens[i] for i in row], row, share_prefix)
-            else:
-                yield placeholder_row(self.data.tokens[0], share_prefix)
+        cfg, every = self._config, range(len(self))
+        starts = range(0, len(self), BLOCK_PAIRS)
+        blocks = [every[start : start + BLOCK_PAIRS] for start in starts]
+        for block in blocks if indices is None else [indices]:
+            rows = rows_of_pairs(block, self.num_tokens, cfg.tokens_per_row, self._processes)
+            for row in rows[self._rank :: self._processes]:
+                if row:
+                    yield pack([self.data.tokens[i] for i in row], row, cfg.share_prefix)
+                else:
+                    yield placeholder_row(self.data.tokens[0], cfg.share_prefix)
 
     def holding(self, data: TokenizedSet) -> PackedSet:
         """A set that packs `data` into the same rows: the same pairs, with reference log-probs."""

@@ -7,8 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simpo.config.schema import TrainConfig
+from simpo.data import loader
+from simpo.data.chats.chat import TokenizedSet, TokenReport
+from simpo.data.loader import PackedSet
 from simpo.data.packing import pack
-from simpo.data.pairs import TokenizedPair
+from simpo.data.pairs import Pair, TokenizedPair
 from simpo.data.plan import build_plan, pairs_of_step, rows_of_pairs
 
 
@@ -82,6 +86,68 @@ def test_rows_worked_out_by_hand() -> None:
     assert rows_of_pairs([1, 0], lengths, 20, ranks=3) == [[1], [0], []]
 
 
+def rows_one_by_one(lengths: list[int], budget: int, ranks: int) -> list[list[int]]:
+    """The layout by its definition: the fewest rows, from first fit's number, that keep it."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    room: list[int] = []
+    for i in order:
+        fitting = [row for row, left in enumerate(room) if lengths[i] <= left]
+        row = fitting[0] if fitting else len(room)
+        room[row:] = [(room[row] if fitting else budget) - lengths[i], *room[row + 1 :]]
+    number = -(-len(room) // ranks) * ranks
+    while True:
+        rows: list[list[int]] = [[] for _ in range(number)]
+        for i in order:
+            min(rows, key=lambda row: sum(lengths[j] for j in row)).append(i)
+        sums = [sum(lengths[j] for j in row) for row in rows]
+        if all(total <= budget or len(row) == 1 for total, row in zip(sums, rows, strict=True)):
+            return [rows[i] for i in sorted(range(number), key=lambda i: (-sums[i], i))]
+        number += ranks
+
+
+@settings(deadline=None)
+@given(lengths, st.integers(1, 100), st.integers(1, 5))
+def test_rows_are_those_of_a_search_one_by_one(lengths: list[int], budget: int, ranks: int) -> None:
+    rows = rows_of_pairs(range(len(lengths)), np.array(lengths), budget, ranks)
+    assert rows == rows_one_by_one(lengths, budget, ranks)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(2, 40), min_size=1, max_size=100),
+    st.integers(1, 100),
+    st.integers(1, 4),
+    st.integers(1, 50),
+)
+def test_a_whole_set_is_laid_out_in_blocks(
+    lengths: list[int], budget: int, ranks: int, block: int
+) -> None:
+    """Every pair once, no row above the budget, and each process as many rows."""
+    tokens = [pair([1] * (n - 1), [2], []) for n in lengths]
+    pairs = [Pair((), (), (), f"row {i}") for i in range(len(tokens))]
+    data = TokenizedSet(pairs, tokens, TokenReport(len(pairs), 0, 0, 0, 0, {}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "BLOCK_PAIRS", block)
+        sets = [PackedSet(data, TrainConfig(tokens_per_row=budget), r, ranks) for r in range(ranks)]
+        rows = [list(packed.rows()) for packed in sets]
+    filled = [row for of_rank in rows for row in of_rank if row.pairs]
+    assert sorted(i for row in filled for i in row.pairs) == list(range(len(lengths)))
+    assert all(row.input_ids.numel() <= budget or len(row.pairs) == 1 for row in filled)
+    assert len({len(of_rank) for of_rank in rows}) == 1
+    # Any two rows of first fit are more than one full row.
+    blocks = -(-len(lengths) // block)
+    fewest = sum(min(n, budget) for n in lengths) / budget
+    assert len(rows[0]) <= 2 * (2 * fewest + blocks) / ranks + 2 * blocks
+
+
+def test_rows_of_a_large_set() -> None:
+    """Lengths like UltraFeedback's fill nine tenths of the rows."""
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(np.log(800), 0.6, 5_000).clip(20, 3000).astype(np.int64)
+    rows = rows_of_pairs(range(len(lengths)), lengths, 4096, 8)
+    assert len(rows) * 4096 * 0.9 < lengths.sum()
+
+
 def test_row_with_a_prompt_for_each_response() -> None:
     row = pack([pair([11, 12], [21], [31, 32]), pair([], [23, 24], [34, 35])], [7, 5], False)
     assert row.input_ids.tolist() == [[11, 12, 21, 11, 12, 31, 32, 23, 24, 34, 35]]
@@ -102,6 +168,26 @@ def test_an_epoch_is_a_permutation(num_pairs: int, per_step: int, epochs: int, s
         assert sorted(np.concatenate(part)) == list(range(num_pairs))
         assert all(len(step) == per_step for step in part[:-1])
     assert plan.total_steps == epochs * plan.steps_per_epoch
+
+
+def test_an_epoch_is_drawn_once_and_in_the_same_order_ever_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator, drawn = np.random.default_rng, []
+
+    def noted(seed: list[int]) -> np.random.Generator:
+        drawn.append(seed)
+        return generator(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", noted)
+    plan = build_plan(12, 5, 2, None, seed=7_654_321)
+    orders = [pairs_of_step(plan, step).tolist() for step in range(plan.total_steps)]
+    assert drawn == [[7_654_321, 0], [7_654_321, 1]]
+    assert orders == [
+        *([7, 10, 11, 6, 2], [8, 5, 1, 9, 4], [0, 3]),
+        *([1, 0, 5, 4, 8], [10, 9, 3, 6, 11], [7, 2]),
+    ]
+    assert pairs_of_step(plan, 0).tolist() == orders[0], "an earlier epoch is drawn again"
 
 
 def test_order_depends_on_seed_and_epoch_only() -> None:

@@ -16,6 +16,9 @@ from simpo.backend import build_backend
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import Precision
 from simpo.config.compose import compose_run
+from simpo.config.schema import TrainConfig
+from simpo.data import loader
+from simpo.data.loader import PackedSet
 from simpo.data.packing import pack
 from simpo.loop import reference
 from simpo.loop.train import train
@@ -55,6 +58,28 @@ def test_scores_are_those_of_padded_sequences(
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(pytest.fail.Exception, match="scored again"):
         scored(origin)
+
+
+def test_scores_of_a_set_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 4 pairs give the padded float64 numbers too; a cached set is not laid out."""
+    model = tiny_model("llama")
+    tokens = random_pairs(np.random.default_rng(1), 11)
+    data = token_set(tokens)
+    backend = build_backend(SingleConfig(), Precision.fp32, 1.0)
+    packed = PackedSet(data, TrainConfig(tokens_per_row=40), 0, 1)
+    monkeypatch.setattr(loader, "BLOCK_PAIRS", 4)
+
+    def scored() -> list[float]:
+        found = reference.with_reference(
+            Policy(model), data, packed.rows(), "origin", tmp_path, backend
+        )
+        return [x for pair in found.tokens for x in pair.reference_logps or ()]
+
+    sums, _ = padded_logps(copy.deepcopy(model).double(), tokens)
+    expected = torch.stack(sums.chunk(2), dim=1).flatten().tolist()
+    assert scored() == pytest.approx(expected, rel=1e-5)
+    monkeypatch.setattr(loader, "rows_of_pairs", lambda *_: pytest.fail("laid out"))
+    assert scored() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_fingerprint_is_of_every_weight() -> None:

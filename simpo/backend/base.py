@@ -302,12 +302,17 @@ class Backend:
         """Context in which the policy's weights are gathered for generation."""
         return nullcontext()
 
-    def full_weights(self, wrapped: nn.Module, policy: Policy) -> dict[str, Tensor] | None:
-        """Gathered weights to save on rank 0, by their names in the policy's model.
+    def whole_weights(self, wrapped: nn.Module, policy: Policy) -> Iterator[tuple[str, Tensor]]:
+        """The weights of `Policy.saved`, gathered one after the other.
 
-        None if the policy itself holds its whole weights.
+        All processes iterate at the same time. On rank 0 the weights are in host memory; on the
+        others they are not to be used. DeepSpeed's are the fp32 weights of its optimizer.
         """
-        return None
+        for name, weight in policy.saved().items():
+            yield name, self._whole(weight)
+
+    def _whole(self, weight: Tensor) -> Tensor:
+        return weight.detach().cpu() if self.is_main else weight
 
     # Checkpoints.
 

@@ -15,8 +15,8 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from simpo.backend.base import Backend
@@ -84,11 +84,15 @@ class FsdpBackend(Backend):
         yield
         policy.reshard()
 
-    def full_weights(self, wrapped: nn.Module, policy: Policy) -> dict[str, Tensor] | None:
+    def whole_weights(self, wrapped: nn.Module, policy: Policy) -> Iterator[tuple[str, Tensor]]:
         _reshard(wrapped)
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights: dict[str, Any] = get_model_state_dict(policy, options=options)
-        return {name.removeprefix("model."): weight for name, weight in weights.items()}
+        return super().whole_weights(wrapped, policy)
+
+    def _whole(self, weight: Tensor) -> Tensor:
+        if isinstance(weight, DTensor):  # not so a buffer
+            sharded: Any = weight.to(self.device)
+            weight = sharded.full_tensor()
+        return super()._whole(weight)
 
     def _state(self, wrapped: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         _reshard(wrapped)

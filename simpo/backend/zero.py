@@ -105,11 +105,13 @@ class ZeroBackend(Backend):
             return float("nan")
         return float(self._engine.get_global_grad_norm())
 
-    def full_weights(self, wrapped: nn.Module, policy: Policy) -> dict[str, Tensor] | None:
-        if self.stage == 2:
-            return None
-        weights = self._accelerator.get_state_dict(wrapped) or {}
-        return {name.removeprefix("model."): weight for name, weight in weights.items()}
+    def _whole(self, weight: Tensor) -> Tensor:
+        import deepspeed
+
+        if self.bf16 and weight.requires_grad:
+            return super()._whole(deepspeed.utils.safe_get_full_fp32_param(weight))
+        with deepspeed.zero.GatheredParameters([weight]):
+            return super()._whole(weight.clone())
 
     def save_state(
         self, folder: Path, wrapped: nn.Module, optimizer: Optimizer, background: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,15 @@ def sampled_weights(module: nn.Module) -> dict[str, Tensor]:
     return {n: _sample(p).clone() for n, p in module.named_parameters() if p.requires_grad}
 
 
+def sampling(
+    weights: Iterable[tuple[str, Tensor]], samples: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The same weights, of each of which a sample is added to `samples` on the way."""
+    for name, weight in weights:
+        samples[name] = _sample(weight).clone()
+        yield name, weight
+
+
 def _sample(weight: Tensor) -> Tensor:
     flat = weight.detach().reshape(-1)
     return flat[:: max(1, len(flat) // WEIGHTS_LOOKED_AT)].cpu()
@@ -127,7 +136,7 @@ def change_notes(
 
     Args:
         before: result of `sampled_weights`.
-        after: whole tensors by name, at least those in `before`.
+        after: result of `sampled_weights` or whole tensors, by name, at least those in `before`.
         saved: dtype in which they are saved.
     """
     changed, kept, rounded = 0, 0, False

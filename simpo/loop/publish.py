@@ -133,7 +133,7 @@ def check_end(
             dtype = export_dtype(run)
             _refuse_full_disk(policy, run_dir, dtype)
             fetch_terms(policy.base)
-            messages = save_model(policy, {}, chat, trial, dtype)
+            messages = save_model(policy, (), chat, trial, dtype)
             write_card(run, run_dir, console.Results({}, {}), trial)
         except ConfigError as error:
             problems = error.problems

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
+
+from torch import Tensor
+
 from simpo.config.schema import RunConfig
 from simpo.loop import console
 from simpo.loop.history import History
-from simpo.loop.optim import change_notes
+from simpo.loop.optim import change_notes, sampling
 from simpo.loop.publish import export_dtype, publish
 from simpo.loop.setup import Parts
 from simpo.model.export import save_model
@@ -22,18 +26,23 @@ def save_results(
         say(f"the best model, after step {kept}, is damaged ({fault}): the last is saved")
         kept = step
     say("saving the model ...")
-    weights = backend.full_weights(parts.wrapped, parts.policy)
+    weights = backend.whole_weights(parts.wrapped, parts.policy)
     results = console.Results(
         before=history.evaluations.get(0, {}),
         after=history.evaluations.get(kept, {}),
         findings=history.findings,
     )
+    samples: dict[str, Tensor] = {}
     notes: list[str] = []
-    if backend.is_main:
-        now = weights or dict(parts.policy.model.named_parameters())
-        dtype = export_dtype(run)
-        notes = change_notes(parts.sampled_before, now, dtype)
-        save_model(parts.policy, weights, parts.chat, folder.path / "model", dtype)
+    try:
+        if backend.is_main:
+            dtype = export_dtype(run)
+            weights = sampling(weights, samples)
+            save_model(parts.policy, weights, parts.chat, folder.path / "model", dtype)
+            notes = change_notes(parts.sampled_before, samples, dtype)
+    finally:
+        # Processes gather a weight together, so all must ask for all, also after a failure.
+        deque(weights, maxlen=0)
     folder.write_json(
         "results.json",
         {

@@ -7,11 +7,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -20,15 +23,17 @@ from simpo.data.chats.chat import Chat
 from simpo.model.policy import Policy
 from simpo.model.pretrained import model_files
 
-LARGEST_FILE = "5GB"
+LARGEST_FILE_BYTES = 5 * 10**9
 """Larger models are written as several files and an index, each of which is loaded by itself."""
+LAYER = re.compile(r"^(.*?\.\d+)\..*")
+"""A weight's name, with its layer as group 1."""
 TERMS = re.compile(r"(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)(?![a-z])", re.IGNORECASE)
 """Names of files that the licences of base models want passed on with models made of them."""
 
 
 def save_model(
     policy: Policy,
-    weights: dict[str, Tensor] | None,
+    weights: Iterable[tuple[str, Tensor]] | None,
     chat: Chat,
     folder: Path,
     dtype: torch.dtype | None = None,
@@ -36,11 +41,12 @@ def save_model(
     """Write weights (or the adapter) as safetensors, with config, tokenizer and template.
 
     An existing folder is replaced once the new one is complete. In the saved config the KV cache is
-    on and generation stops at the token that ended a response in training.
+    on and generation stops at the token that ended a response in training. Of `weights` those of
+    one file and of the layer after it are held at a time.
 
     Args:
-        weights: gathered weights of the policy's model; None if the policy holds its whole weights,
-            empty to write everything except the weights.
+        weights: the tensors of `Policy.saved`, whole and in host memory, in its order; None if the
+            policy holds its whole weights, empty to write everything except the weights.
         dtype: dtype of the written weights; None writes them as they are.
 
     Returns:
@@ -51,14 +57,16 @@ def save_model(
     """
     part, old = (folder.with_name(f".{folder.name}.{name}") for name in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
-    if dtype is not None:
-        weights = _cast(policy, weights, dtype)
+    weights = policy.saved().items() if weights is None else weights
     try:
         left_out = _write(policy, weights, chat, part, dtype)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.rename(folder, old)
         os.rename(part, folder)
+    except RunError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     except Exception as error:  # several libraries write, each with its own errors
         shutil.rmtree(part, ignore_errors=True)
         raise RunError(
@@ -91,7 +99,7 @@ def fetch_terms(base: PreTrainedModel) -> None:
 
 def _write(
     policy: Policy,
-    weights: dict[str, Tensor] | None,
+    weights: Iterable[tuple[str, Tensor]],
     chat: Chat,
     folder: Path,
     dtype: torch.dtype | None,
@@ -104,11 +112,13 @@ def _write(
     base, adapted = policy.base, policy.model is not policy.base
     base.config.use_cache = True
     left_out = _make_generation_savable(base, chat)
-    options: dict[str, Any] = {"state_dict": weights, "max_shard_size": LARGEST_FILE}
+    weights = _cast(policy, weights, dtype)
     if adapted:
         # The frozen weights below an adapter on lm_head are in the base's files.
-        options["save_embedding_layers"] = False
-    policy.model.save_pretrained(folder, **options)  # type: ignore[operator]
+        options: Any = {"state_dict": dict(weights), "save_embedding_layers": False}
+        policy.model.save_pretrained(folder, **options)  # type: ignore[operator]
+    else:
+        _write_files(base, weights, folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's, which names the base's folder
     if dtype is not None and not adapted:
         _write_dtype(folder / "config.json", dtype)
@@ -128,9 +138,9 @@ def _write(
 
 
 def _cast(
-    policy: Policy, weights: dict[str, Tensor] | None, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Trained weights in another dtype, on the CPU; tied ones stay one tensor.
+    policy: Policy, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Weights with the trained ones in another dtype, on the CPU; None changes nothing.
 
     Buffers, and weights that the model always keeps in fp32, stay as they are.
 
@@ -138,23 +148,67 @@ def _cast(
         RunError: a weight would become infinite.
     """
     kept = policy.base._keep_in_fp32_modules_strict or ()
-    trained = {
-        name: id(weight)
-        for name, weight in policy.model.named_parameters(remove_duplicate=False)
-        if weight.requires_grad and not any(part in name for part in kept)
-    }
-    done: dict[int, Tensor] = {}
-    state = dict(policy.model.state_dict() if weights is None else weights)
-    for name in trained.keys() & state.keys():
-        if (key := trained[name]) not in done:
-            done[key] = state[name].to("cpu", dtype)
-            if dtype is torch.float16 and not torch.isfinite(done[key]).all():
+    trained = {name for name, weight in policy.saved().items() if weight.requires_grad}
+    for name, weight in weights:
+        if dtype is not None and name in trained and not any(part in name for part in kept):
+            weight = weight.detach().to("cpu", dtype)
+            if dtype is torch.float16 and not torch.isfinite(weight).all():
                 raise RunError(
                     f"export.dtype: {name} has a weight too large for float16, the dtype of the "
                     "base model (the same command with export.dtype=float32 saves it)"
                 )
-        state[name] = done[key]
-    return state
+        yield name, weight.detach()
+
+
+def _write_files(
+    base: PreTrainedModel, weights: Iterable[tuple[str, Tensor]], folder: Path
+) -> None:
+    """Write a model's settings, and its weights file by file.
+
+    transformers writes each file, with the names and shapes that the original model's files have.
+    """
+    files: list[Path] = []
+    total_bytes = 0
+    for batch in _batches(weights):
+        total_bytes += sum(weight.nbytes for weight in batch.values())
+        base.save_pretrained(folder, state_dict=batch, max_shard_size=LARGEST_FILE_BYTES)
+        batch.clear()  # it would be held while the next is gathered
+        for file in sorted(folder.glob("model*.safetensors")):
+            files.append(file.rename(folder / f"part-{len(files)}"))
+    index = folder / "model.safetensors.index.json"
+    index.unlink(missing_ok=True)
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+        return
+    places: dict[str, str] = {}
+    for number, file in enumerate(files, start=1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        with safe_open(file, "pt") as written:
+            for weight in written.keys():  # noqa: SIM118 - not a dict
+                places[weight] = name
+        file.rename(folder / name)
+    if files:
+        content = {"metadata": {"total_size": total_bytes}, "weight_map": places}
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _batches(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Weights in dicts of at most `LARGEST_FILE_BYTES`, or of one layer if that is larger.
+
+    A layer is not divided, since transformers may convert its weights together, such as experts.
+    Without weights this is one empty dict.
+    """
+    batch: dict[str, Tensor] = {}
+    size = 0
+    for _, members in groupby(weights, lambda item: LAYER.sub(r"\1", item[0])):
+        layer = dict(members)
+        added = sum(weight.nbytes for weight in layer.values())
+        if batch and size + added > LARGEST_FILE_BYTES:
+            yield batch
+            batch, size = {}, 0
+        batch |= layer
+        size += added
+    yield batch
 
 
 def _write_dtype(file: Path, dtype: torch.dtype) -> None:

@@ -32,6 +32,17 @@ class Policy(nn.Module):
         """The transformers model, under the adapters if there are any."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator,return-value]
 
+    def saved(self) -> dict[str, Tensor]:
+        """What a saved model consists of, by name: the trained weights of adapters, else all
+        weights and the buffers that belong to a checkpoint. Tied weights come once, under the first
+        of their names. A sharded weight is this process's handle on it.
+        """
+        if self.model is not self.base:
+            return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        state = self.model.state_dict(keep_vars=True)
+        first = {id(weight): name for name, weight in reversed(state.items())}
+        return {name: weight for name, weight in state.items() if first[id(weight)] == name}
+
     def forward(
         self, row: PackedPairs, pair_loss: PairLoss, router_loss: RouterLoss | None = None
     ) -> tuple[Tensor, PairLogps]:

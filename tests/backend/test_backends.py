@@ -393,7 +393,9 @@ def test_adapters(
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["fsdp", "zero2", "zero3"])
 def test_bf16_with_sums_in_fp32(kind: str, settings: list[str], tmp_path: Path) -> None:
-    """Weights in bf16, log-probs in fp32: losses near those of fp32, and not rounded to bf16."""
+    """Weights in bf16, log-probs in fp32: losses near those of fp32, and not rounded to bf16. The
+    weights that are saved are those that the optimizer keeps in fp32.
+    """
     short = [*settings, "train.max_steps=4", "train.eval_every=0"]
     train(compose_run([*short, f"run_dir={tmp_path / 'fp32'}"]))
     run([*short, *of(f"{kind}-2"), "train.precision=bf16", f"run_dir={tmp_path / 'bf16'}"])
@@ -403,3 +405,9 @@ def test_bf16_with_sums_in_fp32(kind: str, settings: list[str], tmp_path: Path) 
     )
     assert got == pytest.approx(expected, rel=0.02)
     assert all(torch.tensor(loss).bfloat16().item() != pytest.approx(loss) for loss in got)
+    saved, alone = weights_of(tmp_path / "bf16"), weights_of(tmp_path / "fp32")
+    assert saved.keys() == alone.keys()
+    for name, weight in saved.items():
+        assert not torch.equal(weight, weight.bfloat16().float()), name
+        # Four steps of at most the learning rate, in opposite directions.
+        assert (weight - alone[name]).abs().max() < 8 * 3.1e-4, name

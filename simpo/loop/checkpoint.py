@@ -15,7 +15,7 @@ import os
 import random
 import re
 import shutil
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from simpo.backend import Backend, not_written
 from simpo.config.errors import ConfigError, DamagedError, RunError, first_line, unwritable
 from simpo.run.cache import file_fault, files_in, flush_and_hash
 from simpo.run.files import Manifest, check_metrics, metrics_sha256, read_manifest
+
+Hashes = list[tuple[str, tuple[int, str]]]
+"""Name, size in bytes and sha256 of files."""
 
 
 class CheckpointStore:
@@ -44,8 +47,8 @@ class CheckpointStore:
         """Delete what an interrupted save left.
 
         Args:
-            background: `save` returns once the state is copied, and a later `finish_pending`
-                completes the checkpoint.
+            background: `save` returns once the state is copied; files are written and hashed in
+                threads, and a later `finish_pending` completes the checkpoint.
 
         Raises:
             RunError: the folder cannot be written.
@@ -55,7 +58,8 @@ class CheckpointStore:
         self._keep = keep
         self._backend = backend
         self._background = background
-        self._pending: tuple[Future[Any], int, int] | None = None
+        self._hashing = ThreadPoolExecutor(1, "hashes of a checkpoint")
+        self._pending: tuple[Future[Hashes], int, int] | None = None
         if backend.is_main:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -116,14 +120,16 @@ class CheckpointStore:
                 torch.save(_random_states(), file)
             future = self._backend.save_state(part / "state", wrapped, optimizer, self._background)
             if future is None:
-                self._commit(step, metrics_bytes)
+                self._backend.wait()
+                self._commit(step, metrics_bytes, self._hash(part))
             else:
-                self._pending = future, step, metrics_bytes
+                hashes = self._hashing.submit(self._hash, part, future)
+                self._pending = hashes, step, metrics_bytes
         except (OSError, CheckpointException) as error:
             raise self._failure(step, error) from error
 
     def finish_pending(self, wait: bool) -> None:
-        """Complete a checkpoint that is written in the background, if all its files are there.
+        """Complete a checkpoint that is written in the background, if its files are hashed.
 
         Args:
             wait: wait until they are.
@@ -133,24 +139,28 @@ class CheckpointStore:
         """
         if self._pending is None:
             return
-        future, step, metrics_bytes = self._pending
-        if not wait and self._backend.any(not future.done()):
+        hashes, step, metrics_bytes = self._pending
+        if not wait and self._backend.any(not hashes.done()):
             return
         self._pending = None
         try:
-            future.result()
-            self._commit(step, metrics_bytes)
+            self._commit(step, metrics_bytes, hashes.result())
         except (OSError, CheckpointException) as error:
             raise self._failure(step, error) from error
 
-    def _commit(self, step: int, metrics_bytes: int) -> None:
+    def _hash(self, part: Path, written: Future[Any] | None = None) -> Hashes:
+        """Flush and hash this process's share of a checkpoint's files.
+
+        Args:
+            written: is done when the files of all processes are complete; None if they are.
+        """
+        if written is not None:
+            written.result()
+        return [(name, flush_and_hash(part / name)) for name in self._my_share(files_in(part))]
+
+    def _commit(self, step: int, metrics_bytes: int, hashes: Hashes) -> None:
         part, backend = self._part(step), self._backend
-        backend.wait()
-        files = dict(
-            backend.gather(
-                [(name, flush_and_hash(part / name)) for name in self._my_share(files_in(part))]
-            )
-        )
+        files = dict(backend.gather(hashes))
         if backend.is_main:
             manifest = Manifest(
                 step,

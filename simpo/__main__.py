@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from simpo.config.errors import ConfigError, exit_codes
+from simpo.run.progress import print_all_letters
 
 COMMANDS = {
     "train": "train a run, or with -m a sweep of runs",
@@ -41,6 +42,7 @@ def main(words: list[str] | None = None) -> None:
         SystemExit: with an exit code other than 0 if the command did not succeed.
     """
     exit_on_signals()
+    print_all_letters()
     words = sys.argv[1:] if words is None else words
     with exit_codes():
         name, rest = (words[0], words[1:]) if words else ("--help", [])

@@ -26,6 +26,7 @@ from simpo.run import slurm
 from simpo.run.atomic import write_json
 from simpo.run.files import last_job, status_or_none
 from simpo.run.processes import die_with_parent, end_process
+from simpo.run.progress import print_all_letters
 from simpo.run.runs import note_job
 from simpo.run.unused import hide_unused
 
@@ -71,6 +72,7 @@ def run_member(folder: Path) -> tuple[int, bool]:
     Returns:
         The exit code, and whether a signal other than SIGINT stopped it after saving.
     """
+    print_all_letters()
     try:
         run = replace(load_run(folder / "run.yaml"), run_dir=str(folder.absolute()))
         hide_unused(run)

@@ -31,6 +31,7 @@ from simpo.run.processes import (
     printed_file,
     reporting_lost_ranks,
 )
+from simpo.run.progress import print_all_letters
 from simpo.run.unused import hide_unused
 
 
@@ -39,6 +40,7 @@ def main() -> int:
     _, name, *sys.argv = sys.argv
     folder = Path(name)
     die_with_parent()
+    print_all_letters()
     rank = int(os.environ["RANK"])
     threading.Thread(target=_heartbeat, args=(heartbeat_file(folder, rank),), daemon=True).start()
     try:

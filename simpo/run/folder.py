@@ -184,8 +184,9 @@ class RunFolder:
             state = "stopped" if isinstance(error, Stopped) else "failed"
             reason = f"{type(error).__name__}: {error}"
             step, total = status.get("step", 0), status.get("total_steps", 0)
-            with suppress(RunError):  # the disk may be full
-                self.write_status(state, step, total, reason)
+            if status.get("state") != "finished":  # then its results could not be printed
+                with suppress(RunError):  # the disk may be full
+                    self.write_status(state, step, total, reason)
             if isinstance(error, OSError) and (place := self._place(error)):
                 raise unwritable(place, error) from error
             raise

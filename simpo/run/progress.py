@@ -6,6 +6,7 @@ process of a run prints; in others, all of this does nothing.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -32,9 +33,21 @@ def say(*lines: str) -> None:
     _write(sys.stdout, lines)
 
 
+def print_all_letters() -> None:
+    """Let stdout show letters that its encoding lacks as escapes (\\u540d in latin-1).
+
+    Else a reply could end a run that has only to print it.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's takes all
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def on_terminal() -> bool:
     """Whether this process shows bars on a terminal that can redraw a line."""
-    return _prints() and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    if not (_prints() and sys.stderr.isatty()) or os.environ.get("TERM") == "dumb":
+        return False
+    # Those of containers, script and expect may have no width.
+    return os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 class Bar:

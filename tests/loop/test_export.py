@@ -594,6 +594,16 @@ def test_an_upload_that_fails(
     assert status_of(run_dir) == "finished"
 
 
+def test_results_that_cannot_be_printed(tiny_run: list[str], tmp_path: Path) -> None:
+    """The reader of the output may be gone by then; all else is done."""
+    words = [*tiny_run, "train.max_steps=1", "sample.num_prompts=0", f"run_dir={tmp_path}/run"]
+    folder = RunFolder(compose_run(words))
+    with pytest.raises(BrokenPipeError), folder.recording_failure():
+        folder.write_status("finished", 1, 1)
+        raise BrokenPipeError
+    assert status_of(folder.path) == "finished"
+
+
 OFFER = " (mend it, or upload later: python -m simpo.export RUN push_to_hub=me/model)"
 
 

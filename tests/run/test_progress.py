@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -14,11 +15,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
+from simpo.__main__ import main
+from simpo.launch.commands import train
 from simpo.loop.console import libraries_quiet, metrics_text
 from simpo.run import progress
+from tests.support.made_runs import make
 from tests.support.whole_runs import start
 
 METRICS = {
@@ -253,6 +258,40 @@ def test_a_terminal_without_carriage_returns(clock: Clock, monkeypatch: pytest.M
             bar.advance(2, took_s=20.0)
         # The terminal itself begins each line with a return.
         assert seen.read().replace("\r\n", "\n") == "train 2/2, took 0:20, 10.00 s/step\n"
+
+
+def test_a_terminal_without_a_width(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as those of containers, `script` and expect: a bar there would be empty."""
+    with terminal(0, monkeypatch) as seen:
+        with progress.bar("train", 2, "step", stays=True) as bar:
+            bar.begin_at(0)
+            clock.now += 20.0
+            bar.advance(2, took_s=20.0)
+        assert seen.read().replace("\r\n", "\n") == "train 2/2, took 0:20, 10.00 s/step\n"
+
+
+def test_letters_that_the_locale_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands print them as escapes."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    main(["report", str(make(tmp_path / "r\u00e9sum\u00e9 \u540d", held_out=False)), "html=none"])
+    *_, line = written.getvalue().splitlines()
+    assert line == b"| r\xe9sum\xe9 \\u540d | finished, step 40 of 40 |"
+
+
+def test_output_that_nobody_reads(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`simpo train | head` ends as other programs do there."""
+    monkeypatch.setattr(train, "hide_unused", lambda run: None)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as ended:
+            main(["train", *tiny_run])
+    assert (ended.value.code, capsys.readouterr().err) == (141, "")
 
 
 def test_downloads_are_seen_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:

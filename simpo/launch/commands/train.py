@@ -104,7 +104,7 @@ def run_composed(cfg: DictConfig) -> float | None:
     try:
         hide_unused(run)
         return read_results(start(run))["eval_after"].get(run.monitor.metric)
-    except SimpoError as error:
+    except (SimpoError, BrokenPipeError) as error:
         if several and not isinstance(error, Stopped):
             raise
         with exit_codes():

@@ -20,7 +20,15 @@ import traceback
 from pathlib import Path
 
 from simpo.config.check import load_run
-from simpo.config.errors import INTERRUPTED, LOST, SAVED, LostError, SimpoError, Stopped
+from simpo.config.errors import (
+    BROKEN_PIPE,
+    INTERRUPTED,
+    LOST,
+    SAVED,
+    LostError,
+    SimpoError,
+    Stopped,
+)
 from simpo.run.processes import (
     HEARTBEAT_S,
     die_with_parent,
@@ -64,6 +72,8 @@ def main() -> int:
         return SAVED if saved else error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # of `| head`
+        return BROKEN_PIPE
     except BaseException:
         with log_file(folder, rank).open("a") as log:
             traceback.print_exc(file=log)

@@ -25,6 +25,7 @@ from simpo.config.backends import BackendConfig, DistributedConfig
 from simpo.config.check import run_yaml
 from simpo.config.choices import Device
 from simpo.config.errors import (
+    BROKEN_PIPE,
     INTERRUPTED,
     LOST,
     SAVED,
@@ -301,6 +302,8 @@ def _failure(failed: dict[int, int], folder: Path, stopped_code: int) -> BaseExc
     code = next(iter(failed.values()))
     if code == INTERRUPTED:
         return KeyboardInterrupt()
+    if code == BROKEN_PIPE:
+        return BrokenPipeError()
     if code == SAVED:
         return _printed(Stopped, folder, INTERRUPTED)
     if code < 0:

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from simpo.config.backends import BackendConfig, DdpConfig, SingleConfig
-from simpo.config.errors import ConfigError, LostError, RunError, Stopped
+from simpo.config.check import run_yaml
+from simpo.config.compose import compose_run
+from simpo.config.errors import BROKEN_PIPE, ConfigError, LostError, RunError, Stopped
+from simpo.config.schema import RunConfig
+from simpo.launch import rank as rank_program
 from simpo.run.processes import (
     LOST,
     SAVED,
@@ -143,6 +147,25 @@ def test_exit_codes_of_runs_whose_ranks_fail(tmp_path: Path) -> None:
         assert ("rank 1: the other processes do not answer" in str(error)) == (
             SAVED not in codes.values()
         )
+
+
+def test_output_of_ranks_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`simpo train | head` ends without a traceback here too."""
+
+    def printing(run: RunConfig) -> Path:
+        raise BrokenPipeError
+
+    (tmp_path / "run.yaml").write_text(run_yaml(compose_run([])))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "argv", ["rank", str(tmp_path), "simpo train"])
+    monkeypatch.setattr(rank_program, "hide_unused", lambda run: None)
+    monkeypatch.setattr(rank_program, "die_with_parent", lambda: None)
+    monkeypatch.setattr(rank_program, "_heartbeat", lambda file: None)
+    monkeypatch.setattr("simpo.loop.train.train", printing)
+    code = rank_program.main()
+    assert code == BROKEN_PIPE == 141
+    assert not log_file(tmp_path, 0).exists()
+    assert type(_failure({0: code, 1: LOST}, tmp_path, stopped_code=75)) is BrokenPipeError
 
 
 def test_signals_through_the_life_of_a_process() -> None:

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from simpo.config.schema import TrainConfig
 from simpo.data import loader
-from simpo.data.chats.chat import TokenizedSet, TokenReport
 from simpo.data.loader import PackedSet
 from simpo.data.packing import pack
-from simpo.data.pairs import Pair, TokenizedPair
+from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import build_plan, pairs_of_step, rows_of_pairs
+from tests.support.tiny_models import token_set
 
 
 def pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:
@@ -124,8 +124,7 @@ def test_a_whole_set_is_laid_out_in_blocks(
 ) -> None:
     """Every pair once, no row above the budget, and each process as many rows."""
     tokens = [pair([1] * (n - 1), [2], []) for n in lengths]
-    pairs = [Pair((), (), (), f"row {i}") for i in range(len(tokens))]
-    data = TokenizedSet(pairs, tokens, TokenReport(len(pairs), 0, 0, 0, 0, {}))
+    data = token_set(tokens)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "BLOCK_PAIRS", block)
         sets = [PackedSet(data, TrainConfig(tokens_per_row=budget), r, ranks) for r in range(ranks)]

@@ -30,6 +30,20 @@ COMMANDS = {
     "chat": "talk to the model of a run in a terminal",
     "export": "merge an adapter into its base model, or upload a model",
 }
+PRINTERS = {
+    "completion": """
+usage: simpo completion bash|zsh
+
+Print a TAB completion, which this takes into use: eval "$(simpo completion bash)"
+""",
+    "schema": """
+usage: simpo schema [loss.module=MODULE]
+
+Print a JSON schema of the settings for editors, with those of the losses of a module of your own.
+How an editor finds it: docs/running.md
+""",
+}
+"""Helps of the commands that print a text for other programs."""
 SECTIONS = {"train": [], "generate": ["on_policy"], "annotate": ["on_policy"]}
 """Commands whose help lists settings, with the sections listed by default ([]: all)."""
 CONTINUES = "the same command continues"
@@ -50,6 +64,8 @@ def main(words: list[str] | None = None) -> None:
             print(_overview())
         elif name == "--version":
             print(f"simpo {version('simpo')}")
+        elif name in PRINTERS and {"-h", "--help"} & set(rest):
+            print(PRINTERS[name].strip())
         elif name in ("complete", "completion"):
             _complete(name, " ".join(rest))
         elif name == "schema":

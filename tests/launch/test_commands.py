@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo.__main__ import COMMANDS, main
+from simpo.__main__ import COMMANDS, PRINTERS, main
 from simpo.config.composer import CONF
 from simpo.config.errors import exit_codes
 from simpo.config.schema import RunConfig, TrainConfig
@@ -49,7 +49,7 @@ def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *PRINTERS])
 def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = printed([command, "--help"], capsys)
     assert text.startswith(f"usage: simpo {command} ")

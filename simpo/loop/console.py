@@ -145,11 +145,12 @@ def mixture_lines(table: Sequence[SplitReport]) -> list[dict[str, Any]]:
 
 def end_lines(results: Results, run_dir: Path, model_step: int, last_step: int) -> list[str]:
     """Lines about held-out metrics and replies before and after, and the model's folder."""
-    lines = markdown_table(result_lines(results.before, results.after)) if results.after else []
+    table = result_lines(results.before, results.after) if results.after else []
+    lines = [*markdown_table(table), ""] if table else []
     samples = [run_dir / f"samples/step-{step:06d}.json" for step in (0, model_step)]
     try:
         before, after = map(read_replies, samples)
-        lines += ["", *_reply_lines(before, after)] if before and after else []
+        lines += _reply_lines(before, after) if before and after else []
     except DamagedError as error:
         lines.append(f"note   {error}")
     if results.findings:

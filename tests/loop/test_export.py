@@ -676,6 +676,17 @@ def test_other_replies_than_the_run_was_begun_with(tmp_path: Path) -> None:
     ]
 
 
+def test_a_blank_line_ends_the_table_of_a_run_without_replies(tmp_path: Path) -> None:
+    assert end_lines(Results({"loss": 0.5}, {"loss": 0.25}), tmp_path, 4, 6) == [
+        "| held out | before | after |",
+        "|----------|--------|-------|",
+        "| loss     | 0.500  | 0.250 |",
+        "",
+        f"model  {tmp_path}/model, the best: after step 4",
+        f"chat   python -m simpo.chat {tmp_path} base=true",
+    ]
+
+
 def test_the_rule_of_a_reply_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ends of a long prompt, and the rule, in the columns there are; nothing steers them."""
     prompt = "Saturn is a giant.\n\n" + "It has many moons. " * 9 + "Answer in capitals."
@@ -686,7 +697,6 @@ def test_the_rule_of_a_reply_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / f"samples/step-{step:06d}.json").write_text(text)
     monkeypatch.setenv("COLUMNS", "60")
     assert end_lines(Results({}, {}), tmp_path, 6, 6) == [
-        "",
         "prompt  Saturn is a giant. / It ... ons. Answer in capitals.",
         "rule    capital letters only",
         f"before  [fails] a \ufffd[2Jred / planet {'b' * 22}...",
@@ -696,7 +706,7 @@ def test_the_rule_of_a_reply_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
         f"chat   python -m simpo.chat {tmp_path} base=true",
     ]
     monkeypatch.delenv("COLUMNS")
-    shown = end_lines(Results({}, {}), tmp_path, 6, 6)[1]
+    shown = end_lines(Results({}, {}), tmp_path, 6, 6)[0]
     assert len(shown) == 160 and shown.endswith(" moons. Answer in capitals.")
 
 

@@ -79,8 +79,8 @@ def write_card(run: RunConfig, run_dir: Path, results: Results, model_dir: Path)
         f"{pairs['train']} pairs to train on, in steps of {run.train.pairs_per_step}, and "
         f"{pairs['test']} held-out pairs. Fingerprints: train {data['train_fingerprint']}, test "
         f"{data['test_fingerprint']}; chat template sha256 {data['template_sha256']}.",
-        f"## Results on {pairs['test']} held-out pairs",
-        "\n".join(markdown_table(measured)),
+        f"## Results on {pairs['test']} held-out pairs" if measured else "## Results",
+        "\n".join(markdown_table(measured)) if measured else "No pairs were held out.",
         *_saved_dtype(model_dir),
         *(f"Sign of collapse: {plain(finding)}." for finding in results.findings),
         *(["![curves](curves.png)"] if (model_dir / "curves.png").is_file() else []),

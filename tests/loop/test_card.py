@@ -32,7 +32,13 @@ from simpo.loss.without_reference import SftConfig
 RESULTS = Results({"loss": 0.5}, {"loss": 0.25})
 
 
-def card_of(run: RunConfig, folder: Path, source: str = "me/pairs", pairs: int = 24) -> ModelCard:
+def card_of(
+    run: RunConfig,
+    folder: Path,
+    source: str = "me/pairs",
+    pairs: int = 24,
+    results: Results = RESULTS,
+) -> ModelCard:
     """The card of a run that has not been trained."""
     counted = {"train_tokens": {"pairs": pairs}, "test_tokens": {"pairs": 16}}
     prints = dict.fromkeys(("train_fingerprint", "test_fingerprint", "template_sha256"), "0")
@@ -40,7 +46,7 @@ def card_of(run: RunConfig, folder: Path, source: str = "me/pairs", pairs: int =
     (folder / "data.json").write_text(json.dumps(data))
     environment = {"packages": {}, "python": "3", "device": "1 CPU", "git_commit": ""}
     (folder / "environment.json").write_text(json.dumps(environment))
-    write_card(run, folder, RESULTS, folder)
+    write_card(run, folder, results, folder)
     return ModelCard((folder / "README.md").read_text(encoding="utf-8"))
 
 
@@ -247,6 +253,12 @@ def test_odd_names_break_nothing(tiny_run: list[str], tmp_path: Path) -> None:
     assert settings["train.learning_rate"] == 1e-3
     assert settings.keys() == trajectory(run).keys()
     assert str(tmp_path) not in str(card)
+
+
+def test_a_run_without_held_out_pairs(tiny_run: list[str], tmp_path: Path) -> None:
+    nothing = Results({}, {})
+    text = card_of(compose_run(tiny_run), tmp_path, results=nothing).text
+    assert "\n\n## Results\n\nNo pairs were held out.\n\n## Provenance\n" in text
 
 
 def test_text_that_is_left_as_it_is() -> None:

@@ -130,8 +130,13 @@ def damaged_lines(report: Comparison) -> list[str]:
     return [f"{name}: {run.fault}" for name, run in report.damaged.items()]
 
 
-def averages_text(report: Comparison, key: str) -> str:
-    """The table of `averages`: means with their ranges."""
+def averages_text(report: Comparison, key: str, width: int | None = None) -> str:
+    """The table of `averages`: means with their ranges.
+
+    Args:
+        width: columns of the terminal; the last metrics that do not fit are named below the table.
+            None cuts nothing.
+    """
     found = averages(report, key)
     names = dict(SHOWN)
     wanted = dict.fromkeys([report.metric, *names])
@@ -152,4 +157,9 @@ def averages_text(report: Comparison, key: str) -> str:
         }
         for group in found
     ]
-    return "\n".join([*markdown_table(lines), *damaged_lines(report)]) + "\n"
+    hidden: list[str] = []
+    while width is not None and len(lines[0]) > 3 and _width(lines) > width:
+        hidden.insert(0, list(lines[0])[-1])
+        lines = [{label: line[label] for label in list(line)[:-1]} for line in lines]
+    notes = [f"too wide for this terminal: {', '.join(hidden)}"] if hidden else []
+    return "\n".join([*markdown_table(lines), *notes, *damaged_lines(report)]) + "\n"

@@ -20,7 +20,7 @@ from simpo.config.errors import ConfigError
 from simpo.loss.simpo import SigmoidConfig
 from simpo.report.compare import Comparison, compare
 from simpo.report.page import render
-from simpo.report.text import shorten, text
+from simpo.report.text import averages_text, shorten, text
 from simpo.run.runs import State, note_job, read_progress
 from tests.support.browser import look_at
 from tests.support.made_runs import make
@@ -279,6 +279,22 @@ def test_runs_averaged_over_a_setting(tmp_path: Path) -> None:
     assert cli(folder, "over=train.sed", code=2) == (
         "over: the runs do not differ in train.sed (loss.beta, loss.gamma_beta_ratio)\n"
     )
+
+
+def test_averages_fit_a_terminal(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for beta in (2.0, 5.0):
+            make(tmp_path / f"beta={beta},seed={seed}", beta=beta, seed=seed, steps=4)
+    report = compare([tmp_path])
+    whole, *_ = averages_text(report, "train.seed").splitlines()
+    labels = [label.strip() for label in whole.split("|")[1:-1]]
+    assert labels[:4] == ["runs", "number", "accuracy", "loss"] and len(labels) > 4
+    for width, columns in ((80, 3), (100, 4)):
+        head, rule, *rows, note = averages_text(report, "train.seed", width).splitlines()
+        assert [label.strip() for label in head.split("|")[1:-1]] == labels[:columns]
+        assert len(rows) == 2 and {len(line) for line in (head, rule, *rows)} == {len(head)}
+        assert len(head) <= width
+        assert note == f"too wide for this terminal: {', '.join(labels[columns:])}"
 
 
 def test_the_table_fits_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

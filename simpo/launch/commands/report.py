@@ -54,7 +54,7 @@ def main(words: Sequence[str]) -> None:
     form, key = options.get("format", "text"), options.get("over")
     if form == "text":
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print(text(report, width) if key is None else averages_text(report, key), end="")
+        print(text(report, width) if key is None else averages_text(report, key, width), end="")
     else:
         lines = report.lines() if key is None else averages(report, key)
         sys.stderr.writelines(f"{line}\n" for line in damaged_lines(report))

@@ -6,6 +6,7 @@ Replies go to stdout; notes, errors and answers to commands go to stderr.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -26,6 +27,9 @@ A line that ends with \ goes on in the next one. A question that begins with / n
 it. Ctrl-C stops a reply.
 """.strip()
 COMMANDS = tuple(line.split()[0] for line in HELP.splitlines() if line.startswith("/"))
+
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters; not the tab and the line feed."""
 
 
 class Conversation:
@@ -198,6 +202,9 @@ def _with_system(system: str, turns: list[Message]) -> list[Message]:
 
 
 def _show(text: str) -> None:
+    """Print a part of a reply; on a terminal without characters that would steer it."""
+    if sys.stdout.isatty():
+        text = STEERING.sub("\ufffd", text)
     print(text, end="", flush=True)
 
 

@@ -32,7 +32,7 @@ from simpo.data.mixture import load_mixture
 from simpo.data.pairs import Tokenized
 from simpo.data.reading.records import to_dialogue
 from simpo.launch.commands.chat import USAGE, Words, _arguments
-from simpo.launch.conversation import HELP, Conversation
+from simpo.launch.conversation import HELP, Conversation, _show
 from simpo.loop.train import train
 from simpo.model import talk
 from simpo.model.tokenizer import load_tokenizer
@@ -489,6 +489,19 @@ def test_a_hub_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(capsys, "me/model")
     assert error.startswith("model.path: me/model cannot be loaded: it is not in the cache, and ")
     assert error.count("\n") == 1
+
+
+def test_nothing_in_a_reply_steers_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reply = "one\n\ttwo \x1b[2J\x07\r\x9b, \u00e9 \u00a0 \U0001f468\u200d\U0001f469"
+    _show(reply)
+    assert capsys.readouterr().out == reply
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _show(reply)
+    assert capsys.readouterr().out == (
+        "one\n\ttwo \ufffd[2J\ufffd\ufffd\ufffd, \u00e9 \u00a0 \U0001f468\u200d\U0001f469"
+    )
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:

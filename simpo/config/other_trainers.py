@@ -8,7 +8,7 @@ from __future__ import annotations
 
 BATCH = (
     "here train.pairs_per_step, the pairs of one update: batch per device x accumulation steps x "
-    "devices; train.tokens_per_row bounds what one forward takes (write train.pairs_per_step=128)"
+    "devices; train.tokens_per_row bounds what one forward takes (such as train.pairs_per_step=128)"
 )
 EVALUATIONS = "here train.eval_every, in steps; 0: before the first step and after the last"
 CHECKPOINTS = "here train.checkpoint_every, in steps; 0: after the last step"

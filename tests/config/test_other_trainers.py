@@ -18,7 +18,7 @@ from simpo.config.suggest import all_keys, unknown_key
 
 BATCH = (
     "here train.pairs_per_step, the pairs of one update: batch per device x accumulation steps x "
-    "devices; train.tokens_per_row bounds what one forward takes (write train.pairs_per_step=128)"
+    "devices; train.tokens_per_row bounds what one forward takes (such as train.pairs_per_step=128)"
 )
 SOURCES = (
     "here data.sources, a list; the share of one is its weight "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,9 @@ from simpo.data.pairs import PackedPairs
 from simpo.data.plan import rows_of_pairs
 from simpo.data.reading.records import to_dialogue, to_pair
 from simpo.data.store import TokenizedSet
-from simpo.data.tokens import tokenize_set
+from simpo.data.tokens import settings_hash, stored_set, tokenize_set
+from simpo.data.unchanged import Sources
+from simpo.run.progress import say
 
 BLOCK_PAIRS = 16_384
 """A whole set is laid out in blocks of this many pairs, so that it costs time by its size only."""
@@ -49,10 +51,22 @@ def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
         DataError: a source cannot be read, a record is bad (with on_bad_record=stop), or no record
             is left.
     """
+    kind = f"{settings_hash(chat, run.data)} {run.loss.needs_rejected}"
+    sources = Sources(run.data, cache_dir, kind)
+    if known := sources.remembered():
+        train, test = (stored_set(known[name], cache_dir) for name in ("train", "test"))
+        if train is not None and test is not None:
+            say("the sources are as they were: taking their tokens from the cache")
+            table = [SplitReport(**line) for line in known["table"]]
+            return LoadedData(table, known["notes"], train, test)
     mixture = read_mixture(run)
     train, test = (
         tokenize_set(chat, pairs, run.data, cache_dir) for pairs in (mixture.train, mixture.test)
     )
+    if train.name and test.name:
+        lines = [asdict(line) for line in mixture.table]
+        names = {"train": train.name, "test": test.name}
+        sources.remember({"table": lines, "notes": mixture.notes, **names})
     return LoadedData(mixture.table, mixture.notes, train, test)
 
 

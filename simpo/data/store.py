@@ -155,6 +155,7 @@ class TokenizedSet:
         kept_by_paper: pairs that only compat=paper accepts, by the fault they have without it.
         faults: why pairs have no tokens, by their index among all that were given.
         notes: lines for the user about the cache.
+        name: of the cache entry; empty if it is not cached.
     """
 
     tokens: Tokens
@@ -167,6 +168,7 @@ class TokenizedSet:
     kept_by_paper: dict[str, int]
     faults: dict[int, str]
     notes: tuple[str, ...] = ()
+    name: str = ""
 
     def __len__(self) -> int:
         return len(self.tokens)

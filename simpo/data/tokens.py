@@ -94,7 +94,7 @@ def tokenize_set(
     try:
         if not found:
             _make(folder, job)
-        data = open_set(folder)
+        data = replace(open_set(folder), name=name)
     except OSError as error:
         notes.append(not_cached(folder, error))
         data = _uncached(job)
@@ -104,6 +104,12 @@ def tokenize_set(
         ordered = sorted(placed.items(), key=_numbers)
         raise DataError(fault_lines(ordered, all_bad=not len(data), of_template=True))
     return replace(data, notes=tuple(notes))
+
+
+def stored_set(name: str, cache_dir: Path) -> TokenizedSet | None:
+    """The set that `tokenize_set` stored under a name; None if it is damaged or gone."""
+    folder = cache_dir / "tokenized" / name
+    return replace(open_set(folder), name=name) if find_entry(folder)[0] else None
 
 
 def _numbers(placed: tuple[str, str]) -> list[str | int]:
@@ -276,8 +282,8 @@ def _block(chat: Chat, config: DataConfig, pairs: Sequence[Pair], results: Seque
     return Block(tokens, len(pairs), counts, faults, kept_by_paper)
 
 
-def _content_hash(chat: Chat, pairs: Sequence[Pair], config: DataConfig) -> tuple[str, str]:
-    """The name of the cache entry of pairs, and the fingerprint of their texts."""
+def settings_hash(chat: Chat, config: DataConfig) -> str:
+    """Hash of everything that decides the tokens of a pair but the pair: 64 hex digits."""
     tokenizer = chat.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = (
@@ -294,7 +300,12 @@ def _content_hash(chat: Chat, pairs: Sequence[Pair], config: DataConfig) -> tupl
     )  # fmt: skip
     digest = hashlib.sha256(repr(settings).encode())
     digest.update(vocabulary.encode())
-    texts = hashlib.sha256()
+    return digest.hexdigest()
+
+
+def _content_hash(chat: Chat, pairs: Sequence[Pair], config: DataConfig) -> tuple[str, str]:
+    """The name of the cache entry of pairs, and the fingerprint of their texts."""
+    digest, texts = hashlib.sha256(settings_hash(chat, config).encode()), hashlib.sha256()
     for pair in pairs:
         texts.update(pair_json(pair))
         digest.update(repr((pair.place, pair.held_out_set)).encode())

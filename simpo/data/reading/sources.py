@@ -61,6 +61,23 @@ def raw_records(
         raise DataError(f"{path} {split}: cannot be read: {fault}") from error
 
 
+def files_of_split(source: SourceConfig, split: str, held_out: bool) -> list[Path] | None:
+    """The files that decide the records of a split; None if only reading them tells.
+
+    Raises:
+        Exception: of many types, if the source cannot be read.
+    """
+    path = origin(source, held_out)
+    folder = Path(os.path.expanduser(path))
+    if path == "builtin:demo":
+        return []
+    if data_path.is_hub_id(path):
+        return None
+    if _is_saved(folder):
+        return sorted(file for file in folder.rglob("*") if file.is_file())
+    return list(_files(source, path, split).values())
+
+
 def _records(source: SourceConfig, path: str, split: str, seed: int) -> Iterator[tuple[str, Any]]:
     """Yield where a record lies, if that says more than its number, and the record."""
     folder = Path(os.path.expanduser(path))
@@ -68,7 +85,7 @@ def _records(source: SourceConfig, path: str, split: str, seed: int) -> Iterator
         yield from (("", record) for record in demo_records(seed, split))
     elif data_path.is_hub_id(path):
         yield from (("", record) for record in _hub_dataset(source, split))
-    elif any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+    elif _is_saved(folder):
         yield from (("", record) for record in _saved(folder, source, split))
     else:
         yield from _read(_files(source, path, split))
@@ -199,6 +216,11 @@ def _listed_splits(folder: Path, names: list[str], subset: str | None) -> dict[s
         )
         for split, wanted in sanitize_patterns(patterns).items()
     }
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote a folder."""
+    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
 
 
 def _saved(folder: Path, source: SourceConfig, split: str) -> Any:

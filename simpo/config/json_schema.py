@@ -91,6 +91,8 @@ def _any_choice(group: str) -> Schema:
         first = properties[key] = values[0]
         if any(value.get("default") != first.get("default") for value in values):
             properties[key] = {name: part for name, part in first.items() if name != "default"}
+        if any(value["type"] != first["type"] for value in values):
+            properties[key] = {"description": first["description"], "anyOf": values}
         if len(values) < len(GROUPS[group]):
             only = " or ".join(choices_with(f"{group}.{key}"))
             properties[key] = properties[key] | {

@@ -68,6 +68,13 @@ def test_the_comment_names_the_schema_of_the_choice() -> None:
             assert schema == DEFINITIONS[f"{group}.{kind}"], path
 
 
+def test_keys_that_choices_have_with_other_types() -> None:
+    """tracker=wandb has a list of tags, tracker=mlflow names them."""
+    for tags in (["a"], {"a": "b"}):
+        assert is_valid({"tracker": {"tags": tags}}, SCHEMA)
+    assert not is_valid({"tracker": {"tags": 3}}, SCHEMA)
+
+
 VALUES = (1, 1.5, "a", True, None, [1], ["a"], {"a": 1}, {"a": "b"}, [{"path": "x"}], [{"p": 1}])
 # OmegaConf turns these into what is wanted; in a file they are rather a mistake.
 CONVERTED = [("string", True), ("boolean", 1), ("boolean", 1.5), ("number", "1")]

@@ -304,6 +304,9 @@ def _override_problems(
     key = override.key_or_group
     if not (override.is_add() or override.is_delete() or key.startswith("hydra")):
         return _value_problems(base, key, override.value())
+    if not (key.startswith("hydra") or key in all_keys(base) or is_free(base, key)):
+        value = shown(override.value()) if override.is_add() else None
+        return [f"{key}: {unknown_key(base, key, value)}"]
     try:
         composed = composer.compose([*groups, str(override.input_line)])
     except NotComposedError as error:

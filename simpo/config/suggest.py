@@ -17,6 +17,7 @@ from omegaconf import (
     ListConfig,
     OmegaConf,
 )
+from omegaconf.errors import ConfigTypeError
 
 from simpo.config.check import GROUPS
 from simpo.config.other_trainers import ANSWERS, answer
@@ -97,7 +98,9 @@ def is_free(base: DictConfig, key: str) -> bool:
     """Whether a key is, or is within, a section that takes any names."""
     parts = key.split(".")
     above = (OmegaConf.select(base, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
-    return any(isinstance(node, DictConfig) and not OmegaConf.is_struct(node) for node in above)
+    with suppress(ConfigTypeError):  # a name where a list has numbers
+        return any(isinstance(node, DictConfig) and not OmegaConf.is_struct(node) for node in above)
+    return False
 
 
 def wanted(node: Any) -> str:

@@ -37,6 +37,7 @@ LOSS_CHOICES = (
     "alphapo, cpo, dpo, hinge, ipo, ipo_free, ln_dpo, orpo, r_dpo, repo, rrhf, sft, sigmoid, "
     "simper, simpo, simpo_hinge, slic"
 )
+LOSS_KEYS = "name, module, sft_weight, beta, gamma_beta_ratio, length_normalized, label_smoothing"
 TRAIN_KEYS = (
     "pairs_per_step, tokens_per_row, share_prefix, check_memory, epochs, max_steps, "
     "learning_rate, schedule, warmup_ratio, weight_decay, adam_beta1, adam_beta2, adam_epsilon, "
@@ -200,8 +201,18 @@ SETTINGS: list[tuple[str, list[str]]] = [
             "a text with commas is 'key=\"a,b\"'"
         ],
     ),
-    ("+loss.foo=1", ["loss.foo: no such key (leave out the +)"]),
-    ("+loss.foo=1,2", ["loss.foo: no such key (leave out the +)"]),
+    ("+loss.foo=1", [f"loss.foo: no such key (loss has {LOSS_KEYS})"]),
+    ("+loss.foo=1,2", [f"loss.foo: no such key (loss has {LOSS_KEYS})"]),
+    (
+        "data.sources.path=x.jsonl",
+        [
+            "data.sources.path: no such item of data.sources (set all of it: "
+            "data.sources='[{path: ...}, ...]')"
+        ],
+    ),
+    ("+train.lr=1e-5", ["train.lr: here train.learning_rate (write train.learning_rate=1e-5)"]),
+    ("++lr=1e-5", ["lr: here train.learning_rate (write train.learning_rate=1e-5)"]),
+    ("~num_train_epochs", ["num_train_epochs: here train.epochs"]),
     (
         "data=jsonl data.sources=[{path: mine.jsonl, test_path: x}] loss.betaa=2",
         [

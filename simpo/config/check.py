@@ -101,8 +101,9 @@ def register_schemas() -> None:
     for group, schemas in GROUPS.items():
         for name, schema in schemas.items():
             node = OmegaConf.structured(schema)
-            if schema is ModelConfig:  # its keys are the template's
-                OmegaConf.set_struct(node.chat_template_kwargs, False)
+            for item in fields(schema):
+                if item.default_factory is dict:  # any names: a template's, a tracker's
+                    OmegaConf.set_struct(node._get_node(item.name), False)
             store.store(group=f"schema/{group}", name=name, node=node)
 
 

@@ -103,6 +103,7 @@ def test_choices_become_their_classes():
         ["loss=sigmoid", "loss.label_smoothing=0.1"],
         ["loss=hinge", "loss.beta=2.5"],
         ["tracker=wandb", "tracker.tags=[a,'1']", "tracker.entity=me"],
+        ["tracker=mlflow", "tracker.tags={a b: c}", "tracker.tags.team=me"],
         ["model=gemma2_it", "data=ultrafeedback_gemma2_it"],
         ["train.learning_rate=3e-7", "train.max_steps=5", "data.compat=paper", "run_dir='007'"],
         ["data.sources=[{path: builtin:demo, weight: 2.5}, {path: a/b, subset: 'no'}]"],

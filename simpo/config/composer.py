@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from numbers import Integral, Real
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -24,13 +25,14 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
+from yaml import MarkedYAMLError
 
 from simpo.config.check import register_own_losses, register_schemas
 from simpo.config.data import SourceConfig
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.paths import config_dir
 from simpo.config.renamed import renamed_config
-from simpo.config.suggest import unknown_key
+from simpo.config.suggest import all_keys, unknown_key
 
 # Where Hydra finds the group `experiments`; conf/train.yaml reads it.
 os.environ["SIMPO_MENUS"] = str(config_dir("experiments").parent)
@@ -38,11 +40,16 @@ register_schemas()
 
 
 class FileConfigSource(file_config_source.FileConfigSource):
-    """Hydra's reader of YAML files, which also replaces old names of settings."""
+    """Hydra's reader of YAML files, which also replaces old names of settings.
+
+    A file of experiments/ sets keys of the whole run, with or without `# @package _global_`.
+    """
 
     def load_config(self, config_path: str) -> ConfigResult:
         result = super().load_config(config_path)
         group = config_path.rpartition("/")[0].replace("/", ".")
+        if group.partition(".")[0] == "experiments" and result.header.get("package") is None:
+            result.header["package"] = "_global_"
         section = "" if result.header.get("package") == "_global_" else group
         if isinstance(result.config, DictConfig):
             result.config = renamed_config(result.config, section)
@@ -109,8 +116,16 @@ class Composer:
 
     @contextmanager
     def loader(self) -> Iterator[ConfigLoaderImpl]:
-        """Hydra's loader of the files, as the command line has it."""
-        with initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
+        """Hydra's loader of the files, as the command line has it.
+
+        Hydra has one in a process: that of a program which composes settings of its own is put
+        back, and threads wait for each other.
+        """
+        with (
+            _ALONE,
+            _without_hydra(),
+            initialize_config_dir(str(config_dir("conf")), version_base="1.3"),
+        ):
             loader = GlobalHydra.instance().config_loader()
             assert isinstance(loader, ConfigLoaderImpl)
             if self.config_dir is not None:
@@ -132,18 +147,38 @@ class Composer:
             yield from (f"{below}/{name}" for name in self._choices(loader, f"{group}/{below}"))
 
 
+_ALONE = Lock()
+
+
+@contextmanager
+def _without_hydra() -> Iterator[None]:
+    before, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
 CONF = Composer()
 """Composes from the files that come with simpo alone."""
 
 
 def _fault(error: Exception) -> str:
     """One line; a key in a file that is no setting is answered as one on the command line is."""
-    found = re.match(r"(In '.*'): ConfigKeyError .*\n.*\n\s*full_key: (\S+)", str(error))
+    if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark):
+        return f"{mark.name}: line {mark.line + 1}: {error.problem}"
+    found = re.match(r"(In '.*'): (\w+) raised .*\n(.*)\n\s*full_key: (\S+)", str(error))
     if found is None:
         return first_line(error)
-    place, key = found.groups()
+    place, kind, reason, key = found.groups()
+    if kind != "ConfigKeyError":
+        return f"{place}: {key}: {reason}"
     is_source = f"object_type={SourceConfig.__name__}" in str(error)
     base = OmegaConf.structured(SourceConfig) if is_source else CONF.compose([])
+    if key in all_keys(base):
+        section, _, name = key.rpartition(".")
+        nested = f"{section.replace('.', ': {')}: {{{name}: ...{'}' * len(section.split('.'))}"
+        return f"{place}: {key}: dots are for the command line (write {nested})"
     return f"{place}: {key}: {unknown_key(base, key)}"
 
 

@@ -190,6 +190,16 @@ def test_other_words_pass(words: list[str]) -> None:
             "defaults: [sigmoid, _self_]\nbetaa: 3\n",
             "loss.betaa: no such key (did you mean loss.beta?)",
         ),
+        (
+            "experiments/mine",
+            "model.lora.rank: 8\n",
+            "model.lora.rank: dots are for the command line (write model: {lora: {rank: ...}})",
+        ),
+        (
+            "experiments/mine",
+            "train: {epochs: two}\n",
+            "train.epochs: Value 'two' of type 'str' could not be converted to Integer",
+        ),
     ],
 )
 def test_a_file_of_settings(file: str, text: str, fault: str, tmp_path: Path) -> None:
@@ -199,3 +209,19 @@ def test_a_file_of_settings(file: str, text: str, fault: str, tmp_path: Path) ->
     with pytest.raises(NotComposedError) as error:
         Composer(str(tmp_path)).compose([file.replace("/", "=")])
     assert str(error.value) == f"In '{file}': {fault}"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("train:\n\tepochs: 3\n", "line 2: found character '\\t' that cannot start any token"),
+        ("train:\n  epochs: 1\n  epochs: 2\n", "line 3: found duplicate key epochs"),
+    ],
+)
+def test_a_file_that_is_no_yaml(text: str, fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "experiments" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(NotComposedError) as error:
+        Composer(str(tmp_path)).compose(["experiments=mine"])
+    assert str(error.value) == f"{path}: {fault}"

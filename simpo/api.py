@@ -49,6 +49,10 @@ def load_run_config(
     composer = Composer(None if config_dir is None else str(config_dir))
     words: list[str] = []
     for given in overrides:
+        if not isinstance(given, str | Mapping):
+            kind = type(given).__name__
+            fault = f"settings: must be words or dicts, got {kind} (of a list: write * before it)"
+            raise ConfigError([fault])
         words += [given] if isinstance(given, str) else [written(k, v) for k, v in given.items()]
     if pairs is None:
         if held_out_pairs is not None:
@@ -129,6 +133,7 @@ def train(run: RunConfig) -> TrainedRun:
         SimpoError: the settings or the data cannot be used, or the run failed.
         KeyboardInterrupt: a Ctrl-C before the first step, or a second one.
     """
+    _check(run)
     try:
         return TrainedRun.read(start(run))
     except BaseException as error:
@@ -136,6 +141,12 @@ def train(run: RunConfig) -> TrainedRun:
         raise
     finally:
         gc.collect()
+
+
+def _check(run: object) -> None:
+    if not isinstance(run, RunConfig):
+        kind = type(run).__name__
+        raise ConfigError([f"run: must be made by load_run_config, got {kind}"])
 
 
 def _let_go(error: BaseException | None) -> None:
@@ -173,6 +184,9 @@ def preview(run: RunConfig, pairs: int = 3) -> Preview:
     Raises:
         SimpoError: the settings or the data cannot be used.
     """
+    _check(run)
+    if not isinstance(pairs, int) or pairs < 1:
+        raise ConfigError([f"pairs: must be 1 or more, got {pairs}"])
     from simpo.previewing.stages import Stages, page, text
 
     stages = Stages.of(run, pairs)

@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import pandas
 import pytest
 import torch
 from datasets import Dataset
+from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -125,11 +127,33 @@ def test_settings_that_cannot_be(given: dict[str, Any], message: str) -> None:
     assert str(caught.value) == message
 
 
+def test_what_is_given_in_place_of_settings() -> None:
+    message = "settings: must be words or dicts, got list (of a list: write * before it)"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        load_run_config(["loss=dpo"])  # type: ignore[arg-type]
+    for call in (train, preview):
+        with pytest.raises(ConfigError, match=r"^run: must be made by load_run_config, got list$"):
+            call([PAIR])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^pairs: must be 1 or more, got 0$"):
+        preview(load_run_config(), pairs=0)
+
+
 def test_choices_of_a_folder_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments/mine.yaml").write_text("# @package _global_\nloss: {beta: 7}\n")
-    run = load_run_config("experiments=mine", config_dir=tmp_path)
-    assert run.loss.beta == 7  # type: ignore[attr-defined]
+    for line in ("# @package _global_\n", ""):
+        (tmp_path / "experiments/mine.yaml").write_text(f"{line}loss: {{beta: 7}}\n")
+        run = load_run_config("experiments=mine", config_dir=tmp_path)
+        assert run.loss.beta == 7  # type: ignore[attr-defined]
+
+
+def test_beside_a_program_that_uses_hydra(tmp_path: Path) -> None:
+    """And in threads, although Hydra has one loader in a process."""
+    (tmp_path / "own.yaml").write_text("colour: blue\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        with ThreadPoolExecutor(4) as pool:
+            runs = pool.map(load_run_config, [f"loss.beta={beta}" for beta in range(1, 9)])
+        assert [run.loss.beta for run in runs] == [*range(1, 9)]  # type: ignore[attr-defined]
+        assert compose("own").colour == "blue"
 
 
 def test_own_pairs(tmp_path: Path) -> None:
@@ -189,12 +213,30 @@ def test_messages_in_arrays(tmp_path: Path) -> None:
             "compliant: nan (make it text, numbers, lists and dicts)",
         ),
         ({"held_out_pairs": [PAIR]}, "held_out_pairs: need pairs to train on (set pairs)"),
+        (
+            {"pairs": "pairs.jsonl"},
+            "pairs: must be a list of dicts, got str (name a file in data.sources)",
+        ),
+        ({"pairs": PAIR}, "pairs: must be a list of dicts, got dict (name a file in data.sources)"),
+        (
+            {"pairs": [PAIR], "held_out_pairs": iter(())},
+            "held_out_pairs: no record in it (a generator can be read once)",
+        ),
     ],
 )
 def test_own_pairs_that_cannot_be(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(SimpoError) as caught:
         load_run_config(f"cache_dir={tmp_path}", **settings)
     assert str(caught.value).replace("compliant (", "compliant: nan (") == message
+
+
+def test_missing_values_of_pandas(tmp_path: Path) -> None:
+    """Of each kind of column, in records that need none of them."""
+    missing = {"score": np.float32("nan"), "system": pandas.NA, "when": pandas.NaT}
+    run = load_run_config(f"cache_dir={tmp_path}", pairs=[PAIR | missing, PAIR | {"id": 10**400}])
+    lines = Path(run.data.sources[0].path).read_text().splitlines()
+    assert json.loads(lines[0]) == PAIR | dict.fromkeys(missing)
+    assert json.loads(lines[1]) == PAIR | {"id": 10**400}
 
 
 def test_own_pairs_beside_other_data() -> None:

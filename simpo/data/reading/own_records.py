@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,21 @@ def write_records(records: Iterable[Mapping[Any, Any]], what: str, folder: Path)
     """Write records as JSON lines, unless they have been written before.
 
     Args:
-        records: of any shape that is read from a file. NaN, which pandas puts where a value is
-            missing, becomes null; arrays become lists.
+        records: of any shape that is read from a file. NaN, NA and NaT, which pandas puts
+            where a value is missing, become null; arrays become lists.
         what: name of the records in messages.
         folder: where to write; the name of the file is a hash of its content.
 
     Raises:
-        DataError: a record is not a dict, or cannot be written as JSON.
+        DataError: there is no record, or one is not a dict or cannot be written as JSON.
         RunError: the file cannot be written.
     """
+    if isinstance(records, str | Mapping) or not isinstance(records, Iterable):
+        given = f"got {type(records).__name__} (name a file in data.sources)"
+        raise DataError(f"{what}: must be a list of dicts, {given}")
     text = "".join(f"{_line(record, f'{what}[{i}]')}\n" for i, record in enumerate(records))
+    if not text:
+        raise DataError(f"{what}: no record in it (a generator can be read once)")
     digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
     path = folder / f"{what}-{digest[:16]}.jsonl"
     if not path.is_file():
@@ -49,7 +54,7 @@ def _line(record: Any, place: str) -> str:
             f"{place}: must be a dict, got {kind} (of a DataFrame take df.to_dict('records'))"
         )
     whole = {
-        key: None if isinstance(value, float) and math.isnan(value) else value
+        key: None if isinstance(value, Real) and value != value else value
         for key, value in record.items()
     }
     try:
@@ -62,7 +67,9 @@ def _line(record: Any, place: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A number or an array of NumPy as Python's own."""
+    """A number or an array of NumPy as Python's own, and what pandas has for a missing one."""
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} in it")

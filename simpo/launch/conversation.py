@@ -175,7 +175,7 @@ def _read(interactive: bool) -> str:
     while not lines or lines[-1].endswith("\\"):
         prompt = ("... " if lines else "> ") if interactive else ""
         try:
-            line = input(prompt)
+            line = input(prompt).rstrip("\r")  # of a file with Windows line ends
             line.encode()
         except UnicodeError as error:
             raise DataError("the question is not UTF-8 (convert it)") from error

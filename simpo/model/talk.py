@@ -5,8 +5,9 @@ Prompts have the token ids of training, and a reply ends at the token that ends 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,8 @@ def load_talking_model(source: str, base: str | None, dtype: Dtype, device: Devi
 
     Args:
         source: folder of a run, a model or an adapter, or a hub id.
-        base: None: without a base; empty: with it; otherwise the base's folder or hub id.
+        base: None: without a base; empty: with it; otherwise the base's folder or hub id, or the
+            folder of a run whose model is the base.
         dtype: of the weights; auto is bfloat16 on a GPU, else that of the files.
 
     Raises:
@@ -188,23 +190,28 @@ def load_talking_model(source: str, base: str | None, dtype: Dtype, device: Devi
         DamagedError: a file of the run cannot be read.
     """
     where, run = _found(source)
+    if base and Path(base).expanduser().is_dir():
+        base = str(model_folder(Path(base).expanduser()))
     target = _device(device)
     adapted = _holds(where, ADAPTER_FILE)
     model = _adapted(where, run, base) if adapted else _whole(where, run)
     origin = None if adapted or base is None else _base_of_whole(where, run, base)
     cache_dir = Path(run.cache_dir if run else "~/.cache/simpo").expanduser()
     compat = run.data.compat if run else Compat.none
-    chat = Chat(
-        load_tokenizer(model, cache_dir, compat),
-        template_date(run) if run else None,
-        model.chat_template_kwargs,
-    )
-    policy = _loaded(model, cache_dir, target, dtype)
+    with _naming("base" if adapted else "RUN"):
+        chat = Chat(
+            load_tokenizer(model, cache_dir, compat),
+            template_date(run) if run else None,
+            model.chat_template_kwargs,
+        )
+        policy = _loaded(model, cache_dir, target, dtype)
     settings: Any = policy.base.config
     base_name = "" if base is None else (origin or model).path
+    with _naming("base"):
+        loaded_base = None if origin is None else _loaded(origin, cache_dir, target, dtype)
     return TalkingModel(
         policy,
-        None if origin is None else _loaded(origin, cache_dir, target, dtype),
+        loaded_base,
         chat,
         target,
         where,
@@ -329,6 +336,20 @@ def _checked_base(model: ModelConfig) -> ModelConfig:
     if faults:
         raise ConfigError([f"base: {faults[0].removeprefix('path: ')} (base=FOLDER_OR_HUB_ID)"])
     return model
+
+
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Let errors of loading a model name it as the command line does.
+
+    Raises:
+        ConfigError: in place of one that names `model.path`.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        problems = [re.sub(r"^model\.path(?=: )", key, text) for text in error.problems]
+        raise ConfigError(problems) from error
 
 
 def _loaded(model: ModelConfig, cache_dir: Path, device: torch.device, dtype: Dtype) -> Policy:

@@ -167,6 +167,13 @@ def test_a_model_and_an_adapter_away_from_their_run(
     assert capsys.readouterr().out == both
 
 
+def test_another_run_as_base(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    _, new = (replies[0] for replies in replies_of(runs["full"]))
+    capsys.readouterr()
+    ask(runs["full"], f"prompt={new['prompt']}", *GREEDY, f"base={runs['full']}")
+    assert capsys.readouterr().out == f"[base]\n{new['reply']}\n[trained]\n{new['reply']}\n"
+
+
 def test_models_of_a_hub(
     runs: dict[str, Path],
     tiny_folder: Path,
@@ -315,6 +322,14 @@ def test_a_dialogue_over_a_pipe(
     ]
 
 
+def test_windows_line_ends(
+    tiny_folder: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe(monkeypatch, "Name a\\\r", "bird.\r", "/quit\r")
+    ask(tiny_folder, *GREEDY)
+    assert prompts == [rendered(tiny_folder, ("user", "Name a\nbird."))]
+
+
 def greedy(folder: Path) -> Any:
     """Up to 8 ids after a prompt, each the likeliest after those before it."""
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -416,6 +431,7 @@ def test_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Words("me/model", base="me/base", prompt="a=b", temperature=0, seed=7)
     assert _arguments(words) == asked
     assert _arguments(["me/model", "base=false"]).base is None
+    assert _arguments(["me/model", "base=True"]).base == ""
 
 
 USED = "usage: simpo chat RUN [key=value ...]\n"
@@ -487,7 +503,7 @@ def test_a_run_without_a_model(
 
 def test_a_hub_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(capsys, "me/model")
-    assert error.startswith("model.path: me/model cannot be loaded: it is not in the cache, and ")
+    assert error.startswith("RUN: me/model cannot be loaded: it is not in the cache, and ")
     assert error.count("\n") == 1
 
 
@@ -502,6 +518,21 @@ def test_nothing_in_a_reply_steers_a_terminal(
     assert capsys.readouterr().out == (
         "one\n\ttwo \ufffd[2J\ufffd\ufffd\ufffd, \u00e9 \u00a0 \U0001f468\u200d\U0001f469"
     )
+def test_models_that_cannot_be_loaded(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fault names RUN or the base as they are on the command line."""
+    (tmp_path / "config.json").write_text("{}")
+    assert refused(capsys, tmp_path) == (
+        f"RUN: {tmp_path} cannot be loaded: it holds no tokenizer (model.tokenizer="
+        "FOLDER_OR_HUB_ID, or fetch it anew)\n"
+    )
+    fault = (
+        f"{tmp_path} cannot be loaded: Unrecognized model in {tmp_path}. Should have a "
+        "`model_type` key in its config.json.\n"
+    )
+    for run in runs.values():
+        assert refused(capsys, run, f"base={tmp_path}") == f"base: {fault}"
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ each line of the input is a question, and the replies alone are on stdout.
 
   RUN                the folder of a run, a model or an adapter; or a hub id
   base=true          show the base model's answer above each reply
-  base=MODEL         the same, if the base is not known or not where it was: a folder or hub id
+  base=MODEL         the same with another model, or where the base is now: as RUN
   prompt=TEXT        print the reply to this question and end
   system=TEXT        a system prompt
   temperature=0.8    of sampling; 0 is greedy
@@ -111,9 +111,10 @@ def _arguments(words: Sequence[str]) -> Words:
     if problems := list(_problems(source, given)):
         raise ConfigError(problems)
     base = given.get("base", "false")
+    known = {"false": None, "true": ""}  # also as Python and Hydra write them: base=True
     return Words(
         source,
-        base=None if base == "false" else base if base != "true" else "",
+        base=known.get(base.lower(), base),
         prompt=given.get("prompt"),
         system=given.get("system", ""),
         dtype=Dtype(given.get("dtype", "auto")),

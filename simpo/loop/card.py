@@ -284,7 +284,9 @@ def public(value: Any) -> Any:
         return [public(item) for item in value]
     if isinstance(value, dict):
         return {key: public(item) for key, item in value.items()}
-    return Path(value).name if isinstance(value, str) and is_local(value) else value
+    if not (isinstance(value, str) and is_local(value)):
+        return value
+    return os.path.basename(os.path.abspath(value))  # also of "." and "..", which have no name
 
 
 def is_local(text: str) -> bool:

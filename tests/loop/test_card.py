@@ -24,7 +24,7 @@ from simpo.config.compose import compose_run
 from simpo.config.losses import LOSSES
 from simpo.config.schema import RunConfig
 from simpo.data import hub
-from simpo.loop.card import fenced, method, plain, write_card
+from simpo.loop.card import base_name, fenced, method, plain, write_card
 from simpo.loop.console import Results
 from simpo.loop.train import train
 from simpo.loss.without_reference import SftConfig
@@ -259,6 +259,11 @@ def test_a_run_without_held_out_pairs(tiny_run: list[str], tmp_path: Path) -> No
     nothing = Results({}, {})
     text = card_of(compose_run(tiny_run), tmp_path, results=nothing).text
     assert "\n\n## Results\n\nNo pairs were held out.\n\n## Provenance\n" in text
+def test_a_base_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my model" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "my model" / "below")
+    names = [base_name(path) for path in (".", "./", "..", "../")]
+    assert names == ["below", "below", "my model", "my model"]
 
 
 def test_text_that_is_left_as_it_is() -> None:

@@ -196,7 +196,9 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
         raise
     except ConfigError as error:
         problems = error.problems
-    except (OmegaConfBaseException, KeyError, OSError) as error:
+    except OSError as error:
+        problems = [error.strerror or first_line(error)]
+    except (OmegaConfBaseException, KeyError) as error:
         problems = [first_line(error)]
     # On a damaged file the YAML parser and OmegaConf raise almost any error.
     except Exception as error:

@@ -156,4 +156,7 @@ def start(source: Source, port: int, others: bool = False) -> Server:
         except OSError as error:
             reason = error.strerror
     tried = f"{port} to {last}" if others else str(port)
-    raise ConfigError([f"port: {tried}: {reason} (choose another, such as port={last + 1})"])
+    remedy = (
+        f"choose another, such as port={last + 1}" if others else "leave port= out for a free one"
+    )
+    raise ConfigError([f"port: {tried}: {reason} ({remedy})"])

@@ -518,6 +518,8 @@ def test_nothing_in_a_reply_steers_a_terminal(
     assert capsys.readouterr().out == (
         "one\n\ttwo \ufffd[2J\ufffd\ufffd\ufffd, \u00e9 \u00a0 \U0001f468\u200d\U0001f469"
     )
+
+
 def test_models_that_cannot_be_loaded(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

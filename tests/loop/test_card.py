@@ -259,6 +259,8 @@ def test_a_run_without_held_out_pairs(tiny_run: list[str], tmp_path: Path) -> No
     nothing = Results({}, {})
     text = card_of(compose_run(tiny_run), tmp_path, results=nothing).text
     assert "\n\n## Results\n\nNo pairs were held out.\n\n## Provenance\n" in text
+
+
 def test_a_base_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my model" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "my model" / "below")

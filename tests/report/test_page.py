@@ -164,6 +164,14 @@ def test_the_best_come_first_and_shared_parts_of_names_once(tmp_path: Path) -> N
     assert (two.names, two.prefix) == (["beta=2,ratio=0.3", "beta=2,none"], "beta=2,")
 
 
+def test_names_in_menus_are_whole(tmp_path: Path) -> None:
+    """Without a value of its own, a browser takes the text, and joins its blanks."""
+    for name in ("a  b", "<i>"):
+        make(tmp_path / name, steps=4)
+    page = render(compare([tmp_path]))
+    assert '<option value="&lt;i&gt;">&lt;i&gt;</option><option value="a  b">a  b</option>' in page
+
+
 def test_long_curves_are_thinned_and_keep_their_spikes() -> None:
     points = [(float(step), 1.0) for step in range(10_000)]
     points[777], points[9000] = (777.0, 50.0), (9000.0, -3.0)

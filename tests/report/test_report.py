@@ -20,7 +20,7 @@ from simpo.config.errors import ConfigError
 from simpo.loss.simpo import SigmoidConfig
 from simpo.report.compare import Comparison, compare
 from simpo.report.page import render
-from simpo.report.text import averages_text, shorten, text
+from simpo.report.text import averages_text, damaged_lines, shorten, text
 from simpo.run.runs import State, note_job, read_progress
 from tests.support.browser import look_at
 from tests.support.made_runs import make
@@ -150,6 +150,15 @@ def test_nothing_to_report(tmp_path: Path) -> None:
         cli("formt=json", code=2)
         == "formt: no such key (report has format, metric, html, over, port)\n"
     )
+
+
+def test_a_run_without_settings(tmp_path: Path) -> None:
+    (make(tmp_path / "a", steps=4) / "run.yaml").unlink()
+    make(tmp_path / "b", steps=4)
+    assert damaged_lines(compare([tmp_path])) == [
+        f"a: {tmp_path}/a/run.yaml: No such file or directory (restore it, or remove it: the run's "
+        "own command writes it anew)"
+    ]
 
 
 def test_states_without_slurm(tmp_path: Path) -> None:

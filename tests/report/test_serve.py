@@ -142,7 +142,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as error:
             start(Source([tmp_path]), port)
         assert str(error.value) == (
-            f"port: {port}: Address already in use (choose another, such as port={port + 1})"
+            f"port: {port}: Address already in use (leave port= out for a free one)"
         )
         with start(Source([tmp_path]), port, others=True) as server:
             assert port < server.server_port < port + serve.PORTS
@@ -184,7 +184,7 @@ def test_the_command_until_ctrl_c(tmp_path: Path) -> None:
         told = run_command("simpo.report", str(tmp_path), "--serve", f"port={port}")
         assert (told.returncode, told.stderr) == (
             2,
-            f"port: {port}: Address already in use (choose another, such as port={port + 1})\n",
+            f"port: {port}: Address already in use (leave port= out for a free one)\n",
         )
         one.send_signal(signal.SIGINT)
         assert one.communicate(timeout=60) == ("\nended\n", "")

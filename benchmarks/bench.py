@@ -40,7 +40,6 @@ def main() -> None:
     parser.add_argument("--profiles", nargs="+", default=[*PROFILES])
     parser.add_argument("--contenders", nargs="+", default=["padded", "trl", "liger", "simpo"])
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--real", type=Path, default=REAL, help="folder of real pairs (JSON lines)")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
     parser.add_argument("--picture", type=Path, default=PICTURE)
@@ -50,10 +49,6 @@ def main() -> None:
         config = model_config(shape)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        if options.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()
-            shape += "+checkpointing"
         runners = contenders(model, options.contenders)
         del model
         work = {p: [typical_batch(p, PAIRS, config.vocab_size)] for p in options.profiles}

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
+from simpo.config.choices import Checkpointing
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.loss import pair_losses
 from simpo.loss.simpo import SigmoidConfig
-from simpo.model import attention
+from simpo.model import attention, checkpointing
 from simpo.model.policy import Policy
 
 BETA, RATIO = 2.0, 0.5
@@ -31,7 +32,11 @@ class Ours:
 
     name = "simpo"
 
+    recomputed = Checkpointing.none
+
     def __init__(self, model: Any, kernel: str = "sdpa") -> None:
+        checkpointing.enable(model, self.recomputed)
+        model.train()
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.set_attn_implementation(attention.NAMES[kernel])
         self.model = Policy(model)
@@ -45,6 +50,18 @@ class Ours:
 
     def num_tokens(self, pairs: list[TokenizedPair]) -> int:
         return sum(pair.num_tokens() for pair in pairs)
+
+
+class OursSelective(Ours):
+    """The same with model.gradient_checkpointing=selective."""
+
+    name, recomputed = "simpo selective", Checkpointing.selective
+
+
+class OursFull(Ours):
+    """The same with model.gradient_checkpointing=full."""
+
+    name, recomputed = "simpo full", Checkpointing.full
 
 
 class Padded:
@@ -161,5 +178,5 @@ def _trl_trainer(model: PreTrainedModel) -> Any:
 def contenders(model: PreTrainedModel, names: list[str]) -> list[Any]:
     """The contenders with these names, each with its own copy of the model."""
     attention.register()
-    kinds = {kind.name: kind for kind in (Padded, Trl, Liger, Ours)}
+    kinds = {kind.name: kind for kind in (Padded, Trl, Liger, Ours, OursSelective, OursFull)}
     return [kinds[name](copy.deepcopy(model)) for name in names]

@@ -34,7 +34,7 @@ from simpo.config.launchers import LocalConfig, SlurmConfig
 from simpo.config.losses import LOSSES, is_of, losses_of, own_losses, read_only
 from simpo.config.models import ModelConfig
 from simpo.config.own_code import OwnCodeError
-from simpo.config.renamed import first_name, renamed_config
+from simpo.config.renamed import first_name, first_value, renamed_config
 from simpo.config.schema import RunConfig
 from simpo.config.trackers import (
     MlflowConfig,
@@ -317,7 +317,8 @@ def holds_secret(section: Any) -> bool:
 
 def run_id(run: RunConfig) -> str:
     """Hash, in eight hex digits, of the settings that decide a run's numbers."""
-    named = sorted((first_name(key), value) for key, value in trajectory(run).items())
+    flat = trajectory(run).items()
+    named = sorted((first_name(key), first_value(key, value)) for key, value in flat)
     return hashlib.sha256(repr(named).encode()).hexdigest()[:8]
 
 

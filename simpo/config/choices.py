@@ -103,3 +103,9 @@ class Engine(str, Enum):
     auto = "auto"
     vllm = "vllm"
     transformers = "transformers"
+
+
+class Checkpointing(str, Enum):
+    none = "none"
+    selective = "selective"
+    full = "full"

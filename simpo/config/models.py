@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from simpo.config.choices import Attention, Dtype, Quantization
+from simpo.config.choices import Attention, Checkpointing, Dtype, Quantization
 from simpo.config.paths import looks_local, shipped_templates, template_file
 
 ADAPTER_FILE = "adapter_config.json"
@@ -97,8 +97,9 @@ class ModelConfig:
     """Kernel for packed rows. auto: flash-attn's or torch's varlen on a GPU in bf16, else sdpa."""
     quantization: Quantization = Quantization.none
     """Keep frozen linear layers in 4 bits (nf4: QLoRA) or 8 bits; not lm_head and embeddings."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Checkpointing = Checkpointing.none
+    """Recompute activations in the backward pass: less memory, more time. selective: all but
+    products and attention; full: whole layers."""
     chat_template: str | None = None
     """A name from simpo/data/templates or a .jinja file; null takes the tokenizer's own."""
     router_aux_weight: float = 0.0

@@ -1,4 +1,4 @@
-"""Accepts old and other names of settings, with a note on stderr."""
+"""Accepts old and other names of settings, and old values, with a note on stderr."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from simpo.config.errors import ConfigError
 
 RENAMED = {"objective": "monitor", "data.on_bad_row": "data.on_bad_record"}
 """Old names of sections and of single keys, with their new names in the same section."""
+
+OLD_VALUES = {"model.gradient_checkpointing": {"true": "full", "false": "none"}}
+"""Old values of settings, as they are typed, with the values that have taken their place."""
 
 SYNONYMS = {"experiment": "experiments"}
 """Names that other projects give to our groups. No run was ever stored under them."""
@@ -35,6 +38,12 @@ def rename_overrides(words: Sequence[str]) -> list[str]:
                 rest = re.sub(
                     r"(?<![\w./])[a-z_]+(\.[a-z_]+)*(?=:)", lambda m: new_name(m[0]), rest
                 )
+                rest = re.sub(
+                    r"([\w.]+):(\s*('[^']*'|\"[^\"]*\"|[^,}]*))",
+                    lambda m: f"{m[1]}:{_new_values(m[1], m[2], changes)}",
+                    rest,
+                )
+            rest = _new_values(key, rest, changes)
             if new_name(key) != key:
                 changes[key], key = new_name(key), new_name(key)
         renamed.append(f"{start}{key}{rest}")
@@ -67,6 +76,19 @@ def renamed_config(config: DictConfig, section: str = "", note: bool = True) -> 
 def new_name(key: str) -> str:
     """A key or group under its new name."""
     return _replaced(key, RENAMED | SYNONYMS)
+
+
+def first_value(key: str, value: Any) -> Any:
+    """A value of a run under its first spelling, from which the run's id is computed."""
+    first = {new: old == "true" for old, new in OLD_VALUES.get(key, {}).items()}
+    return first.get(value, value) if first else value
+
+
+def first_text(key: str, text: str) -> str:
+    """A typed value under its first spelling, from which the id of a sweep is computed."""
+    for old, new in OLD_VALUES.get(key.lstrip("+~"), {}).items():
+        text = re.sub(rf"\b{new}\b", old, text)
+    return text
 
 
 def first_name(key: str) -> str:
@@ -104,13 +126,34 @@ def _rename(settings: dict[str, Any]) -> dict[str, str]:
             _refuse_both(moved)
         section[new_leaf] = value
         changes |= moved
+    for key, values in OLD_VALUES.items():
+        above, _, name = key.rpartition(".")
+        section = _section(settings, above)
+        typed = str(section.get(name)).lower()
+        if typed in values:
+            section[name] = values[typed]
+            changes[f"{key}={typed}"] = values[typed]
     sweeper = _section(settings, "hydra.sweeper")
     for names in (sweeper.get("params"), *(sweeper.get("stages") or ())):
         for key in list(names) if isinstance(names, dict) else ():
             if new_name(key) != key:
                 changes[key] = new_name(key)
                 names[new_name(key)] = names.pop(key)
+        for key in OLD_VALUES.keys() & (names.keys() if isinstance(names, dict) else set()):
+            names[key] = _new_values(key, str(names[key]), changes)
     return changes
+
+
+def _new_values(key: str, text: str, changes: dict[str, str]) -> str:
+    """Replace the old values of a setting in the text that follows its key."""
+
+    def new(found: re.Match[str]) -> str:
+        value = OLD_VALUES[key][found[0].lower()]
+        changes[f"{key}={found[0].lower()}"] = value
+        return value
+
+    old = "|".join(OLD_VALUES.get(key, ()))
+    return re.sub(rf"\b({old})\b", new, text, flags=re.IGNORECASE) if old else text
 
 
 def _section(settings: dict[str, Any], key: str) -> dict[str, Any]:

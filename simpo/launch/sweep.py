@@ -27,7 +27,7 @@ from types import FrameType
 from simpo.config.check import MAY_DIFFER, RESULT_SECTIONS, holds_secret, run_yaml
 from simpo.config.errors import INTERRUPTED, ConfigError, RunError, Stopped, unwritable
 from simpo.config.launchers import LauncherConfig, LocalConfig, SlurmConfig
-from simpo.config.renamed import first_name
+from simpo.config.renamed import first_name, first_text
 from simpo.config.schema import RunConfig
 from simpo.launch.member import SlurmMember
 from simpo.launch.submit import submit
@@ -159,7 +159,7 @@ def _sweep_folder(member: Member, name: str) -> Path:
     shared = sorted(set(member.overrides) - set(member.own))
     # Where and how a member runs may change between two submissions of the same sweep.
     deciding = [
-        f"{first_name(key)}{equals}{value}"
+        f"{first_name(key)}{equals}{first_text(key, value)}"
         for key, equals, value in (text.partition("=") for text in shared)
         if _decides_numbers(key)
     ]

@@ -10,11 +10,14 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from simpo.config.choices import Checkpointing
 from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
+from simpo.model.checkpointing import is_kept
 from simpo.model.head import LOGITS_BYTES
 from simpo.model.policy import Policy
 from simpo.model.router import experts_per_token
@@ -86,19 +89,20 @@ def estimate_memory(
     policy: Policy,
     row_tokens: int,
     bf16: bool,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
     weight_shards: int = 1,
     state_shards: int = 1,
 ) -> Memory:
     """Estimate the peak memory of a step in one process.
 
     The activations that autograd keeps are measured on two short rows and extrapolated; with
-    checkpointing they are the input of each layer and everything in one layer.
+    checkpointing they are the input of each layer and everything in one layer, and where it is
+    selective the outputs that it keeps.
 
     Args:
         row_tokens: tokens of the largest row.
         bf16: whether the forward computes in bf16.
-        checkpointing: whether the layers use gradient checkpointing.
+        checkpointing: of the layers.
         weight_shards: number of processes that the weights are sharded over. The weights of a
             gathered layer are not counted.
         state_shards: number of processes that gradients and optimizer state are sharded over.
@@ -106,15 +110,15 @@ def estimate_memory(
     parameters = list(policy.parameters())
     trained = [p for p in parameters if p.requires_grad]
     sizes = 64, 128
-    small, large = (_kept_bytes(policy, size, bf16) for size in sizes)
-    per_token = (large - small) / (sizes[1] - sizes[0])
-    kept = max(0.0, small - per_token * sizes[0]) + per_token * row_tokens
+    measured = zip(*(_kept_bytes(policy, size, bf16) for size in sizes), strict=True)
+    kept, products = (_drawn_out(pair, sizes, row_tokens) for pair in measured)
     head: Any = policy.base.get_output_embeddings()
-    if checkpointing:
+    if checkpointing is not Checkpointing.none:
         layers = policy.base.config.get_text_config().num_hidden_layers
         # Inputs of layers have the dtype of the embeddings; that of adapters is always fp32.
         stream: Any = policy.base.get_input_embeddings().weight
         kept = kept / layers + row_tokens * layers * stream.shape[1] * stream.element_size()
+        kept += products if checkpointing is Checkpointing.selective else 0
     # Logits in fp32, and a copy in the dtype of the head or the gradient of the soft-cap.
     logits = 2 * min(LOGITS_BYTES, 4 * row_tokens * len(head.weight))
     # Gradient of the whole weight in fp32, also if only adapters on it are trained.
@@ -147,7 +151,7 @@ def check_memory(memory: Memory, device: torch.device, processes: int = 1) -> No
         remedy = (
             "model.lora.rank=16 trains adapters only"
             if state > memory.activations
-            else "lower train.tokens_per_row, or model.gradient_checkpointing=true"
+            else "lower train.tokens_per_row, or model.gradient_checkpointing=selective or full"
         )
         raise ConfigError(
             [
@@ -157,8 +161,31 @@ def check_memory(memory: Memory, device: torch.device, processes: int = 1) -> No
         )
 
 
-def _kept_bytes(policy: Policy, num_tokens: int, bf16: bool) -> int:
-    """Bytes that autograd saves in the forward of a row, without the head and without weights."""
+def _drawn_out(measured: tuple[int, ...], sizes: tuple[int, int], tokens: int) -> float:
+    """Bytes of a row, linear in its tokens, from those measured on rows of two sizes."""
+    per_token = (measured[1] - measured[0]) / (sizes[1] - sizes[0])
+    return max(0.0, measured[0] - per_token * sizes[0]) + per_token * tokens
+
+
+class _Products(TorchDispatchMode):
+    """Counts the bytes that selective checkpointing keeps."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if is_kept(func, args):
+            outputs = output if isinstance(output, tuple) else (output,)
+            self.num_bytes += sum(_bytes(x) for x in outputs if isinstance(x, Tensor))
+        return output
+
+
+def _kept_bytes(policy: Policy, num_tokens: int, bf16: bool) -> tuple[int, int]:
+    """Bytes that autograd saves in the forward of a row, and those that selective checkpointing
+    keeps; both without the head and without weights.
+    """
     response = np.ones(num_tokens // 4, dtype=np.int32)
     pair = TokenizedPair(np.ones(num_tokens // 2, dtype=np.int32), response, response)
     device = next(policy.parameters()).device
@@ -178,11 +205,12 @@ def _kept_bytes(policy: Policy, num_tokens: int, bf16: bool) -> int:
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        _Products() as products,
     ):
         hidden = policy.hidden(row)
     policy.train(training)
     del hidden
-    return sum(kept.values())
+    return sum(kept.values()), products.num_bytes
 
 
 def _bytes(tensor: Tensor) -> int:

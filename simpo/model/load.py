@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 from simpo.config.choices import Attention, Dtype, Quantization
 from simpo.config.errors import ConfigError
 from simpo.config.models import ModelConfig
-from simpo.model import attention
+from simpo.model import attention, checkpointing
 from simpo.model.policy import Policy
 from simpo.model.pretrained import check_finite, load_settings, load_weights, model_source
 
@@ -66,8 +66,7 @@ def load_policy(
         raise cannot_share(type(settings).__name__, "its attention cannot be replaced") from error
     if config.quantization is Quantization.nf4:
         _patch_nf4_on_cpu(model, device)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointing.enable(model, config.gradient_checkpointing)
     if config.lora.used:
         from simpo.model.adapters import add_adapters
 

@@ -17,7 +17,7 @@ from transformers import TextStreamer
 from transformers.utils import cached_file
 
 from simpo.config.check import load_run
-from simpo.config.choices import Compat, Device, Dtype, Quantization
+from simpo.config.choices import Checkpointing, Compat, Device, Dtype, Quantization
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.models import ADAPTER_FILE, LoraConfig, ModelConfig
 from simpo.config.schema import RunConfig
@@ -287,7 +287,7 @@ def _adapted(where: str, run: RunConfig | None, base: str | None) -> ModelConfig
         model,
         tokenizer=where if _holds(where, "tokenizer_config.json") else model.tokenizer,
         chat_template=None if _holds(where, "tokenizer_config.json") else model.chat_template,
-        gradient_checkpointing=False,
+        gradient_checkpointing=Checkpointing.none,
         lora=LoraConfig(adapter=where),
     )
     return _checked_base(model)
@@ -318,7 +318,7 @@ def _base_of_whole(where: str, run: RunConfig | None, base: str) -> ModelConfig:
     return _checked_base(
         replace(
             run.model,
-            gradient_checkpointing=False,
+            gradient_checkpointing=Checkpointing.none,
             quantization=Quantization.none,
             lora=LoraConfig(),
         )

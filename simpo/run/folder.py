@@ -37,6 +37,7 @@ from simpo.config.errors import (
     Stopped,
     unwritable,
 )
+from simpo.config.renamed import first_value
 from simpo.config.schema import RunConfig
 from simpo.run.atomic import write_bytes, write_text
 from simpo.run.files import NEW_RUN, read_json, read_status, status_or_none
@@ -315,7 +316,11 @@ def refuse_other_settings(run: RunConfig, folder: Path) -> None:
     now = json.loads(json.dumps(trajectory(run)))
     noted = _read_data(folder).get("settings", {})
     # run.yaml gives settings that another version of simpo did not have their defaults.
-    before = {key: value for key, value in noted.items() if now.get(key, value) != value}
+    before = {
+        key: value
+        for key, value in noted.items()
+        if first_value(key, now.get(key, value)) != first_value(key, value)
+    }
     if (folder / "run.yaml").exists():
         kept = trajectory(load_run(folder / "run.yaml", check=False))
         before = {

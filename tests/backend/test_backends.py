@@ -107,8 +107,8 @@ def of(name: str) -> list[str]:
     whole = ["backend.stage3_param_persistence_threshold=0"] if backend == "zero3" else []
     return [
         *whole,
-        # With two processes layers are computed twice: the same numbers.
-        f"model.gradient_checkpointing={str(processes == 2).lower()}",
+        # With two processes parts of the layers are computed twice: the same numbers.
+        f"model.gradient_checkpointing={'selective' if processes == 2 else 'full'}",
         f"backend={backend}",
         f"backend.processes={processes}",
         f"train.tokens_per_row={tokens}",

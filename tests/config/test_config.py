@@ -72,7 +72,7 @@ def test_models_of_the_paper(model):
     run = compose_run([f"model={model}"])
     assert (run.model.path, run.train.learning_rate) == PAPER[model]
     assert run.model.lora.rank == 0
-    assert run.model.gradient_checkpointing
+    assert run.model.gradient_checkpointing.value == "full"
 
 
 def test_every_model_but_the_small_one_is_of_the_paper():

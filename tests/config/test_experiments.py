@@ -90,7 +90,7 @@ def test_every_setting_of_a_released_run(name: str) -> None:
     assert (train.adam_beta1, train.adam_beta2, train.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert (train.weight_decay, train.max_grad_norm) == (0.0, 0.0)
     assert (train.precision.value, train.log_every, train.eval_every) == ("bf16", 5, 400)
-    assert run.model.lora.rank == 0 and run.model.gradient_checkpointing
+    assert run.model.lora.rank == 0 and run.model.gradient_checkpointing.value == "full"
     assert run.name == f"{run.model.name}-{run.data.name}-sigmoid"
 
 

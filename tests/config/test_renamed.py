@@ -8,11 +8,11 @@ import pytest
 
 from simpo.config import renamed
 from simpo.config.check import load_run, run_id, run_yaml, trajectory
-from simpo.config.choices import OnBadRecord
+from simpo.config.choices import Checkpointing, OnBadRecord
 from simpo.config.compose import compose_run
 from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError
-from simpo.config.renamed import first_name, rename_overrides
+from simpo.config.renamed import first_name, first_text, rename_overrides
 from simpo.run.folder import FINGERPRINTS, refuse_other_settings
 from tests.support.whole_runs import finish, start
 
@@ -63,6 +63,13 @@ def test_an_old_name_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> 
             "hydra.sweeper.params={loss.beta: '1,2', monitor.metric: 'a,b'}",
         ),
         ("hydra.sweeper.stages=[{objective.mode: a}]", "hydra.sweeper.stages=[{monitor.mode: a}]"),
+        ("model.gradient_checkpointing=true", "model.gradient_checkpointing=full"),
+        ("++model.gradient_checkpointing=False", "++model.gradient_checkpointing=none"),
+        ("model.gradient_checkpointing=true,false", "model.gradient_checkpointing=full,none"),
+        (
+            "hydra.sweeper.params={model.gradient_checkpointing: 'true,false', model.x: 'true'}",
+            "hydra.sweeper.params={model.gradient_checkpointing: 'full,none', model.x: 'true'}",
+        ),
         ("experiment=paper/gemma2_it", "experiments=paper/gemma2_it"),
         ("+experiment=[a,b]", "+experiments=[a,b]"),
         ("experiment/objectives=a,b", "experiments/objectives=a,b"),
@@ -145,8 +152,43 @@ def test_the_id_of_a_run_goes_by_the_first_names() -> None:
     run = compose_run(["data.on_bad_record=drop"])
     before = trajectory(run)
     before["data.on_bad_row"] = before.pop("data.on_bad_record")
+    before["model.gradient_checkpointing"] = False
     expected = hashlib.sha256(repr(sorted(before.items())).encode()).hexdigest()[:8]
     assert run_id(run) == expected != run_id(compose_run([]))
+
+
+def test_old_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Recomputing activations was a switch: a run begun with it keeps its id and its settings."""
+    for old, new in ((True, "full"), (False, "none")):
+        word = str(old).lower()
+        run = compose_run([f"model.gradient_checkpointing={word}"])
+        assert run == compose_run([f"model.gradient_checkpointing={new}"])
+        noted = f"note   model.gradient_checkpointing={word} is now {new}\n"
+        assert capsys.readouterr().err == noted
+        before = trajectory(run) | {"model.gradient_checkpointing": old}
+        before["data.on_bad_row"] = before.pop("data.on_bad_record")
+        expected = hashlib.sha256(repr(sorted(before.items())).encode()).hexdigest()[:8]
+        assert run_id(run) == expected
+        file = tmp_path / "run.yaml"
+        text = run_yaml(run)
+        file.write_text(text.replace(f"_checkpointing: {new}\n", f"_checkpointing: {word}\n"))
+        assert file.read_text() != text and load_run(file) == run
+        data = {"settings": json.loads(json.dumps(before)), **dict.fromkeys(FINGERPRINTS, "")}
+        (tmp_path / "data.json").write_text(json.dumps(data))
+        refuse_other_settings(run, tmp_path)
+        with pytest.raises(ConfigError):
+            refuse_other_settings(compose_run(["model.gradient_checkpointing=selective"]), tmp_path)
+    assert first_text("model.gradient_checkpointing", "full,none") == "true,false"
+    assert first_text("model.path", "full,none") == "full,none"
+
+
+def test_an_old_value_in_a_file_of_settings(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(
+        "defaults:\n  - smollm2\n  - _self_\ngradient_checkpointing: true\n"
+    )
+    run = compose_run(["model=mine"], Composer(str(tmp_path)))
+    assert run.model.gradient_checkpointing is Checkpointing.full
 
 
 def test_an_old_run_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

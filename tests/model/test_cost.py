@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from simpo.config.choices import Checkpointing
 from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
 from simpo.data.plan import TrainPlan
@@ -122,13 +123,13 @@ def test_flops_of_experts(config: PreTrainedConfig, per_token: int) -> None:
 def test_memory_by_hand() -> None:
     policy = Policy(tiny_model("llama"))
     size = 4 * sum(p.numel() for p in policy.parameters()) / cost.GIB
-    memory = cost.estimate_memory(policy, 1000, bf16=False, checkpointing=False)
+    memory = cost.estimate_memory(policy, 1000, bf16=False, checkpointing=Checkpointing.none)
     assert (memory.weights, memory.gradients, memory.optimizer) == (size, size, 2 * size)
     assert memory.logits == (2 * 4 * 1000 * VOCAB + 4 * VOCAB * 32) / cost.GIB
     assert memory.total == sum(
         (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits)
     )
-    checkpointed = cost.estimate_memory(policy, 1000, bf16=False, checkpointing=True)
+    checkpointed = cost.estimate_memory(policy, 1000, bf16=False, checkpointing=Checkpointing.full)
     inputs = 2 * 1000 * 32 * 4 / cost.GIB
     assert checkpointed.activations == pytest.approx(memory.activations / 2 + inputs)
 
@@ -148,7 +149,7 @@ def test_activations_are_those_that_autograd_keeps() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = policy.hidden(row)
     tokens = row.input_ids.shape[1]
-    memory = cost.estimate_memory(policy, tokens, bf16=False, checkpointing=False)
+    memory = cost.estimate_memory(policy, tokens, bf16=False, checkpointing=Checkpointing.none)
     assert memory.activations * cost.GIB == pytest.approx(sum(kept.values()), rel=0.15)
     assert hidden.requires_grad
 
@@ -158,7 +159,7 @@ def test_activations_are_those_that_autograd_keeps() -> None:
     [
         (
             cost.Memory(weights=1, gradients=1, optimizer=2, activations=9, logits=0.5),
-            "lower train.tokens_per_row, or model.gradient_checkpointing=true",
+            "lower train.tokens_per_row, or model.gradient_checkpointing=selective or full",
         ),
         (
             cost.Memory(weights=2, gradients=4, optimizer=8, activations=1, logits=0.5),

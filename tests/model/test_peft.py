@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from simpo.config.choices import Checkpointing
 from simpo.config.errors import ConfigError
 from simpo.config.models import LoraConfig, ModelConfig
 from simpo.data.packing import pack
@@ -323,8 +324,8 @@ def test_memory_of_checkpoints_and_of_the_head(tmp_path: Path) -> None:
     have the gradient of all of it."""
     path = saved("llama", tmp_path, torch.bfloat16)
     policy = loaded(path, dtype="bfloat16", lora=LoraConfig(rank=4, targets=["mlp", "lm_head"]))
-    memory = cost.estimate_memory(policy, 1000, True, False)
-    checkpointed = cost.estimate_memory(policy, 1000, True, True)
+    memory = cost.estimate_memory(policy, 1000, True, Checkpointing.none)
+    checkpointed = cost.estimate_memory(policy, 1000, True, Checkpointing.full)
     inputs = 2 * 1000 * 64 * 2 / cost.GIB
     assert checkpointed.activations == pytest.approx(memory.activations / 2 + inputs)
     assert memory.logits == (2 * 4 * 1000 * 128 + 4 * 128 * 64) / cost.GIB

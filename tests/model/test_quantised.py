@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simpo.config.choices import Quantization
+from simpo.config.choices import Checkpointing, Quantization
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.models import LoraConfig
@@ -122,7 +122,7 @@ def test_gradient_checkpointing(quantization: str, tmp_path: Path) -> None:
     path = saved("llama", tmp_path)
     settings: dict[str, Any] = {"quantization": Quantization(quantization)}
     kept = trained(loaded(path, **settings))
-    again = trained(loaded(path, **settings, gradient_checkpointing=True))
+    again = trained(loaded(path, **settings, gradient_checkpointing=Checkpointing.full))
     calls: list[int] = []
     for policy in (kept, again):
         policy.base.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -147,8 +147,8 @@ def test_cost_of_a_quantised_base(tmp_path: Path) -> None:
         count = sum(cost.num_weights(p) for p in policy.parameters())
         assert count == sum(p.numel() for p in plain.parameters())
         assert cost.Flops(policy).of_row(row) == cost.Flops(plain).of_row(row)
-        memory = cost.estimate_memory(policy, 1000, False, False)
-        expected = cost.estimate_memory(plain, 1000, False, False)
+        memory = cost.estimate_memory(policy, 1000, False, Checkpointing.none)
+        expected = cost.estimate_memory(plain, 1000, False, Checkpointing.none)
         assert memory.weights * cost.GIB == expected.weights * cost.GIB - (4 - size) * body
         assert memory.gradients == expected.gradients
 

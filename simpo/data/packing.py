@@ -54,8 +54,11 @@ def pack(
         tokens += [pair.rejected_ids] if share else [pair.prompt_ids, pair.rejected_ids]
         positions.append(np.arange(second_prompt - start))
         positions.append(np.arange(end - second_prompt) + (num_prompt if share else 0))
-        if share_prefix:
-            segments.append(Segment(start, chosen, rejected, end))
+        if share:
+            segments.append(Segment(start, chosen, second_prompt, end))
+        else:
+            segments.append(Segment(start, chosen, second_prompt, second_prompt))
+            segments.append(Segment(second_prompt, rejected, end, end))
         for first, ids, scored in (
             (chosen, pair.chosen_ids, pair.chosen_scored),
             (rejected, pair.rejected_ids, pair.rejected_scored),
@@ -74,7 +77,7 @@ def pack(
     return PackedPairs(
         pairs=tuple(int(index) for index in indices),
         segments=tuple(segments),
-        keys=_key_table(segments) if share_prefix else None,
+        keys=_key_table(segments),
         response_tokens=tuple(response_tokens),
         input_ids=_column(tokens)[None],
         position_ids=_column(positions)[None],

@@ -15,7 +15,7 @@ Letters of tensor shapes in the whole project:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,7 +116,8 @@ class Tokenized(NamedTuple):
 
 class Segment(NamedTuple):
     """Row positions of a pair: prompt [start, chosen), chosen [chosen, rejected), rejected
-    [rejected, end)."""
+    [rejected, end). Where prompts are not shared, each response with its prompt is a segment of its
+    own, [start, end), without a rejected part."""
 
     start: int
     chosen: int
@@ -140,6 +141,7 @@ class KeyTable:
             then rejected alone.
         key_ends: int32 [R + 1], cumulative key counts from 0.
         longest_queries, longest_keys: largest query and key count of a segment.
+        masks: of this row, which `simpo.model.attention` makes when a layer first needs one.
     """
 
     index: Tensor
@@ -147,6 +149,7 @@ class KeyTable:
     key_ends: Tensor
     longest_queries: int
     longest_keys: int
+    masks: dict[Any, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,8 @@ class PackedPairs:
 
     Attributes:
         pairs: index of each pair in its data set, for messages [P]; empty in a placeholder row.
-        segments: row positions of each pair [P]; empty without shared prompts.
-        keys: the same for variable-length kernels; None without shared prompts.
+        segments: row positions of each pair [P], without shared prompts of each sequence.
+        keys: the same for variable-length kernels.
         response_tokens: scored tokens of each response [R]: 2p is chosen, 2p + 1 rejected.
         input_ids: int64 [B, T].
         position_ids: int64 [B, T]; a rejected response continues its prompt's positions.
@@ -169,7 +172,7 @@ class PackedPairs:
 
     pairs: tuple[int, ...]
     segments: tuple[Segment, ...]
-    keys: KeyTable | None
+    keys: KeyTable
     response_tokens: tuple[int, ...]
     input_ids: Tensor
     position_ids: Tensor
@@ -184,7 +187,7 @@ class PackedPairs:
 
     def to(self, device: torch.device) -> PackedPairs:
         """The same row with its tensors on `device`."""
-        keys = None if self.keys is None else replace(self.keys, **_moved_fields(self.keys, device))
+        keys = replace(self.keys, **_moved_fields(self.keys, device))
         return replace(self, **_moved_fields(self, device), keys=keys)
 
 

@@ -1,8 +1,8 @@
 """Computes attention over packed rows in which two responses share one prompt.
 
 A pair has two segments: prompt + chosen attends causally to itself, and rejected attends to
-prompt + rejected. Pairs do not attend to each other, and no [T, T] mask is built. There are three
-kernels:
+prompt + rejected. Without shared prompts each sequence attends to itself. Pairs do not attend to
+each other, and no [T, T] mask is built. There are three kernels:
 
     sdpa     one scaled-dot-product call per segment; any device, any dtype
     varlen   torch.nn.attention.varlen, all segments in one call; CUDA, bf16
@@ -31,6 +31,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from simpo.data.pairs import KeyTable, Segment, segment_lengths
+
+BLOCK_QUERIES = 2048
+"""Queries that the sdpa kernel masks at once: the mask of a long response would be quadratic."""
 
 # transformers would treat a name that contains "sdpa" or "flash" as one of its own kernels.
 NAMES = {"sdpa": "simpo", "varlen": "simpo_varlen", "flash": "simpo_fa"}
@@ -104,10 +107,12 @@ def attend(
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, **kwargs
             )
-        visible = _causal(query, key, None) if attention_mask is None else attention_mask
-        return _attend(query, key, value, visible, scaling, softcap).transpose(1, 2), None
+        if attention_mask is None:
+            position = torch.arange(key.shape[2], device=key.device)
+            attention_mask = position <= position[-query.shape[2] :, None]
+        return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
     if kernel == "sdpa":
-        output = _by_segment(query, key, value, segments, scaling, sliding_window, softcap)
+        output = _by_segment(query, key, value, segments, keys, scaling, sliding_window, softcap)
         return output.transpose(1, 2), None
     # Rotary embeddings may have left float32 under autocast; the kernels take bf16 only.
     query, key, value = (x[0].transpose(0, 1).to(torch.bfloat16) for x in (query, key, value))
@@ -160,6 +165,7 @@ def _by_segment(
     key: Tensor,
     value: Tensor,
     segments: tuple[Segment, ...],
+    table: KeyTable,
     scaling: float | None,
     sliding_window: int | None,
     softcap: float | None,
@@ -168,21 +174,22 @@ def _by_segment(
         # On short segments the CPU's backward kernel is three times slower in bf16.
         with torch.autocast("cpu", enabled=False):
             q, k, v = query.float(), key.float(), value.float()
-            output = _by_segment(q, k, v, segments, scaling, sliding_window, softcap)
+            output = _by_segment(q, k, v, segments, table, scaling, sliding_window, softcap)
         return output.to(value.dtype)
     # Split once: the backward pass of each slice would allocate a zero gradient of the whole row.
     lengths = segment_lengths(segments)
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
-    for index, (start, chosen, _, _) in enumerate(segments):
+    for index, (start, chosen, rejected, end) in enumerate(segments):
         first, second, prompt = 2 * index, 2 * index + 1, slice(0, chosen - start)
-        shared_key = torch.cat([keys[first][:, :, prompt], keys[second]], dim=2)
-        shared_value = torch.cat([values[first][:, :, prompt], values[second]], dim=2)
-        for q, k, v in (
-            (queries[first], keys[first], values[first]),
-            (queries[second], shared_key, shared_value),
-        ):
-            outputs.append(_causal_attend(q, k, v, scaling, sliding_window, softcap))
+        parts = [(queries[first], keys[first], values[first])]
+        if end > rejected:
+            shared_key = torch.cat([keys[first][:, :, prompt], keys[second]], dim=2)
+            shared_value = torch.cat([values[first][:, :, prompt], values[second]], dim=2)
+            parts.append((queries[second], shared_key, shared_value))
+        outputs += [
+            _causal_attend(*part, table, scaling, sliding_window, softcap) for part in parts
+        ]
     return torch.cat(outputs, dim=2)
 
 
@@ -190,47 +197,69 @@ def _causal_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    table: KeyTable,
     scaling: float | None,
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
     """Causal attention whose queries are the *last* positions of its keys."""
-    windowed = sliding_window is not None and key.shape[2] > sliding_window
-    if softcap is None and not windowed and query.shape[2] == key.shape[2]:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    windowed = sliding_window is not None and num_keys > sliding_window
+    if softcap is None and not windowed and num_queries == num_keys:
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
     # is_causal aligns unequal lengths top-left, which would hide keys from the queries.
-    visible = _causal(query, key, sliding_window if windowed else None)
-    return _attend(query, key, value, visible, scaling, softcap)
+    mask = _mask_of_row(table, query, sliding_window if windowed else None)
+    outputs: list[Tensor] = []
+    for block in query.split(BLOCK_QUERIES, dim=2):
+        size = block.shape[2]
+        end = num_keys - num_queries + sum(x.shape[2] for x in outputs) + size
+        outputs.append(
+            _attend(
+                block, key[:, :, :end], value[:, :, :end], mask[-size:, -end:], scaling, softcap
+            )
+        )
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _causal(query: Tensor, key: Tensor, sliding_window: int | None) -> Tensor:
-    """Mask of visible keys, bool [queries, keys]; the last query is at the last key."""
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    position = torch.arange(num_keys, device=query.device)
-    distance = position[num_keys - num_queries :, None] - position[None]
-    visible = distance >= 0
-    return visible if sliding_window is None else visible & (distance < sliding_window)
+def _mask_of_row(table: KeyTable, query: Tensor, sliding_window: int | None) -> Tensor:
+    """What a row's layers add to scores, 0 or -inf, for the last queries of its longest segment.
+
+    Whether a query sees a key depends on their distance alone, so the last q rows and k columns are
+    the mask of the last q queries of any segment with k keys.
+    """
+    name = sliding_window, query.dtype
+    if name not in table.masks:
+        position = torch.arange(table.longest_keys, device=query.device)
+        own = position[-min(table.longest_queries, BLOCK_QUERIES) :, None]
+        hidden = position > own
+        if sliding_window is not None:
+            hidden |= position <= own - sliding_window
+        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+        table.masks[name] = mask.masked_fill_(hidden, float("-inf"))
+    return table.masks[name]
 
 
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    visible: Tensor,
+    mask: Tensor,
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
+    """Attention under a mask: bool, True for visible keys, or what is added to the scores."""
     if softcap is None:
         return scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
         )
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = softcap * torch.tanh((query @ key.transpose(2, 3)) * scale / softcap)
-    scores = scores.masked_fill(~visible, float("-inf"))
+    is_bool = mask.dtype is torch.bool
+    scores = scores.masked_fill(~mask, float("-inf")) if is_bool else scores + mask
     return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 

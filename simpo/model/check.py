@@ -39,6 +39,9 @@ SMALL_WINDOW = 4
 def check_packing(policy: Policy, bf16: bool, longest_tokens: int = 0, row_tokens: int = 0) -> None:
     """Compare a packed row with its sequences computed separately.
 
+    If they differ and no prompt is shared, attention is left to transformers and they are compared
+    again.
+
     Args:
         bf16: whether the run computes in bf16.
         longest_tokens: of the longest prompt with one response, of all pairs of the run.
@@ -52,7 +55,13 @@ def check_packing(policy: Policy, bf16: bool, longest_tokens: int = 0, row_token
     _check_rope(policy, longest_tokens)
     reached = longest_tokens if policy.share_prefix else max(longest_tokens, row_tokens)
     with _small_windows(policy, reached):
-        _compare(policy, bf16)
+        try:
+            _compare(policy, bf16)
+        except ConfigError:
+            if policy.share_prefix:
+                raise
+            policy.leave_attention_to_transformers()
+            _compare(policy, bf16)
 
 
 def _check_rope(policy: Policy, longest: int) -> None:

@@ -253,13 +253,8 @@ class Flops:
 
     def of_row(self, row: PackedPairs) -> int:
         """Operations of the forward and backward pass of a row."""
-        if row.keys is None:
-            starts = torch.nonzero(row.position_ids[0] == 0).flatten().tolist()
-            ends = [*starts[1:], row.input_ids.shape[1]]
-            scores = sum((e - s) ** 2 // 2 for s, e in zip(starts, ends, strict=True))
-        else:
-            queries, keys = (t.diff().long() for t in (row.keys.query_ends, row.keys.key_ends))
-            scores = int((queries * (keys - queries) + queries * queries // 2).sum())
+        queries, keys = (t.diff().long() for t in (row.keys.query_ends, row.keys.key_ends))
+        scores = int((queries * (keys - queries) + queries * queries // 2).sum())
         return (
             row.input_ids.shape[1] * self._per_token
             + len(row.targets) * self._per_target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def load_policy(
     Args:
         seed: seeds all random generators, and so the initial values of adapters.
         bf16: whether the forward computes in bf16.
-        share_prefix: False leaves attention to transformers.
+        share_prefix: False for rows that repeat the prompt; then the model may have attention of
+            its own.
         settings: result of `load_settings`, if it is known already.
 
     Raises:
@@ -49,21 +51,25 @@ def load_policy(
     settings = settings or load_settings(config, cache_dir)
     _refuse_quantised(source, settings)
     packed = _quantization(config, bf16)
+    load = partial(
+        load_weights,
+        "model.path",
+        source,
+        AutoModelForCausalLM,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        config=settings,
+        dtype=_weights_dtype(config, device),
+        quantization_config=packed,
+        device_map={"": device} if packed else None,
+    )
     try:
-        model: Any = load_weights(
-            "model.path",
-            source,
-            AutoModelForCausalLM,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            config=settings,
-            dtype=_weights_dtype(config, device),
-            attn_implementation=_kernel(config, settings, device, bf16) if share_prefix else None,
-            quantization_config=packed,
-            device_map={"": device} if packed else None,
-        )
+        model: Any = load(attn_implementation=_kernel(config, settings, device, bf16))
     except KeyError as error:  # the architecture has an attention table of its own
-        raise cannot_share(type(settings).__name__, "its attention cannot be replaced") from error
+        if share_prefix:
+            name = type(settings).__name__
+            raise cannot_share(name, "its attention cannot be replaced") from error
+        model = load(attn_implementation=None)
     if config.quantization is Quantization.nf4:
         _patch_nf4_on_cpu(model, device)
     checkpointing.enable(model, config.gradient_checkpointing)

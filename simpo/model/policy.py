@@ -11,6 +11,7 @@ from transformers import (
 
 from simpo.data.pairs import PackedPairs
 from simpo.loss import PairLogps
+from simpo.model import attention
 from simpo.model.head import PairLoss, fused_loss
 from simpo.model.router import RouterLoss, experts_per_token, routing
 
@@ -26,6 +27,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.share_prefix = share_prefix
+        self.attends_by_segment = True
 
     @property
     def base(self) -> PreTrainedModel:
@@ -42,6 +44,13 @@ class Policy(nn.Module):
         state = self.model.state_dict(keep_vars=True)
         first = {id(weight): name for name, weight in reversed(state.items())}
         return {name: weight for name, weight in state.items() if first[id(weight)] == name}
+
+    def leave_attention_to_transformers(self) -> None:
+        """For a model that does not attend by our segments; prompts cannot be shared then."""
+        assert not self.share_prefix
+        self.attends_by_segment = False
+        if self.base.config._attn_implementation in attention.NAMES.values():
+            self.base.set_attn_implementation("sdpa" if self.base._supports_sdpa else "eager")
 
     def forward(
         self, row: PackedPairs, pair_loss: PairLoss, router_loss: RouterLoss | None = None
@@ -80,7 +89,7 @@ class Policy(nn.Module):
             input_ids=row.input_ids,
             position_ids=row.position_ids,
             use_cache=False,
-            **({"segments": row.segments, "keys": row.keys} if row.segments else {}),
+            **({"segments": row.segments, "keys": row.keys} if self.attends_by_segment else {}),
             # Only models with experts know the option.
             **({"output_router_logits": True} if output_router_logits else {}),
         )

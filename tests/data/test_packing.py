@@ -154,7 +154,12 @@ def test_row_with_a_prompt_for_each_response() -> None:
     assert row.targets.tolist() == [21, 31, 32, 24, 35]
     assert row.predictors.tolist() == [1, 4, 5, 7, 9]
     assert row.response_tokens == (1, 2, 1, 1)
-    assert (row.segments, row.keys) == ((), None)
+    # A sequence is a segment of its own, without a part that sees only its beginning.
+    assert row.segments == ((0, 2, 3, 3), (3, 5, 7, 7), (7, 7, 9, 9), (9, 9, 11, 11))
+    assert row.keys.index.tolist() == list(range(11))
+    assert (
+        row.keys.query_ends.tolist() == row.keys.key_ends.tolist() == [0, 3, 3, 7, 7, 9, 9, 11, 11]
+    )
 
 
 @settings(deadline=None)

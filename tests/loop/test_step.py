@@ -25,6 +25,7 @@ from simpo.loss.simpo import HingeConfig, SigmoidConfig, SimpoConfig
 from simpo.model.policy import Policy
 from tests.support.tiny_models import (
     FAMILIES,
+    SEGMENTS,
     VOCAB,
     gradients,
     loss_by_hand,
@@ -134,13 +135,16 @@ def distance(some: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> f
     return sum(float((some[name] - g).square().sum()) for name, g in other.items()) ** 0.5
 
 
+@pytest.mark.parametrize("kernel", ["eager", SEGMENTS])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_for_each_response_gives_the_same(family: str, backend: Backend) -> None:
-    """train.share_prefix=false: transformers' own attention on packed sequences."""
+def test_a_prompt_for_each_response_gives_the_same(
+    family: str, kernel: str, backend: Backend
+) -> None:
+    """train.share_prefix=false: transformers' own attention on packed sequences, and ours."""
     shared = tiny_model(family, dtype=torch.float64)
     pairs = random_pairs(np.random.default_rng(8), 4, longest=20)
     expected, metrics = gradients_of_step(Policy(shared), rows_of(pairs, 90), LOSSES[0], backend)
-    shared.set_attn_implementation("eager")
+    shared.set_attn_implementation(kernel)
     rows = [pack(pairs[:3], range(3), False), pack(pairs[3:], [3], False)]
     moved, other = gradients_of_step(Policy(shared, False), rows, LOSSES[0], backend)
     assert other == pytest.approx(metrics, rel=1e-5)

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import simpo.model.head
 from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
-from simpo.data.pairs import KeyTable, PackedPairs
+from simpo.data.pairs import KeyTable, PackedPairs, TokenizedPair
 from simpo.loss import PairLogps
 from simpo.model import attention
 from simpo.model.head import fused_loss
@@ -37,7 +38,7 @@ def attention_by_hand(
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             outputs.append(scores.softmax(0) @ value[first : i + 1, group])
-    return torch.stack(outputs).view(len(query), HEADS, SIZE)
+    return torch.stack(outputs).view(len(query), HEADS, SIZE) if outputs else query
 
 
 def row_by_hand(
@@ -82,10 +83,19 @@ def kernel_by_hand(
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 1, 3, 8])
 @pytest.mark.parametrize("shortest_prompt", [0, 1])
-def test_kernels(window: int | None, softcap: float | None, shortest_prompt: int) -> None:
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("block_queries", [2, 2048])
+def test_kernels(
+    window: int | None,
+    softcap: float | None,
+    shortest_prompt: int,
+    share_prefix: bool,
+    block_queries: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", block_queries)
     pairs = random_pairs(np.random.default_rng(1), 3, longest=6, shortest_prompt=shortest_prompt)
-    row = pack(pairs, range(3))
-    assert row.keys is not None
+    row = pack(pairs, range(3), share_prefix)
     torch.manual_seed(0)
     length = row.input_ids.shape[1]
     q, k, v = (
@@ -109,6 +119,43 @@ def test_kernels(window: int | None, softcap: float | None, shortest_prompt: int
         q, k[row.keys.index], v[row.keys.index], row.keys, None, window, softcap
     )
     torch.testing.assert_close(by_table, expected)
+
+
+class LargestMask(TorchDispatchMode):
+    """Most numbers in a tensor of a mask's type."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor):
+            self.numbers = max(self.numbers, output.numel())
+        return output
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("window", [None, 100])
+def test_nothing_is_quadratic(
+    window: int | None, share_prefix: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the row nor, beyond a block of queries, in a pair; and a mask is made once."""
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", 64)
+    pair = TokenizedPair.of([5] * 300, [6] * 200, [7] * 250)
+    row = pack([pair] * 4, range(4), share_prefix)
+    width = row.input_ids.shape[1]
+    x = torch.randn(1, 1, width, 4, requires_grad=True)
+    options: dict[str, Any] = {"segments": row.segments, "keys": row.keys}
+    outputs = []
+    with LargestMask() as seen:
+        for _ in range(2):
+            output, _ = attention.attend(
+                "sdpa", torch.nn.Identity(), x, x, x, None, sliding_window=window, **options
+            )
+            output.sum().backward()
+            outputs.append(output)
+    assert torch.equal(*outputs)
+    assert seen.numbers <= 64 * 550
+    assert len(row.keys.masks) == (1 if share_prefix or window else 0)
 
 
 def test_variable_length_kernel_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

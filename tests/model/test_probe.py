@@ -43,7 +43,7 @@ def other_model(kind: str, share_prefix: bool) -> Policy:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         schema(**known),
-        attn_implementation=SEGMENTS if share_prefix else None,
+        attn_implementation=SEGMENTS,
         dtype=torch.float32,
     )
     for parameter in model.parameters():
@@ -202,8 +202,8 @@ def test_windows_of_any_size_are_outgrown(family: str, monkeypatch: pytest.Monke
     check_packing(policy, False, longest_of(1001), 0)
     whole = attention._by_segment
 
-    def forgetting(query, key, value, segments, scaling, window, softcap):
-        return whole(query, key, value, segments, scaling, None, softcap)
+    def forgetting(query, key, value, segments, table, scaling, window, softcap):
+        return whole(query, key, value, segments, table, scaling, None, softcap)
 
     monkeypatch.setattr(attention, "_by_segment", forgetting)
     check_packing(policy, False, longest_of(1000), 4096)

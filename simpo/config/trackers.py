@@ -10,6 +10,9 @@ from omegaconf import MISSING
 
 from simpo.config.choices import WandbMode
 
+NOT_IN_PROJECTS = "/\\#?%:"
+"""Characters that Weights & Biases refuses in the name of a project."""
+
 
 @dataclass(kw_only=True)
 class TrackerConfig:
@@ -35,6 +38,14 @@ class WandbConfig(TrackerConfig):
 
     def problems(self) -> Iterator[str]:
         yield from _not_installed("wandb")
+        if not 1 <= len(self.project) <= 128 or set(self.project) & set(NOT_IN_PROJECTS):
+            yield (
+                f"project: must have 1 to 128 characters, none of them in {NOT_IN_PROJECTS}, "
+                f"got {self.project or 'nothing'}"
+            )
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                yield f"tags: a tag must have 1 to 64 characters, got {tag or 'nothing'}"
 
 
 @dataclass(kw_only=True)

@@ -153,14 +153,17 @@ class Wandb:
         self._run: Any = None
 
     def begin(self) -> None:
+        if self._config.mode is WandbMode.offline:
+            self._run = self._init("offline")
+            return
         try:
-            self._run = self._init("online" if self._config.mode is WandbMode.online else "offline")
+            self._run = self._init("online")
         except Exception as error:  # no network, a project that this key may not write to, ...
+            self._run = self._init("offline")
             say(
                 f"note   wandb: {first_line(error)}; tracked offline (wandb sync "
                 f"{self._tracked.folder}/wandb/offline-* uploads it later)"
             )
-            self._run = self._init("offline")
 
     def _init(self, mode: Literal["online", "offline"]) -> Any:
         return self._wandb.init(

@@ -111,6 +111,15 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     ("tracker=trackio tracker.project=", ["tracker.project: must not be empty"]),
     (
+        f"tracker=wandb tracker.project=team/mine tracker.tags=[good,{'t' * 65},'']",
+        [
+            "tracker.project: must have 1 to 128 characters, none of them in "
+            "/\\#?%:, got team/mine",
+            f"tracker.tags: a tag must have 1 to 64 characters, got {'t' * 65}",
+            "tracker.tags: a tag must have 1 to 64 characters, got nothing",
+        ],
+    ),
+    (
         "tracker=tensorboard tracker.project=mine",
         ["tracker.project: only with tracker=wandb or trackio"],
     ),

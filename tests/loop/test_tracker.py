@@ -95,6 +95,22 @@ def test_a_server_that_does_not_answer(
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
+def test_neither_online_nor_offline(
+    nobody: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A run that could not be tracked offline either does not say that it is."""
+
+    def init(**settings: Any) -> None:
+        raise OSError(f"no {settings['mode']}")
+
+    monkeypatch.setattr("wandb.init", init)
+    with Tracker(WandbConfig(), tmp_path, "x", {}) as tracker:
+        tracker.begin(0)
+    assert capsys.readouterr().out == (
+        "note   wandb failed, nothing more is sent: no offline (metrics.jsonl has everything)\n"
+    )
+
+
 def test_a_tracker_that_fails_midway_ends_nothing(
     nobody: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

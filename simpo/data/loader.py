@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,11 +47,12 @@ def read_mixture(run: RunConfig) -> Mixture:
 
 
 def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
-    """Read, mix and tokenize the sources of a run.
+    """Read, mix and tokenize the sources of a run, or find what they gave before.
 
     Raises:
         DataError: a source cannot be read, a record is bad (with on_bad_record=stop), or no record
             is left.
+        RunError: as `tokenize_set`.
     """
     kind = f"{settings_hash(chat, run.data)} {run.loss.needs_rejected}"
     sources = Sources(run.data, cache_dir, kind)
@@ -59,6 +62,13 @@ def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
             say("the sources are as they were: taking their tokens from the cache")
             table = [SplitReport(**line) for line in known["table"]]
             return LoadedData(table, known["notes"], train, test)
+    data = _read(run, chat, cache_dir, sources)
+    _return_memory()
+    return data
+
+
+def _read(run: RunConfig, chat: Chat, cache_dir: Path, sources: Sources) -> LoadedData:
+    """Read, mix and tokenize the sources of a run, and remember that."""
     mixture = read_mixture(run)
     train, test = (
         tokenize_set(chat, pairs, run.data, cache_dir) for pairs in (mixture.train, mixture.test)
@@ -68,6 +78,12 @@ def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
         names = {"train": train.name, "test": test.name}
         sources.remember({"table": lines, "notes": mixture.notes, **names})
     return LoadedData(mixture.table, mixture.notes, train, test)
+
+
+def _return_memory() -> None:
+    """Give back the memory of texts that are no longer held, which the C library would keep."""
+    with suppress(AttributeError, OSError):  # another C library than that of GNU
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class PackedSet:

@@ -195,6 +195,7 @@ def test_the_mathematics_knows_no_framework(module: str) -> None:
                 *("loss", "config.data", "config.models", "config.schema", "config.check"),
                 *("config.compose", "config.composer", "config.explain", "config.suggest"),
                 *("config.meanings", "config.renamed", "config.json_schema", "config.trackers"),
+                "config.plain",
                 *("launch.commands.train", "launch.completion", "report.published"),
             },
         ),

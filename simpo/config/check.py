@@ -34,6 +34,7 @@ from simpo.config.launchers import LocalConfig, SlurmConfig
 from simpo.config.losses import LOSSES, is_of, losses_of, own_losses, read_only
 from simpo.config.models import ModelConfig
 from simpo.config.own_code import OwnCodeError
+from simpo.config.plain import read_plain
 from simpo.config.renamed import first_name, first_value, renamed_config
 from simpo.config.schema import RunConfig
 from simpo.config.trackers import (
@@ -178,20 +179,8 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
     Raises:
         ConfigError: the file does not fit the schemas.
     """
-    kinds: dict[str, Any] = {}
     try:
-        raw = OmegaConf.load(path)
-        if isinstance(raw, DictConfig):
-            raw = renamed_config(raw, note=False)
-        for group, schemas in GROUPS.items():
-            if not isinstance(raw, DictConfig) or not isinstance(raw.get(group), DictConfig):
-                raise ConfigError([f"lacks the section {group}"])
-            kinds[group] = schemas.get("base") or _choice(group, raw[group], check)
-        assert isinstance(raw, DictConfig)
-        merged = _resolved(raw, kinds)
-        _refuse_missing(merged)
-        run = OmegaConf.to_object(merged)
-        assert isinstance(run, RunConfig)
+        run = read_plain(path, GROUPS) or _merged_run(path, check)
     except OwnCodeError:
         raise
     except ConfigError as error:
@@ -209,6 +198,20 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
         return run
     remedy = "restore it, or remove it: the run's own command writes it anew"
     raise ConfigError([f"{path}: {problem} ({remedy})" for problem in problems])
+
+
+def _merged_run(path: Path, check: bool) -> RunConfig:
+    raw, kinds = OmegaConf.load(path), {}
+    raw = renamed_config(raw, note=False) if isinstance(raw, DictConfig) else DictConfig({})
+    for group, schemas in GROUPS.items():
+        if not isinstance(raw.get(group), DictConfig):
+            raise ConfigError([f"lacks the section {group}"])
+        kinds[group] = schemas.get("base") or _choice(group, raw[group], check)
+    merged = _resolved(raw, kinds)
+    _refuse_missing(merged)
+    run = OmegaConf.to_object(merged)
+    assert isinstance(run, RunConfig)
+    return run
 
 
 def _choice(group: str, section: DictConfig, check: bool) -> type:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice, takewhile
 from os.path import commonpath
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Comparison:
         """Value of `metric` of a run; None if it has none yet."""
         return self.runs[index].metrics.get(self.metric)
 
-    @property
+    @cached_property
     def order(self) -> list[int]:
         """Indices of the runs: the best value of `metric` first, those without one last."""
 
@@ -59,13 +60,25 @@ class Comparison:
 
         return sorted(range(len(self.runs)), key=place)
 
-    @property
+    @cached_property
     def prefix(self) -> str:
         """What all names begin with, up to a / or a comma; empty for a single run."""
         names = [*self.names, *self.damaged]
         parts = [re.split("(?<=[/,])", name)[:-1] for name in names if len(names) > 1]
         common = takewhile(lambda same: len(set(same)) == 1, zip(*parts, strict=False))
         return "".join(same[0] for same in common)
+
+    def of_best(self, number: int) -> Comparison:
+        """The same without all but its best runs, and the first damaged ones."""
+        kept = self.order[:number]
+        return replace(
+            self,
+            runs=[self.runs[index] for index in kept],
+            names=[self.names[index] for index in kept],
+            best=kept.index(self.best) if self.best in kept else None,
+            differing={key: [values[i] for i in kept] for key, values in self.differing.items()},
+            damaged=dict(islice(self.damaged.items(), number)),
+        )
 
     def columns(self) -> dict[str, str]:
         """The held-out metrics that tables show, with their labels; first `metric`."""

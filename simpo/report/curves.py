@@ -21,7 +21,7 @@ SPLITS = ("train", "eval")
 MOST_POINTS = 300
 POINTS_OF_ALL = 20_000
 """Points of a curve, and of all curves of one split in one panel, that a page holds at most."""
-LEAST_POINTS = 40
+LEAST_POINTS = 20
 
 Point = tuple[float, float]
 

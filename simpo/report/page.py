@@ -33,6 +33,8 @@ COLORS = (
 """Colours of curves, which can be told apart on white and on the dark page."""
 DETAILED = len(COLORS)
 """Number of best runs whose curves are in colour at first, and whose replies the page holds."""
+MOST_RUNS = 1000
+"""Runs that the table and the curves of a page show at most, the best ones."""
 
 
 def render(report: Comparison) -> str:
@@ -62,13 +64,17 @@ def title(report: Comparison) -> str:
 
 def content(report: Comparison) -> str:
     """The sections of the page, as HTML."""
-    best = report.order[:DETAILED]
     states = [run.progress.state.value for run in report.runs] + ["damaged"] * len(report.damaged)
+    name, sweep, axes, every = title(report), sweep_map(report), swept(report), len(states)
+    if len(report.runs) > MOST_RUNS or len(report.damaged) > MOST_RUNS:
+        report = report.of_best(MOST_RUNS)
+    best = report.order[:DETAILED]
     return html_page(
         FOLDER / "content.html.jinja",
         breakable=breakable,
-        title=title(report),
+        title=name,
         report=report,
+        left_out=every - len(report.runs) - len(report.damaged),
         states={state: states.count(state) for state in dict.fromkeys(states)},
         facts=shared_facts(report),
         settings=shared_settings(report),
@@ -79,8 +85,8 @@ def content(report: Comparison) -> str:
             "colors": COLORS,
             "panels": panels(report),
         },
-        sweep=sweep_map(report),
-        axes=swept(report),
+        sweep=sweep,
+        axes=axes,
         held_out=held_out(report, best),
         replies={index: rows for index in best if (rows := _replies(report.runs[index]))},
         detailed=best,

@@ -49,6 +49,7 @@ def text(report: Comparison, width: int | None = None) -> str:
 def _cells(report: Comparison, brief: bool) -> list[Cells]:
     """A line of the table for each run, the best first."""
     cells = []
+    columns = report.columns()
     for index in report.order:
         run = report.runs[index]
         best = "best" if index == report.best else ""
@@ -58,7 +59,7 @@ def _cells(report: Comparison, brief: bool) -> list[Cells]:
                 **({} if len(report.runs) == 1 else {"": best}),
                 **{
                     label: f"{run.metrics[key]:.4f}" if key in run.metrics else ""
-                    for key, label in report.columns().items()
+                    for key, label in columns.items()
                 },
                 "state": _brief(run.progress) if brief else run.progress.text(),
             }

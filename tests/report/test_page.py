@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 from plotly.offline import get_plotlyjs
 
+from simpo.report import page
 from simpo.report.compare import Comparison, compare, comparison
 from simpo.report.curves import MOST_POINTS, thinned
-from simpo.report.page import COLORS, DETAILED, breakable, render
+from simpo.report.page import COLORS, DETAILED, MOST_RUNS, breakable, render
 from simpo.run.runs import read_runs
 from tests.support.browser import LOOK, Tab
 from tests.support.made_runs import make, make_sweep
@@ -27,9 +29,9 @@ SORTED = (
 )
 
 
-def many(folder: Path, number: int) -> Comparison:
+def many(folder: Path, number: int, steps: int = 900) -> Comparison:
     """A sweep over beta, read once and multiplied, since reading hundreds of runs takes long."""
-    (run,), _ = read_runs([make(folder / "run", steps=900, prompts=16)])
+    (run,), _ = read_runs([make(folder / "run", steps=steps, prompts=16)])
     runs = []
     for index in range(number):
         accuracy = round(0.5 + index / 1000, 4)
@@ -112,6 +114,39 @@ def test_three_hundred_runs(tmp_path: Path) -> None:
             points = "document.querySelector('#curves .plot')._fullData[0].x.length"
             assert 300 * 40 < tab.run(points) < 300 * MOST_POINTS
             assert tab.console == []
+
+
+@pytest.mark.matrix
+def test_a_page_of_more_runs_than_it_shows(tmp_path: Path) -> None:
+    """It opens, and is no larger than that of a thousand runs."""
+    file = tmp_path / "report.html"
+    file.write_text(render(many(tmp_path, MOST_RUNS + 200)), encoding="utf-8")
+    assert file.stat().st_size < 10e6
+    with Tab(file.as_uri(), width=1280) as tab:
+        assert tab.run("document.title") == "simpo: 1200 runs"
+        assert tab.run("document.querySelectorAll('#runs tbody tr').length") == MOST_RUNS
+        assert tab.run(NAMES)[0].startswith("loss.beta=1199,")
+        assert all(figure["drawn"] for figure in tab.run(LOOK))
+        assert tab.console == []
+
+
+def test_the_best_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "MOST_RUNS", 5)
+    report = many(tmp_path, 12, steps=4)
+    html = page.content(report)
+    names = re.findall(r'class="name" data-sort="loss.beta=(\d+)', html)
+    assert names == ["011", "010", "009", "008", "007"]
+    assert "The best 5; 7 more are in <code>format=csv</code>." in html
+    assert "<h1>12 runs</h1>" in html and ">12 finished</span>" in html
+    found = re.search(r'id="curves".*?<script type="application/json">(.*?)</script>', html, re.S)
+    assert found is not None
+    curves = json.loads(found[1])
+    assert [name[10:13] for name in curves["names"]] == names
+    assert {index for panel in curves["panels"] for index, *_ in panel["lines"]} == set(range(5))
+    kept = report.of_best(5)
+    assert (kept.best, report.best) == (0, 11)
+    assert kept.differing == {"loss.beta": [12.0, 11.0, 10.0, 9.0, 8.0]}
+    assert "more are in" not in page.content(kept)
 
 
 KINDS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {

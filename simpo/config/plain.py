@@ -1,0 +1,96 @@
+"""Builds a run from a run.yaml whose values have the types of their settings already.
+
+That is how runs write it, and thirty times as fast as merging it with the schemas. `simpo report`
+reads a thousand. What needs a conversion, a default in place of a missing section, an
+interpolation or a message about a fault is left to OmegaConf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import MISSING
+from omegaconf._utils import get_yaml_loader
+
+from simpo.config.schema import RunConfig
+
+
+class _NotPlain(Exception):
+    """A value, a key or a section that only the schemas tell what to make of."""
+
+
+def read_plain(path: Path, groups: Mapping[str, Mapping[str, type]]) -> RunConfig | None:
+    """The run in a run.yaml; None if anything in it is not plain.
+
+    Args:
+        groups: the schemas of each group, by the `name` in its section; `base` if there is one.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = yaml.load(file, Loader=_loader())
+        made = {group: _section(raw[group], kinds) for group, kinds in groups.items()}
+        rest = {key: value for key, value in raw.items() if key not in groups}
+        return _with_fields(RunConfig, rest, made)
+    # On a damaged file the YAML parser raises almost any error.
+    except Exception:
+        return None
+
+
+@cache
+def _loader() -> Any:
+    """OmegaConf's YAML loader, with the parser in C where PyYAML has it."""
+    exact = get_yaml_loader()
+    return type("Loader", (yaml.CSafeLoader, exact), {}) if yaml.__with_libyaml__ else exact
+
+
+def _section(values: Any, kinds: Mapping[str, type]) -> Any:
+    if values.get("module") is not None:  # of a loss: code of the user's
+        raise _NotPlain
+    return _value(kinds.get("base") or kinds[values["name"]], values)
+
+
+def _with_fields(kind: type, values: Mapping[str, Any], made: Mapping[str, Any]) -> Any:
+    hints = _hints(kind)
+    built = kind(**{key: _value(hints[key], value) for key, value in values.items()}, **made)
+    if any(isinstance(value, str) and value == MISSING for value in vars(built).values()):
+        raise _NotPlain
+    return built
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {item.name: hints[item.name] for item in fields(kind)}
+
+
+def _value(kind: Any, value: Any) -> Any:
+    """A value of a YAML file as a setting of type `kind`.
+
+    Raises:
+        _NotPlain, KeyError, TypeError, AttributeError: it is not plain.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        return _with_fields(kind, value, {})  # type: ignore[arg-type]
+    if origin is UnionType and NoneType in inner and len(inner) == 2:
+        return None if value is None else _value(next(t for t in inner if t is not NoneType), value)
+    if origin is list and type(value) is list:
+        return [_value(inner[0], item) for item in value]
+    if origin is dict and all(type(key) is str for key in value):
+        return {key: _value(inner[1], item) for key, item in value.items()}
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind[value]
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is Any and type(value) in (bool, int, float, str):
+        kind = type(value)
+    if type(value) is not kind or (kind is str and ("${" in value or value == MISSING)):
+        raise _NotPlain
+    return value

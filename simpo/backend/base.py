@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -59,9 +59,11 @@ class Backend:
         weight_shards: number of processes that the weights are sharded over.
         state_shards: number of processes that gradients and optimizer state are sharded over.
         checkpoint_format: checkpoints of another format cannot be read.
+        reads_shards: whether `prepare` takes a policy with `unread` weights.
     """
 
     checkpoint_format = "dcp"
+    reads_shards = False
 
     def __init__(
         self, config: BackendConfig, precision: Precision, max_grad_norm: float = 0.0
@@ -302,13 +304,15 @@ class Backend:
         """Context in which the policy's weights are gathered for generation."""
         return nullcontext()
 
-    def whole_weights(self, wrapped: nn.Module, policy: Policy) -> Iterator[tuple[str, Tensor]]:
-        """The weights of `Policy.saved`, gathered one after the other.
+    def whole(
+        self, wrapped: nn.Module, weights: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Weights or buffers of the policy by name, gathered one after the other.
 
-        All processes iterate at the same time. On rank 0 the weights are in host memory; on the
-        others they are not to be used. DeepSpeed's are the fp32 weights of its optimizer.
+        All processes iterate at the same time. On rank 0 the results are in host memory.
+        DeepSpeed's are the fp32 weights of its optimizer.
         """
-        for name, weight in policy.saved().items():
+        for name, weight in weights.items():
             yield name, self._whole(weight)
 
     def _whole(self, weight: Tensor) -> Tensor:

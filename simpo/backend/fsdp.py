@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -22,12 +26,16 @@ from torch.optim import Optimizer
 from simpo.backend.base import Backend
 from simpo.config.backends import BackendConfig, FsdpConfig
 from simpo.config.choices import Precision
-from simpo.config.errors import ConfigError
+from simpo.config.errors import ConfigError, first_line
 from simpo.model.policy import Policy
+from simpo.model.pretrained import not_finite, refuse_not_finite
+from simpo.model.shards import weights_in_files
 
 
 class FsdpBackend(Backend):
     """One process that holds a shard of every layer and gathers a layer to compute it."""
+
+    reads_shards = True
 
     def __init__(
         self, config: FsdpConfig, precision: Precision, max_grad_norm: float = 0.0
@@ -70,7 +78,27 @@ class FsdpBackend(Backend):
         wrapped, optimizer = super().prepare(policy, optimizer)
         if not isinstance(wrapped, FSDPModule):
             raise RuntimeError(f"accelerate made {type(wrapped).__name__} where FSDP was asked for")
+        if policy.unread is not None:
+            self._read(policy, policy.unread)
+            policy.unread = None
         return wrapped, optimizer
+
+    def _read(self, policy: Policy, folder: Path) -> None:
+        """Fill this process's shards from the files of the weights.
+
+        Raises:
+            ConfigError: a file cannot be read, or a weight is NaN or infinite.
+        """
+        source = str(policy.base.name_or_path)
+        weights: dict[str, Any] = {n: w.detach() for n, w in weights_in_files(policy).items()}
+        try:
+            reader = HuggingFaceStorageReader(str(folder))
+            dcp.load(dict(weights), storage_reader=reader, **self._checkpoint_group())
+        except CheckpointException as error:
+            fault = first_line(next(iter(error.failures.values()))[0])
+            raise ConfigError([f"model.path: {source} cannot be loaded: {fault}"]) from error
+        bad = self.gather(not_finite((name, w.to_local()) for name, w in weights.items()))
+        refuse_not_finite("model.path", source, list(dict.fromkeys(bad)))
 
     def micro_batch(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
         # Gradients are reduced after every row; without that each would be held unsharded.
@@ -84,9 +112,11 @@ class FsdpBackend(Backend):
         yield
         policy.reshard()
 
-    def whole_weights(self, wrapped: nn.Module, policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    def whole(
+        self, wrapped: nn.Module, weights: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
         _reshard(wrapped)
-        return super().whole_weights(wrapped, policy)
+        return super().whole(wrapped, weights)
 
     def _whole(self, weight: Tensor) -> Tensor:
         if isinstance(weight, DTensor):  # not so a buffer

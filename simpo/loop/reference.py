@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simpo.backend import Backend
 from simpo.data.pairs import PackedPairs
@@ -25,12 +25,13 @@ from simpo.run.cache import find_entry, keep_entry
 from simpo.run.progress import bar
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of all weights of a model that this process holds whole: 16 hex digits."""
+def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of a model's whole weights, given by name and sorted by it: 16 hex digits."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in weights:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ def save_results(
         say(f"the best model, after step {kept}, is damaged ({fault}): the last is saved")
         kept = step
     say("saving the model ...")
-    weights = backend.whole_weights(parts.wrapped, parts.policy)
+    weights = backend.whole(parts.wrapped, parts.policy.saved())
     results = console.Results(
         before=history.evaluations.get(0, {}),
         after=history.evaluations.get(kept, {}),

@@ -5,8 +5,12 @@ Cheap parts come first: the data before the run's folder, the folder before the 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,14 +33,14 @@ from simpo.loop.optim import (
     check_rates,
     check_updates,
     rate_notes,
-    sampled_weights,
+    sampling,
 )
 from simpo.loop.publish import check_end
 from simpo.loop.reference import weights_fingerprint, with_reference
 from simpo.loop.score import check_loss, metric_names
 from simpo.model import cost
 from simpo.model.check import check_packing, check_router
-from simpo.model.load import load_policy
+from simpo.model.load import load_policy, load_probe
 from simpo.model.policy import Policy
 from simpo.model.pretrained import load_settings, num_embeddings
 from simpo.model.tokenizer import load_tokenizer
@@ -101,15 +105,17 @@ def set_up(run: RunConfig) -> Parts:
     check_rates(cfg, plan)
     folder = _find_folder(run, backend)
     _write_records(run, folder, chat, data, str(backend))
-    policy = _load_policy(run, backend, settings)
+    policy, probe = _load_policy(run, backend, settings)
     longest = max(data.train.tokens.longest_sequence(), data.test.tokens.longest_sequence())
-    check_packing(policy, backend.bf16, longest, cfg.tokens_per_row)
-    check_router(policy, backend.bf16, run.model.router_aux_weight)
-    sampled_before = sampled_weights(policy.model)
-    check_updates(cfg, sampled_before)
+    check_packing(probe, backend.bf16, longest, cfg.tokens_per_row)
+    if policy.attends_by_segment and not probe.attends_by_segment:
+        policy.leave_attention_to_transformers()
+    check_router(probe, backend.bf16, run.model.router_aux_weight)
+    unread = policy.unread is not None
+    start = Start() if unread else _start(run, backend, policy, Mapping.items)
     start_lines = (
         *console.start_lines(run, policy, str(backend), data.table, data.train, plan),
-        *_plan_costs(run, backend, policy, plan, train),
+        *_plan_costs(run, backend, policy, probe, plan, train),
         *rate_notes(cfg, plan),
         *console.token_notes(run, chat, data.table, data.train),
         *check_end(run, backend, policy, chat, folder.path),
@@ -117,8 +123,10 @@ def set_up(run: RunConfig) -> Parts:
         *data.notes,
     )
     flops = cost.Flops(policy)
-    origin = weights_fingerprint(policy) if run.loss.needs_reference and backend.is_main else ""
+    del probe  # frees it
     wrapped, optimizer = backend.prepare(policy, build_optimizer(policy, cfg))
+    if unread:
+        start = _start(run, backend, policy, partial(backend.whole, wrapped))
     store = CheckpointStore(
         folder.path / "checkpoints",
         cfg.keep_checkpoints,
@@ -127,21 +135,63 @@ def set_up(run: RunConfig) -> Parts:
     )
     return Parts(
         backend, chat, train, test, plan, folder, policy, wrapped, optimizer, store, flops,
-        sampled_before, origin, start_lines,
+        start.sampled, start.origin, start_lines,
     )  # fmt: skip
 
 
-def _load_policy(run: RunConfig, backend: Backend, settings: PreTrainedConfig) -> Policy:
+@dataclass(frozen=True)
+class Start:
+    """What is kept of the weights before the first step; see `Parts`."""
+
+    sampled: dict[str, Tensor] = field(default_factory=dict)
+    origin: str = ""
+
+
+def _start(
+    run: RunConfig,
+    backend: Backend,
+    policy: Policy,
+    whole: Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]],
+) -> Start:
+    """Look at the weights; all processes call it.
+
+    Args:
+        whole: gives whole weights by name, gathered where they are sharded.
+
+    Raises:
+        ConfigError: as `check_updates`.
+    """
+    sampled: dict[str, Tensor] = {}
+    trained = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+    deque(sampling(whole(trained), sampled), maxlen=0)
+    check_updates(run.train, sampled)
+    if not run.loss.needs_reference:
+        return Start(sampled)
+    weights = iter(whole(dict(sorted(policy.state_dict(keep_vars=True).items()))))
+    origin = weights_fingerprint(weights) if backend.is_main else ""
+    deque(weights, maxlen=0)  # gathers on the other processes
+    return Start(sampled, origin)
+
+
+def _load_policy(
+    run: RunConfig, backend: Backend, settings: PreTrainedConfig
+) -> tuple[Policy, Policy]:
+    """The policy, and what to check of it: a small copy if its weights are unread, else itself."""
     say(f"loading the weights of {run.model.path} ...")
-    return load_policy(
+    computed: Any = {"bf16": backend.bf16, "share_prefix": run.train.share_prefix}
+    probe = None
+    if backend.reads_shards:
+        probe = load_probe(run.model, settings, backend.device, **computed)
+    policy = load_policy(
         run.model,
         Path(run.cache_dir).expanduser(),
         backend.device,
         run.train.seed,
-        bf16=backend.bf16,
-        share_prefix=run.train.share_prefix,
         settings=settings,
+        sharded=probe is not None,
+        **computed,
     )
+    return policy, policy if policy.unread is None or probe is None else probe
 
 
 def _find_folder(run: RunConfig, backend: Backend) -> RunFolder:
@@ -189,7 +239,12 @@ def _write_records(
 
 
 def _plan_costs(
-    run: RunConfig, backend: Backend, policy: Policy, plan: TrainPlan, train: PackedSet
+    run: RunConfig,
+    backend: Backend,
+    policy: Policy,
+    probe: Policy,
+    plan: TrainPlan,
+    train: PackedSet,
 ) -> list[str]:
     """Lines about the rows and the memory of a step, which must fit the device."""
     cfg = run.train
@@ -201,6 +256,7 @@ def _plan_costs(
         run.model.gradient_checkpointing,
         backend.weight_shards,
         backend.state_shards,
+        probe,
     )
     if cfg.check_memory:
         cost.check_memory(memory, backend.device, backend.processes_here)

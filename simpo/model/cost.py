@@ -92,6 +92,7 @@ def estimate_memory(
     checkpointing: Checkpointing,
     weight_shards: int = 1,
     state_shards: int = 1,
+    probe: Policy | None = None,
 ) -> Memory:
     """Estimate the peak memory of a step in one process.
 
@@ -106,15 +107,19 @@ def estimate_memory(
         weight_shards: number of processes that the weights are sharded over. The weights of a
             gathered layer are not counted.
         state_shards: number of processes that gradients and optimizer state are sharded over.
+        probe: if the policy's weights are unread, a model with some of its layers. Its activations
+            are measured and multiplied.
     """
     parameters = list(policy.parameters())
     trained = [p for p in parameters if p.requires_grad]
     sizes = 64, 128
-    measured = zip(*(_kept_bytes(policy, size, bf16) for size in sizes), strict=True)
-    kept, products = (_drawn_out(pair, sizes, row_tokens) for pair in measured)
+    layers = policy.base.config.get_text_config().num_hidden_layers
+    probe = probe or policy
+    times = layers / probe.base.config.get_text_config().num_hidden_layers
+    measured = zip(*(_kept_bytes(probe, size, bf16) for size in sizes), strict=True)
+    kept, products = (_drawn_out(pair, sizes, row_tokens) * times for pair in measured)
     head: Any = policy.base.get_output_embeddings()
     if checkpointing is not Checkpointing.none:
-        layers = policy.base.config.get_text_config().num_hidden_layers
         # Inputs of layers have the dtype of the embeddings; that of adapters is always fp32.
         stream: Any = policy.base.get_input_embeddings().weight
         kept = kept / layers + row_tokens * layers * stream.shape[1] * stream.element_size()

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from simpo.config.choices import Attention, Dtype, Quantization
 from simpo.config.errors import ConfigError
@@ -18,6 +23,7 @@ from simpo.config.models import ModelConfig
 from simpo.model import attention, checkpointing
 from simpo.model.policy import Policy
 from simpo.model.pretrained import check_finite, load_settings, load_weights, model_source
+from simpo.model.shards import empty_model, probe_settings
 
 # Attributes of modules: noise on the input of a router in training (Mixtral, PhiMoE, DBRX).
 JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
@@ -32,6 +38,7 @@ def load_policy(
     bf16: bool = False,
     share_prefix: bool = True,
     settings: PreTrainedConfig | None = None,
+    sharded: bool = False,
 ) -> Policy:
     """Load the model for training, with its quantisation and adapters, and without noise.
 
@@ -41,16 +48,17 @@ def load_policy(
         share_prefix: False for rows that repeat the prompt; then the model may have attention of
             its own.
         settings: result of `load_settings`, if it is known already.
+        sharded: leave the weights unread (`Policy.unread`) if their files can be read in parts.
 
     Raises:
         ConfigError: model or adapters cannot be loaded, or do not fit the settings.
     """
-    _seed(seed)
     attention.register()
     source = model_source(config, cache_dir)
     settings = settings or load_settings(config, cache_dir)
     _refuse_quantised(source, settings)
     packed = _quantization(config, bf16)
+    dtype = _weights_dtype(config, device)
     load = partial(
         load_weights,
         "model.path",
@@ -59,12 +67,19 @@ def load_policy(
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         config=settings,
-        dtype=_weights_dtype(config, device),
+        dtype=dtype,
         quantization_config=packed,
         device_map={"": device} if packed else None,
     )
+    kernel = _kernel(config, settings, device, bf16)
+    model: Any = None
+    unread = None
+    # DoRA begins with the norms of the weights.
+    if sharded and packed is None and not config.lora.dora:
+        model, unread = empty_model(source, config.revision, settings, dtype, kernel)
+    _seed(seed)
     try:
-        model: Any = load(attn_implementation=_kernel(config, settings, device, bf16))
+        model = model or load(attn_implementation=kernel)
     except KeyError as error:  # the architecture has an attention table of its own
         if share_prefix:
             name = type(settings).__name__
@@ -74,11 +89,52 @@ def load_policy(
         _patch_nf4_on_cpu(model, device)
     checkpointing.enable(model, config.gradient_checkpointing)
     if config.lora.used:
-        from simpo.model.adapters import add_adapters
+        model = _with_adapters(model, config)
+    _switch_noise_off(model)
+    policy = Policy(model, share_prefix, unread)
+    return policy if unread else policy.to(device)
 
-        model = add_adapters(model, config.lora, config.revision)
-        if config.lora.adapter is not None:
-            check_finite("model.lora.adapter", config.lora.adapter, model)
+
+def _with_adapters(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
+    from simpo.model.adapters import add_adapters
+
+    adapted = add_adapters(model, config.lora, config.revision)
+    if config.lora.adapter is not None:
+        trained = ((n, p) for n, p in adapted.named_parameters() if p.requires_grad)
+        check_finite("model.lora.adapter", config.lora.adapter, trained)
+    return adapted
+
+
+def load_probe(
+    config: ModelConfig,
+    settings: PreTrainedConfig,
+    device: torch.device,
+    *,
+    bf16: bool,
+    share_prefix: bool,
+) -> Policy | None:
+    """A small random model of the same architecture, to check what does not depend on the weights.
+
+    Args:
+        settings: result of `load_settings`.
+        bf16, share_prefix: as in `load_policy`.
+
+    Returns:
+        None if none can be made (see `probe_settings`).
+    """
+    _seed(0)
+    attention.register()
+    kernel = _kernel(config, settings, device, bf16)
+    dtype = _weights_dtype(config, device)
+    try:
+        small = probe_settings(settings)
+        if small is None:
+            return None
+        model: Any = AutoModelForCausalLM.from_config(
+            small, dtype=dtype, attn_implementation=kernel
+        )
+    except Exception:  # loading the whole model tells what is wrong
+        return None
     _switch_noise_off(model)
     return Policy(model, share_prefix).to(device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,13 +22,20 @@ class Policy(nn.Module):
 
     The loss is computed inside the module, so that a sharding framework that wraps the policy
     gathers the head's weights itself.
+
+    Attributes:
+        unread: folder with the files of the weights if they are not loaded; `Backend.prepare` then
+            reads this process's part.
     """
 
-    def __init__(self, model: nn.Module, share_prefix: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, share_prefix: bool = True, unread: Path | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.share_prefix = share_prefix
         self.attends_by_segment = True
+        self.unread = unread
 
     @property
     def base(self) -> PreTrainedModel:

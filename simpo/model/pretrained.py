@@ -8,13 +8,13 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from simpo.config.errors import ConfigError
@@ -141,29 +141,41 @@ def load_weights(key: str, source: str, loader: Any, **options: Any) -> Any:
                 "config.json; loading and saving it with transformers drops what is unexpected)"
             ]
         )
-    check_finite(key, source, model)
+    check_finite(key, source, model.named_parameters())
     return model
 
 
-def check_finite(key: str, source: str, model: nn.Module) -> None:
+def check_finite(key: str, source: str, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse NaN and infinite weights.
 
     Raises:
         ConfigError: a weight is NaN or infinite.
     """
-    bad = [
+    refuse_not_finite(key, source, not_finite(weights))
+
+
+def refuse_not_finite(key: str, source: str, names: Sequence[str]) -> None:
+    """Raise a ConfigError if there are names of weights that are NaN or infinite."""
+    if names:
+        raise ConfigError(
+            [
+                f"{key}: {source} holds NaN or infinite weights in {_shortened(names)} (mend the "
+                "files)"
+            ]
+        )
+
+
+def not_finite(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of weights that are NaN or infinite somewhere."""
+    return [
         name
-        for name, weight in model.named_parameters()
+        for name, weight in weights
         # The sum needs no memory; it may overflow, so then every weight is tested.
         if weight.is_floating_point()
         and not hasattr(weight, "quant_state")  # 4-bit weights are packed into floats
         and not torch.isfinite(weight.detach().sum())
         and not torch.isfinite(weight.detach()).all()
     ]
-    if bad:
-        raise ConfigError(
-            [f"{key}: {source} holds NaN or infinite weights in {_shortened(bad)} (mend the files)"]
-        )
 
 
 def _shortened(names: Sequence[str]) -> str:

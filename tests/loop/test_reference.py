@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from simpo.backend import build_backend
 from simpo.config.backends import SingleConfig
@@ -29,6 +30,10 @@ from tests.support.whole_runs import assert_same_run, logged, metrics_of, run, s
 DPO = ["loss=dpo", "loss.beta=0.5"]
 
 
+def fingerprint(model: nn.Module) -> str:
+    return reference.weights_fingerprint(sorted(model.state_dict().items()))
+
+
 def test_scores_are_those_of_padded_sequences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,7 +44,7 @@ def test_scores_are_those_of_padded_sequences(
     rows = [pack([tokens[i] for i in order], order) for order in ((3, 0), (4, 2, 1))]
     backend = build_backend(SingleConfig(), Precision.fp32, 1.0)
     policy = Policy(model)
-    origin = reference.weights_fingerprint(policy)
+    origin = fingerprint(policy)
 
     def scored(origin: str) -> list[float]:
         found = reference.with_reference(policy, data, rows, origin, tmp_path, backend)
@@ -84,12 +89,12 @@ def test_scores_of_a_set_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_fingerprint_is_of_every_weight() -> None:
     model = tiny_model("llama")
-    same = reference.weights_fingerprint(copy.deepcopy(model))
-    assert reference.weights_fingerprint(model) == same
+    same = fingerprint(copy.deepcopy(model))
+    assert fingerprint(model) == same
     for parameter in model.parameters():
         old = parameter.data.flatten()[-1].item()
         parameter.data.view(-1)[-1] = old + 1e-3
-        assert reference.weights_fingerprint(model) != same
+        assert fingerprint(model) != same
         parameter.data.view(-1)[-1] = old
 
 

@@ -1,0 +1,210 @@
+"""Weights that each process reads in part are those that it would read whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from simpo.config.models import LoraConfig, ModelConfig
+from simpo.model.load import load_policy
+from simpo.model.policy import Policy
+from simpo.model.shards import probe_settings, weights_in_files
+from tests.support.tiny_models import FAMILIES, WIDE, tiny_model
+from tests.support.whole_runs import assert_same_run, finish, run, start, tiny_model_and_data
+
+CPU = torch.device("cpu")
+TWO = ["backend=fsdp", "backend.processes=2"]
+
+
+def unread(folder: Path, lora: LoraConfig | None = None, seed: int = 0) -> Policy:
+    config = ModelConfig(name="tiny", path=str(folder), lora=lora or LoraConfig(rank=0))
+    return load_policy(config, Path(), CPU, seed, sharded=True)
+
+
+def whole(folder: Path, lora: LoraConfig | None = None, seed: int = 0) -> Policy:
+    config = ModelConfig(name="tiny", path=str(folder), lora=lora or LoraConfig(rank=0))
+    return load_policy(config, Path(), CPU, seed)
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(rank=0), LoraConfig(rank=2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_but_the_weights_is_as_loaded_whole(
+    family: str, lora: LoraConfig, tmp_path: Path
+) -> None:
+    """Names, shapes, buffers, adapters, settings; the files hold the rest by the same names."""
+    tiny_model(family, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    GenerationConfig(eos_token_id=7, do_sample=True, top_k=3).save_pretrained(tmp_path)
+    got, expected = unread(tmp_path, lora), whole(tmp_path, lora)
+    assert got.unread == tmp_path and expected.unread is None
+    assert got.base.config.to_dict() == expected.base.config.to_dict()
+    assert got.base.generation_config.to_dict() == expected.base.generation_config.to_dict()
+    assert got.base.name_or_path == expected.base.name_or_path == str(tmp_path)
+    buffers = dict(expected.named_buffers())
+    assert buffers and dict(got.named_buffers()).keys() == buffers.keys()
+    assert all(torch.equal(value, buffers[name]) for name, value in got.named_buffers())
+    weights = dict(got.named_parameters())
+    assert [n for n, _ in expected.named_parameters()] == list(weights)
+    for name, weight in expected.named_parameters():
+        assert weights[name].shape == weight.shape and weights[name].dtype is weight.dtype
+        assert weights[name].requires_grad is weight.requires_grad
+        if ".lora_" in name:
+            assert torch.equal(weights[name], weight), name
+    files = load_file(tmp_path / "model.safetensors")
+    in_files = weights_in_files(expected)
+    assert in_files.keys() <= files.keys()
+    assert all(torch.equal(weight, files[name].float()) for name, weight in in_files.items())
+    assert len(in_files) == sum(".lora_" not in name for name in weights)
+
+
+def as_bin(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def without_prefix(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    short = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    save_file(short, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lacking_one(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_one_more(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.7.norm.weight"] = torch.ones(3)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def damaged(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def twice(folder: Path) -> None:
+    shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change", [as_bin, without_prefix, lacking_one, with_one_more, damaged, twice]
+)
+def test_files_that_cannot_be_read_in_parts(change: Callable[[Path], None], tmp_path: Path) -> None:
+    """They are read whole, and what is wrong is told as ever."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    change(tmp_path)
+    try:
+        expected = whole(tmp_path)
+    except Exception as error:
+        with pytest.raises(type(error)) as told:
+            unread(tmp_path)
+        assert str(told.value) == str(error)
+        return
+    got = unread(tmp_path)
+    assert got.unread is None
+    for mine, theirs in zip(got.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_models_whose_weights_are_converted_are_read_whole(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    assert unread(tmp_path).unread is None
+    tiny_model("llama", **WIDE).save_pretrained(tmp_path / "llama")
+    assert unread(tmp_path / "llama", LoraConfig(rank=2, dora=True)).unread is None
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "layers"),
+    [
+        ("llama", {"num_hidden_layers": 8}, 2),
+        # Every sixth layer attends to everything.
+        ("gemma3", {"num_hidden_layers": 12}, 6),
+        ("gemma2", {"num_hidden_layers": 8}, 2),
+        ("mistral_window", {"num_hidden_layers": 8}, 2),
+        # The last layers are of another kind, so that most would be needed.
+        (
+            "qwen3",
+            {"num_hidden_layers": 8, "use_sliding_window": True, "sliding_window": 8}
+            | {"max_window_layers": 6},
+            None,
+        ),
+        ("qwen3_moe", {"num_hidden_layers": 8}, 2),
+    ],
+)
+def test_the_probe_has_every_kind_of_layer(
+    family: str, sizes: dict[str, Any], layers: int | None
+) -> None:
+    model = tiny_model(family, **sizes)
+    small = probe_settings(model.config)
+    if layers is None:
+        assert small is None
+        return
+    assert small is not None and small.num_hidden_layers == layers
+    probe = AutoModelForCausalLM.from_config(small)
+    assert kinds_of(probe) == kinds_of(model) and len(probe.model.layers) == layers
+
+
+def kinds_of(model: Any) -> set[tuple[str, int | None]]:
+    """Modules of each layer, and its window."""
+    layers = model.model.layers
+    return {(str(layer), getattr(layer.self_attn, "sliding_window", None)) for layer in layers}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data")
+    return [
+        *tiny_model_and_data(tiny_folder, folder, 12, 4),
+        *("train.pairs_per_step=4", "train.learning_rate=1e-3", "train.checkpoint_every=2"),
+        *("train.eval_every=0", "sample.num_prompts=0", f"cache_dir={folder}/cache"),
+        *("backend.device=cpu", "train.precision=fp32", "train.tokens_per_row=256"),
+    ]
+
+
+WAYS = {
+    "full": [],
+    "bf16": ["train.precision=bf16"],
+    "lora": ["model.lora.rank=3", "train.precision=bf16", "model.dtype=bfloat16"],
+    "reference": ["loss=dpo"],
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_run_bit_for_bit(
+    way: str, settings: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """As from a .bin file, which each process loads whole."""
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    as_bin(base)
+    common = [*settings, *TWO, *WAYS[way]]
+    parts, at_once = tmp_path / "parts", tmp_path / "at_once"
+    run([*common, f"run_dir={parts}"])
+    run([*common, f"model.path={base}", f"run_dir={at_once}"])
+    assert_same_run(parts, at_once, tmp_path)
+
+
+@pytest.mark.matrix
+def test_weights_that_are_no_numbers(
+    settings: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Found by the process that reads them, told by all."""
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][-1, -1] = float("nan")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    more = [*TWO, f"model.path={base}", f"run_dir={tmp_path / 'run'}"]
+    assert finish(start([*settings, *more]), code=2).endswith(
+        f"model.path: {base} holds NaN or infinite weights in model.layers.1.mlp.up_proj.weight "
+        "(mend the files)\n"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
+    ParallelismConfig,
 )
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
@@ -41,12 +43,21 @@ class FsdpBackend(Backend):
         self, config: FsdpConfig, precision: Precision, max_grad_norm: float = 0.0
     ) -> None:
         super().__init__(config, precision, max_grad_norm)
-        self.weight_shards = self.state_shards = self.processes
+        self.weight_shards = self.state_shards = config.shard_processes or self.processes
 
     def _start(self, config: BackendConfig) -> Accelerator:
         assert isinstance(config, FsdpConfig)
         if config.cpu_offload and not self.on_gpu:
             raise ConfigError(["backend.cpu_offload: needs a GPU to offload from (leave it out)"])
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        shards = config.shard_processes or started
+        if started % shards:
+            raise ConfigError(
+                [
+                    f"backend.shard_processes: {started} processes do not make groups of {shards} "
+                    f"(a number that divides {started})"
+                ]
+            )
         # accelerate's own policy would round the loss to bf16.
         bf16 = MixedPrecisionPolicy(torch.bfloat16, getattr(torch, config.reduce_dtype.value))
         self._plugin = FullyShardedDataParallelPlugin(
@@ -66,6 +77,7 @@ class FsdpBackend(Backend):
         return Accelerator(
             mixed_precision=self._precision(),
             fsdp_plugin=self._plugin,
+            parallelism_config=_groups(started // shards, shards),
             kwargs_handlers=[group] if self.on_gpu else [],
         )
 
@@ -127,6 +139,13 @@ class FsdpBackend(Backend):
     def _state(self, wrapped: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         _reshard(wrapped)
         return super()._state(wrapped, optimizer)
+
+
+def _groups(copies: int, shards: int) -> ParallelismConfig | None:
+    """So many copies of the weights, each sharded over so many processes; None for one copy."""
+    if copies == 1:
+        return None
+    return ParallelismConfig(dp_replicate_size=copies, dp_shard_size=shards)
 
 
 def _reshard(wrapped: nn.Module) -> None:

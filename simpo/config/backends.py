@@ -78,8 +78,16 @@ class FsdpConfig(DistributedConfig, BackgroundSaveConfig):
     reduce_dtype: ReduceDtype = ReduceDtype.float32
     """Dtype in which gradients are summed over processes; with train.precision=bf16 weights are
     gathered in bf16."""
+    shard_processes: int | None = None
+    """Processes that share one copy of the weights (HSDP), such as those of a node: between such
+    groups only gradients travel. null: all processes share one copy."""
     cpu_offload: bool = False
     """Keep the shards of weights and optimizer state in host memory; needs a GPU."""
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.shard_processes is not None and self.shard_processes < 2:
+            yield f"shard_processes: must be 2 or more, or null, got {self.shard_processes}"
 
 
 @dataclass(kw_only=True)

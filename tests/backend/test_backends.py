@@ -14,7 +14,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from simpo.backend import Backend, build_backend
+from simpo.config.choices import Precision
 from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError
 from simpo.loop.train import train
 from tests.support.whole_runs import (
     assert_same_run,
@@ -39,6 +42,7 @@ RUNS = {
     "fsdp-4": ("fsdp", 4, 90),
     "zero2-2": ("zero2", 2, 256),
     "zero3-2": ("zero3", 2, 400),
+    "hsdp-4": ("fsdp backend.shard_processes=2", 4, 200),
     "fsdp-1": ("fsdp", 1, 256),
     "zero3-1": ("zero3", 1, 256),
 }
@@ -109,7 +113,7 @@ def of(name: str) -> list[str]:
         *whole,
         # With two processes parts of the layers are computed twice: the same numbers.
         f"model.gradient_checkpointing={'selective' if processes == 2 else 'full'}",
-        f"backend={backend}",
+        *f"backend={backend}".split(),
         f"backend.processes={processes}",
         f"train.tokens_per_row={tokens}",
     ]
@@ -165,12 +169,11 @@ def killed_after(step: int, overrides: list[str], folder: Path) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*(f"{kind}-2" for kind in KINDS), "hsdp-4"])
 def test_continues_bit_exactly(
-    kind: str, settings: list[str], whole: Callable[[str], Path], alone: Path, tmp_path: Path
+    name: str, settings: list[str], whole: Callable[[str], Path], alone: Path, tmp_path: Path
 ) -> None:
     """Killed after step 10; the same number of processes continues bit for bit, another closely."""
-    name = f"{kind}-2"
     killed = tmp_path / name
     killed_after(10, [*settings, *of(name)], killed)
     assert newest_checkpoint(killed).name == "step-000008"
@@ -180,6 +183,7 @@ def test_continues_bit_exactly(
     bits = assert_same_run(whole(name), killed, tmp_path)
     print(f"{name}: {bits} bits of state compared")
     other = [*of(name), "backend.processes=1"]
+    other += ["backend.shard_processes=null"] if name == "hsdp-4" else []
     assert "continued after step 8" in run([*settings, *other, f"run_dir={fewer}"])
     assert_like(fewer, alone)
 
@@ -260,6 +264,20 @@ def test_joins_torchrun(settings: list[str], alone: Path, tmp_path: Path) -> Non
     wrong = [*overrides, "backend.processes=3", f"run_dir={tmp_path / 'wrong'}"]
     message = finish(start(wrong, env=OF_TORCHRUN), code=2)
     assert "backend.processes: must be 2, which the launcher started here, got 3" in message
+
+
+def test_groups_that_processes_do_not_make(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (OF_TORCHRUN | {"WORLD_SIZE": "3", "MASTER_PORT": "0"}).items():
+        monkeypatch.setenv(name, value)
+    config = compose_run([*settings, "backend=fsdp", "backend.shard_processes=2"]).backend
+    monkeypatch.setattr(Backend, "_join", lambda *_: None)
+    with pytest.raises(ConfigError) as error:
+        build_backend(config, Precision.fp32)
+    assert str(error.value) == (
+        "backend.shard_processes: 3 processes do not make groups of 2 (a number that divides 3)"
+    )
 
 
 OURS = (

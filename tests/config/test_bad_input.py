@@ -304,6 +304,10 @@ SETTINGS: list[tuple[str, list[str]]] = [
         ["backend.reduce_dtype: must be one of float32, bfloat16, got fp8"],
     ),
     (
+        "backend=fsdp backend.shard_processes=1",
+        ["backend.shard_processes: must be 2 or more, or null, got 1"],
+    ),
+    (
         "backend=zero2 backend.reduce_bucket_size=0",
         ["backend.reduce_bucket_size: must be 1 or more, got 0"],
     ),

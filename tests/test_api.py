@@ -31,9 +31,10 @@ from omegaconf import OmegaConf
 
 import simpo
 from simpo import SimpoError, Stopped, TrainedRun, load_run_config, preview, train
-from simpo.config.check import load_run, run_id
+from simpo.config.check import load_run
 from simpo.config.composer import CONF, written
 from simpo.config.errors import ConfigError, DataError
+from simpo.config.flat import run_id
 from simpo.data.demo.records import demo_records
 from simpo.data.mixture import load_mixture
 from simpo.launch.commands.preview import main as preview_command

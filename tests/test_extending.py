@@ -16,10 +16,11 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from transformers import AutoModelForCausalLM
 
-from simpo.config.check import GROUPS, load_run, run_yaml, settings
+from simpo.config.check import GROUPS, load_run, run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.data import FORMATS
 from simpo.config.errors import ConfigError, DataError
+from simpo.config.flat import settings
 from simpo.config.losses import LOSSES
 from simpo.data.loader import read_mixture
 from simpo.data.mixture import Mixture

@@ -9,8 +9,8 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from simpo.config.check import holds_secret
 from simpo.config.errors import ConfigError, RunError
+from simpo.config.flat import holds_secret
 from simpo.config.launchers import SlurmConfig
 
 UNLIMITED_REQUEUES = 10**6

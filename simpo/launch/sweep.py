@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from simpo.config.check import MAY_DIFFER, RESULT_SECTIONS, holds_secret, run_yaml
+from simpo.config.check import run_yaml
 from simpo.config.errors import INTERRUPTED, ConfigError, RunError, Stopped, unwritable
+from simpo.config.flat import MAY_DIFFER, RESULT_SECTIONS, holds_secret
 from simpo.config.launchers import LauncherConfig, LocalConfig, SlurmConfig
 from simpo.config.renamed import first_name, first_text
 from simpo.config.schema import RunConfig

@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpo.config.check import trajectory
 from simpo.config.data_path import HUB_FILE, is_hub_id, kind
+from simpo.config.flat import trajectory
 from simpo.config.models import ADAPTER_FILE
 from simpo.config.paths import looks_local
 from simpo.config.schema import RunConfig

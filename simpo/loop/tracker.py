@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from simpo.config.check import holds_secret
 from simpo.config.errors import DamagedError
+from simpo.config.flat import holds_secret
 from simpo.config.trackers import TrackerConfig
 from simpo.loop.sinks import Sender, TrackedRun, build_sender
 from simpo.run.files import NEW_RUN, read_metrics

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from simpo.config.check import trajectory
 from simpo.config.errors import INTERRUPTED, Stopped
+from simpo.config.flat import trajectory
 from simpo.config.schema import RunConfig
 from simpo.data.plan import pairs_of_step
 from simpo.loop import console

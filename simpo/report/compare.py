@@ -12,9 +12,9 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from simpo.config.check import settings, trajectory
 from simpo.config.choices import Mode
 from simpo.config.errors import ConfigError
+from simpo.config.flat import settings, trajectory
 from simpo.config.schema import MonitorConfig, RunConfig
 from simpo.run.best import mode_of
 from simpo.run.runs import DamagedRun, Run, State, find_runs, read_runs

@@ -27,7 +27,7 @@ from datetime import date
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from simpo.config.check import holds_secret, load_run, run_id, run_yaml, trajectory
+from simpo.config.check import load_run, run_yaml
 from simpo.config.errors import (
     DISK,
     ConfigError,
@@ -37,6 +37,7 @@ from simpo.config.errors import (
     Stopped,
     unwritable,
 )
+from simpo.config.flat import holds_secret, run_id, trajectory
 from simpo.config.renamed import first_value
 from simpo.config.schema import RunConfig
 from simpo.run.atomic import write_bytes, write_text

@@ -15,13 +15,13 @@ from hypothesis import settings as fuzz
 from hypothesis import strategies as st
 
 from simpo.__main__ import main
-from simpo.config.check import settings
 from simpo.config.choices import OnBadRecord
 from simpo.config.compose import compose_run, run_of_words
 from simpo.config.composer import Composer
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.explain import explain
+from simpo.config.flat import settings
 from simpo.data.mixture import load_mixture
 from simpo.data.reading import readers
 from simpo.data.reading.records import RecordFault, to_dialogue, to_pair, to_prompt

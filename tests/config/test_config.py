@@ -8,18 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from simpo.config.check import (
-    MAY_DIFFER,
-    RESULT_SECTIONS,
-    check_run,
-    load_run,
-    run_id,
-    run_yaml,
-    trajectory,
-)
+from simpo.config.check import check_run, load_run, run_yaml
 from simpo.config.choices import WandbMode
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
+from simpo.config.flat import MAY_DIFFER, RESULT_SECTIONS, run_id, trajectory
 from simpo.config.paths import config_dir
 from simpo.config.schema import RunConfig
 from simpo.config.trackers import WandbConfig
@@ -184,7 +177,7 @@ def test_run_id_stays(change):
 
 def test_run_id_is_the_same_in_another_process(tmp_path):
     code = (
-        "from simpo.config.compose import compose_run; from simpo.config.check import run_id; "
+        "from simpo.config.compose import compose_run; from simpo.config.flat import run_id; "
         "print(run_id(compose_run([])))"
     )
     done = subprocess.run(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from simpo.config.check import settings
 from simpo.config.compose import compose_run
+from simpo.config.flat import settings
 from simpo.config.losses import LOSSES
 from simpo.config.paths import config_dir
 from simpo.loop.train import train

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from simpo.config.check import GROUPS, _merged_run, run_yaml, settings
+from simpo.config.check import GROUPS, _merged_run, run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.composer import CONF
+from simpo.config.flat import settings
 from simpo.config.plain import read_plain
 from simpo.config.schema import RunConfig
 

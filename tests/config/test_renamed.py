@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from simpo.config import renamed
-from simpo.config.check import load_run, run_id, run_yaml, trajectory
+from simpo.config.check import load_run, run_yaml
 from simpo.config.choices import Checkpointing, OnBadRecord
 from simpo.config.compose import compose_run
 from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError
+from simpo.config.flat import run_id, trajectory
 from simpo.config.renamed import first_name, first_text, rename_overrides
 from simpo.run.folder import FINGERPRINTS, refuse_other_settings
 from tests.support.whole_runs import finish, start

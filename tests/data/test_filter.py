@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from simpo.config.check import run_id, trajectory
 from simpo.config.compose import compose_run
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.filters import FilterConfig
+from simpo.config.flat import run_id, trajectory
 from simpo.data.cleaning.benchmarks import Benchmarks
 from simpo.data.cleaning.duplicates import near_duplicates, words
 from simpo.data.cleaning.filter import CHECKS, left_out

@@ -19,8 +19,9 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub import hf_api as hub_client
 
 from simpo.__main__ import main
-from simpo.config.check import run_yaml, trajectory
+from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
+from simpo.config.flat import trajectory
 from simpo.config.losses import LOSSES
 from simpo.config.schema import RunConfig
 from simpo.data import hub

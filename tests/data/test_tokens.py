@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +30,16 @@ from simpo.data.chats import chat as chat_module
 from simpo.data.chats.chat import Chat
 from simpo.data.pairs import Pair, TokenizedPair
 from simpo.data.reading.records import RecordFault
-from simpo.data.store import Block, Lines, TokenizedSet, Tokens, pairs_fingerprint
+from simpo.data.store import (
+    Block,
+    Lines,
+    TokenizedSet,
+    TokenReport,
+    Tokens,
+    open_set,
+    pairs_fingerprint,
+    write_set,
+)
 from simpo.data.tokens import tokenize_set
 from tests.support.real_tokenizers import (
     as_lists,
@@ -211,6 +222,54 @@ def test_flat_arrays_hold_the_same_pairs(pairs: list[TokenizedPair]) -> None:
     assert whole.hexdigest() == parts.hexdigest()
 
 
+def at(place: str) -> Pair:
+    return replace(PAIRS[0], place=place)
+
+
+@given(
+    st.lists(st.lists(tokenized_pairs(), max_size=3), max_size=4),
+    st.lists(st.booleans(), min_size=4, max_size=4),
+)
+@settings(max_examples=40, deadline=None)
+def test_files_hold_the_blocks_one_after_the_other(
+    parts: list[list[TokenizedPair]], faulty: list[bool]
+) -> None:
+    """Read through files of blocks; a block may end with a pair that has no tokens."""
+    with TemporaryDirectory() as name:
+        files: list[Path] = []
+        given_pairs: list[Pair] = []
+        faults: dict[int, str] = {}
+        for index, (part, fault) in enumerate(zip(parts, faulty, strict=False)):
+            given_pairs += [at(f"\u00e9 {len(given_pairs) + i}") for i in range(len(part))]
+            if fault:
+                faults[len(given_pairs)] = "bad"
+                given_pairs.append(at("of the bad one"))
+            own = {len(part): "bad"} if fault else {}
+            files.append(Path(name) / f"{index}.npz")
+            block = Block(
+                Tokens.of(part), len(part) + fault, [len(part), 0, 1, 0, 2], own, {"x": 1}
+            )
+            block.save(files[-1])
+        (folder := Path(name) / "set").mkdir()
+        write_set(folder, lambda: map(Block.load, files), given_pairs, "texts")
+        found = open_set(folder)
+    pairs = [pair for part in parts for pair in part]
+    whole = Tokens.of(pairs)
+    assert found.tokens.ids.tolist() == whole.ids.tolist()
+    assert found.tokens.bounds.tolist() == whole.bounds.tolist()
+    assert list(map(all_masks, found.tokens)) == list(map(all_masks, pairs))
+    digest = hashlib.sha256()
+    whole.add_to(digest)
+    assert found.fingerprint == digest.hexdigest()[:16]
+    assert found.largest_id == whole.ids.max(initial=-1) and found.faults == faults
+    good = [pair for i, pair in enumerate(given_pairs) if i not in faults]
+    assert list(found.places) == [pair.place for pair in good]
+    assert found.text_fingerprint == (pairs_fingerprint(good) if faults else "texts")
+    bad = {"bad": len(faults)} if faults else {}
+    report = TokenReport(len(pairs), len(pairs), 0, len(parts), 0, bad, 2 * len(parts))
+    assert found.report == report and found.kept_by_paper == ({"x": len(parts)} if parts else {})
+
+
 def test_an_item_of_lines_has_an_index_or_a_slice() -> None:
     lines = Lines(np.frombuffer(b"abbccc", np.uint8), np.array([0, 1, 3, 3, 6]), bytes.decode)
     assert list(lines) == ["a", "bb", "", "ccc"] and lines[1:3] == ["bb", ""]
@@ -282,11 +341,11 @@ def in_another_process(function: Any) -> Any:
 
 
 def tokenize_until_killed(
-    chat: Chat, pairs: Sequence[Pair], config: DataConfig, cache_dir: Path
+    chat: Chat, pairs: Sequence[Pair], config: DataConfig, cache_dir: Path, cores: int
 ) -> None:
     """In a process of its own: the fifth block is never done."""
     token_store.BLOCK_PAIRS = 7
-    token_store._cores = lambda: 1  # type: ignore[assignment]
+    token_store._cores = lambda: cores
     save = Block.save
 
     def slow(block: Block, path: Path) -> None:
@@ -299,28 +358,40 @@ def tokenize_until_killed(
     tokenize_set(chat, pairs, config, cache_dir)
 
 
+@pytest.mark.parametrize("cores", [1, 2])
 def test_a_killed_start_goes_on(
     chat: Chat,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     small_blocks: None,
     capsys: pytest.CaptureFixture[str],
+    cores: int,
 ) -> None:
-    """From the blocks that are whole: one is damaged meanwhile. The files are the same bytes."""
+    """From the blocks that are whole: one is damaged meanwhile. The files are the same bytes.
+
+    Of two processes that tokenize, one goes on while the other hangs; both end with their parent.
+    """
+    names = ["0-7.npz", "7-14.npz", "14-21.npz", "21-28.npz"]
+    names += ["35-42.npz", "42-49.npz", "49-56.npz", "56-60.npz"] if cores == 2 else []
     pairs = many(60)
     whole = tokenize_set(chat, pairs, SHORT, tmp_path / "whole")
     process = multiprocessing.get_context("fork").Process(
-        target=tokenize_until_killed, args=(chat, pairs, SHORT, tmp_path / "killed")
+        target=tokenize_until_killed, args=(chat, pairs, SHORT, tmp_path / "killed", cores)
     )
     process.start()
     try:
         wait_for(lambda: list((tmp_path / "killed").rglob("28-*.part")))
+        wait_for(lambda: len(list((tmp_path / "killed").rglob("*.npz"))) == len(names))
+        workers = psutil.Process(process.pid).children()
     finally:
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
     (kept,) = entries(tmp_path / "killed")
-    blocks = sorted(kept.glob("*.npz"))
-    assert [path.name for path in blocks] == ["0-7.npz", "14-21.npz", "21-28.npz", "7-14.npz"]
+    assert len(workers) == (cores if cores > 1 else 0)
+    psutil.wait_procs(workers, timeout=20)
+    assert not any(worker.is_running() for worker in workers)
+    blocks = [kept / name for name in names]
+    assert sorted(kept.glob("*.npz")) == sorted(blocks)
     content = bytearray(blocks[0].read_bytes())
     content[content.index(Block.load(blocks[0]).tokens.ids.tobytes())] ^= 1
     blocks[0].write_bytes(content)
@@ -334,8 +405,9 @@ def test_a_killed_start_goes_on(
     monkeypatch.setattr(chat, "tokenize", counted)
     monkeypatch.setattr(token_store, "_cores", lambda: 1)
     assert contents(tokenize_set(chat, pairs, SHORT, tmp_path / "killed")) == contents(whole)
-    assert sum(tokenized) == 60 - 3 * 7
-    assert "21 of 60 pairs are tokenised already\n" in capsys.readouterr().out
+    assert sum(tokenized) == (7 + 7 if cores == 2 else 7 + 32)
+    done = 60 - sum(tokenized)
+    assert f"{done} of 60 pairs are tokenised already\n" in capsys.readouterr().out
     (entry,) = entries(tmp_path / "killed")
     (other,) = entries(tmp_path / "whole")
     for file in other.iterdir():

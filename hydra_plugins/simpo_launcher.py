@@ -6,9 +6,11 @@ Hydra finds plugins only in the package `hydra_plugins`, and imports this file a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -40,10 +42,11 @@ class SimpoLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Run the members with these overrides and return their `monitor.metric`, if waited for."""
-        from simpo.config.check import build_run, check_training
+        from simpo.config.alike import compose_alike
+        from simpo.config.check import check_training
         from simpo.launch.sweep import Member, launch
 
-        parse = OverridesParser.create().parse_override
+        parse = cache(OverridesParser.create().parse_override)
         # By key: the last override of a key counts.
         typed = {
             override.get_key_element(): override.is_sweep_override()
@@ -51,12 +54,9 @@ class SimpoLauncher(Launcher):
         }
         shared = {key for key, is_swept in typed.items() if not is_swept}
         members = []
-        for words in job_overrides:
-            config = self._loader.load_sweep_config(self._config, list(words))
-            with open_dict(config):
-                del config["hydra"]
+        runs = compose_alike(self._compose, job_overrides)
+        for words, run in zip(job_overrides, runs, strict=True):
             own = [text for text in words if parse(text).get_key_element() not in shared]
-            run = build_run(config)
             check_training(run)
             members.append(Member(run, tuple(words), tuple(own)))
         sweeper = self._config.hydra.sweeper
@@ -67,3 +67,27 @@ class SimpoLauncher(Launcher):
             JobReturn(overrides=words, status=JobStatus.COMPLETED, _return_value=value)
             for words, value in zip(job_overrides, results, strict=True)
         ]
+
+    def _compose(self, overrides: list[str]) -> DictConfig:
+        config = self._loader.load_sweep_config(self._config, overrides)
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+
+class GridSweeper(BasicSweeper):
+    """Hydra's sweeper, which lets our launcher compose and check the members."""
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Compose all members, as other launchers begin before all are composed."""
+        if not isinstance(self.launcher, SimpoLauncher):
+            super().validate_batch_is_legal(batch)
+
+
+# In the place of Hydra's own.
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="basic",
+    node=BasicSweeperConf(_target_="hydra_plugins.simpo_launcher.GridSweeper"),
+    provider="simpo",
+)

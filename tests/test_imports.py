@@ -185,7 +185,7 @@ def test_the_mathematics_knows_no_framework(module: str) -> None:
         (
             "hydra",
             {
-                *("config.check", "config.composer", "config.explain"),
+                *("config.alike", "config.check", "config.composer", "config.explain"),
                 *("launch.commands.train", "launch.completion"),
             },
         ),
@@ -195,7 +195,7 @@ def test_the_mathematics_knows_no_framework(module: str) -> None:
                 *("loss", "config.data", "config.models", "config.schema", "config.check"),
                 *("config.compose", "config.composer", "config.explain", "config.suggest"),
                 *("config.meanings", "config.renamed", "config.json_schema", "config.trackers"),
-                "config.plain",
+                *("config.alike", "config.plain"),
                 *("launch.commands.train", "launch.completion", "report.published"),
             },
         ),

@@ -22,7 +22,7 @@ from omegaconf._utils import get_yaml_loader
 from simpo.config.schema import RunConfig
 
 
-class _NotPlain(Exception):
+class NotPlain(Exception):
     """A value, a key or a section that only the schemas tell what to make of."""
 
 
@@ -52,39 +52,44 @@ def _loader() -> Any:
 
 def _section(values: Any, kinds: Mapping[str, type]) -> Any:
     if values.get("module") is not None:  # of a loss: code of the user's
-        raise _NotPlain
-    return _value(kinds.get("base") or kinds[values["name"]], values)
+        raise NotPlain
+    return plain_value(kinds.get("base") or kinds[values["name"]], values)
 
 
 def _with_fields(kind: type, values: Mapping[str, Any], made: Mapping[str, Any]) -> Any:
-    hints = _hints(kind)
-    built = kind(**{key: _value(hints[key], value) for key, value in values.items()}, **made)
+    hints = field_types(kind)
+    built = kind(**{key: plain_value(hints[key], value) for key, value in values.items()}, **made)
     if any(isinstance(value, str) and value == MISSING for value in vars(built).values()):
-        raise _NotPlain
+        raise NotPlain
     return built
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def field_types(kind: type) -> dict[str, Any]:
+    """The types of the settings of a section, by name."""
     hints = get_type_hints(kind)
     return {item.name: hints[item.name] for item in fields(kind)}
 
 
-def _value(kind: Any, value: Any) -> Any:
+def plain_value(kind: Any, value: Any) -> Any:
     """A value of a YAML file as a setting of type `kind`.
 
     Raises:
-        _NotPlain, KeyError, TypeError, AttributeError: it is not plain.
+        NotPlain, KeyError, TypeError, AttributeError: it is not plain.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         return _with_fields(kind, value, {})  # type: ignore[arg-type]
     if origin is UnionType and NoneType in inner and len(inner) == 2:
-        return None if value is None else _value(next(t for t in inner if t is not NoneType), value)
+        return (
+            None
+            if value is None
+            else plain_value(next(t for t in inner if t is not NoneType), value)
+        )
     if origin is list and type(value) is list:
-        return [_value(inner[0], item) for item in value]
+        return [plain_value(inner[0], item) for item in value]
     if origin is dict and all(type(key) is str for key in value):
-        return {key: _value(inner[1], item) for key, item in value.items()}
+        return {key: plain_value(inner[1], item) for key, item in value.items()}
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind[value]
     if kind is float and type(value) is int:
@@ -92,5 +97,5 @@ def _value(kind: Any, value: Any) -> Any:
     if kind is Any and type(value) in (bool, int, float, str):
         kind = type(value)
     if type(value) is not kind or (kind is str and ("${" in value or value == MISSING)):
-        raise _NotPlain
+        raise NotPlain
     return value

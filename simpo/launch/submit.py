@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from simpo.config.errors import ConfigError, RunError
 from simpo.config.flat import holds_secret
 from simpo.config.launchers import SlurmConfig
+from simpo.run import slurm
 
 UNLIMITED_REQUEUES = 10**6
 
@@ -38,6 +39,9 @@ def submit(
 ) -> list[tuple[str, Path]]:
     """Put one job for each run's folder into the queue, several as one array.
 
+    More than an array of this cluster may have become several arrays, which share out
+    `launcher.array_parallelism`.
+
     Args:
         folder: where the submission's script and the logs are written.
         job: called with a run's folder in every process of its job.
@@ -52,7 +56,9 @@ def submit(
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    parameters = _parameters(config, name, len(runs))
+    size = (slurm.max_array_size() if len(runs) > 1 else None) or len(runs)
+    arrays = [runs[start : start + size] for start in range(0, len(runs), size)]
+    parameters = _parameters(config, name, len(runs), len(arrays))
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=UNLIMITED_REQUEUES)
     except RuntimeError as error:
@@ -63,18 +69,29 @@ def submit(
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
     executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
+    submitted: list[submitit.Job[None]] = []
     try:
         # submitit prints sbatch's errors; one line of them is enough.
         with redirect_stderr(io.StringIO()), _without_defaults(parameters):
-            submitted = executor.map_array(job, [str(run) for run in runs])
+            for array in arrays:
+                submitted += executor.map_array(job, [str(run) for run in array])
     except (FailedJobError, FailedSubmissionError) as error:
+        if submitted:
+            slurm.cancel(*array_ids(done.job_id for done in submitted))
         messages = [line for line in str(error).splitlines() if "sbatch: error" in line]
         reason = messages[-1].removeprefix("sbatch: error: ") if messages else str(error)
         raise RunError(f"launcher: Slurm did not take the jobs: {reason}") from error
     return [(str(done.job_id), done.paths.stdout) for done in submitted]
 
 
-def _parameters(config: SlurmConfig, name: str, num_runs: int) -> dict[str, Any]:
+def array_ids(job_ids: Iterable[str]) -> list[str]:
+    """The ids of the arrays, or single jobs, that these jobs are of."""
+    return list(dict.fromkeys(name.partition("_")[0] for name in job_ids))
+
+
+def _parameters(
+    config: SlurmConfig, name: str, num_runs: int, num_arrays: int = 1
+) -> dict[str, Any]:
     """Parameters of submitit for a job of each run; None leaves one out."""
     options = dict(option.removeprefix("--").partition("=")[::2] for option in config.options)
     # If one process fails, the others must not wait for it.
@@ -82,6 +99,7 @@ def _parameters(config: SlurmConfig, name: str, num_runs: int) -> dict[str, Any]
     if config.cpus_per_task is not None:
         # Since Slurm 22.05 srun does not inherit it from the job.
         srun.append(f"--cpus-per-task={config.cpus_per_task}")
+    share = config.array_parallelism and max(1, config.array_parallelism // num_arrays)
     return {
         "job_name": name,
         "partition": config.partition,
@@ -95,7 +113,7 @@ def _parameters(config: SlurmConfig, name: str, num_runs: int) -> dict[str, Any]
         "mem": config.mem_gib and f"{round(config.mem_gib * 1024)}M",
         "time": config.time_min,
         "signal_delay_s": config.signal_before_s,
-        "array_parallelism": config.array_parallelism or num_runs,
+        "array_parallelism": share or num_runs,
         "setup": config.setup or None,
         "stderr_to_stdout": True,
         "srun_args": srun,

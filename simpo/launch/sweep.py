@@ -31,7 +31,7 @@ from simpo.config.launchers import LauncherConfig, LocalConfig, SlurmConfig
 from simpo.config.renamed import first_name, first_text
 from simpo.config.schema import RunConfig
 from simpo.launch.member import SlurmMember
-from simpo.launch.submit import submit
+from simpo.launch.submit import array_ids, submit
 from simpo.report.compare import compare
 from simpo.run import progress, slurm
 from simpo.run.atomic import write_text
@@ -216,18 +216,18 @@ def _queue(
     """Submit members to Slurm, print how to follow them, and wait with `launcher.wait`."""
     if todo:
         jobs = submit(config, folder.name, folder / "slurm", SlurmMember(), [m.path for m in todo])
-        array = jobs[0][0].partition("_")[0]
+        arrays = array_ids(job_id for job_id, _ in jobs)
         try:
             for member, (job_id, log) in zip(todo, jobs, strict=True):
                 note_job(member.path, log, id=job_id)
         except BaseException:
-            slurm.cancel(array)  # without a line in jobs.jsonl they could not be found again
+            slurm.cancel(*arrays)  # without a line in jobs.jsonl they could not be found again
             raise
-        print(f"job    {array}: {len(todo)} {'member' if len(todo) == 1 else 'members'}")
+        print(f"job    {' '.join(arrays)}: {len(todo)} {'member' if len(todo) == 1 else 'members'}")
     print(f"folder {folder}")
     print(f"status python -m simpo.report {_shown(folder)}")
     if todo:
-        print(f"cancel scancel {array}", flush=True)
+        print(f"cancel scancel {' '.join(arrays)}", flush=True)
     if config.wait:
         _follow(config, every, lambda: None)
 

@@ -74,9 +74,18 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
     return {name: job for name, job in found.items() if name in wanted}
 
 
-def cancel(job_id: str) -> None:
-    """Cancel a job or a whole array, running or not."""
-    subprocess.run(["scancel", job_id], check=False, capture_output=True)
+def max_array_size() -> int | None:
+    """Number of jobs that an array of this cluster may have; None if Slurm does not say."""
+    for line in _lines(["scontrol", "show", "config"]):
+        key, _, value = (part.strip() for part in line.partition("="))
+        if key == "MaxArraySize" and value.isdecimal():
+            return int(value) or None
+    return None
+
+
+def cancel(*job_ids: str) -> None:
+    """Cancel jobs or whole arrays, running or not."""
+    subprocess.run(["scancel", *job_ids], check=False, capture_output=True)
 
 
 def own_job() -> str:

@@ -4,16 +4,19 @@
     selective  also keeps the outputs of matrix products and of attention, which take nearly all
                of a layer's time, and computes the rest again: norms, rotary embeddings, gates
 
-Recomputed numbers are those of the forward pass, bit for bit.
+Recomputed numbers are those of the forward pass, bit for bit. torch's own selective checkpointing
+(`create_selective_checkpoint_contexts`) wants every operation of a layer to come again in the same
+number, and ZeRO-3 gathers weights in a layer or ahead of it, as it happens.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections import deque
 from typing import Any
 
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from simpo.config.choices import Checkpointing
 
@@ -36,7 +39,7 @@ def enable(model: Any, kind: Checkpointing) -> None:
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if kind is Checkpointing.selective:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        options["context_fn"] = _contexts
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
@@ -53,6 +56,37 @@ def is_kept(op: Any, args: tuple[Any, ...]) -> bool:
     return SMALL_SHARE * terms >= columns
 
 
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = is_kept(op, args)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+class _Keep(TorchDispatchMode):
+    """Keeps outputs in the forward pass of a layer."""
+
+    def __init__(self, kept: deque[tuple[Any, Any]]) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if is_kept(func, args):
+            # Autograd attaches its graph to the output itself.
+            self._kept.append((func, tree_map_only(Tensor, Tensor.detach, output)))
+        return output
+
+
+class _Take(_Keep):
+    """Takes them, in the same order, when the layer is computed again."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not is_kept(func, args):
+            return func(*args, **(kwargs or {}))
+        kept, output = self._kept.popleft()
+        if kept is not func:
+            raise RuntimeError(f"a layer computed again calls {func} where it called {kept}")
+        return output
+
+
+def _contexts() -> tuple[_Keep, _Take]:
+    kept: deque[tuple[Any, Any]] = deque()
+    return _Keep(kept), _Take(kept)

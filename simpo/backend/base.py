@@ -136,7 +136,7 @@ class Backend:
         return store
 
     def _communication(self) -> str:
-        return "nccl" if self.on_gpu else "gloo"
+        return "cuda:nccl,cpu:gloo" if self.on_gpu else "gloo"
 
     def _start(self, config: BackendConfig) -> Accelerator:
         handlers: list[Any] = []
@@ -170,7 +170,9 @@ class Backend:
     def sum(self, values: Tensor) -> Tensor:
         """Sum of a tensor over all processes, on the CPU."""
         if self.processes > 1:
-            values = values.to(self.device)
+            # Sums of host memory do not wait for the GPU, where the group has gloo.
+            if values.device.type != "cpu" or "gloo" not in self._communication():
+                values = values.to(self.device)
             dist.all_reduce(values)
         return values.cpu()
 
@@ -285,16 +287,26 @@ class Backend:
         """Accumulate the gradients of this process's part of the loss."""
         self._accelerator.backward(loss * self.processes)
 
-    def step(self, wrapped: nn.Module, optimizer: Optimizer) -> float:
-        """Clip the gradients, update the weights and zero the gradients.
+    def clip(self, wrapped: nn.Module) -> Tensor | None:
+        """Clip the gradients, without waiting for the device.
 
         Returns:
-            The norm of all gradients before clipping. If it is not finite, no weight is updated.
+            The norm of all gradients before clipping, []; None if `step` clips.
         """
         norm: Any = self._accelerator.clip_grad_norm_(
             wrapped.parameters(), self._max_grad_norm or float("inf")
         )
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def step(self, wrapped: nn.Module, optimizer: Optimizer, norm: float) -> float:
+        """Update the weights and zero the gradients.
+
+        Args:
+            norm: of `clip`.
+
+        Returns:
+            The norm of all gradients before clipping. If it is not finite, no weight is updated.
+        """
         if norm < float("inf"):
             optimizer.step()
         optimizer.zero_grad()

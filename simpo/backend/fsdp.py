@@ -81,10 +81,6 @@ class FsdpBackend(Backend):
             kwargs_handlers=[group] if self.on_gpu else [],
         )
 
-    def _communication(self) -> str:
-        # With cpu_offload gradients are reduced in host memory, which needs gloo.
-        return "cuda:nccl,cpu:gloo" if self.on_gpu else super()._communication()
-
     def prepare(self, policy: Policy, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         self._plugin.transformer_cls_names_to_wrap = sorted(policy.base._no_split_modules or ())
         wrapped, optimizer = super().prepare(policy, optimizer)

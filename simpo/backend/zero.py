@@ -98,7 +98,13 @@ class ZeroBackend(Backend):
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss * self.processes)
 
-    def step(self, wrapped: nn.Module, optimizer: Optimizer) -> float:
+    def _communication(self) -> str:
+        return "nccl" if self.on_gpu else "gloo"
+
+    def clip(self, wrapped: nn.Module) -> None:
+        return None
+
+    def step(self, wrapped: nn.Module, optimizer: Optimizer, norm: float) -> float:
         self._engine.step()
         # DeepSpeed skips the update if the norm is not finite.
         if self._engine.optimizer.overflow:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from simpo.data.chats.chat import Chat
 from simpo.data.mixture import Mixture, SplitReport, load_mixture
 from simpo.data.packing import pack, placeholder_row
 from simpo.data.pairs import PackedPairs
-from simpo.data.plan import rows_of_pairs
+from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
 from simpo.data.reading.records import to_dialogue, to_pair
 from simpo.data.store import TokenizedSet
 from simpo.data.tokens import settings_hash, stored_set, tokenize_set
@@ -125,3 +126,24 @@ class PackedSet:
     def holding(self, data: TokenizedSet) -> PackedSet:
         """A set that packs `data` into the same rows: the same pairs, with reference log-probs."""
         return PackedSet(data, self._config, self._rank, self._processes)
+
+
+def steps_ahead(
+    plan: TrainPlan, packed: PackedSet, first: int
+) -> Generator[tuple[np.ndarray, list[PackedPairs]], None, None]:
+    """Yield the pairs of each step from `first` on, and this process's rows of them.
+
+    A thread packs the next step meanwhile. Close the generator to end it.
+    """
+
+    def prepare(step: int) -> tuple[np.ndarray, list[PackedPairs]]:
+        indices = pairs_of_step(plan, step)
+        return indices, list(packed.rows(indices))
+
+    with ThreadPoolExecutor(1, "packing") as thread:
+        following = thread.submit(prepare, first)
+        for step in range(first, plan.total_steps):
+            ready = following.result()
+            if step + 1 < plan.total_steps:
+                following = thread.submit(prepare, step + 1)
+            yield ready

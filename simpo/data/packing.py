@@ -52,13 +52,9 @@ def pack(
         end = rejected + len(pair.rejected_ids)
         tokens += [pair.prompt_ids, pair.chosen_ids]
         tokens += [pair.rejected_ids] if share else [pair.prompt_ids, pair.rejected_ids]
-        positions.append(np.arange(second_prompt - start))
-        positions.append(np.arange(end - second_prompt) + (num_prompt if share else 0))
-        if share:
-            segments.append(Segment(start, chosen, second_prompt, end))
-        else:
-            segments.append(Segment(start, chosen, second_prompt, second_prompt))
-            segments.append(Segment(second_prompt, rejected, end, end))
+        again = np.arange(end - second_prompt) + (num_prompt if share else 0)
+        positions += [np.arange(second_prompt - start), again]
+        segments += _segments(share, start, chosen, second_prompt, rejected, end)
         for first, ids, scored in (
             (chosen, pair.chosen_ids, pair.chosen_scored),
             (rejected, pair.rejected_ids, pair.rejected_scored),
@@ -83,8 +79,21 @@ def pack(
         position_ids=_column(positions)[None],
         predictors=_column(predictors),
         targets=_column(targets),
+        response_lengths=torch.tensor(response_tokens),
         reference_logps=_reference(pairs),
     )
+
+
+def _segments(
+    share: bool, start: int, chosen: int, second_prompt: int, rejected: int, end: int
+) -> list[Segment]:
+    """One of a pair whose rejected response shares the prompt, else one of each response."""
+    if share:
+        return [Segment(start, chosen, rejected, end)]
+    return [
+        Segment(start, chosen, second_prompt, second_prompt),
+        Segment(second_prompt, rejected, end, end),
+    ]
 
 
 def placeholder_row(pair: TokenizedPair, share_prefix: bool = True) -> PackedPairs:

@@ -167,6 +167,7 @@ class PackedPairs:
             response after response. The prompt's last position predicts the first token of both
             responses; without a prompt that token is not scored.
         targets: int64 [N], the scored tokens.
+        response_lengths: int64 [R], `response_tokens` as a tensor, which travels with the row.
         reference_logps: float32 [R], summed log-probs under the reference model; None without one.
     """
 
@@ -178,6 +179,7 @@ class PackedPairs:
     position_ids: Tensor
     predictors: Tensor
     targets: Tensor
+    response_lengths: Tensor
     reference_logps: Tensor | None = None
 
     @property
@@ -186,11 +188,13 @@ class PackedPairs:
         return sum(self.response_tokens[0::2])
 
     def to(self, device: torch.device) -> PackedPairs:
-        """The same row with its tensors on `device`."""
+        """The same row with its tensors on `device`; on a GPU the copy is not waited for."""
         keys = replace(self.keys, **_moved_fields(self.keys, device))
         return replace(self, **_moved_fields(self, device), keys=keys)
 
 
 def _moved_fields(shape: PackedPairs | KeyTable, device: torch.device) -> dict[str, Any]:
-    fields = vars(shape).items()
-    return {n: x.to(device, non_blocking=True) for n, x in fields if isinstance(x, Tensor)}
+    fields = {name: x for name, x in vars(shape).items() if isinstance(x, Tensor)}
+    if device.type == "cuda":  # from other memory the copy would be waited for
+        fields = {name: x.pin_memory() for name, x in fields.items()}
+    return {name: x.to(device, non_blocking=True) for name, x in fields.items()}

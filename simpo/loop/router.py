@@ -62,7 +62,7 @@ class StepBalance:
         self._weight, self._tokens, self._backend = weight, tokens, backend
         self._counted = Routing()
         self._load: Tensor | None = None
-        self.aux_loss = torch.zeros(1, dtype=torch.float64)
+        self.aux_loss = torch.zeros(1, dtype=torch.float64, device=backend.device)
 
     @torch.no_grad()
     def count(self, policy: nn.Module, rows: Sequence[PackedPairs]) -> None:
@@ -81,7 +81,7 @@ class StepBalance:
                 sums = self._backend.sum(self._counted.sums[0])
                 self._load = (sums / self._tokens).to(load)
             part = share * aux_loss(self._load, probs)
-            self.aux_loss = self.aux_loss + part.detach().cpu()
+            self.aux_loss = self.aux_loss + part.detach()
             return self._weight * part
 
         return loss

@@ -59,9 +59,8 @@ def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
 
 
 def pair_sums(table: Tensor) -> Tensor:
-    """Sums of the columns of a table, then the number of its lines; on the CPU."""
-    count = torch.tensor([float(len(table))], dtype=torch.float64)
-    return torch.cat([table.sum(dim=0).cpu(), count])
+    """Sums of the columns of a table, then the number of its lines."""
+    return torch.cat([table.sum(dim=0), table.new_full((1,), len(table))])
 
 
 def summarise(loss: LossConfig, sums: Tensor, router_aux_weight: float = 0.0) -> dict[str, float]:

@@ -108,7 +108,7 @@ def set_up(run: RunConfig) -> Parts:
     policy, probe = _load_policy(run, backend, settings)
     longest = max(data.train.tokens.longest_sequence(), data.test.tokens.longest_sequence())
     check_packing(probe, backend.bf16, longest, cfg.tokens_per_row)
-    if policy.attends_by_segment and not probe.attends_by_segment:
+    if probe.left_to_transformers:
         policy.leave_attention_to_transformers()
     check_router(probe, backend.bf16, run.model.router_aux_weight)
     unread = policy.unread is not None

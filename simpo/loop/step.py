@@ -53,8 +53,8 @@ def update(
         router_aux_weight: weight of the auxiliary loss of a mixture of experts.
 
     Returns:
-        This process's `pair_sums`, and behind them its part of the auxiliary loss if that has a
-        weight; and the norm of all gradients before clipping.
+        `pair_sums` of all processes, and behind them the auxiliary loss if that has a weight; and
+        the norm of all gradients before clipping. The device is waited for once, for these numbers.
 
     Raises:
         NonFiniteError: loss or gradient is not finite; weights are unchanged.
@@ -82,16 +82,20 @@ def update(
             backend.backward(value)
         tables.append(pair_table(loss, logps)[: len(row.pairs)])
     table = torch.cat(tables)
+    finite = table.isfinite().all(dim=1)
+    norm = backend.clip(policy)
+    # The norm is that of all processes already: it is counted once.
+    mine = norm if norm is not None and backend.is_main else torch.zeros(())
+    parts = [(~finite).sum(), mine, pair_sums(table), *([balance.aux_loss] if balance else [])]
+    numbers = backend.sum(torch.cat([part.reshape(-1).to(table) for part in parts]))
     pairs = [pair for row in rows for pair in row.pairs]
-    finite = table.isfinite().all(dim=1).tolist()
-    bad = [pair for pair, fine in zip(pairs, finite, strict=True) if not fine]
-    if backend.any(bool(bad)):
+    if numbers[0] > 0:
+        bad = [pair for pair, fine in zip(pairs, finite.tolist(), strict=True) if not fine]
         raise NonFiniteError("the loss is not finite", backend.gather(bad))
-    grad_norm = backend.step(policy, optimizer)
+    grad_norm = backend.step(policy, optimizer, float(numbers[1]))
     if not math.isfinite(grad_norm):
         raise NonFiniteError(f"the gradient's norm is {grad_norm}", backend.gather(pairs))
-    sums = pair_sums(table)
-    return sums if balance is None else torch.cat([sums, balance.aux_loss]), grad_norm
+    return numbers[2:], grad_norm
 
 
 def _share_of_step(loss: LossConfig, num_pairs: int, num_chosen_tokens: int) -> PairLoss:

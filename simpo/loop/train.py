@@ -8,7 +8,7 @@ from pathlib import Path
 from simpo.config.errors import INTERRUPTED, Stopped
 from simpo.config.flat import trajectory
 from simpo.config.schema import RunConfig
-from simpo.data.plan import pairs_of_step
+from simpo.data.loader import steps_ahead
 from simpo.loop import console
 from simpo.loop.evaluate import held_out_metrics
 from simpo.loop.history import History
@@ -64,18 +64,18 @@ def train(run: RunConfig) -> Path:
         if step == 0:
             history.log(0, "eval", held_out_metrics(run, parts, 0))
         bar.begin_at(step)
+        packed = steps_ahead(plan, parts.train, step)
         while step < plan.total_steps and not history.out_of_patience:
             step_begin = time.perf_counter()
             set_learning_rate(parts.optimizer, rate := learning_rate(cfg, step, plan.total_steps))
-            indices = pairs_of_step(plan, step)
-            rows = list(parts.train.rows(indices))
+            indices, rows = next(packed)
             sums, grad_norm = finite_update(run, parts, rows, step)
             step += 1
             last = step == plan.total_steps
             metrics: dict[str, float] = {}
             if last or step % cfg.log_every == 0:
                 metrics = {
-                    **summarise(run.loss, backend.sum(sums), run.model.router_aux_weight),
+                    **summarise(run.loss, sums, run.model.router_aux_weight),
                     "grad_norm": grad_norm,
                     "learning_rate": rate,
                     "epoch": step / plan.steps_per_epoch,
@@ -95,6 +95,7 @@ def train(run: RunConfig) -> Path:
                 folder.write_status("running", step, plan.total_steps)
             if stopping:
                 break
+        packed.close()
         store.finish_pending(wait=True)
         trained_s = time.perf_counter() - begin
         bar.close()

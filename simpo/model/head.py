@@ -63,7 +63,7 @@ def fused_loss(
     scored = hidden.index_select(0, row.predictors)
     with torch.autocast(device, enabled=False):
         loss, sums = _FusedLoss.apply(scored, weight, bias, row, pair_loss, softcap, dtype, wanted)
-    return loss, _pair_logps(sums, row.response_tokens, row.reference_logps)
+    return loss, _pair_logps(sums, row.response_lengths, row.reference_logps)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -89,18 +89,17 @@ class _FusedLoss(torch.autograd.Function):
             logps = torch.cat([head.logps(part) for part in parts])
             sums = torch.stack([response.sum() for response in logps.split(lengths)])
             all_sums.append(sums)
-            reference = row.reference_logps
-            if reference is not None:
-                reference = reference[scored : scored + len(lengths)]
-            scored += len(lengths)
+            own = slice(scored, scored + len(lengths))
+            scored = own.stop
+            counts = row.response_lengths[own]
+            reference = None if row.reference_logps is None else row.reference_logps[own]
             with torch.enable_grad():
                 leaf = sums.detach().requires_grad_()
-                loss = pair_loss(_pair_logps(leaf, lengths, reference)).sum()
+                loss = pair_loss(_pair_logps(leaf, counts, reference)).sum()
             losses.append(loss.detach())
             if not any(needs):
                 continue
             (factors,) = torch.autograd.grad(loss, leaf)
-            counts = torch.tensor(lengths, device=factors.device)
             factors = factors.repeat_interleave(counts, output_size=len(logps))
             for part, factor in zip(parts, factors.split(longest), strict=True):
                 if len(parts) > 1:
@@ -209,6 +208,5 @@ def _parts(first: int, end: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, end)) for start in range(first, end, size)]
 
 
-def _pair_logps(sums: Tensor, lengths: tuple[int, ...], reference: Tensor | None) -> PairLogps:
-    counts = torch.tensor(lengths, device=sums.device)
+def _pair_logps(sums: Tensor, counts: Tensor, reference: Tensor | None) -> PairLogps:
     return PairLogps(sums[0::2], sums[1::2], counts[0::2], counts[1::2], reference)

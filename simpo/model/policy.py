@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -26,6 +27,8 @@ class Policy(nn.Module):
     Attributes:
         unread: folder with the files of the weights if they are not loaded; `Backend.prepare` then
             reads this process's part.
+        left_to_transformers: the model has attention of its own; see
+            `leave_attention_to_transformers`.
     """
 
     def __init__(
@@ -34,8 +37,8 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.share_prefix = share_prefix
-        self.attends_by_segment = True
         self.unread = unread
+        self.left_to_transformers = False
 
     @property
     def base(self) -> PreTrainedModel:
@@ -56,9 +59,16 @@ class Policy(nn.Module):
     def leave_attention_to_transformers(self) -> None:
         """For a model that does not attend by our segments; prompts cannot be shared then."""
         assert not self.share_prefix
-        self.attends_by_segment = False
-        if self.base.config._attn_implementation in attention.NAMES.values():
+        if self._attends_by_segment:
+            self.left_to_transformers = True
             self.base.set_attn_implementation("sdpa" if self.base._supports_sdpa else "eager")
+
+    @property
+    def _attends_by_segment(self) -> bool:
+        decoder: Any = self.base.get_decoder()
+        ours = decoder.config._attn_implementation in attention.NAMES.values()
+        # Some models keep their own attention, whatever is set.
+        return ours and not self.left_to_transformers
 
     def forward(
         self, row: PackedPairs, pair_loss: PairLoss, router_loss: RouterLoss | None = None
@@ -92,12 +102,20 @@ class Policy(nn.Module):
         return self._decode(row).last_hidden_state[0]
 
     def _decode(self, row: PackedPairs, output_router_logits: bool = False) -> Any:
-        # Without mask and cache transformers separates packed sequences by their positions.
+        options: dict[str, Any] = {}
+        if self._attends_by_segment:
+            # A mask of four dimensions is passed on as it is, and our kernels do not look at it.
+            # Without one transformers would look for packed sequences in the positions, and wait
+            # for the device's answer.
+            length = row.input_ids.shape[1]
+            seen = row.input_ids.new_ones(1, dtype=torch.bool).expand(1, 1, length, length)
+            options = {"segments": row.segments, "keys": row.keys, "attention_mask": seen}
+        # Otherwise, without mask and cache, it separates packed sequences by their positions.
         return self.base.get_decoder()(
             input_ids=row.input_ids,
             position_ids=row.position_ids,
             use_cache=False,
-            **({"segments": row.segments, "keys": row.keys} if self.attends_by_segment else {}),
+            **options,
             # Only models with experts know the option.
             **({"output_router_logits": True} if output_router_logits else {}),
         )

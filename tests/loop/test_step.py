@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -19,7 +26,7 @@ from simpo.config.choices import Device, Precision
 from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.data.plan import rows_of_pairs
-from simpo.loop.score import summarise
+from simpo.loop.score import COLUMNS, summarise
 from simpo.loop.step import NonFiniteError, update
 from simpo.loss.simpo import HingeConfig, SigmoidConfig, SimpoConfig
 from simpo.model.policy import Policy
@@ -279,3 +286,46 @@ def test_logits_never_outgrow_their_memory(
     with LargestLogits() as plain:
         policy.model(input_ids=rows[0].input_ids)
     assert plain.rows == rows[0].input_ids.shape[1] > 200
+
+
+def without_numbers(row: PackedPairs, fake: FakeTensorMode) -> PackedPairs:
+    def hollow(part: Any) -> Any:
+        tensors = {n: x for n, x in vars(part).items() if torch.is_tensor(x)}
+        return replace(part, **{n: fake.from_tensor(x) for n, x in tensors.items()})
+
+    return hollow(replace(row, keys=hollow(row.keys)))
+
+
+class WaitedError(Exception):
+    """Numbers of the device were asked for."""
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma2", "gemma3"])
+def test_a_step_waits_once(
+    family: str, share_prefix: bool, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors without numbers, where every look at one raises: for the sums of all rows."""
+    pairs = random_pairs(np.random.default_rng(11), 4)
+    rows = [pack(pairs[:2], [0, 1], share_prefix), pack(pairs[2:], [2, 3], share_prefix)]
+    sums: list[torch.Tensor] = []
+
+    def no_numbers(values: torch.Tensor) -> Any:
+        sums.append(values)
+        if len(sums) == 1:  # the counts, which were the host's all along
+            return SimpleNamespace(tolist=lambda: [4, 30, 90])
+        raise WaitedError
+
+    monkeypatch.setattr(backend, "sum", no_numbers)
+    # transformers leaves out its look at the positions where tensors have no numbers.
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", None)
+    with FakeTensorMode() as fake:
+        policy = Policy(tiny_model(family), share_prefix)
+        hollow = [without_numbers(row, fake) for row in rows]
+        with pytest.raises(DataDependentOutputException):
+            hollow[0].targets[0].item()
+        with pytest.raises(WaitedError):
+            update(policy, SGD(policy.parameters(), lr=1.0), hollow, LOSSES[1], backend)
+    # Pairs that are not finite, the norm, the columns, the number of pairs.
+    assert sums[1].shape == (1 + 1 + len(COLUMNS) + 1,)
+    assert all(isinstance(p.grad, FakeTensor) for p in policy.parameters())

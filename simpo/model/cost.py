@@ -18,7 +18,7 @@ from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
 from simpo.model.checkpointing import is_kept
-from simpo.model.head import LOGITS_BYTES
+from simpo.model.head import largest_logits_bytes
 from simpo.model.policy import Policy
 from simpo.model.router import experts_per_token
 
@@ -125,7 +125,7 @@ def estimate_memory(
         kept = kept / layers + row_tokens * layers * stream.shape[1] * stream.element_size()
         kept += products if checkpointing is Checkpointing.selective else 0
     # Logits in fp32, and a copy in the dtype of the head or the gradient of the soft-cap.
-    logits = 2 * min(LOGITS_BYTES, 4 * row_tokens * len(head.weight))
+    logits = 2 * min(largest_logits_bytes(head.weight.device), 4 * row_tokens * len(head.weight))
     # Gradient of the whole weight in fp32, also if only adapters on it are trained.
     if any(p.requires_grad for p in head.parameters()):
         logits += 4 * head.weight.numel()

@@ -5,7 +5,8 @@ loss of a pair depends on that pair alone, so the gradient of its logits is know
 are. It is computed in the forward pass, in the buffer of the logits, which the next pairs reuse.
 This takes three products with the head's weight (logits, gradient of the hidden states, gradient of
 the weight), as many as an ordinary backward pass, and LOGITS_BYTES of memory for any length. A pair
-with more logits than that is processed in parts, and its logits are computed twice.
+with more logits than that is processed in parts, and its logits are computed twice; on a GPU only
+if they would take more than a sixteenth of its memory.
 
 Computing the gradient chunk by chunk in the forward pass follows Liger
 (https://arxiv.org/abs/2410.10989).
@@ -25,8 +26,19 @@ from simpo.loss import PairLogps
 
 LOGITS_BYTES = 256 * 2**20
 
+GPU_SHARE = 16
+"""A pair's logits are computed at once where they take at most 1 / GPU_SHARE of a GPU's memory."""
+
 PairLoss = Callable[[PairLogps], Tensor]
 """Maps the log-probabilities of some pairs to the loss of each, float32 [P]."""
+
+
+def largest_logits_bytes(device: torch.device) -> int:
+    """Bytes of logits up to which those of one pair are computed at once."""
+    if device.type != "cuda":
+        return LOGITS_BYTES
+    memory: int = torch.cuda.get_device_properties(device).total_memory
+    return max(LOGITS_BYTES, memory // GPU_SHARE)
 
 
 def no_loss(logps: PairLogps) -> Tensor:
@@ -80,7 +92,9 @@ class _FusedLoss(torch.autograd.Function):
         wanted: bool,
     ) -> tuple[Tensor, Tensor]:
         needs = tuple(wanted and need for need in ctx.needs_input_grad[:3])
-        groups = list(_groups(row.response_tokens, max(1, LOGITS_BYTES // (4 * len(weight)))))
+        sizes = (LOGITS_BYTES, largest_logits_bytes(hidden.device))
+        chunk, largest = (max(1, size // (4 * len(weight))) for size in sizes)
+        groups = list(_groups(row.response_tokens, chunk, largest))
         longest = max(part.stop - part.start for _, parts in groups for part in parts)
         head = _Head(hidden, weight, bias, row.targets, softcap, dtype, needs, longest)
         losses, all_sums = [], []
@@ -186,9 +200,9 @@ class _Head:
 
 
 def _groups(
-    response_tokens: tuple[int, ...], chunk_tokens: int
+    response_tokens: tuple[int, ...], chunk_tokens: int, largest_tokens: int
 ) -> Iterator[tuple[tuple[int, ...], list[slice]]]:
-    """Group as many pairs as fit into a chunk; split a pair that is larger than one into parts.
+    """Group as many pairs as fit into a chunk; split a pair of more than `largest_tokens`.
 
     Yields:
         Scored tokens of each response of the group, and the slices of scored tokens to compute.
@@ -197,11 +211,11 @@ def _groups(
     lengths: tuple[int, ...] = ()
     for both in zip(response_tokens[0::2], response_tokens[1::2], strict=True):
         if lengths and end + sum(both) - first > chunk_tokens:
-            yield lengths, _parts(first, end, chunk_tokens)
+            yield lengths, _parts(first, end, largest_tokens)
             first, lengths = end, ()
         lengths += both
         end += sum(both)
-    yield lengths, _parts(first, end, chunk_tokens)
+    yield lengths, _parts(first, end, largest_tokens)
 
 
 def _parts(first: int, end: int, size: int) -> list[slice]:

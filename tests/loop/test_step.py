@@ -258,6 +258,42 @@ def test_parts_change_nothing(
         torch.testing.assert_close(moved[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("vocabulary", "pairs"), [(128_256, 20), (262_144, 20)])
+def test_no_logits_twice_on_a_large_gpu(
+    vocabulary: int, pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80 GB hold those of a pair of 2 x 2,048 tokens; short pairs are still grouped by 256 MiB."""
+    gpu = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    head = simpo.model.head
+    assert head.largest_logits_bytes(torch.device("cpu")) == head.LOGITS_BYTES == 256 * 2**20
+    largest = head.largest_logits_bytes(torch.device("cuda")) // (4 * vocabulary)
+    chunk = head.LOGITS_BYTES // (4 * vocabulary)
+    lengths = (2048, 2048, *[50] * 2 * pairs)
+    groups = list(head._groups(lengths, chunk, largest))
+    assert [len(parts) for _, parts in groups] == [1] * len(groups)
+    assert groups[0][0] == (2048, 2048)
+    assert all(chunk - 100 < sum(group) <= chunk for group, _ in groups[1:-1])
+    assert sum((group for group, _ in groups), ()) == lengths
+
+
+@pytest.mark.parametrize("largest_tokens", [5, 1000])
+def test_a_larger_pair_changes_nothing(
+    largest_tokens: int, monkeypatch: pytest.MonkeyPatch, backend: Backend
+) -> None:
+    """As on a GPU: groups of few tokens, and pairs beyond them at once or in larger parts."""
+    policy = Policy(tiny_model("gemma2"))
+    rows = rows_of(random_pairs(np.random.default_rng(7), 4), 100)
+    whole, metrics = gradients_of_step(policy, rows, LOSSES[1], backend)
+    monkeypatch.setattr(simpo.model.head, "LOGITS_BYTES", 4 * VOCAB * 3)
+    size = 4 * VOCAB * largest_tokens
+    monkeypatch.setattr(simpo.model.head, "largest_logits_bytes", lambda _: size)
+    moved, other = gradients_of_step(policy, rows, LOSSES[1], backend)
+    assert other == pytest.approx(metrics, rel=1e-6)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(moved[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 class LargestLogits(TorchDispatchMode):
     """Most rows that any [rows, vocabulary] tensor had, the weight's own transpose left out."""
 

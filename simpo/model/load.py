@@ -135,6 +135,10 @@ def load_probe(
         )
     except Exception:  # loading the whole model tells what is wrong
         return None
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            # So that attention differs from token to token, however narrow the layer is.
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     _switch_noise_off(model)
     return Policy(model, share_prefix).to(device)
 

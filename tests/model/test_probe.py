@@ -22,11 +22,13 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
+from simpo.config.models import ModelConfig
 from simpo.data.pairs import TokenizedPair
 from simpo.data.store import Tokens
 from simpo.loop.train import train
 from simpo.model import attention
 from simpo.model.check import check_packing
+from simpo.model.load import load_probe
 from simpo.model.policy import Policy
 from tests.support.tiny_models import FAMILIES, SEGMENTS, SIZES, tiny_model
 from tests.support.versions import transformers_before
@@ -113,6 +115,61 @@ def test_a_kernel_that_mixes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         check_packing(Policy(tiny_model("llama")), bf16=True)
     monkeypatch.setattr(attention, "_by_segment", whole_row)
     check_packing(Policy(tiny_model("llama")), bf16=True)
+
+
+# On a small copy, where the weights are unread.
+
+
+def small_copy(kind: str, share_prefix: bool, layers: int = 8, **more: int) -> Policy | None:
+    """What is checked of a model of a kind, with as many layers, before its weights are read."""
+    schema = CONFIG_MAPPING[kind]
+    sizes = SPELLINGS | {"n_layer": layers, "num_hidden_layers": layers} | more
+    known = {key: value for key, value in sizes.items() if hasattr(schema(), key)}
+    config = ModelConfig(name="tiny", path="tiny")
+    options = {"bf16": False, "share_prefix": share_prefix}
+    return load_probe(config, schema(**known), torch.device("cpu"), **options)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "phi3", "olmo2", "llama"])
+def test_a_small_copy_that_shares(kind: str) -> None:
+    for share_prefix in (True, False):
+        policy = small_copy(kind, share_prefix, layers=12)
+        assert policy is not None and policy.base.config.num_hidden_layers < 12
+        check_packing(policy, bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "share_prefix"),
+    [("stablelm", True), ("nemotron", True), ("bloom", False), ("rwkv", False), ("cohere", True)],
+)
+def test_a_small_copy_is_refused_as_the_whole(kind: str, share_prefix: bool) -> None:
+    """In the same words but for the number; or there is none, and the whole model is checked."""
+    policy = small_copy(kind, share_prefix)
+    if policy is None:
+        assert kind in ("bloom", "rwkv")
+        return
+    told = []
+    for checked in (policy, other_model(kind, share_prefix)):
+        with pytest.raises(ConfigError) as error:
+            check_packing(checked, bf16=False)
+        told.append(str(error.value).partition(" differ by ")[0])
+    assert told[0] == told[1]
+
+
+def test_a_kernel_that_forgets_windows_is_found_on_a_small_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = small_copy("gemma3_text", True, layers=12, sliding_window=1000, head_dim=16)
+    assert policy is not None
+    check_packing(policy, False, pairs_up_to(1001), 0)
+    whole = attention._by_segment
+
+    def forgetting(query, key, value, segments, scaling, window, softcap):
+        return whole(query, key, value, segments, scaling, None, softcap)
+
+    monkeypatch.setattr(attention, "_by_segment", forgetting)
+    with pytest.raises(ConfigError, match=r"ForCausalLM cannot share prompts in packed rows: hidd"):
+        check_packing(policy, False, pairs_up_to(1001), 4096)
 
 
 def policy_of(config: PreTrainedConfig, share_prefix: bool = True) -> Policy:

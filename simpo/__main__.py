@@ -24,6 +24,7 @@ from simpo.run.progress import print_all_letters
 COMMANDS = {
     "train": "train a run, or with -m a sweep of runs",
     "preview": "show what a run would be trained on, stage by stage",
+    "plan": "predict memory, time and cost of a run on GPUs",
     "report": "compare runs: table, csv, json or web page",
     "generate": "write replies of a model to the prompts of a data set",
     "annotate": "score those replies, and make pairs of them",

@@ -13,7 +13,7 @@ from simpo.config.compose import run_of_words
 from simpo.config.explain import explain
 from simpo.config.losses import LOSSES
 from simpo.data.demo.records import demo_records
-from simpo.launch.commands import chat, export, report
+from simpo.launch.commands import chat, export, plan, preview, report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -24,7 +24,8 @@ BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:\s]+)\)")
 NAMED_FILE = re.compile(r"`((?:simpo|tests|conf|docs|examples|benchmarks|hydra_plugins)/[\w./]+)`")
 COMMAND = re.compile(
-    r"(?:python -m simpo[. ]|simpo[- ])(train|preview|report|generate|annotate|export|chat)\b(.*)"
+    r"(?:python -m simpo[. ]|simpo[- ])"
+    r"(train|preview|plan|report|generate|annotate|export|chat)\b(.*)"
 )
 # What stands for something of the reader's.
 PLACEHOLDERS = {"RUN": "run", "S": "7", "DIR": "run"}
@@ -49,7 +50,7 @@ def commands() -> list[str]:
 
 def test_the_pages_show_commands() -> None:
     assert {line.split()[0] for line in commands()} == {
-        *("train", "preview", "report", "generate", "annotate", "export", "chat")
+        *("train", "preview", "plan", "report", "generate", "annotate", "export", "chat")
     }
 
 
@@ -57,6 +58,7 @@ def test_the_pages_show_commands() -> None:
 def test_a_command_composes(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder where the files and runs lie that it names."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     # Behind --help come sections, of which test_commands.py knows.
     command, *words = shlex.split(line.partition("--help")[0])
     words = [re.sub(r"(?<=[=/ ])[A-Z]+\b|^[A-Z]+$", _example, word) for word in words]
@@ -76,7 +78,7 @@ def test_a_command_composes(line: str, tmp_path: Path, monkeypatch: pytest.Monke
     elif words[:1] == ["-m"]:
         assert explain(words[1:], multirun=True) == []
     else:
-        own = ("pairs", "html", "cleaning") if command == "preview" else ()
+        own = {"preview": preview.KEYS, "plan": plan.KEYS}.get(command, ())
         run_of_words([word for word in words if word.partition("=")[0] not in own])
 
 

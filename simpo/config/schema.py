@@ -37,7 +37,7 @@ class TrainConfig:
     share_prefix: bool = True
     """Compute a prompt once for its two responses; False for models that cannot."""
     check_memory: bool = True
-    """Refuse, before the first step, a run whose estimated memory exceeds the device's."""
+    """Refuse, before weights are loaded, a run whose estimated memory exceeds the device's."""
     epochs: int = 1
     """Passes over the mixture (the paper: 1)."""
     max_steps: int | None = None

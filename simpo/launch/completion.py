@@ -22,7 +22,7 @@ from simpo.config.errors import ConfigError
 from simpo.config.renamed import new_name, rename_overrides
 from simpo.config.schema import RunConfig
 
-WITH_SETTINGS = ("train", "preview", "generate", "annotate")
+WITH_SETTINGS = ("train", "preview", "plan", "generate", "annotate")
 OPTIONS = {
     "train": ("--cfg", "--config-dir", "--config-name", "--help", "--info", "--multirun"),
     **dict.fromkeys(WITH_SETTINGS[1:], ("--config-dir", "--help")),

@@ -19,12 +19,13 @@ from transformers import PreTrainedConfig
 from simpo.backend import Backend, build_backend
 from simpo.config.backends import BackgroundSaveConfig
 from simpo.config.check import check_training
-from simpo.config.errors import ConfigError
+from simpo.config.errors import ConfigError, first_line
 from simpo.config.own_code import source_sha256
 from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
 from simpo.data.chats.checks import placed_ids, refuse_unknown_ids
 from simpo.data.loader import LoadedData, PackedSet, load_data
+from simpo.data.packing import pack
 from simpo.data.plan import TrainPlan, build_plan
 from simpo.loop import console
 from simpo.loop.checkpoint import CheckpointStore
@@ -38,8 +39,9 @@ from simpo.loop.optim import (
 from simpo.loop.publish import check_end
 from simpo.loop.reference import weights_fingerprint, with_reference
 from simpo.loop.score import check_loss, metric_names
-from simpo.model import cost
+from simpo.model import cost, memory
 from simpo.model.check import check_packing, check_router
+from simpo.model.head import largest_logits_bytes
 from simpo.model.load import load_policy, load_probe
 from simpo.model.policy import Policy
 from simpo.model.pretrained import load_settings, num_embeddings
@@ -48,6 +50,9 @@ from simpo.run.best import check_monitor
 from simpo.run.folder import RunFolder, template_date
 from simpo.run.progress import say
 from simpo.run.provenance import environment, git_diff
+
+NOT_DRAWN = (RuntimeError, TypeError, ValueError, AttributeError)
+"""What a model raises that does not compute on tensors without values."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ def set_up(run: RunConfig) -> Parts:
     check_rates(cfg, plan)
     folder = _find_folder(run, backend)
     _write_records(run, folder, chat, data, str(backend))
+    costs = _plan_costs(run, backend, settings, plan, train)
     policy, probe = _load_policy(run, backend, settings)
     longest = max(data.train.tokens.longest_sequence(), data.test.tokens.longest_sequence())
     check_packing(probe, backend.bf16, longest, cfg.tokens_per_row)
@@ -115,7 +121,7 @@ def set_up(run: RunConfig) -> Parts:
     start = Start() if unread else _start(run, backend, policy, Mapping.items)
     start_lines = (
         *console.start_lines(run, policy, str(backend), data.table, data.train, plan),
-        *_plan_costs(run, backend, policy, probe, plan, train),
+        *costs,
         *rate_notes(cfg, plan),
         *console.token_notes(run, chat, data.table, data.train),
         *check_end(run, backend, policy, chat, folder.path),
@@ -241,26 +247,27 @@ def _write_records(
 def _plan_costs(
     run: RunConfig,
     backend: Backend,
-    policy: Policy,
-    probe: Policy,
+    settings: PreTrainedConfig,
     plan: TrainPlan,
     train: PackedSet,
 ) -> list[str]:
     """Lines about the rows and the memory of a step, which must fit the device."""
     cfg = run.train
     planned = cost.layout(plan, train.num_tokens, cfg.tokens_per_row, backend.processes)
-    memory = cost.estimate_memory(
-        policy,
-        planned.largest_row_tokens,
-        backend.bf16,
-        run.model.gradient_checkpointing,
-        backend.weight_shards,
-        backend.state_shards,
-        probe,
-    )
+    lines = [console.layout_line(planned)]
     if cfg.check_memory:
-        cost.check_memory(memory, backend.device, backend.processes_here)
-    return [console.layout_line(planned), f"memory about {memory}"]
+        pairs = [train.data.tokens[i] for i in planned.largest_row]
+        row = pack(pairs, planned.largest_row, cfg.share_prefix)
+        logits_bytes = largest_logits_bytes(backend.device)
+        place = memory.Place(backend.device, backend.processes, backend.bf16, logits_bytes)
+        try:
+            estimate = memory.Estimate(run, settings, place)
+            needed = max(estimate.step(row), estimate.load(), key=lambda part: part.total)
+        except NOT_DRAWN as error:
+            return [*lines, f"note   memory not estimated: {first_line(error)}"]
+        memory.check_memory(needed, backend.device, backend.processes_here)
+        lines.append(f"memory about {needed}")
+    return lines
 
 
 def with_references(run: RunConfig, parts: Parts) -> Parts:

@@ -66,6 +66,21 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, revision: str | Non
     return adapted
 
 
+def sketch_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Add adapters to a model of fake tensors; of a saved one only its settings are read.
+
+    Raises:
+        ConfigError: a target matches no layer; the saved adapter's settings cannot be loaded.
+    """
+    if config.adapter is None:
+        return add_adapters(model, config, None)
+    settings = adapter_settings("model.lora.adapter", config.adapter)
+    settings.inference_mode = False
+    adapted = get_peft_model(model, settings)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
 def _name_base(adapted: PeftModel, model: PreTrainedModel, revision: str | None) -> None:
     """Name the base in an adapter's settings by its hub id or absolute folder.
 

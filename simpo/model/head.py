@@ -37,8 +37,12 @@ def largest_logits_bytes(device: torch.device) -> int:
     """Bytes of logits up to which those of one pair are computed at once."""
     if device.type != "cuda":
         return LOGITS_BYTES
-    memory: int = torch.cuda.get_device_properties(device).total_memory
-    return max(LOGITS_BYTES, memory // GPU_SHARE)
+    return of_gpu(torch.cuda.get_device_properties(device).total_memory)
+
+
+def of_gpu(memory_bytes: int) -> int:
+    """The same on a GPU with so much memory."""
+    return max(LOGITS_BYTES, memory_bytes // GPU_SHARE)
 
 
 def no_loss(logps: PairLogps) -> Tensor:
@@ -53,6 +57,7 @@ def fused_loss(
     row: PackedPairs,
     pair_loss: PairLoss,
     softcap: float | None = None,
+    largest_bytes: int | None = None,
 ) -> tuple[Tensor, PairLogps]:
     """Compute the loss of a row of pairs and the log-probabilities of their responses.
 
@@ -63,6 +68,8 @@ def fused_loss(
         pair_loss: called with consecutive pairs of the row; the loss of a pair must not depend on
             other pairs.
         softcap: logits z become softcap * tanh(z / softcap) (Gemma-2).
+        largest_bytes: of logits up to which those of one pair are computed at once; None takes the
+            device's.
 
     Returns:
         The sum of the losses of the pairs, differentiable in hidden, weight and bias; and the
@@ -74,7 +81,10 @@ def fused_loss(
     wanted = torch.is_grad_enabled()
     scored = hidden.index_select(0, row.predictors)
     with torch.autocast(device, enabled=False):
-        loss, sums = _FusedLoss.apply(scored, weight, bias, row, pair_loss, softcap, dtype, wanted)
+        largest = largest_bytes or largest_logits_bytes(hidden.device)
+        loss, sums = _FusedLoss.apply(
+            scored, weight, bias, row, pair_loss, softcap, dtype, wanted, largest
+        )
     return loss, _pair_logps(sums, row.response_lengths, row.reference_logps)
 
 
@@ -90,10 +100,12 @@ class _FusedLoss(torch.autograd.Function):
         softcap: float | None,
         dtype: torch.dtype,
         wanted: bool,
+        largest_bytes: int,
     ) -> tuple[Tensor, Tensor]:
         needs = tuple(wanted and need for need in ctx.needs_input_grad[:3])
-        sizes = (LOGITS_BYTES, largest_logits_bytes(hidden.device))
-        chunk, largest = (max(1, size // (4 * len(weight))) for size in sizes)
+        chunk, largest = (
+            max(1, size // (4 * len(weight))) for size in (LOGITS_BYTES, largest_bytes)
+        )
         groups = list(_groups(row.response_tokens, chunk, largest))
         longest = max(part.stop - part.start for _, parts in groups for part in parts)
         head = _Head(hidden, weight, bias, row.targets, softcap, dtype, needs, longest)
@@ -129,7 +141,7 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if g is None else g.mul_(grad_loss) for g in ctx.gradients]
         ctx.gradients = None
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
 class _Head:

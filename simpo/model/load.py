@@ -58,7 +58,7 @@ def load_policy(
     settings = settings or load_settings(config, cache_dir)
     _refuse_quantised(source, settings)
     packed = _quantization(config, bf16)
-    dtype = _weights_dtype(config, device)
+    dtype = weights_dtype(config, device)
     load = partial(
         load_weights,
         "model.path",
@@ -90,7 +90,7 @@ def load_policy(
     checkpointing.enable(model, config.gradient_checkpointing)
     if config.lora.used:
         model = _with_adapters(model, config)
-    _switch_noise_off(model)
+    switch_noise_off(model)
     policy = Policy(model, share_prefix, unread)
     return policy if unread else policy.to(device)
 
@@ -125,7 +125,7 @@ def load_probe(
     _seed(0)
     attention.register()
     kernel = _kernel(config, settings, device, bf16)
-    dtype = _weights_dtype(config, device)
+    dtype = weights_dtype(config, device)
     try:
         small = probe_settings(settings)
         if small is None:
@@ -139,7 +139,7 @@ def load_probe(
         if isinstance(layer, nn.Linear):
             # So that attention differs from token to token, however narrow the layer is.
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-    _switch_noise_off(model)
+    switch_noise_off(model)
     return Policy(model, share_prefix).to(device)
 
 
@@ -160,7 +160,7 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _switch_noise_off(model: nn.Module) -> None:
+def switch_noise_off(model: nn.Module) -> None:
     """Remove dropout, and the noise that some mixtures of experts put on the router's input."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -195,7 +195,7 @@ def _kernel(config: ModelConfig, settings: Any, device: torch.device, bf16: bool
     return attention.NAMES[wanted]
 
 
-def _weights_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+def weights_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     if config.dtype is Dtype.auto:
         frozen_on_gpu = config.lora.used and device.type == "cuda"
         return torch.bfloat16 if frozen_on_gpu else torch.float32

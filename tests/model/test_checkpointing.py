@@ -17,7 +17,7 @@ from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs
 from simpo.loss import pair_losses
 from simpo.loss.simpo import SigmoidConfig
-from simpo.model import checkpointing, cost
+from simpo.model import checkpointing
 from simpo.model.adapters import add_adapters
 from simpo.model.policy import Policy
 from tests.support.tiny_models import EXPERTS, FAMILIES, random_pairs, tiny_model
@@ -97,18 +97,3 @@ def test_the_small_product_of_an_adapter_is_computed_again() -> None:
     assert not checkpointing.is_kept(product, (small, large))
     assert checkpointing.is_kept(product, (large.T, small.T))
     assert checkpointing.is_kept(torch.ops.aten.addmm.default, (torch.ones(4), small.T, small))
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_estimate(family: str) -> None:
-    """Between none and full, and by what the products of both layers hold."""
-    policy = Policy(tiny_model(family))
-    kept = {
-        kind: cost.estimate_memory(policy, 1000, False, kind).activations * cost.GIB
-        for kind in Checkpointing
-    }
-    assert kept[Checkpointing.full] < kept[Checkpointing.selective] < kept[Checkpointing.none]
-    # q, k, v, attention's output, o, gate, up, down; and the normaliser of attention.
-    floats = 32 + 2 * 16 + 32 + 32 + 2 * 48 + 32 + 4
-    difference = kept[Checkpointing.selective] - kept[Checkpointing.full]
-    assert difference == pytest.approx(2 * 1000 * 4 * floats)

@@ -1,8 +1,6 @@
-"""Compares estimated memory and FLOPs of a step with torch's counters and with sums by hand."""
+"""Compares the layout and FLOPs of a step with torch's counter and with sums by hand."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +16,6 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from simpo.config.choices import Checkpointing
-from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
 from simpo.data.plan import TrainPlan
 from simpo.model import cost
@@ -31,7 +27,8 @@ def test_layout() -> None:
     """Two steps of three pairs, 30 tokens each: [20] and [10], whatever the order."""
     plan = TrainPlan(num_pairs=6, pairs_per_step=3, steps_per_epoch=2, total_steps=2, seed=0)
     planned = cost.layout(plan, np.full(6, 10), tokens_per_row=25)
-    assert planned == cost.Layout(tokens_per_step=30, fill=60 / 100, largest_row_tokens=20)
+    assert (planned.tokens_per_step, planned.fill, planned.largest_row_tokens) == (30, 0.6, 20)
+    assert len(planned.largest_row) == 2
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
@@ -118,68 +115,6 @@ def test_flops_of_experts(config: PreTrainedConfig, per_token: int) -> None:
     flops = cost.Flops(policy)
     flops._per_target = flops._per_score = 0
     assert flops.of_row(row) == 6 * per_token * row.input_ids.shape[1]
-
-
-def test_memory_by_hand() -> None:
-    policy = Policy(tiny_model("llama"))
-    size = 4 * sum(p.numel() for p in policy.parameters()) / cost.GIB
-    memory = cost.estimate_memory(policy, 1000, bf16=False, checkpointing=Checkpointing.none)
-    assert (memory.weights, memory.gradients, memory.optimizer) == (size, size, 2 * size)
-    assert memory.logits == (2 * 4 * 1000 * VOCAB + 4 * VOCAB * 32) / cost.GIB
-    assert memory.total == sum(
-        (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits)
-    )
-    checkpointed = cost.estimate_memory(policy, 1000, bf16=False, checkpointing=Checkpointing.full)
-    inputs = 2 * 1000 * 32 * 4 / cost.GIB
-    assert checkpointed.activations == pytest.approx(memory.activations / 2 + inputs)
-
-
-def test_activations_are_those_that_autograd_keeps() -> None:
-    """Drawn out from two short rows, against what a long row of several pairs really keeps."""
-    policy = Policy(tiny_model("llama"))
-    row = pack(random_pairs(np.random.default_rng(1), 8, longest=100), range(8))
-    weights = {p.data_ptr() for p in policy.parameters()}
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = policy.hidden(row)
-    tokens = row.input_ids.shape[1]
-    memory = cost.estimate_memory(policy, tokens, bf16=False, checkpointing=Checkpointing.none)
-    assert memory.activations * cost.GIB == pytest.approx(sum(kept.values()), rel=0.15)
-    assert hidden.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("memory", "remedy"),
-    [
-        (
-            cost.Memory(weights=1, gradients=1, optimizer=2, activations=9, logits=0.5),
-            "lower train.tokens_per_row, or model.gradient_checkpointing=selective or full",
-        ),
-        (
-            cost.Memory(weights=2, gradients=4, optimizer=8, activations=1, logits=0.5),
-            "model.lora.rank=16 trains adapters only",
-        ),
-    ],
-)
-def test_memory_that_is_not_there(
-    memory: cost.Memory, remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    free = SimpleNamespace(available=int((10 - memory.weights) * cost.GIB))
-    monkeypatch.setattr(cost.psutil, "virtual_memory", lambda: free)
-    with pytest.raises(ConfigError) as error:
-        cost.check_memory(memory, torch.device("cpu"))
-    assert str(error.value) == (
-        f"train.check_memory: a step needs about {memory.total:.2f} GiB (weights "
-        f"{memory.weights:.2f}, gradients {memory.gradients:.2f}, optimizer "
-        f"{memory.optimizer:.2f}, activations {memory.activations:.2f}, logits 0.50), there are "
-        f"10.00 GiB ({remedy}; train.check_memory=false tries all the same)"
-    )
 
 
 def test_speed_on_a_cpu() -> None:

@@ -18,14 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from simpo.config.choices import Checkpointing
 from simpo.config.errors import ConfigError
 from simpo.config.models import LoraConfig, ModelConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.loss import pair_losses
 from simpo.loss.simpo import SigmoidConfig
-from simpo.model import cost
 from simpo.model.load import load_policy
 from simpo.model.policy import Policy
 from tests.support.tiny_models import SIZES, WIDE, gradients, loss_by_hand, random_pairs, tiny_model
@@ -317,15 +315,3 @@ def test_adapters_of_others_that_are_refused(settings: Any, message: str, tmp_pa
     with pytest.raises(ConfigError) as error:
         loaded(path, lora=LoraConfig(adapter=str(folder)))
     assert str(error.value) == f"model.lora.adapter: {message.format(folder=folder)}"
-
-
-def test_memory_of_checkpoints_and_of_the_head(tmp_path: Path) -> None:
-    """Layers' inputs are as wide as the embeddings, whatever adapters are in; adapters on the head
-    have the gradient of all of it."""
-    path = saved("llama", tmp_path, torch.bfloat16)
-    policy = loaded(path, dtype="bfloat16", lora=LoraConfig(rank=4, targets=["mlp", "lm_head"]))
-    memory = cost.estimate_memory(policy, 1000, True, Checkpointing.none)
-    checkpointed = cost.estimate_memory(policy, 1000, True, Checkpointing.full)
-    inputs = 2 * 1000 * 64 * 2 / cost.GIB
-    assert checkpointed.activations == pytest.approx(memory.activations / 2 + inputs)
-    assert memory.logits == (2 * 4 * 1000 * 128 + 4 * 128 * 64) / cost.GIB

@@ -161,15 +161,15 @@ def test_a_kernel_that_forgets_windows_is_found_on_a_small_copy(
 ) -> None:
     policy = small_copy("gemma3_text", True, layers=12, sliding_window=1000, head_dim=16)
     assert policy is not None
-    check_packing(policy, False, pairs_up_to(1001), 0)
+    check_packing(policy, False, 1001, 0)
     whole = attention._by_segment
 
-    def forgetting(query, key, value, segments, scaling, window, softcap):
-        return whole(query, key, value, segments, scaling, None, softcap)
+    def forgetting(query, key, value, segments, table, scaling, window, softcap):
+        return whole(query, key, value, segments, table, scaling, None, softcap)
 
     monkeypatch.setattr(attention, "_by_segment", forgetting)
     with pytest.raises(ConfigError, match=r"ForCausalLM cannot share prompts in packed rows: hidd"):
-        check_packing(policy, False, pairs_up_to(1001), 4096)
+        check_packing(policy, False, 1001, 4096)
 
 
 def policy_of(config: PreTrainedConfig, share_prefix: bool = True) -> Policy:

@@ -11,19 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simpo.config.choices import Checkpointing, Quantization
+from simpo.config.choices import Quantization
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.models import LoraConfig
 from simpo.data.packing import pack
 from simpo.loop.train import train
-from simpo.model import cost
+from simpo.model import cost, memory
 from simpo.model.check import check_packing
 from simpo.model.policy import Policy
+from simpo.model.pretrained import load_settings
 from tests.model.test_peft import PAIRS, adapted, loaded, padded_step, saved, step, trained
 from tests.support.tiny_models import WIDE
 from tests.support.whole_runs import assert_same_run, logged, run, start, state_of, wait_for
 
+PACKED_LAYERS = ("Linear4bit", "Linear8bitLt")
 BOTH = [Quantization.nf4, Quantization.int8]
 
 
@@ -122,7 +124,7 @@ def test_gradient_checkpointing(quantization: str, tmp_path: Path) -> None:
     path = saved("llama", tmp_path)
     settings: dict[str, Any] = {"quantization": Quantization(quantization)}
     kept = trained(loaded(path, **settings))
-    again = trained(loaded(path, **settings, gradient_checkpointing=Checkpointing.full))
+    again = trained(loaded(path, **settings, gradient_checkpointing=True))
     calls: list[int] = []
     for policy in (kept, again):
         policy.base.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -136,6 +138,34 @@ def test_gradient_checkpointing(quantization: str, tmp_path: Path) -> None:
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-8)
 
 
+def num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def scales_bytes(layer: torch.nn.Module) -> int:
+    """Bytes of what bitsandbytes keeps beside the packed weights of a layer."""
+    weight = getattr(layer, "weight", None)
+    if getattr(weight, "SCB", None) is not None:
+        return num_bytes(weight.SCB)
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return 0
+    tensors = [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return sum(num_bytes(tensor) for tensor in tensors)
+
+
+def estimate(path: str, quantization: Quantization) -> memory.Estimate:
+    """The estimate of a LoRA run on a model's folder."""
+    run = compose_run(
+        [
+            *(f"model.path={path}", "model.name=tiny", "model.lora.rank=4"),
+            f"model.quantization={quantization.value}",
+        ]
+    )
+    settings = load_settings(run.model, Path("unused"))
+    return memory.Estimate(run, settings, memory.Place(torch.device("cpu")))
+
+
 def test_cost_of_a_quantised_base(tmp_path: Path) -> None:
     """Packed weights count as the weights they stand for, and as the bytes they lie in."""
     path = saved("llama", tmp_path)
@@ -147,10 +177,13 @@ def test_cost_of_a_quantised_base(tmp_path: Path) -> None:
         count = sum(cost.num_weights(p) for p in policy.parameters())
         assert count == sum(p.numel() for p in plain.parameters())
         assert cost.Flops(policy).of_row(row) == cost.Flops(plain).of_row(row)
-        memory = cost.estimate_memory(policy, 1000, False, Checkpointing.none)
-        expected = cost.estimate_memory(plain, 1000, False, Checkpointing.none)
-        assert memory.weights * cost.GIB == expected.weights * cost.GIB - (4 - size) * body
-        assert memory.gradients == expected.gradients
+        whole = estimate(path, quantization).model.whole
+        packed = [p for p in policy.parameters() if num_bytes(p) != 4 * cost.num_weights(p)]
+        assert whole.packed_bytes == sum(num_bytes(p) for p in packed) == size * body
+        layers = [m for m in policy.modules() if type(m).__name__ in PACKED_LAYERS]
+        scales = sum(map(scales_bytes, layers))
+        assert whole.scales_bytes == scales > 0
+        assert whole.plain_bytes == sum(num_bytes(p) for p in policy.parameters()) - size * body
 
 
 def test_a_checkpoint_that_is_quantised_already(tmp_path: Path) -> None:

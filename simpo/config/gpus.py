@@ -1,0 +1,54 @@
+"""GPUs that a run can be planned for, by the figures of their makers' data sheets."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from simpo.config.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+        memory_gib: what a program can use, about what torch reports.
+        bf16_tflops: dense bf16 peak.
+        hbm_gb_s: bandwidth of its memory.
+        link_gb_s: bandwidth to the others of its machine, in one direction.
+    """
+
+    name: str
+    memory_gib: float
+    bf16_tflops: float
+    hbm_gb_s: float
+    link_gb_s: float
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A10G-24GB", 22.0, 70, 600, 32),
+        Gpu("RTX4090-24GB", 23.5, 165, 1008, 32),
+        Gpu("L40S-48GB", 44.4, 362, 864, 32),
+        Gpu("A100-40GB", 39.4, 312, 1555, 300),
+        Gpu("A100-80GB", 79.1, 312, 2039, 300),
+        Gpu("H100-80GB", 79.1, 989, 3350, 450),
+        Gpu("H200-141GB", 139.7, 989, 4800, 450),
+        Gpu("B200-180GB", 178.0, 2250, 8000, 900),
+    )
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """The GPU of a name in `GPUS`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in GPUS:
+        near = difflib.get_close_matches(name, GPUS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(GPUS)}"
+        raise ConfigError([f"gpu: no such GPU, got {name or repr(name)} ({hint})"])
+    return GPUS[name]

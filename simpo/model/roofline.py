@@ -1,0 +1,185 @@
+"""Predicts the time of a step from operations and bytes, and chooses the length of a row.
+
+No figure of this module has been measured on a GPU. What is assumed are its constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simpo.config.backends import BackendConfig, FsdpConfig, Zero3Config, ZeroConfig
+from simpo.config.choices import ReduceDtype
+from simpo.config.gpus import Gpu
+from simpo.data.packing import pack
+from simpo.data.pairs import PackedPairs
+from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
+from simpo.data.store import Tokens
+from simpo.model import cost
+from simpo.model.memory import GIB, Estimate, Memory, Model
+
+EFFICIENCY = 0.45
+"""Share of the bf16 peak that a long row reaches."""
+HALF_EFFICIENT_TOKENS = 512
+"""Tokens of a row that reaches half of that."""
+LINK_EFFICIENCY = 0.7
+"""Share of a link's bandwidth that a collective operation reaches."""
+GPUS_PER_NODE = 8
+NODE_GB_S = 50.0
+"""Bandwidth of a GPU's share of the network between machines, in one direction (400 Gb/s)."""
+RESERVED_GIB = 1.5
+"""Memory of a GPU that CUDA's context and NCCL's buffers take."""
+FRAGMENTED = 0.05
+"""Share of a GPU's memory that torch's allocator cannot use."""
+BUDGETS_TOKENS = tuple(2**power for power in range(10, 17))
+"""Lengths of rows to choose from."""
+AS_GOOD = 0.02
+"""A shorter row that takes this much longer is as good: it leaves more memory."""
+STEPS_LOOKED_AT = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """A predicted step of a run.
+
+    Attributes:
+        tokens_per_row: budget of a row.
+        load, memory: of one GPU while the weights are loaded, and in the step's largest moment.
+        flops: operations of all processes, without those computed again by checkpointing.
+        bytes_moved: bytes that one process receives from others.
+        compute_s, communication_s, optimizer_s: seconds of each; the first two overlap.
+    """
+
+    tokens_per_row: int
+    load: Memory
+    memory: Memory
+    flops: float
+    bytes_moved: float
+    compute_s: float
+    communication_s: float
+    optimizer_s: float
+
+    @property
+    def largest(self) -> Memory:
+        """The larger one of `load` and `memory`."""
+        return max(self.memory, self.load, key=lambda memory: memory.total)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a step."""
+        return max(self.compute_s, self.communication_s) + self.optimizer_s
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The pairs of a run.
+
+    Attributes:
+        plan: the run's steps.
+        tokens: its pairs, or one that stands for all.
+        share_prefix: whether a prompt is computed once.
+        recomputes: whether layers compute their whole forward again in the backward pass.
+    """
+
+    plan: TrainPlan
+    tokens: Tokens
+    share_prefix: bool
+    recomputes: bool
+
+    def row(self, indices: Sequence[int]) -> PackedPairs:
+        """The packed row of some pairs."""
+        return pack(
+            [self.tokens[i % len(self.tokens)] for i in indices], indices, self.share_prefix
+        )
+
+    def num_tokens(self) -> np.ndarray:
+        """Tokens computed for each pair, int64 [pairs]."""
+        return np.resize(self.tokens.num_tokens(self.share_prefix), self.plan.num_pairs)
+
+
+def fits(step: Step, gpu: Gpu) -> bool:
+    """Whether loading and a step fit a GPU beside what libraries take."""
+    return step.largest.total + RESERVED_GIB <= gpu.memory_gib * (1 - FRAGMENTED)
+
+
+def predict(
+    estimate: Estimate,
+    backend: BackendConfig,
+    work: Workload,
+    gpu: Gpu,
+    processes: int,
+    tokens_per_row: int,
+) -> Step:
+    """Predict a step, as the mean of the run's first ones.
+
+    Args:
+        estimate: of the run, for any number of processes.
+    """
+    num_tokens, counted = work.num_tokens(), cost.Flops(estimate.policy)
+    steps = range(min(work.plan.total_steps, STEPS_LOOKED_AT))
+    flops = seconds = longest = 0.0
+    rounds, largest = 0, work.row([0])
+    for step in steps:
+        rows = rows_of_pairs(pairs_of_step(work.plan, step), num_tokens, tokens_per_row, processes)
+        rounds += len(rows) // processes
+        for begin in range(0, len(rows), processes):
+            # Rows are sorted by size: the first of a round takes longest.
+            first = work.row(rows[begin])
+            seconds += _row_seconds(counted.of_row(first), first, gpu, work.recomputes)
+            if first.input_ids.shape[1] > longest:
+                longest, largest = first.input_ids.shape[1], first
+        flops += sum(counted.of_row(work.row(row)) for row in rows if row)
+    own = estimate.on(processes)
+    memory = own.step(largest)
+    moved = _bytes_moved(backend, estimate.model, processes, rounds / len(steps))
+    between_nodes = processes > GPUS_PER_NODE
+    link = min(gpu.link_gb_s, NODE_GB_S) if between_nodes else gpu.link_gb_s
+    # AdamW reads weights, gradients and two means, and writes all but the gradients.
+    updated = 7 / 4 * GIB * (memory.optimizer * 2)
+    return Step(
+        tokens_per_row,
+        own.load(),
+        memory,
+        flops / len(steps),
+        moved,
+        seconds / len(steps),
+        moved / (link * 1e9 * LINK_EFFICIENCY),
+        updated / (gpu.hbm_gb_s * 1e9),
+    )
+
+
+def _row_seconds(flops: float, row: PackedPairs, gpu: Gpu, recomputes: bool) -> float:
+    tokens = row.input_ids.shape[1]
+    reached = EFFICIENCY * tokens / (tokens + HALF_EFFICIENT_TOKENS)
+    return flops * (4 / 3 if recomputes else 1) / (gpu.bf16_tflops * 1e12 * reached)
+
+
+def _bytes_moved(backend: BackendConfig, model: Model, processes: int, rows: float) -> float:
+    """Bytes that a process receives in a step of `rows` rows, with ring collectives in bf16."""
+    whole, others = model.whole, (processes - 1) / processes
+    if isinstance(backend, FsdpConfig):
+        summed = 4 if backend.reduce_dtype is ReduceDtype.float32 else 2
+        gathers = 2 if backend.reshard_after_forward else 1
+        return others * rows * (gathers * whole.bytes_in(bf16=True) + summed * whole.trained)
+    if isinstance(backend, ZeroConfig):
+        summed = 4 if backend.communication_data_type is ReduceDtype.float32 else 2
+        if isinstance(backend, Zero3Config):
+            return others * rows * (2 * whole.bytes_in(bf16=True) + summed * whole.trained)
+        return others * (rows * summed + 2) * whole.trained
+    return 2 * others * whole.trained_bytes
+
+
+def best_step(steps: Sequence[Step], gpu: Gpu) -> Step | None:
+    """The step with the shortest rows among those as good as the fastest that fits, if any fits."""
+    fitting = [step for step in steps if fits(step, gpu)]
+    if not fitting:
+        return None
+    fastest = min(step.seconds for step in fitting)
+    return next(step for step in fitting if step.seconds <= fastest * (1 + AS_GOOD))
+
+
+def numbers_of_gpus() -> Iterator[int]:
+    """Numbers of processes to try: powers of two up to a thousand."""
+    yield from (2**power for power in range(11))

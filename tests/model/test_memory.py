@@ -1,0 +1,194 @@
+"""The memory estimated before a model is loaded, against torch's tracker and sums by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import LlamaConfig, PreTrainedConfig
+
+from simpo.config.choices import Checkpointing
+from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError
+from simpo.data.packing import pack
+from simpo.data.pairs import PackedPairs, TokenizedPair
+from simpo.loss import PairLogps
+from simpo.model import checkpointing, memory
+from simpo.model.memory import GIB, Estimate, Memory, Place
+from simpo.model.policy import Policy
+from tests.support.tiny_models import EXPERTS, SIZES, tiny_model
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+LLAMA_3_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+# Queries and output, keys and values, three of the MLP, two norms.
+LAYER = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+TABLE = 128256 * 4096
+WEIGHTS = 32 * LAYER + 2 * TABLE + 4096
+
+
+def estimate(settings: PreTrainedConfig, place: Place, *words: str) -> Estimate:
+    return Estimate(compose_run(["model.lora.rank=0", *words]), settings, place)
+
+
+def row_of(pairs: int, tokens: int) -> PackedPairs:
+    part = np.ones(tokens // 4, dtype=np.int32)
+    pair = TokenizedPair(np.ones(tokens // 2, dtype=np.int32), part, part)
+    return pack([pair] * pairs, range(pairs))
+
+
+def difference(logps: PairLogps) -> torch.Tensor:
+    return logps.rejected - logps.chosen
+
+
+@pytest.mark.parametrize("kind", Checkpointing)
+@pytest.mark.parametrize("family", ["llama_tied", "gemma2", "mixtral"])
+def test_peak_of_a_real_step(family: str, kind: Checkpointing) -> None:
+    """torch's tracker on real tensors, whole model and row, against two layers of fake ones."""
+    model = tiny_model(family, num_hidden_layers=5)
+    if family in EXPERTS:
+        model.set_experts_implementation("grouped_mm")
+    checkpointing.enable(model, kind)
+    policy = Policy(model)
+    policy.train()
+    row = row_of(4, 256)
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    tracker = MemTracker()
+    tracker.track_external(policy)
+    with tracker:
+        loss, _ = policy(row, difference)
+        loss.backward()
+    peak = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
+    words = [f"model.gradient_checkpointing={kind.value}"]
+    found = estimate(model.config, Place(CPU), *words).step(row)
+    assert (found.total - found.optimizer) * GIB == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral_window", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_other_families_are_drawn(family: str) -> None:
+    found = estimate(tiny_model(family).config, Place(GPU, bf16=True)).step(row_of(1, 64))
+    assert found.activations > 0
+
+
+def test_states_by_hand() -> None:
+    """Llama-3-8B with AdamW on 8 processes; nothing of it is allocated."""
+    before = psutil.Process().memory_info().rss
+    gib = WEIGHTS / GIB
+    assert gib * GIB == 8_030_261_248
+    cases = {
+        "single": (4 * gib, 4 * gib, 8 * gib),
+        "ddp": (4 * gib, 4 * gib, 8 * gib),
+        "fsdp": (gib / 2, gib / 2, gib),
+        # bf16 weights; gradients in fp32; fp32 weights and two means.
+        "zero2": (2 * gib, gib / 2, 12 / 8 * gib),
+        "zero3": (gib / 4, gib / 2, 12 / 8 * gib),
+    }
+    for backend, expected in cases.items():
+        place = Place(GPU, 1 if backend == "single" else 8, bf16=True)
+        found = estimate(LLAMA_3_8B, place, f"backend={backend}").between_steps()
+        assert (found.weights, found.gradients, found.optimizer) == pytest.approx(expected)
+    assert psutil.Process().memory_info().rss - before < 0.2 * GIB
+
+
+def test_states_of_adapters_by_hand() -> None:
+    """Rank 16 on all linear layers: 16 weights for each input and each output."""
+    ends = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    adapters = 32 * 16 * ends
+    place, words = Place(GPU, bf16=True), ["model.lora.rank=16"]
+    found = estimate(LLAMA_3_8B, place, *words).between_steps()
+    trained = 4 * adapters / GIB
+    assert found.weights == pytest.approx(2 * WEIGHTS / GIB + trained)
+    assert (found.gradients, found.optimizer) == pytest.approx((trained, 2 * trained))
+    found = estimate(LLAMA_3_8B, place, *words, "model.quantization=nf4").between_steps()
+    linear = 32 * (LAYER - 2 * 4096)
+    plain = 2 * (2 * TABLE + 65 * 4096)
+    # Half a byte a weight, a scale of a byte for 64, and four bytes for 256 of these.
+    packed = linear * (1 / 2 + 1 / 64 + 4 / 64 / 256)
+    assert found.weights == pytest.approx((packed + plain) / GIB + trained, rel=1e-4)
+
+
+def test_buffers_of_fsdp_by_hand() -> None:
+    """At the end of a long model's step: embeddings and head gathered, with their gradients in
+    bf16, and in fp32 to be summed."""
+    found = estimate(LLAMA_3_8B, Place(GPU, 64, bf16=True), "backend=fsdp").step(row_of(1, 64))
+    root = 2 * TABLE + 4096
+    assert found.communication == pytest.approx((2 + 2 + 4) * root / GIB)
+    assert found.activations == 0
+
+
+def test_activations_of_a_layer_by_hand() -> None:
+    """Without checkpointing: what a Llama layer keeps for each token in fp32."""
+    settings = LlamaConfig(**SIZES | {"num_hidden_layers": 2})
+    deep = LlamaConfig(**SIZES | {"num_hidden_layers": 12})
+    row, place = row_of(2, 512), Place(CPU)
+    few, many = (estimate(config, place).step(row).activations for config in (settings, deep))
+    # Two norms keep their input and what they scale; the sums of both residuals are such inputs.
+    norms = 4 * 32 + 2
+    # Rotated queries and keys, values, attention's output before and after it is joined, with the
+    # log-sum-exp of four heads; keys and values of the prompt again, for the rejected response.
+    attention = 32 + 16 + 16 + 32 + 32 + 4 + 2 * 16 * 3 / 4
+    # Input, gate, its SiLU, up and their product.
+    mlp = 4 * 48
+    normed = 2 * 32
+    # The mask of the rejected responses.
+    mask = 128 * 384 / 512
+    expected = 4 * 1024 * (norms + normed + attention + mlp + mask)
+    assert (many - few) / 10 * GIB == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("needed", "remedy"),
+    [
+        (
+            Memory(weights=1, gradients=1, optimizer=2, activations=9, logits=0.5),
+            "lower train.tokens_per_row, or model.gradient_checkpointing=selective or full",
+        ),
+        (
+            Memory(weights=2, gradients=4, optimizer=8, activations=1, logits=0.5),
+            "model.lora.rank=16 trains adapters only, or backend=fsdp on more GPUs",
+        ),
+        (
+            Memory(weights=12, gradients=0.5, optimizer=0.25, activations=1, logits=0.5),
+            "backend=fsdp on more GPUs, or model.quantization=nf4 with model.lora.rank=16",
+        ),
+    ],
+)
+def test_memory_that_is_not_there(
+    needed: Memory, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(available=10 * GIB)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: free)
+    with pytest.raises(ConfigError) as error:
+        memory.check_memory(needed, CPU)
+    assert str(error.value) == (
+        f"train.check_memory: a step needs about {needed.total:.2f} GiB (weights "
+        f"{needed.weights:.2f}, gradients {needed.gradients:.2f}, optimizer "
+        f"{needed.optimizer:.2f}, activations {needed.activations:.2f}, logits 0.50), there are "
+        f"10.00 GiB ({remedy}; train.check_memory=false tries all the same)"
+    )
+
+
+def test_a_run_is_refused_before_its_weights_are_read(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from simpo.loop.train import train
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("simpo.loop.setup.load_policy", fail)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    with pytest.raises(ConfigError, match=r"^train\.check_memory: a step needs about 0\.\d\d GiB"):
+        train(compose_run([*tiny_run, "train.check_memory=true", f"run_dir={tmp_path}"]))

@@ -1,0 +1,128 @@
+"""`simpo plan`: the examples of docs/plan.md, arithmetic by hand, and faults."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError
+from simpo.config.gpus import GPUS, gpu_named
+from simpo.data.pairs import TokenizedPair
+from simpo.data.plan import build_plan
+from simpo.data.store import Tokens
+from simpo.launch.commands import plan
+from simpo.model.memory import Estimate, Memory, Place
+from simpo.model.roofline import Step, Workload, best_step, fits, predict
+from tests.support.tiny_models import SIZES
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```sh\n(simpo plan .*?)\n```\n\n```text\n(.*?)\n```$", PAGE, re.M | re.S)
+GPU = gpu_named("H100-80GB")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("command", "printed"), EXAMPLES)
+def test_an_example_of_the_page(
+    command: str, printed: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command.replace("\\\n", " "))[2:]
+    plan.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("loading")] == printed.splitlines()
+
+
+def test_the_page_has_examples() -> None:
+    assert len(EXAMPLES) == 4
+    assert all(name in PAGE for name in GPUS)
+
+
+def made(backend: str, processes: int, pairs_per_step: int = 32) -> Step:
+    """A step of a tiny Llama on pairs of 128 tokens, in rows of 512."""
+    run = compose_run(["model.lora.rank=0", f"backend={backend}"])
+    place = Place(torch.device("cuda"), bf16=True)
+    estimate = Estimate(run, LlamaConfig(**SIZES), place)
+    part = np.ones(32, dtype=np.int32)
+    pair = TokenizedPair(np.ones(64, dtype=np.int32), part, part)
+    work = Workload(build_plan(64, pairs_per_step, 1, None, 0), Tokens.of([pair]), True, False)
+    return predict(estimate, run.backend, work, GPU, processes, 512)
+
+
+LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
+VECTORS = 5 * 32
+WEIGHTS = 2 * LAYER + VECTORS + 2 * 128 * 32
+
+
+def test_time_by_hand() -> None:
+    """Eight rows of four pairs: six operations a weight and token, and a half of 45 %."""
+    step = made("single", 1)
+    scores = 4 * (96 * 96 // 2 + 32 * 64 + 32 * 32 // 2)
+    row = 6 * 2 * LAYER * 512 + 6 * 128 * 32 * 256 + 3 * 4 * 32 * 2 * scores
+    assert step.flops == 8 * row
+    assert step.compute_s == pytest.approx(8 * row / (989e12 * 0.45 / 2))
+    assert step.bytes_moved == 0
+    # fp32: weights, gradients and two means are read, all but the gradients written.
+    assert step.optimizer_s == pytest.approx(7 * 4 * WEIGHTS / 3350e9)
+
+
+@pytest.mark.parametrize(
+    ("backend", "bytes_a_weight"),
+    [
+        # Sent and received once each, fp32.
+        ("ddp", 2 * 4),
+        # Two rows: weights gathered in bf16 twice, gradients reduced in fp32.
+        ("fsdp", 2 * (2 * 2 + 4)),
+        ("zero3", 2 * (2 * 2 + 4)),
+        # Gradients of two rows, and the updated weights once.
+        ("zero2", 2 * 4 + 2),
+    ],
+)
+def test_bytes_moved_by_hand(backend: str, bytes_a_weight: int) -> None:
+    step = made(backend, 4)
+    assert step.bytes_moved == pytest.approx(3 / 4 * bytes_a_weight * WEIGHTS)
+    assert step.communication_s == pytest.approx(step.bytes_moved / (450e9 * 0.7))
+
+
+def test_between_machines_the_network_counts() -> None:
+    step = made("ddp", 16)
+    assert step.communication_s == pytest.approx(step.bytes_moved / (50e9 * 0.7))
+
+
+def test_the_best_rows() -> None:
+    """The shortest within 2 % of the fastest that fits."""
+
+    def step(tokens: int, gib: float, seconds: float) -> Step:
+        return Step(tokens, Memory(1), Memory(gib), 1.0, 0.0, seconds, 0.0, 0.0)
+
+    steps = [step(1024, 10, 1.2), step(2048, 20, 1.01), step(4096, 40, 1.0), step(8192, 80, 0.5)]
+    best = best_step(steps, GPU)
+    assert best is not None and best.tokens_per_row == 2048
+    assert best_step(steps[3:], GPU) is None
+    # 79.1 GiB less 5 % and less 1.5 GiB
+    assert fits(step(1, 73.6, 1), GPU) and not fits(step(1, 73.7, 1), GPU)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("gpu=H100-80", "gpu: no such GPU, got H100-80 (did you mean H100-80GB?)"),
+        ("pairs=0", "pairs: must be 1 or more, got 0"),
+        ("tokens_per_pair=3", "tokens_per_pair: must be 4 or more, got 3"),
+        (
+            "price_usd_per_gpu_hour=x",
+            "price_usd_per_gpu_hour: must be a number of dollars, got x",
+        ),
+    ],
+)
+def test_faults(word: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan.main([word])
+    assert str(error.value) == message

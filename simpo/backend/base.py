@@ -25,10 +25,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 from torch.optim import Optimizer
 
 from simpo.config.backends import BackendConfig, DdpConfig, DistributedConfig
@@ -56,8 +53,6 @@ class Backend:
         bf16: whether the forward computes in bf16; otherwise in fp32.
         rank, processes: this process's rank and the number of processes. Only rank 0 writes files,
             except for the other ranks' parts of a checkpoint.
-        weight_shards: number of processes that the weights are sharded over.
-        state_shards: number of processes that gradients and optimizer state are sharded over.
         checkpoint_format: checkpoints of another format cannot be read.
         reads_shards: whether `prepare` takes a policy with `unread` weights.
     """
@@ -112,7 +107,6 @@ class Backend:
             )
         self.processes_here = here
         self.device: torch.device = self._accelerator.device
-        self.weight_shards = self.state_shards = 1
         self._group: dist.ProcessGroup | None = None
 
     def _join(self, config: BackendConfig) -> dist.Store:
@@ -366,7 +360,7 @@ class Backend:
         state = self._state(wrapped, optimizer)
         # This fills the weights in place.
         dcp.load(state, checkpoint_id=folder, **self._checkpoint_group())
-        set_optimizer_state_dict(
+        state_dict.set_optimizer_state_dict(
             wrapped, _unwrapped(optimizer), optim_state_dict=state["optimizer"]
         )
 
@@ -378,7 +372,7 @@ class Backend:
         }
         return {
             "policy": weights,
-            "optimizer": get_optimizer_state_dict(wrapped, _unwrapped(optimizer)),
+            "optimizer": state_dict.get_optimizer_state_dict(wrapped, _unwrapped(optimizer)),
         }
 
     def _checkpoint_group(self) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from torch.optim import Optimizer
 
 from simpo.backend.base import Backend
 from simpo.config.backends import BackendConfig, FsdpConfig
-from simpo.config.choices import Precision
 from simpo.config.errors import ConfigError, first_line
 from simpo.model.policy import Policy
 from simpo.model.pretrained import not_finite, refuse_not_finite
@@ -38,12 +37,6 @@ class FsdpBackend(Backend):
     """One process that holds a shard of every layer and gathers a layer to compute it."""
 
     reads_shards = True
-
-    def __init__(
-        self, config: FsdpConfig, precision: Precision, max_grad_norm: float = 0.0
-    ) -> None:
-        super().__init__(config, precision, max_grad_norm)
-        self.weight_shards = self.state_shards = config.shard_processes or self.processes
 
     def _start(self, config: BackendConfig) -> Accelerator:
         assert isinstance(config, FsdpConfig)

@@ -32,8 +32,6 @@ class ZeroBackend(Backend):
         self.stage = 3 if isinstance(config, Zero3Config) else 2
         self.checkpoint_format = config.name
         super().__init__(config, precision, max_grad_norm)
-        self.state_shards = self.processes
-        self.weight_shards = self.processes if self.stage == 3 else 1
 
     def _start(self, config: BackendConfig) -> Accelerator:
         if not self.on_gpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,6 @@ def load_policy(
     _refuse_quantised(source, settings)
     packed = _quantization(config, bf16)
     dtype = weights_dtype(config, device)
-    load = partial(
-        load_weights,
-        "model.path",
-        source,
-        AutoModelForCausalLM,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        config=settings,
-        dtype=dtype,
-        quantization_config=packed,
-        device_map={"": device} if packed else None,
-    )
     kernel = _kernel(config, settings, device, bf16)
     model: Any = None
     unread = None
@@ -78,13 +67,20 @@ def load_policy(
     if sharded and packed is None and not config.lora.dora:
         model, unread = empty_model(source, config.revision, settings, dtype, kernel)
     _seed(seed)
-    try:
-        model = model or load(attn_implementation=kernel)
-    except KeyError as error:  # the architecture has an attention table of its own
-        if share_prefix:
-            name = type(settings).__name__
-            raise cannot_share(name, "its attention cannot be replaced") from error
-        model = load(attn_implementation=None)
+    if model is None:
+        load = partial(
+            load_weights,
+            "model.path",
+            source,
+            AutoModelForCausalLM,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            config=settings,
+            dtype=dtype,
+            quantization_config=packed,
+            device_map={"": device} if packed else None,
+        )
+        model = with_attention(load, settings, kernel, share_prefix)
     if config.quantization is Quantization.nf4:
         _patch_nf4_on_cpu(model, device)
     checkpointing.enable(model, config.gradient_checkpointing)
@@ -93,6 +89,26 @@ def load_policy(
     switch_noise_off(model)
     policy = Policy(model, share_prefix, unread)
     return policy if unread else policy.to(device)
+
+
+def with_attention(
+    build: Callable[..., Any], settings: PreTrainedConfig, kernel: str, share_prefix: bool
+) -> Any:
+    """Build a model with our attention, or with its own if it takes no other.
+
+    Args:
+        build: transformers' function that builds it, with all its other options.
+
+    Raises:
+        ConfigError: it takes no other, but is to share prompts.
+    """
+    try:
+        return build(attn_implementation=kernel)
+    except KeyError as error:  # the architecture has an attention table of its own
+        if share_prefix:
+            name = type(settings).__name__
+            raise cannot_share(name, "its attention cannot be replaced") from error
+        return build(attn_implementation=None)
 
 
 def _with_adapters(model: PreTrainedModel, config: ModelConfig) -> nn.Module:

@@ -29,7 +29,7 @@ from simpo.data.pairs import KeyTable, PackedPairs, TokenizedPair
 from simpo.loss import PairLogps
 from simpo.model import attention, checkpointing
 from simpo.model.head import fused_loss
-from simpo.model.load import cannot_share, switch_noise_off, weights_dtype
+from simpo.model.load import switch_noise_off, weights_dtype, with_attention
 from simpo.model.policy import Policy
 
 FUSED = "simpo_sketch"
@@ -85,13 +85,7 @@ def sketch(
             dtype=weights_dtype(config, device),
             trust_remote_code=config.trust_remote_code,
         )
-        try:
-            model: Any = build(attn_implementation=kernel)
-        except KeyError as error:  # the architecture has an attention table of its own
-            if share_prefix:
-                name = type(settings).__name__
-                raise cannot_share(name, "its attention cannot be replaced") from error
-            model = build(attn_implementation=None)
+        model = with_attention(build, settings, kernel, share_prefix)
         packed = _quantised(model) if config.quantization is not Quantization.none else set()
         checkpointing.enable(model, config.gradient_checkpointing)
         if config.lora.used:
@@ -205,6 +199,8 @@ def _few_layers(policy: Policy, row: PackedPairs, bf16: bool) -> _Few:
         ]
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             hidden = policy.hidden(short)
+            for mask in short.keys.masks.values() if short.keys else ():
+                live.unmark(mask)  # all layers have the same
             kept, layer_kept, forward = live.bytes, live.marked_bytes(), live.peak
         for hook in hooks:
             hook.remove()
@@ -271,6 +267,10 @@ class _Live(TorchDispatchMode):
     def mark(self, marking: bool) -> None:
         """Begin or end to mark what is allocated."""
         self._marking = marking
+
+    def unmark(self, tensor: Tensor) -> None:
+        """Do not count a tensor among the marked ones."""
+        self._marked.pop(tensor.untyped_storage()._cdata, None)
 
     def marked_bytes(self) -> int:
         """Bytes of the marked storages that are alive."""

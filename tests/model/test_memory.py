@@ -142,9 +142,7 @@ def test_activations_of_a_layer_by_hand() -> None:
     # Input, gate, its SiLU, up and their product.
     mlp = 4 * 48
     normed = 2 * 32
-    # The mask of the rejected responses.
-    mask = 128 * 384 / 512
-    expected = 4 * 1024 * (norms + normed + attention + mlp + mask)
+    expected = 4 * 1024 * (norms + normed + attention + mlp)
     assert (many - few) / 10 * GIB == pytest.approx(expected, rel=0.15)
 
 

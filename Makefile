@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --durations=20
 TORCH := torch==2.13.0
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train test test-all test-fast check test-lowest docs site bench bench-head bench-memory gpu-check lock clean
+.PHONY: help install train test test-all test-fast check test-lowest docs site bench bench-head bench-scale bench-memory gpu-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -70,6 +70,11 @@ bench-head: $(READY)  ## the vocabulary alone: ours against Liger and cut-cross-
 	grep -o '^[^ ]*==[^ ]*' requirements.lock > $(VENV)/versions.txt
 	$(BIN)/$(PIP) --constraint $(VENV)/versions.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/head.py $(ARGS)
+
+bench-scale: $(READY)  ## reading and tokenising by the number of pairs, beside TRL: time, memory
+	grep -o '^[^ ]*==[^ ]*' requirements.lock > $(VENV)/versions.txt
+	$(BIN)/$(PIP) --constraint $(VENV)/versions.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/scale.py $(ARGS)
 
 bench-memory: $(READY)  ## the estimate of memory against measured peaks, on a CPU
 	$(BIN)/python benchmarks/memory.py $(ARGS)

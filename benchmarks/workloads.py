@@ -68,8 +68,8 @@ def typical_batch(
     """
     rng = np.random.default_rng(seed)
     (prompt, response) = PROFILES[profile]
-    prompts = np.minimum(_lognormal(rng, prompt, (DRAWN, num_pairs)), MAX_PROMPT)
-    responses = _lognormal(rng, response, (DRAWN, num_pairs, 2))
+    prompts = np.minimum(drawn_lengths(rng, prompt, (DRAWN, num_pairs)), MAX_PROMPT)
+    responses = drawn_lengths(rng, response, (DRAWN, num_pairs, 2))
     responses = np.minimum(responses, (MAX_LENGTH - prompts)[..., None])
     whole = prompts[..., None] + responses
     sizes = np.stack(
@@ -111,9 +111,10 @@ def real_batches(folder: Path, num_batches: int, num_pairs: int) -> list[list[To
     return [pairs[i : i + num_pairs] for i in range(0, len(pairs), num_pairs)]
 
 
-def _lognormal(
+def drawn_lengths(
     rng: np.random.Generator, median_mean: tuple[int, int], shape: tuple[int, ...]
 ) -> np.ndarray:
+    """Log-normal lengths in tokens with this median and mean, at least 1."""
     median, mean = median_mean
     sigma = np.sqrt(2 * np.log(mean / median))
     drawn = rng.lognormal(np.log(median), sigma, shape)

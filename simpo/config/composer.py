@@ -175,7 +175,8 @@ def _fault(error: Exception) -> str:
         return f"{place}: {key}: {reason}"
     is_source = f"object_type={SourceConfig.__name__}" in str(error)
     base = OmegaConf.structured(SourceConfig) if is_source else CONF.compose([])
-    if key in all_keys(base):
+    # For a nested key, Hydra's reason has its last part only.
+    if f"'{key}'" in reason and key in all_keys(base):
         section, _, name = key.rpartition(".")
         nested = f"{section.replace('.', ': {')}: {{{name}: ...{'}' * len(section.split('.'))}"
         return f"{place}: {key}: dots are for the command line (write {nested})"

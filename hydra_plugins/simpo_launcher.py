@@ -46,6 +46,8 @@ class SimpoLauncher(Launcher):
         from simpo.config.check import check_training
         from simpo.launch.sweep import Member, launch
 
+        # Hydra's own record, in the folder of all sweeps. Each sweep's folder has its settings.
+        (Path(self._config.hydra.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
         parse = cache(OverridesParser.create().parse_override)
         # By key: the last override of a key counts.
         typed = {

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, RunError
-from simpo.launch.sweep import LONGEST_NAME, Member, launch, share_of_machine
+from simpo.launch.sweep import LONGEST_NAME, Member, _print_end, launch, share_of_machine
 from simpo.run.runs import State, read_progress
+from tests.support.made_runs import make
 from tests.support.whole_runs import (
     assert_same_run,
     finish,
@@ -62,13 +63,24 @@ def test_names_are_readable() -> None:
     assert name_of([("model.path", "a/b")]).startswith("model.path=a_b-")
 
 
+def test_a_sweep_without_held_out_pairs_has_no_best_member(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "sweep" / "loss.beta=2", held_out=False)
+    _print_end(tmp_path / "sweep", with_best=True)
+    assert capsys.readouterr().out == (
+        "best   none: no finished run has rewards/accuracies\nreport python -m simpo.report sweep\n"
+    )
+
+
 @pytest.mark.process
 def test_a_local_sweep(tiny_run: list[str], tmp_path: Path) -> None:
     """Two at a time; equal to the same runs alone; again, and only what is new is run."""
     sweep = tmp_path / "outputs" / "sweeps"
     command = ["-m", "launcher.parallel=2", "loss.beta=2,2.5", *tiny_run]
     output = run(command, fresh=True)
-    (folder,) = [path for path in sweep.iterdir() if path.is_dir()]
+    (folder,) = sweep.iterdir()
     assert f"folder {folder}\n" in output
     assert "loss.beta=2.5  finished, step 6 of 6\n" in output
     assert {path.name for path in folder.iterdir()} == {"loss.beta=2", "loss.beta=2.5"}

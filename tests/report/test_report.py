@@ -127,6 +127,15 @@ def test_tables_for_programs(sweep: Path) -> None:
     assert not (sweep / "report.html").exists()
 
 
+def test_a_diverged_run_gives_valid_json(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", ["loss.beta=2"])
+    for file in (folder / "results.json", folder / "metrics.jsonl"):
+        file.write_text(file.read_text().replace('loss": 0.7', 'loss": NaN'))
+    told = cli(str(folder), "format=json")
+    (row,) = json.loads(told, parse_constant=lambda name: pytest.fail(name))
+    assert row["loss"] is None
+
+
 def test_another_metric(sweep: Path) -> None:
     """The lowest loss is the best one."""
     folder = make_run(sweep / "low", ["loss.beta=3"])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from simpo.config.errors import ConfigError, unwritable
 from simpo.report.compare import averages, compare
@@ -59,7 +61,9 @@ def main(words: Sequence[str]) -> None:
         lines = report.lines() if key is None else averages(report, key)
         sys.stderr.writelines(f"{line}\n" for line in damaged_lines(report))
     if form == "json":
-        print(json.dumps(lines, indent=2))
+        # JSON has no NaN, which a diverged run may have.
+        valid = [{key: _finite(value) for key, value in line.items()} for line in lines]
+        print(json.dumps(valid, indent=2))
     elif form == "csv":
         table = csv.DictWriter(sys.stdout, list(lines[0] if lines else ()), lineterminator="\n")
         table.writeheader()
@@ -74,6 +78,10 @@ def main(words: Sequence[str]) -> None:
         except OSError as error:
             raise unwritable(path, error) from error
         print(f"page   {path}", file=sys.stderr)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _serve(folders: Sequence[Path], options: Mapping[str, str]) -> None:

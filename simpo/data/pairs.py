@@ -14,6 +14,7 @@ Letters of tensor shapes in the whole project:
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -141,7 +142,8 @@ class KeyTable:
             then rejected alone.
         key_ends: int32 [R + 1], cumulative key counts from 0.
         longest_queries, longest_keys: largest query and key count of a segment.
-        masks: of this row, which `simpo.model.attention` makes when a layer first needs one.
+        masks: of this row, which `simpo.model.attention` makes when a layer first needs one. Not a
+            dict, of which FSDP would give each layer a copy.
     """
 
     index: Tensor
@@ -149,7 +151,7 @@ class KeyTable:
     key_ends: Tensor
     longest_queries: int
     longest_keys: int
-    masks: dict[Any, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
+    masks: UserDict[Any, Tensor] = field(default_factory=UserDict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

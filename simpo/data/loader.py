@@ -129,17 +129,24 @@ class PackedSet:
 
 
 def steps_ahead(
-    plan: TrainPlan, packed: PackedSet, first: int
+    plan: TrainPlan, packed: PackedSet, first: int, in_thread: bool
 ) -> Generator[tuple[np.ndarray, list[PackedPairs]], None, None]:
     """Yield the pairs of each step from `first` on, and this process's rows of them.
 
-    A thread packs the next step meanwhile. Close the generator to end it.
+    Close the generator to end it.
+
+    Args:
+        in_thread: a thread packs the next step meanwhile. On a CPU it would slow the step down, as
+            Python runs one thread at a time.
     """
 
     def prepare(step: int) -> tuple[np.ndarray, list[PackedPairs]]:
         indices = pairs_of_step(plan, step)
         return indices, list(packed.rows(indices))
 
+    if not in_thread:
+        yield from map(prepare, range(first, plan.total_steps))
+        return
     with ThreadPoolExecutor(1, "packing") as thread:
         following = thread.submit(prepare, first)
         for step in range(first, plan.total_steps):

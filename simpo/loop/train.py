@@ -64,7 +64,7 @@ def train(run: RunConfig) -> Path:
         if step == 0:
             history.log(0, "eval", held_out_metrics(run, parts, 0))
         bar.begin_at(step)
-        packed = steps_ahead(plan, parts.train, step)
+        packed = steps_ahead(plan, parts.train, step, in_thread=backend.on_gpu)
         while step < plan.total_steps and not history.out_of_patience:
             step_begin = time.perf_counter()
             set_learning_rate(parts.optimizer, rate := learning_rate(cfg, step, plan.total_steps))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from simpo.data.loader import steps_ahead
@@ -29,9 +30,10 @@ class Rows:
         yield pack([PAIRS[i] for i in indices], indices)
 
 
-def test_the_same_rows() -> None:
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_the_same_rows(in_thread: bool) -> None:
     rows = Rows()
-    steps = list(steps_ahead(PLAN, rows, 2))  # type: ignore[arg-type]
+    steps = list(steps_ahead(PLAN, rows, 2, in_thread))  # type: ignore[arg-type]
     assert len(steps) == PLAN.total_steps - 2 == 4
     for step, (indices, (row,)) in enumerate(steps, 2):
         assert np.array_equal(indices, pairs_of_step(PLAN, step))
@@ -43,7 +45,7 @@ def test_the_same_rows() -> None:
 
 def test_one_step_ahead_until_it_is_closed() -> None:
     rows, before = Rows(), threading.active_count()
-    steps = steps_ahead(PLAN, rows, 0)  # type: ignore[arg-type]
+    steps = steps_ahead(PLAN, rows, 0, True)  # type: ignore[arg-type]
     assert threading.active_count() == before, "nothing is packed before it is asked for"
     next(steps)
     next(steps)

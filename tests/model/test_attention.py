@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.utils import _apply_to_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import simpo.model.head
@@ -156,6 +157,14 @@ def test_nothing_is_quadratic(
     assert torch.equal(*outputs)
     assert seen.numbers <= 64 * 550
     assert len(row.keys.masks) == (1 if share_prefix or window else 0)
+
+
+def test_masks_are_shared_where_inputs_are_cast() -> None:
+    """FSDP in bf16 gives each layer a copy of the row with its tensors cast."""
+    row = pack(random_pairs(np.random.default_rng(0), 2), range(2))
+    cast = _apply_to_tensors(lambda tensor: tensor.clone(), row)
+    assert row.keys is not None and cast.keys is not row.keys
+    assert cast.keys.masks is row.keys.masks
 
 
 def test_variable_length_kernel_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

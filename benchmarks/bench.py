@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from contenders import contenders
 from transformers import AutoModelForCausalLM
-from workloads import PROFILES, model_config, real_batches, typical_batch
+from workloads import PROFILES, model_config, real_batches, resident, typical_batch
 
 from simpo.data.pairs import TokenizedPair
 
@@ -112,12 +112,6 @@ def peak_bytes(action: Callable[[], Any]) -> int:
     before = resident("VmRSS")
     action()
     return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:

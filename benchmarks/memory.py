@@ -131,6 +131,8 @@ def measure(folder: Path, processes: int, words: list[str]) -> dict[str, Any]:
 
 def rank(words: list[str]) -> None:
     """Train as one process; print the peaks as the last line."""
+    from workloads import resident
+
     import simpo.loop.setup as setup
     import simpo.loop.train as loop
     from simpo.config.compose import compose_run
@@ -151,7 +153,7 @@ def rank(words: list[str]) -> None:
         return found
 
     def loaded(*args: Any) -> Any:
-        state["base"], state["now"] = anonymous(), "load"
+        state["base"], state["now"] = resident("RssAnon"), "load"
         return load(*args)
 
     def updated(*args: Any) -> Any:
@@ -168,21 +170,13 @@ def rank(words: list[str]) -> None:
     def watch() -> None:
         while True:
             if state["now"] in ("load", "step", "save"):
-                state[state["now"]] = max(state[state["now"]], anonymous())
+                state[state["now"]] = max(state[state["now"]], resident("RssAnon"))
             time.sleep(0.002)
 
     threading.Thread(target=watch, daemon=True).start()
     loop.train(compose_run(words))
     peaks = {key: (state[key] - state["base"]) / GIB for key in ("load", "step", "save")}
     print(json.dumps({"estimate": estimates[0], "measured": peaks.pop("step"), **peaks}))
-
-
-def anonymous() -> int:
-    """RssAnon of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError("no RssAnon: measured on Linux only")
 
 
 if __name__ == "__main__":

@@ -148,11 +148,11 @@ STARTS = {"simpo": start_simpo, "trl": start_trl}
 
 def used() -> tuple[float, float]:
     """CPU seconds of this process and of its children that ended; private memory in MiB."""
+    from workloads import resident
+
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu_s = sum(usage.ru_utime + usage.ru_stime for usage in usages)
-    status = Path("/proc/self/status").read_text().splitlines()
-    private = next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))
-    return cpu_s, private
+    return cpu_s, resident("RssAnon") / 2**20
 
 
 def since(before: tuple[float, float], begin: float, cache_dir: Path) -> dict[str, float]:

@@ -119,3 +119,9 @@ def drawn_lengths(
     sigma = np.sqrt(2 * np.log(mean / median))
     drawn = rng.lognormal(np.log(median), sigma, shape)
     return np.maximum(drawn.round().astype(int), 1)
+
+
+def resident(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

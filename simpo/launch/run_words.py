@@ -1,8 +1,8 @@
-"""Reads the command line of a command that takes the folder of a run and keys of its own."""
+"""Reads the command line of a command that has keys of its own, beside runs or settings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -20,3 +20,22 @@ def split_run_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         else:
             runs.append(word)
     return runs, given
+
+
+def split_settings(
+    words: Sequence[str], options: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """Split `SETTINGS... key=value ...` into the settings of a run, and the values of keys.
+
+    Args:
+        options: the command's own keys with their defaults.
+    """
+    settings: list[str] = []
+    given = dict(options)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in options:
+            given[key] = value
+        else:
+            settings.append(word)
+    return settings, given

@@ -88,9 +88,9 @@ def rate_notes(config: TrainConfig, plan: TrainPlan) -> list[str]:
     ]
 
 
-def sampled_weights(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of some weights of each trained tensor, by name."""
-    return {n: _sample(p).clone() for n, p in module.named_parameters() if p.requires_grad}
+def sampled_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """A copy of some weights of each tensor, by name."""
+    return {name: _sample(weight).clone() for name, weight in weights}
 
 
 def sampling(

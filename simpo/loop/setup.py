@@ -34,7 +34,7 @@ from simpo.loop.optim import (
     check_rates,
     check_updates,
     rate_notes,
-    sampling,
+    sampled_weights,
 )
 from simpo.loop.publish import check_end
 from simpo.loop.reference import weights_fingerprint, with_reference
@@ -167,9 +167,8 @@ def _start(
     Raises:
         ConfigError: as `check_updates`.
     """
-    sampled: dict[str, Tensor] = {}
     trained = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
-    deque(sampling(whole(trained), sampled), maxlen=0)
+    sampled = sampled_weights(whole(trained))
     check_updates(run.train, sampled)
     if not run.loss.needs_reference:
         return Start(sampled)

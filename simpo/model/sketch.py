@@ -199,7 +199,7 @@ def _few_layers(policy: Policy, row: PackedPairs, bf16: bool) -> _Few:
         ]
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             hidden = policy.hidden(short)
-            for mask in short.keys.masks.values() if short.keys else ():
+            for mask in short.keys.masks.values():
                 live.unmark(mask)  # all layers have the same
             kept, layer_kept, forward = live.bytes, live.marked_bytes(), live.peak
         for hook in hooks:

@@ -83,29 +83,33 @@ def test_runs_whose_rates_are_all_zero(schedule: Schedule, settings: dict) -> No
     )
 
 
+def trained(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
+
+
 def test_rates_that_are_lost_in_rounding() -> None:
     """fp32 has 24 binary digits: 1 + 2**-25 is 1, and so is 0.5 + 2**-26."""
     module = torch.nn.Linear(4, 4, bias=False)
     torch.nn.init.ones_(module.weight)
-    check_updates(TrainConfig(learning_rate=2.0**-23), sampled_weights(module))
+    check_updates(TrainConfig(learning_rate=2.0**-23), sampled_weights(trained(module)))
     with pytest.raises(ConfigError) as error:
-        check_updates(TrainConfig(learning_rate=2.0**-25), sampled_weights(module))
+        check_updates(TrainConfig(learning_rate=2.0**-25), sampled_weights(trained(module)))
     assert str(error.value) == (
         "train.learning_rate: 2.98023e-08 is lost in the rounding of 100% of the weights, which "
         "would not change (raise it)"
     )
     with torch.no_grad():
         module.weight[3, 3] = 0.0
-    check_updates(TrainConfig(learning_rate=2.0**-25), sampled_weights(module))
+    check_updates(TrainConfig(learning_rate=2.0**-25), sampled_weights(trained(module)))
     module.requires_grad_(False)
     with pytest.raises(ConfigError, match=r"^model\.lora\.targets: no weight would be trained"):
-        check_updates(TrainConfig(), sampled_weights(module))
+        check_updates(TrainConfig(), sampled_weights(trained(module)))
 
 
 def test_no_weight_has_changed() -> None:
     """Told where it is so, also of weights that are saved in fewer digits."""
     module = torch.nn.Linear(100, 100)
-    before = sampled_weights(module)
+    before = sampled_weights(trained(module))
     same = {name: weight.bfloat16() for name, weight in module.named_parameters()}
     told = change_notes(before, same, torch.bfloat16)
     assert told[0].startswith("note   no weight has changed: ")
@@ -118,7 +122,7 @@ def test_what_rounding_keeps() -> None:
     """bf16 has 8 binary digits: 1 + 2**-7 is another number, 1 + 2**-9 is 1."""
     module = torch.nn.Linear(2, 2, bias=False)
     torch.nn.init.ones_(module.weight)
-    before = sampled_weights(module)
+    before = sampled_weights(trained(module))
     with torch.no_grad():
         module.weight += torch.tensor([[2.0**-7, 2.0**-9], [2.0**-9, 2.0**-9]])
     after = dict(module.named_parameters())

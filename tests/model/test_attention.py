@@ -163,7 +163,7 @@ def test_masks_are_shared_where_inputs_are_cast() -> None:
     """FSDP in bf16 gives each layer a copy of the row with its tensors cast."""
     row = pack(random_pairs(np.random.default_rng(0), 2), range(2))
     cast = _apply_to_tensors(lambda tensor: tensor.clone(), row)
-    assert row.keys is not None and cast.keys is not row.keys
+    assert cast.keys is not row.keys
     assert cast.keys.masks is row.keys.masks
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from simpo.config.compose import run_of_words
 from simpo.config.errors import ConfigError
 from simpo.config.gpus import GPUS, gpu_named
+from simpo.launch.run_words import split_settings
 from simpo.run.progress import say
 
 USAGE = f"""
@@ -25,13 +26,15 @@ pairs=N assumes N pairs of tokens_per_pair=N (926) tokens instead of reading the
 Settings are those of `simpo train` (see its --help). What is assumed: docs/plan.md.
 """
 
-KEYS: dict[str, tuple[str, ...]] = {
-    "gpu": tuple(GPUS),
-    "pairs": (),
-    "tokens_per_pair": (),
-    "price_usd_per_gpu_hour": (),
+DEFAULTS = {
+    "gpu": "H100-80GB",
+    "pairs": "",
+    "tokens_per_pair": "926",
+    "price_usd_per_gpu_hour": "0",
 }
-"""The keys besides settings, with their values if there are few."""
+"""The keys besides settings, with their default values."""
+KEYS: dict[str, tuple[str, ...]] = {**dict.fromkeys(DEFAULTS, ()), "gpu": tuple(GPUS)}
+"""The same keys with their values if there are few."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -40,15 +43,7 @@ def main(words: Sequence[str]) -> None:
     Raises:
         ConfigError: the settings cannot be used.
     """
-    options = {"gpu": "H100-80GB", "pairs": "", "tokens_per_pair": "926"}
-    options["price_usd_per_gpu_hour"] = "0"
-    settings = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and key in KEYS:
-            options[key] = value
-        else:
-            settings.append(word)
+    settings, options = split_settings(words, DEFAULTS)
     run, gpu = run_of_words(settings), gpu_named(options["gpu"])
     pairs = _whole("pairs", options["pairs"]) if options["pairs"] else None
     tokens_per_pair = _whole("tokens_per_pair", options["tokens_per_pair"])

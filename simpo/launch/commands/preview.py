@@ -13,6 +13,7 @@ from pathlib import Path
 
 from simpo.config.compose import run_of_words
 from simpo.config.errors import ConfigError, unwritable
+from simpo.launch.run_words import split_settings
 from simpo.run.progress import say
 
 USAGE = """
@@ -29,8 +30,10 @@ writes a page with what each check would leave out, and why; none writes none. S
 `simpo train` (see its --help).
 """
 
+DEFAULTS = {"pairs": "3", "html": "", "cleaning": "cleaning.html"}
+"""The keys besides settings, with their default values."""
 KEYS: dict[str, tuple[str, ...]] = {"pairs": (), "html": ("none",), "cleaning": ("none",)}
-"""The keys besides settings, with their values if there are few."""
+"""The same keys with their values if there are few."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -39,14 +42,7 @@ def main(words: Sequence[str]) -> None:
     Raises:
         ConfigError: the settings cannot be used.
     """
-    options = {"pairs": "3", "html": "", "cleaning": "cleaning.html"}
-    settings = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and key in KEYS:
-            options[key] = value
-        else:
-            settings.append(word)
+    settings, options = split_settings(words, DEFAULTS)
     run = run_of_words(settings)
     number = options["pairs"]
     if not number.isdecimal() or int(number) < 1:

@@ -175,7 +175,8 @@ def _read(interactive: bool) -> str:
     while not lines or lines[-1].endswith("\\"):
         prompt = ("... " if lines else "> ") if interactive else ""
         try:
-            line = input(prompt).rstrip("\r")  # of a file with Windows line ends
+            # A file of Windows may begin with a byte-order mark, and its lines end in two bytes.
+            line = input(prompt).removeprefix("\ufeff").rstrip("\r")
             line.encode()
         except UnicodeError as error:
             raise DataError("the question is not UTF-8 (convert it)") from error

@@ -322,10 +322,11 @@ def test_a_dialogue_over_a_pipe(
     ]
 
 
-def test_windows_line_ends(
+def test_a_file_of_windows(
     tiny_folder: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe(monkeypatch, "Name a\\\r", "bird.\r", "/quit\r")
+    """It begins with a byte-order mark, and each line ends in two bytes."""
+    pipe(monkeypatch, "\ufeffName a\\\r", "bird.\r", "/quit\r")
     ask(tiny_folder, *GREEDY)
     assert prompts == [rendered(tiny_folder, ("user", "Name a\nbird."))]
 

@@ -6,7 +6,9 @@
 Pairs are made up with the lengths of UltraFeedback's (see `workloads`). Each figure comes from a
 process of its own, which reads, checks, mixes and tokenizes a file for the built-in model as a run
 does before its first step. The first start finds no cache and the second finds the first one's.
-TRL's CPOTrainer prepares the same file with as many processes as the machine has cores.
+TRL's CPOTrainer prepares the same file with as many processes as the machine has cores. Private
+memory (RssAnon) is what a start adds to that of its process: at the end, and at most, sampled in
+the process and in its workers, which begin with all that it has.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 BENCHMARKS = Path(__file__).parent
 PAGE = BENCHMARKS.parent / "docs"
@@ -31,6 +35,7 @@ VOCABULARY = 50_000
 PARTS = ("prompt", "chosen", "rejected")
 TOKENS_PER_WORD = 1.6
 """Of the made-up words, in the built-in tokenizer; measured."""
+SAMPLED_EVERY_S = 0.1
 
 
 def main() -> None:
@@ -86,11 +91,31 @@ def write_pairs(path: Path, number: int) -> None:
 def measured(contender: str, folder: Path) -> dict[str, float]:
     """Figures of one start, in a process of its own."""
     words = [sys.executable, __file__, "start", contender, str(folder / "pairs.jsonl")]
-    done = subprocess.run(
-        [*words, str(folder / f"{contender}-cache")], check=True, stdout=subprocess.PIPE, text=True
-    )
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    words.append(str(folder / f"{contender}-cache"))
+    process_mib = worker_mib = 0.0
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                workers = psutil.Process(process.pid).children(recursive=True)
+                process_mib = max(process_mib, private_mib(process.pid))
+                worker_mib = max([worker_mib, *(private_mib(worker.pid) for worker in workers)])
+            time.sleep(SAMPLED_EVERY_S)
+        assert process.stdout is not None
+        figures: dict[str, float] = json.loads(process.stdout.read().splitlines()[-1])
+    before = figures.pop("private_mib_before")
+    figures["peak_private_mib"] = process_mib - before
+    figures["worker_peak_private_mib"] = max(0.0, worker_mib - before)
     return figures
+
+
+def private_mib(pid: int) -> float:
+    """Private memory of a process in MiB; 0 once it has ended."""
+    from workloads import resident
+
+    try:
+        return resident("RssAnon", pid) / 2**20
+    except (OSError, StopIteration):
+        return 0.0
 
 
 def start_simpo(file: Path, cache_dir: Path) -> dict[str, float]:
@@ -146,24 +171,24 @@ def start_trl(file: Path, cache_dir: Path) -> dict[str, float]:
 STARTS = {"simpo": start_simpo, "trl": start_trl}
 
 
-def used() -> tuple[float, float]:
+def used() -> tuple[float, float, float]:
     """CPU seconds of this process and of its children that ended; private memory in MiB."""
-    from workloads import resident
-
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    cpu_s = sum(usage.ru_utime + usage.ru_stime for usage in usages)
-    return cpu_s, resident("RssAnon") / 2**20
+    own, children = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own_s = own.ru_utime + own.ru_stime
+    return own_s, children.ru_utime + children.ru_stime, private_mib(os.getpid())
 
 
-def since(before: tuple[float, float], begin: float, cache_dir: Path) -> dict[str, float]:
+def since(before: tuple[float, ...], begin: float, cache_dir: Path) -> dict[str, float]:
     """What was used since then, and the size of the cache."""
     wall_s = time.perf_counter() - begin
-    after = used()
+    own_s, children_s, mib = (now - then for now, then in zip(used(), before, strict=True))
     on_disk = sum(path.stat().st_size for path in cache_dir.rglob("*") if path.is_file())
     return {
         "wall_s": wall_s,
-        "cpu_s": after[0] - before[0],
-        "private_mib": after[1] - before[1],
+        "cpu_s": own_s + children_s,
+        "own_cpu_s": own_s,
+        "private_mib": mib,
+        "private_mib_before": before[-1],
         "cache_mib": on_disk / 2**20,
     }
 
@@ -171,14 +196,17 @@ def since(before: tuple[float, float], begin: float, cache_dir: Path) -> dict[st
 def table(lines: list[dict[str, Any]]) -> list[str]:
     """Lines of a Markdown table."""
     rows = [
-        "| pairs | who | start | s | CPU s | ms a pair | private MiB | cache MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| pairs | who | start | s | CPU s | without workers | ms a pair "
+        "| private MiB | at most | in a worker | cache MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
         rows.append(
             f"| {line['pairs']:,} | {line['contender']} | {line['start']} | {line['wall_s']:.1f} "
-            f"| {line['cpu_s']:.1f} | {line['wall_s'] / line['pairs'] * 1000:.2f} "
-            f"| {line['private_mib']:,.0f} | {line['cache_mib']:,.0f} |"
+            f"| {line['cpu_s']:.1f} | {line['own_cpu_s']:.1f} "
+            f"| {line['wall_s'] / line['pairs'] * 1000:.2f} | {line['private_mib']:,.0f} "
+            f"| {line['peak_private_mib']:,.0f} | {line['worker_peak_private_mib']:,.0f} "
+            f"| {line['cache_mib']:,.0f} |"
         )
     return rows
 
@@ -194,7 +222,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     kinds = list(dict.fromkeys((line["contender"], line["start"]) for line in lines))
     for axis, key, title in (
         (axes[0], "wall_s", "seconds"),
-        (axes[1], "private_mib", "private memory, MiB"),
+        (axes[1], "peak_private_mib", "most private memory, MiB"),
     ):
         for kind in kinds:
             mine = [line for line in lines if (line["contender"], line["start"]) == kind]

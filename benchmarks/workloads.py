@@ -121,7 +121,7 @@ def drawn_lengths(
     return np.maximum(drawn.round().astype(int), 1)
 
 
-def resident(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def resident(field: str, pid: int | str = "self") -> int:
+    """A field of /proc/PID/status, in bytes; StopIteration of a process that has ended."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

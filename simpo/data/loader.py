@@ -42,9 +42,10 @@ def read_mixture(run: RunConfig) -> Mixture:
     """Read and mix the sources of a run: pairs, or dialogues if its loss needs no rejected reply.
 
     Raises:
-        DataError: as `load_mixture`.
+        DataError, RunError: as `load_mixture`.
     """
-    return load_mixture(run.data, to_pair if run.loss.needs_rejected else to_dialogue)
+    read_record = to_pair if run.loss.needs_rejected else to_dialogue
+    return load_mixture(run.data, read_record, Path(run.cache_dir).expanduser())
 
 
 def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
@@ -53,7 +54,7 @@ def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
     Raises:
         DataError: a source cannot be read, a record is bad (with on_bad_record=stop), or no record
             is left.
-        RunError: as `tokenize_set`.
+        RunError: as `load_mixture` and `tokenize_set`.
     """
     kind = f"{settings_hash(chat, run.data)} {run.loss.needs_rejected}"
     sources = Sources(run.data, cache_dir, kind)

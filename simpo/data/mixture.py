@@ -7,9 +7,10 @@ their number, or `num_pairs`, are taken in a seeded random order; a test split i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,14 @@ import numpy as np
 from simpo.config.choices import OnBadRecord, Reasoning
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import DataError
-from simpo.data.cleaning.filter import left_out, pair_text, prompt_text, unscored_notes
+from simpo.data.cleaning.filter import (
+    KEY_BYTES,
+    left_out,
+    pair_text,
+    prompt_text,
+    text_key,
+    unscored_notes,
+)
 from simpo.data.pairs import Pair
 from simpo.data.reading.recognise import SplitReader
 from simpo.data.reading.records import (
@@ -30,6 +38,7 @@ from simpo.data.reading.records import (
 )
 from simpo.data.reading.scored import LeftOut
 from simpo.data.reading.sources import origin, raw_records
+from simpo.data.texts import PairFile, Picked
 from simpo.run.progress import say
 
 MAX_FAULTS_SHOWN = 5
@@ -60,29 +69,48 @@ class Mixture:
         faults: (place, fault) of each bad record.
     """
 
-    train: list[Pair]
-    test: list[Pair]
+    train: Sequence[Pair]
+    test: Sequence[Pair]
     table: list[SplitReport]
     notes: list[str]
-    read: list[Pair]
+    read: Sequence[Pair]
     faults: list[tuple[str, str]]
 
 
 @dataclass
 class _Split:
-    """The good pairs of one split, its bad records as (place, fault), and remarks for the user.
+    """What is known of one split: bad records as (place, fault), and remarks for the user.
 
-    `read_as` is the shape of its records, and `not_made` counts pairs that are not made by reason.
+    Its good pairs lie in `file` from `first` on, and belong to `held_out_set`. The keys are hashes
+    of their prompts and of all their texts, one after the other. `read_as` is the shape of the
+    records, and `not_made` counts pairs that are not made by reason.
     """
 
     place: str
+    file: PairFile
+    first: int
+    held_out_set: str
     read_as: str | None = None
     records: int = 0
-    pairs: list[Pair] = field(default_factory=list)
+    prompt_keys: bytearray = field(default_factory=bytearray)
+    pair_keys: bytearray = field(default_factory=bytearray)
     faults: list[tuple[str, str]] = field(default_factory=list)
     unread: dict[str, None] = field(default_factory=dict)
     remarks: Counter[str] = field(default_factory=Counter)
     not_made: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.pair_keys) // KEY_BYTES
+
+    def add(self, pair: Pair) -> None:
+        self.file.add(replace(pair, held_out_set=self.held_out_set))
+        self.prompt_keys += text_key(prompt_text(pair))
+        self.pair_keys += text_key(pair_text(pair))
+
+    def pairs(self) -> np.ndarray:
+        """The places of its pairs in the file, int64 [pairs]."""
+        return np.arange(self.first, self.first + self.num_pairs, dtype=np.int64)
 
     def report(
         self, source: str, split: str, taken: int, left_out: Mapping[str, int] | None = None
@@ -113,79 +141,93 @@ class _Split:
             f"note   {self.place}: {count} of {self.records} records: {remark}"
             for remark, count in self.remarks.items()
         ]
-        if not self.pairs:
+        if not self.num_pairs:
             lines.append(f"note   {self.place}: no good record in {self.records}, so none is taken")
         if self.unread:
             lines.append(f"note   {self.place}: columns not read: {', '.join(self.unread)}")
         return [_printable(line) for line in lines]
 
 
-def load_mixture(config: DataConfig, read_record: Callable[[Any, str], Pair] = to_pair) -> Mixture:
+def load_mixture(
+    config: DataConfig,
+    read_record: Callable[[Any, str], Pair] = to_pair,
+    folder: Path | None = None,
+) -> Mixture:
     """Read, check and mix all sources.
 
     Args:
         read_record: turns a record and its place into a pair; see `simpo.data.reading.records`.
+        folder: where the texts lie while the mixture is used; see `simpo.data.texts`.
 
     Raises:
         DataError: a source cannot be read, a record is bad (with on_bad_record=stop), or no record
             is left to train on.
+        RunError: there is no room for the texts.
     """
+    file = PairFile(folder)
     splits: list[tuple[_Split | None, _Split | None]] = []
-    for source in config.sources:
+    for source, name in zip(config.sources, config.held_out_names(), strict=True):
         say(f"reading {source.path} ...")
         splits.append(
             (
-                _read_split(source, source.train_split, False, config, read_record),
-                _read_split(source, source.test_split, True, config, read_record)
+                _read_split(source, source.train_split, None, file, config, read_record),
+                _read_split(source, source.test_split, name, file, config, read_record)
                 if not source.is_file() or source.test_path
                 else None,
             )
         )
-    test = [
-        replace(pair, held_out_set=name)
-        for name, (_, held_out) in zip(config.held_out_names(), splits, strict=True)
-        for pair in (held_out.pairs if held_out else [])
-    ]
-    train: list[Pair] = []
+    given = [split for both in splits for split in both if split]
+    pairs = file.pairs()
+    held_out_pairs = _joined(split.pairs() for _, split in splits if split)
+    test = Picked(pairs, held_out_pairs)
+    taken: list[np.ndarray] = []
     table: list[SplitReport] = []
     notes: list[str] = []
-    read = [pair for split, _ in splits if split for pair in split.pairs]
+    read = Picked(pairs, _joined(split.pairs() for split, _ in splits if split))
     keys = left_out(read, test, config)
     next_keys = iter(keys)
     for index, (source, (wanted, held_out)) in enumerate(zip(config.sources, splits, strict=True)):
         if wanted:
-            own = list(islice(next_keys, len(wanted.pairs)))
-            pairs = [pair for pair, key in zip(wanted.pairs, own, strict=True) if key is None]
-            taken = _take(pairs, source, np.random.default_rng([config.seed, index]), index)
-            train += taken
+            own = list(islice(next_keys, wanted.num_pairs))
+            kept = wanted.pairs()[np.array([key is None for key in own], dtype=bool)]
+            taken.append(_take(kept, source, np.random.default_rng([config.seed, index]), index))
             gone = Counter(key for key in own if key)
-            table.append(wanted.report(source.path, str(source.train_split), len(taken), gone))
+            table.append(wanted.report(source.path, str(source.train_split), len(taken[-1]), gone))
             notes += wanted.notes()
         if held_out:
-            table.append(held_out.report(source.path, str(source.test_split), len(held_out.pairs)))
+            table.append(held_out.report(source.path, str(source.test_split), held_out.num_pairs))
             notes += held_out.notes()
+    train = _joined(taken)
     notes += unscored_notes(read, config)
-    notes += _overlap_notes(train, test)
+    notes += _overlap_notes(train, held_out_pairs, given)
     notes += _repeat_notes([split for split, _ in splits if split])
-    if not train:
-        counts = ", ".join(split.counts() for both in splits for split in both if split)
+    if not len(train):
+        counts = ", ".join(split.counts() for split in given)
         by_key = Counter(filter(None, keys))
         left = "".join(f"; {count} left out by data.{key}" for key, count in by_key.items())
         raise DataError(f"data.sources: no record left to train on ({counts}{left})")
-    faults = [fault for both in splits for split in both if split for fault in split.faults]
-    return Mixture(train, test, table, notes, read, faults)
+    faults = [fault for split in given for fault in split.faults]
+    return Mixture(Picked(pairs, train), test, table, notes, read, faults)
+
+
+def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """Places of pairs, one after the other."""
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def _read_split(
     source: SourceConfig,
     split: str | None,
-    held_out: bool,
+    held_out_set: str | None,
+    file: PairFile,
     config: DataConfig,
     read_record: Callable[[Any, str], Pair],
 ) -> _Split | None:
+    """Read a split into the file; `held_out_set` is None for a train split."""
     if split is None:
         return None
-    found = _Split(f"{origin(source, held_out)} {split}")
+    held_out = held_out_set is not None
+    found = _Split(f"{origin(source, held_out)} {split}", file, len(file), held_out_set or "")
     reader = SplitReader(source, read_record, found.place, config.seed)
     for where, record in raw_records(source, split, held_out, config.seed):
         found.records += 1
@@ -206,7 +248,7 @@ def _read_split(
         raise DataError("\n".join(map(_printable, refusal)))
     found.read_as = None if source.path.startswith("builtin:") else reader.read_as()
     if found.faults and config.on_bad_record is OnBadRecord.stop:
-        raise DataError(fault_lines(found.faults, all_bad=not found.pairs))
+        raise DataError(fault_lines(found.faults, all_bad=not found.num_pairs))
     return found
 
 
@@ -230,18 +272,25 @@ def _read_pair(
     except RecursionError:
         found.faults.append((place, TOO_DEEP))
     else:
-        found.pairs.append(pair)
+        found.add(pair)
         found.unread |= dict.fromkeys(unread_columns(record, COLUMNS[read_record]))
         found.remarks.update(remarks(record, pair))
 
 
-def _overlap_notes(train: list[Pair], test: list[Pair]) -> list[str]:
-    """A line with the number of train pairs whose prompt is also held out, if there are any."""
-    prompts, pairs = {prompt_text(pair) for pair in test}, {pair_text(pair) for pair in test}
-    shared = [pair for pair in train if prompt_text(pair) in prompts]
-    if not shared:
+def _overlap_notes(train: np.ndarray, test: np.ndarray, splits: list[_Split]) -> list[str]:
+    """A line with the number of train pairs whose prompt is also held out, if there are any.
+
+    Args:
+        train, test: places of the pairs among those of all splits.
+    """
+    if not len(test):
         return []
-    same_pair = sum(pair_text(pair) in pairs for pair in shared)
+    prompts = _keys(b"".join(split.prompt_keys for split in splits))
+    pairs = _keys(b"".join(split.pair_keys for split in splits))
+    shared = train[np.isin(prompts, prompts[test])[train]]
+    if not len(shared):
+        return []
+    same_pair = np.isin(pairs[shared], pairs[test]).sum()
     return [
         f"note   {len(shared)} of {len(train)} train pairs have a prompt that is also held out, "
         f"{same_pair} of them with the same replies "
@@ -253,9 +302,14 @@ def _repeat_notes(splits: list[_Split]) -> list[str]:
     """A line for each train split that contains the same pair several times."""
     lines = []
     for split in splits:
-        if repeats := len(split.pairs) - len({pair_text(pair) for pair in split.pairs}):
+        if repeats := split.num_pairs - len(np.unique(_keys(split.pair_keys))):
             lines.append(f"note   {split.place}: {repeats} records repeat an earlier one")
     return [_printable(line) for line in lines]
+
+
+def _keys(joined: bytes | bytearray) -> np.ndarray:
+    """Hashes that lie one after the other, bytes [hashes]."""
+    return np.frombuffer(joined, f"S{KEY_BYTES}")
 
 
 def _printable(text: str) -> str:
@@ -287,8 +341,8 @@ def fault_lines(
 
 
 def _take(
-    pairs: list[Pair], source: SourceConfig, rng: np.random.Generator, index: int
-) -> list[Pair]:
+    pairs: np.ndarray, source: SourceConfig, rng: np.random.Generator, index: int
+) -> np.ndarray:
     """Shuffled copies of all pairs, as often as the weight's whole part, then a random subset for
     its fraction; with `num_pairs` a random subset of that size.
 
@@ -305,11 +359,11 @@ def _take(
     else:
         whole, share = divmod(source.weight, 1)
         repeats, rest = int(whole), round(share * len(pairs))
-        if pairs and repeats + rest == 0:
+        if len(pairs) and repeats + rest == 0:
             raise DataError(
                 f"data.sources[{index}].weight: {source.weight} of {len(pairs)} records rounds to "
                 "none (raise it)"
             )
     order = [rng.permutation(len(pairs)) for _ in range(repeats)]
     order.append(rng.permutation(len(pairs))[:rest])
-    return [pairs[i] for i in np.concatenate(order)]
+    return pairs[np.concatenate(order)]

@@ -19,20 +19,23 @@ import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, overload
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from simpo.data.pairs import Pair, TokenizedPair
+from simpo.data.texts import Lines
 
 T = TypeVar("T")
 
 SCORED = "scored.npy"
+LINES = ("places", "held_out")
+"""Names of the files that hold a text for each pair."""
 
 
 @dataclass(frozen=True)
@@ -174,34 +177,6 @@ class TokenizedSet:
         return len(self.tokens)
 
 
-class Lines(Sequence[T]):
-    """Items that lie one after the other in an array of bytes; each is read when it is asked for.
-
-    Args:
-        letters: uint8 [bytes].
-        bounds: int64 [items + 1], where the items end in `letters`, from 0.
-        read: makes an item of its bytes.
-    """
-
-    def __init__(self, letters: np.ndarray, bounds: np.ndarray, read: Callable[[bytes], T]) -> None:
-        self._letters, self._bounds, self._read = letters, bounds, read
-
-    def __len__(self) -> int:
-        return len(self._bounds) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        start, end = self._bounds[index : index + 2].tolist()
-        return self._read(self._letters[start:end].tobytes())
-
-
 def pair_json(pair: Pair) -> bytes:
     """The text of a pair as JSON, without where it comes from: what fingerprints are made of."""
     fields = {
@@ -225,9 +200,9 @@ def pairs_fingerprint(pairs: Iterable[Pair]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _held_out_json(pair: Pair) -> bytes:
-    fields = (pair.prompt, pair.place, pair.rule, pair.held_out_set, pair.tools)
-    return json.dumps(fields).encode()
+def held_out_json(pair: Pair) -> str:
+    """A held-out pair as JSON, without its replies."""
+    return json.dumps((pair.prompt, pair.place, pair.rule, pair.held_out_set, pair.tools))
 
 
 def _held_out(line: bytes) -> Pair:
@@ -249,6 +224,8 @@ class Block:
         counts: of pairs that tokenization changed, in the order of `Tokenized`.
         faults: of the pairs without tokens, by their index in the block.
         kept_by_paper: as that of `TokenizedSet`.
+        places: of the pairs that have tokens.
+        held_out: those of them that are held out, from `held_out_json`.
     """
 
     tokens: Tokens
@@ -256,11 +233,19 @@ class Block:
     counts: list[int]
     faults: dict[int, str]
     kept_by_paper: dict[str, int]
+    places: list[str]
+    held_out: list[str]
+
+    def lines(self, name: str) -> list[bytes]:
+        """Its lines for one of the files `LINES`."""
+        texts: list[str] = getattr(self, name)
+        return [text.encode("utf-8", "surrogatepass") for text in texts]
 
     def save(self, path: Path) -> None:
         """Write the block, whole or not at all."""
         tokens, about = self.tokens, {k: v for k, v in vars(self).items() if k != "tokens"}
-        arrays = {"bounds": tokens.bounds, "ids": tokens.ids, "about": np.array(json.dumps(about))}
+        letters = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        arrays = {"bounds": tokens.bounds, "ids": tokens.ids, "about": letters}
         if tokens.scored is not None:
             arrays["scored"] = tokens.scored
         part = path.with_suffix(".part")
@@ -276,7 +261,7 @@ class Block:
             OSError, ValueError, KeyError, EOFError, BadZipFile: it is missing or damaged.
         """
         with np.load(path) as file:
-            about = json.loads(str(file["about"]))
+            about = json.loads(file["about"].tobytes())
             tokens = Tokens(file["bounds"], file["ids"], file.get("scored"))
         about["faults"] = {int(index): fault for index, fault in about["faults"].items()}
         return Block(tokens, **about)
@@ -295,6 +280,7 @@ def write_set(
     counts, kept_by_paper = [0] * 5, Counter[str]()
     faults: dict[int, str] = {}
     given, total, masked, ends = 0, 0, False, [np.zeros(1, np.int64)]
+    lines = {name: array("q", [0]) for name in LINES}
     for block in read():
         faults |= {given + index: fault for index, fault in block.faults.items()}
         given += block.given
@@ -303,36 +289,65 @@ def write_set(
         ends.append(block.tokens.bounds[1:] + total)
         total += len(block.tokens.ids)
         masked |= block.tokens.scored is not None
-    bounds = np.concatenate(ends)
-    np.save(folder / "bounds.npy", bounds)
-    digest, largest_id = hashlib.sha256(), -1
-    with ExitStack() as files:
-        ids = files.enter_context(_array_file(folder / "ids.npy", np.int32, total))
-        masks = masked and files.enter_context(_array_file(folder / SCORED, np.bool_, total))
-        for tokens in (block.tokens for block in read()):
-            ids.write(tokens.ids.tobytes())
-            if masks:
-                scored = tokens.scored
-                masks.write(
-                    (np.ones(len(tokens.ids), bool) if scored is None else scored).tobytes()
-                )
-            largest_id = max(largest_id, int(tokens.ids.max(initial=-1)))
-            tokens.add_to(digest)
-    good = [pair for index, pair in enumerate(pairs) if index not in faults] if faults else pairs
-    _write_lines(folder, "places", (pair.place.encode("utf-8", "surrogatepass") for pair in good))
-    _write_lines(folder, "held_out", (_held_out_json(pair) for pair in good if pair.held_out_set))
+        for name, sizes in lines.items():
+            sizes.extend(map(len, block.lines(name)))
+    np.save(folder / "bounds.npy", np.concatenate(ends))
+    letters = {}
+    for name, sizes in lines.items():
+        bounds = np.cumsum(sizes)
+        np.save(folder / f"{name}-bounds.npy", bounds)
+        letters[name] = int(bounds[-1])
+    fingerprint, largest_id = _write_arrays(folder, read(), total, masked, letters)
+    if faults:
+        good = (pair for index, pair in enumerate(pairs) if index not in faults)
+        text_fingerprint = pairs_fingerprint(good)
     bad = dict(Counter(faults.values()))
     merged, prompts, chosen, rejected, unreasoned = counts
-    report = TokenReport(len(good), merged, prompts, chosen, rejected, bad, unreasoned)
+    report = TokenReport(given - len(faults), merged, prompts, chosen, rejected, bad, unreasoned)
     about = {
         "report": asdict(report),
         "faults": faults,
-        "text_fingerprint": pairs_fingerprint(good) if faults else text_fingerprint,
-        "fingerprint": digest.hexdigest()[:16],
+        "text_fingerprint": text_fingerprint,
+        "fingerprint": fingerprint,
         "largest_id": largest_id,
         "kept_by_paper": dict(kept_by_paper),
     }
     (folder / "report.json").write_text(json.dumps(about))
+
+
+def _write_arrays(
+    folder: Path, blocks: Iterator[Block], total: int, masked: bool, letters: Mapping[str, int]
+) -> tuple[str, int]:
+    """Write the arrays of blocks one after the other.
+
+    Args:
+        total: tokens of all blocks.
+        masked: some of them are not scored.
+        letters: bytes of all lines of each of `LINES`.
+
+    Returns:
+        The fingerprint of the token ids, and the largest of them.
+    """
+    digest, largest_id = hashlib.sha256(), -1
+    with ExitStack() as files:
+
+        def opened(name: str, dtype: type[np.generic], size: int) -> BinaryIO:
+            return files.enter_context(_array_file(folder / name, dtype, size))
+
+        ids = opened("ids.npy", np.int32, total)
+        masks = masked and opened(SCORED, np.bool_, total)
+        lines = {name: opened(f"{name}.npy", np.uint8, size) for name, size in letters.items()}
+        for block in blocks:
+            tokens, scored = block.tokens, block.tokens.scored
+            ids.write(tokens.ids.tobytes())
+            if masks:
+                mask = np.ones(len(tokens.ids), bool) if scored is None else scored
+                masks.write(mask.tobytes())
+            for name, file in lines.items():
+                file.writelines(block.lines(name))
+            largest_id = max(largest_id, int(tokens.ids.max(initial=-1)))
+            tokens.add_to(digest)
+    return digest.hexdigest()[:16], largest_id
 
 
 def open_set(folder: Path) -> TokenizedSet:
@@ -359,12 +374,3 @@ def _array_file(path: Path, dtype: type[np.generic], size: int) -> Iterator[Bina
         header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (size,)}
         np.lib.format.write_array_header_1_0(file, header)
         yield file
-
-
-def _write_lines(folder: Path, name: str, lines: Iterable[bytes]) -> None:
-    letters, bounds = bytearray(), array("q", [0])
-    for line in lines:
-        letters += line
-        bounds.append(len(letters))
-    np.save(folder / f"{name}.npy", np.frombuffer(letters, np.uint8))
-    np.save(folder / f"{name}-bounds.npy", np.frombuffer(bounds, np.int64))

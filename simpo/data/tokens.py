@@ -44,7 +44,15 @@ from simpo.data.chats.checks import faults_kept_by_paper
 from simpo.data.mixture import fault_lines
 from simpo.data.pairs import Pair
 from simpo.data.reading.records import RecordFault
-from simpo.data.store import Block, TokenizedSet, Tokens, open_set, pair_json, write_set
+from simpo.data.store import (
+    Block,
+    TokenizedSet,
+    Tokens,
+    held_out_json,
+    open_set,
+    pair_json,
+    write_set,
+)
 from simpo.run import progress
 from simpo.run.cache import find_entry, not_cached, sha256, write_entry
 from simpo.run.folder import is_free
@@ -65,14 +73,15 @@ class _Job:
     pairs: Sequence[Pair]
     text_fingerprint: str
 
-    def blocks(self, folder: Path) -> dict[Path, Sequence[Pair]]:
-        """The pairs of each block, by the file that holds its tokens."""
-        starts = range(0, len(self.pairs), BLOCK_PAIRS)
-        parts = (self.pairs[start : start + BLOCK_PAIRS] for start in starts)
-        return {
-            folder / f"{start}-{start + len(part)}.npz": part
-            for start, part in zip(starts, parts, strict=True)
-        }
+    def blocks(self, folder: Path) -> dict[Path, range]:
+        """The places of each block's pairs, by the file that holds its tokens."""
+        whole = range(len(self.pairs))
+        parts = [whole[start : start + BLOCK_PAIRS] for start in whole[::BLOCK_PAIRS]]
+        return {folder / f"{part.start}-{part.stop}.npz": part for part in parts}
+
+    def block(self, part: range) -> Sequence[Pair]:
+        """The pairs of a block; they alone are in memory if the others lie in a file."""
+        return self.pairs[part.start : part.stop]
 
 
 def tokenize_set(
@@ -182,7 +191,7 @@ def _tokenize(job: _Job, folder: Path) -> list[Path]:
         The files of all blocks, in order.
     """
     blocks = job.blocks(folder)
-    missing = {path: pairs for path, pairs in blocks.items() if not _is_whole(path, len(pairs))}
+    missing = {path: part for path, part in blocks.items() if not _is_whole(path, len(part))}
     done = len(job.pairs) - sum(map(len, missing.values()))
     workers = min(len(missing), _cores())
     with progress.bar("tokenising pairs", len(job.pairs)) as bar:
@@ -193,8 +202,8 @@ def _tokenize(job: _Job, folder: Path) -> list[Path]:
             for count in _in_processes(job, missing, workers):
                 bar.advance(count)
         else:
-            for path, pairs in missing.items():
-                results = []
+            for path, part in missing.items():
+                pairs, results = job.block(part), []
                 for result in job.chat.tokenize(pairs, job.config):
                     results.append(result)
                     bar.advance()
@@ -217,24 +226,23 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _in_processes(job: _Job, blocks: dict[Path, Sequence[Pair]], workers: int) -> Iterator[int]:
+def _in_processes(job: _Job, blocks: dict[Path, range], workers: int) -> Iterator[int]:
     """Tokenize blocks in processes of their own, and yield the number of pairs of each when done.
 
-    They are forked: so they need not import anything, and no program of a user is run again. They
-    only render and encode texts, and use none of the threads or devices of this process.
+    They are forked: so they need not import anything, no program of a user is run again, and each
+    reads the pairs of its block itself. They only render and encode texts, and use none of the
+    threads or devices of this process.
     """
     pool = ProcessPoolExecutor(
         workers,
         multiprocessing.get_context("fork"),
         _begin_worker,
-        (job.chat, job.config, os.getpid()),
+        (job, os.getpid()),
     )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This process", DeprecationWarning)
-            waiting = {
-                pool.submit(_work, pairs, path): len(pairs) for path, pairs in blocks.items()
-            }
+            waiting = {pool.submit(_work, part, path): len(part) for path, part in blocks.items()}
         for done in as_completed(waiting):
             done.result()
             yield waiting[done]
@@ -247,12 +255,12 @@ def _in_processes(job: _Job, blocks: dict[Path, Sequence[Pair]], workers: int) -
         pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Chat, DataConfig] | None = None
-"""What a worker process tokenizes with."""
+_worker_job: _Job | None = None
+"""What a worker process makes blocks of."""
 
 
-def _begin_worker(chat: Chat, config: DataConfig, parent: int) -> None:
-    global _worker
+def _begin_worker(job: _Job, parent: int) -> None:
+    global _worker_job
     for number in ALL:
         signal.signal(number, signal.SIG_DFL)
     die_with_parent()
@@ -261,13 +269,14 @@ def _begin_worker(chat: Chat, config: DataConfig, parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()  # what this process shares with its parent stays shared
     gc.disable()
-    _worker = chat, config
+    _worker_job = job
 
 
-def _work(pairs: Sequence[Pair], path: Path) -> None:
-    assert _worker is not None
-    chat, config = _worker
-    _block(chat, config, pairs, list(chat.tokenize(pairs, config))).save(path)
+def _work(part: range, path: Path) -> None:
+    job = _worker_job
+    assert job is not None
+    pairs = job.block(part)
+    _block(job.chat, job.config, pairs, list(job.chat.tokenize(pairs, job.config))).save(path)
     gc.collect()
 
 
@@ -279,7 +288,9 @@ def _block(chat: Chat, config: DataConfig, pairs: Sequence[Pair], results: Seque
     good = [pair for i, pair in enumerate(pairs) if i not in faults]
     counts = [sum(column) for column in zip(*(item[1:] for item in done), strict=True)] or [0] * 5
     kept_by_paper = faults_kept_by_paper(chat, good, tokens, config)
-    return Block(tokens, len(pairs), counts, faults, kept_by_paper)
+    places = [pair.place for pair in good]
+    held_out = [held_out_json(pair) for pair in good if pair.held_out_set]
+    return Block(tokens, len(pairs), counts, faults, kept_by_paper, places, held_out)
 
 
 def settings_hash(chat: Chat, config: DataConfig) -> str:

@@ -154,13 +154,14 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
     Raises:
         DataError: the chat template refuses one (with on_bad_record=stop).
     """
-    mixture = load_mixture(run.data, to_prompt)
+    mixture = load_mixture(run.data, to_prompt, Path(run.cache_dir).expanduser())
     print("".join(f"{note}\n" for note in mixture.notes), end="")
     found: dict[str, tuple[Prompt, str]] = {}
     faults: list[tuple[str, str]] = []
     for split, pairs in (("test", mixture.test), ("train", mixture.train)):
-        own = {_prompt_id(pair): pair for pair in pairs}
-        for key, pair in list(own.items())[: run.on_policy.num_prompts]:
+        own = {_prompt_id(pair): index for index, pair in enumerate(pairs)}
+        for key, index in list(own.items())[: run.on_policy.num_prompts]:
+            pair = pairs[index]
             try:
                 if run.data.compat is Compat.none:
                     chat.check_pair(pair)

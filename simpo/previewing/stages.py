@@ -95,7 +95,7 @@ class Stages:
         cfg = run.train
         plan = build_plan(len(data), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
         num_tokens = data.tokens.num_tokens(cfg.share_prefix)
-        pairs = [pair for i, pair in enumerate(mixture.train) if i not in data.faults]
+        good = [i for i in range(len(mixture.train)) if i not in data.faults]
         first = pairs_of_step(plan, 0)
         rows = rows_of_pairs(first, num_tokens, cfg.tokens_per_row)
         row = next(row for row in rows if first[0] in row)
@@ -111,7 +111,7 @@ class Stages:
             cleaning=Cleaning.of(run.data, mixture),
             lengths=_lengths(data),
             pairs=[
-                _shown(run, chat, pairs[i], data.tokens[i])
+                _shown(run, chat, mixture.train[good[i]], data.tokens[i])
                 for i in _in_order(plan, num_pairs).tolist()
             ],
             row=_row_table(data, row, cfg.share_prefix),

@@ -138,7 +138,7 @@ def test_a_source_only_held_out():
 def test_demo():
     loaded = mixture({"path": "builtin:demo"}, seed=3)
     assert [report.split for report in loaded.table] == ["train", "test"]
-    assert all(pair.rule for pair in loaded.train + loaded.test)
+    assert all(pair.rule for pair in [*loaded.train, *loaded.test])
     assert not {p.prompt[-1]["content"] for p in loaded.train} & {
         p.prompt[-1]["content"] for p in loaded.test
     }

@@ -32,7 +32,6 @@ from simpo.data.pairs import Pair, TokenizedPair
 from simpo.data.reading.records import RecordFault
 from simpo.data.store import (
     Block,
-    Lines,
     TokenizedSet,
     TokenReport,
     Tokens,
@@ -40,6 +39,7 @@ from simpo.data.store import (
     pairs_fingerprint,
     write_set,
 )
+from simpo.data.texts import Lines
 from simpo.data.tokens import tokenize_set
 from tests.support.real_tokenizers import (
     as_lists,
@@ -246,9 +246,11 @@ def test_files_hold_the_blocks_one_after_the_other(
                 given_pairs.append(at("of the bad one"))
             own = {len(part): "bad"} if fault else {}
             files.append(Path(name) / f"{index}.npz")
+            places = [pair.place for pair in given_pairs[len(given_pairs) - len(part) - fault :]]
             block = Block(
-                Tokens.of(part), len(part) + fault, [len(part), 0, 1, 0, 2], own, {"x": 1}
-            )
+                Tokens.of(part), len(part) + fault, [len(part), 0, 1, 0, 2], own, {"x": 1},
+                places[: len(part)], [],
+            )  # fmt: skip
             block.save(files[-1])
         (folder := Path(name) / "set").mkdir()
         write_set(folder, lambda: map(Block.load, files), given_pairs, "texts")

@@ -6,22 +6,27 @@ that leaves it out, and later checks do not see it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from simpo.config.data import DataConfig
 from simpo.data.cleaning.benchmarks import Benchmarks
 from simpo.data.cleaning.duplicates import near_duplicates, words
 from simpo.data.pairs import Message, Pair
 from simpo.data.reading.messages import all_text
+from simpo.data.texts import Picked
 
 Find = Callable[[Sequence[Pair], Any, Sequence[Pair]], list[str | None]]
 """Takes pairs, the check's setting and the held-out pairs. Returns why each pair would go, or
 None."""
 
+KEY_BYTES = 16
 FENCE = "```"
 SENTENCE_MARKS = tuple(".!?:\u2026\u3002\uff01\uff1f\uff1a\u0964\u06d4\u061f")
 SHORTEST_SENTENCE_WORDS = 8
@@ -78,17 +83,19 @@ def left_out(
     keys: list[str | None] = [None] * len(pairs)
     for check in CHECKS:
         if (setting := check.setting(config)) is not None:
-            left = [index for index, key in enumerate(keys) if key is None]
-            reasons = check.find([pairs[index] for index in left], setting, held_out)
-            for index, why in zip(left, reasons, strict=True):
+            left = np.array([index for index, key in enumerate(keys) if key is None], np.int64)
+            reasons = check.find(Picked(pairs, left), setting, held_out)
+            for index, why in zip(left.tolist(), reasons, strict=True):
                 keys[index] = check.key if why else None
     return keys
 
 
 def unscored_notes(pairs: Sequence[Pair], config: DataConfig) -> list[str]:
     """A line with the number of pairs that `min_score_margin` cannot judge, if there are any."""
+    if config.filter.min_score_margin is None:
+        return []
     unscored = sum(pair.score_margin is None for pair in pairs)
-    if config.filter.min_score_margin is None or not unscored:
+    if not unscored:
         return []
     return [
         f"note   {unscored} of {len(pairs)} train pairs have no scores, so "
@@ -109,6 +116,11 @@ def pair_text(pair: Pair) -> tuple[str, ...]:
     )
 
 
+def text_key(text: Sequence[str]) -> bytes:
+    """A hash of texts, 16 bytes: no two of all texts that there are have the same one."""
+    return hashlib.blake2b(json.dumps(text).encode(), digest_size=KEY_BYTES).digest()
+
+
 def reply(turns: Sequence[Message]) -> str:
     """What the assistant says in a response, without its reasoning and its calls."""
     return "\n".join(turn["content"] or "" for turn in turns if turn["role"] == "assistant")
@@ -124,10 +136,10 @@ def _named_replies(pair: Pair) -> list[tuple[str, str]]:
 
 
 def _held_out(pairs: Sequence[Pair], _: Any, held_out: Sequence[Pair]) -> list[str | None]:
-    places: dict[tuple[str, ...], str] = {}
+    places: dict[bytes, str] = {}
     for pair in held_out:
-        places.setdefault(prompt_text(pair), pair.place)
-    found = [places.get(prompt_text(pair)) for pair in pairs]
+        places.setdefault(text_key(prompt_text(pair)), pair.place)
+    found = [places.get(text_key(prompt_text(pair))) for pair in pairs]
     return [place and f"the prompt of {place}" for place in found]
 
 
@@ -213,13 +225,13 @@ def _language(pairs: Sequence[Pair], _: Any, __: Sequence[Pair]) -> list[str | N
 
 
 def _exact_duplicates(pairs: Sequence[Pair], _: Any, __: Sequence[Pair]) -> list[str | None]:
-    places: dict[tuple[str, ...], str] = {}
-    found: list[str | None] = []
-    for pair in pairs:
-        text = pair_text(pair)
-        found.append(f"the same as {places[text]}" if text in places else None)
-        places.setdefault(text, pair.place)
-    return found
+    keys = np.fromiter((text_key(pair_text(pair)) for pair in pairs), f"S{KEY_BYTES}", len(pairs))
+    _, first, numbers = np.unique(keys, return_index=True, return_inverse=True)
+    earliest = first[numbers].tolist()
+    return [
+        None if earlier == index else f"the same as {pairs[earlier].place}"
+        for index, earlier in enumerate(earliest)
+    ]
 
 
 def _near_duplicates(pairs: Sequence[Pair], least: Any, _: Sequence[Pair]) -> list[str | None]:

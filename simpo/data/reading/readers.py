@@ -47,7 +47,8 @@ NOT_TEXT = {
 MAX_CELL_LETTERS = 2**27
 """A longer cell of a table is taken for a quote that is not closed."""
 ROWS_AT_ONCE = 1024
-"""Rows of a parquet file that are in memory as Python objects."""
+"""Rows of a parquet or Arrow file that are in memory as Python objects."""
+BUFFER_BYTES = 2**20
 MAX_NAME_LETTERS = 100
 """A longer cell of a table's first row is taken for a text and not for the name of a column."""
 
@@ -314,7 +315,8 @@ def _not_utf_8(text: str) -> bool:
 def _parquet(path: Path) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(path) as file:
+    # Without a buffer, columns of a whole row group are in memory, which may be the whole file.
+    with ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
             yield from batch.to_pylist()
 
@@ -328,8 +330,14 @@ def _arrow(path: Path) -> Iterator[Any]:
         file.seek(0)
         if begin != b"ARROW1":
             for batch in ipc.open_stream(file):
-                yield from batch.to_pylist()
+                yield from _rows(batch)
             return
         batches = ipc.open_file(file)
         for index in range(batches.num_record_batches):
-            yield from batches.get_batch(index).to_pylist()
+            yield from _rows(batches.get_batch(index))
+
+
+def _rows(batch: Any) -> Iterator[Any]:
+    """The rows of an Arrow record batch, of which few are Python objects at a time."""
+    for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+        yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()

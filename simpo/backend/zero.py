@@ -12,15 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simpo.backend.base import Backend, not_written
 from simpo.config.backends import BackendConfig, Zero3Config, ZeroConfig
 from simpo.config.choices import Precision
+from simpo.config.errors import ConfigError, first_line
 from simpo.model.policy import Policy
+from simpo.model.pretrained import not_finite, refuse_not_finite
+from simpo.model.shards import files_by_weight, weights_in_files
 
 
 class ZeroBackend(Backend):
@@ -30,6 +35,7 @@ class ZeroBackend(Backend):
         self, config: ZeroConfig, precision: Precision, max_grad_norm: float = 0.0
     ) -> None:
         self.stage = 3 if isinstance(config, Zero3Config) else 2
+        self.reads_shards = self.stage == 3
         self.checkpoint_format = config.name
         super().__init__(config, precision, max_grad_norm)
 
@@ -43,7 +49,8 @@ class ZeroBackend(Backend):
         if not self.on_gpu:
             # Compiling it takes two minutes at the first start; gloo gives the same numbers.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        plugin = DeepSpeedPlugin(hf_ds_config=self._settings(config), zero3_init_flag=False)
+        self._deepspeed = self._settings(config)
+        plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed, zero3_init_flag=False)
         accelerator = Accelerator(
             deepspeed_plugin=plugin,
             # Without an explicit communication backend each process would run alone.
@@ -84,9 +91,61 @@ class ZeroBackend(Backend):
         }
 
     def prepare(self, policy: Policy, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        if policy.unread is not None:
+            self.wait()  # a process may have built the policy from a slower disk
+            self._read(policy, policy.unread)
+            policy.unread = None
         engine, optimizer = super().prepare(policy, optimizer)
         self._engine: Any = engine
         return engine, optimizer
+
+    def _read(self, policy: Policy, folder: Path) -> None:
+        """Shard the weights as they are read from their files.
+
+        Raises:
+            ConfigError: a file cannot be read, or a weight is NaN or infinite.
+        """
+        source = str(policy.base.name_or_path)
+        try:
+            bad = self._shard(policy, folder)
+        except (OSError, SafetensorError) as error:
+            fault = first_line(error)
+            raise ConfigError([f"model.path: {source} cannot be loaded: {fault}"]) from error
+        refuse_not_finite("model.path", source, self.gather(bad))
+        for buffer in policy.buffers():
+            buffer.data = buffer.to(self.device)
+
+    def _shard(self, policy: Policy, folder: Path) -> list[str]:
+        """Shard one weight after the other: rank 0 reads it whole, and DeepSpeed broadcasts it.
+
+        Returns:
+            On rank 0 the names of weights that are NaN or infinite somewhere.
+
+        Raises:
+            OSError, SafetensorError: a file cannot be read.
+        """
+        import deepspeed
+
+        files = files_by_weight(folder)
+        names = {id(weight): name for name, weight in weights_in_files(policy).items()}
+        bad: list[str] = []
+        first: Any = None
+        for weight in policy.parameters():
+            dtype = torch.bfloat16 if self.bf16 else weight.dtype
+            name = names.get(id(weight))  # None: of an adapter, which is not in the files
+            if name is not None and self.is_main:
+                weight.data = _read(files[name], name).to(weight.dtype)
+                bad += not_finite([(name, weight)])
+            elif name is not None:
+                weight.data = torch.empty_like(weight, dtype=dtype, device=self.device)
+            weight.data = weight.to(self.device, dtype)
+            self.wait()  # reading may take longer than a collective operation
+            if first is None:
+                first = weight
+                deepspeed.zero.Init(nn.ParameterList([weight]), config_dict_or_path=self._deepspeed)
+            else:
+                first.convert_to_zero_parameters([weight])
+        return bad
 
     @contextmanager
     def micro_batch(self, wrapped: nn.Module, last: bool) -> Iterator[None]:
@@ -159,6 +218,11 @@ class ZeroBackend(Backend):
         self._engine.load_checkpoint(
             str(folder), tag="state", load_lr_scheduler_states=False, custom_load_fn=_load_trained
         )
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, "pt") as weights:
+        return weights.get_tensor(name)
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:

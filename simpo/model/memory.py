@@ -209,11 +209,11 @@ class Estimate:
     def load(self) -> Memory:
         """Weights of a process while they are loaded.
 
-        FSDP reads a shard of them, and holds one layer, or the root, whole; with other backends,
-        and where weights are quantised, each process loads the whole model.
+        FSDP and ZeRO-3 read a shard of them, and hold one layer, or the root, whole; with other
+        backends, and where weights are quantised, each process loads the whole model.
         """
         model, shards = self.model, 1
-        if isinstance(self._backend, FsdpConfig) and not model.largest_packed:
+        if isinstance(self._backend, (FsdpConfig, Zero3Config)) and not model.largest_packed:
             shards = self._shards
         whole = model.whole.bytes_in(bf16=False) + model.whole.scales_bytes
         parts = (*model.layers[:1], model.root)

@@ -26,7 +26,7 @@ class Policy(nn.Module):
 
     Attributes:
         unread: folder with the files of the weights if they are not loaded; `Backend.prepare` then
-            reads this process's part.
+            gives this process its part.
         left_to_transformers: the model has attention of its own; see
             `leave_attention_to_transformers`.
     """

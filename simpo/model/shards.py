@@ -1,7 +1,7 @@
-"""Builds a model without its weights, of which each process of a sharding backend reads its part.
+"""Builds a model without its weights, of which each process of a sharding backend holds its part.
 
 The memory of the weights is reserved and never touched, so it takes none. The wrapped policy holds
-this process's shards, which the backend then fills from the safetensors files.
+this process's shards, which the backend fills from the safetensors files.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def _build(
     if not hasattr(loader, "from_pretrained"):
         return None
     try:
-        empty = {name: torch.empty(shape, dtype=dtype) for name, shape in _shapes(folder).items()}
+        found = _found(folder)
+        empty = {name: torch.empty(shape, dtype=dtype) for name, (_, shape) in found.items()}
         if not empty:
             return None
         model, report = loader.from_pretrained(
@@ -111,20 +112,29 @@ def _same(weight: Tensor, empty: Tensor) -> bool:
     return (weight.data_ptr(), weight.dtype) == (empty.data_ptr(), empty.dtype)
 
 
-def _shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of all weights in a folder's files.
+def _found(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+    """The file and the shape of every weight in a folder's files.
 
     Raises:
         SafetensorError, OSError, ValueError: a file is damaged; two hold the same weight.
     """
-    found: dict[str, list[int]] = {}
+    found: dict[str, tuple[Path, list[int]]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - not a dict
                 if name in found:
                     raise ValueError(f"{name} is in two files")
-                found[name] = weights.get_slice(name).get_shape()
+                found[name] = file, weights.get_slice(name).get_shape()
     return found
+
+
+def files_by_weight(folder: Path) -> dict[str, Path]:
+    """The file of every weight in a folder, by the weight's name.
+
+    Raises:
+        SafetensorError, OSError, ValueError: a file is damaged; two hold the same weight.
+    """
+    return {name: file for name, (file, _) in _found(folder).items()}
 
 
 def weights_in_files(policy: Policy) -> dict[str, Tensor]:

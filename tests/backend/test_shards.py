@@ -20,7 +20,8 @@ from tests.support.tiny_models import FAMILIES, WIDE, tiny_model
 from tests.support.whole_runs import assert_same_run, finish, run, start, tiny_model_and_data
 
 CPU = torch.device("cpu")
-TWO = ["backend=fsdp", "backend.processes=2"]
+KINDS = ["fsdp", "zero3"]
+TWO = ["backend.processes=2"]
 
 
 def unread(folder: Path, lora: LoraConfig | None = None, seed: int = 0) -> Policy:
@@ -181,13 +182,14 @@ WAYS = {
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_same_run_bit_for_bit(
-    way: str, settings: list[str], tiny_folder: Path, tmp_path: Path
+    kind: str, way: str, settings: list[str], tiny_folder: Path, tmp_path: Path
 ) -> None:
     """As from a .bin file, which each process loads whole."""
     base = shutil.copytree(tiny_folder, tmp_path / "base")
     as_bin(base)
-    common = [*settings, *TWO, *WAYS[way]]
+    common = [*settings, *TWO, f"backend={kind}", *WAYS[way]]
     parts, at_once = tmp_path / "parts", tmp_path / "at_once"
     run([*common, f"run_dir={parts}"])
     run([*common, f"model.path={base}", f"run_dir={at_once}"])
@@ -195,15 +197,16 @@ def test_the_same_run_bit_for_bit(
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_are_no_numbers(
-    settings: list[str], tiny_folder: Path, tmp_path: Path
+    kind: str, settings: list[str], tiny_folder: Path, tmp_path: Path
 ) -> None:
     """Found by the process that reads them, told by all."""
     base = shutil.copytree(tiny_folder, tmp_path / "base")
     weights = load_file(base / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][-1, -1] = float("nan")
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    more = [*TWO, f"model.path={base}", f"run_dir={tmp_path / 'run'}"]
+    more = [*TWO, f"backend={kind}", f"model.path={base}", f"run_dir={tmp_path / 'run'}"]
     assert finish(start([*settings, *more]), code=2).endswith(
         f"model.path: {base} holds NaN or infinite weights in model.layers.1.mlp.up_proj.weight "
         "(mend the files)\n"

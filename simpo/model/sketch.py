@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 from simpo.config.choices import Quantization
 from simpo.config.models import ModelConfig
 from simpo.data.packing import pack
-from simpo.data.pairs import KeyTable, PackedPairs, TokenizedPair
+from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.loss import PairLogps
 from simpo.model import attention, checkpointing
 from simpo.model.head import fused_loss
@@ -33,7 +33,7 @@ from simpo.model.load import switch_noise_off, weights_dtype, with_attention
 from simpo.model.policy import Policy
 
 FUSED = "simpo_sketch"
-"""Name in transformers of attention that keeps what a variable-length kernel keeps."""
+"""Name in transformers of attention with a variable-length kernel, for any model."""
 FOLLOWED_PAIRS = 4
 
 
@@ -76,7 +76,7 @@ def sketch(
         ConfigError: the adapters do not fit the model.
     """
     attention.register()
-    AttentionInterface.register(FUSED, _fused_attention)
+    AttentionInterface.register(FUSED, _variable_length_attention)
     kernel = FUSED if device.type == "cuda" and bf16 else attention.NAMES["sdpa"]
     with torch.device("meta"):
         build = partial(
@@ -315,36 +315,10 @@ def _following(policy: Policy, *others: Tensor) -> Iterator[_Live]:
             parameter.grad = None
 
 
-def _fused_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    keys: KeyTable | None = None,
-    **kwargs: Any,
+def _variable_length_attention(
+    *args: Any, softcap: float | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Stand-in for `simpo.model.attention.attend` with a variable-length kernel."""
-    query, key, value = (x[0].transpose(0, 1).to(torch.bfloat16) for x in (query, key, value))
-    if keys is not None:
-        key, value = key.index_select(0, keys.index), value.index_select(0, keys.index)
-    output: Any = _FusedAttention.apply(query, key, value)
-    return output[None], None
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Keeps queries, keys, values, output and the log-sum-exp of each query and head in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
-        ctx.save_for_backward(
-            query, key, value, output, torch.empty(query.shape[:-1], dtype=torch.float32)
-        )
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    """`simpo.model.attention.attend` with a variable-length kernel, in which a soft-cap takes no
+    memory.
+    """
+    return attention.attend("varlen", *args, **kwargs)

@@ -146,6 +146,19 @@ def test_activations_of_a_layer_by_hand() -> None:
     assert (many - few) / 10 * GIB == pytest.approx(expected, rel=0.15)
 
 
+def test_selective_checkpointing_keeps_what_a_gpu_kernel_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For each token and layer of Llama-3-8B: 4096 outputs in bf16, 32 log-sum-exps in fp32."""
+    words = ["model.gradient_checkpointing=selective"]
+    row, found = row_of(4, 1024), []
+    for kept in (checkpointing.ATTENTION, frozenset()):
+        monkeypatch.setattr(checkpointing, "ATTENTION", kept)
+        own = estimate(LLAMA_3_8B, Place(GPU, bf16=True), *words)
+        found.append(own.step(row).activations * GIB)
+    assert found[0] - found[1] == pytest.approx(4096 * 32 * (2 * 4096 + 4 * 32), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("needed", "remedy"),
     [

@@ -29,6 +29,7 @@ from simpo.data.plan import rows_of_pairs
 from simpo.loop.score import COLUMNS, summarise
 from simpo.loop.step import NonFiniteError, update
 from simpo.loss.simpo import HingeConfig, SigmoidConfig, SimpoConfig
+from simpo.model import attention
 from simpo.model.policy import Policy
 from tests.support.tiny_models import (
     FAMILIES,
@@ -337,11 +338,20 @@ class WaitedError(Exception):
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "kernel"),
+    [
+        *((family, "sdpa") for family in ("llama", "mistral_window", "gemma2", "gemma3")),
+        *((family, "varlen") for family in ("llama", "mistral_window", "gemma3")),
+    ],
+)
 def test_a_step_waits_once(
-    family: str, share_prefix: bool, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    family: str, kernel: str, share_prefix: bool, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On tensors without numbers, where every look at one raises: for the sums of all rows."""
+    """On tensors without numbers, where every look at one raises: for the sums of all rows.
+
+    Tensors without numbers need no GPU for its kernel.
+    """
     pairs = random_pairs(np.random.default_rng(11), 4)
     rows = [pack(pairs[:2], [0, 1], share_prefix), pack(pairs[2:], [2, 3], share_prefix)]
     sums: list[torch.Tensor] = []
@@ -356,7 +366,9 @@ def test_a_step_waits_once(
     # transformers leaves out its look at the positions where tensors have no numbers.
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", None)
     with FakeTensorMode() as fake:
-        policy = Policy(tiny_model(family), share_prefix)
+        dtype = torch.bfloat16 if kernel == "varlen" else torch.float32
+        policy = Policy(tiny_model(family, dtype=dtype), share_prefix)
+        policy.base.set_attn_implementation(attention.NAMES[kernel])
         hollow = [without_numbers(row, fake) for row in rows]
         with pytest.raises(DataDependentOutputException):
             hollow[0].targets[0].item()

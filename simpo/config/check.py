@@ -31,7 +31,7 @@ from simpo.config.launchers import LocalConfig, SlurmConfig
 from simpo.config.losses import LOSSES, is_of, losses_of, own_losses, read_only
 from simpo.config.models import ModelConfig
 from simpo.config.own_code import OwnCodeError
-from simpo.config.plain import read_plain
+from simpo.config.plain import plain_text, read_plain
 from simpo.config.renamed import renamed_config
 from simpo.config.schema import RunConfig
 from simpo.config.trackers import (
@@ -220,7 +220,7 @@ def check_training(run: RunConfig, bf16: bool = True) -> None:
 
 def run_yaml(run: RunConfig) -> str:
     """The whole run as YAML, which `load_run` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(run))
+    return plain_text(run)
 
 
 def check_run(run: RunConfig) -> None:

@@ -1,8 +1,8 @@
-"""Builds a run from a run.yaml whose values have the types of their settings already.
+"""Writes a run.yaml, and reads one whose values have the types of their settings already.
 
-That is how runs write it, and thirty times as fast as merging it with the schemas. `simpo report`
-reads a thousand. What needs a conversion, a default in place of a missing section, an
-interpolation or a message about a fault is left to OmegaConf.
+That is how runs write it, and thirty times as fast as merging it with the schemas. A sweep writes a
+thousand, and `simpo report` reads them. What needs a conversion, a default in place of a missing
+section, an interpolation or a message about a fault is left to OmegaConf.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING
-from omegaconf._utils import get_yaml_loader
+from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 
 from simpo.config.schema import RunConfig
 
@@ -41,6 +41,37 @@ def read_plain(path: Path, groups: Mapping[str, Mapping[str, type]]) -> RunConfi
     # On a damaged file the YAML parser raises almost any error.
     except Exception:
         return None
+
+
+def plain_text(run: RunConfig) -> str:
+    """A run as YAML: the text of OmegaConf, except that it may write an emoji by its number."""
+    text: str = yaml.dump(
+        _as_yaml(run),
+        Dumper=_dumper(),
+        default_flow_style=False,
+        allow_unicode=True,
+        sort_keys=False,
+    )
+    return text
+
+
+def _as_yaml(value: Any) -> Any:
+    if is_dataclass(value):
+        return {item.name: _as_yaml(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, dict):
+        return {key: _as_yaml(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_yaml(item) for item in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+@cache
+def _dumper() -> Any:
+    """OmegaConf's YAML dumper, with the emitter in C where PyYAML has it."""
+    exact = get_omega_conf_dumper()
+    if not yaml.__with_libyaml__:
+        return exact
+    return type("Dumper", (yaml.CDumper,), {"yaml_representers": exact.yaml_representers})
 
 
 @cache

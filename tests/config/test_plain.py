@@ -7,6 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from simpo.config.check import GROUPS, _merged_run, run_yaml
 from simpo.config.compose import compose_run
@@ -31,6 +32,7 @@ def assert_read_alike(file: Path) -> RunConfig:
 @pytest.mark.parametrize("name", CONF.choices("experiments"))
 def test_every_experiment(name: str, tmp_path: Path) -> None:
     run = compose_run([f"experiments={name}"])
+    assert run_yaml(run) == OmegaConf.to_yaml(OmegaConf.structured(run))
     (tmp_path / "run.yaml").write_text(run_yaml(run))
     assert repr(assert_read_alike(tmp_path / "run.yaml")) == repr(run)
 
@@ -54,6 +56,16 @@ def written() -> str:
     source = "{path: a/b, columns: {prompt: p}, subset: '1e3'}"
     lists = ["model.lora.targets=[q_proj,'7']", "+model.chat_template_kwargs.think=false"]
     return run_yaml(compose_run([f"data.sources=[{source}]", *lists, "train.max_steps=3"]))
+
+
+def test_texts_that_look_like_other_values(tmp_path: Path) -> None:
+    texts = ["1e3", "0x1", "no", "null", "2024-01-31", " a ", "# b", "a: b", "[c", "", "d\te"]
+    texts += ["\u65e5\u672c", "\U0001f600 " * 40, "'", '"', "\u2028", "word " * 40]
+    mixed = {str(number): text for number, text in enumerate(texts)} | {"on": True, "two": 2.5}
+    model = replace(base_run().model, chat_template_kwargs=mixed)
+    run = replace(base_run(), model=model)
+    (tmp_path / "run.yaml").write_text(run_yaml(run), encoding="utf-8")
+    assert repr(assert_read_alike(tmp_path / "run.yaml")) == repr(run)
 
 
 @pytest.mark.parametrize(

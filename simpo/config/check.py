@@ -31,7 +31,7 @@ from simpo.config.launchers import LocalConfig, SlurmConfig
 from simpo.config.losses import LOSSES, is_of, losses_of, own_losses, read_only
 from simpo.config.models import ModelConfig
 from simpo.config.own_code import OwnCodeError
-from simpo.config.plain import plain_text, read_plain
+from simpo.config.plain import NotPlain, plain_run, plain_text, read_plain
 from simpo.config.renamed import renamed_config
 from simpo.config.schema import RunConfig
 from simpo.config.trackers import (
@@ -117,8 +117,11 @@ def build_run(cfg: DictConfig) -> RunConfig:
     """
     _refuse_missing(cfg)
     kinds = {group: OmegaConf.get_type(cfg, group) for group in GROUPS}
-    run = OmegaConf.to_object(_resolved(cfg, kinds))
-    assert isinstance(run, RunConfig)
+    raw: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    try:
+        run = plain_run(raw, {group: {"base": kind} for group, kind in kinds.items()})
+    except (NotPlain, KeyError, TypeError, AttributeError):
+        run = OmegaConf.to_object(_resolved(cfg, kinds))
     check_run(run)
     return run
 

@@ -6,8 +6,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, fields
 from enum import Enum
+from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
 from threading import Lock
@@ -15,7 +17,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins import file_config_source
+from hydra._internal.core_plugins import file_config_source, structured_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
@@ -27,11 +29,12 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from yaml import MarkedYAMLError
 
-from simpo.config.check import register_own_losses, register_schemas
+from simpo.config.check import GROUPS, register_own_losses, register_schemas
 from simpo.config.data import SourceConfig
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.paths import config_dir
 from simpo.config.renamed import renamed_config
+from simpo.config.schema import RunConfig
 from simpo.config.suggest import all_keys, unknown_key
 
 # Where Hydra finds the group `experiments`; conf/train.yaml reads it.
@@ -56,8 +59,16 @@ class FileConfigSource(file_config_source.FileConfigSource):
         return result
 
 
-# Hydra registers sources by scheme: this one takes the place of its own.
-SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
+class StructuredConfigSource(structured_config_source.StructuredConfigSource):
+    """Hydra's reader of dataclasses. Hydra copies it for each composition, with all of them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StructuredConfigSource:
+        return self  # nothing changes it
+
+
+# Hydra registers sources by scheme: these take the place of its own.
+for source in (FileConfigSource, StructuredConfigSource):
+    SourcesRegistry.instance().types[source.scheme()] = source
 
 
 class NotComposedError(Exception):
@@ -97,15 +108,17 @@ class Composer:
         """
         register_own_losses(overrides)
         try:
-            with self.loader():
-                return compose(
-                    self.config_name,
-                    [*self.searchpath, *overrides],
-                    return_hydra_config=with_hydra,
-                )
+            if with_hydra or self != CONF:
+                return self._composed(overrides, with_hydra)
+            return _changed(overrides)
         # Of any type: ValueError for a group set to a number, TypeError for a list of numbers.
         except Exception as error:
             raise NotComposedError(_fault(error)) from error
+
+    def _composed(self, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
+        with self.loader():
+            words = [*self.searchpath, *overrides]
+            return compose(self.config_name, words, return_hydra_config=with_hydra)
 
     def choices(self, group: str) -> list[str]:
         """The choices of a group and of its subfolders; empty if there is no such group."""
@@ -161,6 +174,41 @@ def _without_hydra() -> Iterator[None]:
 
 CONF = Composer()
 """Composes from the files that come with simpo alone."""
+
+
+def _changed(overrides: Sequence[str]) -> DictConfig:
+    """Compose from `CONF`: the choices once in a process, then the values of settings in a copy.
+
+    Hydra needs 0.15 s for the choices. It sets values after all of them too.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    if any(one.is_sweep_override() or one.key_or_group.startswith("hydra") for one in parsed):
+        return CONF._composed(overrides)
+    choices = tuple(str(one.input_line) for one in parsed if not _sets_value(one))
+    config = deepcopy(_chosen(choices, _state_of_files()))
+    ConfigLoaderImpl._apply_overrides_to_config([o for o in parsed if _sets_value(o)], config)
+    return config
+
+
+def _sets_value(override: Override) -> bool:
+    """Whether it sets no section: a file may be chosen by the name of one, or by one not known."""
+    section, dot, _ = override.key_or_group.partition(".")
+    return section in _SETTINGS and (bool(dot) or section not in GROUPS)
+
+
+_SETTINGS = frozenset(item.name for item in fields(RunConfig))
+
+
+@lru_cache(maxsize=32)
+def _chosen(choices: tuple[str, ...], _state: object) -> DictConfig:
+    return CONF._composed(choices)
+
+
+def _state_of_files() -> tuple[object, ...]:
+    """What the files that come with simpo and the losses of a user's module are just now."""
+    paths = (path for name in ("conf", "experiments") for path in config_dir(name).rglob("*.yaml"))
+    stats = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(paths))
+    return *stats, *GROUPS["loss"].items()
 
 
 def _fault(error: Exception) -> str:

@@ -34,13 +34,21 @@ def read_plain(path: Path, groups: Mapping[str, Mapping[str, type]]) -> RunConfi
     """
     try:
         with path.open("rb") as file:
-            raw = yaml.load(file, Loader=_loader())
-        made = {group: _section(raw[group], kinds) for group, kinds in groups.items()}
-        rest = {key: value for key, value in raw.items() if key not in groups}
-        return _with_fields(RunConfig, rest, made)
+            return plain_run(yaml.load(file, Loader=_loader()), groups)
     # On a damaged file the YAML parser raises almost any error.
     except Exception:
         return None
+
+
+def plain_run(raw: Mapping[str, Any], groups: Mapping[str, Mapping[str, type]]) -> RunConfig:
+    """The run with these values; `groups` as in `read_plain`.
+
+    Raises:
+        NotPlain, KeyError, TypeError, AttributeError: a value is not plain.
+    """
+    made = {group: _section(raw[group], kinds) for group, kinds in groups.items()}
+    rest = {key: value for key, value in raw.items() if key not in groups}
+    return _with_fields(RunConfig, rest, made)
 
 
 def plain_text(run: RunConfig) -> str:
@@ -84,7 +92,10 @@ def _loader() -> Any:
 def _section(values: Any, kinds: Mapping[str, type]) -> Any:
     if values.get("module") is not None:  # of a loss: code of the user's
         raise NotPlain
-    return plain_value(kinds.get("base") or kinds[values["name"]], values)
+    kind = kinds.get("base") or kinds[values["name"]]
+    if not is_dataclass(kind):
+        raise NotPlain
+    return plain_value(kind, values)
 
 
 def _with_fields(kind: type, values: Mapping[str, Any], made: Mapping[str, Any]) -> Any:

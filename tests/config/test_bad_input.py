@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +51,6 @@ DATA = (
 )
 A_SOURCE = "{path: ..., ...}"
 NO_SOURCE = "must list at least one source (such as [{path: train.jsonl}])"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def composed_once():
-    """The same words are composed by Hydra once for all tests, which takes most of their time."""
-    compose, known = Composer.compose, {}
-
-    def once(composer, overrides, with_hydra=False):
-        words = composer, tuple(overrides), with_hydra
-        if words not in known:
-            known[words] = compose(composer, overrides, with_hydra)
-        return deepcopy(known[words])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Composer, "compose", once)
-        yield
 
 
 # Command line, split at spaces -> lines of the answer.

@@ -116,12 +116,13 @@ def build_run(cfg: DictConfig) -> RunConfig:
             type, or a key is not in the schemas. `fault_line` shortens it to one line.
     """
     _refuse_missing(cfg)
-    kinds = {group: OmegaConf.get_type(cfg, group) for group in GROUPS}
+    kinds: dict[str, Any] = {group: OmegaConf.get_type(cfg, group) for group in GROUPS}
     raw: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     try:
         run = plain_run(raw, {group: {"base": kind} for group, kind in kinds.items()})
     except (NotPlain, KeyError, TypeError, AttributeError):
-        run = OmegaConf.to_object(_resolved(cfg, kinds))
+        merged: Any = OmegaConf.to_object(_resolved(cfg, kinds))
+        run = merged
     check_run(run)
     return run
 

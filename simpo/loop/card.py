@@ -302,7 +302,9 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = read_metrics(metrics)
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    # Fixed margins: to find the best ones, Matplotlib draws everything several times.
+    figure = Figure(figsize=(12, 3.4))
+    figure.subplots_adjust(left=0.06, right=0.99, bottom=0.14, top=0.91, wspace=0.2)
     axes = figure.subplots(1, 3)
     for axis, (key, name) in zip(axes, SHOWN[:3], strict=True):
         for split, style in (("train", "-"), ("eval", "o--")):

@@ -1,4 +1,7 @@
-"""Fixtures of all tests, and how tests share processes and fixtures."""
+"""Fixtures of all tests, and how tests share processes and fixtures.
+
+It imports no torch: the process that hands out the tests reads it too, and needs none.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from tests.support import forked
 from tests.support.programs import skip_without
-from tests.support.tiny_models import WIDE, tiny_model
-from tests.support.whole_runs import tiny_overrides
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LONGEST_FIRST = (
@@ -113,8 +111,10 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama on disk with a tokenizer trained on the demo's text: whole runs in seconds."""
+    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     from simpo.config.paths import TEMPLATES
     from simpo.data.demo.records import demo_records
@@ -160,6 +160,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with the tokenizer of the other, and rows of whole blocks."""
+    from tests.support.tiny_models import WIDE, tiny_model
+
     folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("wide") / "model")
     (folder / "model.safetensors").unlink()
     tiny_model("llama", **WIDE, vocab_size=384).save_pretrained(folder)
@@ -169,6 +171,8 @@ def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def tiny_run(tiny_folder: Path, tmp_path: Path) -> list[str]:
     """Overrides of a whole run that takes seconds: 6 steps of 4 pairs, 16 pairs held out."""
+    from tests.support.whole_runs import tiny_overrides
+
     return tiny_overrides(tiny_folder, tmp_path)
 
 

@@ -256,6 +256,7 @@ def test_a_prompt_for_each_response(tiny_run: list[str], tmp_path: Path) -> None
 
 def test_a_run_that_cannot_fit_is_refused(tiny_run: list[str], monkeypatch) -> None:
     run = [*tiny_run, "train.pairs_per_step=24", "train.tokens_per_row=2000"]
+    run += ["train.check_memory=true"]
     run += ["train.warmup_ratio=0"]  # else the only step is at learning rate 0
     free = SimpleNamespace(available=0)
     monkeypatch.setattr("simpo.model.memory.psutil.virtual_memory", lambda: free)

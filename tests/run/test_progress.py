@@ -330,7 +330,8 @@ def test_what_a_run_prints_into_a_pipe(
 ) -> None:
     """All of it, but for the replies of an untrained model."""
     monkeypatch.delenv("COLUMNS", raising=False)
-    process = start([*tiny_run, f"run_dir={tmp_path}/run", "train.eval_every=0"])
+    words = [f"run_dir={tmp_path}/run", "train.eval_every=0", "train.check_memory=true"]
+    process = start([*tiny_run, *words])
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0
     number = r"[+-]?\d+\.\d+"

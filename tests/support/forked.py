@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import atexit
 import ctypes
+import gc
 import json
 import os
 import runpy
@@ -242,9 +243,12 @@ def _serve(path: str) -> None:
     import simpo.on_policy.annotate
     import simpo.on_policy.generate
     import simpo.previewing.stages  # noqa: F401
+    from simpo.config.compose import compose_run
     from simpo.run.processes import die_with_parent
 
     die_with_parent()
+    compose_run([])  # Hydra's parsers learn as they read
+    gc.freeze()  # no child copies the pages of all this by looking for garbage
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.part")
     listener.listen(64)

@@ -22,6 +22,7 @@ from typing import Any
 
 from simpo.config.data import DataConfig
 from simpo.config.own_code import is_function
+from simpo.data.cleaning.benchmarks import files_of_benchmarks
 from simpo.data.reading.sources import files_of_split
 from simpo.run.cache import find_entry, keep_entry, sha256
 
@@ -73,9 +74,10 @@ def _write(folder: Path, given: dict[str, Any]) -> None:
 
 
 def _states(config: DataConfig) -> list[FileState] | None:
-    """The states of all files that the sources are read from; None if only reading tells whether a
-    source has changed: one of the hub, or one that a function of the user converts."""
-    if config.filter.benchmarks or any(is_function(s.format or "") for s in config.sources):
+    """The states of all files that the sources are read from; None if they do not tell whether a
+    source has changed: a function of the user that converts records may use any other code or
+    file."""
+    if any(is_function(source.format or "") for source in config.sources):
         return None
     try:
         files = [None if found is None else list(map(_state, found)) for found in _files(config)]
@@ -91,6 +93,7 @@ def _files(config: DataConfig) -> Iterator[list[Path] | None]:
             yield files_of_split(source, source.train_split, False)
         if source.test_split is not None and (not source.is_file() or source.test_path):
             yield files_of_split(source, source.test_split, True)
+    yield list(files_of_benchmarks(config.filter.benchmarks))
 
 
 def _state(file: Path) -> FileState:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
 
 from simpo.config.compose import compose_run
@@ -159,11 +161,12 @@ def test_other_settings_are_read(
 
 
 def test_a_file_that_has_just_changed_is_not_remembered(
-    start: Starts, run: RunConfig, monkeypatch: pytest.MonkeyPatch
+    start: Starts, run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It might change again within the same tick of the clock."""
     monkeypatch.undo()
     for _ in range(2):
+        (tmp_path / "train.jsonl").touch()  # the machine may be slow
         load_data(run, start.chat, start.cache_dir)
     assert not (start.cache_dir / "mixtures").exists()
 
@@ -196,22 +199,60 @@ def test_a_damaged_cache_is_made_anew(start: Starts, run: RunConfig, file: str) 
         assert one["ids"] == other["ids"] and one["fingerprints"] == other["fingerprints"]
 
 
-def test_what_only_reading_tells_is_read(
-    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Data sets of the hub, functions of the user and files of benchmarks."""
+def test_what_a_function_converts_is_read(run: RunConfig) -> None:
+    """It may use any other code or file."""
     source = run.data.sources[0]
     assert unchanged._states(run.data) is not None
     source.format = "my_module:my_function"
     assert unchanged._states(run.data) is None
-    source.format = None
-    run.data.filter.benchmarks = [f"{tmp_path}/test.jsonl"]
-    assert unchanged._states(run.data) is None
-    run.data.filter.benchmarks = []
-    source.path, source.test_path = "user/name", None
-    assert unchanged._states(run.data) is None
+    source.format, source.test_path = None, None
     source.path = "builtin:demo"
     assert unchanged._states(run.data) == []
+
+
+def test_benchmarks_are_files_too(start: Starts, run: RunConfig, tmp_path: Path) -> None:
+    """A file of its own, one in a folder, and one that is new there."""
+    (tmp_path / "more").mkdir()
+    for name in ("b.txt", "more/c.txt"):
+        (tmp_path / name).write_text("Who?\n")
+    run.data.filter.benchmarks = [f"{tmp_path}/b.txt", f"{tmp_path}/more"]
+    for index, name in enumerate(("b.txt", "more/c.txt", "more/d.txt"), start=1):
+        before = start(run)
+        assert start(run) == before and start.reads == index
+        (tmp_path / name).write_text(f"Question {index}?\n")
+        (line, *_), *_ = start(run)
+        assert line.left_out == {"filter.benchmarks": index}
+        assert start.reads == index + 1
+
+
+def test_a_dataset_of_the_hub_is_read_once_a_revision(
+    start: Starts, run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` keeps each revision in files of its own; one that has none there is read."""
+    source = run.data.sources[0]
+    source.path, source.test_path, source.test_split = "user/name", None, None
+    asked: list[str] = []
+
+    def answer(path: str, *_: Any, **__: Any) -> Any:
+        asked.append(path)
+        return revision
+
+    revisions = []
+    for reply in ("Yes.", "Aye."):
+        table = pyarrow.Table.from_pylist([json.loads(record(i, reply)) for i in range(4)])
+        with pyarrow.ipc.new_stream(tmp_path / f"{reply}arrow", table.schema) as stream:
+            stream.write_table(table)
+        revisions.append(datasets.Dataset.from_file(str(tmp_path / f"{reply}arrow")))
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    revision = revisions[0]
+    first = start(run)
+    assert start(run) == first and start.reads == 1 and set(asked) == {"user/name"}
+    revision = revisions[1]
+    assert start(run)[2] != first[2] and start.reads == 2
+    revision = datasets.Dataset.from_list(list(revision))  # in memory alone
+    for reads in (3, 4):
+        start(run)
+        assert start.reads == reads
 
 
 def test_nothing_is_remembered_without_a_cache(

@@ -33,7 +33,7 @@ class Benchmarks:
             DataError: a file cannot be read, or has no prompts.
         """
         self._places: dict[tuple[str, ...], str] = {}
-        for path in _files(paths):
+        for path in files_of_benchmarks(paths):
             empty = True
             for number, prompt in _prompts(path):
                 for run in _runs(words(prompt)):
@@ -57,7 +57,12 @@ def _runs(found: list[str]) -> Iterator[tuple[str, ...]]:
             yield tuple(found[start : start + NGRAM_WORDS])
 
 
-def _files(paths: Sequence[str]) -> Iterator[Path]:
+def files_of_benchmarks(paths: Sequence[str]) -> Iterator[Path]:
+    """The files that paths name, and all files of the folders.
+
+    Raises:
+        DataError: a folder has none.
+    """
     for path in map(Path, map(os.path.expanduser, paths)):
         if not path.is_dir():
             yield path

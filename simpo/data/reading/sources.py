@@ -62,7 +62,10 @@ def raw_records(
 
 
 def files_of_split(source: SourceConfig, split: str, held_out: bool) -> list[Path] | None:
-    """The files that decide the records of a split; None if only reading them tells.
+    """The files that decide the records of a split; None if there are none that tell.
+
+    Those of a hub dataset are in the cache of `datasets`, in a folder of its revision, which the
+    hub is asked for.
 
     Raises:
         Exception: of many types, if the source cannot be read.
@@ -72,7 +75,8 @@ def files_of_split(source: SourceConfig, split: str, held_out: bool) -> list[Pat
     if path == "builtin:demo":
         return []
     if data_path.is_hub_id(path):
-        return None
+        cached = _hub_dataset(source, split).cache_files
+        return [Path(file["filename"]) for file in cached] or None
     if _is_saved(folder):
         return sorted(file for file in folder.rglob("*") if file.is_file())
     return list(_files(source, path, split).values())

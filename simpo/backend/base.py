@@ -26,6 +26,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from simpo.config.backends import BackendConfig, DdpConfig, DistributedConfig
@@ -303,7 +304,8 @@ class Backend:
         """
         if norm < float("inf"):
             optimizer.step()
-        optimizer.zero_grad()
+        # DDP's gradients are parts of its buckets; others would be allocated beside these.
+        optimizer.zero_grad(set_to_none=not isinstance(wrapped, DistributedDataParallel))
         return norm
 
     def unsharded(self, policy: Policy) -> AbstractContextManager[Any]:

@@ -264,7 +264,7 @@ def _plan_costs(
             needed = max(estimate.step(row), estimate.load(), key=lambda part: part.total)
         except NOT_DRAWN as error:
             return [*lines, f"note   memory not estimated: {first_line(error)}"]
-        memory.check_memory(needed, backend.device, backend.processes_here)
+        memory.check_memory(needed, run, backend.device, backend.processes_here)
         lines.append(f"memory about {needed}")
     return lines
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from simpo.config.backends import BackendConfig, FsdpConfig, Zero3Config, ZeroConfig
-from simpo.config.choices import Offload, Quantization, ReduceDtype
+from simpo.config.choices import Checkpointing, Offload, Quantization, ReduceDtype
 from simpo.config.errors import ConfigError
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs
@@ -93,12 +93,14 @@ class Model:
         root: all other weights.
         head: those of them that make logits.
         largest_packed: number of weights in the largest layer that quantisation packs.
+        largest_bytes: bytes of the largest weight as it is loaded, if it is not packed.
     """
 
     layers: tuple[Group, ...]
     root: Group
     head: Group
     largest_packed: int
+    largest_bytes: int
 
     @staticmethod
     def of(drawn: Sketch, quantization: Quantization) -> Model:
@@ -121,6 +123,7 @@ class Model:
             largest_packed=max(
                 (p.numel() for p in policy.parameters() if id(p) in packed), default=0
             ),
+            largest_bytes=max(p.nbytes for p in policy.parameters() if id(p) not in packed),
         )
 
     @property
@@ -202,9 +205,7 @@ class Estimate:
 
     @property
     def _shards(self) -> int:
-        """Number of processes that the weights are sharded over, if they are."""
-        within = self._backend.shard_processes if isinstance(self._backend, FsdpConfig) else None
-        return min(within or self._place.processes, self._place.processes)
+        return shards_of(self._backend, self._place.processes)
 
     def load(self) -> Memory:
         """Weights of a process while they are loaded.
@@ -221,28 +222,39 @@ class Estimate:
         return Memory(whole / shards / GIB, communication=largest / GIB)
 
     def between_steps(self) -> Memory:
-        """Weights, gradients and optimizer state."""
-        backend, bf16, shards = self._backend, self._place.bf16, self._shards
-        whole = self.model.whole
-        if isinstance(backend, ZeroConfig):
-            split = shards if isinstance(backend, Zero3Config) else 1
+        """Weights, gradients and optimizer state on the device."""
+        states, host = self._states(), self.offloaded()
+        return Memory(
+            states.weights - host.weights,
+            states.gradients - host.gradients,
+            states.optimizer - host.optimizer,
+        )
+
+    def offloaded(self) -> Memory:
+        """Weights, gradients and optimizer state in host memory."""
+        states, backend = self._states(), self._backend
+        all_of_it = isinstance(backend, FsdpConfig) and backend.cpu_offload
+        weights = all_of_it or getattr(backend, "offload_param", None) is Offload.cpu
+        others = all_of_it or getattr(backend, "offload_optimizer", None) is Offload.cpu
+        return Memory(
+            states.weights - self.model.whole.scales_bytes / GIB if weights else 0.0,
+            states.gradients if others else 0.0,
+            states.optimizer if others else 0.0,
+        )
+
+    def _states(self) -> Memory:
+        """Weights, gradients and optimizer state, wherever they are."""
+        bf16, shards, whole = self._place.bf16, self._shards, self.model.whole
+        if isinstance(self._backend, ZeroConfig):
+            split = shards if isinstance(self._backend, Zero3Config) else 1
             weights = whole.bytes_in(bf16) / split + whole.scales_bytes
             gradients = 4 * whole.trained / shards
             # fp32 weights and two means, all in fp32.
             optimizer = 12 * whole.trained / shards
-            if backend.offload_optimizer is Offload.cpu:
-                gradients = optimizer = 0
-            if getattr(backend, "offload_param", None) is Offload.cpu:
-                weights = whole.scales_bytes
-        elif isinstance(backend, FsdpConfig):
-            weights = whole.bytes_in(bf16=False) / shards + whole.scales_bytes
-            gradients = whole.trained_bytes / shards
-            optimizer = 2 * gradients
-            if backend.cpu_offload:
-                weights, gradients, optimizer = whole.scales_bytes, 0, 0
         else:
-            weights = whole.bytes_in(bf16=False) + whole.scales_bytes
-            gradients = whole.trained_bytes
+            split = shards if isinstance(self._backend, FsdpConfig) else 1
+            weights = whole.bytes_in(bf16=False) / split + whole.scales_bytes
+            gradients = whole.trained_bytes / split
             optimizer = 2 * gradients
         return Memory(weights / GIB, gradients / GIB, optimizer / GIB)
 
@@ -272,6 +284,12 @@ class Estimate:
             for a, b, c in moments
         )
         return max(found, key=lambda memory: memory.total)
+
+
+def shards_of(backend: BackendConfig, processes: int) -> int:
+    """Number of processes that share one copy of what the backend shards."""
+    within = backend.shard_processes if isinstance(backend, FsdpConfig) else None
+    return min(within or processes, processes)
 
 
 class _Buffers(NamedTuple):
@@ -326,7 +344,7 @@ def _fsdp(model: Model, reshards: bool, bf16: bool, summed: int) -> _Buffers:
     )
 
 
-def check_memory(memory: Memory, device: torch.device, processes: int = 1) -> None:
+def check_memory(memory: Memory, run: RunConfig, device: torch.device, processes: int = 1) -> None:
     """Compare an estimate with the memory of the device that is free before the model is loaded.
 
     Args:
@@ -343,18 +361,30 @@ def check_memory(memory: Memory, device: torch.device, processes: int = 1) -> No
         raise ConfigError(
             [
                 f"train.check_memory: a step needs about {memory}, there are "
-                f"{available / GIB:.2f} GiB ({remedy(memory)}; train.check_memory=false tries all "
-                "the same)"
+                f"{available / GIB:.2f} GiB ({remedy(memory, run)}; train.check_memory=false tries "
+                "all the same)"
             ]
         )
 
 
-def remedy(memory: Memory) -> str:
-    """What reduces the largest part of an estimate."""
+def remedy(memory: Memory, run: RunConfig) -> str:
+    """What reduces the largest part of an estimate, of what the run does not do yet."""
+    backend, recomputed = run.backend, run.model.gradient_checkpointing
     state = memory.gradients + memory.optimizer
     moving = memory.activations + memory.logits
+    sharded = isinstance(backend, (FsdpConfig, Zero3Config))
+    more = "more GPUs" if sharded else "backend=fsdp on more GPUs"
+    if memory.communication > max(memory.weights, state, moving):
+        if isinstance(backend, ZeroConfig):
+            return "lower backend.reduce_bucket_size"
+        return "GPUs with more memory: layers are gathered whole"
     if memory.weights > state + moving:
-        return "backend=fsdp on more GPUs, or model.quantization=nf4 with model.lora.rank=16"
+        packed = run.model.quantization is Quantization.nf4
+        return more if packed else f"{more}, or model.quantization=nf4 with model.lora.rank=16"
     if state > moving:
-        return "model.lora.rank=16 trains adapters only, or backend=fsdp on more GPUs"
-    return "lower train.tokens_per_row, or model.gradient_checkpointing=selective or full"
+        adapted = run.model.lora.used
+        return more if adapted else f"model.lora.rank=16 trains adapters only, or {more}"
+    if recomputed is Checkpointing.full:
+        return "lower train.tokens_per_row"
+    kinds = "selective or full" if recomputed is Checkpointing.none else "full"
+    return f"lower train.tokens_per_row, or model.gradient_checkpointing={kinds}"

@@ -18,7 +18,7 @@ from simpo.data.pairs import PackedPairs
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
 from simpo.data.store import Tokens
 from simpo.model import cost
-from simpo.model.memory import GIB, Estimate, Memory, Model
+from simpo.model.memory import GIB, Estimate, Memory, Model, shards_of
 
 EFFICIENCY = 0.45
 """Share of the bf16 peak that a long row reaches."""
@@ -133,9 +133,9 @@ def predict(
         flops += sum(counted.of_row(work.row(row)) for row in rows if row)
     own = estimate.on(processes)
     memory = own.step(largest)
-    moved = _bytes_moved(backend, estimate.model, processes, rounds / len(steps))
-    between_nodes = processes > GPUS_PER_NODE
-    link = min(gpu.link_gb_s, NODE_GB_S) if between_nodes else gpu.link_gb_s
+    within, between = _bytes_moved(backend, estimate.model, processes, rounds / len(steps))
+    moved_s = within / _link_bytes_s(gpu, shards_of(backend, processes))
+    moved_s += between / _link_bytes_s(gpu, processes)
     # AdamW reads weights, gradients and two means, and writes all but the gradients.
     updated = 7 / 4 * GIB * (memory.optimizer * 2)
     return Step(
@@ -143,9 +143,9 @@ def predict(
         own.load(),
         memory,
         flops / len(steps),
-        moved,
+        within + between,
         seconds / len(steps),
-        moved / (link * 1e9 * LINK_EFFICIENCY),
+        moved_s,
         updated / (gpu.hbm_gb_s * 1e9),
     )
 
@@ -156,19 +156,38 @@ def _row_seconds(flops: float, row: PackedPairs, gpu: Gpu, recomputes: bool) -> 
     return flops * (4 / 3 if recomputes else 1) / (gpu.bf16_tflops * 1e12 * reached)
 
 
-def _bytes_moved(backend: BackendConfig, model: Model, processes: int, rows: float) -> float:
-    """Bytes that a process receives in a step of `rows` rows, with ring collectives in bf16."""
+def _link_bytes_s(gpu: Gpu, processes: int) -> float:
+    """Bytes that a process receives in a second from the others of a group."""
+    between_nodes = processes > GPUS_PER_NODE
+    link = min(gpu.link_gb_s, NODE_GB_S) if between_nodes else gpu.link_gb_s
+    return link * 1e9 * LINK_EFFICIENCY
+
+
+def _bytes_moved(
+    backend: BackendConfig, model: Model, processes: int, rows: float
+) -> tuple[float, float]:
+    """Bytes that a process receives in a step of `rows` rows, with ring collectives in bf16.
+
+    Returns:
+        Bytes from the processes that it shares a copy of the weights with, and from those that hold
+        other copies; where nothing is sharded, all are of the first kind.
+    """
     whole, others = model.whole, (processes - 1) / processes
     if isinstance(backend, FsdpConfig):
         summed = 4 if backend.reduce_dtype is ReduceDtype.float32 else 2
         gathers = 2 if backend.reshard_after_forward else 1
-        return others * rows * (gathers * whole.bytes_in(bf16=True) + summed * whole.trained)
+        shards = shards_of(backend, processes)
+        copies = processes / shards
+        within = gathers * whole.bytes_in(bf16=True) + summed * whole.trained
+        # Shards of gradients are summed over copies after each row.
+        between = 2 * (copies - 1) / copies * summed * whole.trained / shards
+        return rows * within * (shards - 1) / shards, rows * between
     if isinstance(backend, ZeroConfig):
         summed = 4 if backend.communication_data_type is ReduceDtype.float32 else 2
         if isinstance(backend, Zero3Config):
-            return others * rows * (2 * whole.bytes_in(bf16=True) + summed * whole.trained)
-        return others * (rows * summed + 2) * whole.trained
-    return 2 * others * whole.trained_bytes
+            return others * rows * (2 * whole.bytes_in(bf16=True) + summed * whole.trained), 0.0
+        return others * (rows * summed + 2) * whole.trained, 0.0
+    return 2 * others * whole.trained_bytes, 0.0
 
 
 def best_step(steps: Sequence[Step], gpu: Gpu) -> Step | None:

@@ -18,6 +18,7 @@ from simpo.data.plan import build_plan
 from simpo.data.store import Tokens
 from simpo.loop import console
 from simpo.model.head import of_gpu
+from simpo.model.host import host_memory
 from simpo.model.memory import GIB, Estimate, Memory, Place, remedy
 from simpo.model.pretrained import load_settings
 from simpo.model.roofline import (
@@ -84,7 +85,8 @@ def forecast(
         "",
         *markdown_table(_memory_lines(run, estimate.on(processes), step)),
         "",
-        *_fit_lines(step, gpu, smallest, many),
+        *_fit_lines(run, step, gpu, smallest, many),
+        _host_line(run, estimate.on(processes), processes),
         *_best_lines(step, best),
         *_time_lines(step, work, gpu, processes, price),
         f"note   assumed: {EFFICIENCY:.0%} of {gpu.bf16_tflops:g} TFLOP/s, {LINK_EFFICIENCY:.0%} "
@@ -130,17 +132,29 @@ def _memory_lines(run: RunConfig, estimate: Estimate, step: Step) -> list[dict[s
     ]
 
 
-def _fit_lines(step: Step, gpu: Gpu, smallest: int | None, many: bool) -> Iterator[str]:
+def _fit_lines(
+    run: RunConfig, step: Step, gpu: Gpu, smallest: int | None, many: bool
+) -> Iterator[str]:
     needed = f"{step.largest.total:.1f} GiB and {RESERVED_GIB} for CUDA and NCCL"
     room = f"{gpu.memory_gib:.1f} GiB of a {gpu.name}, 5 % of them fragmented"
     if fits(step, gpu):
         yield f"fits   {needed}, of {room}"
     else:
-        yield f"fits   no: {needed}, of {room} ({remedy(step.largest)})"
+        yield f"fits   no: {needed}, of {room} ({remedy(step.largest, run)})"
     if smallest is not None and many:
         yield f"GPUs   {smallest} {gpu.name} are the smallest number that fits"
     elif smallest is None and many:
         yield "GPUs   no number up to 1,024 fits"
+
+
+def _host_line(run: RunConfig, estimate: Estimate, processes: int) -> str:
+    here = min(processes, GPUS_PER_NODE)
+    host = host_memory(run, estimate, here)
+    return (
+        f"host   {here} {'process' if here == 1 else 'processes'} of a machine: "
+        f"{host.load:.1f} GiB of host memory while loading, {host.step:.1f} in a step, "
+        f"{host.save:.1f} while saving"
+    )
 
 
 def _best_lines(step: Step, best: Step | None) -> Iterator[str]:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, PreTrainedConfig
 
 from simpo.config.choices import Checkpointing
@@ -19,6 +29,7 @@ from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.loss import PairLogps
 from simpo.model import checkpointing, memory
+from simpo.model.host import host_memory
 from simpo.model.memory import GIB, Estimate, Memory, Place
 from simpo.model.policy import Policy
 from tests.support.tiny_models import EXPERTS, SIZES, tiny_model
@@ -36,6 +47,8 @@ LLAMA_3_8B = LlamaConfig(
 LAYER = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
 TABLE = 128256 * 4096
 WEIGHTS = 32 * LAYER + 2 * TABLE + 4096
+# Rank 16 on all linear layers: 16 weights for each input and each output.
+ADAPTERS = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
 
 
 def estimate(settings: PreTrainedConfig, place: Place, *words: str) -> Estimate:
@@ -76,6 +89,51 @@ def test_peak_of_a_real_step(family: str, kind: Checkpointing) -> None:
     assert (found.total - found.optimizer) * GIB == pytest.approx(peak, rel=0.05)
 
 
+@pytest.fixture
+def four_processes() -> Iterator[DeviceMesh]:
+    """Four of which only this one is there; the others' part of a collective stays unwritten."""
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    yield init_device_mesh("cpu", (4,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("bf16", "kind", "row"),
+    [
+        (False, Checkpointing.none, row_of(1, 64)),
+        (True, Checkpointing.none, row_of(2, 256)),
+        (True, Checkpointing.full, row_of(2, 256)),
+    ],
+)
+def test_peak_of_a_sharded_step(
+    bf16: bool, kind: Checkpointing, row: PackedPairs, four_processes: DeviceMesh
+) -> None:
+    """What torch's allocator hands out to FSDP in a row, against the estimate."""
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1024}
+    model = tiny_model("llama", num_hidden_layers=5, **sizes)
+    checkpointing.enable(model, kind)
+    policy = Policy(model)
+    policy.train()
+    options: dict[str, Any] = {"mesh": four_processes}
+    if bf16:
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    for layer in (*model.get_decoder().layers, policy):
+        fully_shard(layer, **options)
+    for measured in (False, True):  # the second row finds gradients
+        allocations = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        with allocations if measured else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss, _ = policy(row, difference)
+            loss.backward()
+    events: Any = allocations.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = max(accumulate(change for _, change in changes))
+    held = sum(2 * cast(DTensor, p).to_local().nbytes for p in policy.parameters())
+    words = ["backend=fsdp", f"model.gradient_checkpointing={kind.value}"]
+    found = estimate(model.config, Place(CPU, 4, bf16), *words).step(row)
+    assert (found.total - found.optimizer) * GIB == pytest.approx(held + peak, rel=0.15)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "mistral_window", "olmoe", "qwen2_moe", "qwen3_moe"])
 def test_other_families_are_drawn(family: str) -> None:
     found = estimate(tiny_model(family).config, Place(GPU, bf16=True)).step(row_of(1, 64))
@@ -103,12 +161,10 @@ def test_states_by_hand() -> None:
 
 
 def test_states_of_adapters_by_hand() -> None:
-    """Rank 16 on all linear layers: 16 weights for each input and each output."""
-    ends = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
-    adapters = 32 * 16 * ends
+    """Those of the adapters come on top of the frozen weights in bf16, or packed."""
     place, words = Place(GPU, bf16=True), ["model.lora.rank=16"]
     found = estimate(LLAMA_3_8B, place, *words).between_steps()
-    trained = 4 * adapters / GIB
+    trained = 4 * ADAPTERS / GIB
     assert found.weights == pytest.approx(2 * WEIGHTS / GIB + trained)
     assert (found.gradients, found.optimizer) == pytest.approx((trained, 2 * trained))
     found = estimate(LLAMA_3_8B, place, *words, "model.quantization=nf4").between_steps()
@@ -182,13 +238,91 @@ def test_memory_that_is_not_there(
     free = SimpleNamespace(available=10 * GIB)
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: free)
     with pytest.raises(ConfigError) as error:
-        memory.check_memory(needed, CPU)
+        memory.check_memory(needed, compose_run(["model.lora.rank=0"]), CPU)
     assert str(error.value) == (
         f"train.check_memory: a step needs about {needed.total:.2f} GiB (weights "
         f"{needed.weights:.2f}, gradients {needed.gradients:.2f}, optimizer "
         f"{needed.optimizer:.2f}, activations {needed.activations:.2f}, logits 0.50), there are "
         f"10.00 GiB ({remedy}; train.check_memory=false tries all the same)"
     )
+
+
+WEIGHTS_FIRST = Memory(weights=12, gradients=0.1, optimizer=0.2, activations=1)
+STATE_FIRST = Memory(weights=2, gradients=4, optimizer=8, activations=1)
+ROWS_FIRST = Memory(weights=2, gradients=0.1, optimizer=0.2, activations=9)
+GATHERED_FIRST = Memory(weights=2, activations=1, communication=5)
+LORA = "model.lora.rank=16"
+
+
+@pytest.mark.parametrize(
+    ("words", "needed", "expected"),
+    [
+        ([LORA, "model.quantization=nf4"], WEIGHTS_FIRST, "backend=fsdp on more GPUs"),
+        (
+            [LORA, "backend=zero3"],
+            WEIGHTS_FIRST,
+            "more GPUs, or model.quantization=nf4 with model.lora.rank=16",
+        ),
+        ([LORA, "backend=fsdp", "model.quantization=nf4"], WEIGHTS_FIRST, "more GPUs"),
+        (
+            ["backend=fsdp", "model.lora.rank=0"],
+            STATE_FIRST,
+            "model.lora.rank=16 trains adapters only, or more GPUs",
+        ),
+        ([LORA, "backend=zero2"], STATE_FIRST, "backend=fsdp on more GPUs"),
+        (
+            ["model.gradient_checkpointing=selective"],
+            ROWS_FIRST,
+            "lower train.tokens_per_row, or model.gradient_checkpointing=full",
+        ),
+        (["model.gradient_checkpointing=full"], ROWS_FIRST, "lower train.tokens_per_row"),
+        ([LORA, "backend=zero3"], GATHERED_FIRST, "lower backend.reduce_bucket_size"),
+        (
+            [LORA, "backend=fsdp"],
+            GATHERED_FIRST,
+            "GPUs with more memory: layers are gathered whole",
+        ),
+    ],
+)
+def test_a_remedy_is_not_what_the_run_does_already(
+    words: list[str], needed: Memory, expected: str
+) -> None:
+    assert memory.remedy(needed, compose_run(words)) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "load", "step", "save"),
+    [
+        # The largest weight; a file of the model and the layer after it.
+        (["backend=fsdp"], 4 * TABLE, 0, 5e9 + 4 * LAYER),
+        # A copy of weights and two means, in fp32.
+        (["backend=fsdp", "backend.async_save=true"], 4 * TABLE, 0, 12 * WEIGHTS / 8),
+        (
+            ["backend=fsdp", "backend.cpu_offload=true"],
+            4 * TABLE,
+            16 * WEIGHTS / 8,
+            5e9 + 4 * LAYER,
+        ),
+        (["backend=zero3"], 4 * TABLE, 0, 4 * 1e9),
+        (["backend=zero2"], 4 * WEIGHTS, 0, 4 * WEIGHTS / 8),
+        (["backend=ddp"], 4 * WEIGHTS, 0, 5e9 + 4 * LAYER),
+        (
+            ["backend=fsdp", LORA, "model.quantization=nf4", "model.dtype=float32"],
+            4 * TABLE,
+            0,
+            4 * ADAPTERS,
+        ),
+    ],
+)
+def test_host_memory_by_hand(words: list[str], load: float, step: float, save: float) -> None:
+    """Of 8 processes with Llama-3-8B, 2 GiB each beside."""
+    run = compose_run(words if LORA in words else ["model.lora.rank=0", *words])
+    own = Estimate(run, LLAMA_3_8B, Place(GPU, 8, bf16=True))
+    found = host_memory(run, own, 8)
+    ranks = 1 if save in (5e9 + 4 * LAYER, 4 * ADAPTERS) else 8
+    assert found.load == pytest.approx(8 * (2 + load / GIB))
+    assert found.step == pytest.approx(8 * (2 + step / GIB))
+    assert found.save - found.step == pytest.approx(ranks * save / GIB)
 
 
 def test_a_run_is_refused_before_its_weights_are_read(

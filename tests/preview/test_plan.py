@@ -45,14 +45,14 @@ def test_the_page_has_examples() -> None:
     assert all(name in PAGE for name in GPUS)
 
 
-def made(backend: str, processes: int, pairs_per_step: int = 32) -> Step:
+def made(backend: str, processes: int, pairs_per_step: int = 32, *words: str) -> Step:
     """A step of a tiny Llama on pairs of 128 tokens, in rows of 512."""
-    run = compose_run(["model.lora.rank=0", f"backend={backend}"])
+    run = compose_run(["model.lora.rank=0", f"backend={backend}", *words])
     place = Place(torch.device("cuda"), bf16=True)
     estimate = Estimate(run, LlamaConfig(**SIZES), place)
     part = np.ones(32, dtype=np.int32)
     pair = TokenizedPair(np.ones(64, dtype=np.int32), part, part)
-    work = Workload(build_plan(64, pairs_per_step, 1, None, 0), Tokens.of([pair]), True, False)
+    work = Workload(build_plan(128, pairs_per_step, 1, None, 0), Tokens.of([pair]), True, False)
     return predict(estimate, run.backend, work, GPU, processes, 512)
 
 
@@ -94,6 +94,16 @@ def test_bytes_moved_by_hand(backend: str, bytes_a_weight: int) -> None:
 def test_between_machines_the_network_counts() -> None:
     step = made("ddp", 16)
     assert step.communication_s == pytest.approx(step.bytes_moved / (50e9 * 0.7))
+
+
+def test_copies_of_the_weights_on_two_machines_by_hand() -> None:
+    """Weights travel within a machine; between two, shards of gradients, after each of two rows."""
+    step = made("fsdp", 16, 128, "backend.shard_processes=8")
+    within = 2 * 7 / 8 * (2 * 2 + 4) * WEIGHTS
+    # Of two copies each sums half a shard and receives the other half, in fp32.
+    between = 2 * (2 * 1 / 2) * 4 * WEIGHTS / 8
+    assert step.bytes_moved == pytest.approx(within + between)
+    assert step.communication_s == pytest.approx(within / (450e9 * 0.7) + between / (50e9 * 0.7))
 
 
 def test_the_best_rows() -> None:

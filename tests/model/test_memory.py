@@ -109,7 +109,7 @@ def test_peak_of_a_sharded_step(
     bf16: bool, kind: Checkpointing, row: PackedPairs, four_processes: DeviceMesh
 ) -> None:
     """What torch's allocator hands out to FSDP in a row, against the estimate."""
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1024}
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1024}
     model = tiny_model("llama", num_hidden_layers=5, **sizes)
     checkpointing.enable(model, kind)
     policy = Policy(model)
@@ -208,7 +208,7 @@ def test_selective_checkpointing_keeps_what_a_gpu_kernel_returns(
     """For each token and layer of Llama-3-8B: 4096 outputs in bf16, 32 log-sum-exps in fp32."""
     words = ["model.gradient_checkpointing=selective"]
     row, found = row_of(4, 1024), []
-    for kept in (checkpointing.ATTENTION, frozenset()):
+    for kept in (checkpointing.ATTENTION, set[str]()):
         monkeypatch.setattr(checkpointing, "ATTENTION", kept)
         own = estimate(LLAMA_3_8B, Place(GPU, bf16=True), *words)
         found.append(own.step(row).activations * GIB)

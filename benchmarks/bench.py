@@ -3,6 +3,8 @@
 All contenders run in one process, alternately, in reverse order every other round; the first round
 is not measured. Times are medians with their range, and ratios of medians to `padded`. Memory is
 the peak resident set of a step minus that before the step, which includes weights and gradients.
+What torch allocates at its peak is measured beside it: the C library keeps freed memory, a GPU's
+allocator gives it to the next tensor.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import contenders
+from torch import profiler
 from transformers import AutoModelForCausalLM
 from workloads import PROFILES, model_config, real_batches, resident, typical_batch
 
@@ -67,13 +71,14 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measure each contender on the same micro-batches: seconds per round, peak MiB, pairs/s."""
     times: dict[str, list[float]] = {runner.name: [] for runner in runners}
-    peaks, losses = {}, {}
+    peaks, allocated, losses = {}, {}, {}
     for turn in range(rounds + 1):
         for runner in runners if turn % 2 == 0 else runners[::-1]:
             if turn == 0:  # memory is measured in the warm-up round
                 losses[runner.name] = step(runner, batches[0])[1]
                 largest = max(batches, key=runner.num_tokens)
                 peaks[runner.name] = peak_bytes(partial(step, runner, largest))
+                allocated[runner.name] = allocated_bytes(partial(step, runner, largest))
             else:
                 times[runner.name].append(sum(step(runner, batch)[0] for batch in batches))
     spread = max(losses.values()) - min(losses.values())
@@ -88,6 +93,7 @@ def measure(
             "pairs_per_s": pairs / statistics.median(times[runner.name]),
             "tokens": sum(runner.num_tokens(batch) for batch in batches),
             "peak_mib": peaks[runner.name] / MIB,
+            "allocated_mib": allocated[runner.name] / MIB,
         }
         for runner in runners
     ]
@@ -114,11 +120,22 @@ def peak_bytes(action: Callable[[], Any]) -> int:
     return resident("VmHWM") - before
 
 
+def allocated_bytes(action: Callable[[], Any]) -> int:
+    """Peak of what torch allocates during an action and has not freed yet, in bytes."""
+    cpu = profiler.ProfilerActivity.CPU
+    with profiler.profile(activities=[cpu], profile_memory=True) as profiled:
+        action()
+    events: Any = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(size for _, size in changes))
+
+
 def table(results: list[dict[str, Any]]) -> list[str]:
     """Lines of a Markdown table, with ratios to the padded contender if it was measured."""
     lines = [
-        "| shape | data | contender | tokens | s (spread) | time | pairs/s | peak MiB | memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| shape | data | contender | tokens | s (spread) | time | pairs/s | peak MiB | memory "
+        "| allocated MiB | allocated |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in results:
         base = next(
@@ -134,7 +151,9 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             f"| {line['shape']} | {line['profile']} | {line['contender']} | {line['tokens']:,} "
             f"| {line['median_s']:.2f} ({line['fastest_s']:.2f}-{line['slowest_s']:.2f}) "
             f"| {line['median_s'] / base['median_s']:.2f} | {line['pairs_per_s']:.2f} "
-            f"| {line['peak_mib']:,.0f} | {line['peak_mib'] / base['peak_mib']:.2f} |"
+            f"| {line['peak_mib']:,.0f} | {line['peak_mib'] / base['peak_mib']:.2f} "
+            f"| {line['allocated_mib']:,.0f} "
+            f"| {line['allocated_mib'] / base['allocated_mib']:.2f} |"
         )
     return lines
 

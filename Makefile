@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --durations=20
 TORCH := torch==2.13.0
 PIP := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train test test-all test-fast check test-lowest docs site bench bench-head bench-scale bench-memory gpu-check lock clean
+.PHONY: help install train test test-all test-fast check lint types pytest test-lowest docs site bench bench-head bench-scale bench-memory gpu-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -30,11 +30,12 @@ install:  ## into the environment of BIN=DIR, a folder with its python
 train: $(READY)  ## run the main job; settings in ARGS="loss.beta=5 ..."
 	$(BIN)/python -m simpo.train $(ARGS)
 
-test: check  ## linters, types, unit tests and one real process of each kind: minutes
-	$(PYTEST) -m "not matrix"
+# mypy takes a core for a minute, while the tests begin.
+test: lint  ## linters, types, unit tests and one real process of each kind: minutes
+	$(MAKE) --jobs=2 types pytest TESTS='-m "not matrix"'
 
-test-all: check  ## the same, and every backend, fault, experiment, family of templates, Slurm
-	$(PYTEST)
+test-all: lint  ## the same, and every backend, fault, experiment, family of templates, Slurm
+	$(MAKE) --jobs=2 types pytest
 
 test-fast: $(READY)  ## the unit tests alone
 	$(PYTEST) -m "not matrix and not process"
@@ -49,11 +50,18 @@ test-lowest:  ## the unit tests with the oldest versions that pyproject.toml adm
 	$(VENV)-lowest/bin/python -m pytest -n $(WORKERS) -m "not matrix and not process" \
 		--deselect tests/test_packaging.py::test_lock_is_whole
 
-check: $(READY)  ## linters, types and spelling
+check: lint types  ## linters, types and spelling
+
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/codespell
+
+types: $(READY)
+	$(BIN)/mypy
+
+pytest: $(READY)
+	$(PYTEST) $(TESTS)
 
 docs: $(READY)  ## write docs/config.md and conf/schema.json anew from the dataclasses
 	$(BIN)/python docs/build_config_docs.py

@@ -385,7 +385,8 @@ def test_a_script_that_starts_processes(tiny_run: list[str], tmp_path: Path) -> 
     script, given = tmp_path / "script.py", tmp_path / "pairs.json"
     script.write_text(SCRIPT)
     given.write_text(json.dumps([demo_pairs("train", 24), demo_pairs("test", 16)]))
-    words = [*tiny_settings(tiny_run), f"run_dir={tmp_path}/run", "train.epochs=6"]
+    words = [*tiny_settings(tiny_run), f"run_dir={tmp_path}/run"]
+    words += ["train.epochs=6", "train.eval_every=36"]
     with given.open() as stdin:
         process = subprocess.Popen(
             [sys.executable, script, *words],

@@ -249,7 +249,7 @@ def test_a_run_imports_only_what_it_uses(tiny_run: list[str]) -> None:
         "    main([*words, *more])\n"
         "    loaded = {name for name, module in sys.modules.items() if module}\n"
         "    print('USED', *sorted(heavy & loaded))\n"
-        "words = sys.argv[1:]\n"
+        "words = [*sys.argv[1:], 'train.max_steps=2']\n"
         "used()\n"
         "used('model.lora.rank=2')\n"
     )

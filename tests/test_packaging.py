@@ -104,24 +104,27 @@ def test_works_from_an_empty_folder(
     assert "group=choice" in run("simpo-train", "--help")
     assert "on_policy.*" in run("simpo-generate", "--help") + run("simpo-annotate", "--help")
     assert "assistant" in run("simpo-preview", *tiny_run, "pairs=1", "cleaning=none")
-    assert "rank: 0" in run("simpo-train", "experiments=demo_full", "--cfg", "job")
+    shown = run("python", "-m", "simpo.train", "experiments=demo_full", "--cfg", "job")
+    assert "rank: 0" in shown
     assert list(empty.iterdir()) == []
-    # A sweep of one: the launcher is found, too.
-    run("python", "-m", "simpo.train", "-m", *tiny_run, "output_dir=outputs", "loss.beta=choice(2)")
-    (folder,) = (empty / "outputs" / "sweeps").glob("*/*")
-    assert (folder / "model" / "model.safetensors").is_file()
+    # A sweep of one: the launcher is found, too. It trains an adapter.
+    sweep = ("output_dir=outputs", "model.lora.rank=2", "loss.beta=choice(2)")
+    run("simpo-train", "-m", *tiny_run, *sweep)
+    (member,) = (empty / "outputs" / "sweeps").glob("*/*")
+    folder = str(member.relative_to(empty))
+    assert (member / "model" / "adapter_model.safetensors").is_file()
     assert "| accuracy |" in run("simpo-report", "outputs")
     assert (empty / "outputs" / "report.html").is_file()
-    # An adapter: talked to beside its base, merged, and uploaded.
-    run("simpo-train", *tiny_run, "model.lora.rank=2", "run_dir=lora")
-    said = run("simpo-chat", "lora", "prompt=Hi", "base=true", "max_new_tokens=8")
+    # Talked to beside its base, merged, and uploaded.
+    said = run("simpo-chat", folder, "prompt=Hi", "base=true", "max_new_tokens=8")
     assert said.startswith("[base]\n") and "\n[trained]\n" in said
-    assert run("simpo-export", "lora", "merge=true") == "model  lora/model-merged\n"
+    merged = f"{folder}/model-merged"
+    assert run("simpo-export", folder, "merge=true") == f"model  {merged}\n"
     with small_hub() as hub:
         reach = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
-        pushed = run("simpo-export", "lora/model-merged", "push_to_hub=me/model", **reach)
+        pushed = run("simpo-export", merged, "push_to_hub=me/model", **reach)
     assert pushed == f"hub    {hub.address}/me/model/commit/{COMMIT}\n"
-    files = {path.name: path.read_bytes() for path in (empty / "lora/model-merged").iterdir()}
+    files = {path.name: path.read_bytes() for path in (empty / merged).iterdir()}
     files["README.md"] = files["README.md"].replace(b"OWNER/NAME", b"me/model")
     assert hub.files == {"me/model": files} and hub.private == {"me/model": True}
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= files.keys()

@@ -2,8 +2,8 @@
 
 Most of a tiny run's time is imports. `Forked` forks a parent process that has imported torch,
 transformers and the rest once and has computed nothing. The child runs `python -m MODULE` with its
-own environment, working directory and streams, and forks its ranks in the same way. They are real
-processes with their own ids, signals and exit codes.
+own environment, working directory and streams, and forks its ranks and the members of its sweep in
+the same way. They are real processes with their own ids, signals and exit codes.
 """
 
 from __future__ import annotations
@@ -198,9 +198,11 @@ def _become(
         name = f"rank-{env['RANK']}" if "RANK" in env else "run"
         ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
         assert words[0] == "-m", words
+        import simpo.launch.sweep
         import simpo.run.processes
 
-        vars(simpo.run.processes)["subprocess"] = _ForkingSubprocess
+        for module in (simpo.run.processes, simpo.launch.sweep):
+            vars(module)["subprocess"] = _ForkingSubprocess
         sys.argv = [words[1], *words[2:]]
         warnings.filterwarnings("ignore", message=".* found in sys.modules after import")
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
@@ -222,16 +224,39 @@ class _ForkingSubprocess:
     TimeoutExpired = subprocess.TimeoutExpired
 
 
+def _use_once() -> None:
+    """Fill caches of libraries that each run would fill anew; nothing is computed."""
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from simpo.config.compose import compose_run
+    from simpo.data.packing import pack
+    from simpo.data.pairs import TokenizedPair
+    from simpo.model.memory import Estimate, Place
+
+    run = compose_run(["model.lora.rank=0"])
+    row = pack([TokenizedPair(*np.ones((3, 2), np.int32))], [0])
+    settings = LlamaConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
+    Estimate(run, settings, Place(torch.device("cpu"))).step(row)
+    get_checkpoint_conversion_mapping("llama")
+    # Else the first whole collection in a child copies all pages of what was imported.
+    gc.collect()
+    gc.freeze()
+
+
 def _serve(path: str) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
-    import matplotlib.figure  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
     import peft  # noqa: F401
     import torch.distributed.checkpoint  # noqa: F401
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
+    import simpo.backend.zero
     import simpo.launch.commands.preview
     import simpo.launch.commands.report
     import simpo.launch.commands.train
@@ -243,12 +268,10 @@ def _serve(path: str) -> None:
     import simpo.on_policy.annotate
     import simpo.on_policy.generate
     import simpo.previewing.stages  # noqa: F401
-    from simpo.config.compose import compose_run
     from simpo.run.processes import die_with_parent
 
     die_with_parent()
-    compose_run([])  # Hydra's parsers learn as they read
-    gc.freeze()  # no child copies the pages of all this by looking for garbage
+    _use_once()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.part")
     listener.listen(64)

@@ -104,7 +104,7 @@ class _Split:
         return len(self.pair_keys) // KEY_BYTES
 
     def add(self, pair: Pair) -> None:
-        self.file.add(replace(pair, held_out_set=self.held_out_set))
+        self.file.add(replace(pair, held_out_set=self.held_out_set) if self.held_out_set else pair)
         self.prompt_keys += text_key(prompt_text(pair))
         self.pair_keys += text_key(pair_text(pair))
 

@@ -27,10 +27,10 @@ from torch.optim import Optimizer
 
 from simpo.backend.base import Backend
 from simpo.config.backends import BackendConfig, FsdpConfig
-from simpo.config.errors import ConfigError, first_line
+from simpo.config.errors import ConfigError
 from simpo.model.policy import Policy
 from simpo.model.pretrained import not_finite, refuse_not_finite
-from simpo.model.shards import weights_in_files
+from simpo.model.shards import not_loaded, weights_in_files
 
 
 class FsdpBackend(Backend):
@@ -96,8 +96,7 @@ class FsdpBackend(Backend):
             reader = HuggingFaceStorageReader(str(folder))
             dcp.load(dict(weights), storage_reader=reader, **self._checkpoint_group())
         except CheckpointException as error:
-            fault = first_line(next(iter(error.failures.values()))[0])
-            raise ConfigError([f"model.path: {source} cannot be loaded: {fault}"]) from error
+            raise not_loaded(source, next(iter(error.failures.values()))[0]) from error
         bad = self.gather(not_finite((name, w.to_local()) for name, w in weights.items()))
         refuse_not_finite("model.path", source, list(dict.fromkeys(bad)))
 

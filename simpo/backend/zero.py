@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simpo.backend.base import Backend, not_written
 from simpo.config.backends import BackendConfig, Zero3Config, ZeroConfig
 from simpo.config.choices import Precision
-from simpo.config.errors import ConfigError, first_line
 from simpo.model.policy import Policy
 from simpo.model.pretrained import not_finite, refuse_not_finite
-from simpo.model.shards import files_by_weight, weights_in_files
+from simpo.model.shards import files_by_weight, not_loaded, read_weight, weights_in_files
 
 
 class ZeroBackend(Backend):
@@ -109,8 +108,7 @@ class ZeroBackend(Backend):
         try:
             bad = self._shard(policy, folder)
         except (OSError, SafetensorError) as error:
-            fault = first_line(error)
-            raise ConfigError([f"model.path: {source} cannot be loaded: {fault}"]) from error
+            raise not_loaded(source, error) from error
         refuse_not_finite("model.path", source, self.gather(bad))
         for buffer in policy.buffers():
             buffer.data = buffer.to(self.device)
@@ -134,7 +132,7 @@ class ZeroBackend(Backend):
             dtype = torch.bfloat16 if self.bf16 else weight.dtype
             name = names.get(id(weight))  # None: of an adapter, which is not in the files
             if name is not None and self.is_main:
-                weight.data = _read(files[name], name).to(weight.dtype)
+                weight.data = read_weight(files[name], name).to(weight.dtype)
                 bad += not_finite([(name, weight)])
             elif name is not None:
                 weight.data = torch.empty_like(weight, dtype=dtype, device=self.device)
@@ -218,11 +216,6 @@ class ZeroBackend(Backend):
         self._engine.load_checkpoint(
             str(folder), tag="state", load_lr_scheduler_states=False, custom_load_fn=_load_trained
         )
-
-
-def _read(file: Path, name: str) -> Tensor:
-    with safe_open(file, "pt") as weights:
-        return weights.get_tensor(name)
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:

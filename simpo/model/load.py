@@ -78,7 +78,7 @@ def load_policy(
             config=settings,
             dtype=dtype,
             quantization_config=packed,
-            device_map={"": device} if packed else None,
+            device_map={"": device},
         )
         model = with_attention(load, settings, kernel, share_prefix)
     if config.quantization is Quantization.nf4:

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from simpo.config.errors import ConfigError, first_line
 from simpo.data import hub
 from simpo.model.policy import Policy
 from simpo.model.pretrained import HARMLESS
@@ -135,6 +136,17 @@ def files_by_weight(folder: Path) -> dict[str, Path]:
         SafetensorError, OSError, ValueError: a file is damaged; two hold the same weight.
     """
     return {name: file for name, (file, _) in _found(folder).items()}
+
+
+def read_weight(file: Path, name: str) -> Tensor:
+    """A whole weight in host memory; it lies in the mapped file and takes no memory of its own."""
+    with safe_open(file, "pt") as weights:
+        return weights.get_tensor(name)
+
+
+def not_loaded(source: str, error: BaseException | str) -> ConfigError:
+    """The error for weights that cannot be read."""
+    return ConfigError([f"model.path: {source} cannot be loaded: {first_line(error)}"])
 
 
 def weights_in_files(policy: Policy) -> dict[str, Tensor]:

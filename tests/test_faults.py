@@ -24,12 +24,12 @@ from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.paths import TEMPLATES
 from tests.support.whole_runs import (
-    Process,
     assert_same_run,
     finish,
     logged,
     metrics_of,
     newest_checkpoint,
+    ranks_of,
     run,
     start,
     status_of,
@@ -62,19 +62,6 @@ def undisturbed(
     settings = [*tiny_overrides(tiny_folder, folder), *STEPS]
     run([*settings, *TWO, f"run_dir={folder / 'run'}"])
     return settings, folder / "run"
-
-
-def ranks_of(process: Process) -> dict[int, int]:
-    """Process ids of the ranks that a run has started, by rank."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    found = {}
-    for child in children:
-        # A forked rank shows the environment of what it was forked from, and its own name.
-        environment = Path(f"/proc/{child}/environ").read_bytes()
-        named = re.match(rb"rank-(\d+)", Path(f"/proc/{child}/comm").read_bytes())
-        if match := named or re.search(rb"(?:^|\0)RANK=(\d+)", environment):
-            found[int(match[1])] = int(child)
-    return found
 
 
 @pytest.mark.parametrize(

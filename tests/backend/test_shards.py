@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from simpo.config.models import LoraConfig, ModelConfig
 from simpo.model.load import load_policy
 from simpo.model.policy import Policy
 from simpo.model.shards import probe_settings, weights_in_files
 from tests.support.tiny_models import FAMILIES, WIDE, tiny_model
-from tests.support.whole_runs import assert_same_run, finish, run, start, tiny_model_and_data
+from tests.support.whole_runs import (
+    Process,
+    assert_same_run,
+    finish,
+    ranks_of,
+    run,
+    start,
+    tiny_model_and_data,
+    wait_for,
+)
 
 CPU = torch.device("cpu")
 KINDS = ["fsdp", "zero3"]
 TWO = ["backend.processes=2"]
+CGROUPS = {
+    Path("/sys/fs/cgroup"): "memory.max",
+    Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes",
+}
+"""Where control groups are made, and the file of a group's limit: version 2 and version 1."""
+LOADING_BYTES = 1150 * 2**20
+TOO_FEW_BYTES = 400 * 2**20
+KILLED = (
+    "rank {rank} was killed by SIGKILL; the others were ended (the same command continues from the "
+    "last checkpoint)\n"
+)
 
 
 def unread(folder: Path, lora: LoraConfig | None = None, seed: int = 0) -> Policy:
@@ -211,3 +235,112 @@ def test_weights_that_are_no_numbers(
         f"model.path: {base} holds NaN or infinite weights in model.layers.1.mlp.up_proj.weight "
         "(mend the files)\n"
     )
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_is_killed_in_a_save(kind: str, settings: list[str], tmp_path: Path) -> None:
+    """The checkpoint before stays whole, and the same command ends as if nothing had happened."""
+    command = [*settings, *TWO, f"backend={kind}", "train.epochs=2", "train.max_steps=4"]
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    run([*command, f"run_dir={whole}"])
+    process = start([*command, f"run_dir={folder}"])
+    wait_for(lambda: any(folder.glob("checkpoints/.step-000004/state/*")), process)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    assert finish(process, code=1, timeout_s=60).endswith(KILLED.format(rank=1))
+    assert [path.name for path in folder.glob("checkpoints/step-*")] == ["step-000002"]
+    assert "continued after step 2" in run([*command, f"run_dir={folder}"])
+    assert_same_run(whole, folder, tmp_path)
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A control group whose memory can be limited."""
+    for root, limit in CGROUPS.items():
+        folder = root / f"simpo-test-{os.getpid()}"
+        with suppress(OSError):
+            folder.mkdir()
+            if (folder / limit).is_file():
+                yield folder
+                folder.rmdir()
+                return
+            folder.rmdir()
+    pytest.skip("this machine lets nobody limit memory")
+
+
+def limit(group: Path, size: int) -> None:
+    """Limit the memory of a control group, without swap, to so many bytes."""
+    for name, value in (("memory.swap.max", 0), ("memory.swappiness", 0)):
+        if (group / name).is_file():
+            (group / name).write_text(str(value))
+    for name in CGROUPS.values():
+        if (group / name).is_file():
+            (group / name).write_text(str(size))
+
+
+@pytest.fixture(scope="module")
+def big(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings that train one step on a few tokens, of a model of 600 MB in float32."""
+    folder = tmp_path_factory.mktemp("big")
+    shutil.copytree(tiny_folder, folder / "model")
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128}
+    settings = json.loads((folder / "model" / "config.json").read_text()) | sizes | heads
+    (folder / "model" / "config.json").write_text(json.dumps(settings))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**settings))
+    some = 0.02 * torch.randn(2**20)
+    weights = {
+        name: some.repeat(-(-w.numel() // 2**20))[: w.numel()].view(w.shape).bfloat16()
+        for name, w in model.state_dict().items()
+    }
+    save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    pair = {"prompt": "One?", "chosen": "Yes.", "rejected": "No!"}
+    (folder / "pairs.jsonl").write_text(2 * (json.dumps(pair) + "\n"))
+    return [
+        f"model.path={folder}/model",
+        "data=jsonl",
+        f"data.sources=[{{path: {folder}/pairs.jsonl}}]",
+        *("train.pairs_per_step=2", "train.max_steps=1", "train.learning_rate=1e-3"),
+        *("train.warmup_ratio=0", "train.tokens_per_row=64", "train.checkpoint_every=0"),
+        *("train.eval_every=0", "sample.num_prompts=0", "model.lora.rank=1"),
+        *("train.precision=bf16", "backend.device=cpu", f"cache_dir={folder}/cache"),
+        "train.check_memory=false",
+    ]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_in_little_memory(kind: str, group: Path, big: list[str], tmp_path: Path) -> None:
+    """Two ranks load their shards in memory for 1.9 times the weights. With less, or if each loads
+    the whole model, one is killed, and the same command works with more.
+    """
+    folder, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(big[0].removeprefix("model.path="), base)
+    command = [*big, *TWO, f"backend={kind}", f"model.path={base}", f"run_dir={folder}"]
+    limit(group, TOO_FEW_BYTES)
+    assert_killed(start(command), group)
+    twice(base)  # so that it is loaded whole
+    limit(group, LOADING_BYTES)
+    assert_killed(start(command), group)
+    assert not list(folder.glob("checkpoints/*")) and not (folder / "status.json").exists()
+    (base / "other.safetensors").unlink()
+    process = start(command)
+    put_ranks(process, group)
+    wait_for((folder / "status.json").is_file, process)
+    limit(group, 2**40)
+    finish(process)
+
+
+def assert_killed(process: Process, group: Path) -> None:
+    put_ranks(process, group)
+    message = finish(process, code=1)
+    print(message)
+    assert message.endswith((KILLED.format(rank=0), KILLED.format(rank=1)))
+
+
+def put_ranks(process: Process, group: Path) -> None:
+    """Put the ranks of a run into a control group as soon as they are there."""
+    wait_for(lambda: len(ranks_of(process)) == 2, process)
+    for rank in ranks_of(process).values():
+        (group / "cgroup.procs").write_text(str(rank))

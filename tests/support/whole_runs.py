@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -118,6 +119,19 @@ def wait_for(condition: Callable[[], bool], process: Process) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def ranks_of(process: Process) -> dict[int, int]:
+    """Process ids of the ranks that a run has started, by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = {}
+    for child in children:
+        # A forked rank shows the environment of what it was forked from, and its own name.
+        environment = Path(f"/proc/{child}/environ").read_bytes()
+        named = re.match(rb"rank-(\d+)", Path(f"/proc/{child}/comm").read_bytes())
+        if match := named or re.search(rb"(?:^|\0)RANK=(\d+)", environment):
+            found[int(match[1])] = int(child)
+    return found
 
 
 def logged(folder: Path, step: int) -> Callable[[], bool]:

@@ -26,7 +26,6 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from simpo.config.backends import BackendConfig, DdpConfig, DistributedConfig
@@ -294,7 +293,7 @@ class Backend:
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def step(self, wrapped: nn.Module, optimizer: Optimizer, norm: float) -> float:
-        """Update the weights and zero the gradients.
+        """Update the weights and zero the gradients, which DDP keeps as parts of its buckets.
 
         Args:
             norm: of `clip`.
@@ -304,8 +303,7 @@ class Backend:
         """
         if norm < float("inf"):
             optimizer.step()
-        # DDP's gradients are parts of its buckets; others would be allocated beside these.
-        optimizer.zero_grad(set_to_none=not isinstance(wrapped, DistributedDataParallel))
+        optimizer.zero_grad(set_to_none=not hasattr(wrapped, "no_sync"))
         return norm
 
     def unsharded(self, policy: Policy) -> AbstractContextManager[Any]:

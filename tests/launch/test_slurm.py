@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.usefixtures("slurm"),
 ]
 
-STEPS = 600
+STEPS = 200
 # What users set for their own reading of Slurm's answers.
 OWN_TASTE = [
     ("SLURM_TIME_FORMAT", "%d %b %H:%M"),
@@ -76,6 +76,11 @@ def job_of(folder: Path) -> str:
     return str(last_job(folder)["id"])
 
 
+def set_limit(folder: Path, minutes: int) -> None:
+    """Change the time limit of a run's job."""
+    slurm_command("scontrol", "update", f"JobId={job_of(folder)}", f"TimeLimit={minutes}")
+
+
 def remains_of(folder: Path) -> list[str]:
     """Slurm's own processes for a run's job."""
     titles = (
@@ -100,6 +105,24 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def halt(folders: Sequence[Path], step: int = 40) -> list[psutil.Process]:
+    """Put runs to sleep once they have logged a step, so that none ends before it is disturbed.
+
+    Slurm wakes a process to tell it something.
+    """
+    halted: dict[Path, psutil.Process] = {}
+
+    def all_halted() -> bool:
+        for folder in folders:
+            if folder not in halted and logged(folder, step)():
+                (halted[folder],) = processes_of(folder)
+                halted[folder].suspend()
+        return len(halted) == len(folders)
+
+    until(all_halted, f"step {step} of {', '.join(folder.name for folder in folders)}")
+    return [halted[folder] for folder in folders]
+
+
 @pytest.fixture
 def long_run(tiny_run: list[str]) -> list[str]:
     """Overrides of a run with time to be disturbed, evaluations and checkpoints on the way."""
@@ -107,7 +130,7 @@ def long_run(tiny_run: list[str]) -> list[str]:
         *tiny_run,
         f"train.max_steps={STEPS}",
         "train.epochs=200",
-        "train.eval_every=300",
+        "train.eval_every=100",
         "train.checkpoint_every=25",
     ]
 
@@ -134,17 +157,13 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
     preempted = tmp_path / "preempted"
     run([*queued, ON_N2, f"run_dir={preempted}", *long_run])
 
-    until(logged(preempted, 40), "the run on n2")
+    _, _, victim, _ = halt([requeued, cancelled, killed, preempted])
     urgent = ["sbatch", "--partition=high", "--nodelist=n2", "--exclusive", "--output=/dev/null"]
     slurm_command(*urgent, "--wrap", "sleep 1")
     until(lambda: read_progress([preempted])[0].requeued == 1, "preemption")
 
-    until(logged(requeued, 40), "the run to requeue")
     slurm_command("scontrol", "requeue", job_of(requeued))
-    until(logged(cancelled, 40), "the run to cancel")
     slurm_command("scancel", job_of(cancelled))
-    until(logged(killed, 40), "the run to kill")
-    (victim,) = processes_of(killed)
     victim.send_signal(signal.SIGKILL)
 
     def second_life() -> bool:
@@ -152,7 +171,7 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
 
     until(second_life, "the preempted run's second life")
     step = read_progress([preempted])[0].step
-    until(logged(preempted, step + 40), "the preempted run further on")
+    halt([preempted], step + 40)
     slurm_command("scontrol", "update", "NodeName=n2", "State=down", "Reason=test")
     until(lambda: read_progress([preempted])[0].requeued == 2, "the loss of its node")
     # Back before the job's remains are gone, the node would be drained for a duplicate of it.
@@ -187,14 +206,13 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
 def test_time_limits(long_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm tells one job of its limit; the other's own timer requeues it, whatever it does."""
     told, busy = tmp_path / "told", tmp_path / "busy"
-    for folder, limit in ((told, "2"), (busy, "30")):
-        times = [f"launcher.time_min={limit}", "launcher.signal_before_s=30"]
-        run(["launcher=slurm", *times, f"run_dir={folder}", *long_run])
     for folder in (told, busy):
-        until(logged(folder, 40), f"step 40 of {folder.name}")
-        (process,) = processes_of(folder)
-        # Asleep, so that the limit comes first on any machine; Slurm wakes it to tell it something.
-        process.suspend()
+        times = ["launcher.time_min=30", "launcher.signal_before_s=30"]
+        run(["launcher=slurm", *times, f"run_dir={folder}", *long_run])
+    halted, process = halt([told, busy])
+    # Lowered now and raised again, so that each life meets what it should on any machine.
+    elapsed_s = time.time() - halted.create_time()
+    set_limit(told, int(elapsed_s + 30) // 60 + 1)
     monkeypatch.setenv("SLURM_JOB_ID", job_of(busy))
     end = slurm.end_time()
     assert end is not None
@@ -207,6 +225,8 @@ def test_time_limits(long_run: list[str], tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(member, "REQUEUE_MARGIN_S", end - time.time() - 0.5)
     member.requeue_before_limit()
     run([*long_run, f"run_dir={tmp_path / 'calm'}"])
+    until(lambda: read_progress([told])[0].requeued == 1, "the first limit")
+    set_limit(told, 30)
     until(lambda: all([ended(told), ended(busy)]), "the end of both")
     for folder, limits in ((told, "SIGUSR2"), (busy, "SIGTERM")):
         text = read_progress([folder])[0].text()

@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 # Test processes; each takes a core and up to 8 GiB.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --durations=20
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --durations=20
 TORCH := torch==2.13.0
 PIP := python -m pip install --quiet --disable-pip-version-check
 
@@ -34,8 +34,10 @@ train: $(READY)  ## run the main job; settings in ARGS="loss.beta=5 ..."
 test: lint  ## linters, types, unit tests and one real process of each kind: minutes
 	$(MAKE) --jobs=2 types pytest TESTS='-m "not matrix"'
 
+# One more test process, as Slurm's tests mostly wait.
+test-all: WORKERS = 3
 test-all: lint  ## the same, and every backend, fault, experiment, family of templates, Slurm
-	$(MAKE) --jobs=2 types pytest
+	$(MAKE) --jobs=2 types pytest WORKERS=$(WORKERS)
 
 test-fast: $(READY)  ## the unit tests alone
 	$(PYTEST) -m "not matrix and not process"

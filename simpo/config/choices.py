@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from enum import Enum
 
+AUTO = "auto"
+"""What a setting of type `int | str` takes besides whole numbers."""
+
 
 class Dtype(str, Enum):
     auto = "auto"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simpo.config.errors import ConfigError
+
+AS_LARGE = 0.05
+"""GPUs whose memory differs by this share are of the same size."""
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,21 @@ def gpu_named(name: str) -> Gpu:
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(GPUS)}"
         raise ConfigError([f"gpu: no such GPU, got {name or repr(name)} ({hint})"])
     return GPUS[name]
+
+
+def gpu_like(name: str, memory_gib: float) -> Gpu:
+    """The GPU of `GPUS` that a device is; of another kind, the nearest in memory with its memory.
+
+    Args:
+        name: the device's, such as "NVIDIA H100 80GB HBM3".
+    """
+    words = name.replace(" ", "")
+    kind = min(
+        GPUS.values(),
+        key=lambda gpu: (
+            gpu.name.partition("-")[0] not in words,
+            abs(gpu.memory_gib - memory_gib),
+        ),
+    )
+    near = abs(kind.memory_gib - memory_gib) <= AS_LARGE * memory_gib
+    return kind if near else replace(kind, name=name, memory_gib=memory_gib)

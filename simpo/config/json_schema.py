@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from simpo.config.check import GROUPS
+from simpo.config.choices import AUTO
 from simpo.config.meanings import field_types, meaning
 from simpo.config.schema import RunConfig
 from simpo.config.suggest import choices_with
@@ -106,6 +107,11 @@ def _value(kind: Any) -> Schema:
     if NoneType in typing.get_args(kind):
         inner = _value(next(part for part in typing.get_args(kind) if part is not NoneType))
         return inner | {"type": [*inner["type"], "null"]}
+    if kind == int | str:
+        return {
+            "anyOf": [{"type": "integer"}, {"enum": [AUTO]}, {"pattern": STAND_IN}],
+            "type": ["integer", "string"],
+        }
     if typing.get_origin(kind) is list:
         items = typing.get_args(kind)[0]
         return _or_text({"type": ["array"], "items": _value(items)})

@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from simpo.config.check import GROUPS
+from simpo.config.choices import AUTO
 from simpo.config.compose import explaining
 from simpo.config.composer import Composer
 from simpo.config.errors import ConfigError
@@ -50,6 +51,8 @@ def type_name(kind: Any) -> str:
     if NoneType in typing.get_args(kind):
         inner = next(part for part in typing.get_args(kind) if part is not NoneType)
         return f"{type_name(inner)} or null"
+    if kind == int | str:
+        return f"whole number or `{AUTO}`"
     if typing.get_origin(kind) is list:
         inner = typing.get_args(kind)[0]
         return f"list of {'items, see below' if is_dataclass(inner) else type_name(inner)}"

@@ -128,6 +128,8 @@ def plain_value(kind: Any, value: Any) -> Any:
             if value is None
             else plain_value(next(t for t in inner if t is not NoneType), value)
         )
+    if origin is UnionType and type(value) in inner:
+        kind = type(value)
     if origin is list and type(value) is list:
         return [plain_value(inner[0], item) for item in value]
     if origin is dict and all(type(key) is str for key in value):

@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from simpo.config.backends import BackendConfig
-from simpo.config.choices import Dtype, Engine, Mode, Precision, Schedule, WatchAction
+from simpo.config.choices import AUTO, Dtype, Engine, Mode, Precision, Schedule, WatchAction
 from simpo.config.data import DataConfig
 from simpo.config.errors import LOST, SAVED
 from simpo.config.launchers import LauncherConfig
@@ -32,8 +32,9 @@ class TrainConfig:
 
     pairs_per_step: int = 128
     """Pairs in one optimizer update, over all processes (the paper: 128; data=jsonl: 8)."""
-    tokens_per_row: int = 4096
-    """Tokens of a packed row, which is one forward. Changes memory and speed, not results."""
+    tokens_per_row: int | str = 4096
+    """Tokens of a packed row, which is one forward. Changes memory and speed, not results. auto:
+    what `simpo plan` finds best on the GPU, chosen when a run begins and kept when it continues."""
     share_prefix: bool = True
     """Compute a prompt once for its two responses; False for models that cannot."""
     check_memory: bool = True
@@ -80,10 +81,18 @@ class TrainConfig:
     """Exit code of a run that SIGTERM, SIGUSR1 or SIGUSR2 stopped, after saving. Not 0, so that
     scripts and schedulers see that the run is unfinished (75: EX_TEMPFAIL)."""
 
+    def __post_init__(self) -> None:
+        # A text is one of this setting's types, so nothing else makes a number of "2048".
+        if isinstance(self.tokens_per_row, str) and self.tokens_per_row.isdecimal():
+            self.tokens_per_row = int(self.tokens_per_row)
+
     def problems(self) -> Iterator[str]:
         for key in ("pairs_per_step", "tokens_per_row", "epochs", "log_every", "keep_checkpoints"):
-            if getattr(self, key) < 1:
-                yield f"{key}: must be 1 or more, got {getattr(self, key)}"
+            if isinstance(value := getattr(self, key), str):
+                if value != AUTO:
+                    yield f"{key}: must be a whole number or {AUTO}, got {value or repr(value)}"
+            elif value < 1:
+                yield f"{key}: must be 1 or more, got {value}"
         for key in ("eval_every", "checkpoint_every"):
             if getattr(self, key) < 0:
                 yield f"{key}: must be 0 (never in between) or more, got {getattr(self, key)}"

@@ -16,10 +16,12 @@ from omegaconf import (
     IntegerNode,
     ListConfig,
     OmegaConf,
+    UnionNode,
 )
 from omegaconf.errors import ConfigTypeError
 
 from simpo.config.check import GROUPS
+from simpo.config.choices import AUTO
 from simpo.config.other_trainers import ANSWERS, answer
 
 
@@ -116,6 +118,8 @@ def wanted(node: Any) -> str:
         schema = node._metadata.object_type if isinstance(node, DictConfig) else node
         kind = f"of the form {{{fields(schema)[0].name}: ..., ...}}"
         return kind if isinstance(node, DictConfig) else kind.removeprefix("of the form ")
+    elif isinstance(node, UnionNode):
+        kind = f"a whole number or {AUTO}"
     else:
         kinds = {BooleanNode: "true or false", IntegerNode: "a whole number", FloatNode: "a number"}
         kind = kinds.get(type(node), "text")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simpo.config.schema import RunConfig, TrainConfig
+from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
 from simpo.data.mixture import Mixture, SplitReport, load_mixture
 from simpo.data.packing import pack, placeholder_row
@@ -96,10 +96,17 @@ class PackedSet:
         num_tokens: tokens computed for each pair, int64 [pairs].
     """
 
-    def __init__(self, data: TokenizedSet, config: TrainConfig, rank: int, processes: int) -> None:
+    def __init__(
+        self,
+        data: TokenizedSet,
+        tokens_per_row: int,
+        share_prefix: bool = True,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
         self.data = data
-        self.num_tokens = data.tokens.num_tokens(config.share_prefix)
-        self._config = config
+        self.num_tokens = data.tokens.num_tokens(share_prefix)
+        self._tokens_per_row, self._share_prefix = tokens_per_row, share_prefix
         self._rank, self._processes = rank, processes
 
     def __len__(self) -> int:
@@ -113,20 +120,21 @@ class PackedSet:
         Args:
             indices: indices of the pairs; None is all of them.
         """
-        cfg, every = self._config, range(len(self))
+        every = range(len(self))
         starts = range(0, len(self), BLOCK_PAIRS)
         blocks = [every[start : start + BLOCK_PAIRS] for start in starts]
         for block in blocks if indices is None else [indices]:
-            rows = rows_of_pairs(block, self.num_tokens, cfg.tokens_per_row, self._processes)
+            rows = rows_of_pairs(block, self.num_tokens, self._tokens_per_row, self._processes)
             for row in rows[self._rank :: self._processes]:
                 if row:
-                    yield pack([self.data.tokens[i] for i in row], row, cfg.share_prefix)
+                    yield pack([self.data.tokens[i] for i in row], row, self._share_prefix)
                 else:
-                    yield placeholder_row(self.data.tokens[0], cfg.share_prefix)
+                    yield placeholder_row(self.data.tokens[0], self._share_prefix)
 
     def holding(self, data: TokenizedSet) -> PackedSet:
         """A set that packs `data` into the same rows: the same pairs, with reference log-probs."""
-        return PackedSet(data, self._config, self._rank, self._processes)
+        share = (self._tokens_per_row, self._share_prefix, self._rank, self._processes)
+        return PackedSet(data, *share)
 
 
 def steps_ahead(

@@ -13,9 +13,10 @@ from dataclasses import fields
 from importlib import import_module
 
 from hydra.plugins.completion_plugin import DefaultCompletionPlugin
-from omegaconf import BooleanNode, DictConfig, EnumNode, OmegaConf
+from omegaconf import BooleanNode, DictConfig, EnumNode, OmegaConf, UnionNode
 
 from simpo.config.check import GROUPS
+from simpo.config.choices import AUTO
 from simpo.config.compose import split_words
 from simpo.config.composer import CONF, Composer, NotComposedError
 from simpo.config.errors import ConfigError
@@ -132,6 +133,8 @@ def _values(command: str, before: Sequence[str], key: str) -> Sequence[str]:
     node = parent._get_node(name) if isinstance(parent, DictConfig) else None
     if isinstance(node, EnumNode):
         return [str(choice.value) for choice in node.enum_type]
+    if isinstance(node, UnionNode):
+        return [AUTO]
     return ["true", "false"] if isinstance(node, BooleanNode) else []
 
 

@@ -38,6 +38,7 @@ from simpo.loop.optim import (
 )
 from simpo.loop.publish import check_end
 from simpo.loop.reference import weights_fingerprint, with_reference
+from simpo.loop.rows import choose_rows
 from simpo.loop.score import check_loss, metric_names
 from simpo.model import cost, memory
 from simpo.model.check import check_packing, check_router
@@ -50,9 +51,6 @@ from simpo.run.best import check_monitor
 from simpo.run.folder import RunFolder, template_date
 from simpo.run.progress import say
 from simpo.run.provenance import environment, git_diff
-
-NOT_DRAWN = (RuntimeError, TypeError, ValueError, AttributeError)
-"""What a model raises that does not compute on tensors without values."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +102,17 @@ def set_up(run: RunConfig) -> Parts:
     settings = load_settings(run.model, cache_dir)
     known = num_embeddings(settings)
     refuse_unknown_ids(chat, placed_ids((data.train, data.test), known), known)
-    share = (cfg, backend.rank, backend.processes)
-    train, test = (PackedSet(tokens, *share) for tokens in (data.train, data.test))
-    plan = build_plan(len(train), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
+    plan = build_plan(len(data.train), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
     check_rates(cfg, plan)
     folder = _find_folder(run, backend)
-    _write_records(run, folder, chat, data, str(backend))
-    costs = _plan_costs(run, backend, settings, plan, train)
+    tokens_per_row, chosen = choose_rows(run, backend, settings, plan, data.train.tokens, folder)
+    _write_records(run, folder, chat, data, str(backend), tokens_per_row)
+    share = (tokens_per_row, cfg.share_prefix, backend.rank, backend.processes)
+    train, test = (PackedSet(tokens, *share) for tokens in (data.train, data.test))
+    costs = [*chosen, *_plan_costs(run, backend, settings, plan, train, tokens_per_row)]
     policy, probe = _load_policy(run, backend, settings)
     longest = max(data.train.tokens.longest_sequence(), data.test.tokens.longest_sequence())
-    check_packing(probe, backend.bf16, longest, cfg.tokens_per_row)
+    check_packing(probe, backend.bf16, longest, tokens_per_row)
     if probe.left_to_transformers:
         policy.leave_attention_to_transformers()
     check_router(probe, backend.bf16, run.model.router_aux_weight)
@@ -222,7 +221,12 @@ def _finished(path: Path) -> str:
 
 
 def _write_records(
-    run: RunConfig, folder: RunFolder, chat: Chat, data: LoadedData, machine: str
+    run: RunConfig,
+    folder: RunFolder,
+    chat: Chat,
+    data: LoadedData,
+    machine: str,
+    tokens_per_row: int,
 ) -> None:
     folder.write_data(
         {
@@ -236,6 +240,7 @@ def _write_records(
             "template_date": chat.template.date and chat.template.date.isoformat(),
             "kept_as_the_original": data.train.kept_by_paper,
             "tokens_fingerprint": data.train.fingerprint,
+            "tokens_per_row": tokens_per_row,
             "loss_sha256": run.loss.module and source_sha256(run.loss.module),
         }
     )
@@ -249,10 +254,11 @@ def _plan_costs(
     settings: PreTrainedConfig,
     plan: TrainPlan,
     train: PackedSet,
+    tokens_per_row: int,
 ) -> list[str]:
     """Lines about the rows and the memory of a step, which must fit the device."""
     cfg = run.train
-    planned = cost.layout(plan, train.num_tokens, cfg.tokens_per_row, backend.processes)
+    planned = cost.layout(plan, train.num_tokens, tokens_per_row, backend.processes)
     lines = [console.layout_line(planned)]
     if cfg.check_memory:
         pairs = [train.data.tokens[i] for i in planned.largest_row]
@@ -262,7 +268,7 @@ def _plan_costs(
         try:
             estimate = memory.Estimate(run, settings, place)
             needed = max(estimate.step(row), estimate.load(), key=lambda part: part.total)
-        except NOT_DRAWN as error:
+        except memory.NOT_DRAWN as error:
             return [*lines, f"note   memory not estimated: {first_line(error)}"]
         memory.check_memory(needed, run, backend.device, backend.processes_here)
         lines.append(f"memory about {needed}")

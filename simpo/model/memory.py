@@ -25,6 +25,8 @@ from simpo.model.head import LOGITS_BYTES
 from simpo.model.sketch import Peaks, Sketch, follow, sketch
 
 GIB = 2**30
+NOT_DRAWN = (RuntimeError, TypeError, ValueError, AttributeError)
+"""What a model raises that does not compute on tensors without values."""
 LIVE_WEIGHTS = 1_000_000_000
 """`stage3_max_live_parameters` of DeepSpeed."""
 

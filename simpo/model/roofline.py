@@ -33,7 +33,7 @@ RESERVED_GIB = 1.5
 """Memory of a GPU that CUDA's context and NCCL's buffers take."""
 FRAGMENTED = 0.05
 """Share of a GPU's memory that torch's allocator cannot use."""
-BUDGETS_TOKENS = tuple(2**power for power in range(10, 17))
+ROW_LENGTHS_TOKENS = tuple(2**power for power in range(10, 17))
 """Lengths of rows to choose from."""
 AS_GOOD = 0.02
 """A shorter row that takes this much longer is as good: it leaves more memory."""
@@ -104,6 +104,16 @@ def fits(step: Step, gpu: Gpu) -> bool:
     return step.largest.total + RESERVED_GIB <= gpu.memory_gib * (1 - FRAGMENTED)
 
 
+def row_lengths(num_tokens: np.ndarray) -> list[int]:
+    """Lengths of rows to choose from, ascending; none is shorter than the longest pair.
+
+    Args:
+        num_tokens: tokens computed for each pair, int64 [pairs].
+    """
+    longest = int(num_tokens.max())
+    return sorted({max(tokens, longest) for tokens in ROW_LENGTHS_TOKENS})
+
+
 def predict(
     estimate: Estimate,
     backend: BackendConfig,
@@ -119,8 +129,9 @@ def predict(
     """
     num_tokens, counted = work.num_tokens(), cost.Flops(estimate.policy)
     steps = range(min(work.plan.total_steps, STEPS_LOOKED_AT))
-    flops = seconds = longest = 0.0
-    rounds, largest = 0, work.row([0])
+    flops = seconds = 0.0
+    # The longest pair of all may be in a later step.
+    rounds, largest = 0, work.row([int(num_tokens.argmax())])
     for step in steps:
         rows = rows_of_pairs(pairs_of_step(work.plan, step), num_tokens, tokens_per_row, processes)
         rounds += len(rows) // processes
@@ -128,8 +139,7 @@ def predict(
             # Rows are sorted by size: the first of a round takes longest.
             first = work.row(rows[begin])
             seconds += _row_seconds(counted.of_row(first), first, gpu, work.recomputes)
-            if first.input_ids.shape[1] > longest:
-                longest, largest = first.input_ids.shape[1], first
+            largest = max(largest, first, key=lambda row: row.input_ids.shape[1])
         flops += sum(counted.of_row(work.row(row)) for row in rows if row)
     own = estimate.on(processes)
     memory = own.step(largest)
@@ -197,6 +207,18 @@ def best_step(steps: Sequence[Step], gpu: Gpu) -> Step | None:
         return None
     fastest = min(step.seconds for step in fitting)
     return next(step for step in fitting if step.seconds <= fastest * (1 + AS_GOOD))
+
+
+def why(best: Step | None, steps: Sequence[Step], gpu: Gpu) -> str:
+    """What keeps the rows of `best_step` from being longer."""
+    if best is None:
+        return f"none fits the memory of a {gpu.name}"
+    longer = next((step for step in steps if step.tokens_per_row > best.tokens_per_row), None)
+    if longer is None:
+        return "the longest that is planned"
+    if not fits(longer, gpu):
+        return f"{longer.tokens_per_row} do not fit the memory of a {gpu.name}"
+    return f"longer rows save less than {AS_GOOD:.0%} of a step"
 
 
 def numbers_of_gpus() -> Iterator[int]:

@@ -22,7 +22,6 @@ from simpo.model.host import host_memory
 from simpo.model.memory import GIB, Estimate, Memory, Place, remedy
 from simpo.model.pretrained import load_settings
 from simpo.model.roofline import (
-    BUDGETS_TOKENS,
     EFFICIENCY,
     GPUS_PER_NODE,
     LINK_EFFICIENCY,
@@ -34,6 +33,8 @@ from simpo.model.roofline import (
     fits,
     numbers_of_gpus,
     predict,
+    row_lengths,
+    why,
 )
 from simpo.model.tokenizer import load_tokenizer
 from simpo.run.folder import template_date
@@ -71,23 +72,26 @@ def forecast(
 
     many = isinstance(run.backend, DistributedConfig)
     numbers = list(numbers_of_gpus()) if many else [1]
-    smallest = next((n for n in numbers if fits(at(n, cfg.tokens_per_row), gpu)), None)
+    lengths = row_lengths(work.num_tokens())
+    given = None if isinstance(cfg.tokens_per_row, str) else cfg.tokens_per_row
+    smallest = next((n for n in numbers if fits(at(n, given or lengths[0]), gpu)), None)
     asked = getattr(run.backend, "processes", None)
     processes = asked or smallest or numbers[-1]
-    step = at(processes, cfg.tokens_per_row)
-    best = best_step([at(processes, tokens) for tokens in BUDGETS_TOKENS], gpu)
+    steps = [at(processes, tokens) for tokens in lengths]
+    best = best_step(steps, gpu)
+    step = at(processes, given) if given else best or steps[0]
     whole = estimate.model.whole
     return [
         f"model  {run.model.path}: {whole.weights / 1e6:,.1f}M weights, "
         f"{whole.trained / 1e6:,.1f}M trained, {'bf16' if place.bf16 else 'fp32'}",
         f"plan   {processes} {gpu.name}, backend={run.backend.name}, "
-        f"train.tokens_per_row={cfg.tokens_per_row}",
+        f"train.tokens_per_row={step.tokens_per_row}",
         "",
         *markdown_table(_memory_lines(run, estimate.on(processes), step)),
         "",
         *_fit_lines(run, step, gpu, smallest, many),
         _host_line(run, estimate.on(processes), processes),
-        *_best_lines(step, best),
+        _best_line(best, why(best, steps, gpu)),
         *_time_lines(step, work, gpu, processes, price),
         f"note   assumed: {EFFICIENCY:.0%} of {gpu.bf16_tflops:g} TFLOP/s, {LINK_EFFICIENCY:.0%} "
         f"of {gpu.link_gb_s:g} GB/s within {GPUS_PER_NODE} GPUs and of {NODE_GB_S:g} GB/s between "
@@ -157,14 +161,13 @@ def _host_line(run: RunConfig, estimate: Estimate, processes: int) -> str:
     )
 
 
-def _best_lines(step: Step, best: Step | None) -> Iterator[str]:
-    if best is not None:
-        yield (
-            f"rows   train.tokens_per_row={best.tokens_per_row} is best: {best.seconds:.2f} s a "
-            f"step in {best.memory.total:.1f} GiB"
-        )
-    else:
-        yield "rows   no train.tokens_per_row fits"
+def _best_line(best: Step | None, reason: str) -> str:
+    if best is None:
+        return "rows   no train.tokens_per_row fits"
+    return (
+        f"rows   train.tokens_per_row={best.tokens_per_row} is best: {best.seconds:.2f} s a "
+        f"step in {best.memory.total:.1f} GiB; {reason}"
+    )
 
 
 def _time_lines(

@@ -19,6 +19,7 @@ from simpo.data.store import TokenizedSet
 from simpo.data.tokens import tokenize_set
 from simpo.loop import console
 from simpo.model import cost
+from simpo.model.roofline import row_lengths
 from simpo.model.tokenizer import load_tokenizer
 from simpo.previewing import cleaning
 from simpo.previewing.cleaning import Cleaning
@@ -97,13 +98,15 @@ class Stages:
         num_tokens = data.tokens.num_tokens(cfg.share_prefix)
         good = [i for i in range(len(mixture.train)) if i not in data.faults]
         first = pairs_of_step(plan, 0)
-        rows = rows_of_pairs(first, num_tokens, cfg.tokens_per_row)
+        budget, notes = _row_budget(cfg.tokens_per_row, num_tokens)
+        rows = rows_of_pairs(first, num_tokens, budget)
         row = next(row for row in rows if first[0] in row)
         return Stages(
             title=f"{run.model.name} on {run.data.name}: {run.loss.formula()}",
             lines=[
                 *console.data_lines(mixture.table, data, plan),
-                console.layout_line(cost.layout(plan, num_tokens, cfg.tokens_per_row)),
+                console.layout_line(cost.layout(plan, num_tokens, budget)),
+                *notes,
                 *mixture.notes,
                 *data.notes,
                 *console.token_notes(run, chat, mixture.table, data),
@@ -115,7 +118,7 @@ class Stages:
                 for i in _in_order(plan, num_pairs).tolist()
             ],
             row=_row_table(data, row, cfg.share_prefix),
-            row_line=_row_line(data, row, cfg.share_prefix, cfg.tokens_per_row),
+            row_line=_row_line(data, row, cfg.share_prefix, budget),
         )
 
 
@@ -239,6 +242,17 @@ def _row_table(
         )
         start += size
     return table
+
+
+def _row_budget(given: int | str, num_tokens: np.ndarray) -> tuple[int, list[str]]:
+    """Tokens of a row to show, and a note where the run will choose them."""
+    if isinstance(given, int):
+        return given, []
+    shown = row_lengths(num_tokens)[0]
+    return shown, [
+        f"note   rows of {shown:,} tokens are shown; train.tokens_per_row={given} is decided where "
+        "the run trains (simpo plan shows it for a GPU)"
+    ]
 
 
 def _row_line(data: TokenizedSet, row: Sequence[int], share_prefix: bool, room: int) -> str:

@@ -142,6 +142,17 @@ class RunFolder:
                 )
         self.write_json("data.json", {"settings": self._settings, **data})
 
+    def tokens_per_row(self) -> int | None:
+        """Tokens of a row that the run began with; None if it has not begun.
+
+        Raises:
+            DamagedError: data.json cannot be read.
+        """
+        written = _read_data(self.path).get("tokens_per_row")
+        if written is not None and (type(written) is not int or written < 1):
+            raise DamagedError(self.path / "data.json", "tokens_per_row is no number", NEW_RUN)
+        return written
+
     def write_replies(self, step: int, replies: Sequence[Mapping[str, Any]]) -> None:
         """Write samples/step-<step>.json, a list of replies."""
         self.write_json(f"samples/step-{step:06d}.json", list(replies))

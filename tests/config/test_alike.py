@@ -46,6 +46,7 @@ def test_a_grid_of_values_is_composed_once_for_each_choice() -> None:
         ["train.learning_rate=1e-6", "train.learning_rate=1", "train.learning_rate=2.5e-7"],
         ["train.share_prefix=true", "train.share_prefix=false"],
         ["model.lora.rank=4", "model.lora.rank=8"],
+        ["train.tokens_per_row=auto", "train.tokens_per_row=512", "train.tokens_per_row='1024'"],
     ],
 )
 def test_values_of_every_type(axis: list[str]) -> None:

@@ -150,6 +150,13 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ("train.epochs=two", ["train.epochs: must be a whole number, got two"]),
     ("train.epochs=1.5", ["train.epochs: must be a whole number, got 1.5"]),
     ("train.epochs=true", ["train.epochs: must be a whole number, got true"]),
+    *(
+        (
+            f"train.tokens_per_row={text}",
+            [f"train.tokens_per_row: must be a whole number or auto, got {text}"],
+        )
+        for text in ("automatic", "1.5", "true", "null", "''")
+    ),
     ("train.max_steps=1.5", ["train.max_steps: must be a whole number or null, got 1.5"]),
     ("loss.beta=big", ["loss.beta: must be a number, got big"]),
     ("loss.beta=", ["loss.beta: must be a number, got ''"]),

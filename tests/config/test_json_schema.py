@@ -120,6 +120,11 @@ def test_a_whole_run_has_all_sections_and_the_keys_of_all_choices() -> None:
     assert "default" not in loss["beta"], "it differs by loss"
 
 
+def test_a_whole_number_or_a_word() -> None:
+    for value, taken in ((512, 1), ("auto", 1), ("${x}", 1), ("most", 0), (1.5, 0), (True, 0)):
+        assert is_valid({"train": {"tokens_per_row": value}}, SCHEMA) == taken, value
+
+
 @pytest.mark.parametrize(
     "words", [[], ["loss=dpo", "backend=zero3"], ["launcher=slurm"]], ids=" ".join
 )

@@ -78,6 +78,8 @@ def test_texts_that_look_like_other_values(tmp_path: Path) -> None:
         ("  beta: 2.0", "  beta: .nan"),
         ("  max_steps: 3", "  max_steps: null"),
         ("  max_steps: 3", "  max_steps: 1_000"),
+        ("  tokens_per_row: 1024", "  tokens_per_row: auto"),
+        ("  tokens_per_row: 1024", "  tokens_per_row: '512'"),
         ("  revision: null", "  revision: 2024-01-31"),
         ("    think: false", "    think: 2.5\n    other: text\n    more: true"),
     ],

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simpo.config.schema import TrainConfig
 from simpo.data import loader
 from simpo.data.loader import PackedSet
 from simpo.data.packing import pack
@@ -127,7 +126,7 @@ def test_a_whole_set_is_laid_out_in_blocks(
     data = token_set(tokens)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "BLOCK_PAIRS", block)
-        sets = [PackedSet(data, TrainConfig(tokens_per_row=budget), r, ranks) for r in range(ranks)]
+        sets = [PackedSet(data, budget, True, r, ranks) for r in range(ranks)]
         rows = [list(packed.rows()) for packed in sets]
     filled = [row for of_rank in rows for row in of_rank if row.pairs]
     assert sorted(i for row in filled for i in row.pairs) == list(range(len(lengths)))

@@ -155,6 +155,7 @@ def test_other_errors_pass() -> None:
         ("simpo-chat RUN dtype=b", ["dtype=bfloat16 "]),
         ("simpo chat RUN seed=1", []),
         ("simpo chat RUN ", [f"{key}=" for key in sorted(CHAT_KEYS)]),
+        ("simpo train train.tokens_per_row=", ["train.tokens_per_row=auto "]),
         # Further values of a sweep, and items of a list.
         ("simpo train -m loss=dpo,orp", ["loss=dpo,orpo "]),
         ("simpo train -m train.precision=fp32,b", ["train.precision=fp32,bf16 "]),

@@ -17,7 +17,6 @@ from simpo.backend import build_backend
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import Precision
 from simpo.config.compose import compose_run
-from simpo.config.schema import TrainConfig
 from simpo.data import loader
 from simpo.data.loader import PackedSet
 from simpo.data.packing import pack
@@ -71,7 +70,7 @@ def test_scores_of_a_set_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tokens = random_pairs(np.random.default_rng(1), 11)
     data = token_set(tokens)
     backend = build_backend(SingleConfig(), Precision.fp32, 1.0)
-    packed = PackedSet(data, TrainConfig(tokens_per_row=40), 0, 1)
+    packed = PackedSet(data, 40)
     monkeypatch.setattr(loader, "BLOCK_PAIRS", 4)
 
     def scored() -> list[float]:

@@ -15,11 +15,20 @@ from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.gpus import GPUS, gpu_named
 from simpo.data.pairs import TokenizedPair
-from simpo.data.plan import build_plan
+from simpo.data.plan import build_plan, pairs_of_step
 from simpo.data.store import Tokens
 from simpo.launch.commands import plan
 from simpo.model.memory import Estimate, Memory, Place
-from simpo.model.roofline import Step, Workload, best_step, fits, predict
+from simpo.model.roofline import (
+    STEPS_LOOKED_AT,
+    Step,
+    Workload,
+    best_step,
+    fits,
+    predict,
+    row_lengths,
+    why,
+)
 from tests.support.tiny_models import SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,8 +125,31 @@ def test_the_best_rows() -> None:
     best = best_step(steps, GPU)
     assert best is not None and best.tokens_per_row == 2048
     assert best_step(steps[3:], GPU) is None
+    assert why(best, steps, GPU) == "longer rows save less than 2% of a step"
+    assert why(steps[2], steps, GPU) == "8192 do not fit the memory of a H100-80GB"
+    assert why(steps[3], steps, GPU) == "the longest that is planned"
+    assert why(None, steps[3:], GPU) == "none fits the memory of a H100-80GB"
     # 79.1 GiB less 5 % and less 1.5 GiB
     assert fits(step(1, 73.6, 1), GPU) and not fits(step(1, 73.7, 1), GPU)
+
+
+def test_rows_are_as_long_as_the_longest_pair() -> None:
+    assert row_lengths(np.array([30, 3000, 7]))[:3] == [3000, 4096, 8192]
+    assert row_lengths(np.array([70_000, 1])) == [70_000]
+
+
+def test_memory_of_a_pair_in_a_later_step() -> None:
+    """The longest pair counts, though none of the steps that are looked at has it."""
+    run = compose_run(["model.lora.rank=0"])
+    estimate = Estimate(run, LlamaConfig(**SIZES), Place(torch.device("cuda"), bf16=True))
+    lengths = np.full(64, 100)
+    plan = build_plan(64, 4, 1, None, 0)
+    looked_at = {int(i) for step in range(STEPS_LOOKED_AT) for i in pairs_of_step(plan, step)}
+    lengths[next(i for i in range(64) if i not in looked_at)] = 900
+    pairs = [TokenizedPair.of([0] * (n // 2), [0] * (n // 4), [0] * (n // 4)) for n in lengths]
+    work = Workload(plan, Tokens.of(pairs), True, False)
+    step = predict(estimate, run.backend, work, GPU, 1, 200)
+    assert step.memory == estimate.step(work.row([int(lengths.argmax())]))
 
 
 @pytest.mark.parametrize(

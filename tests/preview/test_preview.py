@@ -39,6 +39,17 @@ def of_role(stages: Stages, role: str) -> str:
     return "".join(t.text for tokens in shown.parts.values() for t in tokens if t.role == role)
 
 
+def test_rows_that_the_run_will_decide(tiny_folder: Path, tmp_path: Path) -> None:
+    row = {"prompt": "Hi", "chosen": "Yes?\nOh.", "rejected": "No."}
+    model = f"model.path={tiny_folder}"
+    told = text(stages_of([row], tmp_path, model, "train.tokens_per_row=auto"))
+    assert (
+        "note   rows of 1,024 tokens are shown; train.tokens_per_row=auto is decided where the run "
+        "trains (simpo plan shows it for a GPU)\n" in told
+    )
+    assert " tokens of 1,024, " in told
+
+
 def test_every_part_in_its_role(tiny_folder: Path, tmp_path: Path) -> None:
     """No weights are needed: the model's folder holds its tokenizer only."""
     model = tmp_path / "tokenizer"

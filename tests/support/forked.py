@@ -225,9 +225,10 @@ class _ForkingSubprocess:
 
 
 def _use_once() -> None:
-    """Fill caches of libraries that each run would fill anew; nothing is computed."""
+    """Fill caches of libraries that each run would fill anew; no weight is computed with."""
     import numpy as np
     import torch
+    from matplotlib.figure import Figure
     from transformers import LlamaConfig
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -241,6 +242,7 @@ def _use_once() -> None:
     settings = LlamaConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
     Estimate(run, settings, Place(torch.device("cpu"))).step(row)
     get_checkpoint_conversion_mapping("llama")
+    Figure().savefig(os.devnull, format="png")
     # Else the first whole collection in a child copies all pages of what was imported.
     gc.collect()
     gc.freeze()

@@ -14,9 +14,11 @@ import simpo.loop.step
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, RunError
 from simpo.config.schema import WatchConfig
+from simpo.data.demo.records import demo_records
 from simpo.loop.train import train
 from simpo.loop.watch import CollapseWatch
-from tests.support.whole_runs import run_command
+from simpo.run.files import read_results
+from tests.support.whole_runs import metrics_of, run_command
 
 REMEDY = "lower train.learning_rate, raise loss.beta or add loss.sft_weight"
 
@@ -222,9 +224,15 @@ def test_a_continued_run_tells_only_what_is_new(
 
 @pytest.mark.matrix
 def test_the_demo_is_in_order(smollm2: Path, tmp_path: Path) -> None:
-    """The main job as it comes, replies included."""
-    train(compose_run([f"run_dir={tmp_path}"]))
-    assert json.loads((tmp_path / "results.json").read_text())["findings"] == []
+    """The main job as it comes, replies included, but for three in four of its held-out pairs."""
+    for split, every in (("train", 1), ("test", 4)):
+        records = demo_records(compose_run([]).data.seed, split)[::every]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    sources = f"data.sources=[{{path: {tmp_path}/train.jsonl, test_path: {tmp_path}/test.jsonl}}]"
+    train(compose_run([sources, f"run_dir={tmp_path / 'run'}"]))
+    assert read_results(tmp_path / "run")["findings"] == []
+    lines = metrics_of(tmp_path / "run")
+    assert [line["step"] for line in lines if "eval/reply_repetition" in line] == [0, 36]
 
 
 @pytest.mark.matrix
@@ -233,6 +241,7 @@ def test_the_demo_collapses_at_1e3_on_the_preference_alone(smollm2: Path, tmp_pa
 
     (With its NLL term, which `data=demo` adds, the demo bears 1e-3.)
     """
-    overrides = ["train.learning_rate=1e-3", "loss.sft_weight=0", "sample.num_prompts=0"]
+    overrides = ["train.learning_rate=1e-3", "loss.sft_weight=0"]
+    overrides += ["data.sources=[{path: builtin:demo, test_split: null}]"]
     with pytest.raises(RunError, match=r"step 1\d: the log-prob of a chosen token fell from -0"):
         train(compose_run([*overrides, "watch.action=stop", f"run_dir={tmp_path}"]))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from os.path import commonpath
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from simpo.config.choices import Mode
 from simpo.config.errors import ConfigError
 from simpo.config.flat import settings, trajectory
 from simpo.config.schema import MonitorConfig, RunConfig
+from simpo.report.studies import Difference, by_bootstrap, half_width, holm
 from simpo.run.best import mode_of
 from simpo.run.runs import DamagedRun, Run, State, find_runs, read_runs
 from simpo.run.tables import metric_labels
@@ -61,6 +62,33 @@ class Comparison:
         return sorted(range(len(self.runs)), key=place)
 
     @cached_property
+    def behind_best(self) -> dict[int, Difference]:
+        """How far finished runs are behind the best one in `metric`, by their index.
+
+        Of those alone that were evaluated on the same held-out pairs and kept the metric of each
+        pair. A bootstrap of the pairs; p-values are Holm's.
+        """
+        if self.best is None:
+            return {}
+        best = self.runs[self.best]
+        own = best.scores[1].get(self.metric, [])
+        others = [
+            index
+            for index, run in enumerate(self.runs)
+            if index != self.best
+            and run.progress.state is State.finished
+            and run.held_out_fingerprint == best.held_out_fingerprint != ""
+            and len(run.scores[1].get(self.metric, [])) == len(own) > 1
+        ]
+        scores = [self.runs[index].scores[1][self.metric] for index in others]
+        if not others or not all(map(math.isfinite, chain(own, *scores))):
+            return {}
+        behind = [
+            [self.mode.sign * (a - b) for a, b in zip(own, other, strict=True)] for other in scores
+        ]
+        return dict(zip(others, holm(by_bootstrap(behind)), strict=True))
+
+    @cached_property
     def prefix(self) -> str:
         """What all names begin with, up to a / or a comma; empty for a single run."""
         names = [*self.names, *self.damaged]
@@ -79,6 +107,12 @@ class Comparison:
             differing={key: [values[i] for i in kept] for key, values in self.differing.items()},
             damaged=dict(islice(self.damaged.items(), number)),
         )
+
+    def _behind(self, index: int) -> dict[str, float | None]:
+        found = self.behind_best.get(index)
+        values = (found.mean, found.low, found.high, found.p) if found else (None,) * 4
+        keys = ("behind best", "behind best low", "behind best high", "behind best p")
+        return dict(zip(keys, values, strict=True))
 
     def columns(self) -> dict[str, str]:
         """The held-out metrics that tables show, with their labels; first `metric`."""
@@ -101,6 +135,7 @@ class Comparison:
                 "note": run.progress.note,
                 "best": index == self.best,
                 **{key: run.metrics.get(key) for key in metrics},
+                **(self._behind(index) if self.behind_best else {}),
                 "folder": str(run.folder),
             }
             for index, (name, run) in enumerate(zip(self.names, self.runs, strict=True))
@@ -113,12 +148,31 @@ class Comparison:
         return lines + [empty | {"run": name} | words for name, words in error_columns.items()]
 
 
-def averages(report: Comparison, key: str) -> list[dict[str, Any]]:
-    """A line for each group of runs that differ only in one setting, such as their seed.
+@dataclass(frozen=True)
+class Group:
+    """Finished runs that differ in one setting alone, such as their seed.
 
-    Returns:
-        Name of the group, number of its finished runs, and for each held-out metric that they all
-        have, the mean, minimum and maximum: `metric`, `metric min`, `metric max`.
+    Attributes:
+        name: what the names of the runs have in common.
+        runs: each with its value of that setting.
+    """
+
+    name: str
+    runs: list[tuple[Any, Run]]
+
+    def metrics(self) -> dict[str, list[float]]:
+        """The held-out metrics that all runs have, with the value of each run."""
+        (_, first), *_ = self.runs
+        every = [run.metrics for _, run in self.runs]
+        return {
+            key: [metrics[key] for metrics in every]
+            for key in first.metrics
+            if all(key in metrics for metrics in every)
+        }
+
+
+def groups(report: Comparison, key: str) -> list[Group]:
+    """The groups of finished runs that differ in one setting alone.
 
     Raises:
         ConfigError: the runs do not differ in that setting.
@@ -126,26 +180,37 @@ def averages(report: Comparison, key: str) -> list[dict[str, Any]]:
     if key not in report.differing:
         known = ", ".join(report.differing) or "nothing"
         raise ConfigError([f"over: the runs do not differ in {key} ({known})"])
-    groups: dict[str, list[Run]] = {}
+    found: dict[str, Group] = {}
     for index, run in enumerate(report.runs):
         if run.progress.state is State.finished:
             others = [repr(v[index]) for k, v in report.differing.items() if k != key]
-            groups.setdefault(",".join(others), []).append(run)
+            name = re.sub(rf",?\b{re.escape(key)}=[^,/]*", "", report.names[index])
+            group = found.setdefault(",".join(others), Group(name, []))
+            group.runs.append((report.differing[key][index], run))
+    return list(found.values())
+
+
+def averages(report: Comparison, key: str) -> list[dict[str, Any]]:
+    """A line for each group of runs that differ only in one setting, such as their seed.
+
+    Returns:
+        Name of the group, number of its finished runs, and for each held-out metric that they all
+        have, the mean, minimum, maximum and half the interval of the mean: `metric`, `metric min`,
+        `metric max`, `metric +-` (None for a single run).
+
+    Raises:
+        ConfigError: the runs do not differ in that setting.
+    """
     lines = []
-    for runs in groups.values():
-        name = report.names[report.runs.index(runs[0])]
-        line: dict[str, Any] = {
-            "runs": re.sub(rf",?\b{re.escape(key)}=[^,/]*", "", name),
-            "number": len(runs),
-        }
-        for metric in runs[0].metrics:
-            values = [run.metrics[metric] for run in runs if metric in run.metrics]
-            if len(values) == len(runs):
-                line |= {
-                    metric: sum(values) / len(values),
-                    f"{metric} min": min(values),
-                    f"{metric} max": max(values),
-                }
+    for group in groups(report, key):
+        line: dict[str, Any] = {"runs": group.name, "number": len(group.runs)}
+        for metric, values in group.metrics().items():
+            line |= {
+                metric: sum(values) / len(values),
+                f"{metric} min": min(values),
+                f"{metric} max": max(values),
+                f"{metric} +-": half_width(values),
+            }
         lines.append(line)
     return lines
 

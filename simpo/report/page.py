@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 from simpo.report.compare import Comparison, shared_facts, shared_settings
 from simpo.report.curves import panels
 from simpo.report.figures import held_out, sweep_map, swept
+from simpo.report.findings import findings
 from simpo.report.published import published_tables, settings
 from simpo.run.runs import Run
 from simpo.run.tables import html_page
@@ -77,6 +78,7 @@ def content(report: Comparison) -> str:
         left_out=every - len(report.runs) - len(report.damaged),
         states={state: states.count(state) for state in dict.fromkeys(states)},
         facts=shared_facts(report),
+        findings=findings(report),
         settings=shared_settings(report),
         columns=report.columns(),
         curves={

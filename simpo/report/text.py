@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from simpo.report.compare import Comparison, averages
+from simpo.report.findings import between_groups, findings
 from simpo.report.published import published_tables
 from simpo.run.runs import Progress, State
 from simpo.run.tables import SHOWN, markdown_table
@@ -37,6 +38,7 @@ def text(report: Comparison, width: int | None = None) -> str:
         lines.append(f"{left} more runs are in the page, and with format=csv")
     if table and (hidden := [key for key in full[0] if key not in table[0]]):
         lines.append(f"too wide for this terminal: {', '.join(hidden)}")
+    lines += findings(report)
     notes = [*_notes(report), *damaged_lines(report)]
     lines += notes[:rows]
     if len(notes) > rows:
@@ -132,7 +134,7 @@ def damaged_lines(report: Comparison) -> list[str]:
 
 
 def averages_text(report: Comparison, key: str, width: int | None = None) -> str:
-    """The table of `averages`: means with their ranges.
+    """The table of `averages`: means with their intervals, and how far groups are behind the best.
 
     Args:
         width: columns of the terminal; the last metrics that do not fit are named below the table.
@@ -148,10 +150,7 @@ def averages_text(report: Comparison, key: str, width: int | None = None) -> str
             "number": group["number"],
             **{
                 names.get(metric, metric): (
-                    f"{group[metric]:.4f} "
-                    f"({group[f'{metric} min']:.4f} to {group[f'{metric} max']:.4f})"
-                    if metric in group
-                    else ""
+                    _mean(group[metric], group[f"{metric} +-"]) if metric in group else ""
                 )
                 for metric in shown
             },
@@ -163,4 +162,11 @@ def averages_text(report: Comparison, key: str, width: int | None = None) -> str
         hidden.insert(0, list(lines[0])[-1])
         lines = [{label: line[label] for label in list(line)[:-1]} for line in lines]
     notes = [f"too wide for this terminal: {', '.join(hidden)}"] if hidden else []
+    if any("±" in cell for line in lines for cell in map(str, line.values())):
+        notes.append(f"±: interval of the mean over {key} at 95 %, by Student's t")
+    notes += between_groups(report, key)
     return "\n".join([*markdown_table(lines), *notes, *damaged_lines(report)]) + "\n"
+
+
+def _mean(value: float, half: float | None) -> str:
+    return f"{value:.4f}" if half is None else f"{value:.4f} ± {half:.4f}"

@@ -29,6 +29,7 @@ from simpo.run.files import (
     check_metrics,
     last_job,
     read_benchmarks,
+    read_json,
     read_manifest,
     read_metrics,
     read_replies,
@@ -107,6 +108,7 @@ class Run:
         scores: columns of held_out/, before training and after (of the saved model, or the newest
             evaluation); empty if there are none.
         replies: replies of samples/, before and after likewise.
+        held_out_fingerprint: hash of the texts of the held-out pairs; empty if it is not known.
     """
 
     folder: Path
@@ -118,6 +120,7 @@ class Run:
     benchmarks: dict[str, float] = field(repr=False)
     scores: tuple[dict[str, list[float]], dict[str, list[float]]] = field(repr=False)
     replies: tuple[list[dict[str, Any]], list[dict[str, Any]]] = field(repr=False)
+    held_out_fingerprint: str = ""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -237,6 +240,7 @@ def _read(folder: Path, progress: Progress) -> Run:
         read_benchmarks(folder),
         (before, after if step else {}),
         (old, new if step else []),
+        str(read_json(folder / "data.json", NEW_RUN).get("test_fingerprint", "")),
     )
 
 

@@ -288,8 +288,9 @@ def test_runs_averaged_over_a_setting(tmp_path: Path) -> None:
     told = cli(folder, over, "html=none").splitlines()
     header = [word.strip() for word in told[0].split("|")[1:-1]]
     assert header == ["runs", "number", "accuracy", "loss"]
-    assert "| loss.beta=10.0 | 1      | 0.6300 (0.6300 to 0.6300) |" in told[2]
-    assert "| loss.beta=2.0  | 2      | 0.5600 (0.5500 to 0.5700) |" in told[3]
+    assert "| loss.beta=10.0 | 1      | 0.6300          |" in told[2]
+    # 12.706 * 0.01: Student's t of two runs.
+    assert "| loss.beta=2.0  | 2      | 0.5600 ± 0.1271 |" in told[3]
     rows = json.loads(cli(folder, over, "format=json"))
     assert rows[1]["rewards/accuracies"] == pytest.approx(0.56)
     assert (rows[1]["runs"], rows[1]["number"]) == ("loss.beta=2.0", 2)
@@ -307,12 +308,13 @@ def test_averages_fit_a_terminal(tmp_path: Path) -> None:
     whole, *_ = averages_text(report, "train.seed").splitlines()
     labels = [label.strip() for label in whole.split("|")[1:-1]]
     assert labels[:4] == ["runs", "number", "accuracy", "loss"] and len(labels) > 4
-    for width, columns in ((80, 3), (100, 4)):
-        head, rule, *rows, note = averages_text(report, "train.seed", width).splitlines()
+    for width, columns in ((80, 4), (100, 6)):
+        lines = averages_text(report, "train.seed", width).splitlines()
+        head, rule, *rows = lines[:4]
         assert [label.strip() for label in head.split("|")[1:-1]] == labels[:columns]
-        assert len(rows) == 2 and {len(line) for line in (head, rule, *rows)} == {len(head)}
+        assert {len(line) for line in (head, rule, *rows)} == {len(head)}
         assert len(head) <= width
-        assert note == f"too wide for this terminal: {', '.join(labels[columns:])}"
+        assert lines[4] == f"too wide for this terminal: {', '.join(labels[columns:])}"
 
 
 def test_the_table_fits_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,117 @@
+"""What a comparison shows beyond its table, in sentences: which differences are more than chance,
+and which settings matter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from simpo.report.compare import Comparison, Group, groups
+from simpo.report.studies import (
+    Difference,
+    by_t,
+    holm,
+    seeds_needed,
+    shares,
+)
+from simpo.run.runs import State
+from simpo.run.tables import SHOWN
+
+FEWEST_RUNS = 4
+"""Finished runs from which on the share of a setting is told."""
+MOST_SEEDS = 1000
+NAMED = 5
+"""Runs as good as the best that are named, the best of them."""
+
+
+def findings(report: Comparison) -> list[str]:
+    """Lines about runs that may be as good as the best, and about the settings of a sweep."""
+    return [*_ties(report), *_shares(report)]
+
+
+def _ties(report: Comparison) -> list[str]:
+    behind = report.behind_best
+    if not behind or report.best is None:
+        return []
+    pairs = len(report.runs[report.best].scores[1][report.metric])
+    how = f"{_label(report)} on the same {pairs} held-out pairs, bootstrap, p < 0.05 after Holm"
+    ties = [report.names[i] for i in report.order if i in behind and not behind[i].clear]
+    if not ties:
+        return [f"the best is better than each other run by more than chance ({how})"]
+    names = "; ".join(name.removeprefix(report.prefix) for name in ties[:NAMED])
+    more = f" and {len(ties) - NAMED} more" if len(ties) > NAMED else ""
+    return [
+        f"{len(ties)} of {len(behind)} others are not worse than the best by more than chance "
+        f"({how}): {names}{more}"
+    ]
+
+
+def _shares(report: Comparison) -> list[str]:
+    known = [
+        (index, value)
+        for index, run in enumerate(report.runs)
+        if run.progress.state is State.finished
+        and (value := report.monitored(index)) is not None
+        and math.isfinite(value)
+    ]
+    if len(known) < FEWEST_RUNS:
+        return []
+    settings = {key: [values[i] for i, _ in known] for key, values in report.differing.items()}
+    found = shares(settings, [value for _, value in known])
+    if not found:
+        return []
+    words = ", ".join(f"{key} {share:.0%}" for key, share in found.items())
+    return [f"share of each setting in the variance of {_label(report)} between runs: {words}"]
+
+
+def between_groups(report: Comparison, key: str) -> list[str]:
+    """Lines about how far groups of runs are behind the best one.
+
+    The runs of a group differ in one setting alone. Groups
+    are compared by the values of that setting that both have.
+    """
+    means = [
+        (group.name, means) for group in groups(report, key) if (means := _by_value(report, group))
+    ]
+    if len(means) < 2:
+        return []
+    best_name, best = max(means, key=lambda item: report.mode.sign * fmean(item[1].values()))
+    behind = {
+        name: [report.mode.sign * (best[value] - own[value]) for value in best if value in own]
+        for name, own in means
+        if own is not best
+    }
+    behind = {name: differences for name, differences in behind.items() if len(differences) > 1}
+    compared = holm([by_t(differences) for differences in behind.values()])
+    return [
+        f"{name or 'the others'} is behind {best_name or 'the others'} in {_label(report)} by "
+        f"{_in_words(key, difference, differences)}"
+        for (name, differences), difference in zip(behind.items(), compared, strict=True)
+    ]
+
+
+def _by_value(report: Comparison, group: Group) -> dict[str, float]:
+    """The mean of `metric` at each value of the setting in which the runs of a group differ."""
+    found: dict[str, list[float]] = {}
+    for value, run in group.runs:
+        if math.isfinite(metric := run.metrics.get(report.metric, math.nan)):
+            found.setdefault(repr(value), []).append(metric)
+    return {value: fmean(values) for value, values in found.items()}
+
+
+def _in_words(key: str, difference: Difference, differences: Sequence[float]) -> str:
+    half = difference.high - difference.mean
+    told = (
+        f"{difference.mean:.4f} ± {half:.4f} ({len(differences)} values of {key}, "
+        f"p {difference.p:.2g} after Holm)"
+    )
+    if difference.clear or difference.mean == 0:
+        return told
+    wanted = seeds_needed(differences)
+    about = f"about {wanted}" if wanted <= MOST_SEEDS else f"more than {MOST_SEEDS}"
+    return f"{told}: not clear, a difference of this size needs {about} values"
+
+
+def _label(report: Comparison) -> str:
+    return dict(SHOWN).get(report.metric, report.metric)

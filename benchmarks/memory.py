@@ -225,8 +225,11 @@ def _now(name: str) -> Mark:
 
 
 def _tensor_bytes() -> int:
-    """Bytes of the storages of all tensors that Python knows, and of their gradients."""
-    known = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    """Bytes of the storages of all tensors that Python knows, and of their gradients.
+
+    DeepSpeed keeps a meta tensor for each weight, which has a size and no memory.
+    """
+    known = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not o.is_meta]
     tensors = [getattr(tensor, "_local_tensor", tensor) for tensor in known]
     tensors += [t.grad for t in known if t.is_leaf and t.requires_grad and t.grad is not None]
     tensors = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]

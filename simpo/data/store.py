@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+from uuid import uuid4
 
 import numpy as np
 
@@ -248,7 +249,8 @@ class Block:
         arrays = {"bounds": tokens.bounds, "ids": tokens.ids, "about": letters}
         if tokens.scored is not None:
             arrays["scored"] = tokens.scored
-        part = path.with_suffix(".part")
+        # Without locks, several processes may write the same block at once.
+        part = path.with_name(f"{path.stem}-{uuid4().hex}.part")
         with part.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
         os.replace(part, path)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ class Sources:
         """Keep what the sources gave, if they did not change meanwhile or just before."""
         if self._states is None or self._states != _states(self._config):
             return
-        changed_s = max((max(state[-2:]) for state in self._states), default=0) / 1e9
+        files = chain.from_iterable(self._states)
+        changed_s = max((max(state[-2:]) for state in files), default=0) / 1e9
         if changed_s < self._began_s - SETTLED_S:
             # The caches of the tokens say so where nothing can be written.
             keep_entry(self._folder, partial(_write, given=given))
@@ -73,18 +75,21 @@ def _write(folder: Path, given: dict[str, Any]) -> None:
     (folder / "mixture.json").write_text(json.dumps(given))
 
 
-def _states(config: DataConfig) -> list[FileState] | None:
-    """The states of all files that the sources are read from; None if they do not tell whether a
-    source has changed: a function of the user that converts records may use any other code or
-    file."""
+def _states(config: DataConfig) -> list[list[FileState]] | None:
+    """The states of the files of each split, as a file may move from one to another; None if they
+    do not tell whether a source has changed: a function of the user that converts records may use
+    any other code or file."""
     if any(is_function(source.format or "") for source in config.sources):
         return None
+    states = []
     try:
-        files = [None if found is None else list(map(_state, found)) for found in _files(config)]
+        for files in _files(config):
+            if files is None:
+                return None
+            states.append(list(map(_state, files)))
     except Exception:  # of many types; reading says what is wrong
         return None
-    states = [states for states in files if states is not None]
-    return [state for part in states for state in part] if len(states) == len(files) else None
+    return states
 
 
 def _files(config: DataConfig) -> Iterator[list[Path] | None]:

@@ -478,13 +478,58 @@ def test_one_of_two_makes_the_tokens(
 
 
 def test_a_file_system_without_locks(
-    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_blocks: None
 ) -> None:
+    """Another process is done first, and removes the blocks of both."""
+
     def refuse(*_: Any) -> bool:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(token_store, "is_free", refuse)
-    assert len(tokenize_set(chat, PAIRS, SHORT, tmp_path)) == 4
+    pairs = many(30)
+    alone = tokenize_set(chat, pairs, SHORT, tmp_path / "alone")
+    others: list[Any] = []
+    block = token_store._block
+
+    def while_another_ends(*args: Any) -> Block:
+        if not others:
+            others.append(None)
+            others[0] = tokenize_set(chat, pairs, SHORT, tmp_path / "both")
+        return block(*args)
+
+    monkeypatch.setattr(token_store, "_cores", lambda: 1)
+    monkeypatch.setattr(token_store, "_block", while_another_ends)
+    found = tokenize_set(chat, pairs, SHORT, tmp_path / "both")
+    for one in (found, *others):
+        assert contents(one) == contents(alone) and one.notes == ()
+    assert [entry.name for entry in entries(tmp_path / "both")] == [alone.name]
+
+
+def test_two_write_the_same_block(
+    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, savez = tmp_path / "0-4.npz", np.savez
+    results = list(chat.tokenize(GOOD, SHORT))
+    block = token_store._block(chat, SHORT, GOOD, results)
+
+    def while_another_does(file: Any, **arrays: Any) -> None:
+        monkeypatch.setattr(np, "savez", savez)
+        block.save(path)
+        savez(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", while_another_does)
+    block.save(path)
+    assert token_store._is_whole(path, 4) and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("begin", [b"half", b"PK\3\4", b""])
+def test_a_damaged_block(chat: Chat, tmp_path: Path, begin: bytes) -> None:
+    path = tmp_path / "0-4.npz"
+    token_store._block(chat, SHORT, GOOD, list(chat.tokenize(GOOD, SHORT))).save(path)
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\1\2") + 10] = 9  # its method of compression
+    path.write_bytes(begin or content)
+    assert not token_store._is_whole(path, 4)
 
 
 def test_faults_are_those_of_tokenize(chat: Chat, tmp_path: Path, small_blocks: None) -> None:

@@ -13,6 +13,7 @@ import pyarrow
 import pytest
 
 from simpo.config.compose import compose_run
+from simpo.config.data import SourceConfig
 from simpo.config.schema import RunConfig
 from simpo.data import loader, unchanged
 from simpo.data.chats.chat import Chat
@@ -207,7 +208,30 @@ def test_what_a_function_converts_is_read(run: RunConfig) -> None:
     assert unchanged._states(run.data) is None
     source.format, source.test_path = None, None
     source.path = "builtin:demo"
-    assert unchanged._states(run.data) == []
+    assert unchanged._states(run.data) == [[], [], []]
+
+
+def test_a_file_that_moves_to_the_other_split_is_read(
+    start: Starts, run: RunConfig, tmp_path: Path
+) -> None:
+    """The header of README.md says which files are which split; the files are as they were."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for index, name in enumerate("abc"):
+        (folder / f"{name}.jsonl").write_text(record(index))
+    run.data.sources[0] = SourceConfig(path=str(folder))
+    for train, test in ("ab", "c"), ("a", "bc"):
+        splits = {"train": train, "test": test}
+        files = "".join(
+            f"  - split: {split}\n    path: [{', '.join(f'{name}.jsonl' for name in names)}]\n"
+            for split, names in splits.items()
+        )
+        header = f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n"
+        (folder / "README.md").write_text(header)
+        table, *_ = start(run)
+        assert {line.split: line.taken for line in table} == {
+            split: len(names) for split, names in splits.items()
+        }
 
 
 def test_benchmarks_are_files_too(start: Starts, run: RunConfig, tmp_path: Path) -> None:

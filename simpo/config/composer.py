@@ -191,9 +191,12 @@ def _changed(overrides: Sequence[str]) -> DictConfig:
 
 
 def _sets_value(override: Override) -> bool:
-    """Whether it sets no section: a file may be chosen by the name of one, or by one not known."""
+    """Whether it chooses no file: the name of a group does, or one not known, with any value but a
+    mapping.
+    """
     section, dot, _ = override.key_or_group.partition(".")
-    return section in _SETTINGS and (bool(dot) or section not in GROUPS)
+    chooses = section in GROUPS and not dot and not isinstance(override.value(), dict)
+    return section in _SETTINGS and not chooses
 
 
 _SETTINGS = frozenset(item.name for item in fields(RunConfig))

@@ -27,6 +27,8 @@ SOURCE = "data.sources=[{path: builtin:demo, weight: 2}]"
         # Values before choices, and of a section that a choice replaces.
         ["loss.beta=3", "loss=hinge"],
         ["loss={beta: 5}", "loss=dpo", "train={seed: 3, epochs: 2}"],
+        # The later of two values stays.
+        ["loss.beta=6", "loss={beta: 5}", "model={path: x}", "model.path=y"],
         ["experiments=objectives/cpo", "loss.beta=0.5", "+experiments=[]"],
         ["data=jsonl", SOURCE, "data.seed=${train.seed}", "name=${loss.name}-${train.seed}"],
         ["+model.chat_template_kwargs.think=false", "++train.seed=3", "model.lora.targets=[a,'7']"],

@@ -62,7 +62,8 @@ def empty_model(
     Returns:
         The model, and the folder of its safetensors files. None and None if the model must be
         loaded whole: there are no such files, they do not fit or are damaged, weights are converted
-        on loading, or its code comes with it. Loading it whole tells what is wrong.
+        on loading, tied weights are there twice, or its code comes with it. Loading it whole tells
+        what is wrong.
     """
     revision = getattr(settings, "_commit_hash", None) or revision
     folder = weight_files(source, revision)
@@ -105,6 +106,9 @@ def _build(
     buffers = set(model.state_dict()) - set(dict(model.named_parameters(remove_duplicate=False)))
     odd = {n for n in report["unexpected_keys"] if not HARMLESS.search(n)}
     odd |= report["missing_keys"] | report["mismatched_keys"]
+    # transformers ties two weights of the files if they are equal; these here have no values yet.
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True).items()
+    odd |= {name for name, first in tied if name in empty and first in empty}
     return None if unread or buffers or odd else model
 
 

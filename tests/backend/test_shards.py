@@ -141,6 +141,21 @@ def test_files_that_cannot_be_read_in_parts(change: Callable[[Path], None], tmp_
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("factor", [1, 2])
+def test_tied_weights_that_the_files_hold_twice(factor: int, tmp_path: Path) -> None:
+    """They stay tied if they are equal, and are two weights if not, as when loaded whole."""
+    tiny_model("llama_tied").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = factor * weights["model.embed_tokens.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    got, expected = unread(tmp_path), whole(tmp_path)
+    assert got.unread is None
+    assert (got.head()[0] is got.base.get_input_embeddings().weight) is (factor == 1)
+    assert [n for n, _ in got.named_parameters()] == [n for n, _ in expected.named_parameters()]
+    assert torch.equal(got.head()[0], weights["lm_head.weight"])
+
+
 def test_models_whose_weights_are_converted_are_read_whole(tmp_path: Path) -> None:
     tiny_model("mixtral").save_pretrained(tmp_path)
     assert unread(tmp_path).unread is None

@@ -43,14 +43,8 @@ class FsdpBackend(Backend):
         if config.cpu_offload and not self.on_gpu:
             raise ConfigError(["backend.cpu_offload: needs a GPU to offload from (leave it out)"])
         started = int(os.environ.get("WORLD_SIZE", "1"))
+        config.check_groups(started)
         shards = config.shard_processes or started
-        if started % shards:
-            raise ConfigError(
-                [
-                    f"backend.shard_processes: {started} processes do not make groups of {shards} "
-                    f"(a number that divides {started})"
-                ]
-            )
         # accelerate's own policy would round the loss to bf16.
         bf16 = MixedPrecisionPolicy(torch.bfloat16, getattr(torch, config.reduce_dtype.value))
         self._plugin = FullyShardedDataParallelPlugin(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from simpo.config.choices import Device, Offload, ReduceDtype
+from simpo.config.errors import ConfigError
 
 LONGEST_S = 7 * 24 * 3600
 
@@ -88,6 +89,20 @@ class FsdpConfig(DistributedConfig, BackgroundSaveConfig):
         yield from super().problems()
         if self.shard_processes is not None and self.shard_processes < 2:
             yield f"shard_processes: must be 2 or more, or null, got {self.shard_processes}"
+
+    def check_groups(self, processes: int) -> None:
+        """Refuse a number of processes in all that `shard_processes` does not divide.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if processes % (self.shard_processes or 1):
+            raise ConfigError(
+                [
+                    f"backend.shard_processes: {processes} processes do not make groups of "
+                    f"{self.shard_processes} (a number that divides {processes})"
+                ]
+            )
 
 
 @dataclass(kw_only=True)

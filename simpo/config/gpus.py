@@ -51,7 +51,7 @@ def gpu_named(name: str) -> Gpu:
         ConfigError: there is none.
     """
     if name not in GPUS:
-        near = difflib.get_close_matches(name, GPUS, 1)
+        near = difflib.get_close_matches(name.upper(), GPUS, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(GPUS)}"
         raise ConfigError([f"gpu: no such GPU, got {name or repr(name)} ({hint})"])
     return GPUS[name]

@@ -216,6 +216,7 @@ def libraries_quiet() -> Iterator[None]:
         for library in ("transformers", "torch.distributed"):
             warnings.filterwarnings("ignore", category=FutureWarning, module=library)
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", module="peft")
         hub_logging.set_verbosity_error()
         logging.disable_progress_bar()
         logging.set_verbosity_error()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from simpo.config.backends import DistributedConfig, FsdpConfig, Zero3Config
+from simpo.config.backends import BackendConfig, DistributedConfig, FsdpConfig, Zero3Config
 from simpo.config.choices import Checkpointing, Precision
+from simpo.config.errors import ConfigError, first_line
 from simpo.config.gpus import Gpu
 from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
@@ -19,7 +21,7 @@ from simpo.data.store import Tokens
 from simpo.loop import console
 from simpo.model.head import of_gpu
 from simpo.model.host import host_memory
-from simpo.model.memory import GIB, Estimate, Memory, Place, remedy
+from simpo.model.memory import GIB, NOT_DRAWN, Estimate, Memory, Place, remedy
 from simpo.model.pretrained import load_settings
 from simpo.model.roofline import (
     EFFICIENCY,
@@ -64,19 +66,23 @@ def forecast(
         bf16=cfg.precision is not Precision.fp32,
         logits_bytes=of_gpu(int(gpu.memory_gib * GIB)),
     )
-    estimate = Estimate(run, settings, place)
+    with _drawing(run):
+        estimate = Estimate(run, settings, place)
     work = _workload(run, cache_dir, pairs, tokens_per_pair)
 
     def at(processes: int, tokens_per_row: int) -> Step:
-        return predict(estimate, run.backend, work, gpu, processes, tokens_per_row)
+        with _drawing(run):
+            return predict(estimate, run.backend, work, gpu, processes, tokens_per_row)
 
     many = isinstance(run.backend, DistributedConfig)
-    numbers = list(numbers_of_gpus()) if many else [1]
+    numbers = _numbers(run.backend)
     lengths = row_lengths(work.num_tokens())
     given = None if isinstance(cfg.tokens_per_row, str) else cfg.tokens_per_row
     smallest = next((n for n in numbers if fits(at(n, given or lengths[0]), gpu)), None)
     asked = getattr(run.backend, "processes", None)
     processes = asked or smallest or numbers[-1]
+    if isinstance(run.backend, FsdpConfig):
+        run.backend.check_groups(processes)
     steps = [at(processes, tokens) for tokens in lengths]
     best = best_step(steps, gpu)
     step = at(processes, given) if given else best or steps[0]
@@ -97,6 +103,32 @@ def forecast(
         f"of {gpu.link_gb_s:g} GB/s within {GPUS_PER_NODE} GPUs and of {NODE_GB_S:g} GB/s between "
         "machines; nothing here was measured on a GPU",
     ]
+
+
+@contextmanager
+def _drawing(run: RunConfig) -> Iterator[None]:
+    """Turn what a model raises that cannot be drawn into an error of the user's.
+
+    Raises:
+        ConfigError: in its place.
+    """
+    try:
+        yield
+    except NOT_DRAWN as error:
+        raise ConfigError(
+            [
+                f"model.path: {run.model.path} cannot be planned: {first_line(error)} (simpo train "
+                "needs no plan)"
+            ]
+        ) from error
+
+
+def _numbers(backend: BackendConfig) -> list[int]:
+    """Numbers of processes to try; with `shard_processes` those of whole copies."""
+    if not isinstance(backend, DistributedConfig):
+        return [1]
+    copy = (backend.shard_processes or 1) if isinstance(backend, FsdpConfig) else 1
+    return [copy * copies for copies in numbers_of_gpus() if copy * copies <= 1024] or [copy]
 
 
 def _workload(run: RunConfig, cache_dir: Path, pairs: int | None, tokens_per_pair: int) -> Workload:
@@ -173,7 +205,7 @@ def _best_line(best: Step | None, reason: str) -> str:
 def _time_lines(
     step: Step, work: Workload, gpu: Gpu, processes: int, price: float
 ) -> Iterator[str]:
-    steps, pairs = work.plan.total_steps, work.plan.pairs_per_step
+    steps, pairs = work.plan.total_steps, min(work.plan.pairs_per_step, work.plan.num_pairs)
     tokens = float(work.num_tokens().mean()) * pairs
     hours = steps * step.seconds / 3600
     yield (

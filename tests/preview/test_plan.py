@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
@@ -152,10 +152,43 @@ def test_memory_of_a_pair_in_a_later_step() -> None:
     assert step.memory == estimate.step(work.row([int(lengths.argmax())]))
 
 
+def planned(folder: Path, settings: PreTrainedConfig, *words: str) -> None:
+    settings.save_pretrained(folder)
+    common = [f"model.path={folder}", "model.lora.rank=0", "pairs=3", "tokens_per_pair=40"]
+    plan.main([*common, *words])
+
+
+def test_only_whole_copies_of_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other numbers of processes are refused when the run starts."""
+    words = "backend=fsdp", "backend.shard_processes=6"
+    planned(tmp_path, LlamaConfig(**SIZES), *words)
+    printed = capsys.readouterr().out
+    assert "GPUs   6 H100-80GB are the smallest number that fits\n" in printed
+    # There are fewer pairs than a step would have.
+    assert "work   1 steps of 3 pairs: 120 tokens," in printed
+    with pytest.raises(ConfigError) as error:
+        planned(tmp_path, LlamaConfig(**SIZES), *words, "backend.processes=8")
+    assert str(error.value) == (
+        "backend.shard_processes: 8 processes do not make groups of 6 (a number that divides 8)"
+    )
+
+
+def test_a_model_that_cannot_be_drawn(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        planned(tmp_path, GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2))
+    assert str(error.value) == (
+        f"model.path: {tmp_path} cannot be planned: 'GPT2Model' object has no attribute 'layers' "
+        "(simpo train needs no plan)"
+    )
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
         ("gpu=H100-80", "gpu: no such GPU, got H100-80 (did you mean H100-80GB?)"),
+        ("gpu=a100-80gb", "gpu: no such GPU, got a100-80gb (did you mean A100-80GB?)"),
         ("pairs=0", "pairs: must be 1 or more, got 0"),
         ("tokens_per_pair=3", "tokens_per_pair: must be 4 or more, got 3"),
         (

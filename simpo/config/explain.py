@@ -75,7 +75,8 @@ def explain(
             continue
         key = override.key_or_group
         counts[key] = len(singles) if override.is_sweep_override() else 0
-        if _is_group(composer, key):
+        # A mapping sets keys of a group's section.
+        if _is_group(composer, key) and not isinstance(singles[0].value(), dict):
             groups[key] = singles
         else:
             values += singles

@@ -376,6 +376,8 @@ def remedy(memory: Memory, run: RunConfig) -> str:
     moving = memory.activations + memory.logits
     sharded = isinstance(backend, (FsdpConfig, Zero3Config))
     more = "more GPUs" if sharded else "backend=fsdp on more GPUs"
+    if getattr(backend, "shard_processes", None):
+        more = "a larger backend.shard_processes"
     if memory.communication > max(memory.weights, state, moving):
         if isinstance(backend, ZeroConfig):
             return "lower backend.reduce_bucket_size"

@@ -265,6 +265,11 @@ LORA = "model.lora.rank=16"
         ),
         ([LORA, "backend=fsdp", "model.quantization=nf4"], WEIGHTS_FIRST, "more GPUs"),
         (
+            [LORA, "backend=fsdp", "backend.shard_processes=2"],
+            STATE_FIRST,
+            "a larger backend.shard_processes",
+        ),
+        (
             ["backend=fsdp", "model.lora.rank=0"],
             STATE_FIRST,
             "model.lora.rank=16 trains adapters only, or more GPUs",

@@ -178,7 +178,8 @@ def _fit_lines(
     else:
         yield f"fits   no: {needed}, of {room} ({remedy(step.largest, run)})"
     if smallest is not None and many:
-        yield f"GPUs   {smallest} {gpu.name} are the smallest number that fits"
+        verb = "is" if smallest == 1 else "are"
+        yield f"GPUs   {smallest} {gpu.name} {verb} the smallest number that fits"
     elif smallest is None and many:
         yield "GPUs   no number up to 1,024 fits"
 
@@ -218,5 +219,10 @@ def _time_lines(
         f"{step.communication_s:.2f}, optimizer {step.optimizer_s:.2f}), "
         f"{pairs / step.seconds:,.1f} pairs/s, {hours:.2f} hours"
     )
+    if step.communication_s > step.compute_s:
+        yield (
+            "note   communication takes longer than computing (longer rows: more "
+            "train.pairs_per_step, train.tokens_per_row=auto)"
+        )
     if price:
         yield f"cost   {hours * processes:,.1f} GPU hours, {hours * processes * price:,.0f} USD"

@@ -101,6 +101,7 @@ class RunFolder:
         for path in unfinished_folders(run):
             if self._lock(path):
                 return path
+            self.notes.append(f"note   another process trains with the same settings in {path}")
         for _ in range(NEW_FOLDER_TRIES):
             path = new_folder(run)
             if not path.exists() and self._lock(path):

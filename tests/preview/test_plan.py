@@ -189,7 +189,7 @@ def test_a_model_that_cannot_be_drawn(tmp_path: Path) -> None:
     [
         ("gpu=H100-80", "gpu: no such GPU, got H100-80 (did you mean H100-80GB?)"),
         ("gpu=a100-80gb", "gpu: no such GPU, got a100-80gb (did you mean A100-80GB?)"),
-        ("pairs=0", "pairs: must be 1 or more, got 0"),
+        ("pairs=0", "pairs: must be a whole number of 1 or more, got 0"),
         ("tokens_per_pair=3", "tokens_per_pair: must be 4 or more, got 3"),
         (
             "price_usd_per_gpu_hour=x",

@@ -22,7 +22,8 @@ that fits. Of the model only config.json is read; no weights and no GPU are need
   simpo plan model=mistral_base backend=fsdp backend.processes=8 pairs=60000 tokens_per_pair=926
 
 gpu=NAME is one of {", ".join(GPUS)} (H100-80GB).
-pairs=N assumes N pairs of tokens_per_pair=N (926) tokens instead of reading the run's data.
+pairs=N assumes N pairs of tokens_per_pair=N (926) tokens instead of reading the run's data. Own
+data must be named all the same, and `simpo preview` counts its tokens.
 Settings are those of `simpo train` (see its --help). What is assumed: docs/plan.md.
 """
 
@@ -59,7 +60,7 @@ def main(words: Sequence[str]) -> None:
 
 def _whole(key: str, text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError([f"{key}: must be 1 or more, got {text}"])
+        raise ConfigError([f"{key}: must be a whole number of 1 or more, got {text}"])
     return int(text)
 
 

@@ -28,7 +28,7 @@ from simpo.config.errors import DataError, RunError
 from simpo.data import tokens as token_store
 from simpo.data.chats import chat as chat_module
 from simpo.data.chats.chat import Chat
-from simpo.data.pairs import Pair, TokenizedPair
+from simpo.data.pairs import Pair, Tokenized, TokenizedPair
 from simpo.data.reading.records import RecordFault
 from simpo.data.store import (
     Block,
@@ -60,6 +60,7 @@ PAIRS = [
     replace(BAD, place="data.jsonl, record 5"),
     make_pair(user("Bye"), rejected="word " * 60),
 ]
+LONG = data_config(max_length_tokens=400, max_prompt_tokens=200)
 GOOD = [PAIRS[i] for i in (0, 2, 3, 5)]
 SHORT = data_config(max_length_tokens=40, max_prompt_tokens=20, on_bad_record=OnBadRecord.drop)
 
@@ -110,6 +111,27 @@ def test_set(
     assert list(result.faults) == [1, 4]
     assert result.text_fingerprint == pairs_fingerprint(GOOD)
     assert [path.suffix for path in entries(tmp_path)] == [""]
+
+
+def test_long_texts_are_encoded_a_few_at_a_time(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their number of letters is bounded, but for those of the last pair; the tokens are the
+    same."""
+    pairs = many(40)
+    whole = [as_lists(one.pair) for one in chat.tokenize(pairs, LONG) if isinstance(one, Tokenized)]
+    letters: list[int] = []
+    encode = chat.encode
+
+    def counted(texts: list[str]) -> list[list[int]]:
+        letters.append(sum(map(len, texts)))
+        return encode(texts)
+
+    monkeypatch.setattr(chat, "encode", counted)
+    monkeypatch.setattr(chat_module, "BATCH_LETTERS", 2000)
+    parts = [as_lists(one.pair) for one in chat.tokenize(pairs, LONG) if isinstance(one, Tokenized)]
+    assert parts == whole and len(whole) == 36
+    assert len(letters) > 5 and max(letters) < 2000 + 3 * len("word " * 60)
 
 
 def test_an_empty_set(chat: Chat, tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ def by_bootstrap(differences: Sequence[Sequence[float]]) -> list[Difference]:
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).tolist()
     mean, error = by_pair.mean(axis=0).tolist(), means.std(axis=0, ddof=1).tolist()
     return [
-        Difference(*found, _p_of_normal(found[0], spread))
-        for *found, spread in zip(mean, low, high, error, strict=True)
+        Difference(value, below, above, _p_of_normal(value, spread))
+        for value, below, above, spread in zip(mean, low, high, error, strict=True)
     ]
 
 

@@ -118,7 +118,11 @@ def test_that_many_seeds_show_it() -> None:
 
 def test_shares_by_hand() -> None:
     """In a grid of two by two one setting adds 2, the other 1: variances as 4 to 1."""
-    settings = {"loss.beta": [1, 1, 2, 2], "ratio": [0.3, 0.5, 0.3, 0.5], "name": list("abcd")}
+    settings: dict[str, list[object]] = {
+        "loss.beta": [1, 1, 2, 2],
+        "ratio": [0.3, 0.5, 0.3, 0.5],
+        "name": list("abcd"),
+    }
     assert shares(settings, [0, 1, 2, 3]) == pytest.approx({"loss.beta": 0.8, "ratio": 0.2})
     assert shares(settings, [1, 1, 1, 1]) == {}
 

@@ -212,6 +212,8 @@ def test_an_impatient_program_of_its_own_is_interrupted() -> None:
     """Where a program trains in its own process, a second Ctrl-C raises what it would expect."""
     from simpo.run.signals import StopRequest
 
+    # A shell starts its background jobs with an ignored Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.name == "SIGINT"

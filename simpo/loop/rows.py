@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from simpo.backend import Backend
-from simpo.config.choices import AUTO, Checkpointing
+from simpo.config.choices import AUTO
 from simpo.config.errors import first_line
 from simpo.config.gpus import gpu_like
 from simpo.config.schema import RunConfig
@@ -59,8 +59,7 @@ def _choose(
     tokens: Tokens,
 ) -> tuple[int, str]:
     """The best length of a row on the device of this process, as `simpo plan` finds it, and why."""
-    recomputes = run.model.gradient_checkpointing is Checkpointing.full
-    work = Workload(plan, tokens, run.train.share_prefix, recomputes)
+    work = Workload.of(run, plan, tokens)
     lengths = row_lengths(work.num_tokens())
     if not backend.on_gpu:
         return lengths[0], "longer rows save no time on a CPU"

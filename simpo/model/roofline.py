@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from simpo.config.backends import BackendConfig, FsdpConfig, Zero3Config, ZeroConfig
-from simpo.config.choices import ReduceDtype
+from simpo.config.choices import Checkpointing, ReduceDtype
 from simpo.config.gpus import Gpu
+from simpo.config.schema import RunConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
@@ -87,6 +88,12 @@ class Workload:
     tokens: Tokens
     share_prefix: bool
     recomputes: bool
+
+    @staticmethod
+    def of(run: RunConfig, plan: TrainPlan, tokens: Tokens) -> Workload:
+        """The pairs of a run with its settings."""
+        recomputes = run.model.gradient_checkpointing is Checkpointing.full
+        return Workload(plan, tokens, run.train.share_prefix, recomputes)
 
     def row(self, indices: Sequence[int]) -> PackedPairs:
         """The packed row of some pairs."""

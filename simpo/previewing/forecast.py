@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from simpo.config.backends import BackendConfig, DistributedConfig, FsdpConfig, Zero3Config
-from simpo.config.choices import Checkpointing, Precision
+from simpo.config.choices import Precision
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.gpus import Gpu
 from simpo.config.schema import RunConfig
@@ -145,8 +145,7 @@ def _workload(run: RunConfig, cache_dir: Path, pairs: int | None, tokens_per_pai
         lengths = prompt, chosen, tokens_per_pair - prompt - chosen
         tokens = Tokens.of([TokenizedPair.of(*([0] * length for length in lengths))])
     plan = build_plan(pairs, cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
-    recomputes = run.model.gradient_checkpointing is Checkpointing.full
-    return Workload(plan, tokens, cfg.share_prefix, recomputes)
+    return Workload.of(run, plan, tokens)
 
 
 def _memory_lines(run: RunConfig, estimate: Estimate, step: Step) -> list[dict[str, str]]:

@@ -68,8 +68,8 @@ def _shares(report: Comparison) -> list[str]:
 def between_groups(report: Comparison, key: str) -> list[str]:
     """Lines about how far groups of runs are behind the best one.
 
-    The runs of a group differ in one setting alone. Groups
-    are compared by the values of that setting that both have.
+    The runs of a group differ in one setting alone. Groups are compared by the values of that
+    setting that both have; with fewer than two of them they are not compared.
     """
     means = [
         (group.name, means) for group in groups(report, key) if (means := _by_value(report, group))
@@ -77,17 +77,17 @@ def between_groups(report: Comparison, key: str) -> list[str]:
     if len(means) < 2:
         return []
     best_name, best = max(means, key=lambda item: report.mode.sign * fmean(item[1].values()))
-    behind = {
-        name: [report.mode.sign * (best[value] - own[value]) for value in best if value in own]
+    behind = [
+        (name, [report.mode.sign * (best[value] - own[value]) for value in best if value in own])
         for name, own in means
         if own is not best
-    }
-    behind = {name: differences for name, differences in behind.items() if len(differences) > 1}
-    compared = holm([by_t(differences) for differences in behind.values()])
+    ]
+    behind = [(name, differences) for name, differences in behind if len(differences) > 1]
+    compared = holm([by_t(differences) for _, differences in behind])
     return [
         f"{name or 'the others'} is behind {best_name or 'the others'} in {_label(report)} by "
         f"{_in_words(key, difference, differences)}"
-        for (name, differences), difference in zip(behind.items(), compared, strict=True)
+        for (name, differences), difference in zip(behind, compared, strict=True)
     ]
 
 

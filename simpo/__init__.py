@@ -11,9 +11,9 @@ __path__.append(str(Path(__file__).parent / "launch" / "commands"))
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from simpo.api import Preview, TrainedRun, load_run_config, preview, train
     from simpo.config.errors import SimpoError, Stopped
     from simpo.config.schema import RunConfig
+    from simpo.launch.api import Preview, TrainedRun, load_run_config, preview, train
 
 __all__ = [
     "Preview",
@@ -28,9 +28,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A name of `simpo.api`, which is imported when one is first used."""
+    """A name of `simpo.launch.api`, which is imported when one is first used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from simpo import api
+    from simpo.launch import api
 
     return getattr(api, name)

@@ -72,7 +72,7 @@ def test_the_names_are_functions_whatever_was_imported() -> None:
         message = rf"simpo\.{name} is a function \(from simpo import {name}\)"
         with pytest.raises(ImportError, match=f"^{message}$"):
             importlib.import_module(f"simpo.{name}")
-        assert getattr(simpo, name).__module__ == "simpo.api"
+        assert getattr(simpo, name).__module__ == "simpo.launch.api"
     assert set(simpo.__all__) == {name for name in simpo.__all__ if hasattr(simpo, name)}
 
 

@@ -23,8 +23,9 @@ model report
 backend
 loop
 on_policy previewing
+judging
 launch
-api __main__
+__main__
 """
 FLOOR = {name: floor for floor, line in enumerate(FLOORS.split("\n")) for name in line.split()}
 
@@ -209,7 +210,7 @@ def test_one_place_for_each_framework(package: str, modules: set[str]) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [name for name in MODULES if folder(name) in ("loss", "config", "run", "report", "api")],
+    [name for name in MODULES if folder(name) in ("loss", "config", "run", "report")],
 )
 def test_settings_folders_and_reports_do_without_torch(module: str) -> None:
     heavy = {"torch", "transformers", "datasets", "accelerate", "peft", "numpy", *TRACKERS}
@@ -220,7 +221,7 @@ def test_settings_folders_and_reports_do_without_torch(module: str) -> None:
     "module",
     [
         *("simpo.launch.commands.train", "simpo.launch.sweep"),
-        *("simpo.report.page", "simpo.__main__", "simpo.api"),
+        *("simpo.report.page", "simpo.__main__", "simpo.launch.api"),
     ],
 )
 def test_commands_start_without_torch(module: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from simpo.config.backends import (
@@ -24,6 +24,7 @@ from simpo.config.backends import (
     Zero3Config,
     ZeroConfig,
 )
+from simpo.config.benchmarks import BenchmarkConfig
 from simpo.config.choices import Compat, Dtype, Precision, Quantization
 from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError, first_line
@@ -46,6 +47,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "model": {"base": ModelConfig},
     "data": {"base": DataConfig},
     "loss": {**LOSSES},
+    "benchmark": {"base": BenchmarkConfig},
     "backend": {
         "single": SingleConfig,
         "ddp": DdpConfig,
@@ -179,10 +181,16 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
     raise ConfigError([f"{path}: {problem} ({remedy})" for problem in problems])
 
 
+_HAVE_DEFAULTS = {item.name for item in fields(RunConfig) if item.default is not MISSING}
+
+
 def _merged_run(path: Path, check: bool) -> RunConfig:
     raw, kinds = OmegaConf.load(path), {}
     raw = renamed_config(raw, note=False) if isinstance(raw, DictConfig) else DictConfig({})
     for group, schemas in GROUPS.items():
+        if group not in raw and group in _HAVE_DEFAULTS:  # written before the group existed
+            kinds[group] = schemas["base"]
+            continue
         if not isinstance(raw.get(group), DictConfig):
             raise ConfigError([f"lacks the section {group}"])
         kinds[group] = schemas.get("base") or _choice(group, raw[group], check)

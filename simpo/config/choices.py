@@ -108,6 +108,15 @@ class Engine(str, Enum):
     transformers = "transformers"
 
 
+class BenchmarkKind(str, Enum):
+    none = "none"
+    pairs = "pairs"
+    alpaca_eval = "alpaca_eval"
+    arena_hard = "arena_hard"
+    mt_bench = "mt_bench"
+    ifbench = "ifbench"
+
+
 class Checkpointing(str, Enum):
     none = "none"
     selective = "selective"

@@ -46,7 +46,7 @@ def plain_run(raw: Mapping[str, Any], groups: Mapping[str, Mapping[str, type]]) 
     Raises:
         NotPlain, KeyError, TypeError, AttributeError: a value is not plain.
     """
-    made = {group: _section(raw[group], kinds) for group, kinds in groups.items()}
+    made = {group: _section(raw[group], kinds) for group, kinds in groups.items() if group in raw}
     rest = {key: value for key, value in raw.items() if key not in groups}
     return _with_fields(RunConfig, rest, made)
 

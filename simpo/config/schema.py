@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from simpo.config.backends import BackendConfig
+from simpo.config.benchmarks import BenchmarkConfig, JudgeConfig
 from simpo.config.choices import AUTO, Dtype, Engine, Mode, Precision, Schedule, WatchAction
 from simpo.config.data import DataConfig
 from simpo.config.errors import LOST, SAVED
@@ -275,6 +276,8 @@ class RunConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     backend: BackendConfig = MISSING
     launcher: LauncherConfig = MISSING
     tracker: TrackerConfig = MISSING

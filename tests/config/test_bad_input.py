@@ -30,7 +30,7 @@ from simpo.loss.simpo import SimpoConfig
 MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
 SECTIONS = (
     "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, on_policy, monitor, "
-    "watch, export, backend, launcher, tracker"
+    "watch, export, benchmark, judge, backend, launcher, tracker"
 )
 LOSS_CHOICES = (
     "alphapo, cpo, dpo, hinge, ipo, ipo_free, ln_dpo, orpo, r_dpo, repo, rrhf, sft, sigmoid, "
@@ -68,7 +68,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
         "max_new_tokens=1",
         [
             "max_new_tokens: no such key (did you mean sample.max_new_tokens or "
-            "on_policy.max_new_tokens?)"
+            "on_policy.max_new_tokens or benchmark.max_new_tokens?)"
         ],
     ),
     ("train.shards=8", [f"train.shards: no such key (train has {TRAIN_KEYS})"]),

@@ -46,7 +46,7 @@ PAPER = {
 
 def test_the_menu_is_whole():
     groups = {choice.partition("=")[0] for choice in CHOICES}
-    assert groups >= {"model", "data", "loss", "backend", "launcher", "tracker"}
+    assert groups >= {"model", "data", "loss", "benchmark", "backend", "launcher", "tracker"}
     assert len(list(CONF.glob("*.yaml"))) == 1, "only train.yaml lies beside the groups"
 
 

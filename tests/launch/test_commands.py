@@ -62,7 +62,7 @@ def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"output_dir", "data.sources.0.path", "loss.beta"} <= keys
     assert "  loss.beta=0.3" in lines and "loss.gamma_beta_ratio" not in keys
     choices = " ".join(printed(["train", "--help"], capsys).partition("Settings")[0].split())
-    for group in ("model", "data", "loss", "backend", "launcher", "tracker"):
+    for group in ("model", "data", "loss", "benchmark", "backend", "launcher", "tracker"):
         assert f" {group} {', '.join(CONF.choices(group))}" in choices
     section = printed(["train", "--help", "loss"], capsys)
     assert "  loss.beta=" in section and "train.epochs" not in section

@@ -1,0 +1,145 @@
+"""The settings of a benchmark, and of the judge that compares answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from simpo.config.choices import BenchmarkKind
+
+KINDS = "endpoint, local, reward or annotations"
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig:
+    """Questions that a trained model answers, and what its answers are compared with."""
+
+    name: str = "none"
+    """The choice of conf/benchmark; none: the model is not judged."""
+    kind: BenchmarkKind = BenchmarkKind.none
+    """Whose files, prompts and figures; set by the choice."""
+    path: str | None = None
+    """Folder with its own files, such as a clone of its repository, or a hub id. null: the files of
+    its Python package, if it has one."""
+    baseline: str | None = None
+    """What the answers are compared with: a name in the benchmark's files, a file of answers, the
+    folder of a run, or for pairs `chosen` (responses of the data) and `base` (the model before
+    training). null: the benchmark's own."""
+    temperature: float | None = None
+    """Sampling temperature of the answers, 0: greedy. null: that of the benchmark, or of the paper
+    for the model."""
+    top_p: float = 1.0
+    """Nucleus sampling: tokens come from the likeliest ones that sum to this probability."""
+    max_new_tokens: int = 4096
+    """Longest answer of a turn."""
+    seed: int = 0
+    """Seed of the answers, and of the order in which a judge sees them."""
+    num_prompts: int | None = None
+    """Number of questions, from the start; null: all."""
+    difficulty: str | None = None
+    """alpaca_eval: its instruction_difficulty.csv, for the exact length-controlled win rate."""
+    gamed: str | None = None
+    """alpaca_eval: its df_gamed.csv, likewise."""
+
+    def problems(self) -> Iterator[str]:
+        for key in ("path", "baseline", "difficulty", "gamed"):
+            if getattr(self, key) == "":
+                yield f"{key}: must not be empty (null is none)"
+        for key in ("difficulty", "gamed"):
+            path = getattr(self, key)
+            if path and not os.path.isfile(os.path.expanduser(path)):
+                yield f"{key}: no such file, got {path}"
+        if self.temperature is not None and self.temperature < 0:
+            yield f"temperature: must be 0 (greedy) or more, or null, got {self.temperature}"
+        if not 0 < self.top_p <= 1:
+            yield f"top_p: must be above 0 and at most 1, got {self.top_p}"
+        if self.max_new_tokens < 1:
+            yield f"max_new_tokens: must be 1 or more, got {self.max_new_tokens}"
+        if self.seed < 0:
+            yield f"seed: must be 0 or more, got {self.seed}"
+        if self.num_prompts is not None and self.num_prompts < 1:
+            yield f"num_prompts: must be 1 or more, or null, got {self.num_prompts}"
+
+
+@dataclass(kw_only=True)
+class JudgeConfig:
+    """What says which of two answers is better: one of `endpoint`, `local`, `reward`,
+    `annotations`. null everywhere: `reward: rules` if the questions have rules."""
+
+    endpoint: str | None = None
+    """Base URL of a server with OpenAI's interface, such as http://localhost:8000/v1."""
+    model: str | None = None
+    """Name of the model there."""
+    key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the key of the endpoint. The key is never written or shown."""
+    local: str | None = None
+    """A model that judges on this machine: a folder, a run or a hub id. `on_policy.engine` says
+    with which library."""
+    reward: str | None = None
+    """A score instead of a judgement: a reward model, `module:function` or `rules`, as
+    `on_policy.reward`. The better score wins."""
+    annotations: str | None = None
+    """Judgements that exist: the benchmark's own file of them. Nothing is asked."""
+    folder: str | None = None
+    """Folder of all verdicts, shared by runs. null: <output_dir>/verdicts."""
+    both_orders: bool = True
+    """Ask about each pair of answers twice, in both orders. False: once, in a seeded order."""
+    repeated_prompts: int = 20
+    """Questions asked a second time, to measure how often the judge agrees with itself."""
+    temperature: float | None = None
+    """Of the judge's own sampling; null: the benchmark's."""
+    max_tokens: int | None = None
+    """Longest verdict; null: the benchmark's."""
+    concurrency: int = 8
+    """Requests at a time."""
+    retries: int = 6
+    """How often a request is tried again after an error of the server or the network."""
+    timeout_s: float = 120.0
+    """Longest wait for an answer to a request."""
+    usd_per_million_input_tokens: float | None = None
+    """Price of the endpoint's prompts; null: not known."""
+    usd_per_million_output_tokens: float | None = None
+    """Price of the endpoint's answers; null: not known."""
+    limit_usd: float | None = None
+    """No request is sent that could exceed this sum; verdicts so far are kept. null: no limit."""
+
+    def problems(self) -> Iterator[str]:
+        given = [key for key in ("endpoint", "local", "reward", "annotations") if self.asks(key)]
+        if len(given) > 1:
+            yield f"{given[1]}: must not be set beside judge.{given[0]} (one of {KINDS})"
+        for key in ("endpoint", "model", "local", "reward", "annotations", "folder", "key_env"):
+            if getattr(self, key) == "":
+                yield f"{key}: must not be empty"
+        if self.endpoint:
+            address = urlsplit(self.endpoint)
+            if address.scheme not in ("http", "https") or not address.hostname:
+                yield f"endpoint: must be http(s)://HOST[:PORT]/PATH, got {self.endpoint}"
+            elif address.username or address.password:
+                yield "endpoint: must hold no key (put it into the variable judge.key_env names)"
+            if self.model is None:
+                yield "model: required with judge.endpoint, but not given"
+        if self.annotations and not os.path.exists(os.path.expanduser(self.annotations)):
+            yield f"annotations: no such file, got {self.annotations}"
+        for key in ("repeated_prompts", "retries"):
+            if getattr(self, key) < 0:
+                yield f"{key}: must be 0 or more, got {getattr(self, key)}"
+        if self.concurrency < 1:
+            yield f"concurrency: must be 1 or more, got {self.concurrency}"
+        if self.max_tokens is not None and self.max_tokens < 1:
+            yield f"max_tokens: must be 1 or more, or null, got {self.max_tokens}"
+        if self.temperature is not None and self.temperature < 0:
+            yield f"temperature: must be 0 or more, or null, got {self.temperature}"
+        if self.timeout_s <= 0:
+            yield f"timeout_s: must be above 0, got {self.timeout_s}"
+        prices = [f"usd_per_million_{way}_tokens" for way in ("input", "output")]
+        for key in (*prices, "limit_usd"):
+            if (value := getattr(self, key)) is not None and value < 0:
+                yield f"{key}: must be 0 or more, or null, got {value}"
+        if self.limit_usd is not None and None in [getattr(self, key) for key in prices]:
+            yield f"limit_usd: needs the prices judge.{prices[0]} and judge.{prices[1]}"
+
+    def asks(self, key: str) -> bool:
+        """Whether a kind of judge is set."""
+        return getattr(self, key) is not None

@@ -1,0 +1,1 @@
+"""Judges the answers of trained models: benchmarks, judges, win rates."""

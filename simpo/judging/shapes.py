@@ -1,0 +1,186 @@
+"""What passes between benchmarks and judges.
+
+A benchmark has questions and a baseline's answers. It makes queries of them, a judge says something
+to each, and the benchmark reads a value out of that.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from simpo.data.pairs import Message
+from simpo.run.judged import Figure
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of one or several turns.
+
+    Attributes:
+        id: the benchmark's own, as text.
+        prompt: messages of the first turn, which end with the user's.
+        follow_ups: the user's later turns.
+        category: the benchmark's own; may be empty.
+        references: a reference answer of each turn; empty without.
+        temperature: of the answers, where the question has its own.
+        rule: what `simpo.data.rules` checks, if the question has a rule.
+        record: the benchmark's own record, for its files.
+    """
+
+    id: str
+    prompt: tuple[Message, ...]
+    follow_ups: tuple[str, ...] = ()
+    category: str = ""
+    references: tuple[str, ...] = ()
+    temperature: float | None = None
+    rule: Mapping[str, Any] | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to a question: a text of each turn.
+
+    Attributes:
+        tokens: of all turns; 0 if not known.
+        ended: False if a turn was cut off.
+    """
+
+    question: str
+    turns: tuple[str, ...]
+    tokens: int = 0
+    ended: bool = True
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a judge is asked.
+
+    Attributes:
+        question, turn: what it is about; `turn` counts from 0.
+        order: 0 if the model's answer is shown first, 1 if the baseline's; 0 where one answer is
+            rated alone.
+        repeat: 0, or 1 for a query asked a second time to measure the judge's agreement.
+        top_logprobs: how many likeliest first tokens are wanted with their log-probs; 0: none.
+    """
+
+    question: str
+    turn: int
+    order: int
+    messages: tuple[Message, ...]
+    max_tokens: int
+    temperature: float
+    top_logprobs: int = 0
+    repeat: int = 0
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a judge said to a query.
+
+    Attributes:
+        first_logprobs: log-probs of the likeliest first tokens, by token; empty if not known.
+        input_tokens, output_tokens: as the server counts them; 0 if it does not.
+    """
+
+    text: str
+    first_logprobs: Mapping[str, float] = field(default_factory=dict)
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A query with what was said and what it means.
+
+    Attributes:
+        value: the preference for the model from 0 to 1 (0.5 a draw), or points where the benchmark
+            rates; None if what was said cannot be read.
+    """
+
+    query: Query
+    said: Said
+    value: float | None
+
+
+class Judge(Protocol):
+    """Answers queries; `simpo.judging.judges` opens one."""
+
+    name: str
+    """What to call it in files and tables."""
+    identity: str
+    """Hash of all that decides what it says to a query, such as model, revision and code."""
+
+    def answers(self, queries: Sequence[Query]) -> Any:
+        """Yield (query, said) as they come, in any order; each query once.
+
+        Raises:
+            RunError: it cannot go on; what was yielded stays.
+        """
+
+
+class Reward(Protocol):
+    """Scores answers instead of comparing them; higher is better."""
+
+    name: str
+    identity: str
+
+    def score(self, question: Question, texts: Sequence[str]) -> list[float]:
+        """A finite score of each text as an answer to the question's first turn."""
+
+
+class Benchmark(ABC):
+    """Questions, and how answers to them are judged. One class a kind, in its own module.
+
+    Attributes:
+        questions: all that are asked, in the benchmark's order.
+        baseline_name: what the answers are compared with; empty if they are rated alone.
+        baseline: its answers by question id; empty likewise.
+    """
+
+    questions: Sequence[Question]
+    baseline_name: str = ""
+    baseline: Mapping[str, Answer] = {}
+
+    @abstractmethod
+    def queries(self, answers: Mapping[str, Answer], both_orders: bool) -> list[Query]:
+        """What a judge is asked about the answers of a model, by question id.
+
+        Empty if programs check the answers and no judge is needed.
+        """
+
+    @abstractmethod
+    def value(self, query: Query, said: Said) -> float | None:
+        """What was said, as `Judgement.value`; None if it cannot be read."""
+
+    @abstractmethod
+    def figures(
+        self, judgements: Sequence[Judgement], answers: Mapping[str, Answer]
+    ) -> tuple[dict[str, Figure], list[str]]:
+        """The benchmark's figures, the first being the main one, and notes about them."""
+
+    @abstractmethod
+    def write(
+        self,
+        folder: Path,
+        model: str,
+        judge: str,
+        answers: Mapping[str, Answer],
+        judgements: Sequence[Judgement],
+    ) -> None:
+        """Write the answers and judgements as the benchmark's own scripts read them."""
+
+    @abstractmethod
+    def read_annotations(
+        self, path: Path
+    ) -> tuple[str, str, Mapping[str, Answer], list[Judgement]]:
+        """Read the benchmark's own file of judgements: names of model and judge, the answers in it,
+        and the judgements, whose queries have no messages.
+
+        Raises:
+            DataError: the file is not of that format.
+        """

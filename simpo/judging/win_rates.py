@@ -1,0 +1,93 @@
+"""Figures that every benchmark of comparisons has: win rate, intervals, the judge's biases.
+
+Both orders of a question and its repeats are judgements of the same answers, so they are averaged
+first, and intervals resample questions. Resampling single judgements, as others do, takes them for
+independent and gives intervals that are too narrow.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+
+from simpo.judging.shapes import Judgement
+from simpo.report.studies import by_bootstrap
+from simpo.run.judged import Figure
+
+PERCENT = 100.0
+
+
+def by_question(judgements: Iterable[Judgement]) -> dict[str, float]:
+    """The mean value of each question over orders, turns and repeats; unreadable ones left out.
+
+    Each order counts the same, however often it was repeated.
+    """
+    values: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for judgement in judgements:
+        if judgement.value is not None:
+            query = judgement.query
+            values[query.question][query.turn, query.order].append(judgement.value)
+    return {
+        question: fmean(fmean(same) for same in orders.values())
+        for question, orders in values.items()
+    }
+
+
+def mean_figure(values: Sequence[float], scale: float = PERCENT) -> Figure:
+    """The mean of a value of each question, times `scale`, with its interval; at least one."""
+    (found,) = by_bootstrap([[scale * value for value in values]])
+    return Figure(found.mean, found.low, found.high)
+
+
+def _of_both_orders(judgements: Iterable[Judgement]) -> list[tuple[float, float]]:
+    """The values of first askings about the same turn, in order 0 and 1."""
+    values: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
+    for judgement in judgements:
+        query = judgement.query
+        if judgement.value is not None and not query.repeat:
+            values[query.question, query.turn][query.order] = judgement.value
+    return [(both[0], both[1]) for both in values.values() if len(both) == 2]
+
+
+def position_bias(judgements: Sequence[Judgement]) -> float | None:
+    """Share of questions for which the same position wins in both orders, of those asked in both.
+
+    None if no question was asked in both orders. An answer wins above a preference of 0.5.
+    """
+    both = _of_both_orders(judgements)
+    if not both:
+        return None
+    return fmean(float((a - 0.5) * (b - 0.5) < 0) for a, b in both)
+
+
+def first_share(judgements: Sequence[Judgement]) -> float | None:
+    """Mean preference for the answer shown first, over questions asked in both orders.
+
+    0.5 without bias, whichever model is better; None if no question was asked in both orders.
+    """
+    both = _of_both_orders(judgements)
+    return fmean((a + 1 - b) / 2 for a, b in both) if both else None
+
+
+def agreement(judgements: Sequence[Judgement]) -> float | None:
+    """Share of queries asked twice whose answers mean the same: who wins, or equal points.
+
+    None if none was.
+    """
+    values: dict[tuple[str, int, int], dict[int, float]] = defaultdict(dict)
+    for judgement in judgements:
+        query = judgement.query
+        if judgement.value is not None:
+            values[query.question, query.turn, query.order][query.repeat] = judgement.value
+    twice = [(both[0], both[1]) for both in values.values() if len(both) == 2]
+    return fmean(float(_means(a) == _means(b)) for a, b in twice) if twice else None
+
+
+def _means(value: float) -> float:
+    return value if value > 1 else float((value > 0.5) - (value < 0.5))
+
+
+def mean_chars(answers: Mapping[str, Sequence[str]], questions: Iterable[str]) -> float:
+    """Mean length in characters of answers, all turns together, to some questions."""
+    return fmean(sum(map(len, answers[question])) for question in questions)

@@ -1,0 +1,113 @@
+"""What a judge found about a model, as it lies in a run's folder.
+
+<run>/benchmarks/<benchmark>/
+    judged.json      this
+    answers.jsonl    the model's answers
+    ...              the benchmark's own files, which its own scripts read
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from simpo.config.errors import DamagedError
+from simpo.run.atomic import write_json
+from simpo.run.files import read_json
+
+FOLDER = "benchmarks"
+FILE = "judged.json"
+REMEDY = "remove it: simpo judge writes it anew"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with its 95 % intervals.
+
+    Attributes:
+        value: in the unit of the benchmark: percent, or for MT-Bench points from 1 to 10.
+        low, high: by resampling the questions (all judgements of a question together).
+        official_low, official_high: as the benchmark's own script computes them; None if it has
+            none.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    official_low: float | None = None
+    official_high: float | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model judged on a benchmark.
+
+    Attributes:
+        benchmark, kind: of `BenchmarkConfig`.
+        model, baseline, judge: names.
+        figures: by key, such as win_rate, lc_win_rate, style_win_rate, score, score_turn_1,
+            pass_rate; the first is the one to compare models by.
+        by_question: the value of each question, by its id: the preference for the model (0 to 1),
+            its points or whether it passed. Two models are compared by those that both have.
+        questions, asked, malformed: number of questions, of verdicts, and of those that could not
+            be read, which count nowhere.
+        position_bias: share of the questions asked in both orders whose verdicts follow the
+            position, minus nothing for ties: 0 is no bias; None if no question was.
+        first_share: mean preference for the answer shown first; 0.5 is no bias.
+        agreement: share of repeated questions with the same verdict; None if none was.
+        mean_chars: mean length of the answers, by `model` and `baseline`.
+        examples: questions clearly won and lost: `question`, `model`, `baseline`, `preference`.
+        notes: what a reader must know, such as an approximation; a sentence each.
+        input_tokens, output_tokens, cost_usd: of all verdicts, also of those paid earlier; the
+            cost is None if no price is known.
+    """
+
+    benchmark: str
+    kind: str
+    model: str
+    baseline: str
+    judge: str
+    figures: dict[str, Figure]
+    by_question: dict[str, float]
+    questions: int
+    asked: int
+    malformed: int = 0
+    position_bias: float | None = None
+    first_share: float | None = None
+    agreement: float | None = None
+    mean_chars: dict[str, float] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write judged.json into the folder of the benchmark."""
+        write_json(folder / FILE, asdict(self))
+
+    @staticmethod
+    def read(path: Path) -> Judged:
+        """Read a judged.json.
+
+        Raises:
+            DamagedError: it is not one.
+        """
+        raw = read_json(path, REMEDY)
+        try:
+            figures = {key: Figure(**values) for key, values in raw.pop("figures").items()}
+            return Judged(figures=figures, **raw)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(path, "holds no judgement", REMEDY) from error
+
+
+def read_judged(run_dir: Path) -> Mapping[str, Judged]:
+    """All that was judged of a run, by benchmark.
+
+    Raises:
+        DamagedError: a file cannot be read.
+    """
+    files = sorted((run_dir / FOLDER).glob(f"*/{FILE}"))
+    return {file.parent.name: Judged.read(file) for file in files}

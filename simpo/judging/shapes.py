@@ -7,9 +7,11 @@ to each, and the benchmark reads a value out of that.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 from simpo.data.pairs import Message
@@ -107,6 +109,22 @@ class Judgement:
     value: float | None
 
 
+def by_question(judgements: Iterable[Judgement]) -> dict[str, float]:
+    """The mean value of each question over orders, turns and repeats; unreadable ones left out.
+
+    Each order counts the same, however often it was repeated.
+    """
+    values: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for judgement in judgements:
+        if judgement.value is not None:
+            query = judgement.query
+            values[query.question][query.turn, query.order].append(judgement.value)
+    return {
+        question: fmean(fmean(same) for same in orders.values())
+        for question, orders in values.items()
+    }
+
+
 class Judge(Protocol):
     """Answers queries; `simpo.judging.judges` opens one."""
 
@@ -156,6 +174,13 @@ class Benchmark(ABC):
     @abstractmethod
     def value(self, query: Query, said: Said) -> float | None:
         """What was said, as `Judgement.value`; None if it cannot be read."""
+
+    def by_question(
+        self, judgements: Sequence[Judgement], answers: Mapping[str, Answer]
+    ) -> dict[str, float]:
+        """The value of each question: of its judgements, or where programs check the answers 1.0
+        if they pass and 0.0 if not."""
+        return by_question(judgements)
 
     @abstractmethod
     def figures(

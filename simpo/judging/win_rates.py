@@ -12,26 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from simpo.judging.shapes import Judgement
+from simpo.judging.shapes import by_question as by_question
 from simpo.report.studies import by_bootstrap
 from simpo.run.judged import Figure
 
 PERCENT = 100.0
-
-
-def by_question(judgements: Iterable[Judgement]) -> dict[str, float]:
-    """The mean value of each question over orders, turns and repeats; unreadable ones left out.
-
-    Each order counts the same, however often it was repeated.
-    """
-    values: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
-    for judgement in judgements:
-        if judgement.value is not None:
-            query = judgement.query
-            values[query.question][query.turn, query.order].append(judgement.value)
-    return {
-        question: fmean(fmean(same) for same in orders.values())
-        for question, orders in values.items()
-    }
 
 
 def mean_figure(values: Sequence[float], scale: float = PERCENT) -> Figure:

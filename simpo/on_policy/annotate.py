@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
-import os
 import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-from simpo.backend import build_backend
-from simpo.config.errors import ConfigError, RunError, first_line
-from simpo.config.own_code import is_function, load
+from simpo.config.errors import ConfigError, RunError
 from simpo.config.schema import RunConfig
-from simpo.data import rules
-from simpo.data.pairs import Message
-from simpo.data.rules import obeys
 from simpo.loop.console import libraries_quiet
-from simpo.model.pretrained import load_pretrained, load_weights
 from simpo.on_policy.files import (
     Prompt,
     StoredReply,
     append_lines,
     content_hash,
-    model_content,
     on_policy_folder,
     read_lines,
     read_prompts,
     read_stored_replies,
     working_in,
 )
+from simpo.on_policy.rewards import Reward, open_reward, reward_content, scores_of
 from simpo.run.atomic import write_text
-from simpo.run.cache import sha256
 from simpo.run.progress import bar
 from simpo.run.tables import markdown_table
 
-Reward = Callable[[Sequence[Message], Sequence[str], Mapping[str, Any] | None], Sequence[float]]
-"""Maps a prompt, replies to it and its rule to a score per reply; higher is better."""
+KEY = "on_policy.reward"
+"""The setting that names the reward."""
 
 
 @libraries_quiet()
@@ -171,7 +157,7 @@ def _score_all(
     """Scores of the replies to each prompt with several different ones; known scores are reused."""
     safe_name = re.sub(r"[^\w.-]+", "_", name)
     file = folder / f"scores-{safe_name}.jsonl"
-    content = _reward_content(run, name)
+    content = reward_content(run, KEY, name)
     lines = read_lines(file)
     known = {
         line["id"]: line
@@ -195,8 +181,11 @@ def _score_all(
             wanted = content_hash(texts)
             line = known.get(prompt.id)
             if line is None or line.get("responses") != wanted or not _are_scores(line, len(texts)):
-                reward = reward or _reward(run, name)
-                scores = _scores(reward, name, prompt, texts)
+                reward = reward or open_reward(run, KEY, name)
+                place = f"prompt {prompt.id}"
+                scores = scores_of(
+                    reward, f"{KEY}: {name}", place, prompt.prompt, texts, prompt.rule
+                )
                 line = {"id": prompt.id, "responses": wanted, "reward": content, "scores": scores}
                 append_lines(file, [line])
             scored[prompt.id] = line["scores"]
@@ -209,93 +198,3 @@ def _are_scores(line: Mapping[str, Any], count: int) -> bool:
     if not isinstance(scores, list) or len(scores) != count:
         return False
     return all(isinstance(score, float) and math.isfinite(score) for score in scores)
-
-
-def _reward_content(run: RunConfig, name: str) -> str:
-    """Hash of what decides the scores of a reward: its name, its code or weights, its settings.
-
-    The code of a function is the file of its module, and its own file if that is another.
-    """
-    if name == "rules" or is_function(name):
-        reward = _reward(run, name)
-        module = rules if name == "rules" else sys.modules[name.partition(":")[0]]
-        files = {getattr(module, "__file__", None)}
-        with suppress(TypeError):  # a callable that is not a function
-            files.add(inspect.getsourcefile(reward))
-        return content_hash([name, sorted(sha256(Path(file)) for file in files if file)])
-    if name.endswith(".py") or Path(name).is_file():
-        raise ConfigError(
-            [f"on_policy.reward: must not be a file, got {name} (a function is module:function)"]
-        )
-    if name.startswith((".", "~", os.sep)) and not Path(name).is_dir():
-        raise ConfigError([f"on_policy.reward: no such folder, got {name}"])
-    trust, precision = run.model.trust_remote_code, run.train.precision.value
-    return content_hash([name, model_content("on_policy.reward", name, None), trust, precision])
-
-
-def _scores(reward: Reward, name: str, prompt: Prompt, texts: list[str]) -> list[float]:
-    try:
-        scores = [float(score) for score in reward(prompt.prompt, texts, prompt.rule)]
-    except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        place = f"on_policy.reward: {name} failed on prompt {prompt.id}"
-        raise RunError(f"{place}: {reason}") from error
-    if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
-        raise RunError(
-            f"on_policy.reward: {name} must give {len(texts)} finite scores for prompt "
-            f"{prompt.id}, gave {scores}"
-        )
-    return scores
-
-
-def _reward(run: RunConfig, name: str) -> Reward:
-    if name == "rules":
-        return by_rule
-    if is_function(name):
-        function: Reward = load("on_policy.reward", name)
-        return function
-    return _model(run, name)
-
-
-def by_rule(
-    prompt: Sequence[Message], replies: Sequence[str], rule: Mapping[str, Any] | None
-) -> list[float]:
-    """1 for a reply that obeys the prompt's rule, 0 for another.
-
-    Raises:
-        ValueError: the prompt has no rule.
-    """
-    if rule is None:
-        raise ValueError("the prompt has no rule")
-    return [float(obeys(rule, text)) for text in replies]
-
-
-def _model(run: RunConfig, name: str) -> Reward:
-    """A reward from a sequence classifier with one score, which reads its own chat template."""
-    backend = build_backend(run.backend, run.train.precision)
-    trust = run.model.trust_remote_code
-    named: dict[str, Any] = {"key": "on_policy.reward", "source": name, "trust_remote_code": trust}
-    tokenizer = load_pretrained(loader=AutoTokenizer, **named)
-    dtype = torch.bfloat16 if backend.bf16 else torch.float32
-    model = load_weights(loader=AutoModelForSequenceClassification, dtype=dtype, **named)
-    model.to(backend.device).eval()
-
-    @torch.no_grad()
-    def reward(
-        prompt: Sequence[Message], replies: Sequence[str], rule: Mapping[str, Any] | None
-    ) -> list[float]:
-        scores = []
-        for text in replies:
-            ids = tokenizer.apply_chat_template(
-                [*prompt, {"role": "assistant", "content": text}], return_dict=False
-            )
-            output = model(torch.tensor([ids], device=backend.device))
-            # Some models on the hub return it as `score`.
-            score = getattr(output, "score", None)
-            score = output.logits if score is None else score
-            if score.numel() != 1:
-                raise ValueError(f"it gives {score.numel()} numbers for a reply, not one")
-            scores.append(score.float().item())
-        return scores
-
-    return reward

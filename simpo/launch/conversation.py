@@ -14,7 +14,8 @@ from pathlib import Path
 
 from simpo.config.errors import DataError, SimpoError, unwritable
 from simpo.data.pairs import Message
-from simpo.model.talk import Sampling, TalkingModel
+from simpo.model.generate import Sampling
+from simpo.model.talk import TalkingModel
 
 HELP = r"""
 /clear         begin a new dialogue; the system prompt stays

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,12 +17,36 @@ BATCH_PROMPTS = 64
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How replies are drawn.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: mass of nucleus sampling.
+        top_logprobs: how many likeliest first tokens are wanted with their log-probs.
+    """
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True)
 class Reply:
-    """A generated reply. `ids` exclude the end token, which `ended` says was generated."""
+    """A generated reply.
+
+    Attributes:
+        ids: without the end token, which `ended` says was generated.
+        first_logprobs: log-probs of the likeliest first tokens by their text, the likeliest first,
+            before temperature and `top_p`; empty unless they were wanted.
+    """
 
     text: str
     ids: list[int]
     ended: bool
+    first_logprobs: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -45,6 +69,7 @@ def generate_replies(
     temperature: float = 0.0,
     top_p: float = 1.0,
     streamer: BaseStreamer | None = None,
+    top_logprobs: int = 0,
 ) -> list[Reply]:
     """Generate a reply to each prompt, in one left-padded batch.
 
@@ -53,6 +78,8 @@ def generate_replies(
         temperature: sampling temperature; 0 is greedy decoding.
         top_p: probability mass of nucleus sampling.
         streamer: gets each token of a single prompt's reply as soon as it is generated.
+        top_logprobs: how many likeliest first tokens are wanted with their log-probs. Logits of all
+            tokens are held meanwhile, so it is for short replies.
     """
     policy.eval()
     base: Any = policy.base
@@ -70,6 +97,8 @@ def generate_replies(
         top_k=0 if sampled else None,
         eos_token_id=chat.end_id,
         pad_token_id=pad_id,
+        return_dict_in_generate=top_logprobs > 0,
+        output_logits=top_logprobs > 0,
     )
     # transformers would take unset options, such as a penalty, from the model's generation config.
     own, base.generation_config = base.generation_config, GenerationConfig()
@@ -82,11 +111,27 @@ def generate_replies(
         )
     finally:
         base.generation_config = own
-    return [decode_reply(chat, ids) for ids in output[:, width:].tolist()]
+    if not top_logprobs:
+        return [decode_reply(chat, ids) for ids in output[:, width:].tolist()]
+    likeliest = output.logits[0].float().log_softmax(-1).topk(top_logprobs)
+    found = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return [
+        decode_reply(chat, ids, list(zip(*first, strict=True)))
+        for ids, first in zip(output.sequences[:, width:].tolist(), found, strict=True)
+    ]
 
 
-def decode_reply(chat: Chat, ids: list[int]) -> Reply:
-    """The reply in generated ids: everything before the token that ends a response."""
+def decode_reply(
+    chat: Chat, ids: list[int], first_logprobs: Sequence[tuple[int, float]] = ()
+) -> Reply:
+    """The reply in generated ids: everything before the token that ends a response.
+
+    Args:
+        first_logprobs: ids of likeliest first tokens with their log-probs, the likeliest first.
+    """
     ended = chat.end_id in ids
     ids = ids[: ids.index(chat.end_id)] if ended else ids
-    return Reply(str(chat.tokenizer.decode(ids, skip_special_tokens=True)), ids, ended)
+    by_text: dict[str, float] = {}
+    for token, value in first_logprobs:  # of tokens with the same text the likeliest stays
+        by_text.setdefault(str(chat.tokenizer.decode([token])), value)
+    return Reply(str(chat.tokenizer.decode(ids, skip_special_tokens=True)), ids, ended, by_text)

@@ -27,23 +27,13 @@ from simpo.data.chats.checks import refuse_unknown_ids
 from simpo.data.pairs import Message, Pair
 from simpo.data.reading.records import RecordFault
 from simpo.model.export import model_folder
-from simpo.model.generate import Reply, decode_reply, generate_replies
+from simpo.model.generate import Reply, Sampling, decode_reply, generate_replies
 from simpo.model.load import load_policy
 from simpo.model.policy import Policy
 from simpo.model.pretrained import load_settings, num_embeddings
 from simpo.model.tokenizer import load_tokenizer
 from simpo.run.files import read_status
 from simpo.run.folder import template_date
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How replies are drawn: `temperature` 0 is greedy; `top_p` is the mass of nucleus sampling."""
-
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    seed: int
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,13 @@ The on-policy data of https://arxiv.org/abs/2405.14734, section 3.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from simpo.backend import build_backend
 from simpo.config.choices import Compat, Engine, OnBadRecord
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.models import ADAPTER_FILE
@@ -28,10 +22,10 @@ from simpo.data.mixture import fault_lines, load_mixture
 from simpo.data.pairs import Pair
 from simpo.data.reading.records import RecordFault, to_prompt
 from simpo.loop.console import libraries_quiet
-from simpo.model.generate import Reply, batches, decode_reply, generate_replies
-from simpo.model.load import load_policy
+from simpo.model.generate import Sampling, batches
 from simpo.model.pretrained import load_settings, model_source, num_embeddings
 from simpo.model.tokenizer import load_tokenizer
+from simpo.on_policy.engines import engine_of, with_transformers, with_vllm
 from simpo.on_policy.files import (
     Prompt,
     StoredReply,
@@ -45,10 +39,7 @@ from simpo.on_policy.files import (
 )
 from simpo.run.atomic import write_text
 from simpo.run.folder import refuse_changed
-from simpo.run.progress import bar, say
-
-Generate = Callable[[Sequence[list[int]], int], list[Reply]]
-"""Maps token ids of prompts and a seed to a reply to each prompt."""
+from simpo.run.progress import bar
 
 
 @libraries_quiet()
@@ -100,13 +91,17 @@ def _generate_missing(
     ]
     if not todo:
         return
-    engine = _engine(config.engine)
-    generate_batch = _vllm(run, chat) if engine is Engine.vllm else _transformers(run, chat)
+    engine = engine_of(config.engine)
+    if engine is Engine.vllm:
+        generate_batch = with_vllm(run.model, Path(run.cache_dir).expanduser(), chat)
+    else:
+        generate_batch = with_transformers(run, chat)
     count = sum(len(batch) for _, batch in todo)
     with bar(f"replies ({engine.value})", count, stays=True) as shown:
         shown.begin_at(0)
         for seed, batch in todo:
-            replies = generate_batch([ids[i] for i in batch], seed)
+            sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens, seed)
+            replies = generate_batch([ids[i] for i in batch], sampling)
             append_lines(
                 folder / "responses.jsonl",
                 (
@@ -144,7 +139,7 @@ def _settings(
         "on_policy.max_new_tokens": config.max_new_tokens,
         "on_policy.batch_prompts": config.batch_prompts,
         "train.precision": run.train.precision.value,
-        "engine": _engine(config.engine).value,
+        "engine": engine_of(config.engine).value,
     }
 
 
@@ -210,75 +205,3 @@ def _refuse_other_settings(folder: Path, now: dict[str, Any]) -> None:
         earlier = {key: before.get(key) for key in now}
         refuse_changed(earlier, now, begun, "another on_policy.folder")
     write_text(file, json.dumps(now) + "\n")
-
-
-def _engine(wanted: Engine) -> Engine:
-    if wanted is not Engine.auto:
-        return wanted
-    able = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
-    return Engine.vllm if able else Engine.transformers
-
-
-def _transformers(run: RunConfig, chat: Chat) -> Generate:
-    """Generates with transformers, with the model loaded as in training."""
-    config = run.on_policy
-    backend = build_backend(run.backend, run.train.precision)
-    cache_dir = Path(run.cache_dir).expanduser()
-    say(f"loading the weights of {run.model.path} ...")
-    policy = load_policy(run.model, cache_dir, backend.device, seed=0, bf16=backend.bf16)
-
-    def generate_batch(prompts: Sequence[list[int]], seed: int) -> list[Reply]:
-        torch.manual_seed(int(content_hash([seed, *prompts]), 16) % 2**63)
-        with backend.unsharded(policy):
-            return generate_replies(
-                policy,
-                chat,
-                prompts,
-                config.max_new_tokens,
-                backend.device,
-                config.temperature,
-                config.top_p,
-            )
-
-    return generate_batch
-
-
-def _vllm(run: RunConfig, chat: Chat) -> Generate:
-    """Generates with vLLM; each reply has its own seed.
-
-    Raises:
-        ConfigError: the model has an adapter.
-    """
-    from vllm import LLM, SamplingParams, TokensPrompt
-
-    config = run.on_policy
-    if run.model.lora.adapter is not None:
-        remedy = "merge it with simpo export, or set on_policy.engine=transformers"
-        raise ConfigError([f"model.lora.adapter: vllm takes no adapter here ({remedy})"])
-    source = model_source(run.model, Path(run.cache_dir).expanduser())
-    model = LLM(
-        model=source,
-        tokenizer=os.path.expanduser(run.model.tokenizer or source),
-        revision=run.model.revision,
-        trust_remote_code=run.model.trust_remote_code,
-        generation_config="vllm",  # not the model's own defaults
-    )
-
-    def generate_batch(prompts: Sequence[list[int]], seed: int) -> list[Reply]:
-        outputs = model.generate(
-            [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
-            [
-                SamplingParams(
-                    temperature=config.temperature,
-                    top_p=config.top_p,
-                    max_tokens=config.max_new_tokens,
-                    seed=int(content_hash([seed, ids]), 16) % 2**31,
-                    stop_token_ids=[chat.end_id],
-                )
-                for ids in prompts
-            ],
-            use_tqdm=False,
-        )
-        return [decode_reply(chat, list(output.outputs[0].token_ids)) for output in outputs]
-
-    return generate_batch

@@ -35,6 +35,7 @@ from simpo.launch.commands.chat import USAGE, Words, _arguments
 from simpo.launch.conversation import HELP, Conversation, _show
 from simpo.loop.train import train
 from simpo.model import talk
+from simpo.model.generate import Sampling
 from simpo.model.tokenizer import load_tokenizer
 from simpo.run.files import read_replies
 from tests.support.small_hub import small_hub
@@ -116,7 +117,7 @@ def test_replies_are_those_of_the_run(
     """Before and after training, as the run itself wrote them; some follow a dialogue."""
     pairs = load_mixture(load_run(runs[name] / "run.yaml").data).test
     model = talk.load_talking_model(str(runs[name]), "", Dtype.auto, Device.cpu)
-    sampling = talk.Sampling(temperature=0, top_p=1, max_new_tokens=8, seed=0)
+    sampling = Sampling(temperature=0, top_p=1, max_new_tokens=8, seed=0)
     capsys.readouterr()
     for pair, old, new in zip(pairs, *replies_of(runs[name]), strict=False):
         assert old["reply"] != new["reply"]
@@ -234,7 +235,7 @@ def test_drawn_replies(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 def test_ctrl_c_stops_a_reply(tiny_folder: Path) -> None:
     """What was generated until then is the reply."""
     model = talk.load_talking_model(str(tiny_folder), None, Dtype.float32, Device.cpu)
-    sampling = talk.Sampling(temperature=0, top_p=1, max_new_tokens=40, seed=0)
+    sampling = Sampling(temperature=0, top_p=1, max_new_tokens=40, seed=0)
     ids = model.prompt_ids([{"role": "user", "content": "Name a bird."}])
     shown: list[str] = []
     whole, early = model.reply(ids, sampling, shown.append)

@@ -82,7 +82,8 @@ def main(words: Sequence[str]) -> None:
 
 def _talk(asked: Words) -> None:
     from simpo.launch.conversation import Conversation, talk
-    from simpo.model.talk import Sampling, load_talking_model
+    from simpo.model.generate import Sampling
+    from simpo.model.talk import load_talking_model
 
     model = load_talking_model(asked.source, asked.base, asked.dtype, asked.device)
     sampling = Sampling(asked.temperature, asked.top_p, asked.max_new_tokens, asked.seed)

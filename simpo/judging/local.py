@@ -1,0 +1,145 @@
+"""A judge on this machine: a model that generates verdicts in batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from simpo.backend import build_backend
+from simpo.config.choices import Dtype, Engine
+from simpo.config.errors import RunError
+from simpo.config.models import ADAPTER_FILE
+from simpo.config.schema import RunConfig
+from simpo.data.pairs import Message, Pair
+from simpo.data.reading.records import RecordFault
+from simpo.judging.shapes import Query, Said
+from simpo.model.generate import Reply, Sampling, batches
+from simpo.model.pretrained import load_settings, model_source
+from simpo.model.saved import naming, saved_model
+from simpo.model.talk import context_tokens, load_for_talk
+from simpo.on_policy.engines import Generate, engine_of, with_policy, with_vllm
+from simpo.on_policy.files import content_hash, model_content
+from simpo.run.progress import say
+
+KEY = "judge.local"
+
+
+class LocalJudge:
+    """Asks a model that transformers or vLLM runs here; it is loaded when it is first asked."""
+
+    def __init__(self, run: RunConfig, source: str) -> None:
+        """
+        Args:
+            source: folder of a run, a model or an adapter, or a hub id.
+
+        Raises:
+            ConfigError: there is no such model, or its tokenizer cannot be loaded.
+        """
+        folder = Path(source).expanduser()
+        self.name = folder.resolve().name if folder.is_dir() else source
+        self._engine = engine_of(run.on_policy.engine)
+        self._run = run
+        with naming(KEY):
+            self._saved = saved_model(source)
+            self._chat = self._saved.chat()
+            self._settings = load_settings(self._saved.model, self._saved.cache_dir)
+            self.identity = self._identity()
+        self._generate: Generate | None = None
+
+    def _identity(self) -> str:
+        model = self._saved.model
+        source, adapter = model_source(model, self._saved.cache_dir), model.lora.adapter
+        return content_hash(
+            [
+                model_content(KEY, source, model.revision),
+                adapter and model_content(KEY, adapter, None, ADAPTER_FILE),
+                model.quantization.value,
+                self._chat.template_sha256,
+                self._chat.template.kwargs,
+                self._engine.value,
+            ]
+        )
+
+    def answers(self, queries: Sequence[Query]) -> Iterator[tuple[Query, Said]]:
+        """Yield (query, said) batch by batch.
+
+        A query that the model cannot read, because it is too long or holds a control token, gets an
+        empty text, and a line says how many there are.
+
+        Raises:
+            ConfigError: the model cannot be loaded.
+            RunError: it can read none of the queries.
+        """
+        faults: Counter[str] = Counter()
+        groups: dict[Sampling, list[tuple[Query, list[int]]]] = {}
+        refused = []
+        for query in queries:
+            try:
+                ids = self._ids(query)
+            except RecordFault as fault:
+                faults[str(fault)] += 1
+                refused.append(query)
+                continue
+            # A repeat is drawn anew.
+            drawn = (query.temperature, 1.0, query.max_tokens, query.repeat, query.top_logprobs)
+            groups.setdefault(Sampling(*drawn), []).append((query, ids))
+        if len(refused) == len(queries):
+            raise RunError(f"{KEY}: {self.name} can read no query: {next(iter(faults))}")
+        for text, count in faults.items():
+            say(f"note   {count} of {len(queries)} queries count as malformed verdicts: {text}")
+        yield from ((query, Said("")) for query in refused)
+        for sampling, group in groups.items():
+            yield from self._answers(sampling, group)
+
+    def _answers(
+        self, sampling: Sampling, group: Sequence[tuple[Query, list[int]]]
+    ) -> Iterator[tuple[Query, Said]]:
+        if self._generate is None:
+            with naming(KEY):
+                self._generate = self._load()
+        for batch in batches([len(ids) for _, ids in group], self._run.on_policy.batch_prompts):
+            replies = self._generate([group[i][1] for i in batch], sampling)
+            for i, reply in zip(batch, replies, strict=True):
+                query, ids = group[i]
+                yield query, _said(reply, len(ids))
+
+    def _load(self) -> Generate:
+        saved = self._saved
+        say(f"loading the weights of the judge {self.name} ...")
+        if self._engine is Engine.vllm:
+            return with_vllm(saved.model, saved.cache_dir, self._chat)
+        device = build_backend(self._run.backend, self._run.train.precision).device
+        policy = load_for_talk(saved.model, saved.cache_dir, device, Dtype.auto)
+        return with_policy(policy, self._chat, device)
+
+    def _ids(self, query: Query) -> list[int]:
+        """Token ids of a query's messages, with the generation prompt.
+
+        Raises:
+            RecordFault: the model cannot read them.
+        """
+        self._chat.check_pair(Pair(query.messages, (), None, ""))
+        (ids,) = self._chat.encode([self._text(query.messages)])
+        limit = context_tokens(self._settings)
+        if limit is not None and len(ids) + query.max_tokens > limit:
+            raise RecordFault(
+                f"with their verdict they are longer than the judge's {limit:,} tokens"
+            )
+        return ids
+
+    def _text(self, messages: tuple[Message, ...]) -> str:
+        """The prompt as text. A system prompt that the template refuses is put before the
+        question."""
+        try:
+            return self._chat.prompt_text(messages)
+        except RecordFault:
+            if len(messages) < 2 or messages[0]["role"] != "system":
+                raise
+            system, question, *others = messages
+            joined = f"{system['content']}\n\n{question['content']}"
+            return self._chat.prompt_text([{**question, "content": joined}, *others])
+
+
+def _said(reply: Reply, input_tokens: int) -> Said:
+    return Said(reply.text, reply.first_logprobs, input_tokens, reply.tokens)

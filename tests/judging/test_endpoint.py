@@ -1,0 +1,293 @@
+"""A judge behind an endpoint: what is sent, faults of the server, the key, the limit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from simpo.config.benchmarks import JudgeConfig
+from simpo.config.errors import ConfigError, RunError
+from simpo.judging import endpoint
+from simpo.judging.endpoint import EndpointJudge
+from simpo.judging.shapes import Query, Said
+from tests.support.stub_judge import Fault, StubJudge, stub_judge
+
+KEY = "sk-very-secret-5a7"
+
+
+def query(text: str, top_logprobs: int = 0, max_tokens: int = 10) -> Query:
+    messages = ({"role": "system", "content": "Judge."}, {"role": "user", "content": text})
+    return Query(text, 0, 0, messages, max_tokens, 0.5, top_logprobs)
+
+
+def judge_of(stub: StubJudge, **settings: Any) -> EndpointJudge:
+    return EndpointJudge(JudgeConfig(endpoint=stub.url, model="arbiter", **settings))
+
+
+def ask(stub: StubJudge, queries: Sequence[Query], **settings: Any) -> dict[str, Said]:
+    return {q.question: said for q, said in judge_of(stub, **settings).answers(queries)}
+
+
+def told(stub: StubJudge, queries: Sequence[Query], **settings: Any) -> str:
+    with pytest.raises(RunError) as caught:
+        ask(stub, queries, **settings)
+    return str(caught.value)
+
+
+def echo(messages: Any) -> str:
+    return f"said {messages[-1]['content']}"
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "PAUSE_S", 0.01)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def test_what_is_sent_and_said() -> None:
+    with stub_judge(echo) as stub:
+        said = ask(stub, [query("a")])
+    assert stub.asked == [
+        {
+            "model": "arbiter",
+            "messages": [
+                {"role": "system", "content": "Judge."},
+                {"role": "user", "content": "a"},
+            ],
+            "max_tokens": 10,
+            "temperature": 0.5,
+        }
+    ]
+    assert stub.keys == [None]
+    assert said == {"a": Said("said a", {}, 2, 2)}
+
+
+def test_log_probs_of_the_first_token() -> None:
+    with stub_judge(lambda _: ("m", {"m": -0.1, "M": -2.5, " m": -9.0})) as stub:
+        said = ask(stub, [query("a", top_logprobs=2)])
+    assert stub.asked[0]["logprobs"] is True and stub.asked[0]["top_logprobs"] == 2
+    assert said["a"].first_logprobs == {"m": -0.1, "M": -2.5}
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_server_without_log_probs(refuses: bool) -> None:
+    """It refuses them, or answers without."""
+    with stub_judge(echo, gives_logprobs=False) as stub:
+        if not refuses:
+            answer = json.dumps({"choices": [{"message": {"content": "m"}, "logprobs": None}]})
+            stub.faults.append(Fault(200, answer))
+        reason = "400 Bad Request: logprobs are not supported by this model"
+        assert told(stub, [query("a", top_logprobs=5)]) == (
+            f"judge.endpoint: arbiter at {stub.url} gives no log-probs, from which this benchmark "
+            f"reads verdicts: {reason if refuses else 'the answer has none'} (choose another "
+            "judge.model or server)"
+        )
+    assert len(stub.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(500),
+        Fault(503, "<html>busy</html>"),
+        Fault(408),
+        Fault(409),
+        Fault(429, headers={"Retry-After": "0"}),
+        Fault(200, "{not json"),
+        Fault(200, "[]"),
+        Fault(200, '{"choices": []}'),
+        Fault(200, '{"choices": [{"message": {"content": null}}]}'),
+        Fault(200, '{"choices": [{"message": null}]}'),
+    ],
+)
+def test_tried_again(fault: Fault) -> None:
+    with stub_judge(echo, [fault, fault]) as stub:
+        said = ask(stub, [query("a")], retries=2)
+    assert said["a"].text == "said a" and len(stub.seen) == 3
+
+
+def test_a_verdict_that_stays_malformed_is_empty() -> None:
+    with stub_judge(echo, [Fault(200, '{"choices": []}')] * 3) as stub:
+        said = ask(stub, [query("a"), query("b")], retries=2, concurrency=1)
+    assert said == {"a": Said(""), "b": Said("said b", {}, 2, 2)}
+
+
+def test_a_server_that_stays_broken() -> None:
+    """What was in flight is not lost."""
+    with stub_judge(echo, [Fault(500)] * 3) as stub:
+        judge = judge_of(stub, retries=2, concurrency=1)
+        said: list[tuple[Query, Said]] = []
+        with pytest.raises(RunError) as caught:
+            said.extend(judge.answers([query("a"), query("b")]))
+        assert said == []
+        assert str(caught.value) == (
+            f"judge.endpoint: {stub.url}: 500 Internal Server Error: overloaded, tried 3 times "
+            "(verdicts so far are kept: the same command goes on)"
+        )
+        stub.faults.extend([Fault(404, '{"message": "no\\n such model"}', wait_s=0.1)])
+        with pytest.raises(RunError) as caught:
+            said.extend(judge_of(stub, concurrency=2).answers([query(c) for c in "abcd"]))
+    assert {q.question for q, _ in said} >= {"b"} and len(stub.asked) == len(said)
+    assert str(caught.value) == (
+        f"judge.endpoint: {stub.url} refuses arbiter: 404 Not Found: no such model (verdicts so "
+        "far are kept)"
+    )
+
+
+def test_a_server_that_hangs_or_is_not_there() -> None:
+    with stub_judge(echo, [Fault(wait_s=5)]) as stub:
+        began = time.monotonic()
+        assert ask(stub, [query("a")], timeout_s=0.2)["a"].text == "said a"
+        assert time.monotonic() - began < 2
+        stub.faults.append(Fault(wait_s=5))
+        assert told(stub, [query("a")], timeout_s=0.2, retries=0) == (
+            f"judge.endpoint: {stub.url}: no answer within judge.timeout_s=0.2, tried once "
+            "(verdicts so far are kept: the same command goes on)"
+        )
+    assert told(stub, [query("a")], retries=1) == (
+        f"judge.endpoint: {stub.url}: [Errno 111] Connection refused, tried 2 times "
+        "(verdicts so far are kept: the same command goes on)"
+    )
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+def test_retry_after_is_obeyed(as_date: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In seconds, or as a date, whose parts of a second are cut off."""
+    wanted = formatdate(time.time() + 2, usegmt=True) if as_date else "1"
+    with stub_judge(echo, [Fault(429, headers={"Retry-After": wanted})]) as stub:
+        began = time.monotonic()
+        said = ask(stub, [query("a")])
+        waited = time.monotonic() - began
+    assert said["a"].text == "said a"
+    assert 0.9 <= waited < 3
+
+
+def test_pauses_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stub_judge(echo) as stub:
+        judge = judge_of(stub)
+    pauses = []
+    for tried in (0, 1, 2, 5, 2000):
+        one = endpoint._Try(0.0, query("a"), tried)
+        later = judge._later(one, endpoint._Again("busy"))
+        pauses.append((later.due - time.monotonic()) / endpoint.PAUSE_S)
+        assert later.tried == tried + 1
+    for pause, factor in zip(pauses, (1, 2, 4, 32, 1024), strict=True):
+        assert 0.4 * factor <= pause <= factor
+    monkeypatch.setattr(endpoint, "PAUSE_S", 1e9)
+    assert judge._later(one, endpoint._Again("busy")).due - time.monotonic() <= 60
+
+
+def test_so_many_at_a_time() -> None:
+    with stub_judge(echo, wait_s=0.05) as stub:
+        said = ask(stub, [query(str(i)) for i in range(12)], concurrency=3)
+    assert len(said) == 12 and stub.most_at_once == 3
+
+
+def test_a_model_that_wants_another_name_for_the_length() -> None:
+    refusal = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    with stub_judge(echo, [Fault(400, json.dumps({"error": {"message": refusal}}))]) as stub:
+        assert len(ask(stub, [query("a"), query("b")], concurrency=1)) == 2
+    assert ["max_tokens" in body for body in stub.seen] == [True, False, False]
+    assert stub.asked[0]["max_completion_tokens"] == 10
+
+
+def test_the_key_appears_nowhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MY_KEY", f" {KEY}\n")
+    refused = Fault(400, json.dumps({"error": {"message": f"what is {KEY}?"}}))
+    with stub_judge(echo, [Fault(500, f"busy with {KEY}"), refused], key=KEY) as stub:
+        judge = judge_of(stub, key_env="MY_KEY")
+        with pytest.raises(RunError) as caught:
+            list(judge.answers([query("a")]))
+        assert str(caught.value) == (
+            f"judge.endpoint: {stub.url} refuses arbiter: 400 Bad Request: what is ***? (verdicts "
+            "so far are kept)"
+        )
+        assert next(iter(judge.answers([query("a")])))[1].text == "said a"
+        assert stub.keys == [f"Bearer {KEY}"] * 3
+        monkeypatch.setenv("MY_KEY", "sk-another")
+        wrong = told(stub, [query("a")], key_env="MY_KEY")
+        monkeypatch.delenv("MY_KEY")
+        none = told(stub, [query("a")], key_env="MY_KEY")
+    assert wrong == (
+        f"judge.key_env: {stub.url} refuses the key in MY_KEY: 401 Unauthorized: Incorrect API key "
+        "provided: Bearer ***"
+    )
+    assert none == (
+        f"judge.key_env: {stub.url} wants a key, but MY_KEY is not set: 401 Unauthorized: "
+        "Incorrect API key provided: None (set it, or name another variable)"
+    )
+    monkeypatch.setenv("MY_KEY", f"{KEY}\n{KEY}")
+    with pytest.raises(ConfigError) as unfit:
+        judge_of(stub, key_env="MY_KEY")
+    assert str(unfit.value) == (
+        "judge.key_env: the key in MY_KEY holds letters that no key has (set it anew)"
+    )
+    shown = [*capsys.readouterr(), repr(judge), str(vars(caught.value)), judge.identity]
+    assert KEY not in "".join(shown)
+
+
+# 1 USD a token.
+PRICE = {"usd_per_million_input_tokens": 1e6, "usd_per_million_output_tokens": 1e6}
+
+
+def worst(one: Query) -> int:
+    return sum(len(m["content"]) for m in one.messages) + 3 * 16 + one.max_tokens
+
+
+def test_nothing_is_sent_that_could_exceed_the_limit() -> None:
+    """Each costs 4 in fact, but could cost 65."""
+    queries = [query(str(i)) for i in range(9)]
+    assert worst(queries[0]) == 65
+    said: list[tuple[Query, Said]] = []
+    with stub_judge(echo, wait_s=0.02) as stub:
+        # Two fit beside each other, then one beside what was spent: 65 + 65, 8 + 65, 12 + 65, ...
+        judge = judge_of(stub, limit_usd=130 + 4, **PRICE)
+        with pytest.raises(RunError) as caught:
+            said.extend(judge.answers([*queries, *[query(str(i)) for i in range(9, 30)]]))
+    assert stub.most_at_once == 2
+    # The last one was sent at 68 spent, since 68 + 65 <= 134; at 72 no other could be.
+    assert len(said) == len(stub.seen) == 18
+    assert str(caught.value) == (
+        "judge.limit_usd: the next request could exceed 134 USD, 72.00 are spent; 12 of 30 "
+        "queries are left (verdicts so far are kept: raise it, and the same command goes on)"
+    )
+
+
+def test_what_may_have_been_paid_counts() -> None:
+    """An answer that did not arrive in time, or without a count, counts with its worst case."""
+    with stub_judge(echo, [Fault(wait_s=1)]) as stub:
+        judge = judge_of(stub, limit_usd=100, timeout_s=0.2, **PRICE)
+        with pytest.raises(RunError, match=r"exceed 100 USD, 65\.00 are spent; 1 of 1 queries"):
+            list(judge.answers([query("a")]))
+        uncounted = Fault(200, '{"choices": [{"message": {"content": "x"}}]}')
+        stub.faults.append(uncounted)
+        judge = judge_of(stub, limit_usd=100, concurrency=1, **PRICE)
+        with pytest.raises(RunError, match=r"exceed 100 USD, 65\.00 are spent; 1 of 2 queries"):
+            list(judge.answers([query("a"), query("b")]))
+        stub.faults.append(Fault(500))  # which costs nothing
+        assert ask(stub, [query("a")], limit_usd=100, **PRICE)["a"].text == "said a"
+
+
+def test_judges_are_told_apart() -> None:
+    def identity(url: str, model: str) -> str:
+        return EndpointJudge(JudgeConfig(endpoint=url, model=model)).identity
+
+    assert identity("http://a/v1", "x") == identity("http://a/v1/", "x")
+    assert len({identity(u, m) for u in ("http://a/v1", "http://b/v1") for m in "xy"}) == 4
+
+
+def test_a_proxy_does_not_lead_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with stub_judge(echo) as stub:
+        assert ask(stub, [query("a")], retries=0)["a"].text == "said a"
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(stub.url)

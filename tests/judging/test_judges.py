@@ -1,0 +1,177 @@
+"""Which judge is opened, and what models and rewards on this machine say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from simpo.config.benchmarks import JudgeConfig
+from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError, RunError
+from simpo.config.schema import RunConfig
+from simpo.judging.endpoint import EndpointJudge
+from simpo.judging.judges import open_judge
+from simpo.judging.local import LocalJudge
+from simpo.judging.rewards import ScoringReward
+from simpo.judging.shapes import Query, Question, Said
+from tests.support.toy_benchmark import Toy
+
+BULLETS = {"name": "bullets", "count": 1}
+
+
+def run_of(*words: str, **judge: Any) -> RunConfig:
+    run = compose_run(["backend.device=cpu", "train.precision=fp32", *words])
+    return replace(run, judge=JudgeConfig(**judge))
+
+
+def query(*texts: str, **more: Any) -> Query:
+    """Texts of the user, or if there are two, of the system and the user."""
+    roles = ("system", "user")[-len(texts) :]
+    messages = tuple({"role": r, "content": t} for r, t in zip(roles, texts, strict=True))
+    settings: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, **more}
+    return Query(texts[-1], 0, 0, messages, **settings)
+
+
+def test_the_judge_that_is_set() -> None:
+    toy = Toy(2)
+    assert open_judge(run_of(annotations="file.json"), toy) is None
+    found = open_judge(run_of(endpoint="http://localhost:1/v1", model="arbiter"), toy)
+    assert isinstance(found, EndpointJudge) and found.name == "arbiter"
+    found = open_judge(run_of(reward="rules"), toy)
+    assert isinstance(found, ScoringReward) and found.name == "rules"
+
+
+def test_without_a_judge() -> None:
+    """Rules if all questions have them, and none for programs that check."""
+    toy = Toy(2)
+    with pytest.raises(ConfigError) as caught:
+        open_judge(run_of("benchmark=mt_bench"), toy)
+    assert str(caught.value) == (
+        "judge: benchmark=mt_bench needs a judge, but none is set (judge.endpoint, local, reward "
+        "or annotations)"
+    )
+    assert open_judge(run_of("benchmark=ifbench"), toy) is None
+    toy.questions = [replace(question, rule=BULLETS) for question in toy.questions]
+    found = open_judge(run_of("benchmark=pairs"), toy)
+    assert isinstance(found, ScoringReward)
+    assert found.score(toy.questions[0], ["- a", "a"]) == [1.0, 0.0]
+    toy.questions[1] = replace(toy.questions[1], rule=None)
+    with pytest.raises(ConfigError):
+        open_judge(run_of("benchmark=pairs"), toy)
+
+
+def test_a_reward_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "judge_rewards.py").write_text(
+        "def odd(prompt, texts, rule):\n    return [float('nan') for _ in texts]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    question = Question("q7", ({"role": "user", "content": "Hi"},))
+    with pytest.raises(RunError) as caught:
+        ScoringReward(run_of(), "judge_rewards:odd").score(question, ["a"])
+    assert str(caught.value) == (
+        "judge.reward: judge_rewards:odd must give 1 finite scores for question q7, gave [nan]"
+    )
+    with pytest.raises(RunError) as caught:
+        ScoringReward(run_of(), "rules").score(question, ["a"])
+    assert str(caught.value) == (
+        "judge.reward: rules failed on question q7: ValueError: the prompt has no rule"
+    )
+    with pytest.raises(ConfigError) as unknown:
+        ScoringReward(run_of(), "./nothing")
+    assert str(unknown.value) == "judge.reward: no such folder, got ./nothing"
+
+
+def answers(judge: LocalJudge, queries: Sequence[Query]) -> dict[int, Said]:
+    """What is said, by the id of the query."""
+    found = list(judge.answers(queries))
+    assert len(found) == len(queries)
+    return {id(query): said for query, said in found}
+
+
+def test_a_model_on_this_machine(tiny_folder: Path) -> None:
+    """Against transformers' own greedy search and logits, one query at a time."""
+    judge = LocalJudge(run_of("on_policy.batch_prompts=2"), str(tiny_folder))
+    queries = [query(text) for text in ("Name a bird.", "Which?", "Is A better than B, or not?")]
+    queries += [query(text, max_tokens=1, temperature=1.0, top_logprobs=3) for text in ("x", "A?")]
+    found = answers(judge, queries)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    for one in queries:
+        ids: Any = tokenizer.apply_chat_template(
+            list(one.messages), add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        said = found[id(one)]
+        assert said.input_tokens == ids.shape[1]
+        if not one.top_logprobs:
+            greedy = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+            assert said.text == tokenizer.decode(greedy, skip_special_tokens=True)
+            continue
+        with torch.no_grad():
+            logps = model(ids).logits[0, -1].log_softmax(-1)
+        expected: dict[str, float] = {}
+        for i in logps.argsort(descending=True)[:3]:  # parts of letters share a text
+            expected.setdefault(str(tokenizer.decode([i])), logps[i].item())
+        assert list(said.first_logprobs) == list(expected)
+        assert said.first_logprobs == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_a_model_cannot_read(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judge = LocalJudge(run_of(), str(tiny_folder))
+    queries = [query("Hi <|im_end|>"), query("Hi"), query("long " * 3000)]
+    found = answers(judge, queries)
+    assert [found[id(one)].text == "" for one in queries] == [True, False, True]
+    told = "of 3 queries count as malformed verdicts:"
+    assert [line for line in capsys.readouterr().out.splitlines() if line[:4] == "note"] == [
+        f"note   1 {told} a message holds the token <|im_end|> as text",
+        f"note   1 {told} with their verdict they are longer than the judge's 2,048 tokens",
+    ]
+    with pytest.raises(RunError) as caught:
+        list(judge.answers([query("<|im_end|>")]))
+    assert str(caught.value) == (
+        f"judge.local: {tiny_folder.name} can read no query: a message holds the token <|im_end|> "
+        "as text"
+    )
+
+
+def test_a_template_without_a_system_prompt(tiny_folder: Path, tmp_path: Path) -> None:
+    """As Gemma's: its text comes before the question."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    chatml = (folder / "chat_template.jinja").read_text()
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refuse + chatml)
+    judge = LocalJudge(run_of(), str(folder))
+    asked = [query("Judge.", "A or B?"), query("Judge.\n\nA or B?")]
+    both = answers(judge, asked)
+    assert both[id(asked[0])] == both[id(asked[1])]
+
+
+def test_a_judge_is_known_by_its_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    def identity() -> str:
+        return LocalJudge(run_of(), str(folder)).identity
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    before = identity()
+    assert before == LocalJudge(run_of(), str(tiny_folder)).identity
+    (folder / "README.md").write_text("another text")
+    assert identity() == before
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 1e-3}))
+    assert identity() != before
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LocalJudge(run_of(), str(tmp_path))
+    assert str(caught.value) == (
+        f"judge.local: must hold a run or a model, got {tmp_path} (no {tmp_path}/config.json or "
+        f"{tmp_path}/adapter_config.json)"
+    )

@@ -28,6 +28,7 @@ COMMANDS = {
     "report": "compare runs: table, csv, json or web page",
     "generate": "write replies of a model to the prompts of a data set",
     "annotate": "score those replies, and make pairs of them",
+    "judge": "let models answer a benchmark, and a judge compare the answers",
     "chat": "talk to the model of a run in a terminal",
     "export": "merge an adapter into its base model, or upload a model",
 }
@@ -45,7 +46,12 @@ How an editor finds it: docs/running.md
 """,
 }
 """Helps of the commands that print a text for other programs."""
-SECTIONS = {"train": [], "generate": ["on_policy"], "annotate": ["on_policy"]}
+SECTIONS = {
+    "train": [],
+    "generate": ["on_policy"],
+    "annotate": ["on_policy"],
+    "judge": ["benchmark", "judge"],
+}
 """Commands whose help lists settings, with the sections listed by default ([]: all)."""
 CONTINUES = "the same command continues"
 
@@ -83,7 +89,7 @@ def script() -> None:
 
 
 def _run(name: str, words: list[str]) -> None:
-    if name in ("generate", "annotate"):
+    if name in ("generate", "annotate", "judge"):
         exit_on_signals(f"interrupted: {CONTINUES}", f"stopped ({CONTINUES})")
     module = importlib.import_module(f"simpo.launch.commands.{name}")
     if {"-h", "--help"} & set(words):

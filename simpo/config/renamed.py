@@ -17,8 +17,8 @@ RENAMED = {"objective": "monitor", "data.on_bad_row": "data.on_bad_record"}
 OLD_VALUES = {"model.gradient_checkpointing": {"true": "full", "false": "none"}}
 """Old values of settings, as they are typed, with the values that have taken their place."""
 
-SYNONYMS = {"experiment": "experiments"}
-"""Names that other projects give to our groups. No run was ever stored under them."""
+SYNONYMS = {"experiment": "experiments", "evaluate.benchmark": "benchmark"}
+"""Other names for our groups. No run was ever stored under them."""
 
 _noted: set[str] = set()
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from simpo.data.pairs import Message
 from simpo.run.judged import Figure
@@ -31,6 +31,7 @@ class Question:
         temperature: of the answers, where the question has its own.
         rule: what `simpo.data.rules` checks, if the question has a rule.
         record: the benchmark's own record, for its files.
+        tools: JSON schemas of the tools that the model may call; None without tools.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Question:
     temperature: float | None = None
     rule: Mapping[str, Any] | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class Judge(Protocol):
         """
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Scores answers instead of comparing them; higher is better."""
 

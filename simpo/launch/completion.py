@@ -23,7 +23,7 @@ from simpo.config.errors import ConfigError
 from simpo.config.renamed import new_name, rename_overrides
 from simpo.config.schema import RunConfig
 
-WITH_SETTINGS = ("train", "preview", "plan", "generate", "annotate")
+WITH_SETTINGS = ("train", "preview", "plan", "generate", "annotate", "judge")
 OPTIONS = {
     "train": ("--cfg", "--config-dir", "--config-name", "--help", "--info", "--multirun"),
     **dict.fromkeys(WITH_SETTINGS[1:], ("--config-dir", "--help")),

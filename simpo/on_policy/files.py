@@ -28,6 +28,7 @@ from simpo.data import hub
 from simpo.data.pairs import Message
 from simpo.run.cache import sha256
 from simpo.run.folder import is_free
+from simpo.run.progress import say
 
 MODEL_FILES = (".safetensors", ".bin", ".pt", ".py", "config.json", "tokenizer.json", ".model")
 """Suffixes of the files that decide what a model generates."""
@@ -74,8 +75,11 @@ def on_policy_folder(run: RunConfig) -> Path:
 
 
 @contextmanager
-def working_in(folder: Path) -> Iterator[None]:
+def working_in(folder: Path, wait: bool = False) -> Iterator[None]:
     """Make a folder if needed, and lock it against other commands while entered.
+
+    Args:
+        wait: for another process that works in it, instead of refusing.
 
     Raises:
         ConfigError: another process works in it.
@@ -89,9 +93,12 @@ def working_in(folder: Path) -> Iterator[None]:
     with handle:
         try:
             if not is_free(handle, fcntl.LOCK_EX):
-                raise ConfigError(
-                    [f"on_policy.folder: another process works in {folder} (wait for it)"]
-                )
+                if not wait:
+                    raise ConfigError(
+                        [f"on_policy.folder: another process works in {folder} (wait for it)"]
+                    )
+                say(f"waiting for another process that works in {folder} ...")
+                fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:  # the file system has no locks
             reason = error.strerror
             print(f"note   {folder} cannot be locked, so run only one command in it: {reason}")

@@ -1,0 +1,36 @@
+"""Opens the benchmark that the settings name."""
+
+from __future__ import annotations
+
+from simpo.config.choices import BenchmarkKind
+from simpo.config.schema import RunConfig
+from simpo.judging.shapes import Benchmark
+
+
+def open_benchmark(run: RunConfig) -> Benchmark:
+    """The benchmark of `run.benchmark`, which is not none, with its questions and baseline.
+
+    Raises:
+        ConfigError, DataError: its files are missing or damaged.
+    """
+    # Imported here, since each of them needs its own packages.
+    match run.benchmark.kind:
+        case BenchmarkKind.alpaca_eval:
+            from simpo.judging.alpaca_eval import open_alpaca_eval
+
+            return open_alpaca_eval(run)
+        case BenchmarkKind.arena_hard:
+            from simpo.judging.arena_hard import open_arena_hard
+
+            return open_arena_hard(run)
+        case BenchmarkKind.mt_bench:
+            from simpo.judging.mt_bench import open_mt_bench
+
+            return open_mt_bench(run)
+        case BenchmarkKind.ifbench:
+            from simpo.judging.ifbench import open_ifbench
+
+            return open_ifbench(run)
+    from simpo.judging.pairs import open_pairs
+
+    return open_pairs(run)

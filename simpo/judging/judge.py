@@ -1,0 +1,107 @@
+"""Judges models: their answers to a benchmark's questions, compared with a baseline's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from simpo.config.choices import BenchmarkKind
+from simpo.config.schema import RunConfig
+from simpo.judging.answers import Contestant, before_training, contestant, draw, judged_folder
+from simpo.judging.benchmarks import open_benchmark
+from simpo.judging.judges import open_judge
+from simpo.judging.pairs import BASE, CHOSEN
+from simpo.judging.results import judged_as, judgements_of, result_lines
+from simpo.judging.shapes import Answer, Benchmark
+from simpo.loop.console import libraries_quiet
+from simpo.run.judged import Judged
+from simpo.run.progress import say
+
+
+@dataclass
+class Contest:
+    """A model with the questions that it answers, and its answers once they are drawn."""
+
+    run: RunConfig
+    benchmark: Benchmark
+    model: Contestant
+    answers: Mapping[str, Answer] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@libraries_quiet()
+def judge(run: RunConfig, sources: Sequence[str]) -> list[Judged]:
+    """Draw answers of models, judge them, and write what was found beside them.
+
+    Everything that was drawn or said stays: after an interruption the same call goes on.
+
+    Args:
+        run: its sections `benchmark` and `judge`, and `on_policy.engine` and `batch_prompts`.
+        sources: folders of runs or models, or hub ids. At most one with `judge.annotations`.
+
+    Raises:
+        ConfigError: the benchmark's files, the judge or a model cannot be used.
+        DataError: a file of the benchmark, or annotations, cannot be read.
+        RunError: the judge cannot go on, or the limit is reached.
+    """
+    if run.judge.annotations is not None:
+        return [_of_annotations(run, Path(run.judge.annotations).expanduser(), sources)]
+    contests = [_contest(run, source) for source in sources]
+    asked = open_judge(run, contests[0].benchmark)
+    # All answers before the first judgement: the judge may be a model that needs the memory.
+    for contest in contests:
+        _draw(contest)
+    found, folders = [], [contest.model.folder for contest in contests]
+    for contest in contests:
+        benchmark, model, answers = contest.benchmark, contest.model, contest.answers
+        judgements = judgements_of(run, benchmark, asked, answers)
+        name = asked.name if asked is not None else "programs"
+        judged = judged_as(run, benchmark, model.name, name, answers, judgements, contest.notes)
+        benchmark.write(model.folder, model.name, name, answers, judgements)
+        judged.write(model.folder)
+        found.append(judged)
+    say("", *result_lines(found, folders))
+    return found
+
+
+def check(run: RunConfig) -> None:
+    """Check what judging the model of a run will need, before it is trained.
+
+    Raises:
+        ConfigError, DataError: the benchmark's files or the judge cannot be used.
+    """
+    open_judge(run, open_benchmark(run))
+
+
+def _contest(run: RunConfig, source: str) -> Contest:
+    model = contestant(run, source)
+    own = run
+    if run.benchmark.kind is BenchmarkKind.pairs and model.run is not None:
+        own = replace(run, data=model.run.data, loss=model.run.loss)
+    return Contest(own, open_benchmark(own), model)
+
+
+def _draw(contest: Contest) -> None:
+    run, benchmark = contest.run, contest.benchmark
+    baseline = benchmark.baseline_name
+    if run.benchmark.kind is BenchmarkKind.pairs and baseline != CHOSEN:
+        other = (
+            before_training(run, contest.model) if baseline == BASE else contestant(run, baseline)
+        )
+        benchmark.baseline, notes = draw(run, benchmark.questions, other)
+        contest.notes += [f"Baseline: {note}" for note in notes]
+    contest.answers, notes = draw(run, benchmark.questions, contest.model)
+    contest.notes += notes
+
+
+def _of_annotations(run: RunConfig, path: Path, sources: Sequence[str]) -> Judged:
+    """Judge by a file of judgements, without asking anybody."""
+    benchmark = open_benchmark(run)
+    name, judge_name, answers, judgements = benchmark.read_annotations(path)
+    folder = contestant(run, sources[0]).folder if sources else judged_folder(run, name)
+    judged = judged_as(run, benchmark, name, judge_name, answers, judgements)
+    folder.mkdir(parents=True, exist_ok=True)
+    judged.write(folder)
+    say("", *result_lines([judged], [folder]))
+    return judged

@@ -1,0 +1,195 @@
+"""The held-out prompts of a run's own data, answered better or worse than something else.
+
+The prompt to the judge is our own. Its verdict is the last of [[A]], [[B]] and [[C]] (a tie).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from simpo.config.errors import ConfigError, DataError
+from simpo.config.schema import RunConfig
+from simpo.data.mixture import load_mixture
+from simpo.data.pairs import Message, Pair
+from simpo.data.reading.records import to_dialogue, to_pair
+from simpo.data.rules import obeys
+from simpo.judging.jsonl import read_jsonl, write_jsonl
+from simpo.judging.shapes import Answer, Benchmark, Judgement, Query, Question, Said, by_question
+from simpo.judging.win_rates import mean_figure
+from simpo.on_policy.files import content_hash
+from simpo.run.judged import Figure
+
+CHOSEN, BASE = "chosen", "base"
+"""Baselines that a run has by itself: the responses of the data, the model before training."""
+JUDGEMENTS = "judgements.jsonl"
+MAX_TOKENS = 1024
+LABEL = re.compile(r"\[\[([ABC])\]\]")
+VALUES = {"A": 1.0, "B": 0.0, "C": 0.5}
+"""Preference for the answer shown first."""
+SYSTEM = """You compare two answers to the same request. Decide which of them serves the person \
+who asked better: does it do what was asked, is it right, is it clear? Neither the order in which \
+the answers are shown nor their length counts for or against them. Give your reasons in a few \
+sentences. Then write your verdict as the last line, and nothing behind it: [[A]] if answer A is \
+better, [[B]] if answer B is better, [[C]] if they are equally good."""
+USER = """The request:
+
+{request}
+
+Answer A:
+
+{first}
+
+Answer B:
+
+{second}"""
+
+
+def open_pairs(run: RunConfig) -> Pairs:
+    """The held-out prompts of a run's data, each once.
+
+    Raises:
+        ConfigError: no pair is held out.
+        DataError: the data cannot be read.
+    """
+    read = to_pair if run.loss.needs_rejected else to_dialogue
+    mixture = load_mixture(run.data, read, Path(run.cache_dir).expanduser())
+    found: dict[str, Pair] = {}
+    for pair in mixture.test:
+        found.setdefault(_id(pair), pair)
+    kept = dict(list(found.items())[: run.benchmark.num_prompts])
+    if not kept:
+        raise ConfigError(
+            [
+                "benchmark: pairs needs held-out pairs, but the data has none (set test_path or "
+                "test_split of a source)"
+            ]
+        )
+    return Pairs(kept, run.benchmark.baseline or CHOSEN, run.benchmark.seed)
+
+
+def _id(pair: Pair) -> str:
+    return content_hash([pair.prompt, pair.tools] if pair.tools else pair.prompt)
+
+
+class Pairs(Benchmark):
+    """Held-out prompts.
+
+    Without `chosen` as baseline its answers are not known yet: `baseline` is set when they are
+    drawn.
+    """
+
+    def __init__(self, pairs: Mapping[str, Pair], baseline: str, seed: int) -> None:
+        self.questions = [
+            Question(key, pair.prompt, rule=pair.rule, tools=pair.tools)
+            for key, pair in pairs.items()
+        ]
+        self._seed = seed
+        self.baseline_name = baseline
+        self.baseline = {}
+        if baseline == CHOSEN:
+            self.baseline = {
+                key: Answer(key, (str(pair.chosen[0]["content"] or ""),))
+                for key, pair in pairs.items()
+            }
+        self._by_id = {question.id: question for question in self.questions}
+
+    def queries(self, answers: Mapping[str, Answer], both_orders: bool) -> list[Query]:
+        """A query about each question, or one in each order; else in a seeded order."""
+        asked = []
+        for question in self.questions:
+            own, other = (side[question.id].turns[0] for side in (answers, self.baseline))
+            one = int(content_hash([self._seed, question.id]), 16) % 2
+            for order in (0, 1) if both_orders else (one,):
+                first, second = (other, own) if order else (own, other)
+                text = USER.format(request=_request(question), first=first, second=second)
+                messages = (
+                    {"role": "system", "content": SYSTEM},
+                    {"role": "user", "content": text},
+                )
+                asked.append(Query(question.id, 0, order, messages, MAX_TOKENS, 0.0))
+        return asked
+
+    def value(self, query: Query, said: Said) -> float | None:
+        """The preference in the last label; None without one."""
+        labels = LABEL.findall(said.text)
+        if not labels:
+            return None
+        return 1 - VALUES[labels[-1]] if query.order else VALUES[labels[-1]]
+
+    def figures(
+        self, judgements: Sequence[Judgement], answers: Mapping[str, Answer]
+    ) -> tuple[dict[str, Figure], list[str]]:
+        """win_rate; and pass_rate of the questions that have a rule."""
+        found = {"win_rate": mean_figure(list(by_question(judgements).values()))}
+        passed = [
+            float(obeys(question.rule, answers[question.id].turns[0]))
+            for question in self.questions
+            if question.rule is not None and question.id in answers
+        ]
+        if passed:
+            found["pass_rate"] = mean_figure(passed)
+        return found, []
+
+    def write(
+        self,
+        folder: Path,
+        model: str,
+        judge: str,
+        answers: Mapping[str, Answer],
+        judgements: Sequence[Judgement],
+    ) -> None:
+        """Write judgements.jsonl: a line for each judgement, with both answers."""
+        lines: list[dict[str, Any]] = []
+        for judgement in judgements:
+            query, key = judgement.query, judgement.query.question
+            lines.append(
+                {
+                    "question": key,
+                    "prompt": list(self._by_id[key].prompt),
+                    "model": model,
+                    "answer": answers[key].turns[0],
+                    "baseline": self.baseline_name,
+                    "baseline_answer": self.baseline[key].turns[0],
+                    "judge": judge,
+                    "order": query.order,
+                    "repeat": query.repeat,
+                    "preference": judgement.value,
+                    "said": asdict(judgement.said),
+                }
+            )
+        write_jsonl(folder / JUDGEMENTS, lines)
+
+    def read_annotations(
+        self, path: Path
+    ) -> tuple[str, str, Mapping[str, Answer], list[Judgement]]:
+        """Read a judgements.jsonl; its questions need not be those of the data."""
+        answers: dict[str, Answer] = {}
+        baseline: dict[str, Answer] = {}
+        judgements = []
+        model = judge = ""
+        keys = ("question", "model", "answer", "baseline", "baseline_answer", "judge", "preference")
+        for number, line in enumerate(read_jsonl(path, (*keys, "order", "repeat", "prompt")), 1):
+            value, key = line["preference"], line["question"]
+            if not (value is None or (isinstance(value, int | float) and 0 <= value <= 1)):
+                raise DataError(f"{path}:{number}: preference must be from 0 to 1, got {value}")
+            model, judge, self.baseline_name = line["model"], line["judge"], line["baseline"]
+            answers[key] = Answer(key, (line["answer"],))
+            baseline[key] = Answer(key, (line["baseline_answer"],))
+            if key not in self._by_id:
+                self._by_id[key] = Question(key, tuple(line["prompt"]))
+            query = Query(key, 0, line["order"], (), MAX_TOKENS, 0.0, repeat=line["repeat"])
+            judgements.append(Judgement(query, Said(**line.get("said", {"text": ""})), value))
+        self.questions, self.baseline = [self._by_id[key] for key in answers], baseline
+        return model, judge, answers, judgements
+
+
+def _request(question: Question) -> str:
+    """The prompt as the judge reads it: its only message, or all with their roles."""
+    turns: Sequence[Message] = question.prompt
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in turns)

@@ -1,0 +1,227 @@
+"""Judges answers, and shows and writes what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simpo.config.choices import BenchmarkKind
+from simpo.config.errors import ConfigError, RunError
+from simpo.config.schema import RunConfig
+from simpo.judging import verdicts, win_rates
+from simpo.judging.shapes import Answer, Benchmark, Judge, Judgement, Query, Question, Reward, Said
+from simpo.report.studies import by_bootstrap
+from simpo.run.judged import Figure, Judged
+from simpo.run.tables import markdown_table
+
+EXAMPLES = 3
+"""Questions shown that were won, and as many that were lost."""
+SHOWN_CHARS = 1200
+
+
+def judgements_of(
+    run: RunConfig,
+    benchmark: Benchmark,
+    judge: Judge | Reward | None,
+    answers: Mapping[str, Answer],
+) -> list[Judgement]:
+    """What a judge or a reward finds about answers; empty if programs check them.
+
+    Raises:
+        ConfigError: the benchmark has no baseline, which a reward needs.
+        RunError: the judge cannot go on, or nothing that it said can be read.
+    """
+    if judge is None:
+        return []
+    if isinstance(judge, Reward):
+        return _by_reward(run, benchmark, judge, answers)
+    queries = benchmark.queries(answers, run.judge.both_orders)
+    queries += verdicts.repeats(run, queries)
+    found = [
+        Judgement(query, said, benchmark.value(query, said))
+        for query, said in verdicts.said_to(run, judge, queries)
+    ]
+    if found and all(judgement.value is None for judgement in found):
+        raise RunError(
+            f"judge: none of {len(found)} verdicts of {judge.name} can be read; the first is "
+            f"{found[0].said.text[:80]!r} (choose another judge, or a larger judge.max_tokens)"
+        )
+    return found
+
+
+def _by_reward(
+    run: RunConfig, benchmark: Benchmark, reward: Reward, answers: Mapping[str, Answer]
+) -> list[Judgement]:
+    """The answer with the better score wins; equal scores are a draw."""
+    if not benchmark.baseline:
+        raise ConfigError(
+            [
+                f"judge.reward: benchmark={run.benchmark.name} has no baseline that a score could "
+                "be compared with (leave it out, or set judge.endpoint or judge.local)"
+            ]
+        )
+    both = [
+        (question, side[question.id].turns[0])
+        for question in benchmark.questions
+        for side in (answers, benchmark.baseline)
+    ]
+    scores = verdicts.scored(run, reward, both)
+    found = []
+    for question, own, other in zip(benchmark.questions, scores[::2], scores[1::2], strict=True):
+        value = 0.5 if own == other else float(own > other)
+        query = Query(question.id, 0, 0, (), 0, 0.0)
+        found.append(Judgement(query, Said(f"{own:g} against {other:g}"), value))
+    return found
+
+
+def judged_as(
+    run: RunConfig,
+    benchmark: Benchmark,
+    model: str,
+    judge: str,
+    answers: Mapping[str, Answer],
+    judgements: Sequence[Judgement],
+    more_notes: Sequence[str] = (),
+) -> Judged:
+    """What judgements amount to."""
+    figures, notes = benchmark.figures(judgements, answers)
+    values = benchmark.by_question(judgements, answers)
+    texts = {"model": answers, "baseline": benchmark.baseline}
+    said = [judgement.said for judgement in judgements]
+    tokens = [sum(getattr(one, key) for one in said) for key in ("input_tokens", "output_tokens")]
+    compared = bool(benchmark.baseline)
+    return Judged(
+        run.benchmark.name,
+        run.benchmark.kind.value,
+        model,
+        benchmark.baseline_name,
+        judge,
+        figures,
+        values,
+        questions=len(benchmark.questions),
+        asked=len(judgements),
+        malformed=sum(judgement.value is None for judgement in judgements),
+        position_bias=win_rates.position_bias(judgements) if compared else None,
+        first_share=win_rates.first_share(judgements) if compared else None,
+        agreement=win_rates.agreement(judgements),
+        mean_chars={
+            name: win_rates.mean_chars({key: a.turns for key, a in side.items()}, list(side))
+            for name, side in texts.items()
+            if side
+        },
+        examples=list(_examples(benchmark, answers, values)),
+        notes=[*notes, *more_notes],
+        input_tokens=tokens[0],
+        output_tokens=tokens[1],
+        cost_usd=verdicts.cost_usd(run.judge, *tokens),
+    )
+
+
+def _examples(
+    benchmark: Benchmark, answers: Mapping[str, Answer], values: Mapping[str, float]
+) -> Iterator[dict[str, Any]]:
+    """Questions most clearly won, then those most clearly lost."""
+    questions = {question.id: question for question in benchmark.questions}
+    known = [key for key in values if key in questions and key in answers]
+    order = sorted(known, key=lambda key: -values[key])
+    middle = 0.5 if max(values.values(), default=0) <= 1 else sum(values.values()) / len(values)
+    won = [key for key in order if values[key] > middle][:EXAMPLES]
+    lost = [key for key in reversed(order) if values[key] < middle][:EXAMPLES]
+    for key in (*won, *lost):
+        baseline = benchmark.baseline.get(key)
+        yield {
+            "question": _cut(_asked(questions[key])),
+            "model": _cut("\n\n".join(answers[key].turns)),
+            "baseline": _cut("\n\n".join(baseline.turns)) if baseline else "",
+            "preference": values[key],
+        }
+
+
+def _asked(question: Question) -> str:
+    return "\n\n".join([str(question.prompt[-1]["content"]), *question.follow_ups])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]} ..."
+
+
+def result_lines(found: Sequence[Judged], folders: Sequence[Path]) -> list[str]:
+    """A table of models and their figures with 95 % intervals, and what to know about the judge."""
+    names = _names([judged.model for judged in found], folders)
+    keys = dict.fromkeys(key for judged in found for key in judged.figures)
+    table = []
+    for index, (name, judged) in enumerate(zip(names, found, strict=True)):
+        line = {found[0].benchmark: name}
+        line |= {key.replace("_", " "): _shown(judged.figures.get(key)) for key in keys}
+        if len(found) > 1:
+            line[f"minus {names[0]}"] = _difference(found[0], judged) if index else ""
+        line["characters"] = _chars(judged)
+        table.append(line)
+    lines = [*markdown_table(table), ""]
+    for name, judged, folder in zip(names, found, folders, strict=True):
+        lines += (
+            [*_about(judged), f"folder {folder}"]
+            if len(found) == 1
+            else [
+                f"{name}:",
+                *(f"  {line}" for line in (*_about(judged), f"folder {folder}")),
+            ]
+        )
+    return lines
+
+
+def _names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Short names; where models share one, their folders."""
+    return [
+        name if names.count(name) == 1 else str(folder)
+        for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def _shown(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    text = f"{figure.value:.1f}"
+    if figure.low is not None and figure.high is not None:
+        text += f" ({figure.low:.1f} to {figure.high:.1f})"
+    if figure.official_low is not None and figure.official_high is not None:
+        text += f", official {figure.official_low:.1f} to {figure.official_high:.1f}"
+    return text
+
+
+def _difference(first: Judged, judged: Judged) -> str:
+    """Mean difference over the questions that both have, with its interval."""
+    common = [key for key in first.by_question if key in judged.by_question]
+    if not common:
+        return "no common question"
+    scale = 1.0 if judged.kind == BenchmarkKind.mt_bench.value else win_rates.PERCENT
+    behind = [scale * (judged.by_question[key] - first.by_question[key]) for key in common]
+    (found,) = by_bootstrap([behind])
+    text = f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+    return text if len(common) == judged.questions else f"{text}, {len(common)} questions"
+
+
+def _chars(judged: Judged) -> str:
+    texts = [f"{value:,.0f}" for value in judged.mean_chars.values()]
+    return " against ".join(texts)
+
+
+def _about(judged: Judged) -> list[str]:
+    """Lines about the judge, its biases and its price, and notes."""
+    parts = [f"{judged.questions:,} questions", f"{judged.asked:,} judgements"]
+    if judged.malformed:
+        parts.append(f"{judged.malformed:,} of them not readable")
+    for value, text in (
+        (judged.position_bias, "{:.0%} follow the position"),
+        (judged.first_share, "{:.0%} for the answer shown first"),
+        (judged.agreement, "agrees with itself in {:.0%}"),
+        (judged.cost_usd, "{:,.2f} USD in all"),
+    ):
+        if value is not None:
+            parts.append(text.format(value))
+    against = f" against {judged.baseline}" if judged.baseline else ""
+    return [
+        f"judge  {judged.judge}{against}: {', '.join(parts)}",
+        *(f"note   {note}" for note in judged.notes),
+    ]

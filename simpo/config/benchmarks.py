@@ -12,6 +12,13 @@ from simpo.config.choices import BenchmarkKind
 KINDS = "endpoint, local, reward or annotations"
 
 
+FIGURES = (
+    *("win_rate", "lc_win_rate", "style_win_rate", "pass_rate"),
+    *("score", "score_turn_1", "score_turn_2"),
+)
+"""Figures of benchmarks that `monitor.metric` may name; known at the end of a run only."""
+
+
 @dataclass(kw_only=True)
 class BenchmarkConfig:
     """Questions that a trained model answers, and what its answers are compared with."""

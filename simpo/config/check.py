@@ -24,8 +24,8 @@ from simpo.config.backends import (
     Zero3Config,
     ZeroConfig,
 )
-from simpo.config.benchmarks import BenchmarkConfig
-from simpo.config.choices import Compat, Dtype, Precision, Quantization
+from simpo.config.benchmarks import FIGURES, BenchmarkConfig
+from simpo.config.choices import BenchmarkKind, Compat, Dtype, Precision, Quantization
 from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.launchers import LocalConfig, SlurmConfig
@@ -265,6 +265,7 @@ def check_run(run: RunConfig) -> None:
             "model.quantization: backend=fsdp cannot shard int8 layers, it would lose their scales "
             "(set nf4, or backend=ddp, zero2 or zero3)"
         )
+    problems += _judged_problems(run)
     if isinstance(run.launcher, SlurmConfig) and run.launcher.tasks() > 1:
         if not isinstance(run.backend, DistributedConfig):
             problems.append(
@@ -278,6 +279,20 @@ def check_run(run: RunConfig) -> None:
             )
     if problems:
         raise ConfigError(problems)
+
+
+def _judged_problems(run: RunConfig) -> Iterator[str]:
+    """Faults of a `monitor.metric` that a judge finds at the end of a run."""
+    if (metric := run.monitor.metric) not in FIGURES:
+        return
+    if run.benchmark.kind is BenchmarkKind.none:
+        yield f"monitor.metric: {metric} is of a benchmark, but none is set (benchmark=pairs)"
+    for key in ("keep_best", "patience_evals"):
+        if getattr(run.train, key):
+            yield (
+                f"train.{key}: needs a held-out metric, got monitor.metric={metric}, which is "
+                "known at the end of a run only (choose another metric)"
+            )
 
 
 @lru_cache(maxsize=32)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from simpo.config.choices import BenchmarkKind
 from simpo.config.schema import RunConfig
 from simpo.run import processes, progress
-from simpo.run.folder import refuse_unwritable
+from simpo.run.folder import refuse_unwritable, trained_folder
 from simpo.run.signals import set_stopped_exit_code
 
 
 def start(run: RunConfig) -> Path:
     """Train a run in this process (alone, or as a rank that a launcher started) or in processes
-    that are started for it; see `simpo.loop.train.train`.
+    that are started for it; see `simpo.loop.train.train`. Then judge its model, if `benchmark` is
+    set: in this process, once those that trained are done.
     """
     # Imported here, so that a fault in the settings is answered before torch is loaded.
     from simpo.loop.sinks import check_login
@@ -23,6 +26,25 @@ def start(run: RunConfig) -> Path:
     progress.say(f"{run.name}: loading torch and transformers ...")
     check_login(run.tracker)
     count = processes.num_processes_to_start(run.backend)
+    if run.benchmark.kind is BenchmarkKind.none:
+        return _train(run, count)
+    is_main = os.environ.get("RANK", "0") == "0"
+    folder = trained_folder(run)
+    if folder is None:
+        if is_main:
+            from simpo.judging.judge import check
+
+            check(run)
+        folder = _train(run, count)
+    if is_main:
+        from simpo.judging.after_training import judge_trained
+
+        processes.drop_rank_variables()
+        judge_trained(run, folder)
+    return folder
+
+
+def _train(run: RunConfig, count: int | None) -> Path:
     if count is not None:
         return processes.run_in_processes(count, run)
     from simpo.loop.train import train

@@ -6,6 +6,7 @@ from collections import deque
 
 from torch import Tensor
 
+from simpo.config.choices import BenchmarkKind
 from simpo.config.schema import RunConfig
 from simpo.loop import console
 from simpo.loop.history import History
@@ -53,5 +54,8 @@ def save_results(
         },
     )
     messages = publish(run, folder.path, results) if backend.is_main else []
-    folder.write_status("finished", step, parts.plan.total_steps)
+    if run.benchmark.kind is BenchmarkKind.none:
+        folder.write_status("finished", step, parts.plan.total_steps)
+    else:
+        folder.write_status("running", step, parts.plan.total_steps, judging=run.benchmark.name)
     say(*notes, "", *console.end_lines(results, folder.path, kept, step), *messages)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from simpo.config.choices import BenchmarkKind
 from simpo.config.errors import INTERRUPTED, Stopped
 from simpo.config.flat import trajectory
 from simpo.config.schema import RunConfig
@@ -15,7 +16,7 @@ from simpo.loop.history import History
 from simpo.loop.optim import learning_rate, set_learning_rate
 from simpo.loop.save import save_results
 from simpo.loop.score import summarise
-from simpo.loop.setup import set_up, with_references
+from simpo.loop.setup import Parts, set_up, with_references
 from simpo.loop.step import finite_update, speed
 from simpo.loop.tracker import Tracker
 from simpo.run import processes, progress
@@ -102,13 +103,20 @@ def train(run: RunConfig) -> Path:
         if step == plan.total_steps and not backend.any(bool(stop.name)):
             history.log(step, "eval", held_out_metrics(run, parts, step))
         if backend.any(bool(stop.name)):
-            name = next(name for name in backend.gather([stop.name]) if name)
-            interrupted = name == "SIGINT"
-            raise Stopped(
-                f"{'interrupted' if interrupted else name}: saved after step {step} in "
-                f"{folder.path} (the same command continues)",
-                INTERRUPTED if interrupted else cfg.stopped_exit_code,
-            )
+            raise _stopped(run, parts, stop, f"saved after step {step}")
         save_results(run, parts, history, step, trained_s)
+        if run.benchmark.kind is not BenchmarkKind.none and backend.any(bool(stop.name)):
+            raise _stopped(run, parts, stop, "trained, not yet judged,")
     backend.close()
     return folder.path
+
+
+def _stopped(run: RunConfig, parts: Parts, stop: StopRequest, done: str) -> Stopped:
+    """The error after a signal in any process; all processes call it."""
+    name = next(name for name in parts.backend.gather([stop.name]) if name)
+    interrupted = name == "SIGINT"
+    return Stopped(
+        f"{'interrupted' if interrupted else name}: {done} in {parts.folder.path} "
+        "(the same command continues)",
+        INTERRUPTED if interrupted else run.train.stopped_exit_code,
+    )

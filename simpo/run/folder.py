@@ -122,9 +122,17 @@ class RunFolder:
         if not has_settings:
             write_text(self.path / "run.yaml", run_yaml(run), private)
 
-    def write_status(self, state: str, step: int, total_steps: int, error: str = "") -> None:
-        """Write status.json; `state` is running, stopped, failed or finished."""
+    def write_status(
+        self, state: str, step: int, total_steps: int, error: str = "", judging: str = ""
+    ) -> None:
+        """Write status.json.
+
+        Args:
+            state: running, stopped, failed or finished.
+            judging: the benchmark on which the model, which is saved, has yet to be judged.
+        """
         status = {"state": state, "step": step, "total_steps": total_steps, "error": error}
+        status |= {"judging": judging} if judging else {}
         self.write_json("status.json", status)
 
     def write_data(self, data: dict[str, Any]) -> None:
@@ -200,7 +208,7 @@ class RunFolder:
             step, total = status.get("step", 0), status.get("total_steps", 0)
             if status.get("state") != "finished":  # then its results could not be printed
                 with suppress(RunError):  # the disk may be full
-                    self.write_status(state, step, total, reason)
+                    self.write_status(state, step, total, reason, status.get("judging", ""))
             if isinstance(error, OSError) and (place := self._place(error)):
                 raise unwritable(place, error) from error
             raise
@@ -308,6 +316,15 @@ def unfinished_folders(run: RunConfig) -> list[Path]:
     """Folders of unfinished runs with the same settings, the newest first."""
     found = sorted(_parent(run).glob(f"*-{run_id(run)}"), reverse=True)
     return [path for path in found if status_or_none(path).get("state") != "finished"]
+
+
+def trained_folder(run: RunConfig) -> Path | None:
+    """The folder of a run with these settings whose model is saved and has yet to be judged."""
+    own = [] if run.run_dir is None else [Path(run.run_dir).expanduser().absolute()]
+    for folder in own or unfinished_folders(run):
+        if status_or_none(folder).get("judging") and (folder / "results.json").is_file():
+            return folder
+    return None
 
 
 def new_folder(run: RunConfig) -> Path:

@@ -67,7 +67,7 @@ def num_processes_to_start(config: BackendConfig) -> int | None:
         _check_rank_variables(config)
         return None
     if not isinstance(config, DistributedConfig):
-        _drop_rank_variables()
+        drop_rank_variables()
         return None
     if config.processes is not None:
         return config.processes
@@ -93,7 +93,7 @@ def _check_rank_variables(config: BackendConfig) -> None:
         raise ConfigError([f"RANK: must be below WORLD_SIZE={count}, got {rank} {remedy}"])
     if not isinstance(config, DistributedConfig):
         if count == 1:
-            _drop_rank_variables()
+            drop_rank_variables()
         return
     if missing := ", ".join(name for name in RANK_VARIABLES if name not in os.environ):
         raise ConfigError([f"WORLD_SIZE: the environment has {count}, but no {missing} {remedy}"])
@@ -107,7 +107,7 @@ def _check_rank_variables(config: BackendConfig) -> None:
         )
 
 
-def _drop_rank_variables() -> None:
+def drop_rank_variables() -> None:
     """Remove the variables of an earlier launcher: frameworks would wait for its other ranks."""
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)

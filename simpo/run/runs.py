@@ -223,7 +223,8 @@ def _read(folder: Path, progress: Progress) -> Run:
         raise DamagedError(folder / "results.json", "is missing beside a finished run", remedy)
     # The saved model's step, or the newest.
     step = results["train"]["model_step"] if results else max(evaluations, default=0)
-    if results and step in evaluations and results["eval_after"] != evaluations[step]:
+    # A judge adds its figures.
+    if results and not evaluations.get(step, {}).items() <= results["eval_after"].items():
         fault = f"differs from metrics.jsonl in the evaluation after step {step}"
         remedy = "remove it and status.json: the run's own command writes both anew"
         raise DamagedError(folder / "results.json", fault, remedy)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from simpo.config.errors import INTERRUPTED, INTERRUPTION, STOPPED
+from simpo.config.errors import INTERRUPTED, INTERRUPTION, STOPPED, Stopped
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that schedulers send before they end a job."""
@@ -106,6 +106,39 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> dict[signal
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number in ALL}
+
+
+class _SignalledError(BaseException):
+    """A signal came; not an Exception, which libraries might catch."""
+
+
+@contextmanager
+def stopping_at_once(what: str, stopped_exit_code: int) -> Iterator[None]:
+    """Let a stopping signal or Ctrl-C end the block, wherever it is.
+
+    Args:
+        what: what had not been done, for the message.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    names: list[str] = []
+
+    def end(number: int, _: FrameType | None) -> None:
+        names.append(signal.Signals(number).name)
+        if len(names) == 1:
+            raise _SignalledError
+
+    with forwarding_signals(end):
+        try:
+            yield
+        except _SignalledError as error:
+            interrupted = names[0] == "SIGINT"
+            name = "interrupted" if interrupted else names[0]
+            raise Stopped(
+                f"{name}: {what} (the same command continues)",
+                INTERRUPTED if interrupted else stopped_exit_code,
+            ) from error
 
 
 class StopRequest:

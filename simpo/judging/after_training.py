@@ -1,0 +1,53 @@
+"""Judges the model of a run at its end, and adds the figures to the run's results."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from simpo.config.errors import RunError, SimpoError, Stopped, first_line
+from simpo.config.schema import RunConfig
+from simpo.judging.judge import judge
+from simpo.run.files import read_results, read_status
+from simpo.run.folder import RunFolder
+from simpo.run.signals import stopping_at_once
+
+
+def judge_trained(run: RunConfig, path: Path) -> None:
+    """Judge the saved model of a run on `benchmark`, and finish the run.
+
+    Each figure becomes a metric of `eval_after` in results.json, by its key.
+
+    Raises:
+        ConfigError: another process works in the folder.
+        RunError: the model could not be judged; it stays saved.
+        Stopped: a signal or Ctrl-C ended it; answers and verdicts so far are kept.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    own, name = replace(run, run_dir=str(path)), run.benchmark.name
+    folder, status = RunFolder(own), read_status(path)
+    at = status.get("step", 0), status.get("total_steps", 0)
+    with (
+        folder.recording_failure(),
+        stopping_at_once(f"trained, not yet judged, in {path}", run.train.stopped_exit_code),
+    ):
+        folder.write_status("running", *at, judging=name)
+        try:
+            (judged,) = judge(own, [str(path)])
+        except Stopped:
+            raise
+        except SimpoError as error:
+            raise RunError(
+                f"{path}: the model is saved, but not judged: {first_line(error)} (the same "
+                f"command judges it without training again, and so does simpo judge {path} "
+                f"benchmark={name} with a judge)"
+            ) from error
+        results = read_results(path)
+        results["eval_after"] |= {key: figure.value for key, figure in judged.figures.items()}
+        folder.write_json("results.json", results)
+        folder.write_status("finished", *at)

@@ -1,0 +1,239 @@
+"""`simpo judge`: answers drawn and resumed, pairs judged by rules and by words, runs compared."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpo.__main__ import main
+from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError, RunError
+from simpo.data.rules import obeys
+from simpo.judging import answers as drawing
+from simpo.judging import judge as judging
+from simpo.judging.pairs import open_pairs
+from simpo.judging.shapes import Query, Said
+from simpo.loop.train import train
+from simpo.run.files import read_results
+from simpo.run.judged import read_judged
+from tests.support.whole_runs import finish, start, status_of, tiny_overrides, wait_for
+
+SHORT = ["benchmark=pairs", "benchmark.max_new_tokens=8"]
+TWO_STEPS = ["train.max_steps=2", "train.eval_every=0", "sample.num_prompts=0"]
+REWARD = """def by_letters(prompt, replies, rule):
+    return [float(sum(map(ord, reply)) % 97) for reply in replies]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs a and b."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = [*tiny_overrides(tiny_folder, folder), *TWO_STEPS, "train.learning_rate=1e-2"]
+    for seed, name in enumerate("ab"):
+        train(compose_run([*words, f"train.seed={seed}", f"run_dir={folder}/{name}"]))
+    return folder
+
+
+class Toy:
+    """Prefers the longer answer; of equal ones the first. Says it twice."""
+
+    name, identity = "toy", "0"
+
+    def answers(self, queries: Sequence[Query]) -> Iterator[tuple[Query, Said]]:
+        for query in queries:
+            first, second = query.messages[1]["content"].split("Answer A:")[1].split("Answer B:")
+            label = "A" if len(first.strip()) >= len(second.strip()) else "B"
+            yield query, Said(f"Not [[C]] but\n[[{label}]]", {}, 10, 2)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["judge", *words])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_two_runs_by_rules(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["judge", f"{folder}/a", f"{folder}/b", *SHORT, f"output_dir={tmp_path}"])
+    shown = capsys.readouterr().out
+    assert "minus a" in shown and "judge  rules against chosen: 16 questions" in shown
+    held_out = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    judged = read_judged(folder / "a")["pairs"]
+    drawn = {
+        line["question"]: line["text"]
+        for line in lines(folder / "a" / "benchmarks" / "pairs" / "answers.jsonl")
+        if "text" in line
+    }
+    rules = {q.id: q.rule for q in open_pairs(compose_run(_data(folder))).questions}
+    assert len(held_out) == len(drawn) == judged.questions == 16
+    own = [obeys(rules[key], text) for key, text in drawn.items()]  # type: ignore[arg-type]
+    assert judged.figures["pass_rate"].value == pytest.approx(100 * sum(own) / 16)
+    # The chosen responses of the demo obey their rules, so obeying is a draw, else lost.
+    assert judged.figures["win_rate"].value == pytest.approx(50 * sum(own) / 16)
+
+
+def _data(folder: Path) -> list[str]:
+    source = f"data.sources=[{{path: {folder}/train.jsonl, test_path: {folder}/test.jsonl}}]"
+    return ["data=jsonl", source, *SHORT]
+
+
+def test_words_of_a_judge(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "open_judge", lambda run, benchmark: Toy())
+    more = [*_data(folder), f"output_dir={tmp_path}", "benchmark.baseline=base"]
+    (judged,) = judging.judge(compose_run(more), [f"{folder}/b"])
+    assert judged.asked == 2 * 16 + 2 * 16 and judged.malformed == 0
+    official = lines(folder / "b" / "benchmarks" / "pairs" / "judgements.jsonl")
+    expected = []
+    for line in official:
+        one, other = len(line["answer"].strip()), len(line["baseline_answer"].strip())
+        tie = 1.0 if line["order"] == 0 else 0.0
+        expected.append(tie if one == other else float(one > other))
+    assert [line["preference"] for line in official] == expected
+    assert judged.figures["win_rate"].value == pytest.approx(100 * sum(expected) / len(expected))
+    assert judged.agreement == 1.0 and judged.input_tokens == 10 * judged.asked
+    # The file of judgements gives the same without a judge.
+    path = folder / "b" / "benchmarks" / "pairs" / "judgements.jsonl"
+    (again,) = judging.judge(compose_run([*more, f"judge.annotations={path}"]), [])
+    assert again.figures["win_rate"] == judged.figures["win_rate"]
+    assert (again.position_bias, again.by_question) == (judged.position_bias, judged.by_question)
+
+
+def test_nothing_readable(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mute(Toy):
+        name = "mute"
+
+        def answers(self, queries: Sequence[Query]) -> Iterator[tuple[Query, Said]]:
+            yield from ((query, Said("hm")) for query in queries)
+
+    monkeypatch.setattr(judging, "open_judge", lambda run, benchmark: Mute())
+    run = compose_run([*_data(folder), f"output_dir={tmp_path}"])
+    with pytest.raises(RunError) as caught:
+        judging.judge(run, [f"{folder}/a"])
+    assert str(caught.value) == (
+        "judge: none of 64 verdicts of mute can be read; the first is 'hm' (choose another judge, "
+        "or a larger judge.max_tokens)"
+    )
+
+
+def test_a_cut_file_of_answers_goes_on_to_the_same(folder: Path, tmp_path: Path) -> None:
+    more = ["benchmark.temperature=1", "on_policy.batch_prompts=5"]
+    run = compose_run([*_data(folder), *more, f"output_dir={tmp_path}"])
+    model = replace(drawing.contestant(run, f"{folder}/a"), folder=tmp_path / "own")
+    questions = open_pairs(run).questions
+    questions = [replace(q, follow_ups=("And then?",)) for q in questions]
+    whole, notes = drawing.draw(run, questions, model)
+    assert notes == [] and all(len(answer.turns) == 2 for answer in whole.values())
+    file = tmp_path / "own" / "answers.jsonl"
+    text = file.read_text()
+    file.write_text(text[: text.index("\n", len(text) // 3) + 20])
+    assert drawing.draw(run, questions, model)[0] == whole
+    # Other settings are drawn beside them.
+    other = replace(run, benchmark=replace(run.benchmark, seed=1))
+    assert drawing.draw(other, questions, model)[0] != whole
+    before = file.read_text()
+    assert drawing.draw(run, questions, model)[0] == whole and file.read_text() == before
+
+
+def test_commands_that_cannot_be_used(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused([f"{folder}/a"], capsys) == (
+        "benchmark: required, but not given (choose from alpaca_eval_2, arena_hard_v0.1, "
+        "arena_hard_v2, ifbench, mt_bench, pairs)\n"
+    )
+    assert refused(["benchmark=pairs"], capsys) == (
+        "usage: simpo judge RUN [RUN2 ...] benchmark=NAME [key=value ...]\n"
+    )
+    assert refused([f"{folder}/a", "benchmark=pairs", "loss.beta=3"], capsys) == (
+        "loss.beta: does not matter to judging (leave it out)\n"
+    )
+    assert refused([f"{tmp_path}/none", "benchmark=pairs"], capsys) == (
+        f"RUN: no such folder, got {tmp_path}/none\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["monitor.metric=win_rate"])
+    assert str(caught.value) == (
+        "monitor.metric: win_rate is of a benchmark, but none is set (benchmark=pairs)"
+    )
+    with pytest.raises(ConfigError) as caught:
+        compose_run(
+            [*SHORT, "monitor.metric=win_rate", "train.keep_best=true", "train.eval_every=1"]
+        )
+    assert str(caught.value) == (
+        "train.keep_best: needs a held-out metric, got monitor.metric=win_rate, which is known at "
+        "the end of a run only (choose another metric)"
+    )
+
+
+def test_at_the_end_of_a_run(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge that fails leaves the model; the same command judges without training again."""
+    words = [*tiny_run, *TWO_STEPS, *SHORT, f"run_dir={tmp_path}/run"]
+    from simpo.launch.start import start as start_run
+
+    def fail(*args: object) -> None:
+        raise RunError("judge: away (come back)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(judging, "judgements_of", fail)
+        with pytest.raises(RunError) as caught:
+            start_run(compose_run(words))
+    run = tmp_path / "run"
+    assert str(caught.value) == (
+        f"{run}: the model is saved, but not judged: judge: away (come back) (the same command "
+        f"judges it without training again, and so does simpo judge {run} benchmark=pairs with a "
+        "judge)"
+    )
+    assert status_of(run)["state"] == "failed" and status_of(run)["judging"] == "pairs"
+    trained = (run / "model" / "model.safetensors").stat().st_mtime_ns
+    assert "win_rate" not in read_results(run)["eval_after"]
+    start_run(compose_run(words))
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == trained
+    assert status_of(run)["state"] == "finished"
+    figures = read_judged(run)["pairs"].figures
+    after = read_results(run)["eval_after"]
+    assert {key: after[key] for key in figures} == {k: f.value for k, f in figures.items()}
+
+
+@pytest.mark.process
+def test_stopped_while_judging_and_a_sweep(tiny_run: list[str], tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    env = {"PYTHONPATH": str(tmp_path)}
+    words = [*tiny_run, *TWO_STEPS, *SHORT, "judge.reward=my_rewards:by_letters"]
+    words += ["benchmark.max_new_tokens=400", "on_policy.batch_prompts=1"]
+    run = tmp_path / "run"
+    file = run / "benchmarks" / "pairs" / "answers.jsonl"
+    process = start([*words, f"run_dir={run}"], env=env, fresh=True)
+    wait_for(lambda: file.is_file() and file.read_text().count("\n") > 2, process)
+    process.send_signal(signal.SIGTERM)
+    message = finish(process, 75)
+    assert message.endswith(
+        f"SIGTERM: trained, not yet judged, in {run} (the same command continues)\n"
+    )
+    assert status_of(run)["state"] == "stopped"
+    before = file.read_text()
+    finish(start([*words, f"run_dir={run}"], env=env, fresh=True))
+    assert file.read_text().startswith(before) and status_of(run)["state"] == "finished"
+    sweep = ["-m", "train.seed=1,2", *words, "benchmark.max_new_tokens=8"]
+    sweep += ["monitor.metric=win_rate"]
+    shown = finish(start([*sweep, f"launcher.sweep_dir={tmp_path}/sweep"], env=env, fresh=True))
+    rates = {
+        seed: read_judged(tmp_path / "sweep" / f"train.seed={seed}")["pairs"].figures["win_rate"]
+        for seed in (1, 2)
+    }
+    best = max(rates, key=lambda seed: rates[seed].value)
+    assert f"best   train.seed={best}: win_rate {rates[best].value:.4f}" in shown

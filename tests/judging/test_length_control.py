@@ -40,6 +40,10 @@ def planted(seed: int, questions: int, length_effect: float = -1.5) -> Planted:
     }
 
 
+def is_preference(value: float, is_allow_nan: bool) -> bool:
+    return 1 <= value <= 2
+
+
 @pytest.fixture(scope="module")
 def official() -> Any:
     """alpaca-eval's module of the regression, without the rest of its package."""
@@ -60,9 +64,7 @@ def official() -> Any:
         for name in ("DATASETS_TOKEN", "DATASETS_FORCE_DOWNLOAD", "DEFAULT_CACHE_DIR"):
             setattr(stand_ins["alpaca_eval.constants"], name, None)
         stand_ins["alpaca_eval.utils"].convert_to_dataframe = pd.DataFrame
-        stand_ins["alpaca_eval.utils"].validate_alpacaeval_preference = lambda value, is_allow_nan: (
-            1 <= value <= 2
-        )
+        stand_ins["alpaca_eval.utils"].validate_alpacaeval_preference = is_preference
         yield importlib.import_module("alpaca_eval.metrics.glm_winrate")
         for name in ("glm_winrate", "winrate", "helpers"):
             del sys.modules[f"alpaca_eval.metrics.{name}"]

@@ -17,6 +17,7 @@ from simpo.config.errors import ConfigError
 from simpo.config.flat import settings, trajectory
 from simpo.config.schema import MonitorConfig, RunConfig
 from simpo.report.studies import Difference, by_bootstrap, half_width, holm
+from simpo.report.win_rates import WinRates, win_rates
 from simpo.run.best import mode_of
 from simpo.run.runs import DamagedRun, Run, State, find_runs, read_runs
 from simpo.run.tables import metric_labels
@@ -89,6 +90,11 @@ class Comparison:
         return dict(zip(others, holm(by_bootstrap(behind)), strict=True))
 
     @cached_property
+    def judged(self) -> list[WinRates]:
+        """What judges found about the runs, by benchmark."""
+        return win_rates(self.runs)
+
+    @cached_property
     def prefix(self) -> str:
         """What all names begin with, up to a / or a comma; empty for a single run."""
         names = [*self.names, *self.damaged]
@@ -124,6 +130,11 @@ class Comparison:
     def lines(self) -> list[dict[str, Any]]:
         """A line for each run: settings that differ, state, and its held-out metrics."""
         metrics = list(dict.fromkeys(key for run in self.runs for key in run.metrics))
+        judged: list[dict[str, Any]] = [
+            {key: value for one in self.judged for key, value in one.columns(index).items()}
+            for index in range(len(self.runs))
+        ]
+        no_judge = dict.fromkeys(key for columns in judged for key in columns)
         lines = [
             {
                 "run": name,
@@ -136,6 +147,7 @@ class Comparison:
                 "best": index == self.best,
                 **{key: run.metrics.get(key) for key in metrics},
                 **(self._behind(index) if self.behind_best else {}),
+                **{**no_judge, **judged[index]},
                 "folder": str(run.folder),
             }
             for index, (name, run) in enumerate(zip(self.names, self.runs, strict=True))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from simpo.report.compare import Comparison, averages
 from simpo.report.findings import between_groups, findings
-from simpo.report.published import published_tables
+from simpo.report.published import judged_note, published_tables
 from simpo.run.runs import Progress, State
 from simpo.run.tables import SHOWN, markdown_table
 
@@ -36,15 +37,19 @@ def text(report: Comparison, width: int | None = None) -> str:
         lines.append(f"a run's name here is its {keys}")
     if (left := len(report.runs) + len(report.damaged) - rows) > 0:
         lines.append(f"{left} more runs are in the page, and with format=csv")
-    if table and (hidden := [key for key in full[0] if key not in table[0]]):
-        lines.append(f"too wide for this terminal: {', '.join(hidden)}")
+    lines += _too_wide([key for key in full[0] if key not in table[0]] if table else [])
     lines += findings(report)
     notes = [*_notes(report), *damaged_lines(report)]
     lines += notes[:rows]
     if len(notes) > rows:
         lines.append(f"{len(notes) - rows} more notes are in the page, and with format=csv")
+    for judged in report.judged:
+        table, hidden = _narrowed(judged.table(_short(report))[:rows], width, 2)
+        lines += ["", judged.caption(), *markdown_table(table), *_too_wide(hidden)]
+        lines += judged.notes(_short(report))
     for setting, published in published_tables(report.runs, report.names).items():
         lines += ["", f"published results of {setting}, in percent", *markdown_table(published)]
+        lines += filter(None, [judged_note(report.runs)])
     return "\n".join(lines) + "\n"
 
 
@@ -157,15 +162,30 @@ def averages_text(report: Comparison, key: str, width: int | None = None) -> str
         }
         for group in found
     ]
-    hidden: list[str] = []
-    while width is not None and len(lines[0]) > 3 and _width(lines) > width:
-        hidden.insert(0, list(lines[0])[-1])
-        lines = [{label: line[label] for label in list(line)[:-1]} for line in lines]
-    notes = [f"too wide for this terminal: {', '.join(hidden)}"] if hidden else []
+    lines, hidden = _narrowed(lines, width, 3)
+    notes = _too_wide(hidden)
     if any("±" in cell for line in lines for cell in map(str, line.values())):
         notes.append(f"±: interval of the mean over {key} at 95 %, by Student's t")
     notes += between_groups(report, key)
     return "\n".join([*markdown_table(lines), *notes, *damaged_lines(report)]) + "\n"
+
+
+def _narrowed(
+    lines: Sequence[dict[str, Any]], width: int | None, least: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The table without its last columns that do not fit, but for `least`; and their names."""
+    shown, keys = list(lines), list(lines[0])
+    while width is not None and len(shown[0]) > least and _width(shown) > width:
+        shown = [{key: line[key] for key in list(line)[:-1]} for line in shown]
+    return shown, keys[len(shown[0]) :]
+
+
+def _too_wide(hidden: Sequence[str]) -> list[str]:
+    return [f"too wide for this terminal: {', '.join(hidden)}"] if hidden else []
+
+
+def _short(report: Comparison) -> list[str]:
+    return [name.removeprefix(report.prefix) for name in report.names]
 
 
 def _mean(value: float, half: float | None) -> str:

@@ -98,9 +98,41 @@ class Judged:
         raw = read_json(path, REMEDY)
         try:
             figures = {key: Figure(**values) for key, values in raw.pop("figures").items()}
-            return Judged(figures=figures, **raw)
+            found = Judged(figures=figures, **raw)
+            _check(found)
         except (KeyError, TypeError, AttributeError) as error:
             raise DamagedError(path, "holds no judgement", REMEDY) from error
+        return found
+
+
+def _check(found: Judged) -> None:
+    """Check the types of what a file holds, which is any JSON.
+
+    Raises:
+        TypeError, KeyError, AttributeError: one is wrong.
+    """
+    texts = [found.benchmark, found.kind, found.model, found.baseline, found.judge, *found.notes]
+    counts = [found.questions, found.asked, found.malformed, found.input_tokens]
+    figures = [asdict(figure) for figure in found.figures.values()]
+    numbers = [
+        *(figure.pop("value") for figure in figures),
+        *(
+            number
+            for numbers in (found.by_question, found.mean_chars)
+            for number in numbers.values()
+        ),
+        *(example["preference"] for example in found.examples),
+    ]
+    shares = [found.position_bias, found.first_share, found.agreement, found.cost_usd]
+    known = [number for number in shares if number is not None]
+    known += [bound for figure in figures for bound in figure.values() if bound is not None]
+    for values, kinds in (
+        (texts, (str,)),
+        ([*counts, found.output_tokens], (int,)),
+        ([*numbers, *known], (int, float)),
+    ):
+        if not all(type(value) in kinds for value in values):
+            raise TypeError
 
 
 def read_judged(run_dir: Path) -> Mapping[str, Judged]:

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,7 +22,7 @@ import psutil
 from simpo.config.check import load_run
 from simpo.config.errors import DamagedError, SimpoError
 from simpo.config.schema import RunConfig
-from simpo.run import slurm
+from simpo.run import judged, slurm
 from simpo.run.best import evaluations_in
 from simpo.run.files import (
     NEW_RUN,
@@ -38,9 +38,13 @@ from simpo.run.files import (
     read_status,
 )
 from simpo.run.folder import is_free
+from simpo.run.judged import Judged, read_judged
 
 RECORDS = {"run.yaml", "status.json"}
-SKIPPED = {"checkpoints", "model", "samples", "held_out", "slurm", "wandb", "tensorboard"}
+SKIPPED = {
+    *("checkpoints", "model", "samples", "held_out", "slurm", "wandb", "tensorboard"),
+    judged.FOLDER,
+}
 
 
 PROGRESS = re.compile(r"\d+%\||^[\w() -]+ \d+/\d+(, |$)")
@@ -109,6 +113,7 @@ class Run:
             evaluation); empty if there are none.
         replies: replies of samples/, before and after likewise.
         held_out_fingerprint: hash of the texts of the held-out pairs; empty if it is not known.
+        judged: what judges found about the model, by benchmark.
     """
 
     folder: Path
@@ -121,13 +126,22 @@ class Run:
     scores: tuple[dict[str, list[float]], dict[str, list[float]]] = field(repr=False)
     replies: tuple[list[dict[str, Any]], list[dict[str, Any]]] = field(repr=False)
     held_out_fingerprint: str = ""
+    judged: Mapping[str, Judged] = field(default_factory=dict, repr=False)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Held-out metrics of the saved model; of the newest evaluation while the run trains."""
-        if self.results:
-            return dict(self.results["eval_after"])
-        return self.evaluations[max(self.evaluations)] if self.evaluations else {}
+        """Held-out metrics of the saved model; of the newest evaluation while the run trains.
+
+        With the figures of benchmarks, such as `alpaca_eval_2/win_rate`.
+        """
+        newest = self.evaluations[max(self.evaluations)] if self.evaluations else {}
+        found = self.results["eval_after"] if self.results else newest
+        figures = {
+            f"{benchmark}/{key}": figure.value
+            for benchmark, one in self.judged.items()
+            for key, figure in one.figures.items()
+        }
+        return {**found, **figures}
 
     @property
     def monitored(self) -> float | None:
@@ -193,9 +207,10 @@ def read_runs(
 
 
 def _stamp(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of what a run's folder, held_out/ and samples/ hold."""
+    """Name, size and time of change of what a run's folder and those in it that are read hold."""
     found = []
-    for place in (folder, folder / "held_out", folder / "samples"):
+    benchmarks = (folder / judged.FOLDER).glob("*")
+    for place in (folder, folder / "held_out", folder / "samples", *benchmarks):
         with suppress(OSError), os.scandir(place) as entries:
             for entry in entries:
                 with suppress(OSError):
@@ -242,6 +257,7 @@ def _read(folder: Path, progress: Progress) -> Run:
         (before, after if step else {}),
         (old, new if step else []),
         str(read_json(folder / "data.json", NEW_RUN).get("test_fingerprint", "")),
+        read_judged(folder),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
+from simpo.run.judged import FOLDER, Figure, Judged
 
 PROMPT = "Say <b>hi</b> in one sentence: <script>document.title = 'taken'</script> & no more."
 
@@ -130,3 +131,41 @@ def make_sweep(folder: Path, number: int) -> Path:
         state = {7: "failed", 11: "running", 13: "stopped"}.get(index, "finished")
         make(folder / "smollm2-demo-simpo" / name, beta, ratio, seed, state=state)
     return folder
+
+
+def judge(
+    folder: Path, preferences: list[float], benchmark: str = "alpaca_eval_2", **more: Any
+) -> Judged:
+    """Judge a run: the preference for it in each question, from 0 to 1.
+
+    Args:
+        more: what differs in its judged.json.
+    """
+    rate = 100 * sum(preferences) / len(preferences)
+    known: dict[str, Any] = {
+        "kind": "alpaca_eval",
+        "model": folder.name,
+        "baseline": "gpt4_1106_preview",
+        "judge": "gpt-4-1106-preview",
+        "figures": {
+            "lc_win_rate": Figure(rate + 3, rate, rate + 6),
+            "win_rate": Figure(rate, rate - 3, rate + 3, rate - 1, rate + 1),
+        },
+        "by_question": {str(number): value for number, value in enumerate(preferences)},
+        "questions": len(preferences),
+        "asked": 2 * len(preferences) + 20,
+        "malformed": 3,
+        "position_bias": 0.12,
+        "first_share": 0.56,
+        "agreement": 0.95,
+        "mean_chars": {"model": 1825.0, "baseline": 2049.0},
+        "examples": [
+            {"question": PROMPT, "model": f"{PROMPT} model", "baseline": "no", "preference": 1.0},
+            {"question": "Why? " * 60, "model": "x" * 600, "baseline": "y " * 300, "preference": 0},
+        ],
+    }
+    found = Judged(benchmark=benchmark, **{**known, **more})
+    place = folder / FOLDER / benchmark
+    place.mkdir(parents=True)
+    found.write(place)
+    return found

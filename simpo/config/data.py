@@ -70,6 +70,10 @@ class SourceConfig:
         """Whether the path names files that are one split; held-out records come by `test_path`."""
         return names_files(self.path)
 
+    def has_held_out(self) -> bool:
+        """Whether it names held-out records."""
+        return self.test_split is not None and (not self.is_file() or self.test_path is not None)
+
     def problems(self) -> Iterator[str]:
         if not self.path:
             yield "path: must not be empty"

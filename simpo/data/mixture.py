@@ -172,7 +172,7 @@ def load_mixture(
             (
                 _read_split(source, source.train_split, None, file, config, read_record),
                 _read_split(source, source.test_split, name, file, config, read_record)
-                if not source.is_file() or source.test_path
+                if source.has_held_out()
                 else None,
             )
         )

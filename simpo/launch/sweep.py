@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from simpo.config.check import run_yaml
+from simpo.config.choices import BenchmarkKind
 from simpo.config.errors import INTERRUPTED, ConfigError, RunError, Stopped, unwritable
 from simpo.config.flat import MAY_DIFFER, RESULT_SECTIONS, holds_secret
 from simpo.config.launchers import LauncherConfig, LocalConfig, SlurmConfig
@@ -44,6 +45,10 @@ Metrics = list[float | None]
 GRACE_S = 60.0
 """Time that members get to save and end, if the sweep itself fails."""
 LONGEST_NAME = 120
+NOTHING_HELD_OUT = (
+    "note   nothing is held out, so no member will be the best (test_split or test_path of "
+    "data.sources holds pairs out)"
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ def launch(members: Sequence[Member], sweep: str | None, search: bool = False) -
     alone = Counter(s.value for m, s in zip(every, states, strict=True) if m not in todo)
     for name, count in alone.items():
         print(f"{count} of {len(every)} members {name} already")
+    if sweep is not None and todo and not any(map(_is_evaluated, every)):
+        print(NOTHING_HELD_OUT, flush=True)
     with _with_files(todo, folder):
         if isinstance(config, SlurmConfig):
             _queue(config, todo, every, folder)
@@ -132,6 +139,11 @@ def launch(members: Sequence[Member], sweep: str | None, search: bool = False) -
             f"(python -m simpo.report {_shown(folder)} tells why; the same command continues them)"
         )
     return [runs[member.path].monitored for member in members]
+
+
+def _is_evaluated(member: Member) -> bool:
+    judged = member.run.benchmark.kind is not BenchmarkKind.none
+    return judged or any(source.has_held_out() for source in member.run.data.sources)
 
 
 def _states_to_skip(member: Member) -> tuple[State, ...]:

@@ -33,7 +33,6 @@ class Comparison:
     Attributes:
         names: short, unique names of the runs.
         metric, mode: the held-out metric by which they are compared.
-        best: index of the finished run with the best value; None if there is none.
         differing: settings that differ, by dotted key, with the value of each run.
         damaged: by name, runs whose folders cannot be read; their numbers are not used.
     """
@@ -42,7 +41,6 @@ class Comparison:
     names: list[str]
     metric: str
     mode: Mode
-    best: int | None
     differing: dict[str, list[Any]]
     damaged: dict[str, DamagedRun]
 
@@ -61,6 +59,21 @@ class Comparison:
             return -self.mode.sign * value
 
         return sorted(range(len(self.runs)), key=place)
+
+    @cached_property
+    def known(self) -> dict[int, float]:
+        """The finite values of `metric` of finished runs, by their index."""
+        return {
+            index: value
+            for index, run in enumerate(self.runs)
+            if run.progress.state is State.finished
+            and math.isfinite(value := run.metrics.get(self.metric, math.nan))
+        }
+
+    @cached_property
+    def best(self) -> int | None:
+        """Index of the finished run with the best value; None if there is none."""
+        return max(self.known, key=lambda index: self.mode.sign * self.known[index], default=None)
 
     @cached_property
     def behind_best(self) -> dict[int, Difference]:
@@ -109,7 +122,6 @@ class Comparison:
             self,
             runs=[self.runs[index] for index in kept],
             names=[self.names[index] for index in kept],
-            best=kept.index(self.best) if self.best in kept else None,
             differing={key: [values[i] for i in kept] for key, values in self.differing.items()},
             damaged=dict(islice(self.damaged.items(), number)),
         )
@@ -259,21 +271,12 @@ def comparison(
         )
     monitor = runs[0].config.monitor if runs else MonitorConfig()
     metric = metric or monitor.metric
-    mode = mode_of(metric, monitor)
-    values = [run.metrics.get(metric, math.nan) for run in runs]
-    able = [
-        index
-        for index, run in enumerate(runs)
-        if run.progress.state is State.finished and math.isfinite(values[index])
-    ]
-    best = max(able, key=lambda index: mode.sign * values[index], default=None)
     names = dict(zip(paths, _names(paths), strict=True))
     return Comparison(
         list(runs),
         [names[run.folder] for run in runs],
         metric,
-        mode,
-        best,
+        mode_of(metric, monitor),
         _differing(runs),
         {names[run.folder]: run for run in damaged},
     )

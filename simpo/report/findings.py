@@ -15,7 +15,6 @@ from simpo.report.studies import (
     seeds_needed,
     shares,
 )
-from simpo.run.runs import State
 from simpo.run.tables import SHOWN
 
 FEWEST_RUNS = 4
@@ -48,17 +47,11 @@ def _ties(report: Comparison) -> list[str]:
 
 
 def _shares(report: Comparison) -> list[str]:
-    known = [
-        (index, value)
-        for index, run in enumerate(report.runs)
-        if run.progress.state is State.finished
-        and (value := report.monitored(index)) is not None
-        and math.isfinite(value)
-    ]
+    known = report.known
     if len(known) < FEWEST_RUNS:
         return []
-    settings = {key: [values[i] for i, _ in known] for key, values in report.differing.items()}
-    found = shares(settings, [value for _, value in known])
+    settings = {key: [values[i] for i in known] for key, values in report.differing.items()}
+    found = shares(settings, list(known.values()))
     if not found:
         return []
     words = ", ".join(f"{key} {share:.0%}" for key, share in found.items())

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, RunError
-from simpo.launch.sweep import LONGEST_NAME, Member, _print_end, launch, share_of_machine
+from simpo.launch.sweep import (
+    LONGEST_NAME,
+    NOTHING_HELD_OUT,
+    Member,
+    _print_end,
+    launch,
+    share_of_machine,
+)
 from simpo.run.runs import State, read_progress
 from tests.support.made_runs import make
 from tests.support.whole_runs import (
@@ -71,6 +78,28 @@ def test_a_sweep_without_held_out_pairs_has_no_best_member(
     _print_end(tmp_path / "sweep", with_best=True)
     assert capsys.readouterr().out == (
         "best   none: no finished run has rewards/accuracies\nreport python -m simpo.report sweep\n"
+    )
+
+
+def test_a_sweep_without_held_out_pairs_says_so_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before members are started, and not if one has held-out pairs or is judged."""
+    monkeypatch.setattr("simpo.launch.sweep._run_here", lambda *_: print("started"))
+    (tmp_path / "a.jsonl").write_text("")
+    none = ["data=jsonl", f"data.sources=[{{path: {tmp_path}/a.jsonl}}]"]
+    for number, (words, told) in enumerate(((none, True), ([], False))):
+        folder = tmp_path / str(number)
+        for beta in (2, 3):
+            make(folder / f"loss.beta={beta}", beta=beta, steps=4, overrides=tuple(words))
+            (folder / f"loss.beta={beta}" / "status.json").unlink()
+        shared = [*words, f"launcher.sweep_dir={folder}"]
+        launch([member(shared, [f"loss.beta={beta}"]) for beta in (2, 3)], "x", search=True)
+        first, *_ = capsys.readouterr().out.splitlines()
+        assert (first == NOTHING_HELD_OUT) is told, first
+    assert NOTHING_HELD_OUT == (
+        "note   nothing is held out, so no member will be the best (test_split or test_path of "
+        "data.sources holds pairs out)"
     )
 
 

@@ -376,7 +376,9 @@ def _print_end(folder: Path, with_best: bool) -> None:
 
 
 def _shown(folder: Path) -> str:
-    return shlex.quote(os.path.relpath(folder))
+    """A folder for a command: relative if it lies in the working directory."""
+    inside = folder.is_relative_to(Path.cwd())
+    return shlex.quote(str(folder.relative_to(Path.cwd()) if inside else folder))
 
 
 def _hash(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 from pathlib import Path
@@ -103,6 +102,16 @@ def test_a_sweep_without_held_out_pairs_says_so_first(
     )
 
 
+def test_the_report_of_a_sweep_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command works from any folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    _print_end(tmp_path / "my sweep", with_best=False)
+    assert capsys.readouterr().out == f"report python -m simpo.report '{tmp_path}/my sweep'\n"
+
+
 @pytest.mark.process
 def test_a_local_sweep(tiny_run: list[str], tmp_path: Path) -> None:
     """Two at a time; equal to the same runs alone; again, and only what is new is run."""
@@ -123,7 +132,7 @@ def test_a_local_sweep(tiny_run: list[str], tmp_path: Path) -> None:
     best = max(sorted(found), key=lambda name: found[name])
     assert without_bar(output)[-2:] == [
         f"best   {best}: rewards/accuracies {found[best]:.4f}",
-        f"report python -m simpo.report {os.path.relpath(folder)}",
+        f"report python -m simpo.report {folder}",
     ]
     own = (folder / "loss.beta=2" / "command.txt").read_text()
     assert f"run_dir={folder}/loss.beta=2" in own and "launcher" not in own
@@ -149,7 +158,7 @@ def test_a_member_fails_and_the_others_go_on(
     bad, fine = sorted(folder.iterdir(), key=lambda path: "bad" not in path.name)
     assert message.splitlines()[-1] == (
         f"1 of 2 members did not finish: {bad.name} (python -m simpo.report "
-        f"{os.path.relpath(folder)} tells why; the same command continues them)"
+        f"{folder} tells why; the same command continues them)"
     )
     place = f"{tmp_path}/bad.jsonl train record 1"
     reason = f"DataError: {place}: chosen and rejected are the same"

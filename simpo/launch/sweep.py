@@ -342,6 +342,7 @@ def _follow(
             still to start or to wait for. None: Slurm runs them.
     """
     unreported = [member.path for member in members]
+    reasons: set[str] = set()
     with progress.bar("sweep", len(unreported)) as bar:
         while True:
             here = under_way()
@@ -351,6 +352,9 @@ def _follow(
                 at_rest = found.state not in IN_PROGRESS
                 if found.state is State.running:
                     steps.append(f"{found.step}/{found.total_steps or '?'}")
+                if found.state is State.pending and found.note not in {"", *reasons}:
+                    reasons.add(found.note)
+                    progress.say(f"{path.name}  {found.text()}: {found.note}")
                 if not (at_rest if here is None else path not in here):
                     continue
                 unreported.remove(path)

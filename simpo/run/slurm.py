@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -25,6 +26,22 @@ ACTIVE_STATES = (
     "SUSPENDED",
     "STOPPED",
 )
+LIMIT = re.compile(
+    r"(QOS|Assoc(iation)?|(?=Max\w+PerAccount))(?P<kind>Grp|Max|Min)?"
+    r"(?P<what>Cpu|CPU|GRES|Mem|Node|Wall|SubmitJob|Job|Resource|Billing|BB|License|Energy|Unknown)\w*?"
+    r"(?P<minutes>(Run)?Minutes)?(Per(?P<each>Job|Node|User|Account))?(Limit|NotSatisfied)?"
+)
+"""Reasons of jobs that wait for a limit of their QoS or account (Slurm's association)."""
+RESOURCES = {
+    "cpu": ("CPUs", "cpus_per_task"),
+    "gres": ("GPUs", "gpus_per_node"),
+    "mem": ("memory", "mem_gib"),
+    "node": ("nodes", "nodes"),
+    "wall": ("time", "time_min"),
+    "submitjob": ("submitted jobs", ""),
+    "job": ("jobs", ""),
+}
+"""What is limited, and the setting in `launcher` that asks for it."""
 FIELDS = "JobArrayID:|,State:|,RestartCnt:|,exit_code:|,Reason:|"
 
 
@@ -36,7 +53,7 @@ class Job:
         state: in Slurm's words (PENDING, RUNNING, FAILED, CANCELLED, TIMEOUT, ...).
         exit_code: of an ended job; 128 + the signal's number if a signal ended it.
         restarts: how often it was requeued, if Slurm still knows.
-        reason: why a pending job waits.
+        reason: why a pending job waits: Slurm's name, and if that is a limit, what to do.
     """
 
     state: str
@@ -59,7 +76,7 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
     for line in _lines([*squeue, f"--Format={FIELDS}"]):
         with suppress(ValueError):  # a line that is not about a job
             name, state, restarts, code, reason, *_ = (part.strip() for part in line.split("|"))
-            reason = "" if reason == "None" else reason
+            reason = "" if reason == "None" else _with_remedy(reason)
             found[name] = Job(state, _exit_code(int(code)), int(restarts), reason)
     if missing := ",".join(sorted(wanted - found.keys())):
         sacct = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={missing}"]
@@ -72,6 +89,35 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
                     name, Job(state.split()[0], int(code) or _code_of_signal(int(number)))
                 )
     return {name: job for name, job in found.items() if name in wanted}
+
+
+def _with_remedy(reason: str) -> str:
+    """Slurm's reason; with its meaning and what to do if it is a limit of a QoS or account."""
+    found = LIMIT.fullmatch(reason)
+    if found is None:
+        return reason
+    whose = "account" if reason.startswith("Assoc") else "QoS"
+    what, setting = RESOURCES.get(found["what"].lower(), ("resources", ""))
+    minutes, each = found["minutes"] or "", found["each"] or ""
+    if minutes:
+        what, setting = f"minutes of {what}", "time_min"
+    other = "launcher." + whose.lower()
+    if each in ("Job", "Node") or found["kind"] == "Min":
+        change = f"launcher.{setting} or {other}" if setting else other
+        return (
+            f"{reason}: the {whose}'s limits for a job do not allow its {what} (it never starts: "
+            f"cancel it, change {change}, and give the same command)"
+        )
+    if minutes == "Minutes" or found["what"] == "Wall":
+        return (
+            f"{reason}: the {whose} has used up its {what} (ask those who run the cluster, or "
+            f"cancel it, change {other}, and give the same command)"
+        )
+    of = {"User": " of a user", "Account": " of an account"}.get(each, "")
+    return (
+        f"{reason}: the {whose}'s limit on {what}{of} is reached (it starts when other jobs have "
+        f"ended; another {other} may start it sooner)"
+    )
 
 
 def max_array_size() -> int | None:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from simpo.config.compose import compose_run
 from simpo.config.errors import RunError
 from simpo.config.launchers import SlurmConfig
 from simpo.launch.submit import array_ids, submit
+from simpo.launch.sweep import Member, _follow
 from simpo.run import slurm
+from simpo.run.runs import State, note_job, read_progress
 
 SBATCH = """
 echo "$@" >> calls
@@ -85,3 +88,91 @@ def test_a_refused_array_takes_the_others_along(
 def test_the_size_that_scontrol_tells(here: Path, answer: str, size: int | None) -> None:
     (here / "bin" / "scontrol").write_text(f"#!/bin/sh\necho '{answer}'\n")
     assert slurm.max_array_size() == size
+
+
+WAITS = "it starts when other jobs have ended; another launcher."
+
+
+@pytest.mark.parametrize(
+    ("reason", "meaning"),
+    [
+        ("None", None),
+        ("Priority", ""),
+        ("QOSNotAllowed", ""),
+        (
+            "QOSMaxJobsPerUserLimit",
+            f"the QoS's limit on jobs of a user is reached ({WAITS}qos may start it sooner)",
+        ),
+        (
+            "AssocGrpGRES",
+            f"the account's limit on GPUs is reached ({WAITS}account may start it sooner)",
+        ),
+        (
+            "AssocGrpCPURunMinutesLimit",
+            "the account's limit on minutes of CPUs is reached "
+            f"({WAITS}account may start it sooner)",
+        ),
+        (
+            "MaxMemoryPerAccount",
+            f"the QoS's limit on memory of an account is reached ({WAITS}qos may start it sooner)",
+        ),
+        (
+            "AssocGrpCPUMinutesLimit",
+            "the account has used up its minutes of CPUs (ask those who run the cluster, or "
+            "cancel it, change launcher.account, and give the same command)",
+        ),
+        (
+            "QOSMaxWallDurationPerJobLimit",
+            "the QoS's limits for a job do not allow its time (it never starts: cancel it, change "
+            "launcher.time_min or launcher.qos, and give the same command)",
+        ),
+        (
+            "QOSMinGRES",
+            "the QoS's limits for a job do not allow its GPUs (it never starts: cancel it, change "
+            "launcher.gpus_per_node or launcher.qos, and give the same command)",
+        ),
+        (
+            "AssocMaxLicensePerJob",
+            "the account's limits for a job do not allow its resources (it never starts: cancel "
+            "it, change launcher.account, and give the same command)",
+        ),
+    ],
+)
+def test_why_a_job_waits(here: Path, reason: str, meaning: str | None) -> None:
+    """Names of Slurm 22.05 to 24.05; those of limits come with what to do."""
+    queue(here, f"41_0|PENDING|0|0|{reason}|")
+    note_job(here, here / "log.txt", id="41_0")
+    (progress,) = read_progress([here])
+    expected = "" if meaning is None else ": ".join(filter(None, [reason, meaning]))
+    assert (progress.state, progress.note) == (State.pending, expected)
+
+
+def test_a_sweep_that_is_waited_for_tells_each_reason_once(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "; ".join(f"echo '41_{n}|'$state'|0|256|QOSGrpNodeLimit|'" for n in range(2))
+    queue(here, "").write_text(
+        "#!/bin/sh\necho >> asked\ntest $(wc -l < asked) -gt 2 && state=FAILED || state=PENDING\n"
+        f"{lines}\n"
+    )
+    members = []
+    for number in range(2):
+        folder = here / f"run-{number}"
+        folder.mkdir()
+        note_job(folder, folder / "log.txt", id=f"41_{number}")
+        members.append(Member(compose_run([f"run_dir={folder}"]), (), ()))
+    _follow(SlurmConfig(poll_s=0.01), members, lambda: None)
+    assert capsys.readouterr().out.splitlines() == [
+        "run-0  pending: QOSGrpNodeLimit: the QoS's limit on nodes is reached "
+        f"({WAITS}qos may start it sooner)",
+        "run-0  failed: exit code 1: ",
+        "run-1  failed: exit code 1: ",
+    ]
+
+
+def queue(here: Path, line: str) -> Path:
+    """A squeue that prints this line."""
+    program = here / "bin" / "squeue"
+    program.write_text(f"#!/bin/sh\necho '{line}'\n")
+    program.chmod(0o755)
+    return program

@@ -132,7 +132,7 @@ class ZeroBackend(Backend):
             dtype = torch.bfloat16 if self.bf16 else weight.dtype
             name = names.get(id(weight))  # None: of an adapter, which is not in the files
             if name is not None and self.is_main:
-                weight.data = read_weight(files[name], name).to(weight.dtype)
+                weight.data = read_weight(files[name], name)
                 bad += not_finite([(name, weight)])
             elif name is not None:
                 weight.data = torch.empty_like(weight, dtype=dtype, device=self.device)

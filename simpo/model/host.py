@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simpo.config.backends import BackendConfig, FsdpConfig, Zero3Config, ZeroConfig
-from simpo.config.choices import Quantization
+from simpo.config.backends import BackendConfig, Zero3Config, ZeroConfig
 from simpo.config.schema import RunConfig
 from simpo.model.export import LARGEST_FILE_BYTES
 from simpo.model.memory import GIB, LIVE_WEIGHTS, Estimate
@@ -31,18 +30,26 @@ def host_memory(run: RunConfig, estimate: Estimate, processes: int) -> Host:
     """
     step = processes * (PROCESS_GIB + estimate.offloaded().total)
     return Host(
-        load=processes * (PROCESS_GIB + _loaded(run, estimate) / GIB),
+        load=processes * PROCESS_GIB + _loaded(estimate, processes) / GIB,
         step=step,
         save=step + max(processes * _checkpoint(run.backend, estimate), _export(estimate)) / GIB,
     )
 
 
-def _loaded(run: RunConfig, estimate: Estimate) -> float:
-    """Bytes of weights in a process's host memory on their way to the GPU."""
-    reads_shards = isinstance(run.backend, (FsdpConfig, Zero3Config)) and not run.model.lora.dora
-    if reads_shards or run.model.quantization is not Quantization.none:
-        return estimate.model.largest_bytes
-    return estimate.model.whole.bytes_in(bf16=False)
+def _loaded(estimate: Estimate, processes: int) -> float:
+    """Bytes of weights in host memory, of all processes, on their way to the GPUs.
+
+    A weight that keeps its dtype is copied to the GPU from the pages of its file, which are no
+    process's own. One that is converted is so in host memory.
+    """
+    largest = estimate.model.largest_bytes
+    if estimate.reads_shards:
+        # Each reads its shard of one weight after the other; then rank 0 looks at whole weights.
+        return max(processes / estimate.shards, 1) * largest[0]
+    if not estimate.converts:
+        return 0.0
+    # One at a time is quantised.
+    return processes * (largest[0] if estimate.model.largest_packed else sum(largest))
 
 
 def _checkpoint(backend: BackendConfig, estimate: Estimate) -> float:

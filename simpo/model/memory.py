@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from copy import copy
 from dataclasses import astuple, dataclass, fields, replace
+from heapq import nlargest
 from typing import Any, NamedTuple
 
 import psutil
@@ -22,6 +23,7 @@ from simpo.config.errors import ConfigError
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs
 from simpo.model.head import LOGITS_BYTES
+from simpo.model.load import weights_dtype
 from simpo.model.sketch import Peaks, Sketch, follow, sketch
 
 GIB = 2**30
@@ -29,6 +31,8 @@ NOT_DRAWN = (RuntimeError, TypeError, ValueError, AttributeError)
 """What a model raises that does not compute on tensors without values."""
 LIVE_WEIGHTS = 1_000_000_000
 """`stage3_max_live_parameters` of DeepSpeed."""
+READ_AT_A_TIME = 4
+"""`GLOBAL_WORKERS` of transformers: threads of a process that read weights."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,15 @@ class Model:
         root: all other weights.
         head: those of them that make logits.
         largest_packed: number of weights in the largest layer that quantisation packs.
-        largest_bytes: bytes of the largest weight as it is loaded, if it is not packed.
+        largest_bytes: bytes of the largest weights before quantisation, the largest first; as many
+            as transformers reads at a time.
     """
 
     layers: tuple[Group, ...]
     root: Group
     head: Group
     largest_packed: int
-    largest_bytes: int
+    largest_bytes: tuple[int, ...]
 
     @staticmethod
     def of(drawn: Sketch, quantization: Quantization) -> Model:
@@ -125,7 +130,7 @@ class Model:
             largest_packed=max(
                 (p.numel() for p in policy.parameters() if id(p) in packed), default=0
             ),
-            largest_bytes=max(p.nbytes for p in policy.parameters() if id(p) not in packed),
+            largest_bytes=tuple(nlargest(READ_AT_A_TIME, (p.nbytes for p in policy.parameters()))),
         )
 
     @property
@@ -178,6 +183,8 @@ class Estimate:
     Attributes:
         model: sizes of the weights.
         policy: the policy, of fake tensors.
+        reads_shards: whether a process reads its shard of the weights, else all of them.
+        converts: whether weights are loaded in another dtype than config.json tells of their files.
     """
 
     def __init__(self, run: RunConfig, settings: PreTrainedConfig, place: Place) -> None:
@@ -190,11 +197,14 @@ class Estimate:
             ConfigError: the adapters do not fit the model.
         """
         self._backend, self._place = run.backend, place
+        self.converts = settings.dtype is not weights_dtype(run.model, place.device)
         self._drawn = sketch(
             run.model, settings, place.device, bf16=place.bf16, share_prefix=run.train.share_prefix
         )
         self.policy = self._drawn.policy
         self.model = Model.of(self._drawn, run.model.quantization)
+        sharded = isinstance(run.backend, (FsdpConfig, Zero3Config)) and not run.model.lora.dora
+        self.reads_shards = sharded and not self.model.largest_packed
         if isinstance(run.backend, (FsdpConfig, ZeroConfig)) and place.bf16:
             self._drawn.compute_in(torch.bfloat16)
         self._peaks: dict[tuple[int, ...], Peaks] = {}
@@ -206,18 +216,17 @@ class Estimate:
         return other
 
     @property
-    def _shards(self) -> int:
+    def shards(self) -> int:
+        """Number of processes that share one copy of what the backend shards."""
         return shards_of(self._backend, self._place.processes)
 
     def load(self) -> Memory:
         """Weights of a process while they are loaded.
 
         FSDP and ZeRO-3 read a shard of them, and hold one layer, or the root, whole; with other
-        backends, and where weights are quantised, each process loads the whole model.
+        backends, where weights are quantised and with DoRA, each process loads the whole model.
         """
-        model, shards = self.model, 1
-        if isinstance(self._backend, (FsdpConfig, Zero3Config)) and not model.largest_packed:
-            shards = self._shards
+        model, shards = self.model, self.shards if self.reads_shards else 1
         whole = model.whole.bytes_in(bf16=False) + model.whole.scales_bytes
         parts = (*model.layers[:1], model.root)
         largest = max(part.bytes_in(bf16=False) for part in parts) if shards > 1 else 0
@@ -246,7 +255,7 @@ class Estimate:
 
     def _states(self) -> Memory:
         """Weights, gradients and optimizer state, wherever they are."""
-        bf16, shards, whole = self._place.bf16, self._shards, self.model.whole
+        bf16, shards, whole = self._place.bf16, self.shards, self.model.whole
         if isinstance(self._backend, ZeroConfig):
             split = shards if isinstance(self._backend, Zero3Config) else 1
             weights = whole.bytes_in(bf16) / split + whole.scales_bytes

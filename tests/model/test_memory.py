@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from copy import deepcopy
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -296,38 +297,65 @@ def test_a_remedy_is_not_what_the_run_does_already(
 
 
 @pytest.mark.parametrize(
-    ("words", "load", "step", "save"),
+    ("words", "step", "save"),
     [
-        # The largest weight; a file of the model and the layer after it.
-        (["backend=fsdp"], 4 * TABLE, 0, 5e9 + 4 * LAYER),
+        # A file of the model and the layer after it.
+        (["backend=fsdp"], 0, 5e9 + 4 * LAYER),
         # A copy of weights and two means, in fp32.
-        (["backend=fsdp", "backend.async_save=true"], 4 * TABLE, 0, 12 * WEIGHTS / 8),
-        (
-            ["backend=fsdp", "backend.cpu_offload=true"],
-            4 * TABLE,
-            16 * WEIGHTS / 8,
-            5e9 + 4 * LAYER,
-        ),
-        (["backend=zero3"], 4 * TABLE, 0, 4 * 1e9),
-        (["backend=zero2"], 4 * WEIGHTS, 0, 4 * WEIGHTS / 8),
-        (["backend=ddp"], 4 * WEIGHTS, 0, 5e9 + 4 * LAYER),
+        (["backend=fsdp", "backend.async_save=true"], 0, 8 * 12 * WEIGHTS / 8),
+        (["backend=fsdp", "backend.cpu_offload=true"], 16 * WEIGHTS / 8, 5e9 + 4 * LAYER),
+        (["backend=zero3"], 0, 8 * 4 * 1e9),
+        (["backend=zero2"], 0, 8 * 4 * WEIGHTS / 8),
+        (["backend=ddp"], 0, 5e9 + 4 * LAYER),
         (
             ["backend=fsdp", LORA, "model.quantization=nf4", "model.dtype=float32"],
-            4 * TABLE,
             0,
             4 * ADAPTERS,
         ),
     ],
 )
-def test_host_memory_by_hand(words: list[str], load: float, step: float, save: float) -> None:
+def test_host_memory_by_hand(words: list[str], step: float, save: float) -> None:
     """Of 8 processes with Llama-3-8B, 2 GiB each beside."""
     run = compose_run(words if LORA in words else ["model.lora.rank=0", *words])
-    own = Estimate(run, LLAMA_3_8B, Place(GPU, 8, bf16=True))
-    found = host_memory(run, own, 8)
-    ranks = 1 if save in (5e9 + 4 * LAYER, 4 * ADAPTERS) else 8
-    assert found.load == pytest.approx(8 * (2 + load / GIB))
+    found = host_memory(run, Estimate(run, LLAMA_3_8B, Place(GPU, 8, bf16=True)), 8)
     assert found.step == pytest.approx(8 * (2 + step / GIB))
-    assert found.save - found.step == pytest.approx(ranks * save / GIB)
+    assert found.save - found.step == pytest.approx(save / GIB)
+
+
+MLP = 4096 * 14336
+
+
+@pytest.mark.parametrize(
+    ("words", "load"),
+    [
+        # Four weights at a time become fp32 in each process: both tables, and two of the MLP.
+        (["backend=ddp"], 8 * 4 * (2 * TABLE + 2 * MLP)),
+        (["backend=zero2"], 8 * 4 * (2 * TABLE + 2 * MLP)),
+        # With adapters all stay in bf16, and are copied from the files' pages.
+        (["backend=ddp", LORA], 0),
+        (["backend=ddp", LORA, "model.quantization=nf4"], 0),
+        # One at a time is quantised.
+        (["backend=ddp", LORA, "model.quantization=nf4", "model.dtype=float32"], 8 * 4 * TABLE),
+        # Eighths of a table in each process, and a whole one in the first.
+        (["backend=fsdp"], 4 * TABLE),
+        (["backend=zero3"], 4 * TABLE),
+        (["backend=fsdp", LORA], 2 * TABLE),
+        # Two groups of four.
+        (["backend=fsdp", "backend.shard_processes=4"], 2 * 4 * TABLE),
+        # DoRA begins with the norms of whole weights.
+        (
+            ["backend=fsdp", LORA, "model.lora.dora=true", "model.dtype=float32"],
+            8 * 4 * (2 * TABLE + 2 * MLP),
+        ),
+    ],
+)
+def test_host_memory_of_loading(words: list[str], load: float) -> None:
+    """8 processes with Llama-3-8B, whose files hold bf16."""
+    run = compose_run(words if LORA in words else ["model.lora.rank=0", *words])
+    settings = deepcopy(LLAMA_3_8B)
+    settings.dtype = torch.bfloat16
+    found = host_memory(run, Estimate(run, settings, Place(GPU, 8, bf16=True)), 8)
+    assert found.load == pytest.approx(8 * 2 + load / GIB)
 
 
 def test_a_run_is_refused_before_its_weights_are_read(

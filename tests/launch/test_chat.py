@@ -21,6 +21,7 @@ import pytest
 import torch
 from huggingface_hub import constants, hf_api
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import hub as transformers_hub
 
 from simpo.__main__ import main
 from simpo.config.check import load_run
@@ -191,6 +192,8 @@ def test_models_of_a_hub(
         template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
         monkeypatch.setattr(hf_api.api, "endpoint", hub.address)
+        # transformers keeps a client, which would ask the hub of an earlier test for 94 s.
+        monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         for name, run in runs.items():
             old, new = (replies[0] for replies in replies_of(run))

@@ -71,7 +71,7 @@ def test_one_rank_is_killed(lost: int, undisturbed: tuple[list[str], Path], tmp_
     """The others end within a minute, the message names it, and the run goes on where it was."""
     settings, whole = undisturbed
     folder = tmp_path / "run"
-    process = start([*settings, *TWO, f"run_dir={folder}"], fresh=lost == 0)
+    process = start([*settings, *TWO, f"run_dir={folder}"], fresh=lost == 1)
     wait_for(logged(folder, 5), process)
     ranks = ranks_of(process)
     assert sorted(ranks) == [0, 1]

@@ -47,7 +47,7 @@ RUNS = {
     "zero3-1": ("zero3", 1, 256),
 }
 
-FRESH = ("ddp-2", "fsdp-2", pytest.param("zero3-2", marks=pytest.mark.matrix))
+FRESH = ("fsdp-2", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("ddp-2", "zero3-2")))
 """Runs that are started as a user's command is; the others are forked (see `forked.py`)."""
 
 

@@ -15,7 +15,7 @@ PIP := python -m pip install --quiet --disable-pip-version-check
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
 
-$(READY): pyproject.toml requirements.lock
+$(READY): pyproject.toml requirements.lock tests/support/benchmarks.lock
 	@echo "setting up $(VENV) (once, one to a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(MAKE) install BIN=$(BIN)

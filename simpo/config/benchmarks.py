@@ -13,8 +13,8 @@ KINDS = "endpoint, local, reward or annotations"
 
 
 FIGURES = (
-    *("win_rate", "lc_win_rate", "style_win_rate", "pass_rate"),
-    *("score", "score_turn_1", "score_turn_2"),
+    *("win_rate", "lc_win_rate", "style_win_rate", "equal_style_win_rate"),
+    *("pass_rate", "pass_rate_loose", "score", "score_turn_1", "score_turn_2"),
 )
 """Figures of benchmarks that `monitor.metric` may name; known at the end of a run only."""
 
@@ -28,8 +28,8 @@ class BenchmarkConfig:
     kind: BenchmarkKind = BenchmarkKind.none
     """Whose files, prompts and figures; set by the choice."""
     path: str | None = None
-    """Folder with its own files, such as a clone of its repository, or a hub id. null: the files of
-    its Python package, if it has one."""
+    """Folder with its own files, such as a clone of its repository. null: the files of its Python
+    package, if it has one."""
     baseline: str | None = None
     """What the answers are compared with: a name in the benchmark's files, a file of answers, the
     folder of a run, or for pairs `chosen` (responses of the data) and `base` (the model before

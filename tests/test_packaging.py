@@ -188,6 +188,7 @@ def test_extras() -> None:
         "mlflow",
         "slurm",
         "optuna",
+        "judge",
         "vllm",
         "site",
         "bench",

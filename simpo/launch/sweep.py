@@ -116,10 +116,7 @@ def launch(members: Sequence[Member], sweep: str | None, search: bool = False) -
         if state is not State.finished and state not in _states_to_skip(member)
     ]
     alone = Counter(s.value for m, s in zip(every, states, strict=True) if m not in todo)
-    for name, count in alone.items():
-        print(f"{count} of {len(every)} members {name} already")
-    if sweep is not None and todo and not any(map(_is_evaluated, every)):
-        print(NOTHING_HELD_OUT, flush=True)
+    _print_start(every, todo if sweep is not None else [], alone)
     with _with_files(todo, folder):
         if isinstance(config, SlurmConfig):
             _queue(config, todo, every, folder)
@@ -139,6 +136,14 @@ def launch(members: Sequence[Member], sweep: str | None, search: bool = False) -
             f"(python -m simpo.report {_shown(folder)} tells why; the same command continues them)"
         )
     return [runs[member.path].monitored for member in members]
+
+
+def _print_start(every: list[Member], todo: list[Member], alone: Counter[str]) -> None:
+    """Say which members are left alone, and whether a sweep will have no best one."""
+    for name, count in alone.items():
+        print(f"{count} of {len(every)} members {name} already")
+    if todo and not any(map(_is_evaluated, every)):
+        print(NOTHING_HELD_OUT, flush=True)
 
 
 def _is_evaluated(member: Member) -> bool:

@@ -29,6 +29,9 @@ from simpo.model.shards import empty_model, probe_settings
 # Attributes of modules: noise on the input of a router in training (Mixtral, PhiMoE, DBRX).
 JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 
+READ_AT_A_TIME = 4
+"""`GLOBAL_WORKERS` of transformers: threads of a process that read weights."""
+
 
 def load_policy(
     config: ModelConfig,

@@ -23,7 +23,7 @@ from simpo.config.errors import ConfigError
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs
 from simpo.model.head import LOGITS_BYTES
-from simpo.model.load import weights_dtype
+from simpo.model.load import READ_AT_A_TIME, weights_dtype
 from simpo.model.sketch import Peaks, Sketch, follow, sketch
 
 GIB = 2**30
@@ -31,8 +31,6 @@ NOT_DRAWN = (RuntimeError, TypeError, ValueError, AttributeError)
 """What a model raises that does not compute on tensors without values."""
 LIVE_WEIGHTS = 1_000_000_000
 """`stage3_max_live_parameters` of DeepSpeed."""
-READ_AT_A_TIME = 4
-"""`GLOBAL_WORKERS` of transformers: threads of a process that read weights."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,7 @@ class Model:
         root: all other weights.
         head: those of them that make logits.
         largest_packed: number of weights in the largest layer that quantisation packs.
-        largest_bytes: bytes of the largest weights before quantisation, the largest first; as many
-            as transformers reads at a time.
+        largest_bytes: of the largest `READ_AT_A_TIME` weights before quantisation, falling.
     """
 
     layers: tuple[Group, ...]

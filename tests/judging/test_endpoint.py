@@ -134,7 +134,8 @@ def test_a_server_that_stays_broken() -> None:
         stub.faults.extend([Fault(404, '{"message": "no\\n such model"}', wait_s=0.1)])
         with pytest.raises(RunError) as caught:
             said.extend(judge_of(stub, concurrency=2).answers([query(c) for c in "abcd"]))
-    assert {q.question for q, _ in said} >= {"b"} and len(stub.asked) == len(said)
+    # Of the first two requests either may have met the fault.
+    assert {q.question for q, _ in said} & {"a", "b"} and len(stub.asked) == len(said)
     assert str(caught.value) == (
         f"judge.endpoint: {stub.url} refuses arbiter: 404 Not Found: no such model (verdicts so "
         "far are kept)"

@@ -15,22 +15,27 @@ from typing import Any
 
 import torch
 
-from simpo.backend import build_backend
 from simpo.config.backends import SingleConfig
-from simpo.config.choices import BenchmarkKind, Checkpointing, Dtype, Engine
+from simpo.config.choices import BenchmarkKind, Checkpointing
 from simpo.config.errors import ConfigError, DataError
-from simpo.config.models import ADAPTER_FILE, LoraConfig, ModelConfig
+from simpo.config.models import LoraConfig
 from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
 from simpo.data.chats.checks import refuse_unknown_ids
 from simpo.data.reading.records import RecordFault
 from simpo.judging.shapes import Answer, Question
 from simpo.model.generate import Sampling, batches
-from simpo.model.pretrained import load_settings, model_source, num_embeddings
+from simpo.model.pretrained import load_settings, num_embeddings
 from simpo.model.saved import SavedModel, naming, saved_model
-from simpo.model.talk import context_tokens, load_for_talk
-from simpo.on_policy.engines import Generate, engine_of, with_policy, with_vllm
-from simpo.on_policy.files import append_lines, content_hash, model_content, read_lines, working_in
+from simpo.model.talk import context_tokens
+from simpo.on_policy.engines import Generate, engine_of, with_saved
+from simpo.on_policy.files import (
+    append_lines,
+    content_hash,
+    read_lines,
+    weights_content,
+    working_in,
+)
 from simpo.run.judged import FOLDER
 from simpo.run.progress import bar, say
 
@@ -190,7 +195,9 @@ class Drawing:
                     todo.append((temperature, whole))
         if not todo:
             return
-        generate = self._generate = self._generate or self._load()
+        if self._generate is None:
+            say(f"loading the weights of {self._model.saved.where} ...")
+            self._generate = with_saved(self._run, self._model.saved, self._chat)
         config = self._run.benchmark
         with bar(f"answers of {self._model.name}", sum(len(b) for _, b in todo)) as shown:
             for temperature, batch in todo:
@@ -199,7 +206,7 @@ class Drawing:
                 if limit is not None:
                     room = min(room, limit - max(map(len, prompts)))
                 sampling = Sampling(temperature, config.top_p, room, config.seed)
-                replies = zip(batch, generate(prompts, sampling), strict=True)
+                replies = zip(batch, self._generate(prompts, sampling), strict=True)
                 self._keep(turn, [(asked[i].id, r.text, r.tokens, r.ended) for i, r in replies])
                 shown.advance(len(batch))
 
@@ -237,15 +244,6 @@ class Drawing:
         ]
         append_lines(self._file, lines)
         self._known |= {(line["question"], turn): line for line in lines}  # type: ignore[misc]
-
-    def _load(self) -> Generate:
-        saved, run = self._model.saved, self._run
-        say(f"loading the weights of {saved.where} ...")
-        if engine_of(run.on_policy.engine) is Engine.vllm:
-            return with_vllm(saved.model, saved.cache_dir, self._chat)
-        device = build_backend(run.backend, run.train.precision).device
-        policy = load_for_talk(saved.model, saved.cache_dir, device, Dtype.auto)
-        return with_policy(policy, self._chat, device)
 
     def answers(self) -> dict[str, Answer]:
         """The answers by question id; frees the model."""
@@ -292,11 +290,5 @@ def _temperature(run: RunConfig, question: Question, model: Contestant) -> float
 
 def _content(key: str, saved: SavedModel) -> list[Any]:
     """What identifies the weights of a model and how they are loaded."""
-    model: ModelConfig = saved.model
-    adapter = model.lora.adapter
-    return [
-        model_content(key, model_source(model, saved.cache_dir), model.revision),
-        adapter and model_content(key, adapter, None, ADAPTER_FILE),
-        model.dtype.value,
-        model.quantization.value,
-    ]
+    model = saved.model
+    return [*weights_content(key, saved), model.dtype.value, model.quantization.value]

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,11 @@ from typing import Any
 import yaml
 
 from simpo.config.benchmarks import BenchmarkConfig
-from simpo.config.errors import ConfigError, DataError, unwritable
+from simpo.config.errors import ConfigError, DataError
 from simpo.data.reading.readers import read_file
 from simpo.data.reading.records import RecordFault
 from simpo.judging.shapes import Answer, Question
 from simpo.judging.style_control import estimated_tokens, style_counts
-from simpo.run.atomic import write_text
 from simpo.run.judged import FOLDER
 
 FOLDERS = {"arena_hard_v0.1": "arena-hard-v0.1", "arena_hard_v2": "arena-hard-v2.0"}
@@ -309,16 +307,3 @@ def read_judged(path: Path) -> Iterator[tuple[int | None, dict[str, Any]]]:
 def file_name(model: str) -> str:
     """The name of a model's files and a judge's folder; a hub id has a slash."""
     return model.replace("/", "__")
-
-
-def write_records(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON lines, whole or not at all, and the folder they lie in.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(path.parent, error) from error
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

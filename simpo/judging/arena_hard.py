@@ -6,7 +6,6 @@ lmarena/arena-hard-auto; see `simpo.judging.arena_files`.
 
 from __future__ import annotations
 
-import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,10 +28,10 @@ from simpo.judging.arena_files import (
     read_judged,
     read_prompts,
     read_questions,
-    write_records,
 )
 from simpo.judging.games import Game, Games
-from simpo.judging.shapes import Answer, Benchmark, Judgement, Query, Question, Said
+from simpo.judging.jsonl import write_jsonl
+from simpo.judging.shapes import Answer, Benchmark, Judgement, Query, Question, Said, orders_of
 from simpo.judging.style_control import style_differences, style_win_rates, styles
 from simpo.run.judged import Figure
 
@@ -129,7 +128,7 @@ class ArenaHard(Benchmark):
         folder: with the benchmark's files.
         notes: about all figures.
         seed: of the order in which the judge sees the answers, where it sees them once.
-        judge: settings that replace the benchmark's.
+        judge: its settings, which name the judge whose other judgements are read.
     """
 
     # Without field() the defaults of Benchmark would be theirs.
@@ -148,9 +147,8 @@ class ArenaHard(Benchmark):
         queries = []
         for question in self.questions:
             if question.id in answers:
-                drawn = random.Random(f"{self.seed} {question.id}").randrange(2)
-                orders = GAMES if both_orders else (drawn,)
-                queries += [self._query(question, answers[question.id], order) for order in orders]
+                games = GAMES if both_orders else orders_of(question.id, False, self.seed)
+                queries += [self._query(question, answers[question.id], order) for order in games]
         return queries
 
     def _query(self, question: Question, answer: Answer, order: int) -> Query:
@@ -160,7 +158,6 @@ class ArenaHard(Benchmark):
             QUESTION=question.prompt[-1]["content"], ANSWER_A=first, ANSWER_B=second
         )
         told = self.prompts.system.get(question.category, OWN_SYSTEM)
-        temperature, max_tokens = self.judge.temperature, self.judge.max_tokens
         return Query(
             question.id,
             turn=0,
@@ -169,8 +166,8 @@ class ArenaHard(Benchmark):
                 {"role": "system", "content": told},
                 {"role": "user", "content": asked},
             ),
-            max_tokens=self.prompts.max_tokens if max_tokens is None else max_tokens,
-            temperature=self.prompts.temperature if temperature is None else temperature,
+            max_tokens=self.prompts.max_tokens,
+            temperature=self.prompts.temperature,
         )
 
     def value(self, query: Query, said: Said) -> float | None:
@@ -303,7 +300,7 @@ class ArenaHard(Benchmark):
         """
         questions = [question for question in self.questions if question.id in answers]
         name = f"{file_name(model)}.jsonl"
-        write_records(
+        write_jsonl(
             folder / "model_answer" / name,
             (answer_record(model, question, answers[question.id]) for question in questions),
         )
@@ -316,7 +313,7 @@ class ArenaHard(Benchmark):
                     "judgment": {"answer": judgement.said.text},
                     "prompt": list(query.messages),
                 }
-        write_records(
+        write_jsonl(
             folder / "model_judgment" / file_name(judge) / name,
             (
                 {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simpo.config.errors import DataError, first_line
+from simpo.config.errors import DataError, first_line, unwritable
 from simpo.run.atomic import write_text
 
 
@@ -47,5 +47,8 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -47,7 +47,9 @@ def judge(run: RunConfig, sources: Sequence[str]) -> list[Judged]:
     """
     if run.judge.annotations is not None:
         return [_of_annotations(run, Path(run.judge.annotations).expanduser(), sources)]
-    contests = [_contest(run, source) for source in sources]
+    # Pairs are those of each run's own data.
+    same = None if run.benchmark.kind is BenchmarkKind.pairs else open_benchmark(run)
+    contests = [_contest(run, source, same) for source in sources]
     asked = open_judge(run, contests[0].benchmark)
     # All answers before the first judgement: the judge may be a model that needs the memory.
     for contest in contests:
@@ -74,12 +76,13 @@ def check(run: RunConfig) -> None:
     open_judge(run, open_benchmark(run))
 
 
-def _contest(run: RunConfig, source: str) -> Contest:
+def _contest(run: RunConfig, source: str, same: Benchmark | None) -> Contest:
+    """A model before it answers the questions of `same`, or else those of its run's data."""
     model = contestant(run, source)
     own = run
-    if run.benchmark.kind is BenchmarkKind.pairs and model.run is not None:
+    if same is None and model.run is not None:
         own = replace(run, data=model.run.data, loss=model.run.loss)
-    return Contest(own, open_benchmark(own), model)
+    return Contest(own, same or open_benchmark(own), model)
 
 
 def _draw(contest: Contest) -> None:

@@ -6,20 +6,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from simpo.backend import build_backend
-from simpo.config.choices import Dtype, Engine
 from simpo.config.errors import RunError
-from simpo.config.models import ADAPTER_FILE
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import Message, Pair
 from simpo.data.reading.records import RecordFault
 from simpo.judging.shapes import Query, Said
 from simpo.model.generate import Reply, Sampling, batches
-from simpo.model.pretrained import load_settings, model_source
+from simpo.model.pretrained import load_settings
 from simpo.model.saved import naming, saved_model
-from simpo.model.talk import context_tokens, load_for_talk
-from simpo.on_policy.engines import Generate, engine_of, with_policy, with_vllm
-from simpo.on_policy.files import content_hash, model_content
+from simpo.model.talk import context_tokens
+from simpo.on_policy.engines import Generate, engine_of, with_saved
+from simpo.on_policy.files import content_hash, weights_content
 from simpo.run.progress import say
 
 KEY = "judge.local"
@@ -48,13 +45,10 @@ class LocalJudge:
         self._generate: Generate | None = None
 
     def _identity(self) -> str:
-        model = self._saved.model
-        source, adapter = model_source(model, self._saved.cache_dir), model.lora.adapter
         return content_hash(
             [
-                model_content(KEY, source, model.revision),
-                adapter and model_content(KEY, adapter, None, ADAPTER_FILE),
-                model.quantization.value,
+                *weights_content(KEY, self._saved),
+                self._saved.model.quantization.value,
                 self._chat.template_sha256,
                 self._chat.template.kwargs,
                 self._engine.value,
@@ -97,21 +91,13 @@ class LocalJudge:
     ) -> Iterator[tuple[Query, Said]]:
         if self._generate is None:
             with naming(KEY):
-                self._generate = self._load()
+                say(f"loading the weights of the judge {self.name} ...")
+                self._generate = with_saved(self._run, self._saved, self._chat)
         for batch in batches([len(ids) for _, ids in group], self._run.on_policy.batch_prompts):
             replies = self._generate([group[i][1] for i in batch], sampling)
             for i, reply in zip(batch, replies, strict=True):
                 query, ids = group[i]
                 yield query, _said(reply, len(ids))
-
-    def _load(self) -> Generate:
-        saved = self._saved
-        say(f"loading the weights of the judge {self.name} ...")
-        if self._engine is Engine.vllm:
-            return with_vllm(saved.model, saved.cache_dir, self._chat)
-        device = build_backend(self._run.backend, self._run.train.precision).device
-        policy = load_for_talk(saved.model, saved.cache_dir, device, Dtype.auto)
-        return with_policy(policy, self._chat, device)
 
     def _ids(self, query: Query) -> list[int]:
         """Token ids of a query's messages, with the generation prompt.

@@ -18,9 +18,18 @@ from simpo.data.pairs import Message, Pair
 from simpo.data.reading.records import to_dialogue, to_pair
 from simpo.data.rules import obeys
 from simpo.judging.jsonl import read_jsonl, write_jsonl
-from simpo.judging.shapes import Answer, Benchmark, Judgement, Query, Question, Said, by_question
+from simpo.judging.shapes import (
+    Answer,
+    Benchmark,
+    Judgement,
+    Query,
+    Question,
+    Said,
+    by_question,
+    orders_of,
+)
 from simpo.judging.win_rates import mean_figure
-from simpo.on_policy.files import content_hash
+from simpo.on_policy.files import prompt_id
 from simpo.run.judged import Figure
 
 CHOSEN, BASE = "chosen", "base"
@@ -59,7 +68,7 @@ def open_pairs(run: RunConfig) -> Pairs:
     mixture = load_mixture(run.data, read, Path(run.cache_dir).expanduser())
     found: dict[str, Pair] = {}
     for pair in mixture.test:
-        found.setdefault(_id(pair), pair)
+        found.setdefault(prompt_id(pair), pair)
     kept = dict(list(found.items())[: run.benchmark.num_prompts])
     if not kept:
         raise ConfigError(
@@ -69,10 +78,6 @@ def open_pairs(run: RunConfig) -> Pairs:
             ]
         )
     return Pairs(kept, run.benchmark.baseline or CHOSEN, run.benchmark.seed)
-
-
-def _id(pair: Pair) -> str:
-    return content_hash([pair.prompt, pair.tools] if pair.tools else pair.prompt)
 
 
 class Pairs(Benchmark):
@@ -102,8 +107,7 @@ class Pairs(Benchmark):
         asked = []
         for question in self.questions:
             own, other = (side[question.id].turns[0] for side in (answers, self.baseline))
-            one = int(content_hash([self._seed, question.id]), 16) % 2
-            for order in (0, 1) if both_orders else (one,):
+            for order in orders_of(question.id, both_orders, self._seed):
                 first, second = (other, own) if order else (own, other)
                 text = USER.format(request=_request(question), first=first, second=second)
                 messages = (

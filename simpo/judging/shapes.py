@@ -6,9 +6,10 @@ to each, and the benchmark reads a value out of that.
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -127,6 +128,11 @@ def by_question(judgements: Iterable[Judgement]) -> dict[str, float]:
     }
 
 
+def orders_of(question: str, both: bool, seed: int) -> tuple[int, ...]:
+    """The orders in which a judge sees the answers to a question: both, or one drawn by `seed`."""
+    return (0, 1) if both else (random.Random(f"{seed} {question}").randrange(2),)
+
+
 class Judge(Protocol):
     """Answers queries; `simpo.judging.judges` opens one."""
 
@@ -135,7 +141,7 @@ class Judge(Protocol):
     identity: str
     """Hash of all that decides what it says to a query, such as model, revision and code."""
 
-    def answers(self, queries: Sequence[Query]) -> Any:
+    def answers(self, queries: Sequence[Query]) -> Iterator[tuple[Query, Said]]:
         """Yield (query, said) as they come, in any order; each query once.
 
         Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from simpo.backend import build_backend
-from simpo.config.choices import Engine
+from simpo.config.choices import Dtype, Engine
 from simpo.config.errors import ConfigError
 from simpo.config.models import ModelConfig
 from simpo.config.schema import RunConfig
@@ -20,6 +20,8 @@ from simpo.model.generate import Reply, Sampling, decode_reply, generate_replies
 from simpo.model.load import load_policy
 from simpo.model.policy import Policy
 from simpo.model.pretrained import model_source
+from simpo.model.saved import SavedModel
+from simpo.model.talk import load_for_talk
 from simpo.on_policy.files import content_hash
 from simpo.run.progress import say
 
@@ -48,6 +50,20 @@ def with_transformers(run: RunConfig, chat: Chat) -> Generate:
             return generate(prompts, sampling)
 
     return generate_batch
+
+
+def with_saved(run: RunConfig, saved: SavedModel, chat: Chat) -> Generate:
+    """Generates with a model that lies somewhere, by `on_policy.engine`.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    if engine_of(run.on_policy.engine) is Engine.vllm:
+        return with_vllm(saved.model, saved.cache_dir, chat)
+    device = build_backend(run.backend, run.train.precision).device
+    return with_policy(
+        load_for_talk(saved.model, saved.cache_dir, device, Dtype.auto), chat, device
+    )
 
 
 def with_policy(policy: Policy, chat: Chat, device: torch.device) -> Generate:

@@ -23,9 +23,12 @@ from typing import Any
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from simpo.config.errors import DISK, ConfigError, unwritable
+from simpo.config.models import ADAPTER_FILE
 from simpo.config.schema import RunConfig
 from simpo.data import hub
-from simpo.data.pairs import Message
+from simpo.data.pairs import Message, Pair
+from simpo.model.pretrained import model_source
+from simpo.model.saved import SavedModel
 from simpo.run.cache import sha256
 from simpo.run.folder import is_free
 from simpo.run.progress import say
@@ -72,6 +75,25 @@ def on_policy_folder(run: RunConfig) -> Path:
         return Path(run.on_policy.folder).expanduser().absolute()
     name = f"{run.model.name}-{run.data.name}"
     return (Path(run.output_dir).expanduser() / "on_policy" / name).absolute()
+
+
+def weights_content(key: str, saved: SavedModel) -> list[str | None]:
+    """Hashes of a model's files and of its adapter's, None without one.
+
+    Args:
+        key: the setting that names the model, for messages.
+    """
+    model = saved.model
+    adapter = model.lora.adapter
+    return [
+        model_content(key, model_source(model, saved.cache_dir), model.revision),
+        adapter and model_content(key, adapter, None, ADAPTER_FILE),
+    ]
+
+
+def prompt_id(pair: Pair) -> str:
+    """What a pair's prompt is known by: a hash of its messages and tools."""
+    return content_hash([pair.prompt, pair.tools] if pair.tools else pair.prompt)
 
 
 @contextmanager

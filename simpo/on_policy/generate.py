@@ -19,7 +19,6 @@ from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
 from simpo.data.chats.checks import refuse_unknown_ids
 from simpo.data.mixture import fault_lines, load_mixture
-from simpo.data.pairs import Pair
 from simpo.data.reading.records import RecordFault, to_prompt
 from simpo.loop.console import libraries_quiet
 from simpo.model.generate import Sampling, batches
@@ -33,6 +32,7 @@ from simpo.on_policy.files import (
     content_hash,
     model_content,
     on_policy_folder,
+    prompt_id,
     read_lines,
     read_stored_replies,
     working_in,
@@ -154,7 +154,7 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
     found: dict[str, tuple[Prompt, str]] = {}
     faults: list[tuple[str, str]] = []
     for split, pairs in (("test", mixture.test), ("train", mixture.train)):
-        own = {_prompt_id(pair): index for index, pair in enumerate(pairs)}
+        own = {prompt_id(pair): index for index, pair in enumerate(pairs)}
         for key, index in list(own.items())[: run.on_policy.num_prompts]:
             pair = pairs[index]
             try:
@@ -175,10 +175,6 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
         "".join(f"note   {n} records left out: {fault}\n" for fault, n in left_out.items()), end=""
     )
     return list(found.values())
-
-
-def _prompt_id(pair: Pair) -> str:
-    return content_hash([pair.prompt, pair.tools] if pair.tools else pair.prompt)
 
 
 def _template_date(folder: Path) -> date:

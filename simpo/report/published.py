@@ -23,7 +23,7 @@ from simpo.run.runs import Run
 JUDGED = {
     "alpaca_eval_2_lc": ("alpaca_eval_2", "gpt4_1106_preview", "lc_win_rate"),
     "alpaca_eval_2_wr": ("alpaca_eval_2", "gpt4_1106_preview", "win_rate"),
-    "arena_hard_wr": ("arena_hard_v0.1", "gpt-4-0314", "win_rate"),
+    "arena_hard_wr": ("arena_hard_v0.1", "gpt-4-0314", "score"),
 }
 """Benchmark, baseline and figure of a judgement that can stand beside a published result."""
 JUDGE = "gpt-4-1106-preview"

@@ -187,6 +187,14 @@ def test_beside_published_results(tmp_path: Path) -> None:
     assert "published: judged by" not in told
 
 
+def test_arena_hard_beside_published_results(tmp_path: Path) -> None:
+    """Its main figure is `score`."""
+    mine = make(tmp_path / "mine", steps=4, overrides=("experiments=paper/llama3_instruct",))
+    figures = {"score": Figure(33.1, 30.0, 36.0), "style_win_rate": Figure(20.0, 17.0, 23.0)}
+    judge(mine, won(66), "arena_hard_v0.1", baseline="gpt-4-0314", figures=figures)
+    assert "33.1 (30.0 to 36.0)" in text(compare([mine]))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -14,6 +14,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin
 
@@ -162,8 +163,7 @@ def rule_fault(rule: object) -> str | None:
     name = rule.get("name")
     if not isinstance(name, str) or name not in RULES:
         return f"unknown rule name {name!r}; known: {', '.join(RULES)}"
-    parameters = list(inspect.signature(RULES[name]).parameters.values())[1:]
-    expected = {parameter.name: parameter.annotation for parameter in parameters}
+    expected = _parameters(name)
     arguments = _arguments(rule)
     for argument, annotation in expected.items():
         if argument not in arguments:
@@ -173,6 +173,13 @@ def rule_fault(rule: object) -> str | None:
             return f"rule {name!r}: {argument!r} must be {wanted}, not {arguments[argument]!r}"
     extra = [str(argument) for argument in arguments if argument not in expected]
     return f"rule {name!r} takes no argument {extra[0]!r}" if extra else None
+
+
+@cache
+def _parameters(name: str) -> dict[str, Any]:
+    """Annotations of the arguments of a rule, by argument."""
+    parameters = list(inspect.signature(RULES[name]).parameters.values())[1:]
+    return {parameter.name: parameter.annotation for parameter in parameters}
 
 
 def _arguments(rule: Mapping[str, Any]) -> dict[str, Any]:

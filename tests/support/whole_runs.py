@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,21 @@ Ended = subprocess.CompletedProcess[str]
 
 def tiny_model_and_data(tiny_folder: Path, folder: Path, train: int, test: int) -> list[str]:
     """Overrides that train the tiny model on so many of the demo's records, written to a folder."""
-    from simpo.data.demo.records import demo_records
-
     for split, count in (("train", train), ("test", test)):
-        records = demo_records(0, split)[:count]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        (folder / f"{split}.jsonl").write_text("".join(_demo_lines(split)[:count]))
     return [
         f"model.path={tiny_folder}",
         "model.lora.rank=0",
         "data=jsonl",
         f"data.sources=[{{path: {folder}/train.jsonl, test_path: {folder}/test.jsonl}}]",
     ]
+
+
+@cache
+def _demo_lines(split: str) -> list[str]:
+    from simpo.data.demo.records import demo_records
+
+    return [json.dumps(record) + "\n" for record in demo_records(0, split)]
 
 
 def tiny_overrides(tiny_folder: Path, folder: Path) -> list[str]:

@@ -246,9 +246,11 @@ def _use_once() -> None:
     # Else the first whole collection in a child copies all pages of what was imported.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _serve(path: str) -> None:
+    gc.disable()  # what is imported stays
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import accelerate  # noqa: F401
     import datasets  # noqa: F401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -27,6 +28,15 @@ OPTIONAL = (
     *("wandb", "trackio", "tensorboard", "mlflow", "submitit", "deepspeed", "bitsandbytes"),
     *("flash_attn", "vllm", "trl", "optuna"),
 )
+
+COMMANDS = """
+import json, sys
+from simpo.__main__ import main
+for words in map(json.loads, sys.argv[1:]):
+    main(words)
+    print("END")
+"""
+"""A program that runs the commands of `simpo` that it is given, each as a list in JSON."""
 
 
 @pytest.fixture(scope="module")
@@ -115,15 +125,22 @@ def test_works_from_an_empty_folder(
     assert (member / "model" / "adapter_model.safetensors").is_file()
     assert "| accuracy |" in run("simpo-report", "outputs")
     assert (empty / "outputs" / "report.html").is_file()
-    # Talked to beside its base, merged, and uploaded.
-    said = run("simpo-chat", folder, "prompt=Hi", "base=true", "max_new_tokens=8")
-    assert said.startswith("[base]\n") and "\n[trained]\n" in said
+    # Talked to beside its base, merged, and uploaded: in one process, which imports torch once.
     merged = f"{folder}/model-merged"
-    assert run("simpo-export", folder, "merge=true") == f"model  {merged}\n"
+    commands = [
+        ["chat", folder, "prompt=Hi", "base=true", "max_new_tokens=8"],
+        ["export", folder, "merge=true"],
+        ["export", merged, "push_to_hub=me/model"],
+    ]
     with small_hub() as hub:
         reach = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
-        pushed = run("simpo-export", merged, "push_to_hub=me/model", **reach)
+        told = run("python", "-c", COMMANDS, *map(json.dumps, commands), **reach)
+    said, wrote, pushed = told.split("END\n")[:-1]
+    assert said.startswith("[base]\n") and "\n[trained]\n" in said
+    assert wrote == f"model  {merged}\n"
     assert pushed == f"hub    {hub.address}/me/model/commit/{COMMIT}\n"
+    assert "simpo chat RUN" in run("simpo-chat", "--help")
+    assert "simpo export RUN" in run("simpo-export", "--help")
     files = {path.name: path.read_bytes() for path in (empty / merged).iterdir()}
     files["README.md"] = files["README.md"].replace(b"OWNER/NAME", b"me/model")
     assert hub.files == {"me/model": files} and hub.private == {"me/model": True}

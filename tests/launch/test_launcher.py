@@ -117,7 +117,7 @@ def test_a_local_sweep(tiny_run: list[str], tmp_path: Path) -> None:
     """Two at a time; equal to the same runs alone; again, and only what is new is run."""
     sweep = tmp_path / "outputs" / "sweeps"
     command = ["-m", "launcher.parallel=2", "loss.beta=2,2.5", *tiny_run]
-    output = run(command, fresh=True)
+    output = run(command)
     (folder,) = sweep.iterdir()
     assert f"folder {folder}\n" in output
     assert "loss.beta=2.5  finished, step 6 of 6\n" in output

@@ -226,7 +226,7 @@ def test_stopped_while_judging_and_a_sweep(tiny_run: list[str], tmp_path: Path) 
     )
     assert status_of(run)["state"] == "stopped"
     before = file.read_text()
-    finish(start([*words, f"run_dir={run}"], env=env, fresh=True))
+    finish(start([*words, f"run_dir={run}"], env=env))
     assert file.read_text().startswith(before) and status_of(run)["state"] == "finished"
     sweep = ["-m", "train.seed=1,2", *words, "benchmark.max_new_tokens=8"]
     sweep += ["monitor.metric=win_rate"]

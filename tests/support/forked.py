@@ -192,6 +192,7 @@ def _become(
         menus = os.environ["SIMPO_MENUS"]  # set where simpo is imported
         os.environ.clear()
         os.environ.update(env | {"SIMPO_MENUS": menus})
+        sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
         os.chdir(cwd)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 
 from simpo.backend import build_backend
-from simpo.config.choices import Dtype, Engine
-from simpo.config.errors import ConfigError
+from simpo.config.choices import Dtype, Engine, Quantization
+from simpo.config.errors import ConfigError, RunError
 from simpo.config.models import ModelConfig
 from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
@@ -25,6 +26,9 @@ from simpo.model.talk import load_for_talk
 from simpo.on_policy.files import content_hash
 from simpo.run.progress import say
 
+SHOWN_CHARS = 300
+"""Of an error of vLLM."""
+WITHOUT = "on_policy.engine=transformers does without it"
 Generate = Callable[[Sequence[list[int]], Sampling], list[Reply]]
 """Maps token ids of prompts to a reply to each prompt."""
 
@@ -89,41 +93,65 @@ def with_vllm(model: ModelConfig, cache_dir: Path, chat: Chat) -> Generate:
     """Generates with vLLM; each reply has its own seed.
 
     Raises:
-        ConfigError: the model has an adapter.
+        ConfigError: the model has an adapter or is quantised here, or vLLM cannot load it.
     """
-    from vllm import LLM, SamplingParams, TokensPrompt
-
     if model.lora.adapter is not None:
         remedy = "merge it with simpo export, or set on_policy.engine=transformers"
         raise ConfigError([f"model.lora.adapter: vllm takes no adapter here ({remedy})"])
+    if model.quantization is not Quantization.none:
+        raise ConfigError(
+            [
+                f"model.quantization: vllm does not quantise here, got {model.quantization.value} "
+                f"({WITHOUT})"
+            ]
+        )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vllm is imported
+    from vllm import LLM, SamplingParams, TokensPrompt
+
     source = model_source(model, cache_dir)
-    engine = LLM(
-        model=source,
-        tokenizer=os.path.expanduser(model.tokenizer or source),
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        generation_config="vllm",  # not the model's own defaults
-    )
+    try:
+        engine = LLM(
+            model=source,
+            tokenizer=os.path.expanduser(model.tokenizer or source),
+            revision=model.revision,
+            tokenizer_revision=None if model.tokenizer else model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=model.dtype.value,
+            generation_config="vllm",  # not the model's own defaults
+        )
+    except Exception as error:  # of pydantic, torch, the hub or a process of vLLM
+        raise ConfigError(
+            [f"model.path: vllm cannot load {source}: {_in_a_line(error)} ({WITHOUT})"]
+        ) from error
 
     def generate_batch(prompts: Sequence[list[int]], sampling: Sampling) -> list[Reply]:
-        outputs = engine.generate(
-            [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
-            [
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=sampling.max_new_tokens,
-                    seed=int(content_hash([sampling.seed, ids]), 16) % 2**31,
-                    stop_token_ids=[chat.end_id],
-                    logprobs=sampling.top_logprobs or None,
-                )
-                for ids in prompts
-            ],
-            use_tqdm=False,
-        )
+        asked = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_new_tokens,
+                seed=int(content_hash([sampling.seed, ids]), 16) % 2**31,
+                stop_token_ids=[chat.end_id],
+                ignore_eos=True,  # a reply ends where training ended it, and nowhere else
+                logprobs=sampling.top_logprobs or None,
+            )
+            for ids in prompts
+        ]
+        tokens = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+        try:
+            outputs = engine.generate(tokens, asked, use_tqdm=False)
+        except Exception as error:  # its process may have ended
+            raise RunError(
+                f"vllm failed: {_in_a_line(error)} (the same command continues; {WITHOUT})"
+            ) from error
         return [_reply(chat, output.outputs[0], sampling.top_logprobs) for output in outputs]
 
     return generate_batch
+
+
+def _in_a_line(error: Exception) -> str:
+    """An error of vLLM in short; the first line alone may only say how many errors there are."""
+    return textwrap.shorten(str(error) or type(error).__name__, SHOWN_CHARS, placeholder=" ...")
 
 
 def _reply(chat: Chat, output: Any, top_logprobs: int) -> Reply:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -312,45 +311,6 @@ def test_prompts_alone_will_do() -> None:
     pair = to_prompt({"prompt": "Hi"}, "data.jsonl record 1")
     assert pair.prompt == ({"role": "user", "content": "Hi"},)
     assert to_prompt({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "x").prompt == pair.prompt
-
-
-def test_vllm_is_asked_for_the_same(
-    drawing: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Against a stand-in: ids of the prompts in, sampling as set, a seed for each reply."""
-    asked: list[tuple[list[int], dict[str, Any]]] = []
-    end_id: list[int] = []
-
-    class LLM:
-        def __init__(self, **options: Any) -> None:
-            assert options["model"] == compose_run(drawing).model.path
-            # Else vLLM would take penalties and the like from generation_config.json.
-            assert options["generation_config"] == "vllm"
-
-        def generate(self, prompts: list[Any], sampling: list[Any], use_tqdm: bool) -> list[Any]:
-            for prompt, settings in zip(prompts, sampling, strict=True):
-                asked.append((prompt["prompt_token_ids"], settings))
-                end_id[:] = settings["stop_token_ids"]
-            ids = [[70, 71, end_id[0]], [70, 71]]
-            return [
-                SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids[i % 2])])
-                for i in range(len(prompts))
-            ]
-
-    module = ModuleType("vllm")
-    module.__dict__.update(LLM=LLM, SamplingParams=dict, TokensPrompt=dict)
-    module.__spec__ = SimpleNamespace()  # type: ignore[assignment]
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    rows = generate(drawing, "on_policy.engine=vllm", "on_policy.num_prompts=3")
-    assert len(rows) == len(asked) == 12
-    assert {(row["tokens"], row["ended"]) for row in rows} == {(2, True), (2, False)}
-    assert len({settings["seed"] for _, settings in asked}) == 12
-    for _, settings in asked:
-        assert (settings["temperature"], settings["top_p"], settings["max_tokens"]) == (
-            0.8,
-            0.95,
-            8,
-        )
 
 
 @pytest.fixture

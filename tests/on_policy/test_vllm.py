@@ -1,0 +1,145 @@
+"""Replies and verdicts of vLLM, by a stand-in with its signatures and its way of stopping."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpo.__main__ import main
+from simpo.config.benchmarks import JudgeConfig
+from simpo.config.choices import Quantization
+from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError, RunError
+from simpo.config.models import LoraConfig, ModelConfig
+from simpo.judging.local import LocalJudge
+from simpo.judging.shapes import Query, Said
+from simpo.loop.train import train
+from simpo.on_policy.engines import with_vllm
+from simpo.on_policy.generate import generate
+from tests.support import stand_in_vllm
+from tests.support.stand_in_vllm import Asked
+from tests.support.whole_runs import tiny_overrides
+
+WITHOUT = "on_policy.engine=transformers does without it"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    return stand_in_vllm.install(monkeypatch)
+
+
+def query(text: str, **more: Any) -> Query:
+    settings: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, **more}
+    return Query(text, 0, 0, ({"role": "user", "content": text},), **settings)
+
+
+def verdicts(folder: Path, engine: str, queries: Sequence[Query]) -> list[Said]:
+    words = ["backend.device=cpu", "train.precision=fp32", f"on_policy.engine={engine}"]
+    run = replace(compose_run(words), judge=JudgeConfig(local=str(folder)))
+    found = {id(one): said for one, said in LocalJudge(run, str(folder)).answers(queries)}
+    return [found[id(one)] for one in queries]
+
+
+def test_a_judge_says_what_it_says_with_transformers(tiny_folder: Path, asked: Asked) -> None:
+    queries = [query("Name a bird."), query("Is A better than B?")]
+    queries += [query("A?", max_tokens=1, temperature=1.0, top_logprobs=3)]
+    expected = verdicts(tiny_folder, "transformers", queries)
+    # Some other token of a reply is the tokenizer's EOS: a reply goes on to its own end.
+    ours = verdicts(tiny_folder, "vllm", queries)
+    drawn = LocalJudge(compose_run([]), str(tiny_folder))._chat.tokenizer(expected[0].text)
+    asked.eos_id = drawn["input_ids"][0]
+    again = verdicts(tiny_folder, "vllm", queries)
+    for found in (ours, again):
+        assert [said.text for said in found[:2]] == [said.text for said in expected[:2]]
+        assert [(s.input_tokens, s.output_tokens) for s in found] == [
+            (s.input_tokens, s.output_tokens) for s in expected
+        ]
+        assert list(found[2].first_logprobs) == list(expected[2].first_logprobs)
+        assert found[2].first_logprobs == pytest.approx(expected[2].first_logprobs, abs=1e-5)
+
+
+def test_each_reply_has_its_seed(tiny_run: list[str], tmp_path: Path, asked: Asked) -> None:
+    words = [*tiny_run, f"on_policy.folder={tmp_path}/own", "on_policy.seeds=[1,2]"]
+    words += ["on_policy.max_new_tokens=8", "on_policy.batch_prompts=2", "on_policy.num_prompts=3"]
+    words += ["on_policy.engine=vllm", "model.dtype=bfloat16"]
+    run = compose_run(words)
+    file = generate(run) / "responses.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == len(asked.requests) == 12
+    assert len({how.seed for _, how in asked.requests}) == 12
+    for _, how in asked.requests:
+        assert (how.temperature, how.top_p, how.max_tokens) == (0.8, 0.95, 8)
+    (loaded,) = asked.models
+    # Else vLLM would take the ends of replies from generation_config.json.
+    assert loaded["generation_config"] == "vllm" and loaded["dtype"] == "bfloat16"
+    assert loaded["model"] == loaded["tokenizer"] == run.model.path
+    # Replies do not depend on those beside them.
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
+    text = (generate(run) / "responses.jsonl").read_text()
+    assert [json.loads(line) for line in text.splitlines()] == rows
+
+
+def test_models_are_loaded_one_after_the_other(
+    tiny_folder: Path, tmp_path: Path, asked: Asked
+) -> None:
+    """Two runs, the model before training and the judge: each needs the whole GPU."""
+    words = [*tiny_overrides(tiny_folder, tmp_path), "train.max_steps=1", "train.eval_every=0"]
+    words += ["sample.num_prompts=0", "train.warmup_ratio=0"]
+    runs = [tmp_path / name for name in "ab"]
+    for run in runs:
+        train(compose_run([*words, f"run_dir={run}"]))
+    more = ["benchmark=pairs", "benchmark.baseline=base", "benchmark.max_new_tokens=4"]
+    more += ["benchmark.num_prompts=2", "judge.max_tokens=2", f"judge.local={tiny_folder}"]
+    more += [f"output_dir={tmp_path}", "on_policy.engine=vllm"]
+    with pytest.raises(SystemExit) as ended:
+        main(["judge", *map(str, runs), *more])
+    assert ended.value.code == 1, "no verdict of the tiny model can be read"
+    assert [one["model"] for one in asked.models] == [
+        *(str(tiny_folder), str(runs[0] / "model"), str(runs[1] / "model")),
+        str(tiny_folder),
+    ]
+
+
+def test_what_vllm_does_not_take(tiny_folder: Path, asked: Asked) -> None:
+    model = ModelConfig(name="tiny", path=str(tiny_folder))
+    adapted = replace(model, lora=LoraConfig(adapter="somewhere"))
+    refused = [
+        (
+            adapted,
+            "model.lora.adapter: vllm takes no adapter here (merge it with simpo export, or set "
+            "on_policy.engine=transformers)",
+        ),
+        (
+            replace(model, quantization=Quantization.nf4),
+            f"model.quantization: vllm does not quantise here, got nf4 ({WITHOUT})",
+        ),
+    ]
+    for one, text in refused:
+        with pytest.raises(ConfigError) as caught:
+            with_vllm(one, tiny_folder, None)  # type: ignore[arg-type]
+        assert str(caught.value) == text
+    assert asked.models == []
+
+
+def test_errors_of_vllm_are_one_line(tiny_folder: Path, asked: Asked) -> None:
+    queries = [query("Name a bird.")]
+    keep = with_vllm(ModelConfig(name="tiny", path=str(tiny_folder)), tiny_folder, None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as caught:
+        verdicts(tiny_folder, "vllm", queries)
+    assert str(caught.value) == (
+        f"judge.local: vllm cannot load {tiny_folder}: Free memory on device cuda:0 is less than "
+        f"desired ({WITHOUT})"
+    )
+    del keep
+    asked.broken = "EngineCore encountered an issue.\n  See stack trace above.\n" + "x " * 300
+    with pytest.raises(RunError) as failed:
+        verdicts(tiny_folder, "vllm", queries)
+    message = str(failed.value)
+    assert message.startswith("vllm failed: EngineCore encountered an issue. See stack trace above")
+    assert message.endswith(f"x ... (the same command continues; {WITHOUT})")
+    assert len(message) < 450 and "\n" not in message

@@ -19,8 +19,16 @@ from simpo.config.choices import Attention, Checkpointing, Dtype, Quantization
 from simpo.config.paths import looks_local, shipped_templates, template_file
 
 ADAPTER_FILE = "adapter_config.json"
+BUILTIN = "builtin:smollm2"
+"""The model that needs no hub."""
 TEMPLATE_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
 """Variables that every chat template gets."""
+
+
+def names_a_model(source: str) -> bool:
+    """Whether a word may name a run or a model: a folder, a hub id or the built-in model."""
+    is_hub_id = source.count("/") == 1 and not looks_local(source)
+    return source == BUILTIN or is_hub_id or Path(source).expanduser().is_dir()
 
 
 @dataclass(kw_only=True)
@@ -113,8 +121,8 @@ class ModelConfig:
         if not self.path:
             yield "path: must not be empty"
         elif self.path.startswith("builtin:"):
-            if self.path != "builtin:smollm2":
-                yield f"path: the only built-in model is builtin:smollm2, got {self.path}"
+            if self.path != BUILTIN:
+                yield f"path: the only built-in model is {BUILTIN}, got {self.path}"
         elif looks_local(self.path) and not folder.is_dir():
             yield f"path: no such folder, got {self.path}"
         elif (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file():

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from simpo.config.errors import ConfigError
-from simpo.config.models import ModelConfig
+from simpo.config.models import BUILTIN, ModelConfig
 from simpo.data import hub
 from simpo.model import attention
 from simpo.model.smollm2 import smollm2_folder
@@ -43,7 +43,7 @@ vision and audio towers, heads of other tasks."""
 
 def model_source(config: ModelConfig, cache_dir: Path) -> str:
     """Folder or hub id of the model; the built-in model is converted on first use."""
-    if config.path == "builtin:smollm2":
+    if config.path == BUILTIN:
         return str(smollm2_folder(cache_dir))
     return os.path.expanduser(config.path)
 

@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 from simpo.config.check import load_run
 from simpo.config.choices import Checkpointing, Compat
 from simpo.config.errors import ConfigError
-from simpo.config.models import ADAPTER_FILE, LoraConfig, ModelConfig
+from simpo.config.models import ADAPTER_FILE, BUILTIN, LoraConfig, ModelConfig
 from simpo.config.schema import RunConfig
 from simpo.data import hub
 from simpo.data.chats.chat import Chat
@@ -112,6 +112,8 @@ def _holds(where: str, name: str) -> bool:
     Raises:
         ConfigError: the repository cannot be read.
     """
+    if where == BUILTIN:
+        return False
     if Path(where).is_dir():
         return (Path(where) / name).is_file()
     hub.go_offline_if_unreachable()

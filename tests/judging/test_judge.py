@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.__main__ import main
 from simpo.config.compose import compose_run
@@ -17,6 +18,7 @@ from simpo.config.errors import ConfigError, RunError
 from simpo.data.rules import obeys
 from simpo.judging import answers as drawing
 from simpo.judging import judge as judging
+from simpo.judging.local import LocalJudge
 from simpo.judging.pairs import open_pairs
 from simpo.judging.shapes import Query, Said
 from simpo.loop.train import train
@@ -24,6 +26,7 @@ from simpo.run.files import read_results
 from simpo.run.judged import read_judged
 from tests.support.whole_runs import finish, start, status_of, tiny_overrides, wait_for
 
+ON_CPU = ["backend.device=cpu", "train.precision=fp32"]
 SHORT = ["benchmark=pairs", "benchmark.max_new_tokens=8"]
 TWO_STEPS = ["train.max_steps=2", "train.eval_every=0", "sample.num_prompts=0"]
 REWARD = """def by_letters(prompt, replies, rule):
@@ -88,6 +91,26 @@ def test_two_runs_by_rules(
 def _data(folder: Path) -> list[str]:
     source = f"data.sources=[{{path: {folder}/train.jsonl, test_path: {folder}/test.jsonl}}]"
     return ["data=jsonl", source, *SHORT]
+
+
+def test_the_built_in_model(
+    folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base of the demo answers beside its runs by the name that runs have for it."""
+    monkeypatch.setattr("simpo.model.pretrained.smollm2_folder", lambda cache_dir: tiny_folder)
+    main(["judge", "builtin:smollm2", *_data(folder), f"output_dir={tmp_path}", *ON_CPU])
+    drawn = tmp_path / "judged" / "builtin:smollm2" / "pairs" / "answers.jsonl"
+    texts = {line["question"]: line["text"] for line in lines(drawn) if "text" in line}
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    question = open_pairs(compose_run(_data(folder))).questions[0]
+    ids: Any = tokenizer.apply_chat_template(
+        list(question.prompt), add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    greedy = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert len(texts) == 16
+    assert texts[question.id] == tokenizer.decode(greedy, skip_special_tokens=True)
+    assert LocalJudge(compose_run(ON_CPU), "builtin:smollm2").name == "builtin:smollm2"
 
 
 def test_words_of_a_judge(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from simpo.config.choices import Device, Dtype
 from simpo.config.errors import ConfigError, DataError
-from simpo.config.paths import looks_local
+from simpo.config.models import names_a_model
 from simpo.launch.run_words import split_run_words
 from simpo.run.signals import exit_on_signals
 
@@ -34,7 +33,7 @@ usage: simpo chat RUN [key=value ...]
 Talk to the model of a run in a terminal. It gets the token ids of training. Without a terminal,
 each line of the input is a question, and the replies alone are on stdout.
 
-  RUN                the folder of a run, a model or an adapter; or a hub id
+  RUN                the folder of a run, a model or an adapter; a hub id, or builtin:smollm2
   base=true          show the base model's answer above each reply
   base=MODEL         the same with another model, or where the base is now: as RUN
   prompt=TEXT        print the reply to this question and end
@@ -142,8 +141,7 @@ def _problems(source: str, given: Mapping[str, str]) -> Iterator[str]:
     for key, choices in CHOICES.items():
         if key in given and given[key] not in choices:
             yield f"{key}: must be one of {', '.join(choices)}, got {given[key]}"
-    is_hub_id = source.count("/") == 1 and not looks_local(source)
-    if not Path(source).expanduser().is_dir() and not is_hub_id:
+    if not names_a_model(source):
         yield f"RUN: no such folder, got {source}"
 
 

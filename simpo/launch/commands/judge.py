@@ -10,7 +10,7 @@ from simpo.config.choices import BenchmarkKind
 from simpo.config.compose import run_of_words
 from simpo.config.composer import CONF
 from simpo.config.errors import ConfigError
-from simpo.config.paths import looks_local
+from simpo.config.models import names_a_model
 from simpo.config.renamed import new_name
 from simpo.run.progress import say
 
@@ -26,8 +26,8 @@ baseline's. Answers and verdicts are kept: after an interruption the same comman
       judge.endpoint=http://localhost:8000/v1 judge.model=NAME
   simpo judge benchmark=alpaca_eval_2 benchmark.path=CLONE judge.annotations=annotations.json
 
-RUN is the folder of a run, a model or an adapter, or a hub id. Several are compared with the first,
-question by question. docs/judging.md tells more.
+RUN is the folder of a run, a model or an adapter, a hub id or builtin:smollm2. Several are compared
+with the first, question by question. docs/judging.md tells more.
 
 Settings:
 """
@@ -55,8 +55,9 @@ def main(words: Sequence[str]) -> None:
         raise ConfigError([USAGE.strip().splitlines()[0]])
     if len(sources) > 1 and run.judge.annotations is not None:
         raise ConfigError(["judge.annotations: are of one model, got several (give one RUN)"])
-    if faults := [fault for source in sources for fault in _faults(source)]:
-        raise ConfigError(faults)
+    unknown = [source for source in sources if not names_a_model(source)]
+    if unknown:
+        raise ConfigError([f"RUN: no such folder, got {source}" for source in unknown])
     say("loading torch and transformers ...")
     # Imported here, so that a fault in the settings is answered before torch is loaded.
     from simpo.judging.judge import judge
@@ -94,12 +95,6 @@ def _refuse(settings: Sequence[str]) -> None:
             faults.append(f"{key}: does not matter to judging (leave it out)")
     if faults:
         raise ConfigError(faults)
-
-
-def _faults(source: str) -> list[str]:
-    is_hub_id = source.count("/") == 1 and not looks_local(source)
-    there = Path(source).expanduser().is_dir() or is_hub_id
-    return [] if there else [f"RUN: no such folder, got {source}"]
 
 
 if __name__ == "__main__":

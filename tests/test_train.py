@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from simpo.backend import build_backend
 from simpo.config.check import load_run
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
@@ -78,7 +79,8 @@ def test_the_models_settings_are_loaded_once(
         return load(key, source, loader, **options)
 
     monkeypatch.setattr(pretrained, "load_pretrained", noted)
-    set_up(compose_run(tiny_run))
+    run = compose_run(tiny_run)
+    set_up(run, build_backend(run.backend, run.train.precision))
     assert loaded == ["AutoConfig", "AutoModelForCausalLM"]
 
 

@@ -13,6 +13,7 @@ from simpo.config.schema import RunConfig
 from simpo.judging.judge import judge
 from simpo.run.files import read_results, read_status
 from simpo.run.folder import RunFolder
+from simpo.run.progress import say
 from simpo.run.signals import stopping_at_once
 
 
@@ -37,6 +38,7 @@ def judge_trained(run: RunConfig, path: Path) -> None:
         stopping_at_once(f"trained, not yet judged, in {path}", run.train.stopped_exit_code),
     ):
         folder.write_status("running", *at, judging=name)
+        say(f"judging the model on {name} ...")
         try:
             (judged,) = judge(own, [str(path)])
         except Stopped:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from simpo.config.backends import SingleConfig
 from simpo.config.choices import BenchmarkKind, Checkpointing
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.models import LoraConfig
@@ -125,8 +124,7 @@ class Drawing:
     """
 
     def __init__(self, run: RunConfig, questions: Sequence[Question], model: Contestant) -> None:
-        self._run = replace(run, backend=SingleConfig(name="single", device=run.backend.device))
-        self._questions, self._model = questions, model
+        self._run, self._questions, self._model = run, questions, model
         self._file = model.folder / FILE
         lines = read_lines(self._file)
         self._chat = _chat(model.saved, lines)
@@ -199,7 +197,10 @@ class Drawing:
             say(f"loading the weights of {self._model.saved.where} ...")
             self._generate = with_saved(self._run, self._model.saved, self._chat)
         config = self._run.benchmark
-        with bar(f"answers of {self._model.name}", sum(len(b) for _, b in todo)) as shown:
+        what = f"answers of {self._model.name}"
+        if any(q.follow_ups for q in self._questions):
+            what += f" to turn {turn + 1}"
+        with bar(what, sum(len(b) for _, b in todo)) as shown:
             for temperature, batch in todo:
                 prompts = [ids[i] for i in batch]
                 room = config.max_new_tokens

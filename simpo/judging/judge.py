@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from simpo.config.backends import SingleConfig
 from simpo.config.choices import BenchmarkKind
 from simpo.config.schema import RunConfig
 from simpo.judging.answers import Contestant, before_training, contestant, draw, judged_folder
@@ -45,6 +46,8 @@ def judge(run: RunConfig, sources: Sequence[str]) -> list[Judged]:
         DataError: a file of the benchmark, or annotations, cannot be read.
         RunError: the judge cannot go on, or the limit is reached.
     """
+    # Models were trained in several processes, but answer, judge and score in this one.
+    run = replace(run, backend=SingleConfig(name="single", device=run.backend.device))
     if run.judge.annotations is not None:
         return [_of_annotations(run, Path(run.judge.annotations).expanduser(), sources)]
     # Pairs are those of each run's own data.

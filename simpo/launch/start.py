@@ -28,13 +28,13 @@ def start(run: RunConfig) -> Path:
     count = processes.num_processes_to_start(run.backend)
     if run.benchmark.kind is BenchmarkKind.none:
         return _train(run, count)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main, launched = os.environ.get("RANK", "0") == "0", "WORLD_SIZE" in os.environ
     folder = trained_folder(run)
-    if folder is None:
-        if is_main:
-            from simpo.judging.judge import check
+    if is_main and folder is None:
+        from simpo.judging.judge import check
 
-            check(run)
+        check(run)
+    if folder is None or launched:  # then the ranks find out together
         folder = _train(run, count)
     if is_main:
         from simpo.judging.after_training import judge_trained

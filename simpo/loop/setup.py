@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig
 
-from simpo.backend import Backend, build_backend
+from simpo.backend import Backend
 from simpo.config.backends import BackgroundSaveConfig
 from simpo.config.check import check_training
 from simpo.config.errors import ConfigError, first_line
@@ -82,14 +82,13 @@ class Parts:
     start_lines: tuple[str, ...]
 
 
-def set_up(run: RunConfig) -> Parts:
+def set_up(run: RunConfig, backend: Backend) -> Parts:
     """Load data and model, find the run's folder, and refuse runs that could not train or save.
 
     Raises:
         ConfigError, DataError: the settings or the data cannot be used.
     """
     cfg, cache_dir = run.train, Path(run.cache_dir).expanduser()
-    backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
     check_training(run, backend.bf16)
     check_loss(run.loss)
     today = backend.broadcast(template_date(run) if backend.is_main else None)

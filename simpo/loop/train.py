@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from simpo.backend import build_backend
 from simpo.config.choices import BenchmarkKind
-from simpo.config.errors import INTERRUPTED, Stopped
+from simpo.config.errors import Stopped
 from simpo.config.flat import trajectory
 from simpo.config.schema import RunConfig
 from simpo.data.loader import steps_ahead
@@ -20,12 +21,14 @@ from simpo.loop.setup import Parts, set_up, with_references
 from simpo.loop.step import finite_update, speed
 from simpo.loop.tracker import Tracker
 from simpo.run import processes, progress
-from simpo.run.signals import StopRequest
+from simpo.run.folder import trained_folder
+from simpo.run.signals import StopRequest, stopped_by
 
 
 @console.libraries_quiet()
 def train(run: RunConfig) -> Path:
-    """Train, evaluate and save one run, or continue it where it stopped.
+    """Train, evaluate and save one run, or continue it where it stopped. Nothing is done if its
+    model is saved and has yet to be judged.
 
     Several processes of a run each call this; `run` is the same for all.
 
@@ -38,8 +41,15 @@ def train(run: RunConfig) -> Path:
         Stopped: a signal or Ctrl-C asked the run to stop; it has been saved.
     """
     cfg = run.train
-    parts = set_up(run)
-    backend, folder, plan, store = parts.backend, parts.folder, parts.plan, parts.store
+    backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
+    if run.benchmark.kind is not BenchmarkKind.none:
+        # Rank 0 decides for all: a rank that starts late could find the model judged meanwhile.
+        trained = backend.broadcast(trained_folder(run) if backend.is_main else None)
+        if trained is not None:
+            backend.close()
+            return trained
+    parts = set_up(run, backend)
+    folder, plan, store = parts.folder, parts.plan, parts.store
     settings = trajectory(run)
     with (
         folder.recording_failure(),
@@ -114,9 +124,4 @@ def train(run: RunConfig) -> Path:
 def _stopped(run: RunConfig, parts: Parts, stop: StopRequest, done: str) -> Stopped:
     """The error after a signal in any process; all processes call it."""
     name = next(name for name in parts.backend.gather([stop.name]) if name)
-    interrupted = name == "SIGINT"
-    return Stopped(
-        f"{'interrupted' if interrupted else name}: {done} in {parts.folder.path} "
-        "(the same command continues)",
-        INTERRUPTED if interrupted else run.train.stopped_exit_code,
-    )
+    return stopped_by(name, f"{done} in {parts.folder.path}", run.train.stopped_exit_code)

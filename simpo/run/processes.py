@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from simpo.config.backends import BackendConfig, DistributedConfig
 from simpo.config.check import run_yaml
-from simpo.config.choices import Device
+from simpo.config.choices import BenchmarkKind, Device
 from simpo.config.errors import (
     BROKEN_PIPE,
     INTERRUPTED,
@@ -36,7 +36,7 @@ from simpo.config.errors import (
     first_line,
 )
 from simpo.config.schema import RunConfig
-from simpo.run.signals import forwarding_signals, signals_blocked
+from simpo.run.signals import forwarding_signals, signals_blocked, stopped_by
 
 GRACE_S = 20.0
 """Time that the other ranks get to end by themselves, once one has failed."""
@@ -203,7 +203,11 @@ def run_in_processes(count: int, run: RunConfig) -> Path:
         finished = finished_file(folder)
         if not finished.is_file():
             raise _printed(Stopped, folder, 0)
-        return Path(finished.read_text())
+        path = Path(finished.read_text())
+    if signals and run.benchmark.kind is not BenchmarkKind.none:  # too late for the ranks
+        name, what = signal.Signals(signals[-1]).name, f"trained, not yet judged, in {path}"
+        raise stopped_by(name, what, run.train.stopped_exit_code)
+    return path
 
 
 def _start(folder: Path, rank: int, count: int, listener: socket.socket) -> subprocess.Popen[bytes]:
@@ -280,16 +284,14 @@ def _silent_ranks(
 
 def _hang_error(silent: list[int]) -> RunError:
     names = ", ".join(f"rank {rank}" for rank in silent)
-    hangs = "hangs" if len(silent) == 1 else "hang"
     return RunError(
-        f"{names} {hangs}; the others were ended (the same command continues from the last "
-        "checkpoint)"
+        f"{names} hang{'s' * (len(silent) == 1)}; the others were ended (the same command "
+        "continues from the last checkpoint)"
     )
 
 
 def _failed(ranks: list[subprocess.Popen[bytes]]) -> dict[int, int]:
-    codes = {number: rank.poll() for number, rank in enumerate(ranks)}
-    return {number: code for number, code in codes.items() if code}
+    return {number: code for number, rank in enumerate(ranks) if (code := rank.poll())}
 
 
 def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:

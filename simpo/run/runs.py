@@ -79,6 +79,7 @@ class Progress:
     Attributes:
         step, total_steps: updates done, and in all; 0 before it has begun.
         requeued: how often Slurm started it again.
+        judging: the benchmark on which its model, which is saved, has yet to be judged.
         note: a line; why a pending run waits, or why a run ended badly.
         log: the log file of a launched run.
     """
@@ -87,6 +88,7 @@ class Progress:
     step: int = 0
     total_steps: int = 0
     requeued: int = 0
+    judging: str = ""
     note: str = ""
     log: Path | None = None
 
@@ -95,6 +97,9 @@ class Progress:
         words = str(self.state.value)
         if self.state is not State.pending and self.total_steps:
             words += f", step {self.step} of {self.total_steps}"
+        if self.judging:
+            done = "judging" if self.state is State.running else "not yet judged"
+            words += f", {done} on {self.judging}"
         if self.requeued:
             words += f", requeued {self.requeued} time{'s' * (self.requeued > 1)}"
         return words
@@ -339,6 +344,7 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
         max(int(status.get("step", 0)), _last_step(folder)),
         int(status.get("total_steps", 0)),
         max(int(job.get("restarts", 0)), known.restarts if known else 0),
+        str(status.get("judging", "")),
         note,
         log,
     )

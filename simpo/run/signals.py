@@ -120,7 +120,7 @@ def stopping_at_once(what: str, stopped_exit_code: int) -> Iterator[None]:
         what: what had not been done, for the message.
 
     Raises:
-        Stopped: a signal came.
+        Stopped: a signal came, or had come after a `StopRequest` in this process was left.
     """
     names: list[str] = []
 
@@ -129,16 +129,29 @@ def stopping_at_once(what: str, stopped_exit_code: int) -> Iterator[None]:
         if len(names) == 1:
             raise _SignalledError
 
+    left = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     with forwarding_signals(end):
         try:
+            if isinstance(left, StopRequest) and left.name:
+                names.append(left.name)
+                raise _SignalledError
             yield
         except _SignalledError as error:
-            interrupted = names[0] == "SIGINT"
-            name = "interrupted" if interrupted else names[0]
-            raise Stopped(
-                f"{name}: {what} (the same command continues)",
-                INTERRUPTED if interrupted else stopped_exit_code,
-            ) from error
+            raise stopped_by(names[0], what, stopped_exit_code) from error
+
+
+def stopped_by(name: str, what: str, stopped_exit_code: int) -> Stopped:
+    """The error after a signal.
+
+    Args:
+        name: of the signal.
+        what: what had been done, or not.
+    """
+    interrupted = name == "SIGINT"
+    return Stopped(
+        f"{'interrupted' if interrupted else name}: {what} (the same command continues)",
+        INTERRUPTED if interrupted else stopped_exit_code,
+    )
 
 
 class StopRequest:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,16 @@ from simpo.judging.shapes import Query, Said
 from simpo.loop.train import train
 from simpo.run.files import read_results
 from simpo.run.judged import read_judged
-from tests.support.whole_runs import finish, start, status_of, tiny_overrides, wait_for
+from simpo.run.runs import read_progress
+from tests.support.tiny_models import tiny_reward_model
+from tests.support.whole_runs import (
+    Process,
+    finish,
+    start,
+    status_of,
+    tiny_overrides,
+    wait_for,
+)
 
 ON_CPU = ["backend.device=cpu", "train.precision=fp32"]
 SHORT = ["benchmark=pairs", "benchmark.max_new_tokens=8"]
@@ -151,7 +162,12 @@ def test_nothing_readable(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     )
 
 
-def test_a_cut_file_of_answers_goes_on_to_the_same(folder: Path, tmp_path: Path) -> None:
+def test_a_cut_file_of_answers_goes_on_to_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[str] = []
+    show = drawing.bar
+    monkeypatch.setattr(drawing, "bar", lambda what, total: bars.append(what) or show(what, total))
     more = ["benchmark.temperature=1", "on_policy.batch_prompts=5"]
     run = compose_run([*_data(folder), *more, f"output_dir={tmp_path}"])
     model = replace(drawing.contestant(run, f"{folder}/a"), folder=tmp_path / "own")
@@ -159,6 +175,7 @@ def test_a_cut_file_of_answers_goes_on_to_the_same(folder: Path, tmp_path: Path)
     questions = [replace(q, follow_ups=("And then?",)) for q in questions]
     whole, notes = drawing.draw(run, questions, model)
     assert notes == [] and all(len(answer.turns) == 2 for answer in whole.values())
+    assert bars == ["answers of a to turn 1", "answers of a to turn 2"]
     file = tmp_path / "own" / "answers.jsonl"
     text = file.read_text()
     file.write_text(text[: text.index("\n", len(text) // 3) + 20])
@@ -232,27 +249,47 @@ def test_at_the_end_of_a_run(
     assert {key: after[key] for key in figures} == {k: f.value for k, f in figures.items()}
 
 
-@pytest.mark.process
-def test_stopped_while_judging_and_a_sweep(tiny_run: list[str], tmp_path: Path) -> None:
-    (tmp_path / "my_rewards.py").write_text(REWARD)
-    env = {"PYTHONPATH": str(tmp_path)}
-    words = [*tiny_run, *TWO_STEPS, *SHORT, "judge.reward=my_rewards:by_letters"]
-    words += ["benchmark.max_new_tokens=400", "on_policy.batch_prompts=1"]
-    run = tmp_path / "run"
+@pytest.fixture
+def judged(tiny_run: list[str], tiny_folder: Path, tmp_path: Path) -> list[str]:
+    """Overrides of a run in several processes that a reward model judges, in time to disturb it."""
+    tiny_reward_model(tiny_folder, tmp_path / "reward")
+    words = [*tiny_run, *TWO_STEPS, *SHORT, f"judge.reward={tmp_path}/reward", "backend=ddp"]
+    return [*words, "benchmark.max_new_tokens=400", "on_policy.batch_prompts=1"]
+
+
+def stopped_while_judging(process: Process, run: Path, code: int) -> str:
+    """The answers that were kept of a run that got a SIGTERM after the first ones."""
     file = run / "benchmarks" / "pairs" / "answers.jsonl"
-    process = start([*words, f"run_dir={run}"], env=env, fresh=True)
     wait_for(lambda: file.is_file() and file.read_text().count("\n") > 2, process)
+    assert read_progress([run])[0].text() == "running, step 2 of 2, judging on pairs"
     process.send_signal(signal.SIGTERM)
-    message = finish(process, 75)
-    assert message.endswith(
-        f"SIGTERM: trained, not yet judged, in {run} (the same command continues)\n"
-    )
-    assert status_of(run)["state"] == "stopped"
-    before = file.read_text()
-    finish(start([*words, f"run_dir={run}"], env=env))
-    assert file.read_text().startswith(before) and status_of(run)["state"] == "finished"
-    sweep = ["-m", "train.seed=1,2", *words, "benchmark.max_new_tokens=8"]
-    sweep += ["monitor.metric=win_rate"]
+    told = f"SIGTERM: trained, not yet judged, in {run} (the same command continues)\n"
+    assert told in finish(process, code)
+    assert read_progress([run])[0].text() == "stopped, step 2 of 2, not yet judged on pairs"
+    return file.read_text()
+
+
+def finished(run: Path, before: str) -> None:
+    """Judging went on where it was, and its figures are those of the run."""
+    assert (run / "benchmarks" / "pairs" / "answers.jsonl").read_text().startswith(before)
+    assert status_of(run)["state"] == "finished"
+    rate = read_judged(run)["pairs"].figures["win_rate"]
+    assert read_results(run)["eval_after"]["win_rate"] == rate.value
+
+
+@pytest.mark.process
+def test_stopped_while_judging_and_a_sweep(judged: list[str], tmp_path: Path) -> None:
+    """The process that started two ranks judges once they have ended."""
+    run = tmp_path / "run"
+    words = [*judged, "backend.processes=2", f"run_dir={run}"]
+    before = stopped_while_judging(start(words), run, 75)
+    assert "saving the model" not in finish(start(words))
+    finished(run, before)
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    sweep = ["-m", "train.seed=1,2", "judge.reward=my_rewards:by_letters"]
+    sweep += [word for word in judged if not word.startswith(("backend=", "judge."))]
+    sweep += ["benchmark.max_new_tokens=8", "monitor.metric=win_rate"]
+    env = {"PYTHONPATH": str(tmp_path)}
     shown = finish(start([*sweep, f"launcher.sweep_dir={tmp_path}/sweep"], env=env, fresh=True))
     rates = {
         seed: read_judged(tmp_path / "sweep" / f"train.seed={seed}")["pairs"].figures["win_rate"]
@@ -260,3 +297,26 @@ def test_stopped_while_judging_and_a_sweep(tiny_run: list[str], tmp_path: Path) 
     }
     best = max(rates, key=lambda seed: rates[seed].value)
     assert f"best   train.seed={best}: win_rate {rates[best].value:.4f}" in shown
+
+
+@pytest.mark.matrix
+def test_stopped_while_judging_under_torchrun(judged: list[str], tmp_path: Path) -> None:
+    """Rank 0 judges when the other has ended. In the second life the other comes late."""
+    run = tmp_path / "run"
+    words = [*judged, f"run_dir={run}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = (*torchrun, "--nproc_per_node=2", "-m", "simpo.train")
+    before = stopped_while_judging(start(words, *command), run, 1)  # torchrun's own code
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    first = start(words, env=place | {"RANK": "0", "LOCAL_RANK": "0"})
+
+    def waits_for_the_other() -> bool:
+        with socket.socket() as link:
+            return link.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_for(waits_for_the_other, first)
+    finish(start(words, env=place | {"RANK": "1", "LOCAL_RANK": "1"}), timeout_s=60)
+    assert "saving the model" not in finish(first)
+    finished(run, before)

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
@@ -28,6 +27,7 @@ from simpo.on_policy import generate as generating
 from simpo.on_policy.files import content_hash, model_content, working_in
 from simpo.run import folder as run_folder
 from tests.support.forked import Forked
+from tests.support.tiny_models import tiny_reward_model
 from tests.support.whole_runs import finish, run_command, wait_for
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -434,12 +434,8 @@ def test_a_function_that_was_edited_scores_anew(
 
 def test_a_reward_model(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """A classifier with one score, against its own forward on the rendered dialogue."""
-    torch.manual_seed(1)
-    config = LlamaConfig.from_pretrained(tiny_folder, num_labels=1, pad_token_id=0)
-    judge = AutoModelForSequenceClassification.from_config(config).eval()
-    judge.save_pretrained(tmp_path / "judge")
+    judge = tiny_reward_model(tiny_folder, tmp_path / "judge")
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    tokenizer.save_pretrained(tmp_path / "judge")
     annotate(folder, str(tmp_path / "judge"), "train.precision=fp32")
     (row, *_) = lines(folder / "train.jsonl")
     expected = []

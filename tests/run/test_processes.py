@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from simpo.config.compose import compose_run
 from simpo.config.errors import BROKEN_PIPE, ConfigError, LostError, RunError, Stopped
 from simpo.config.schema import RunConfig
 from simpo.launch import rank as rank_program
+from simpo.run import processes
 from simpo.run.processes import (
     LOST,
     SAVED,
@@ -149,6 +151,27 @@ def test_exit_codes_of_runs_whose_ranks_fail(tmp_path: Path) -> None:
         )
 
 
+def test_a_signal_while_ranks_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came too late for them to stop, but not for this process, which would judge the model."""
+    monkeypatch.setattr(processes, "_start", lambda *_: SimpleNamespace(kill=int, wait=int))
+
+    def end(ranks: object, folder: Path, timeout_s: float) -> tuple[dict[int, int], list[int]]:
+        (folder / "finished").write_text("outputs/run")
+        ranks.clear()  # type: ignore[attr-defined]
+        signal.raise_signal(signal.SIGTERM)
+        return {}, []
+
+    monkeypatch.setattr(processes, "_wait", end)
+    two = ["backend=ddp", "backend.processes=2", "train.stopped_exit_code=9"]
+    assert processes.run_in_processes(2, compose_run(two)) == Path("outputs/run")
+    with pytest.raises(Stopped) as error:
+        processes.run_in_processes(2, compose_run([*two, "benchmark=pairs"]))
+    assert error.value.exit_code == 9
+    assert str(error.value) == (
+        "SIGTERM: trained, not yet judged, in outputs/run (the same command continues)"
+    )
+
+
 def test_output_of_ranks_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`simpo train | head` ends without a traceback here too."""
 
@@ -172,7 +195,8 @@ def test_signals_through_the_life_of_a_process() -> None:
     """Held, then at once; noted while a run saves; and never again what ends it without a word."""
     code = """
 import os, signal, subprocess, sys, time
-from simpo.run.signals import StopRequest, exit_on_signals, set_stopped_exit_code, signals_blocked
+from simpo.config.errors import Stopped
+from simpo.run.signals import StopRequest, exit_on_signals, signals_blocked, stopping_at_once
 with signals_blocked():
     child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
     child.send_signal(signal.SIGUSR1)
@@ -186,6 +210,11 @@ with StopRequest() as stop:
     print(stop.name, flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
 print("still here", flush=True)
+try:
+    with stopping_at_once("not yet judged", 75):
+        print("judged, though a signal came before", flush=True)
+except Stopped as error:
+    print(error, error.exit_code, flush=True)
 time.sleep(1.1)
 os.kill(os.getpid(), signal.SIGINT)
 print("never", flush=True)
@@ -204,7 +233,10 @@ exit_on_signals()
         "interrupted (the same command continues from the last checkpoint, or else from the "
         "start)\n"
     )
-    assert done.stdout == "child 9\nSIGUSR2\nSIGINT\nstill here\n"
+    assert done.stdout == (
+        "child 9\nSIGUSR2\nSIGINT\nstill here\n"
+        "SIGTERM: not yet judged (the same command continues) 75\n"
+    )
     assert done.returncode == 130
 
 

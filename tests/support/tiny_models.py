@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -22,7 +24,10 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
 from simpo.data.pairs import TokenizedPair
 from simpo.data.store import TokenizedSet, TokenReport, Tokens
@@ -76,6 +81,16 @@ EXPERTS = {
     ),
 }
 """Mixtures of experts."""
+
+
+def tiny_reward_model(tiny_folder: Path, folder: Path) -> Any:
+    """A classifier with one score, saved in a folder with the tokenizer of the tiny model."""
+    torch.manual_seed(1)
+    config = LlamaConfig.from_pretrained(tiny_folder, num_labels=1, pad_token_id=0)
+    model: Any = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    return model
 
 
 def tiny_model(

@@ -41,7 +41,7 @@ def commands() -> list[str]:
         if page != EXTENDING:
             lines += [line for block in BLOCK.findall(text) for line in block.splitlines()]
         # Two blanks come before what a line says about its command.
-        shown = [re.sub(r"^srun \S+ ", "", line).split("  ")[0] for line in lines]
+        shown = [re.sub(r"^srun (--\S+ )+", "", line).split("  ")[0] for line in lines]
         shown += [" ".join(words.split()) for words in re.findall(r"`([^`]+)`", text)]
         lines = [m[1] + m[2] for line in shown if (m := COMMAND.match(line))]
         found += [line for line in lines if page == EXTENDING or line not in run_elsewhere]

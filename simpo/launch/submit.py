@@ -94,8 +94,9 @@ def _parameters(
 ) -> dict[str, Any]:
     """Parameters of submitit for a job of each run; None leaves one out."""
     options = dict(option.removeprefix("--").partition("=")[::2] for option in config.options)
-    # If one process fails, the others must not wait for it.
-    srun = ["--kill-on-bad-exit=1"]
+    # If one process fails, the others must not wait for it. The first may judge the model when the
+    # others have ended, for longer than a cluster's WaitTime.
+    srun = ["--kill-on-bad-exit=1", "--wait=0"]
     if config.cpus_per_task is not None:
         # Since Slurm 22.05 srun does not inherit it from the job.
         srun.append(f"--cpus-per-task={config.cpus_per_task}")

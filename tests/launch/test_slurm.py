@@ -20,10 +20,11 @@ from simpo.config.check import load_run
 from simpo.launch import member
 from simpo.loss.simpo import SigmoidConfig
 from simpo.run import slurm
-from simpo.run.files import last_job
+from simpo.run.files import last_job, read_results
 from simpo.run.runs import IN_PROGRESS, State, read_progress
 from tests.support.browser import look_at
-from tests.support.whole_runs import assert_same_run, logged, metrics_of, run, start
+from tests.support.tiny_models import tiny_reward_model
+from tests.support.whole_runs import assert_same_run, finish, logged, metrics_of, run, start
 
 pytestmark = [
     pytest.mark.matrix,
@@ -307,6 +308,35 @@ def test_ranks_of_two_nodes_follow_one_process(tiny_run: list[str], tmp_path: Pa
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+
+
+def test_models_are_judged_at_the_end(
+    tiny_run: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Two members, of whose two ranks one judges; one is told to stop meanwhile, and requeued."""
+    tiny_reward_model(tiny_folder, tmp_path / "reward")
+    sweep = tmp_path / "sweep"
+    words = ["-m", "train.seed=1,2", *tiny_run, "train.max_steps=2", "train.eval_every=0"]
+    words += ["launcher=slurm", "launcher.wait=true", "launcher.poll_s=0.5", "backend=ddp"]
+    words += ["launcher.gpus_per_node=2", "launcher.cpus_per_task=1", f"launcher.sweep_dir={sweep}"]
+    words += ["benchmark=pairs", "benchmark.max_new_tokens=400", "on_policy.batch_prompts=1"]
+    words += [f"judge.reward={tmp_path}/reward", "monitor.metric=win_rate"]
+    process = start(words)
+    told, calm = (sweep / f"train.seed={seed}" for seed in (1, 2))
+    answers = told / "benchmarks" / "pairs" / "answers.jsonl"
+    until(lambda: answers.is_file() and answers.read_text().count("\n") > 2, "some answers")
+    slurm_command("scancel", "--signal=TERM", job_of(told))
+    until(lambda: read_progress([told])[0].requeued == 1, "the requeue")
+    before = answers.read_text()
+    until(lambda: all([ended(path) for path in (told, calm)]), "the end of both")
+    output = finish(process)
+    assert read_progress([told])[0].text() == "finished, step 2 of 2, requeued 1 time"
+    assert f"SIGTERM: trained, not yet judged, in {told}" in log_of(told)
+    assert log_of(told).count("saving the model") == 1
+    assert answers.read_text().startswith(before)
+    rates = [read_results(path)["eval_after"]["win_rate"] for path in (told, calm)]
+    best = rates.index(max(rates))
+    assert f"best   train.seed={best + 1}: win_rate {rates[best]:.4f}" in output
 
 
 def test_what_is_submitted_stays_as_it_was(tiny_run: list[str], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real Slurm on this machine alone, without systemd: cluster.sh up|down ROOT. Two nodes of eight
 # cores and four GPUs (null devices), accounting, and a partition `high` whose jobs preempt those of
-# `main`. Everything it writes lies below ROOT, but for names in /etc/hosts while it is up.
+# `main`. A step ends soon after its first process, unless srun is told otherwise. Everything it writes lies below ROOT, but for names in /etc/hosts while it is up.
 # Then: export SLURM_CONF=ROOT/slurm.conf
 set -euo pipefail
 action=$1 root=$2
@@ -68,6 +68,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 KillWait=5
+WaitTime=2
 ReturnToService=2
 SlurmdParameters=config_overrides
 GresTypes=gpu

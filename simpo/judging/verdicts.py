@@ -59,7 +59,7 @@ def said_to(run: RunConfig, judge: Judge, queries: Sequence[Query]) -> list[tupl
     known = sum(key in kept.values for key in keys)
     say(_cost_line(run.judge, judge.name, len(queries), known, list(missing.values())))
     if missing:
-        with bar("verdicts", len(missing), stays=True) as shown:
+        with bar("verdicts", len(missing), stays=True, in_batches=True) as shown:
             shown.begin_at(0)
             for query, said in judge.answers(list(missing.values())):
                 about = {name: getattr(query, name) for name in ABOUT}

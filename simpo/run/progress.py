@@ -20,6 +20,8 @@ DELAY_S = 0.5
 """A bar is shown once its work has taken this long, since shorter ones would only flicker."""
 LINE_S, LONGEST_LINE_S = 10.0, 60.0
 """Time between the lines of a bar without a terminal, at first and at most."""
+SETTLE_S = 0.3
+"""How long a line waits for the rest of a batch, of which each item is counted."""
 REDRAW_S = 0.1
 """Time between two drawings of a bar."""
 RECENT = 20
@@ -53,8 +55,11 @@ def on_terminal() -> bool:
 class Bar:
     """A count of work done, with the time left."""
 
-    def __init__(self, what: str, total: int, unit: str, stays: bool) -> None:
+    def __init__(
+        self, what: str, total: int, unit: str, stays: bool, in_batches: bool = False
+    ) -> None:
         self._what, self._total, self._unit, self._stays = what, total, unit, stays
+        self._in_batches, self._settling = in_batches, threading.Timer(SETTLE_S, self._print)
         self._prints, self._terminal = _prints(), on_terminal()
         self._first = self._done = 0
         self._printed: int | None = None  # the count of the last line
@@ -89,11 +94,19 @@ class Bar:
         if took_s is not None:
             self._paces.append(took_s / count)
         now = time.perf_counter()
+        since_s = now - self._shown_at
         if self._terminal:
-            if self._tqdm is not None and now - self._shown_at >= REDRAW_S:
-                self._draw()
-        elif now - self._shown_at >= min(LONGEST_LINE_S, max(LINE_S, (now - self._began) / 10)):
-            self._print()
+            due, show = self._tqdm is not None and since_s >= REDRAW_S, self._draw
+        else:
+            pause_s = min(LONGEST_LINE_S, max(LINE_S, (now - self._began) / 10))
+            due, show = since_s >= pause_s, self._print
+        if due and self._in_batches:
+            self._shown_at = now
+            self._settling = threading.Timer(SETTLE_S, show)
+            self._settling.daemon = True
+            self._settling.start()
+        elif due:
+            show()
 
     def close(self, whole: bool = False) -> None:
         """End the bar; later lines are printed below it.
@@ -104,6 +117,7 @@ class Bar:
         if not self._open:
             return
         self._timer.cancel()
+        self._settling.cancel()
         if whole:
             self._done = self._total
         if self._tqdm is not None:
@@ -163,7 +177,9 @@ class Bar:
 
 
 @contextmanager
-def bar(what: str, total: int, unit: str = "", *, stays: bool = False) -> Iterator[Bar]:
+def bar(
+    what: str, total: int, unit: str = "", *, stays: bool = False, in_batches: bool = False
+) -> Iterator[Bar]:
     """Show a bar within the block.
 
     Args:
@@ -172,8 +188,10 @@ def bar(what: str, total: int, unit: str = "", *, stays: bool = False) -> Iterat
         unit: what is counted, such as `step`, for its pace.
         stays: the bar is shown from `begin_at` on, and stays. Others are shown after `DELAY_S`, or
             `LINE_S` without a terminal, and vanish from it.
+        in_batches: many are counted at once, one by one. Else the first of a batch alone would be
+            taken for what its time gives.
     """
-    shown = Bar(what, total, unit, stays)
+    shown = Bar(what, total, unit, stays, in_batches)
     try:
         yield shown
     except BaseException:

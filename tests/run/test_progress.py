@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,6 +149,23 @@ def test_lines_without_a_terminal(clock: Clock, capsys: pytest.CaptureFixture[st
     gaps = [later - earlier for earlier, later in pairwise(at[:-1])]
     assert gaps == sorted(gaps) and set(gaps[-10:]) == {60}
     assert len(lines) < 100
+
+
+def test_batches_whose_items_are_counted_one_by_one(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not after the first item of a batch, which has taken as long as the whole batch."""
+    show = progress.Bar._print
+    shown = threading.Event()
+    monkeypatch.setattr(progress.Bar, "_print", lambda bar: (show(bar), shown.set()))
+    with progress.bar("verdicts", 96, stays=True, in_batches=True) as bar:
+        bar.begin_at(0)
+        clock.now += 60
+        for _ in range(32):
+            bar.advance()
+        assert shown.wait(60)
+        bar.advance(64)
+    assert capsys.readouterr().err == "verdicts 32/96, 2:00 left\nverdicts 96/96, took 1:00\n"
 
 
 def test_short_work_leaves_no_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

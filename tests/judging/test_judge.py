@@ -167,7 +167,12 @@ def test_a_cut_file_of_answers_goes_on_to_the_same(
 ) -> None:
     bars: list[str] = []
     show = drawing.bar
-    monkeypatch.setattr(drawing, "bar", lambda what, n: (bars.append(what), show(what, n))[1])
+
+    def noted(what: str, total: int) -> Any:
+        bars.append(what)
+        return show(what, total)
+
+    monkeypatch.setattr(drawing, "bar", noted)
     more = ["benchmark.temperature=1", "on_policy.batch_prompts=5"]
     run = compose_run([*_data(folder), *more, f"output_dir={tmp_path}"])
     model = replace(drawing.contestant(run, f"{folder}/a"), folder=tmp_path / "own")

@@ -157,7 +157,12 @@ def test_batches_whose_items_are_counted_one_by_one(
     """Not after the first item of a batch, which has taken as long as the whole batch."""
     show = progress.Bar._print
     shown = threading.Event()
-    monkeypatch.setattr(progress.Bar, "_print", lambda bar: (show(bar), shown.set()))
+
+    def noted(bar: progress.Bar) -> None:
+        show(bar)
+        shown.set()
+
+    monkeypatch.setattr(progress.Bar, "_print", noted)
     with progress.bar("verdicts", 96, stays=True, in_batches=True) as bar:
         bar.begin_at(0)
         clock.now += 60

@@ -14,6 +14,7 @@ from simpo.data.chats.chat import Chat
 from simpo.model.policy import Policy
 
 BATCH_PROMPTS = 64
+WIDEST_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,15 @@ class Reply:
 
 
 def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices of prompts in batches of similar length, to reduce padding."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    """Indices of prompts in batches of similar length, to reduce padding: of at most `size`
+    prompts, none more than `WIDEST_TOKENS` longer than another."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        batch = found[-1] if found else []
+        if not batch or len(batch) == size or lengths[i] - lengths[batch[0]] > WIDEST_TOKENS:
+            found.append(batch := [])
+        batch.append(i)
+    return found
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from simpo.config.compose import compose_run
 from simpo.data.chats.chat import Chat
 from simpo.data.mixture import load_mixture
 from simpo.loop.replies import HeldOutReply, greedy_replies, repetition, reply_metrics
-from simpo.model.generate import generate_replies
+from simpo.model.generate import batches, generate_replies
 from simpo.model.load import load_policy
 from simpo.model.tokenizer import load_tokenizer
 
@@ -27,6 +27,13 @@ OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "ends": {"eos_token_id": list(range(100, 384)), "stop_strings": ["a", "e"]},
     "outputs": {"return_dict_in_generate": True, "output_scores": True, "use_cache": False},
 }
+
+
+def test_a_long_prompt_does_not_pad_short_ones() -> None:
+    assert batches([], 3) == []
+    assert batches([40, 20, 30, 10], 3) == [[3, 1, 2], [0]]
+    # 523 is 513 longer than 10, and 522 is not.
+    assert batches([523, 10, 522, 30, 9000, 8600], 8) == [[1, 3, 2], [0], [5, 4]]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ The interface: https://platform.openai.com/docs/api-reference/chat/create
 from __future__ import annotations
 
 import heapq
-import math
+import json
 import os
 import random
 import re
@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,8 +24,9 @@ import httpx
 
 from simpo.config.benchmarks import JudgeConfig
 from simpo.config.errors import ConfigError, RunError, first_line
-from simpo.judging.shapes import Query, Said
-from simpo.judging.verdicts import cost_usd
+from simpo.judging.completions import count_in, first_logprobs_in, seconds_until, text_in
+from simpo.judging.shapes import Query, Said, Unanswered
+from simpo.judging.verdicts import KEPT, cost_usd
 from simpo.on_policy.files import content_hash
 from simpo.run.progress import say
 
@@ -37,7 +37,10 @@ TOKENS_PER_MESSAGE = 16
 LONGEST_SHOWN = 300
 """Letters of a server's message."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-KEPT = "verdicts so far are kept"
+SHORTEST_KEY = 8
+"""Letters of a key that could be one: `EMPTY` and `x` are for servers that want none."""
+OF_ONE_QUERY = (400, 413, 422)
+"""Status codes by which a server refuses a query: it is too long, or a filter does not like it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class _Again:
 
     Attributes:
         after_s: how long the server wants to be left alone; None if it does not say.
-        malformed: it answered, but not with a verdict.
+        malformed: the model answered, but without a text.
         paid: it may have been paid for.
     """
 
@@ -54,6 +57,9 @@ class _Again:
     after_s: float | None = None
     malformed: bool = False
     paid: bool = False
+
+
+_Outcome = Said | Unanswered | _Again | Exception
 
 
 @dataclass(order=True)
@@ -74,7 +80,8 @@ class EndpointJudge:
     def __init__(self, config: JudgeConfig) -> None:
         """
         Raises:
-            ConfigError: the key cannot be sent.
+            ConfigError: the key cannot be sent, or nothing can: the environment names a proxy or
+                certificates that cannot be used.
         """
         assert config.endpoint is not None and config.model is not None
         self.name = config.model
@@ -83,8 +90,9 @@ class EndpointJudge:
         self._config = config
         self._secret = _secret(config.key_env)
         self._length_key = "max_tokens"
+        self._client().close()
 
-    def answers(self, queries: Sequence[Query]) -> Iterator[tuple[Query, Said]]:
+    def answers(self, queries: Sequence[Query]) -> Iterator[tuple[Query, Said | Unanswered]]:
         """Yield (query, said) as they come. A verdict that stays malformed is an empty text.
 
         This thread decides what is sent and when; others send a request each and wait for it.
@@ -94,7 +102,7 @@ class EndpointJudge:
                 to what was sent are yielded first.
         """
         sent: SimpleQueue[_Try | None] = SimpleQueue()
-        done: SimpleQueue[tuple[_Try, Said | _Again | Exception]] = SimpleQueue()
+        done: SimpleQueue[tuple[_Try, _Outcome]] = SimpleQueue()
         threads = min(self._config.concurrency, len(queries))
         with self._client() as client:
             for _ in range(threads):
@@ -111,8 +119,8 @@ class EndpointJudge:
         self,
         queries: Sequence[Query],
         sent: SimpleQueue[_Try | None],
-        done: SimpleQueue[tuple[_Try, Said | _Again | Exception]],
-    ) -> Iterator[tuple[Query, Said]]:
+        done: SimpleQueue[tuple[_Try, _Outcome]],
+    ) -> Iterator[tuple[Query, Said | Unanswered]]:
         fresh, paused = deque(_Try(0.0, query) for query in queries), list[_Try]()
         in_flight, spent_usd, worst_usd = 0, 0.0, 0.0
         fault: Exception | None = None
@@ -141,8 +149,8 @@ class EndpointJudge:
                 continue
             worst = self._worst_usd(tried.query)
             in_flight, worst_usd = in_flight - 1, worst_usd - worst
-            if isinstance(outcome, Said):
-                spent_usd += self._paid_usd(outcome, worst)
+            if isinstance(outcome, Said | Unanswered):
+                spent_usd += self._paid_usd(outcome, worst) if isinstance(outcome, Said) else 0.0
                 yield tried.query, outcome
             elif isinstance(outcome, Exception):
                 fault = fault or outcome
@@ -204,16 +212,24 @@ class EndpointJudge:
         headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
         # A proxy for the internet does not lead to this machine.
         elsewhere = urlsplit(self._url).hostname not in LOOPBACK
-        return httpx.Client(
-            headers=headers, timeout=self._config.timeout_s, trust_env=elsewhere,
-            limits=httpx.Limits(max_connections=self._config.concurrency),
-        )  # fmt: skip
+        limits = httpx.Limits(max_connections=self._config.concurrency)
+        try:
+            return httpx.Client(
+                headers=headers, timeout=self._config.timeout_s, trust_env=elsewhere, limits=limits
+            )
+        except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+            raise ConfigError(
+                [
+                    f"judge.endpoint: nothing can be sent: {self._shown(first_line(error))} (mend "
+                    "the variables of proxies and certificates in the environment)"
+                ]
+            ) from error
 
     def _send_all(
         self,
         client: httpx.Client,
         sent: SimpleQueue[_Try | None],
-        done: SimpleQueue[tuple[_Try, Said | _Again | Exception]],
+        done: SimpleQueue[tuple[_Try, _Outcome]],
     ) -> None:
         while one := sent.get():
             try:
@@ -221,11 +237,11 @@ class EndpointJudge:
             except Exception as error:
                 done.put((one, error))
 
-    def _send(self, client: httpx.Client, query: Query) -> Said | _Again:
+    def _send(self, client: httpx.Client, query: Query) -> Said | Unanswered | _Again:
         """One request.
 
         Raises:
-            RunError: the server refuses it.
+            RunError: the server refuses this and all others.
         """
         length_key = self._length_key
         body: dict[str, Any] = {
@@ -237,52 +253,76 @@ class EndpointJudge:
         if query.top_logprobs:
             body |= {"logprobs": True, "top_logprobs": query.top_logprobs}
         try:
-            response = client.post(f"{self._url}/chat/completions", json=body)
+            # As ASCII: half a surrogate pair, which a file of answers may hold, is no UTF-8.
+            response = client.post(
+                f"{self._url}/chat/completions",
+                content=json.dumps(body).encode(),
+                headers={"Content-Type": "application/json"},
+            )
         except httpx.TimeoutException as error:
             unsent = isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout)
             waited = f"no answer within judge.timeout_s={self._config.timeout_s:g}"
             return _Again(waited, paid=not unsent)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             reason = self._shown(first_line(error))
             return _Again(reason, paid=not isinstance(error, httpx.ConnectError))
         if response.status_code == 200:
             return self._read(query, response)
-        return self._refusal(query, response, length_key)
+        message = self._message(response)
+        if length_key == "max_tokens" and "max_completion_tokens" in message:
+            self._length_key = "max_completion_tokens"  # newer models of OpenAI take only this
+            return self._send(client, query)
+        return self._refusal(query, response, message)
 
     def _read(self, query: Query, response: httpx.Response) -> Said | _Again:
-        malformed = _Again("an answer without a text", malformed=True, paid=True)
         try:
             answer = response.json()
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, Mapping) or not isinstance(answer.get("choices"), list):
+            # An error with the status of success, or the page of a proxy: no model has answered.
+            told = self._shown(self._message(response)) or "an empty body"
+            return _Again(f"it answers with no chat completion, but {told}", paid=True)
+        malformed = _Again("an answer without a text", malformed=True, paid=True)
+        try:
             choice = answer["choices"][0]
-            text = choice["message"]["content"]
-            logprobs = _first_logprobs(choice) if query.top_logprobs else {}
-            usage = answer.get("usage") or {}
-            tokens = [int(usage.get(f"{of}_tokens") or 0) for of in ("prompt", "completion")]
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            text, ended = text_in(choice["message"]["content"]), choice.get("finish_reason")
+            logprobs = first_logprobs_in(choice) if query.top_logprobs else {}
+        except (ValueError, LookupError, TypeError, AttributeError):
             return malformed
-        if not isinstance(text, str) or (query.top_logprobs and not text):
-            return malformed
+        tokens = [count_in(answer.get("usage"), f"{of}_tokens") for of in ("prompt", "completion")]
+        if text is None or (query.top_logprobs and not text):
+            # It would end for the same reason again: all tokens went into thoughts, or a filter.
+            return malformed if ended in (None, "stop") else Said("", {}, *tokens)
         if query.top_logprobs and not logprobs:
             raise self._no_logprobs("the answer has none")
+        if len(self._secret) >= SHORTEST_KEY:
+            text = text.replace(self._secret, "***")
         return Said(text, logprobs, *tokens)
 
-    def _refusal(self, query: Query, response: httpx.Response, length_key: str) -> _Again:
+    def _refusal(self, query: Query, response: httpx.Response, message: str) -> Unanswered | _Again:
         """
         Raises:
-            RunError: trying again would not help.
+            RunError: neither trying again nor another query would help.
         """
-        status, message = response.status_code, self._message(response)
-        told = f"{status} {response.reason_phrase}".strip() + (f": {message}" if message else "")
+        status, shown = response.status_code, self._shown(message)
+        told = f"{status} {response.reason_phrase}".strip() + (f": {shown}" if shown else "")
         if status in (408, 409, 429) or status >= 500:
-            return _Again(told, _seconds(response.headers.get("Retry-After")))
+            return _Again(told, seconds_until(response.headers.get("Retry-After")))
         if status in (401, 403):
             raise self._no_entry(told)
-        if "max_completion_tokens" in message and length_key == "max_tokens":
-            self._length_key = "max_completion_tokens"  # newer models of OpenAI take only this
-            return _Again(told, after_s=0)
         if query.top_logprobs and "logprob" in message.lower():
             raise self._no_logprobs(told)
-        raise RunError(f"judge.endpoint: {self._url} refuses {self.name}: {told} ({KEPT})")
+        if response.has_redirect_location:
+            place = self._shown(response.headers["Location"])
+            raise RunError(
+                f"judge.endpoint: {self._url} leads elsewhere: {told}, to {place} (name that base "
+                f"URL; {KEPT})"
+            )
+        refused = f"judge.endpoint: {self._url} refuses {self.name}: {told}"
+        if status in OF_ONE_QUERY:
+            return Unanswered(refused)
+        raise RunError(f"{refused} ({KEPT})")
 
     def _no_entry(self, told: str) -> RunError:
         variable = self._config.key_env
@@ -300,7 +340,7 @@ class EndpointJudge:
         )
 
     def _message(self, response: httpx.Response) -> str:
-        """What a server says about a refusal, in one line."""
+        """What a server says about a refusal."""
         try:
             found = response.json()
         except (ValueError, RecursionError):
@@ -308,10 +348,14 @@ class EndpointJudge:
         for key in ("error", "message", "detail"):
             if isinstance(found, Mapping) and found.get(key):
                 found = found[key]
-        return self._shown(str(found)) if found else ""
+        return str(found) if found else ""
 
     def _shown(self, text: str) -> str:
-        text = text.replace(self._secret, "***") if self._secret else text
+        """A server's text in one line, without the key."""
+        if len(self._secret) >= SHORTEST_KEY:
+            text = text.replace(self._secret, "***")
+        elif self._secret:  # only where it stands alone: it may be a part of any word
+            text = re.sub(rf"(?<!\w){re.escape(self._secret)}(?!\w)", "***", text)
         text = "".join(letter if letter.isprintable() else " " for letter in text)
         return textwrap.shorten(text, LONGEST_SHOWN, placeholder=" ...")
 
@@ -328,27 +372,3 @@ def _secret(variable: str) -> str:
             [f"judge.key_env: the key in {variable} holds letters that no key has (set it anew)"]
         )
     return key
-
-
-def _first_logprobs(choice: Mapping[str, Any]) -> dict[str, float]:
-    """Log-probs of the likeliest first tokens of a choice; empty if it has none."""
-    positions = (choice.get("logprobs") or {}).get("content")
-    if not positions:
-        return {}
-    found: dict[str, float] = {}
-    for one in positions[0]["top_logprobs"]:
-        if math.isfinite(value := float(one["logprob"])):
-            found.setdefault(str(one["token"]), value)
-    return found
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """How long a `Retry-After` header asks to wait: seconds, or until a date."""
-    if retry_after is None:
-        return None
-    if re.fullmatch(r"\d+(\.\d+)?", retry_after.strip()):
-        return float(retry_after)
-    try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
-        return None

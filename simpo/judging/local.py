@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from simpo.config.errors import RunError
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import Message, Pair
 from simpo.data.reading.records import RecordFault
-from simpo.judging.shapes import Query, Said
+from simpo.judging.shapes import Query, Said, Unanswered
 from simpo.model.generate import Reply, Sampling, batches
 from simpo.model.pretrained import load_settings
 from simpo.model.saved import naming, saved_model
@@ -55,36 +53,28 @@ class LocalJudge:
             ]
         )
 
-    def answers(self, queries: Sequence[Query]) -> Iterator[tuple[Query, Said]]:
-        """Yield (query, said) batch by batch.
-
-        A query that the model cannot read, because it is too long or holds a control token, gets an
-        empty text, and a line says how many there are.
+    def answers(self, queries: Sequence[Query]) -> Iterator[tuple[Query, Said | Unanswered]]:
+        """Yield (query, said) batch by batch; last those that the model cannot read, because they
+        are too long or hold a control token.
 
         Raises:
             ConfigError: the model cannot be loaded.
-            RunError: it can read none of the queries.
         """
-        faults: Counter[str] = Counter()
         groups: dict[Sampling, list[tuple[Query, list[int]]]] = {}
         refused = []
         for query in queries:
             try:
                 ids = self._ids(query)
             except RecordFault as fault:
-                faults[str(fault)] += 1
-                refused.append(query)
+                reason = f"{KEY}: {self.name} cannot read it: {fault}"
+                refused.append((query, Unanswered(reason)))
                 continue
             # A repeat is drawn anew.
             drawn = (query.temperature, 1.0, query.max_tokens, query.repeat, query.top_logprobs)
             groups.setdefault(Sampling(*drawn), []).append((query, ids))
-        if len(refused) == len(queries):
-            raise RunError(f"{KEY}: {self.name} can read no query: {next(iter(faults))}")
-        for text, count in faults.items():
-            say(f"note   {count} of {len(queries)} queries count as malformed verdicts: {text}")
-        yield from ((query, Said("")) for query in refused)
         for sampling, group in groups.items():
             yield from self._answers(sampling, group)
+        yield from refused
 
     def _answers(
         self, sampling: Sampling, group: Sequence[tuple[Query, list[int]]]
@@ -109,9 +99,7 @@ class LocalJudge:
         (ids,) = self._chat.encode([self._text(query.messages)])
         limit = context_tokens(self._settings)
         if limit is not None and len(ids) + query.max_tokens > limit:
-            raise RecordFault(
-                f"with their verdict they are longer than the judge's {limit:,} tokens"
-            )
+            raise RecordFault(f"with its verdict it is longer than the judge's {limit:,} tokens")
         return ids
 
     def _text(self, messages: tuple[Message, ...]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from simpo.config.choices import BenchmarkKind
-from simpo.config.errors import ConfigError, RunError
+from simpo.config.errors import ConfigError
 from simpo.config.schema import RunConfig
 from simpo.judging import verdicts, win_rates
 from simpo.judging.shapes import Answer, Benchmark, Judge, Judgement, Query, Question, Reward, Said
@@ -38,16 +39,30 @@ def judgements_of(
         return _by_reward(run, benchmark, judge, answers)
     queries = benchmark.queries(answers, run.judge.both_orders)
     queries += verdicts.repeats(run, queries)
+
+    def value(query: Query, said: Said) -> float | None:
+        return benchmark.value(query, replace(said, text=without_thoughts(said.text)))
+
     found = [
-        Judgement(query, said, benchmark.value(query, said))
-        for query, said in verdicts.said_to(run, judge, queries)
+        Judgement(query, said, value(query, said))
+        for query, said in verdicts.said_to(
+            run, judge, queries, lambda query, said: value(query, said) is not None
+        )
     ]
     if found and all(judgement.value is None for judgement in found):
-        raise RunError(
-            f"judge: none of {len(found)} verdicts of {judge.name} can be read; the first is "
-            f"{found[0].said.text[:80]!r} (choose another judge, or a larger judge.max_tokens)"
-        )
+        raise verdicts.unreadable(judge.name, len(found), found[0].said)
     return found
+
+
+def without_thoughts(text: str) -> str:
+    """What a judge that reasons says after its thoughts; empty if it was cut off within them.
+
+    A template may have opened the thoughts already, so the text need not begin with <think>.
+    """
+    _, end, after = text.rpartition("</think>")
+    if end:
+        return after
+    return "" if text.lstrip().startswith("<think>") else text
 
 
 def _by_reward(

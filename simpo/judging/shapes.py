@@ -99,6 +99,18 @@ class Said:
 
 
 @dataclass(frozen=True)
+class Unanswered:
+    """A judge cannot answer a query: it is too long, or refused. That is free and not kept, so
+    another command asks again.
+
+    Attributes:
+        reason: with the setting that names the judge, for messages.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Judgement:
     """A query with what was said and what it means.
 
@@ -141,7 +153,7 @@ class Judge(Protocol):
     identity: str
     """Hash of all that decides what it says to a query, such as model, revision and code."""
 
-    def answers(self, queries: Sequence[Query]) -> Iterator[tuple[Query, Said]]:
+    def answers(self, queries: Sequence[Query]) -> Iterator[tuple[Query, Said | Unanswered]]:
         """Yield (query, said) as they come, in any order; each query once.
 
         Raises:

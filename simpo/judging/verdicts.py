@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from simpo.config.benchmarks import JudgeConfig
-from simpo.config.errors import DamagedError, unwritable
+from simpo.config.errors import DamagedError, RunError, unwritable
 from simpo.config.schema import RunConfig
-from simpo.judging.shapes import Judge, Query, Question, Reward, Said
+from simpo.judging.shapes import Judge, Query, Question, Reward, Said, Unanswered
 from simpo.on_policy.files import content_hash
 from simpo.run.progress import bar, say
 
 FOLDER = "verdicts"
 BYTES_PER_TOKEN = 4
 """Of English text, for estimates."""
+ENOUGH = 50
+"""Verdicts of which none can be read, or queries of which none is answered, before judging ends."""
+KEPT = "verdicts so far are kept"
 
 
 def verdicts_folder(run: RunConfig) -> Path:
@@ -42,30 +46,77 @@ def repeats(run: RunConfig, queries: Sequence[Query]) -> list[Query]:
     return [replace(query, repeat=1) for query in queries if query.question in chosen]
 
 
-def said_to(run: RunConfig, judge: Judge, queries: Sequence[Query]) -> list[tuple[Query, Said]]:
+def said_to(
+    run: RunConfig,
+    judge: Judge,
+    queries: Sequence[Query],
+    is_readable: Callable[[Query, Said], bool] = lambda query, said: True,
+) -> list[tuple[Query, Said]]:
     """What a judge says to queries, in their order; what it has said already is not asked again.
 
-    `judge.temperature` and `judge.max_tokens`, where they are set, replace those of the queries.
+    `judge.temperature` and `judge.max_tokens`, where they are set, replace those of the queries. To
+    a query that the judge cannot answer it says an empty text, and a line says how many those are.
+
+    Args:
+        is_readable: whether what was said is a verdict.
 
     Raises:
-        RunError: the judge cannot go on, or the verdicts cannot be written; what was said until
-            then is kept.
+        RunError: the judge cannot go on, answers no query, or gives no verdict that can be read; or
+            the verdicts cannot be written. What was said until then is kept.
         DamagedError: the file of verdicts is damaged.
     """
     asked = [_as_asked(run.judge, query) for query in queries]
     keys = [_key(query) for query in asked]
     kept = Kept(verdicts_folder(run), judge)
     missing = {k: q for k, q in zip(keys, asked, strict=True) if k not in kept.values}
-    known = sum(key in kept.values for key in keys)
-    say(_cost_line(run.judge, judge.name, len(queries), known, list(missing.values())))
+    known = {k: q for k, q in zip(keys, asked, strict=True) if k in kept.values}
+    count = sum(key in known for key in keys)
+    say(_cost_line(run.judge, judge.name, len(queries), count, list(missing.values())))
+    unanswered: dict[str, str] = {}
     if missing:
+        kept.refuse_unwritable()
+        any_readable = any(is_readable(q, kept.values[k]) for k, q in known.items())
         with bar("verdicts", len(missing), stays=True, in_batches=True) as shown:
             shown.begin_at(0)
             for query, said in judge.answers(list(missing.values())):
-                about = {name: getattr(query, name) for name in ABOUT}
-                kept.add(_key(query), {**about, "said": asdict(said)})
+                key = _key(query)
+                if isinstance(said, Unanswered):
+                    unanswered[key] = said.reason
+                    if not known and len(unanswered) in (ENOUGH, len(missing)):
+                        raise RunError(f"{next(iter(unanswered.values()))} ({KEPT})")
+                else:
+                    about = {name: getattr(query, name) for name in ABOUT}
+                    kept.add(key, {**about, "said": asdict(said)})
+                    known[key] = query
+                    any_readable = any_readable or is_readable(query, said)
+                    if not any_readable and len(known) >= ENOUGH:
+                        first = next(iter(known))
+                        raise unreadable(judge.name, len(known), kept.values[first])
                 shown.advance()
-    return [(query, kept.values[key]) for query, key in zip(queries, keys, strict=True)]
+    _tell_unanswered(list(unanswered.values()), len(queries))
+    return [
+        (query, kept.values.get(key, Said(""))) for query, key in zip(queries, keys, strict=True)
+    ]
+
+
+def _tell_unanswered(reasons: Sequence[str], count: int) -> None:
+    """Say how often each reason is given; those that differ only in numbers are the same."""
+    alike: dict[str, list[str]] = {}
+    for reason in reasons:
+        alike.setdefault(re.sub(r"\d+", "0", reason), []).append(reason)
+    for same in alike.values():
+        say(
+            f"note   {len(same):,} of {count:,} queries count as malformed verdicts, and are asked "
+            f"again by the next command: {same[0]}"
+        )
+
+
+def unreadable(name: str, count: int, first: Said) -> RunError:
+    """The error for a judge none of whose verdicts can be read."""
+    return RunError(
+        f"judge: none of {count} verdicts of {name} can be read; the first is "
+        f"{first.text[:80]!r} (choose another judge, or a larger judge.max_tokens)"
+    )
 
 
 ABOUT = ("question", "turn", "order", "repeat")
@@ -158,6 +209,17 @@ class Kept:
         except OSError as error:
             raise unwritable(self.path, error) from error
 
+    def refuse_unwritable(self) -> None:
+        """Make the file, if it is not there.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        try:
+            self.path.open("ab").close()
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
     def add(self, key: str, line: Mapping[str, Any]) -> None:
         """Keep a verdict, unless another process has kept one meanwhile: then that one counts.
 
@@ -166,8 +228,10 @@ class Kept:
             DamagedError: what another process has written is damaged.
         """
         try:
-            with self.path.open("a+b", buffering=0) as file:
+            with self.path.open("a+b") as file:
                 self._lock(file)
+                if file.seek(0, os.SEEK_END) < self._bytes:  # somebody has removed lines, or all
+                    self._lines = self._bytes = 0
                 file.seek(self._bytes)
                 self._learn(file.read())
                 if key in self.values:
@@ -175,6 +239,7 @@ class Kept:
                 file.truncate(self._bytes)  # drops a line without an end
                 text = json.dumps({"key": key, **line}) + "\n"
                 file.write(text.encode())
+                file.flush()  # where the disk is full, all that fits is written
                 self._learn(text.encode())
         except OSError as error:
             raise unwritable(self.path, error) from error

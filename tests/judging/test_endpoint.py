@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -15,8 +15,9 @@ import pytest
 from simpo.config.benchmarks import JudgeConfig
 from simpo.config.errors import ConfigError, RunError
 from simpo.judging import endpoint
+from simpo.judging.completions import seconds_until
 from simpo.judging.endpoint import EndpointJudge
-from simpo.judging.shapes import Query, Said
+from simpo.judging.shapes import Query, Said, Unanswered
 from tests.support.stub_judge import Fault, StubJudge, stub_judge
 
 KEY = "sk-very-secret-5a7"
@@ -32,10 +33,12 @@ def judge_of(stub: StubJudge, **settings: Any) -> EndpointJudge:
 
 
 def ask(stub: StubJudge, queries: Sequence[Query], **settings: Any) -> dict[str, Said]:
-    return {q.question: said for q, said in judge_of(stub, **settings).answers(queries)}
+    found = {q.question: said for q, said in judge_of(stub, **settings).answers(queries)}
+    assert all(isinstance(said, Said) for said in found.values()), found
+    return cast("dict[str, Said]", found)
 
 
-def told(stub: StubJudge, queries: Sequence[Query], **settings: Any) -> str:
+def error_of(stub: StubJudge, queries: Sequence[Query], **settings: Any) -> str:
     with pytest.raises(RunError) as caught:
         ask(stub, queries, **settings)
     return str(caught.value)
@@ -84,7 +87,7 @@ def test_a_server_without_log_probs(refuses: bool) -> None:
             answer = json.dumps({"choices": [{"message": {"content": "m"}, "logprobs": None}]})
             stub.faults.append(Fault(200, answer))
         reason = "400 Bad Request: logprobs are not supported by this model"
-        assert told(stub, [query("a", top_logprobs=5)]) == (
+        assert error_of(stub, [query("a", top_logprobs=5)]) == (
             f"judge.endpoint: arbiter at {stub.url} gives no log-probs, from which this benchmark "
             f"reads verdicts: {reason if refuses else 'the answer has none'} (choose another "
             "judge.model or server)"
@@ -111,6 +114,124 @@ def test_tried_again(fault: Fault) -> None:
     with stub_judge(echo, [fault, fault]) as stub:
         said = ask(stub, [query("a")], retries=2)
     assert said["a"].text == "said a" and len(stub.seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (Fault(200, '{"error": {"message": "no credits", "code": 402}}'), "no credits"),
+        (Fault(200, "<html>log in</html>"), "<html>log in</html>"),
+        (Fault(200, 'data: {"choices": []}\n\n'), 'data: {"choices": []}'),
+        (Fault(200, '{"choices": "many"}'), "{'choices': 'many'}"),
+        (Fault(200, ""), "an empty body"),
+    ],
+)
+def test_what_no_model_has_said_is_no_verdict(fault: Fault, told: str) -> None:
+    """It would be kept, and never asked again."""
+    with stub_judge(echo, [fault] * 2) as stub:
+        assert error_of(stub, [query("a")], retries=1) == (
+            f"judge.endpoint: {stub.url}: it answers with no chat completion, but {told}, tried 2 "
+            "times (verdicts so far are kept: the same command goes on)"
+        )
+
+
+def completion_of(message: Mapping[str, Any], **choice: Any) -> Fault:
+    usage = {"prompt_tokens": 7, "completion_tokens": 9}
+    return Fault(200, json.dumps({"choices": [{"message": message, **choice}], "usage": usage}))
+
+
+def test_a_text_that_thoughts_left_no_room_for_is_paid_once() -> None:
+    thoughts = {"content": None, "reasoning_content": "hm [[A]]"}
+    with stub_judge(echo, [completion_of(thoughts, finish_reason="length")]) as stub:
+        assert ask(stub, [query("a")], retries=6) == {"a": Said("", {}, 7, 9)}
+        assert len(stub.seen) == 1
+        # Without log-probs of a text there is no verdict either.
+        stub.faults.append(completion_of({"content": ""}, finish_reason="length"))
+        assert ask(stub, [query("a", top_logprobs=5)])["a"].text == ""
+        assert len(stub.seen) == 2
+
+
+def test_a_text_in_parts() -> None:
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "[["}]
+    parts.append({"type": "text", "text": "B]]"})
+    with stub_judge(echo, [completion_of({"content": parts})]) as stub:
+        assert ask(stub, [query("a")])["a"].text == "[[B]]"
+
+
+@pytest.mark.parametrize("usage", ["many", [1], {"prompt_tokens": -5, "completion_tokens": 1e999}])
+def test_nonsense_counts_are_none(usage: Any) -> None:
+    """So the worst case counts."""
+    body = json.dumps({"choices": [{"message": {"content": "x"}}], "usage": usage})
+    with stub_judge(echo, [Fault(200, body)]) as stub:
+        judge = judge_of(stub, limit_usd=100, concurrency=1, **PRICE)
+        with pytest.raises(RunError, match=r"exceed 100 USD, 65\.00 are spent; 1 of 2 queries"):
+            list(judge.answers([query("a"), query("b")]))
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_query_that_is_refused(status: int) -> None:
+    """The others are asked all the same."""
+    message = "maximum context length is 64 tokens. However, you requested 65"
+    with stub_judge(echo, [Fault(status, json.dumps({"error": {"message": message}}))]) as stub:
+        judge = judge_of(stub, concurrency=1)
+        (_, refused), (_, said) = judge.answers([query("a"), query("b")])
+    assert isinstance(refused, Unanswered) and refused.reason.endswith(f": {message}")
+    assert said == Said("said b", {}, 2, 2)
+
+
+def test_a_server_that_leads_elsewhere() -> None:
+    place = {"Location": "https://elsewhere/v1/chat/completions"}
+    with stub_judge(echo, [Fault(308, "", place)]) as stub:
+        assert error_of(stub, [query("a")]) == (
+            f"judge.endpoint: {stub.url} leads elsewhere: 308 Permanent Redirect, to "
+            "https://elsewhere/v1/chat/completions (name that base URL; verdicts so far are kept)"
+        )
+
+
+def test_a_body_that_cannot_be_unpacked_is_asked_for_again() -> None:
+    with stub_judge(echo, [Fault(200, "no gzip", {"Content-Encoding": "gzip"})]) as stub:
+        assert ask(stub, [query("a")])["a"].text == "said a"
+
+
+def test_half_a_surrogate_pair() -> None:
+    with stub_judge(echo) as stub:
+        assert ask(stub, [query("a\ud800")])["a\ud800"].text == "said a\ud800"
+
+
+def test_waits_that_no_clock_can_hold() -> None:
+    assert seconds_until("9" * 400) == 86_400
+    assert seconds_until("Fri, 31 Dec 9999 23:59:59 GMT") == 86_400
+    assert seconds_until("Fri, 31 Dec 99999 00:00:00 GMT") is None
+    assert seconds_until("-5") is None and seconds_until("soon") is None
+
+
+def test_an_environment_in_which_nothing_can_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "odd://127.0.0.1:9")
+    with pytest.raises(ConfigError) as caught:
+        EndpointJudge(JudgeConfig(endpoint="http://judge.example/v1", model="arbiter"))
+    assert str(caught.value) == (
+        "judge.endpoint: nothing can be sent: Unknown scheme for proxy URL "
+        "URL('odd://127.0.0.1:9') (mend the variables of proxies and certificates in the "
+        "environment)"
+    )
+
+
+def test_a_key_that_is_a_part_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As servers of one's own are given: it hides no words, and is no secret in a verdict."""
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    refusal = json.dumps({"error": {"message": "max_tokens: use max_completion_tokens, Bearer x"}})
+    with stub_judge(lambda _: "x [[A]]", [Fault(400, refusal)] * 2) as stub:
+        ((_, refused),) = judge_of(stub).answers([query("a")])
+        assert isinstance(refused, Unanswered)
+        assert refused.reason.endswith("max_tokens: use max_completion_tokens, Bearer ***")
+        assert ask(stub, [query("a")])["a"].text == "x [[A]]"
+    assert "max_completion_tokens" in stub.seen[1]
+
+
+def test_a_server_that_says_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with stub_judge(lambda _: f"{KEY} [[A]]") as stub:
+        assert ask(stub, [query("a")])["a"].text == "*** [[A]]"
 
 
 def test_a_verdict_that_stays_malformed_is_empty() -> None:
@@ -148,11 +269,11 @@ def test_a_server_that_hangs_or_is_not_there() -> None:
         assert ask(stub, [query("a")], timeout_s=0.2)["a"].text == "said a"
         assert time.monotonic() - began < 2
         stub.faults.append(Fault(wait_s=5))
-        assert told(stub, [query("a")], timeout_s=0.2, retries=0) == (
+        assert error_of(stub, [query("a")], timeout_s=0.2, retries=0) == (
             f"judge.endpoint: {stub.url}: no answer within judge.timeout_s=0.2, tried once "
             "(verdicts so far are kept: the same command goes on)"
         )
-    assert told(stub, [query("a")], retries=1) == (
+    assert error_of(stub, [query("a")], retries=1) == (
         f"judge.endpoint: {stub.url}: [Errno 111] Connection refused, tried 2 times "
         "(verdicts so far are kept: the same command goes on)"
     )
@@ -194,7 +315,7 @@ def test_so_many_at_a_time() -> None:
 def test_a_model_that_wants_another_name_for_the_length() -> None:
     refusal = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
     with stub_judge(echo, [Fault(400, json.dumps({"error": {"message": refusal}}))]) as stub:
-        assert len(ask(stub, [query("a"), query("b")], concurrency=1)) == 2
+        assert len(ask(stub, [query("a"), query("b")], concurrency=1, retries=0)) == 2
     assert ["max_tokens" in body for body in stub.seen] == [True, False, False]
     assert stub.asked[0]["max_completion_tokens"] == 10
 
@@ -206,18 +327,16 @@ def test_the_key_appears_nowhere(
     refused = Fault(400, json.dumps({"error": {"message": f"what is {KEY}?"}}))
     with stub_judge(echo, [Fault(500, f"busy with {KEY}"), refused], key=KEY) as stub:
         judge = judge_of(stub, key_env="MY_KEY")
-        with pytest.raises(RunError) as caught:
-            list(judge.answers([query("a")]))
-        assert str(caught.value) == (
-            f"judge.endpoint: {stub.url} refuses arbiter: 400 Bad Request: what is ***? (verdicts "
-            "so far are kept)"
+        ((_, unanswered),) = judge.answers([query("a")])
+        assert unanswered == Unanswered(
+            f"judge.endpoint: {stub.url} refuses arbiter: 400 Bad Request: what is ***?"
         )
-        assert next(iter(judge.answers([query("a")])))[1].text == "said a"
+        assert ask(stub, [query("a")], key_env="MY_KEY")["a"].text == "said a"
         assert stub.keys == [f"Bearer {KEY}"] * 3
         monkeypatch.setenv("MY_KEY", "sk-another")
-        wrong = told(stub, [query("a")], key_env="MY_KEY")
+        wrong = error_of(stub, [query("a")], key_env="MY_KEY")
         monkeypatch.delenv("MY_KEY")
-        none = told(stub, [query("a")], key_env="MY_KEY")
+        none = error_of(stub, [query("a")], key_env="MY_KEY")
     assert wrong == (
         f"judge.key_env: {stub.url} refuses the key in MY_KEY: 401 Unauthorized: Incorrect API key "
         "provided: Bearer ***"
@@ -232,7 +351,7 @@ def test_the_key_appears_nowhere(
     assert str(unfit.value) == (
         "judge.key_env: the key in MY_KEY holds letters that no key has (set it anew)"
     )
-    shown = [*capsys.readouterr(), repr(judge), str(vars(caught.value)), judge.identity]
+    shown = [*capsys.readouterr(), repr(judge), str(unanswered), judge.identity]
     assert KEY not in "".join(shown)
 
 

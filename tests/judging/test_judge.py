@@ -22,6 +22,7 @@ from simpo.judging import answers as drawing
 from simpo.judging import judge as judging
 from simpo.judging.local import LocalJudge
 from simpo.judging.pairs import open_pairs
+from simpo.judging.results import without_thoughts
 from simpo.judging.shapes import Query, Said
 from simpo.loop.train import train
 from simpo.run.files import read_results
@@ -157,9 +158,38 @@ def test_nothing_readable(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(RunError) as caught:
         judging.judge(run, [f"{folder}/a"])
     assert str(caught.value) == (
-        "judge: none of 64 verdicts of mute can be read; the first is 'hm' (choose another judge, "
+        "judge: none of 50 verdicts of mute can be read; the first is 'hm' (choose another judge, "
         "or a larger judge.max_tokens)"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "spoken"),
+    [
+        ("<think>[[A]] or</think>\n[[B]]", "\n[[B]]"),
+        ("so [[A]]</think>[[B]]", "[[B]]"),
+        ("\n<think>[[A]], but", ""),
+        ("[[A]] <think>", "[[A]] <think>"),
+        ("[[A]]", "[[A]]"),
+    ],
+)
+def test_thoughts_are_no_verdict(text: str, spoken: str) -> None:
+    assert without_thoughts(text) == spoken
+
+
+def test_a_judge_that_thinks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the verdicts of every other question its thoughts were cut off."""
+
+    class Thinks(Toy):
+        def answers(self, queries: Sequence[Query]) -> Iterator[tuple[Query, Said]]:
+            for i, query in enumerate(queries):
+                yield query, Said("<think>[[A]]" + " or? </think> [[C]]" * (i % 2))
+
+    monkeypatch.setattr(judging, "open_judge", lambda run, benchmark: Thinks())
+    words = [*_data(folder), f"output_dir={tmp_path}", "judge.repeated_prompts=0"]
+    (judged,) = judging.judge(compose_run(words), [f"{folder}/a"])
+    assert (judged.malformed, judged.asked) == (16, 32)
+    assert judged.figures["win_rate"].value == 50
 
 
 def test_a_cut_file_of_answers_goes_on_to_the_same(

@@ -22,6 +22,7 @@ from simpo.judging.judges import open_judge
 from simpo.judging.local import LocalJudge
 from simpo.judging.rewards import ScoringReward
 from simpo.judging.shapes import Query, Question, Said
+from simpo.judging.verdicts import said_to
 from tests.support.toy_benchmark import Toy
 
 BULLETS = {"name": "bullets", "count": 1}
@@ -92,7 +93,7 @@ def test_a_reward_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def answers(judge: LocalJudge, queries: Sequence[Query]) -> dict[int, Said]:
     """What is said, by the id of the query."""
-    found = list(judge.answers(queries))
+    found = [(query, said) for query, said in judge.answers(queries) if isinstance(said, Said)]
     assert len(found) == len(queries)
     return {id(query): said for query, said in found}
 
@@ -124,21 +125,30 @@ def test_a_model_on_this_machine(tiny_folder: Path) -> None:
         assert said.first_logprobs == pytest.approx(expected, abs=1e-5)
 
 
-def test_what_a_model_cannot_read(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_model_cannot_read(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     judge = LocalJudge(run_of(), str(tiny_folder))
     queries = [query("Hi <|im_end|>"), query("Hi"), query("long " * 3000)]
-    found = answers(judge, queries)
-    assert [found[id(one)].text == "" for one in queries] == [True, False, True]
-    told = "of 3 queries count as malformed verdicts:"
-    assert [line for line in capsys.readouterr().out.splitlines() if line[:4] == "note"] == [
-        f"note   1 {told} a message holds the token <|im_end|> as text",
-        f"note   1 {told} with their verdict they are longer than the judge's 2,048 tokens",
+    run = run_of(f"output_dir={tmp_path}")
+    told = [
+        f"note   1 of 3 queries count as malformed verdicts, and are asked again by the next "
+        f"command: judge.local: {tiny_folder.name} cannot read it: {reason}"
+        for reason in (
+            "a message holds the token <|im_end|> as text",
+            "with its verdict it is longer than the judge's 2,048 tokens",
+        )
     ]
+    for _ in range(2):
+        found = said_to(run, judge, queries)
+        assert [said.text == "" for _, said in found] == [True, False, True]
+        shown = capsys.readouterr().out.splitlines()
+        assert [line for line in shown if line[:4] == "note"] == told
     with pytest.raises(RunError) as caught:
-        list(judge.answers([query("<|im_end|>")]))
+        said_to(replace(run, output_dir=f"{tmp_path}/other"), judge, [query("<|im_end|>")])
     assert str(caught.value) == (
-        f"judge.local: {tiny_folder.name} can read no query: a message holds the token <|im_end|> "
-        "as text"
+        f"judge.local: {tiny_folder.name} cannot read it: a message holds the token <|im_end|> "
+        "as text (verdicts so far are kept)"
     )
 
 

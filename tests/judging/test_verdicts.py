@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -259,6 +260,108 @@ def test_a_folder_that_cannot_be(run: RunConfig, tmp_path: Path) -> None:
         ".jsonl: Not a directory (something else lies in its place: move that away)"
     )
     assert stub.seen == []
+
+
+def test_a_disk_that_is_full_for_a_moment(run: RunConfig) -> None:
+    """What fits of a line is written; the next writer, when there is room again, removes it."""
+    with stub_judge(echo) as stub:
+        run = with_judge(run, stub, concurrency=1)
+        ask(run, [query("a")])
+        (file,) = verdicts.verdicts_folder(run).iterdir()
+        kept = verdicts.Kept(file.parent, EndpointJudge(run.judge))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 9, before[1]))
+        try:
+            with pytest.raises(RunError) as caught:
+                kept.add("b", lines(run)[0])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert str(caught.value) == (
+            f"{file}: File too large (make room, and the same command continues)"
+        )
+        kept.add("c", {"score": 1.0})
+        assert [line["key"] for line in lines(run)][1:] == ["c"]
+
+
+def test_a_file_that_is_removed_meanwhile(run: RunConfig) -> None:
+    with stub_judge(echo) as stub:
+        run = with_judge(run, stub)
+        ask(run, queries(3))
+        (file,) = verdicts.verdicts_folder(run).iterdir()
+        kept = verdicts.Kept(file.parent, EndpointJudge(run.judge))
+        file.unlink()
+        kept.add("d", {"score": 1.0})
+    assert lines(run) == [{"key": "d", "score": 1.0}] and len(kept.values) == 4
+
+
+def test_a_file_that_cannot_be_written_is_known_before_a_request(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, mode: str) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with stub_judge(echo) as stub:
+        run = with_judge(run, stub)
+        monkeypatch.setattr(Path, "open", refused)
+        with pytest.raises(RunError) as caught:
+            ask(run, queries(3))
+    assert stub.seen == []
+    assert str(caught.value).endswith(
+        ".jsonl: Read-only file system (let this user write there, or choose another folder)"
+    )
+
+
+TOO_LONG = "maximum context length is 64 tokens. However, you requested {} tokens"
+
+
+def too_long(tokens: int) -> Fault:
+    return Fault(400, json.dumps({"error": {"message": TOO_LONG.format(tokens)}}))
+
+
+def test_queries_that_a_server_refuses(
+    run: RunConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They count as malformed, are named each time, and nothing of them is kept."""
+    with stub_judge(echo, [too_long(65), too_long(99)]) as stub:
+        run = with_judge(run, stub, concurrency=1)
+        assert ask(run, queries(4)) == ["", "", "said question 2", "said question 3"]
+        assert capsys.readouterr().out.splitlines()[1:] == [
+            "note   2 of 4 queries count as malformed verdicts, and are asked again by the next "
+            f"command: judge.endpoint: {stub.url} refuses arbiter: 400 Bad Request: "
+            f"{TOO_LONG.format(65)}"
+        ]
+        assert len(lines(run)) == 2
+        stub.faults.extend([too_long(65), too_long(99)])
+        assert ask(run, queries(4))[:2] == ["", ""]
+        assert ask(run, queries(4))[:2] == ["said question 0", "said question 1"]
+        # If it answers none, that is an error, after not too many.
+        monkeypatch.setattr(verdicts, "ENOUGH", 5)
+        run = replace(run, judge=replace(run.judge, model="another"))
+        stub.seen.clear()
+        stub.faults.extend([too_long(65)] * 9)
+        with pytest.raises(RunError) as caught:
+            ask(run, queries(9))
+    assert len(stub.seen) <= 6
+    assert str(caught.value) == (
+        f"judge.endpoint: {stub.url} refuses another: 400 Bad Request: {TOO_LONG.format(65)} "
+        "(verdicts so far are kept)"
+    )
+
+
+def test_a_judge_that_gives_no_verdict_is_not_paid_for_long(run: RunConfig) -> None:
+    with stub_judge(echo) as stub:
+        run, asked = with_judge(run, stub, concurrency=1), queries(200)
+        judge = EndpointJudge(run.judge)
+        with pytest.raises(RunError) as caught:
+            said_to(run, judge, asked, lambda query, said: False)
+        assert len(lines(run)) == 50 and len(stub.seen) <= 51
+        assert str(caught.value) == (
+            "judge: none of 50 verdicts of arbiter can be read; the first is 'said question 0' "
+            "(choose another judge, or a larger judge.max_tokens)"
+        )
+        # One that can be read is enough to go on, also one of before.
+        said_to(run, judge, asked, lambda query, said: said.text == "said question 7")
+    assert len(lines(run)) == 200
 
 
 def test_a_full_disk(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 from simpo.config.choices import BenchmarkKind
 
 KINDS = "endpoint, local, reward or annotations"
+PATH = "/chat/completions"
+"""Of a server with OpenAI's interface, below its base URL."""
 
 
 FIGURES = (
@@ -120,13 +122,11 @@ class JudgeConfig:
             if getattr(self, key) == "":
                 yield f"{key}: must not be empty"
         if self.endpoint:
-            address = urlsplit(self.endpoint)
-            if address.scheme not in ("http", "https") or not address.hostname:
-                yield f"endpoint: must be http(s)://HOST[:PORT]/PATH, got {self.endpoint}"
-            elif address.username or address.password:
-                yield "endpoint: must hold no key (put it into the variable judge.key_env names)"
+            yield from _endpoint_problems(self.endpoint)
             if self.model is None:
                 yield "model: required with judge.endpoint, but not given"
+        elif self.model is not None:
+            yield f"model: needs judge.endpoint, got {self.model} (judge.local is a model here)"
         if self.annotations and not os.path.exists(os.path.expanduser(self.annotations)):
             yield f"annotations: no such file, got {self.annotations}"
         for key in ("repeated_prompts", "retries"):
@@ -150,3 +150,19 @@ class JudgeConfig:
     def asks(self, key: str) -> bool:
         """Whether a kind of judge is set."""
         return getattr(self, key) is not None
+
+
+def _endpoint_problems(url: str) -> Iterator[str]:
+    try:
+        address = urlsplit(url)
+        known = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:  # no port, or half an IPv6 address
+        known = False
+    if not known:
+        yield f"endpoint: must be http(s)://HOST[:PORT]/PATH, got {url}"
+    elif address.username or address.password:
+        yield "endpoint: must hold no key (put it into the variable judge.key_env names)"
+    elif address.query or address.fragment:
+        yield "endpoint: must end with its path, without ? and # (a key belongs into judge.key_env)"
+    elif address.path.rstrip("/").endswith(PATH):
+        yield f"endpoint: must be the base URL, got {url} (leave out {PATH})"

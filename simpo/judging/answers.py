@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from simpo.config.choices import BenchmarkKind, Checkpointing
-from simpo.config.errors import ConfigError, DataError
+from simpo.config.errors import ConfigError, DamagedError, DataError
 from simpo.config.models import LoraConfig
 from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
@@ -126,7 +126,7 @@ class Drawing:
     def __init__(self, run: RunConfig, questions: Sequence[Question], model: Contestant) -> None:
         self._run, self._questions, self._model = run, questions, model
         self._file = model.folder / FILE
-        lines = read_lines(self._file)
+        lines = _read(self._file)
         self._chat = _chat(model.saved, lines)
         self._settings = load_settings(model.saved.model, model.saved.cache_dir)
         self._temperatures = {q.id: _temperature(run, q, model) for q in questions}
@@ -135,9 +135,9 @@ class Drawing:
         self._known: dict[tuple[str, int], dict[str, Any]] = {
             (line["question"], line["turn"]): line
             for line in lines
-            if line.get("settings") == self._key and {"question", "turn", "text"} <= line.keys()
+            if line["settings"] == self._key and "decide" not in line
         }
-        if not any(line.get("decide") and line["settings"] == self._key for line in lines):
+        if not any("decide" in line and line["settings"] == self._key for line in lines):
             if lines:
                 say(f"note   the answers in {self._file} are of other settings: drawn anew")
             append_lines(self._file, [{"settings": self._key, "decide": decide}])
@@ -253,6 +253,30 @@ class Drawing:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return {q.id: _answer(q, self._known) for q in self._questions}
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of answers: answers, and what decided them.
+
+    Raises:
+        DamagedError: a line is neither.
+    """
+    lines = read_lines(path)
+    for number, line in enumerate(lines, 1):
+        match line:
+            case {"settings": str(), "decide": {}}:
+                continue
+            case {
+                "settings": str(),
+                "question": str(),
+                "turn": int(),
+                "text": str(),
+                "tokens": int(),
+                "ended": bool(),
+            }:
+                continue
+        raise DamagedError(path, f"line {number} is no answer", "remove that line")
+    return lines
 
 
 def _answer(question: Question, known: Mapping[tuple[str, int], Mapping[str, Any]]) -> Answer:

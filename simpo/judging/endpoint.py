@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from simpo.config.benchmarks import JudgeConfig
+from simpo.config.benchmarks import PATH, JudgeConfig
 from simpo.config.errors import ConfigError, RunError, first_line
 from simpo.judging.completions import count_in, first_logprobs_in, seconds_until, text_in
 from simpo.judging.shapes import Query, Said, Unanswered
@@ -255,7 +255,7 @@ class EndpointJudge:
         try:
             # As ASCII: half a surrogate pair, which a file of answers may hold, is no UTF-8.
             response = client.post(
-                f"{self._url}/chat/completions",
+                f"{self._url}{PATH}",
                 content=json.dumps(body).encode(),
                 headers={"Content-Type": "application/json"},
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import BenchmarkKind
+from simpo.config.errors import ConfigError
 from simpo.config.schema import RunConfig
 from simpo.judging.answers import Contestant, before_training, contestant, draw, judged_folder
 from simpo.judging.benchmarks import open_benchmark
@@ -16,6 +17,7 @@ from simpo.judging.pairs import BASE, CHOSEN
 from simpo.judging.results import judged_as, judgements_of, result_lines
 from simpo.judging.shapes import Answer, Benchmark
 from simpo.loop.console import libraries_quiet
+from simpo.model.saved import naming
 from simpo.run.judged import Judged
 from simpo.run.progress import say
 
@@ -50,9 +52,11 @@ def judge(run: RunConfig, sources: Sequence[str]) -> list[Judged]:
     run = replace(run, backend=SingleConfig(name="single", device=run.backend.device))
     if run.judge.annotations is not None:
         return [_of_annotations(run, Path(run.judge.annotations).expanduser(), sources)]
+    _refuse_no_baseline(run)
     # Pairs are those of each run's own data.
     same = None if run.benchmark.kind is BenchmarkKind.pairs else open_benchmark(run)
     contests = [_contest(run, source, same) for source in sources]
+    _refuse_one_folder(sources, contests)
     asked = open_judge(run, contests[0].benchmark)
     # All answers before the first judgement: the judge may be a model that needs the memory.
     for contest in contests:
@@ -76,7 +80,38 @@ def check(run: RunConfig) -> None:
     Raises:
         ConfigError, DataError: the benchmark's files or the judge cannot be used.
     """
+    _refuse_no_baseline(run)
     open_judge(run, open_benchmark(run))
+
+
+def _refuse_no_baseline(run: RunConfig) -> None:
+    """Check that the model that answers as baseline is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    baseline = run.benchmark.baseline
+    if run.benchmark.kind is BenchmarkKind.pairs and baseline not in (None, CHOSEN, BASE):
+        with naming("benchmark.baseline"):
+            contestant(run, str(baseline))
+
+
+def _refuse_one_folder(sources: Sequence[str], contests: Sequence[Contest]) -> None:
+    """
+    Raises:
+        ConfigError: two models would write their results into the same folder.
+    """
+    taken: dict[Path, str] = {}
+    for source, contest in zip(sources, contests, strict=True):
+        folder = contest.model.folder
+        if folder in taken:
+            raise ConfigError(
+                [
+                    f"RUN: {taken[folder]} and {source} both have their results in {folder} (give "
+                    "one of them, or rename one)"
+                ]
+            )
+        taken[folder] = source
 
 
 def _contest(run: RunConfig, source: str, same: Benchmark | None) -> Contest:

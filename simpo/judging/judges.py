@@ -29,6 +29,13 @@ def open_judge(run: RunConfig, benchmark: Benchmark) -> Judge | Reward | None:
     if config.local is not None:
         return LocalJudge(run, config.local)
     if config.reward is not None:
+        if not benchmark.baseline_name:
+            raise ConfigError(
+                [
+                    f"judge.reward: benchmark={run.benchmark.name} has no baseline that a score "
+                    "could be compared with (leave it out, or set judge.endpoint or judge.local)"
+                ]
+            )
         return ScoringReward(run, config.reward)
     questions = benchmark.questions
     if questions and all(question.rule is not None for question in questions):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config.choices import BenchmarkKind
-from simpo.config.errors import ConfigError
 from simpo.config.schema import RunConfig
 from simpo.judging import verdicts, win_rates
 from simpo.judging.shapes import Answer, Benchmark, Judge, Judgement, Query, Question, Reward, Said
@@ -30,7 +29,7 @@ def judgements_of(
     """What a judge or a reward finds about answers; empty if programs check them.
 
     Raises:
-        ConfigError: the benchmark has no baseline, which a reward needs.
+        ConfigError: a reward cannot be loaded.
         RunError: the judge cannot go on, or nothing that it said can be read.
     """
     if judge is None:
@@ -69,13 +68,6 @@ def _by_reward(
     run: RunConfig, benchmark: Benchmark, reward: Reward, answers: Mapping[str, Answer]
 ) -> list[Judgement]:
     """The answer with the better score wins; equal scores are a draw."""
-    if not benchmark.baseline:
-        raise ConfigError(
-            [
-                f"judge.reward: benchmark={run.benchmark.name} has no baseline that a score could "
-                "be compared with (leave it out, or set judge.endpoint or judge.local)"
-            ]
-        )
     both = [
         (question, side[question.id].turns[0])
         for question in benchmark.questions

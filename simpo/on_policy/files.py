@@ -22,7 +22,7 @@ from typing import Any
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from simpo.config.errors import DISK, ConfigError, unwritable
+from simpo.config.errors import DISK, ConfigError, DamagedError, unwritable
 from simpo.config.models import ADAPTER_FILE
 from simpo.config.schema import RunConfig
 from simpo.data import hub
@@ -164,7 +164,7 @@ def read_prompts(folder: Path) -> list[Prompt]:
     """Read prompts.jsonl.
 
     Raises:
-        ConfigError: a line is not as `simpo.generate` writes it.
+        DamagedError: a line is not as `simpo.generate` writes it.
     """
     path = folder / "prompts.jsonl"
     prompts = []
@@ -187,7 +187,7 @@ def read_stored_replies(folder: Path) -> list[StoredReply]:
     """Read responses.jsonl.
 
     Raises:
-        ConfigError: a line is not as `simpo.generate` writes it.
+        DamagedError: a line is not as `simpo.generate` writes it.
     """
     path = folder / "responses.jsonl"
     replies = []
@@ -210,15 +210,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSON lines file; an incomplete last line of a killed writer is removed.
 
     Raises:
-        ConfigError: a line is not a JSON object.
+        DamagedError: a line is not a JSON object.
+        RunError: it cannot be read, or not mended.
     """
     if not path.is_file():
         return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+    try:
+        text = path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+    except OSError as error:
+        raise unwritable(path, error) from error
     lines = []
     for number, encoded in enumerate(whole.splitlines(), start=1):
         try:
@@ -231,12 +235,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _damaged(path: Path, number: int, fault: str) -> ConfigError:
-    return ConfigError(
-        [f"on_policy.folder: {path} is damaged: line {number} is {fault} (remove that line)"]
-    )
+def _damaged(path: Path, number: int, fault: str) -> DamagedError:
+    return DamagedError(path, f"line {number} is {fault}", "remove that line")
 
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    """
+    Raises:
+        RunError: they cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+    except OSError as error:
+        raise unwritable(path, error) from error

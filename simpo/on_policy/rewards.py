@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,10 @@ def scores_of(
         RunError: the reward failed, or gave something else than a finite score for each.
     """
     try:
-        scores = [float(score) for score in reward(prompt, texts, rule)]
-    except Exception as error:
+        # Copies: a function of a user's may change what it is given.
+        given = deepcopy((list(prompt), list(texts), rule))
+        scores = [float(score) for score in reward(*given)]
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise RunError(f"{named} failed on {place}: {reason}") from error
     if len(scores) != len(texts) or not all(map(math.isfinite, scores)):

@@ -337,8 +337,7 @@ def _printed(kind: type[RunError], folder: Path, exit_code: int) -> RunError:
 
 
 def _signal_name(number: int) -> str:
-    known = {s.value: s.name for s in signal.Signals}
-    return known.get(number, f"signal {number}")  # a real-time signal
+    return {s.value: s.name for s in signal.Signals}.get(number, f"signal {number}")
 
 
 def _environment(rank: int, count: int, listener: socket.socket) -> dict[str, str]:

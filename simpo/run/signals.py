@@ -116,6 +116,8 @@ class _SignalledError(BaseException):
 def stopping_at_once(what: str, stopped_exit_code: int) -> Iterator[None]:
     """Let a stopping signal or Ctrl-C end the block, wherever it is.
 
+    A signal that a `StopRequest` has recorded since its end counts as one of now.
+
     Args:
         what: what had not been done, for the message.
 
@@ -158,7 +160,8 @@ class StopRequest:
     """Records a stopping signal or a first Ctrl-C while entered, for the loop to act on.
 
     A second Ctrl-C is handled as it was before entering. If signals ended the process at once
-    before entering, they are still only recorded after leaving: the process is about to end.
+    before entering, they are still only recorded after leaving: the process is about to end, or
+    enters `stopping_at_once`.
 
     Attributes:
         name: name of the last signal received; empty before one.

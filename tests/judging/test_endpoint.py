@@ -216,6 +216,33 @@ def test_an_environment_in_which_nothing_can_be_sent(monkeypatch: pytest.MonkeyP
     )
 
 
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://a:b/v1", "must be http(s)://HOST[:PORT]/PATH, got http://a:b/v1"),
+        ("http://a:99999/v1", "must be http(s)://HOST[:PORT]/PATH, got http://a:99999/v1"),
+        ("http://[::1/v1", "must be http(s)://HOST[:PORT]/PATH, got http://[::1/v1"),
+        (
+            "http://a/v1/chat/completions/",
+            "must be the base URL, got http://a/v1/chat/completions/ (leave out /chat/completions)",
+        ),
+        (
+            "http://a/v1?key=sk-1",
+            "must end with its path, without ? and # (a key belongs into judge.key_env)",
+        ),
+    ],
+)
+def test_an_endpoint_that_cannot_be_one(url: str, told: str) -> None:
+    assert list(JudgeConfig(endpoint=url, model="x").problems()) == [f"endpoint: {told}"]
+
+
+def test_a_model_without_an_endpoint() -> None:
+    """Which would be judged by rules, where questions have them."""
+    assert list(JudgeConfig(model="gpt-4.1").problems()) == [
+        "model: needs judge.endpoint, got gpt-4.1 (judge.local is a model here)"
+    ]
+
+
 def test_a_key_that_is_a_part_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """As servers of one's own are given: it hides no words, and is no secret in a verdict."""
     monkeypatch.setenv("OPENAI_API_KEY", "x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import sys
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.__main__ import main
 from simpo.config.compose import compose_run
-from simpo.config.errors import ConfigError, RunError
+from simpo.config.errors import ConfigError, DamagedError, RunError
 from simpo.data.rules import obeys
 from simpo.judging import answers as drawing
 from simpo.judging import judge as judging
@@ -254,7 +255,10 @@ def test_commands_that_cannot_be_used(
 
 
 def test_at_the_end_of_a_run(
-    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A judge that fails leaves the model; the same command judges without training again."""
     words = [*tiny_run, *TWO_STEPS, *SHORT, f"run_dir={tmp_path}/run"]
@@ -274,6 +278,20 @@ def test_at_the_end_of_a_run(
         "judge)"
     )
     assert status_of(run)["state"] == "failed" and status_of(run)["judging"] == "pairs"
+    # By hand on another benchmark's settings it stays as it is; on its own, with any judge, not.
+    copied, by_hand = shutil.copytree(run, tmp_path / "copied"), ["judge.reward=rules"]
+    text = (copied / "run.yaml").read_text()
+    main(["judge", str(copied), *SHORT, *by_hand, "benchmark.seed=3", f"output_dir={tmp_path}"])
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"note   {copied} is still to be judged with benchmark.seed=0 (add that, and the run is "
+        "finished)"
+    )
+    assert status_of(copied)["state"] == "failed" and "judging" in status_of(copied)
+    main(["judge", str(copied), *SHORT, *by_hand, f"output_dir={tmp_path}"])
+    assert status_of(copied) == {"state": "finished", "step": 2, "total_steps": 2, "error": ""}
+    pass_rate = read_judged(copied)["pairs"].figures["pass_rate"].value
+    assert read_results(copied)["eval_after"]["pass_rate"] == pass_rate
+    assert (copied / "run.yaml").read_text() == text
     trained = (run / "model" / "model.safetensors").stat().st_mtime_ns
     assert "win_rate" not in read_results(run)["eval_after"]
     start_run(compose_run(words))
@@ -282,6 +300,69 @@ def test_at_the_end_of_a_run(
     figures = read_judged(run)["pairs"].figures
     after = read_results(run)["eval_after"]
     assert {key: after[key] for key in figures} == {k: f.value for k, f in figures.items()}
+
+
+def test_a_run_of_several_processes_is_judged_in_one(
+    folder: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Also by a model on this machine."""
+    words = [*_data(folder), "backend=ddp", "backend.processes=2", "backend.device=cpu"]
+    words += [f"judge.local={tiny_folder}", "judge.max_tokens=2", f"output_dir={tmp_path}"]
+    run = compose_run([*words, "benchmark.num_prompts=1"])
+    with pytest.raises(RunError, match="can be read; the first is"):
+        judging.judge(run, [f"{folder}/a"])
+
+
+def test_models_and_baselines_that_cannot_be_judged(folder: Path, tmp_path: Path) -> None:
+    """Known before an answer is drawn, or a model trained."""
+    model = shutil.copytree(folder / "a" / "model", tmp_path / "one" / "same")
+    other = shutil.copytree(folder / "b" / "model", tmp_path / "two" / "same")
+    run = compose_run([*_data(folder), f"output_dir={tmp_path}"])
+    with pytest.raises(ConfigError) as caught:
+        judging.judge(run, [str(model), str(other)])
+    place = tmp_path / "judged" / "same" / "pairs"
+    assert str(caught.value) == (
+        f"RUN: {model} and {other} both have their results in {place} (give one of them, or "
+        "rename one)"
+    )
+    run = compose_run([*_data(folder), f"benchmark.baseline={tmp_path}"])
+    for attempt in (judging.check, lambda run: judging.judge(run, [f"{folder}/a"])):
+        with pytest.raises(ConfigError) as caught:
+            attempt(run)
+        assert str(caught.value) == (
+            f"benchmark.baseline: must hold a run or a model, got {tmp_path} (no "
+            f"{tmp_path}/config.json or {tmp_path}/adapter_config.json)"
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("nothing", "not a JSON object"),
+        ('{"settings": "x"}', "no answer"),
+        ('{"decide": {}}', "no answer"),
+        ('{"settings": "x", "question": ["a"], "turn": 0, "text": "", "tokens": 1}', "no answer"),
+    ],
+)
+def test_a_damaged_file_of_answers(folder: Path, tmp_path: Path, line: str, told: str) -> None:
+    run = compose_run(_data(folder))
+    model = replace(drawing.contestant(run, f"{folder}/a"), folder=tmp_path)
+    (tmp_path / "answers.jsonl").write_text(f"{line}\n")
+    with pytest.raises(DamagedError) as caught:
+        drawing.draw(run, open_pairs(run).questions, model)
+    assert str(caught.value) == (f"{tmp_path}/answers.jsonl: line 1 is {told} (remove that line)")
+
+
+def test_answers_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
+    run = compose_run(_data(folder))
+    model = replace(drawing.contestant(run, f"{folder}/a"), folder=tmp_path)
+    (tmp_path / "answers.jsonl").mkdir()
+    with pytest.raises(RunError) as caught:
+        drawing.draw(run, open_pairs(run).questions, model)
+    assert str(caught.value) == (
+        f"{tmp_path}/answers.jsonl: Is a directory (something else lies in its place: move that "
+        "away)"
+    )
 
 
 @pytest.fixture

@@ -48,6 +48,13 @@ def test_the_judge_that_is_set() -> None:
     assert isinstance(found, EndpointJudge) and found.name == "arbiter"
     found = open_judge(run_of(reward="rules"), toy)
     assert isinstance(found, ScoringReward) and found.name == "rules"
+    toy.baseline_name = ""
+    with pytest.raises(ConfigError) as caught:
+        open_judge(run_of("benchmark=mt_bench", reward="rules"), toy)
+    assert str(caught.value) == (
+        "judge.reward: benchmark=mt_bench has no baseline that a score could be compared with "
+        "(leave it out, or set judge.endpoint or judge.local)"
+    )
 
 
 def test_without_a_judge() -> None:
@@ -71,7 +78,11 @@ def test_without_a_judge() -> None:
 
 def test_a_reward_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "judge_rewards.py").write_text(
+        "import sys\n"
         "def odd(prompt, texts, rule):\n    return [float('nan') for _ in texts]\n"
+        "def leaves(prompt, texts, rule):\n    sys.exit(3)\n"
+        "def changes(prompt, texts, rule):\n"
+        "    prompt.clear(), rule.clear()\n    return [1] * len(texts)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -81,6 +92,14 @@ def test_a_reward_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert str(caught.value) == (
         "judge.reward: judge_rewards:odd must give 1 finite scores for question q7, gave [nan]"
     )
+    with pytest.raises(RunError) as caught:
+        ScoringReward(run_of(), "judge_rewards:leaves").score(question, ["a"])
+    assert str(caught.value) == (
+        "judge.reward: judge_rewards:leaves failed on question q7: SystemExit: 3"
+    )
+    ruled = replace(question, rule=dict(BULLETS))
+    assert ScoringReward(run_of(), "judge_rewards:changes").score(ruled, ["a", "b"]) == [1, 1]
+    assert ruled.rule == BULLETS and len(ruled.prompt) == 1
     with pytest.raises(RunError) as caught:
         ScoringReward(run_of(), "rules").score(question, ["a"])
     assert str(caught.value) == (

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.config.compose import compose_run
-from simpo.config.errors import ConfigError, DataError, RunError
+from simpo.config.errors import ConfigError, DamagedError, DataError, RunError
 from simpo.data.demo.records import demo_records
 from simpo.data.mixture import load_mixture
 from simpo.data.reading.records import to_pair, to_prompt
@@ -249,12 +249,10 @@ def test_damaged_files(folder: Path, file: str, line: str, told: str) -> None:
     path = folder / f"{file}.jsonl"
     with path.open("a") as written:
         written.write(f"{line}\n")
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(DamagedError) as caught:
         annotate(folder, "rules")
     number = len(path.read_text().splitlines())
-    assert str(caught.value) == (
-        f"on_policy.folder: {path} is damaged: line {number} is {told} (remove that line)"
-    )
+    assert str(caught.value) == (f"{path}: line {number} is {told} (remove that line)")
 
 
 @pytest.mark.parametrize("harm", [{"scores": 3}, {"scores": ["1", "2"]}, {"id": ["a"]}, {}])

@@ -6,13 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from simpo.config.backends import BackendConfig, DdpConfig, SingleConfig
+from simpo.config.benchmarks import BenchmarkConfig
 from simpo.config.check import run_yaml
+from simpo.config.choices import BenchmarkKind
 from simpo.config.compose import compose_run
 from simpo.config.errors import BROKEN_PIPE, ConfigError, LostError, RunError, Stopped
 from simpo.config.schema import RunConfig
@@ -252,6 +255,43 @@ def test_an_impatient_program_of_its_own_is_interrupted() -> None:
         stop._interrupted_at -= 2
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_between_training_and_judging_is_not_lost() -> None:
+    from simpo.run.signals import StopRequest, exit_on_signals, stopping_at_once
+
+    exit_on_signals()
+    with StopRequest():
+        pass
+    with stopping_at_once("not judged", 75):
+        pass
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Stopped) as caught, stopping_at_once("not judged", 75):
+        raise AssertionError
+    assert str(caught.value) == "SIGTERM: not judged (the same command continues)"
+    assert caught.value.exit_code == 75
+
+
+def test_a_signal_that_ranks_did_not_heed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were about to end; what the starter would do after them is not begun."""
+
+    def ended(ranks: object, folder: Path, timeout_s: float) -> tuple[dict[int, int], list[int]]:
+        processes.finished_file(folder).write_text("/runs/a")
+        signal.raise_signal(signal.SIGINT)
+        return {}, []
+
+    monkeypatch.setattr(processes, "_start", lambda *args: subprocess.Popen(["true"]))
+    monkeypatch.setattr(processes, "_wait", ended)
+    run = compose_run(["backend=ddp", "backend.processes=2", "backend.device=cpu"])
+    assert processes.run_in_processes(2, run) == Path("/runs/a")
+    with pytest.raises(Stopped) as caught:
+        processes.run_in_processes(
+            2, replace(run, benchmark=BenchmarkConfig(kind=BenchmarkKind.pairs))
+        )
+    assert str(caught.value) == (
+        "interrupted: trained, not yet judged, in /runs/a (the same command continues)"
+    )
+    assert caught.value.exit_code == 130
 
 
 def test_handlers_come_back() -> None:

@@ -60,9 +60,12 @@ def main(words: Sequence[str]) -> None:
         raise ConfigError([f"RUN: no such folder, got {source}" for source in unknown])
     say("loading torch and transformers ...")
     # Imported here, so that a fault in the settings is answered before torch is loaded.
+    from simpo.judging.after_training import finish_trained
     from simpo.judging.judge import judge
 
-    judge(run, sources)
+    found = judge(run, sources)
+    for source, judged in zip(sources, found, strict=bool(sources)):
+        finish_trained(run, source, judged)
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
@@ -16,6 +16,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, open_dict
+
+if TYPE_CHECKING:
+    from simpo.run.pruning import Pruning
+    from simpo.run.runs import Run
 
 ConfigStore.instance().store(
     group="hydra/launcher",
@@ -26,7 +30,13 @@ ConfigStore.instance().store(
 
 
 class SimpoLauncher(Launcher):
-    """Composes all members of a sweep, and runs them as `launcher` says."""
+    """Composes all members of a sweep, and runs them as `launcher` says.
+
+    Attributes:
+        pruning: what may prune the next members; None: nothing.
+    """
+
+    pruning: Pruning | None = None
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         from simpo.config.errors import unwritable
@@ -41,10 +51,13 @@ class SimpoLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run the members with these overrides and return their `monitor.metric`, if waited for."""
+        """Run the members with these overrides; return the folder and `monitor.metric` of each, if
+        waited for."""
         from simpo.config.alike import compose_alike
         from simpo.config.check import check_training
-        from simpo.launch.sweep import Member, launch
+        from simpo.config.errors import ConfigError
+        from simpo.launch.folders import Member
+        from simpo.launch.sweep import launch
 
         # Hydra's own record, in the folder of all sweeps. Each sweep's folder has its settings.
         (Path(self._config.hydra.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
@@ -60,14 +73,22 @@ class SimpoLauncher(Launcher):
         for words, run in zip(job_overrides, runs, strict=True):
             own = [text for text in words if parse(text).get_key_element() not in shared]
             check_training(run)
+            if self.pruning and (problems := [*self.pruning.problems(run)]):
+                raise ConfigError(problems)
             members.append(Member(run, tuple(words), tuple(own)))
         sweeper = self._config.hydra.sweeper
         sweeps = len(shared) < len(typed) or sweeper.get("params") or sweeper.get("stages")
         search = sweeper._target_.startswith("hydra_plugins.simpo_sweepers.")
-        results = launch(members, self._config.name if sweeps else None, search)
+        name = self._config.name if sweeps else None
+        ended: Sequence[Run | None] | None = launch(members, name, search, self.pruning)
         return [
-            JobReturn(overrides=words, status=JobStatus.COMPLETED, _return_value=value)
-            for words, value in zip(job_overrides, results, strict=True)
+            JobReturn(
+                overrides=words,
+                status=JobStatus.COMPLETED,
+                working_dir=str(run.folder) if run else None,
+                _return_value=run.monitored if run else None,
+            )
+            for words, run in zip(job_overrides, ended or [None] * len(members), strict=True)
         ]
 
     def _compose(self, overrides: list[str]) -> DictConfig:

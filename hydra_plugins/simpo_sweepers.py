@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,6 +19,9 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 
+if TYPE_CHECKING:
+    from simpo.run.pruning import Ended, Pruning
+
 STAGES = {"_target_": "hydra_plugins.simpo_sweepers.StagedSweeper", "stages": []}
 OPTUNA = {
     "_target_": "hydra_plugins.simpo_sweepers.OptunaSweeper",
@@ -24,13 +29,24 @@ OPTUNA = {
     "num_trials": 20,
     "trials_at_once": 1,
     "seed": 42,
+    "pruner": "none",
+    "startup_trials": 5,
+    "warmup_steps": 0,
 }
 for name, node in (("stages", STAGES), ("optuna", OPTUNA)):
     ConfigStore.instance().store(name, node, group="hydra/sweeper", provider="simpo")
+NEVER_ASKED = (
+    "note   the first trials had no evaluation before their end at which the pruner decides, so it "
+    "may prune none (set train.eval_every or hydra.sweeper.warmup_steps lower)"
+)
 
 
 class MetricSweeper(Sweeper):
-    """Launches members and returns their metrics, for both sweepers."""
+    """Launches members and returns their metrics, for both sweepers.
+
+    Attributes:
+        _folders: those of the members that were launched last, where the launcher tells them.
+    """
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         from simpo.config.errors import ConfigError
@@ -39,7 +55,7 @@ class MetricSweeper(Sweeper):
             raise ConfigError(["launcher.wait: a search needs its results (launcher.wait=true)"])
         self._metric = str(config.monitor.metric)
         self._sign = config.monitor.mode.sign
-        self._launcher = Plugins.instance().instantiate_launcher(
+        self._launcher: Any = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
         self._loader = hydra_context.config_loader
@@ -64,6 +80,7 @@ class MetricSweeper(Sweeper):
             raise ConfigError(
                 [f"monitor.metric: a member has no such held-out metric, got {self._metric}"]
             )
+        self._folders = [result.working_dir for result in results]
         return values
 
     def _print_best(self, settings: Mapping[str, str], value: float) -> None:
@@ -130,10 +147,19 @@ class OptunaSweeper(MetricSweeper):
     """
 
     def __init__(
-        self, params: Mapping[str, str], num_trials: int, trials_at_once: int, seed: int
+        self,
+        params: Mapping[str, str],
+        num_trials: int,
+        trials_at_once: int,
+        seed: int,
+        pruner: str,
+        startup_trials: int,
+        warmup_steps: int,
     ) -> None:
         self._params = params
         self._num_trials, self._trials_at_once, self._seed = num_trials, trials_at_once, seed
+        self._pruner, self._startup_trials = pruner, startup_trials
+        self._warmup_steps = warmup_steps
 
     def sweep(self, arguments: list[str]) -> dict[str, str]:
         """Run the trials.
@@ -142,10 +168,11 @@ class OptunaSweeper(MetricSweeper):
             The settings of the best one.
 
         Raises:
-            ConfigError: there is nothing to search, a trial lacks `monitor.metric`, or Optuna is
-                not installed.
+            ConfigError: there is nothing to search, nothing could be pruned, a trial lacks
+                `monitor.metric`, or Optuna is not installed.
+            RunError: no trial has a result.
         """
-        from simpo.config.errors import ConfigError
+        from simpo.config.errors import ConfigError, RunError
 
         try:
             import optuna
@@ -154,11 +181,10 @@ class OptunaSweeper(MetricSweeper):
                 ["hydra/sweeper: optuna is not installed (pip install 'simpo[optuna]')"]
             ) from error
 
-        for key, least in (("num_trials", 1), ("trials_at_once", 1), ("seed", 0)):
-            number = getattr(self, f"_{key}")
-            if not isinstance(number, int) or not least <= number < 2**32:
-                problem = f"must be a whole number from {least}, got {number}"
-                raise ConfigError([f"hydra.sweeper.{key}: {problem}"])
+        from simpo.run.pruning import tell
+
+        self._check_numbers()
+        pruning = self._pruning()
         typed = self._typed([*(f"{key}={text}" for key, text in self._params.items()), *arguments])
         space = {key: _space(o) for key, o in typed.items() if o.is_sweep_override()}
         if not space:
@@ -171,16 +197,74 @@ class OptunaSweeper(MetricSweeper):
                 seed=self._seed, multivariate=True, constant_liar=self._trials_at_once > 1
             ),
         )
+        told: list[Ended] = []
         for first in range(0, self._num_trials, self._trials_at_once):
             count = min(self._trials_at_once, self._num_trials - first)
             trials = [study.ask(space) for _ in range(count)]
             members = [{key: _short(v) for key, v in trial.params.items()} for trial in trials]
-            for trial, value in zip(trials, self._metric_values(fixed, members), strict=True):
-                study.tell(trial, value)
-            print(f"trials {first + count} of {self._num_trials}", flush=True)
+            if pruning is not None:
+                self._launcher.pruning = replace(pruning, trials=tuple(told))
+            ended = self._ended(fixed, members)
+            for trial, one in zip(trials, ended, strict=True):
+                tell(study, trial, one)
+            if pruning and not told and not any(map(pruning.decides_on, ended)):
+                print(NEVER_ASKED, flush=True)
+            told += ended
+            pruned = f", {sum(one.value is None for one in told)} pruned" if pruning else ""
+            print(f"trials {first + count} of {self._num_trials}{pruned}", flush=True)
+        if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
+            raise RunError(f"hydra/sweeper: no trial has a {self._metric} that is a number")
         best = {key: _short(value) for key, value in study.best_params.items()}
         self._print_best(best, study.best_value)
         return best
+
+    def _check_numbers(self) -> None:
+        from simpo.config.errors import ConfigError
+
+        least = {"num_trials": 1, "trials_at_once": 1, "startup_trials": 0, "warmup_steps": 0}
+        for key, lowest in {**least, "seed": 0}.items():
+            number = getattr(self, f"_{key}")
+            if not isinstance(number, int) or not lowest <= number < 2**32:
+                problem = f"must be a whole number from {lowest}, got {number}"
+                raise ConfigError([f"hydra.sweeper.{key}: {problem}"])
+
+    def _pruning(self) -> Pruning | None:
+        """What may prune the first trials; None without a pruner.
+
+        Raises:
+            ConfigError: there is no such pruner, or it could never prune a trial.
+        """
+        from simpo.config.errors import ConfigError
+        from simpo.run.pruning import Pruner, Pruning
+
+        known = [pruner.value for pruner in Pruner]
+        if self._pruner not in known:
+            problem = f"must be one of {', '.join(known)}, got {self._pruner}"
+            raise ConfigError([f"hydra.sweeper.pruner: {problem}"])
+        if self._pruner == Pruner.none:
+            return None
+        if not hasattr(self._launcher, "pruning"):
+            raise ConfigError(
+                ["hydra.sweeper.pruner: only simpo's launcher prunes (leave out hydra/launcher)"]
+            )
+        for key in ("trials_at_once", "startup_trials"):
+            if (number := getattr(self, f"_{key}")) >= self._num_trials:
+                problem = f"{number} of {self._num_trials} trials, so none can be pruned"
+                remedy = "set it lower, or hydra.sweeper.pruner=none"
+                raise ConfigError([f"hydra.sweeper.{key}: {problem} ({remedy})"])
+        return Pruning(Pruner(self._pruner), self._startup_trials, self._warmup_steps)
+
+    def _ended(self, fixed: Sequence[str], members: Sequence[Mapping[str, str]]) -> list[Ended]:
+        """Run trials with the fixed settings and their own; return how each has ended."""
+        from simpo.run.pruning import Ended
+        from simpo.run.runs import read_runs
+
+        values = self._metric_values(fixed, members)
+        paths = [Path(folder) for folder in self._folders if folder is not None]
+        if len(paths) < len(values):  # another launcher's
+            return [Ended({}, value) for value in values]
+        runs = {run.folder: run for run in read_runs(paths)[0]}
+        return [Ended.of(runs[path]) for path in paths]
 
 
 def _text(override: Override) -> str:

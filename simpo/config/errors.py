@@ -1,6 +1,6 @@
 """The errors that a user sees as lines of text, and the exit codes they end a command with.
 
-0 finished, 1 failed, 2 bad settings or data, 75 stopped by a signal after saving
+0 finished (or pruned), 1 failed, 2 bad settings or data, 75 stopped by a signal after saving
 (`train.stopped_exit_code`), 130 interrupted by Ctrl-C, after saving if training had begun.
 """
 
@@ -96,6 +96,13 @@ class LostError(RunError):
 
 class Stopped(RunError):
     """A signal asked the run to stop; it has been saved."""
+
+
+class Pruned(Stopped):
+    """The pruner of a search ended the run, which counts as a success."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 0)
 
 
 def unwritable(path: Path | str, error: OSError) -> RunError:

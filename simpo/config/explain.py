@@ -308,6 +308,8 @@ def _override_problems(
     if not (key.startswith("hydra") or key in all_keys(base) or is_free(base, key)):
         value = shown(override.value()) if override.is_add() else None
         return [f"{key}: {unknown_key(base, key, value)}"]
+    if problem := _sweeper_problem(composer, key, groups):
+        return [problem]
     try:
         composed = composer.compose([*groups, str(override.input_line)])
     except NotComposedError as error:
@@ -324,6 +326,20 @@ def _override_problems(
         except OmegaConfBaseException as error:
             return [fault_line(error)]
     return []
+
+
+def _sweeper_problem(composer: Composer, key: str, groups: list[str]) -> str | None:
+    """The fault of a setting of sweepers that the chosen one lacks."""
+    name = key.removeprefix("hydra.sweeper.").partition(".")[0]
+
+    def has_it(choice: Sequence[str]) -> bool:
+        return name in composer.compose([*groups, *choice], with_hydra=True).hydra.sweeper
+
+    if not key.startswith("hydra.sweeper.") or has_it([]):
+        return None
+    if has_it(["hydra/sweeper=optuna"]):
+        return f"{key}: only a search by Optuna has it (hydra/sweeper=optuna)"
+    return f"{key}: no sweeper has such a setting (see docs/sweeps.md)"
 
 
 def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:

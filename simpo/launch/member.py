@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from simpo.config.check import load_run
-from simpo.config.errors import INTERRUPTED, DamagedError, SimpoError, Stopped
+from simpo.config.errors import INTERRUPTED, DamagedError, Pruned, SimpoError, Stopped
 from simpo.launch.start import start
 from simpo.run import slurm
 from simpo.run.atomic import write_json
@@ -81,8 +81,8 @@ def run_member(folder: Path) -> tuple[int, bool]:
         if not error.printed:
             print(error, file=sys.stderr)
         _note_refusal(folder, error)
-        by_signal = isinstance(error, Stopped) and error.exit_code != INTERRUPTED
-        return error.exit_code, by_signal
+        by_signal = isinstance(error, Stopped) and not isinstance(error, Pruned)
+        return error.exit_code, by_signal and error.exit_code != INTERRUPTED
     except KeyboardInterrupt:
         return INTERRUPTED, False
     return 0, False

@@ -8,84 +8,62 @@ have finished or are running.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from simpo.config.check import run_yaml
 from simpo.config.choices import BenchmarkKind
-from simpo.config.errors import INTERRUPTED, ConfigError, RunError, Stopped, unwritable
-from simpo.config.flat import MAY_DIFFER, RESULT_SECTIONS, holds_secret
+from simpo.config.errors import INTERRUPTED, ConfigError, RunError, Stopped
 from simpo.config.launchers import LauncherConfig, LocalConfig, SlurmConfig
-from simpo.config.renamed import first_name, first_text
-from simpo.config.schema import RunConfig
+from simpo.launch.folders import Member, single_folder, sweep_folder, with_files, with_folder
 from simpo.launch.member import SlurmMember
 from simpo.launch.submit import array_ids, submit
 from simpo.report.compare import compare
 from simpo.run import progress, slurm
-from simpo.run.atomic import write_text
-from simpo.run.folder import new_folder, refuse_other_settings, train_command, unfinished_folders
-from simpo.run.runs import IN_PROGRESS, UNSUCCESSFUL, State, note_job, read_progress, read_runs
+from simpo.run.pruning import Pruning
+from simpo.run.runs import (
+    IN_PROGRESS,
+    UNSUCCESSFUL,
+    Run,
+    State,
+    note_job,
+    read_progress,
+    read_runs,
+)
 from simpo.run.signals import SAVING, forwarding_signals, signals_blocked, tell
 
-Metrics = list[float | None]
-"""`monitor.metric` of members; None where it is not known."""
 GRACE_S = 60.0
 """Time that members get to save and end, if the sweep itself fails."""
-LONGEST_NAME = 120
 NOTHING_HELD_OUT = (
     "note   nothing is held out, so no member will be the best (test_split or test_path of "
     "data.sources holds pairs out)"
 )
 
 
-@dataclass(frozen=True)
-class Member:
-    """One run of a sweep: its overrides, and those of them that other members do not share."""
-
-    run: RunConfig
-    overrides: tuple[str, ...]
-    own: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """Name of the member's folder; does not depend on the order of the overrides."""
-        # A nested group goes by its last name: experiments/objectives=orpo.
-        words = (word.partition("=") for word in self.own)
-        text = ",".join(sorted(f"{k.rpartition('/')[2]}{eq}{v}" for k, eq, v in words)) or "all"
-        name = re.sub(r"[^\w.,=+-]+", "_", text)
-        if name == text and len(name) <= LONGEST_NAME:
-            return name
-        return f"{name[:LONGEST_NAME]}-{_hash(text)}"
-
-    @property
-    def path(self) -> Path:
-        """The run's folder."""
-        assert self.run.run_dir is not None
-        return Path(self.run.run_dir)
-
-
-def launch(members: Sequence[Member], sweep: str | None, search: bool = False) -> Metrics:
+def launch(
+    members: Sequence[Member],
+    sweep: str | None,
+    search: bool = False,
+    pruning: Pruning | None = None,
+) -> list[Run] | None:
     """Run all members that have not finished and are not running, as `launcher` says.
 
     Args:
         sweep: its name; None for a single run, whose folder is the same as without a launcher.
         search: these are some members of a search, which prints the best of all itself.
+        pruning: what may prune them; members that were pruned stay so. None: they are trained to
+            their end.
 
     Returns:
-        Each member's `monitor.metric`; None if it is not known (yet).
+        Each member as it has ended; None if they were not waited for.
 
     Raises:
         ConfigError: the members cannot be launched together; none was.
@@ -100,28 +78,21 @@ def launch(members: Sequence[Member], sweep: str | None, search: bool = False) -
     # Ctrl-C must raise: members are then cancelled, or told to save.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sweep is None:
-        folder = _single_folder(members[0].run)
-        members = [_with_folder(members[0], folder)]
+        folder = single_folder(members[0].run)
+        members = [with_folder(members[0], folder)]
     else:
-        folder = _sweep_folder(members[0], sweep)
-        members = [_with_folder(member, folder / member.name) for member in members]
+        folder = sweep_folder(members[0], sweep)
+        members = [with_folder(member, folder / member.name) for member in members]
     every = list({member.path: member for member in members}.values())
-    now = read_progress([m.path for m in every])
-    if unreadable := [p.note for p in now if p.state is State.damaged]:
-        raise ConfigError(unreadable)
-    states = [p.state for p in now]
-    todo = [
-        member
-        for member, state in zip(every, states, strict=True)
-        if state is not State.finished and state not in _states_to_skip(member)
-    ]
-    alone = Counter(s.value for m, s in zip(every, states, strict=True) if m not in todo)
-    _print_start(every, todo if sweep is not None else [], alone)
-    with _with_files(todo, folder):
+    ended = (State.finished, State.pruned) if pruning else (State.finished,)
+    todo = _to_start(every, ended)
+    if sweep is not None and todo and not any(map(_is_evaluated, every)):
+        print(NOTHING_HELD_OUT, flush=True)
+    with with_files(todo, folder, pruning):
         if isinstance(config, SlurmConfig):
             _queue(config, todo, every, folder)
             if not config.wait:
-                return [None for _ in members]
+                return None
         else:
             assert isinstance(config, LocalConfig)
             _run_here(config, todo, folder)
@@ -135,15 +106,27 @@ def launch(members: Sequence[Member], sweep: str | None, search: bool = False) -
             f"{len(bad)} of {len(every)} members did not finish: {', '.join(bad)} "
             f"(python -m simpo.report {_shown(folder)} tells why; the same command continues them)"
         )
-    return [runs[member.path].monitored for member in members]
+    return [runs[member.path] for member in members]
 
 
-def _print_start(every: list[Member], todo: list[Member], alone: Counter[str]) -> None:
-    """Say which members are left alone, and whether a sweep will have no best one."""
+def _to_start(every: Sequence[Member], ended: Sequence[State]) -> list[Member]:
+    """The members to start; says how many are left alone and why.
+
+    Args:
+        ended: states in which a member is done.
+
+    Raises:
+        ConfigError: the folder of a member cannot be read.
+    """
+    now = read_progress([member.path for member in every])
+    if unreadable := [p.note for p in now if p.state is State.damaged]:
+        raise ConfigError(unreadable)
+    states = {member.path: p.state for member, p in zip(every, now, strict=True)}
+    todo = [m for m in every if states[m.path] not in (*_states_to_skip(m), *ended)]
+    alone = Counter(states[member.path].value for member in every if member not in todo)
     for name, count in alone.items():
         print(f"{count} of {len(every)} members {name} already")
-    if todo and not any(map(_is_evaluated, every)):
-        print(NOTHING_HELD_OUT, flush=True)
+    return todo
 
 
 def _is_evaluated(member: Member) -> bool:
@@ -155,76 +138,6 @@ def _states_to_skip(member: Member) -> tuple[State, ...]:
     """States in which a member is not started; a pending one without a job is."""
     launched = (member.path / "jobs.jsonl").is_file()
     return IN_PROGRESS if launched else (State.running,)
-
-
-def _single_folder(run: RunConfig) -> Path:
-    if run.run_dir is not None:
-        return Path(run.run_dir).expanduser().absolute()
-    return next(iter(unfinished_folders(run)), None) or new_folder(run)
-
-
-def _sweep_folder(member: Member, name: str) -> Path:
-    run = member.run
-    if run.run_dir is not None:
-        raise ConfigError(
-            [
-                f"run_dir: each member of a sweep has its own folder, got {run.run_dir} "
-                "(set launcher.sweep_dir)"
-            ]
-        )
-    if run.launcher.sweep_dir is not None:
-        return Path(run.launcher.sweep_dir).expanduser().absolute()
-    shared = sorted(set(member.overrides) - set(member.own))
-    # Where and how a member runs may change between two submissions of the same sweep.
-    deciding = [
-        f"{first_name(key)}{equals}{first_text(key, value)}"
-        for key, equals, value in (text.partition("=") for text in shared)
-        if _decides_numbers(key)
-    ]
-    parent = Path(run.output_dir).expanduser().absolute() / "sweeps"
-    return parent / f"{name}-{_hash(' '.join(deciding))}"
-
-
-def _decides_numbers(key: str) -> bool:
-    section, _, rest = key.lstrip("+~").partition(".")
-    return section in (*RESULT_SECTIONS, "experiments") and rest not in MAY_DIFFER.get(section, ())
-
-
-def _with_folder(member: Member, folder: Path) -> Member:
-    run = replace(member.run, run_dir=str(folder))
-    refuse_other_settings(run, folder)
-    return replace(member, run=run)
-
-
-@contextmanager
-def _with_files(members: Sequence[Member], folder: Path) -> Iterator[None]:
-    """Write settings and command into each member's folder; remove new ones if nothing starts.
-
-    Raises:
-        RunError: a file or folder cannot be written.
-    """
-    new = [path for path in (folder, *(m.path for m in members)) if not path.exists()]
-    try:
-        for member in members:
-            member.path.mkdir(parents=True, exist_ok=True)
-            words = [text for text in member.overrides if not _is_placement(text)]
-            private = holds_secret(member.run)
-            command = train_command(words, member.path)
-            write_text(member.path / "command.txt", f"{command}\n", private)
-            write_text(member.path / "run.yaml", run_yaml(member.run), private)
-        yield
-    except OSError as error:
-        if error.filename is None:
-            raise
-        raise unwritable(error.filename, error) from error
-    finally:
-        if not any((member.path / "jobs.jsonl").is_file() for member in members):
-            for path in new:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_placement(override: str) -> bool:
-    return override.partition("=")[0].partition(".")[0] in ("launcher", "run_dir")
 
 
 def _queue(
@@ -388,7 +301,3 @@ def _shown(folder: Path) -> str:
     """A folder for a command: relative if it lies in the working directory."""
     inside = folder.is_relative_to(Path.cwd())
     return shlex.quote(str(folder.relative_to(Path.cwd()) if inside else folder))
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]

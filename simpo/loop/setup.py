@@ -51,6 +51,7 @@ from simpo.run.best import check_monitor
 from simpo.run.folder import RunFolder, template_date
 from simpo.run.progress import say
 from simpo.run.provenance import environment, git_diff
+from simpo.run.pruning import may_be_pruned
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def set_up(run: RunConfig, backend: Backend) -> Parts:
         tokenizer = load_tokenizer(run.model, cache_dir, run.data.compat)
         chat = Chat(tokenizer, today, run.model.chat_template_kwargs)
         data = load_data(run, chat, cache_dir)
-    if cfg.keep_best or cfg.patience_evals:
+    if cfg.keep_best or cfg.patience_evals or may_be_pruned(run):
         check_monitor(run.monitor, metric_names(run, data.test.held_out))
     settings = load_settings(run.model, cache_dir)
     known = num_embeddings(settings)

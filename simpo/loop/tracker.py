@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from simpo.config.errors import DamagedError
+from simpo.config.errors import DamagedError, Pruned
 from simpo.config.flat import holds_secret
 from simpo.config.trackers import TrackerConfig
 from simpo.loop.sinks import Sender, TrackedRun, build_sender
@@ -87,5 +87,5 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the run in its tracker, and close metrics.jsonl."""
         if self._sender is not None:
-            self._sender.finish(failed=kind is not None)
+            self._sender.finish(failed=kind is not None and not issubclass(kind, Pruned))
         self._file.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simpo.backend import build_backend
 from simpo.config.choices import BenchmarkKind
-from simpo.config.errors import Stopped
+from simpo.config.errors import Pruned, Stopped
 from simpo.config.flat import trajectory
 from simpo.config.schema import RunConfig
 from simpo.data.loader import steps_ahead
@@ -22,6 +22,7 @@ from simpo.loop.step import finite_update, speed
 from simpo.loop.tracker import Tracker
 from simpo.run import processes, progress
 from simpo.run.folder import trained_folder
+from simpo.run.pruning import Pruning, read_pruning, trained_values
 from simpo.run.signals import StopRequest, stopped_by
 
 
@@ -39,6 +40,7 @@ def train(run: RunConfig) -> Path:
         ConfigError, DataError: the settings or the data cannot be used.
         RunError: the run had to stop; the same command continues it.
         Stopped: a signal or Ctrl-C asked the run to stop; it has been saved.
+        Pruned: a search found the run hopeless.
     """
     cfg = run.train
     backend = build_backend(run.backend, cfg.precision, cfg.max_grad_norm)
@@ -51,6 +53,8 @@ def train(run: RunConfig) -> Path:
     parts = set_up(run, backend)
     folder, plan, store = parts.folder, parts.plan, parts.store
     settings = trajectory(run)
+    pruning = backend.broadcast(read_pruning(folder.path) if backend.is_main else None)
+    pruned = ""
     with (
         folder.recording_failure(),
         StopRequest() as stop,
@@ -97,6 +101,9 @@ def train(run: RunConfig) -> Path:
             bar.advance(text=console.metrics_text(metrics) or None, took_s=took_s)
             if cfg.eval_every and step % cfg.eval_every == 0 and not last:
                 history.log(step, "eval", held_out_metrics(run, parts, step))
+                if pruning and (pruned := _pruned(run, parts, history, pruning)):
+                    folder.write_status("running", step, plan.total_steps)
+                    break
             store.best = history.best_step
             store.finish_pending(wait=False)
             stopping = backend.any(bool(stop.name))
@@ -110,6 +117,8 @@ def train(run: RunConfig) -> Path:
         store.finish_pending(wait=True)
         trained_s = time.perf_counter() - begin
         bar.close()
+        if pruned:
+            raise Pruned(pruned)
         if step == plan.total_steps and not backend.any(bool(stop.name)):
             history.log(step, "eval", held_out_metrics(run, parts, step))
         if backend.any(bool(stop.name)):
@@ -119,6 +128,23 @@ def train(run: RunConfig) -> Path:
             raise _stopped(run, parts, stop, "trained, not yet judged,")
     backend.close()
     return folder.path
+
+
+def _pruned(run: RunConfig, parts: Parts, history: History, pruning: Pruning) -> str:
+    """Why the run is hopeless after its newest evaluation, in a line; empty if it is not.
+
+    All processes call it and get what rank 0 finds.
+    """
+    reason = ""
+    if parts.backend.is_main:
+        values = trained_values(run.monitor.metric, history.evaluations)
+        if values and pruning.is_hopeless(run.monitor.mode, values):
+            step = max(values)
+            reason = (
+                f"{run.monitor.metric} {values[step]:.4f} after step {step} is hopeless by "
+                f"Optuna's {pruning.pruner.value} pruner, beside {len(pruning.trials)} trials"
+            )
+    return parts.backend.broadcast(reason)
 
 
 def _stopped(run: RunConfig, parts: Parts, stop: StopRequest, done: str) -> Stopped:

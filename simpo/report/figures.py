@@ -13,7 +13,7 @@ from html import escape
 from typing import Any
 
 from simpo.report.compare import Comparison
-from simpo.run.runs import Run
+from simpo.run.runs import Run, State
 
 HEAT = ("loss.beta", "loss.gamma_beta_ratio")
 """Axes of the heat map if a sweep varies both; else the first two settings that it varies."""
@@ -40,7 +40,8 @@ def swept(report: Comparison) -> list[str]:
 def sweep_map(report: Comparison) -> Figure | None:
     """The held-out metrics over the settings of `swept`, a view for each metric.
 
-    Runs with the same values of these settings, such as seeds, are averaged.
+    Runs with the same values of these settings, such as seeds, are averaged; pruned ones are left
+    out.
     """
     axes = swept(report)
     shown = report.columns()
@@ -68,7 +69,8 @@ def _cells(
     cells: dict[tuple[float, ...], list[float]] = {}
     for index, run in enumerate(report.runs):
         values = cells.setdefault(tuple(report.differing[key][index] for key in axes), [])
-        if metric in run.metrics and math.isfinite(run.metrics[metric]):
+        pruned = run.progress.state is State.pruned
+        if not pruned and math.isfinite(run.metrics.get(metric, math.nan)):
             values.append(run.metrics[metric])
     return cells
 

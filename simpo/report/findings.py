@@ -15,6 +15,7 @@ from simpo.report.studies import (
     seeds_needed,
     shares,
 )
+from simpo.run.runs import State
 from simpo.run.tables import SHOWN
 
 FEWEST_RUNS = 4
@@ -25,8 +26,17 @@ NAMED = 5
 
 
 def findings(report: Comparison) -> list[str]:
-    """Lines about runs that may be as good as the best, and about the settings of a sweep."""
-    return [*_ties(report), *_shares(report)]
+    """Lines about pruned runs, runs that may be as good as the best, and settings of a sweep."""
+    return [*pruned_note(report), *_ties(report), *_shares(report)]
+
+
+def pruned_note(report: Comparison) -> list[str]:
+    """A line about pruned runs; nothing if there are none."""
+    count = sum(run.progress.state is State.pruned for run in report.runs)
+    if not count:
+        return []
+    were = f"{count} run{'s were' if count > 1 else ' was'} pruned"
+    return [f"{were} and count{'' if count > 1 else 's'} neither for the best nor in means"]
 
 
 def _ties(report: Comparison) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from simpo.report.compare import Comparison, averages
-from simpo.report.findings import between_groups, findings
+from simpo.report.findings import between_groups, findings, pruned_note
 from simpo.report.published import judged_note, published_tables
 from simpo.run.runs import Progress, State
 from simpo.run.tables import SHOWN, markdown_table
@@ -166,7 +166,7 @@ def averages_text(report: Comparison, key: str, width: int | None = None) -> str
     notes = _too_wide(hidden)
     if any("±" in cell for line in lines for cell in map(str, line.values())):
         notes.append(f"±: interval of the mean over {key} at 95 %, by Student's t")
-    notes += between_groups(report, key)
+    notes += [*between_groups(report, key), *pruned_note(report)]
     return "\n".join([*markdown_table(lines), *notes, *damaged_lines(report)]) + "\n"
 
 

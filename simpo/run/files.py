@@ -16,7 +16,7 @@ from typing import Any
 
 from simpo.config.errors import DamagedError
 
-STATES = ("running", "stopped", "failed", "finished")
+STATES = ("running", "stopped", "failed", "pruned", "finished")
 """Values of `state` in status.json."""
 BENCHMARKS = {
     "alpaca_eval_2_lc": "AlpacaEval 2 LC",
@@ -24,6 +24,8 @@ BENCHMARKS = {
     "arena_hard_wr": "Arena-Hard",
 }
 """Keys of benchmarks.json, in the order of published.yaml, with their usual names."""
+PRUNING = "pruning.json"
+"""What a search compares a run with, to prune it; see `simpo.run.pruning`."""
 NEW_RUN = "restore it, or start anew with run_dir=NEW"
 
 

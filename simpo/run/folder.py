@@ -6,8 +6,7 @@
     data.json                       counts of each source, fingerprints, template hash
     metrics.jsonl, status.json      metrics by step; the state of the run and its step
     held_out/, samples/             scores of held-out pairs and replies to some, by step
-    checkpoints/                    see simpo.loop.checkpoint
-    model/                          see simpo.model.export
+    checkpoints/, model/            see simpo.loop.checkpoint and simpo.model.export
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from simpo.config.errors import (
     ConfigError,
     DamagedError,
     DataError,
+    Pruned,
     RunError,
     Stopped,
     unwritable,
@@ -41,7 +41,8 @@ from simpo.config.flat import holds_secret, run_id, trajectory
 from simpo.config.renamed import first_value
 from simpo.config.schema import RunConfig
 from simpo.run.atomic import write_bytes, write_text
-from simpo.run.files import NEW_RUN, read_json, read_status, status_or_none
+from simpo.run.command import train_command
+from simpo.run.files import NEW_RUN, PRUNING, read_json, read_status, status_or_none
 
 FINGERPRINTS = {
     "train_fingerprint": "data",
@@ -83,21 +84,24 @@ class RunFolder:
         self.notes: list[str] = []
         self.path = followed or self._find(run)
         try:
-            self.finished = read_status(self.path).get("state") == "finished"
+            status = read_status(self.path)
         except DamagedError as error:
-            self.finished = False
+            status = {}
             self.notes.append(f"note   {error.args[0]}: {error.args[1]}; written anew")
+        self.finished = status.get("state") == "finished"
         if self._writes:
             refuse_other_settings(run, self.path)
             self._write_settings(run)
+            if status.get("state") == "pruned":  # whoever starts it now wants it whole
+                (self.path / PRUNING).unlink(missing_ok=True)
+                self.notes.append(f"note   goes on to its end now; before: {status.get('error')}")
 
     def _find(self, run: RunConfig) -> Path:
         """`run_dir`, or the folder of an unfinished run with the same settings, or a new one."""
         if run.run_dir is not None:
-            path = Path(run.run_dir).expanduser().absolute()
-            if not self._lock(path):
-                raise ConfigError([f"run_dir: another process works in {path} (wait for it)"])
-            return path
+            if self._lock(path := Path(run.run_dir).expanduser().absolute()):
+                return path
+            raise ConfigError([f"run_dir: another process works in {path} (wait for it)"])
         for path in unfinished_folders(run):
             if self._lock(path):
                 return path
@@ -128,7 +132,7 @@ class RunFolder:
         """Write status.json.
 
         Args:
-            state: running, stopped, failed or finished.
+            state: running, stopped, failed, pruned or finished.
             judging: the benchmark on which the model, which is saved, has yet to be judged.
         """
         status = {"state": state, "step": step, "total_steps": total_steps, "error": error}
@@ -192,7 +196,7 @@ class RunFolder:
 
     @contextmanager
     def recording_failure(self) -> Iterator[None]:
-        """If the block raises, write to status.json that the run stopped or failed, and why.
+        """If the block raises, write to status.json that the run stopped, was pruned or failed.
 
         The folder is unlocked when the block ends.
 
@@ -203,7 +207,7 @@ class RunFolder:
             yield
         except BaseException as error:
             status = status_or_none(self.path)
-            state = "stopped" if isinstance(error, Stopped) else "failed"
+            state = {Stopped: "stopped", Pruned: "pruned"}.get(type(error), "failed")
             reason = f"{type(error).__name__}: {error}"
             step, total = status.get("step", 0), status.get("total_steps", 0)
             if status.get("state") != "finished":  # then its results could not be printed
@@ -253,11 +257,6 @@ class RunFolder:
             return shlex.join(["python", "-m", "simpo.launch.member", str(self.path)])
         arguments = [a for a in sys.argv[1:] if not a.startswith("run_dir=")]
         return train_command(arguments, self.path)
-
-
-def train_command(overrides: Sequence[str], folder: Path) -> str:
-    """The command line that starts, or continues, a run in a folder."""
-    return shlex.join(["python", "-m", "simpo.train", *overrides, f"run_dir={folder}"])
 
 
 def template_date(run: RunConfig) -> date:

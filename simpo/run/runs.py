@@ -54,13 +54,14 @@ PROGRESS = re.compile(r"\d+%\||^[\w() -]+ \d+/\d+(, |$)")
 class State(str, Enum):
     """State of a run.
 
-    killed: it ended without writing why; stopped: a signal ended it after saving; damaged: its
-    folder cannot be read.
+    killed: it ended without writing why; stopped: a signal ended it after saving; pruned: a search
+    found it hopeless; damaged: its folder cannot be read.
     """
 
     pending = "pending"
     running = "running"
     finished = "finished"
+    pruned = "pruned"
     stopped = "stopped"
     cancelled = "cancelled"
     killed = "killed"
@@ -80,7 +81,7 @@ class Progress:
         step, total_steps: updates done, and in all; 0 before it has begun.
         requeued: how often Slurm started it again.
         judging: the benchmark on which its model, which is saved, has yet to be judged.
-        note: a line; why a pending run waits, or why a run ended badly.
+        note: a line; why a pending run waits, or why a run was pruned or ended badly.
         log: the log file of a launched run.
     """
 
@@ -326,6 +327,8 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
             state, note = State.pending, known.reason
         elif known.state in slurm.ACTIVE_STATES:
             state, note = State.running, ""
+        elif state is State.pruned:  # before its job ended
+            pass
         elif known.state == "CANCELLED":
             state, note = State.cancelled, ""
         elif state is not State.stopped:

@@ -652,6 +652,19 @@ SWEEPS: list[tuple[str, list[str]]] = [
         "train.seed=range(0,200) data.seed=range(0,200)",
         ["this sweep has 40,000 members (at most 10,000)"],
     ),
+    *(
+        (
+            f"{start}hydra.sweeper.pruner=median",
+            ["hydra.sweeper.pruner: only a search by Optuna has it (hydra/sweeper=optuna)"],
+        )
+        for start in ("", "+", f"{STAGES} ", "experiments=sweeps/beta_gamma ")
+    ),
+    (
+        f"{OPTUNA} +hydra.sweeper.pruners=median",
+        ["hydra.sweeper.pruners: no sweeper has such a setting (see docs/sweeps.md)"],
+    ),
+    (f"{OPTUNA} hydra.sweeper.pruner=median loss.beta=1,2", []),
+    (f"{STAGES} hydra.sweeper.stages=[]", []),
     (
         f"{STAGES} hydra.sweeper.stages=[5]",
         ['hydra.sweeper.stages: must be of the form [{loss.beta: "1,2"}], got [5]'],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -14,14 +15,14 @@ from hypothesis import strategies as st
 from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, RunError
+from simpo.launch.folders import LONGEST_NAME, Member
 from simpo.launch.sweep import (
-    LONGEST_NAME,
     NOTHING_HELD_OUT,
-    Member,
     _print_end,
     launch,
     share_of_machine,
 )
+from simpo.run.command import train_command
 from simpo.run.runs import State, read_progress
 from tests.support.made_runs import make
 from tests.support.whole_runs import (
@@ -67,6 +68,18 @@ def test_names_are_readable() -> None:
         "loss.beta=2,loss.gamma_beta_ratio=0.3"
     )
     assert name_of([("model.path", "a/b")]).startswith("model.path=a_b-")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain-1.0+x", "beta=2,seed=1", "a b", "it's", 'so "called"', "ü", "back\\", 'a\\"b'],
+)
+def test_the_command_of_a_member_finds_its_folder(name: str, tmp_path: Path) -> None:
+    """Its name has signs that Hydra and the shell read themselves."""
+    words = shlex.split(train_command(["train.seed=3"], tmp_path / name))
+    assert words[:3] == ["python", "-m", "simpo.train"]
+    run = compose_run(words[3:])
+    assert (run.run_dir, run.train.seed) == (str(tmp_path / name), 3)
 
 
 def test_a_sweep_without_held_out_pairs_has_no_best_member(
@@ -135,7 +148,7 @@ def test_a_local_sweep(tiny_run: list[str], tmp_path: Path) -> None:
         f"report python -m simpo.report {folder}",
     ]
     own = (folder / "loss.beta=2" / "command.txt").read_text()
-    assert f"run_dir={folder}/loss.beta=2" in own and "launcher" not in own
+    assert f'run_dir="{folder}/loss.beta=2"' in own and "launcher" not in own
     # Where and how members run makes no other sweep of it.
     output = run(["-m", "launcher.parallel=1", "tracker=console", *tiny_run, "loss.beta=3,2"])
     assert "1 of 2 members finished already\n" in output

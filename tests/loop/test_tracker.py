@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from simpo.config.compose import compose_run
-from simpo.config.errors import ConfigError
+from simpo.config.errors import ConfigError, Pruned, Stopped
 from simpo.config.trackers import TrackerConfig, WandbConfig
 from simpo.launch.start import start as start_here
 from simpo.loop.sinks import check_login
@@ -109,6 +109,28 @@ def test_neither_online_nor_offline(
     assert capsys.readouterr().out == (
         "note   wandb failed, nothing more is sent: no offline (metrics.jsonl has everything)\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(Pruned("hopeless"), 0), (Stopped("SIGTERM", 75), 1)], ids=str
+)
+def test_a_pruned_run_has_not_failed(
+    error: Exception, code: int, nobody: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+
+    class Sink:
+        def finish(self, exit_code: int) -> None:
+            codes.append(exit_code)
+
+    monkeypatch.setattr("wandb.init", lambda **_: Sink())
+    with (
+        pytest.raises(type(error)),
+        Tracker(WandbConfig(), tmp_path, "x", {}) as tracker,
+    ):
+        tracker.begin(0)
+        raise error
+    assert codes == [code]
 
 
 def test_a_tracker_that_fails_midway_ends_nothing(

@@ -18,7 +18,8 @@ from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.loss.simpo import SigmoidConfig
-from simpo.report.compare import Comparison, compare
+from simpo.report.compare import Comparison, averages, compare
+from simpo.report.figures import sweep_map
 from simpo.report.page import render
 from simpo.report.text import averages_text, damaged_lines, shorten, text
 from simpo.run.runs import State, note_job, read_progress
@@ -298,6 +299,28 @@ def test_runs_averaged_over_a_setting(tmp_path: Path) -> None:
     assert cli(folder, "over=train.sed", code=2) == (
         "over: the runs do not differ in train.sed (loss.beta, loss.gamma_beta_ratio)\n"
     )
+
+
+def test_pruned_runs_count_for_nothing(tmp_path: Path) -> None:
+    """Even if one was ahead when it ended: neither for the best, nor in means or the map."""
+    for seed in (1, 2, 3):
+        words = [f"train.seed={seed}", f"loss.beta={20 if seed == 3 else 2}"]
+        state = {"state": "pruned", "total_steps": 9, "error": "Pruned: hopeless"}
+        make_run(tmp_path / f"seed={seed}", words, **(state if seed == 3 else {}))
+    report = compare([tmp_path])
+    low, high = accuracy_of(2, 0.5), accuracy_of(20, 0.5)
+    assert [report.monitored(index) for index in range(3)] == [low, low, high]
+    assert report.best == 0
+    note = "1 run was pruned and counts neither for the best nor in means"
+    told = text(report).splitlines()
+    assert "pruned, step 2 of 9" in told[2]  # the table is by value alone
+    assert note in told and "seed=3: Pruned: hopeless" in told
+    assert [(line["number"], line["loss"]) for line in averages(report, "train.seed")] == [(2, 0.7)]
+    assert averages_text(report, "train.seed").splitlines()[-1] == note
+    figure = sweep_map(report)
+    assert figure is not None
+    (panel,) = figure["views"]["rewards/accuracies"]
+    assert panel["data"][0]["y"] == [low, None]
 
 
 def test_averages_fit_a_terminal(tmp_path: Path) -> None:

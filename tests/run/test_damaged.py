@@ -316,7 +316,7 @@ REPLIES = "restore it, or remove it: no number depends on it"
         (
             "status.json",
             '{"state": 3}',
-            f"state is 3, none of running, stopped, failed, finished ({STATUS})",
+            f"state is 3, none of running, stopped, failed, pruned, finished ({STATUS})",
         ),
         (
             "status.json",

@@ -271,7 +271,7 @@ def test_a_server_that_stays_broken() -> None:
     """What was in flight is not lost."""
     with stub_judge(echo, [Fault(500)] * 3) as stub:
         judge = judge_of(stub, retries=2, concurrency=1)
-        said: list[tuple[Query, Said]] = []
+        said: list[tuple[Query, Said | Unanswered]] = []
         with pytest.raises(RunError) as caught:
             said.extend(judge.answers([query("a"), query("b")]))
         assert said == []
@@ -394,7 +394,7 @@ def test_nothing_is_sent_that_could_exceed_the_limit() -> None:
     """Each costs 4 in fact, but could cost 65."""
     queries = [query(str(i)) for i in range(9)]
     assert worst(queries[0]) == 65
-    said: list[tuple[Query, Said]] = []
+    said: list[tuple[Query, Said | Unanswered]] = []
     with stub_judge(echo, wait_s=0.02) as stub:
         # Two fit beside each other, then one beside what was spent: 65 + 65, 8 + 65, 12 + 65, ...
         judge = judge_of(stub, limit_usd=130 + 4, **PRICE)

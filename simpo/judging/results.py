@@ -9,6 +9,7 @@ from typing import Any
 
 from simpo.config.choices import BenchmarkKind
 from simpo.config.schema import RunConfig
+from simpo.data.rules import obeys
 from simpo.judging import verdicts, win_rates
 from simpo.judging.shapes import Answer, Benchmark, Judge, Judgement, Query, Question, Reward, Said
 from simpo.report.studies import by_bootstrap
@@ -18,6 +19,10 @@ from simpo.run.tables import markdown_table
 EXAMPLES = 3
 """Questions shown that were won, and as many that were lost."""
 SHOWN_CHARS = 1200
+RULES = "rules"
+"""The judge that checks the rules of prompts, as `judge.reward` names it."""
+MOST_CHANCE = 75.0
+"""A highest possible win rate in percent up to which a note says what it is."""
 
 
 def judgements_of(
@@ -93,6 +98,10 @@ def judged_as(
 ) -> Judged:
     """What judgements amount to."""
     figures, notes = benchmark.figures(judgements, answers)
+    notes = [*notes, *win_rates.notes_on_intervals(figures, len(benchmark.questions))]
+    notes += _same_answers(benchmark, answers)
+    if judge == RULES:
+        notes += _ceiling(benchmark)
     values = benchmark.by_question(judgements, answers)
     texts = {"model": answers, "baseline": benchmark.baseline}
     said = [judgement.said for judgement in judgements]
@@ -123,6 +132,37 @@ def judged_as(
         output_tokens=tokens[1],
         cost_usd=verdicts.cost_usd(run.judge, *tokens),
     )
+
+
+def _same_answers(benchmark: Benchmark, answers: Mapping[str, Answer]) -> list[str]:
+    """A note if half of the answers or more are the baseline's: there is little to judge."""
+    both = [key for key in answers if key in benchmark.baseline]
+    same = sum(answers[key].turns == benchmark.baseline[key].turns for key in both)
+    if not same or 2 * same < len(both):
+        return []
+    return [
+        f"{same:,} of {len(both):,} answers are the baseline's, word for word: they draw, or show "
+        "the judge's bias alone."
+    ]
+
+
+def _ceiling(benchmark: Benchmark) -> list[str]:
+    """A note if a model could not win by rules, since the baseline obeys most of them."""
+    obeyed = [
+        obeys(question.rule, benchmark.baseline[question.id].turns[0])
+        for question in benchmark.questions
+        if question.rule is not None and question.id in benchmark.baseline
+    ]
+    if not obeyed:
+        return []
+    most = win_rates.PERCENT * (1 - sum(obeyed) / len(obeyed) / 2)
+    if most > MOST_CHANCE:
+        return []
+    return [
+        f"The baseline ({benchmark.baseline_name}) obeys {sum(obeyed):,} of {len(obeyed):,} rules, "
+        f"where a draw is the best result: the win rate is at most {most:.1f}. The pass rate, or "
+        "benchmark.baseline=base, shows whether training helped."
+    ]
 
 
 def _examples(
@@ -165,7 +205,7 @@ def result_lines(found: Sequence[Judged], folders: Sequence[Path]) -> list[str]:
             line[f"minus {names[0]}"] = _difference(found[0], judged) if index else ""
         line["characters"] = _chars(judged)
         table.append(line)
-    lines = [*markdown_table(table), ""]
+    lines = [*markdown_table(table), "", _how_to_read(found)]
     for name, judged, folder in zip(names, found, folders, strict=True):
         lines += (
             [*_about(judged), f"folder {folder}"]
@@ -176,6 +216,15 @@ def result_lines(found: Sequence[Judged], folders: Sequence[Path]) -> list[str]:
             ]
         )
     return lines
+
+
+def _how_to_read(found: Sequence[Judged]) -> str:
+    """The unit of the figures, and what their intervals are."""
+    has_points = found[0].kind == BenchmarkKind.mt_bench.value
+    unit = "points from 1 to 10" if has_points else "percent"
+    if found[0].baseline:
+        unit += ", a win rate of 50 is as good as the baseline"
+    return f"read   {unit}; in brackets 95 % intervals from resampled questions"
 
 
 def _names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:

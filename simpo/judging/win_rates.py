@@ -17,12 +17,34 @@ from simpo.report.studies import by_bootstrap
 from simpo.run.judged import Figure
 
 PERCENT = 100.0
+FEW = 30
+"""Questions below which percentiles of resampled means are clearly too narrow."""
 
 
 def mean_figure(values: Sequence[float], scale: float = PERCENT) -> Figure:
-    """The mean of a value of each question, times `scale`, with its interval; at least one."""
+    """The mean of a value of each question, times `scale`, with its interval; at least one.
+
+    Values that are all the same have no interval: resampling them would show a width of 0, as if
+    nothing were uncertain.
+    """
     (found,) = by_bootstrap([[scale * value for value in values]])
+    if len(set(values)) == 1:
+        return Figure(found.mean)
     return Figure(found.mean, found.low, found.high)
+
+
+def notes_on_intervals(figures: Mapping[str, Figure], questions: int) -> list[str]:
+    """Sentences about intervals that are missing, or say too little."""
+    found = []
+    missing = [key.replace("_", " ") for key, figure in figures.items() if figure.low is None]
+    if missing:
+        found.append(f"No interval of {', '.join(missing)}: all questions have the same value.")
+    if questions < FEW:
+        found.append(
+            f"{questions:,} questions are few: intervals are too narrow below {FEW}, and another "
+            "sample may show something else."
+        )
+    return found
 
 
 def _of_both_orders(judgements: Iterable[Judgement]) -> list[tuple[float, float]]:

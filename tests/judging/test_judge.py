@@ -231,7 +231,8 @@ def test_commands_that_cannot_be_used(
         "arena_hard_v2, ifbench, mt_bench, pairs)\n"
     )
     assert refused(["benchmark=pairs"], capsys) == (
-        "usage: simpo judge RUN [RUN2 ...] benchmark=NAME [key=value ...]\n"
+        "RUN: required, but not given (usage: simpo judge RUN [RUN2 ...] benchmark=NAME "
+        "[key=value ...])\n"
     )
     assert refused([f"{folder}/a", "benchmark=pairs", "loss.beta=3"], capsys) == (
         "loss.beta: does not matter to judging (leave it out)\n"

@@ -52,7 +52,7 @@ def main(words: Sequence[str]) -> None:
         names = ", ".join(name for name in CONF.choices("benchmark") if name != "none")
         raise ConfigError([f"benchmark: required, but not given (choose from {names})"])
     if not sources and run.judge.annotations is None:
-        raise ConfigError([USAGE.strip().splitlines()[0]])
+        raise ConfigError([f"RUN: required, but not given ({USAGE.strip().splitlines()[0]})"])
     if len(sources) > 1 and run.judge.annotations is not None:
         raise ConfigError(["judge.annotations: are of one model, got several (give one RUN)"])
     unknown = [source for source in sources if not names_a_model(source)]

@@ -67,6 +67,8 @@ def finish_trained(run: RunConfig, source: str, judged: Judged) -> None:
         ConfigError: another process works in the folder.
         RunError: the folder cannot be written.
     """
+    if not Path(source).expanduser().is_dir():
+        return
     own = saved_model(source).run
     if own is None or own.run_dir is None:
         return

@@ -7,6 +7,7 @@ stopped drawing goes on to the same answers, and those of other settings stay be
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -96,8 +97,9 @@ def before_training(run: RunConfig, trained: Contestant) -> Contestant:
 
 
 def judged_folder(run: RunConfig, name: str) -> Path:
-    """Where the results of a model lie that lies in no run."""
-    return (Path(run.output_dir).expanduser() / "judged" / name / run.benchmark.name).absolute()
+    """Where the results of a model lie that lies in no run. Its name may be any text of a file."""
+    folder = re.sub(r"[^\w.,:=+-]+", "_", name.replace("/", "__")).strip(".") or "model"
+    return (Path(run.output_dir).expanduser() / "judged" / folder / run.benchmark.name).absolute()
 
 
 def draw(

@@ -213,6 +213,7 @@ def read_questions(path: Path) -> list[Question]:
 def read_answers(path: Path) -> tuple[str, dict[str, Answer]]:
     """Read a file of model_answer/: the name of the model, and its answers by question id.
 
+    Lines are as the scripts write them today, or as those before April 2025 did (`choices`).
     Tokens are those of the file; 0 where it has none.
 
     Raises:
@@ -227,6 +228,12 @@ def read_answers(path: Path) -> tuple[str, dict[str, Answer]]:
             }:
                 model = str(record.get("model") or model)
                 answers[key] = Answer(key, (text,), _tokens(record))
+            case {
+                "question_id": str(key),
+                "choices": [{"turns": [*_, {"content": str(text)} as last]}, *_],
+            }:
+                model = str(record.get("model_id") or model)
+                answers[key] = Answer(key, (text,), _tokens({"metadata": last}))
             case _:
                 raise fault(path, line, "not an answer with uid and messages")
     return model, answers

@@ -337,6 +337,12 @@ class ArenaHard(Benchmark):
         label = self.label(judgement.said.text)
         return label or MADE_LABELS[value if order == MODEL_FIRST else 1 - value]
 
+    def read_answers(self, path: Path) -> tuple[str, dict[str, Answer]]:
+        """Read a file of model_answer/."""
+        model, answers = read_answers(path)
+        asked = [question.id for question in self.questions if question.id in answers]
+        return model, {key: answers[key] for key in asked}
+
     def read_annotations(
         self, path: Path
     ) -> tuple[str, str, Mapping[str, Answer], list[Judgement]]:

@@ -242,11 +242,9 @@ class IFBench(Benchmark):
                 folder / f"eval_results_{mode}.jsonl", (vars(found) for found in checked.values())
             )
 
-    def read_annotations(
-        self, path: Path
-    ) -> tuple[str, str, Mapping[str, Answer], list[Judgement]]:
+    def read_answers(self, path: Path) -> tuple[str, dict[str, Answer]]:
         """Read a file of prompts and responses, such as the package's sample_output.jsonl; the
-        model is named by the file. There are no judgements: programs check the answers."""
+        model is named by the file."""
         questions = {question.record["prompt"]: question.id for question in self.questions}
         answers = {}
         for record in read_jsonl(path, ("prompt", "response")):
@@ -257,7 +255,14 @@ class IFBench(Benchmark):
             raise DataError(
                 f"{path}: holds no response to a prompt of IFBench (give its output.jsonl)"
             )
-        return path.stem, PROGRAMS, answers, []
+        return path.stem, answers
+
+    def read_annotations(
+        self, path: Path
+    ) -> tuple[str, str, Mapping[str, Answer], list[Judgement]]:
+        """Read a file of answers. There are no judgements: programs check them."""
+        name, answers = self.read_answers(path)
+        return name, PROGRAMS, answers, []
 
 
 def _notes_of(missing: Sequence[set[str]]) -> list[str]:

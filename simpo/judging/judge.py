@@ -8,10 +8,11 @@ from pathlib import Path
 
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import BenchmarkKind
-from simpo.config.errors import ConfigError
+from simpo.config.errors import ConfigError, DataError, unwritable
 from simpo.config.schema import RunConfig
 from simpo.judging.answers import Contestant, before_training, contestant, draw, judged_folder
 from simpo.judging.benchmarks import open_benchmark
+from simpo.judging.hub_results import write_hub_result
 from simpo.judging.judges import open_judge
 from simpo.judging.pairs import BASE, CHOSEN
 from simpo.judging.results import judged_as, judgements_of, result_lines
@@ -24,11 +25,18 @@ from simpo.run.progress import say
 
 @dataclass
 class Contest:
-    """A model with the questions that it answers, and its answers once they are drawn."""
+    """A model with the questions that it answers, and its answers once they are drawn.
+
+    Attributes:
+        name, folder: of the model, and where its results go.
+        model: None if its answers came from a file.
+    """
 
     run: RunConfig
     benchmark: Benchmark
-    model: Contestant
+    name: str
+    folder: Path
+    model: Contestant | None
     answers: Mapping[str, Answer] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -41,11 +49,12 @@ def judge(run: RunConfig, sources: Sequence[str]) -> list[Judged]:
 
     Args:
         run: its sections `benchmark` and `judge`, and `on_policy.engine` and `batch_prompts`.
-        sources: folders of runs or models, or hub ids. At most one with `judge.annotations`.
+        sources: folders of runs or models, hub ids, or the benchmark's own files of answers. At
+            most one with `judge.annotations`.
 
     Raises:
         ConfigError: the benchmark's files, the judge or a model cannot be used.
-        DataError: a file of the benchmark, or annotations, cannot be read.
+        DataError: a file of the benchmark, answers or annotations cannot be read, or answers lack.
         RunError: the judge cannot go on, or the limit is reached.
     """
     # Models were trained in several processes, but answer, judge and score in this one.
@@ -61,14 +70,17 @@ def judge(run: RunConfig, sources: Sequence[str]) -> list[Judged]:
     # All answers before the first judgement: the judge may be a model that needs the memory.
     for contest in contests:
         _draw(contest)
-    found, folders = [], [contest.model.folder for contest in contests]
+    found, folders = [], [contest.folder for contest in contests]
     for contest in contests:
-        benchmark, model, answers = contest.benchmark, contest.model, contest.answers
+        benchmark, answers = contest.benchmark, contest.answers
         judgements = judgements_of(run, benchmark, asked, answers)
         name = asked.name if asked is not None else "programs"
-        judged = judged_as(run, benchmark, model.name, name, answers, judgements, contest.notes)
-        benchmark.write(model.folder, model.name, name, answers, judgements)
-        judged.write(model.folder)
+        judged = judged_as(run, benchmark, contest.name, name, answers, judgements, contest.notes)
+        _make(contest.folder)
+        benchmark.write(contest.folder, contest.name, name, answers, judgements)
+        judged.write(contest.folder)
+        if contest.model is not None and contest.model.run is not None:
+            write_hub_result(judged, Path(contest.model.saved.where))
         found.append(judged)
     say("", *result_lines(found, folders))
     return found
@@ -103,7 +115,7 @@ def _refuse_one_folder(sources: Sequence[str], contests: Sequence[Contest]) -> N
     """
     taken: dict[Path, str] = {}
     for source, contest in zip(sources, contests, strict=True):
-        folder = contest.model.folder
+        folder = contest.folder
         if folder in taken:
             raise ConfigError(
                 [
@@ -115,16 +127,37 @@ def _refuse_one_folder(sources: Sequence[str], contests: Sequence[Contest]) -> N
 
 
 def _contest(run: RunConfig, source: str, same: Benchmark | None) -> Contest:
-    """A model before it answers the questions of `same`, or else those of its run's data."""
+    """A model before it answers the questions of `same`, or else those of its run's data; or the
+    answers in a file.
+
+    Raises:
+        ConfigError: there is no model.
+        DataError: the file is not of the benchmark's format, or lacks an answer.
+    """
+    if Path(source).expanduser().is_file():
+        return _answered(run, Path(source).expanduser(), same or open_benchmark(run))
     model = contestant(run, source)
     own = run
     if same is None and model.run is not None:
         own = replace(run, data=model.run.data, loss=model.run.loss)
-    return Contest(own, same or open_benchmark(own), model)
+    return Contest(own, same or open_benchmark(own), model.name, model.folder, model)
+
+
+def _answered(run: RunConfig, path: Path, benchmark: Benchmark) -> Contest:
+    name, answers = benchmark.read_answers(path)
+    lacking = [question.id for question in benchmark.questions if question.id not in answers]
+    if lacking:
+        raise DataError(
+            f"{path}: no answer to {len(lacking)} of {len(benchmark.questions)} questions, such as "
+            f"{lacking[0]} (benchmark.num_prompts takes the first ones alone)"
+        )
+    return Contest(run, benchmark, name, judged_folder(run, name), None, answers)
 
 
 def _draw(contest: Contest) -> None:
     run, benchmark = contest.run, contest.benchmark
+    if contest.model is None:
+        return
     baseline = benchmark.baseline_name
     if run.benchmark.kind is BenchmarkKind.pairs and baseline != CHOSEN:
         other = (
@@ -136,13 +169,20 @@ def _draw(contest: Contest) -> None:
     contest.notes += notes
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
 def _of_annotations(run: RunConfig, path: Path, sources: Sequence[str]) -> Judged:
     """Judge by a file of judgements, without asking anybody."""
     benchmark = open_benchmark(run)
     name, judge_name, answers, judgements = benchmark.read_annotations(path)
     folder = contestant(run, sources[0]).folder if sources else judged_folder(run, name)
     judged = judged_as(run, benchmark, name, judge_name, answers, judgements)
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     judged.write(folder)
     say("", *result_lines([judged], [folder]))
     return judged

@@ -52,6 +52,7 @@ RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 """What a rating looks like; the second is tried if the first is nowhere."""
 UNREADABLE = -1
 """Score of an unreadable verdict in FastChat's files."""
+ANSWER = ("question_id", "choices")
 GRADE = ("question_id", "model", "judge", "user_prompt", "judgment", "score", "turn")
 
 
@@ -214,6 +215,22 @@ class MTBench(Benchmark):
             "turn": query.turn + 1,
             "tstamp": now,
         }
+
+    def read_answers(self, path: Path) -> tuple[str, dict[str, Answer]]:
+        """Read a model_answer/MODEL.jsonl."""
+        name, answers = path.stem, {}
+        for number, record in enumerate(read_jsonl(path, ANSWER), start=1):
+            match record:
+                case {"choices": [{"turns": [*turns]}, *_]} if all(
+                    isinstance(text, str) for text in turns
+                ):
+                    question = self._all.get(str(record["question_id"]))
+                case _:
+                    raise DataError(f"{path}:{number}: choices hold no turns (copy it again)")
+            name = str(record.get("model_id") or name)
+            if question and len(turns) == 1 + len(question.follow_ups):
+                answers[question.id] = Answer(question.id, tuple(turns))
+        return name, answers
 
     def read_annotations(
         self, path: Path

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
 
+from simpo.config.errors import ConfigError
 from simpo.data.pairs import Message
 from simpo.run.judged import Figure
 
@@ -219,6 +220,18 @@ class Benchmark(ABC):
         judgements: Sequence[Judgement],
     ) -> None:
         """Write the answers and judgements as the benchmark's own scripts read them."""
+
+    def read_answers(self, path: Path) -> tuple[str, dict[str, Answer]]:
+        """Read the benchmark's own file of answers: the model's name, and its answers by question
+        id. Answers to other questions are left out.
+
+        Raises:
+            ConfigError: the benchmark has no such files.
+            DataError: the file is not of that format.
+        """
+        raise ConfigError(
+            [f"RUN: {path} is a file, and models answer this benchmark (give the folder of one)"]
+        )
 
     @abstractmethod
     def read_annotations(

@@ -26,8 +26,9 @@ baseline's. Answers and verdicts are kept: after an interruption the same comman
       judge.endpoint=http://localhost:8000/v1 judge.model=NAME
   simpo judge benchmark=alpaca_eval_2 benchmark.path=CLONE judge.annotations=annotations.json
 
-RUN is the folder of a run, a model or an adapter, a hub id or builtin:smollm2. Several are compared
-with the first, question by question. docs/judging.md tells more.
+RUN is the folder of a run, a model or an adapter, a hub id or builtin:smollm2, or a file of answers
+in the benchmark's format. Several are compared with the first, question by question.
+docs/judging.md tells more.
 
 Settings:
 """
@@ -55,7 +56,11 @@ def main(words: Sequence[str]) -> None:
         raise ConfigError([f"RUN: required, but not given ({USAGE.strip().splitlines()[0]})"])
     if len(sources) > 1 and run.judge.annotations is not None:
         raise ConfigError(["judge.annotations: are of one model, got several (give one RUN)"])
-    unknown = [source for source in sources if not names_a_model(source)]
+    unknown = [
+        source
+        for source in sources
+        if not (names_a_model(source) or Path(source).expanduser().is_file())
+    ]
     if unknown:
         raise ConfigError([f"RUN: no such folder, got {source}" for source in unknown])
     say("loading torch and transformers ...")

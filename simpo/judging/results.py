@@ -265,7 +265,9 @@ def _chars(judged: Judged) -> str:
 
 def _about(judged: Judged) -> list[str]:
     """Lines about the judge, its biases and its price, and notes."""
-    parts = [f"{judged.questions:,} questions", f"{judged.asked:,} judgements"]
+    parts = [f"{judged.questions:,} questions"]
+    if judged.asked:  # none by programs
+        parts.append(f"{judged.asked:,} judgements")
     if judged.malformed:
         parts.append(f"{judged.malformed:,} of them not readable")
     for value, text in (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from simpo.judging.results import result_lines
 from simpo.judging.shapes import Judgement, Query, Said
 from simpo.judging.win_rates import (
     agreement,
@@ -15,6 +18,7 @@ from simpo.judging.win_rates import (
     position_bias,
 )
 from simpo.report import studies
+from simpo.run.judged import Judged
 
 STUDIES = 1000
 PROMPTS = 100
@@ -95,3 +99,13 @@ def test_interval_holds(monkeypatch: pytest.MonkeyPatch) -> None:
         by_judgements += single.low <= true <= single.high  # type: ignore[operator]
     assert 0.93 <= by_prompts / STUDIES <= 0.97
     assert by_judgements / STUDIES < 0.88
+
+
+def test_what_is_said_of_the_judge() -> None:
+    """Programs give no judgements, and those that cannot be read are counted."""
+    programs = Judged("ifbench", "ifbench", "run", "", "programs", {}, {}, questions=9, asked=0)
+    assert result_lines([programs], [Path("here")])[-2] == "judge  programs: 9 questions"
+    model = Judged("mt_bench", "mt_bench", "run", "", "a", {}, {}, 9, 18, malformed=3)
+    assert result_lines([model], [Path("here")])[-2] == (
+        "judge  a: 9 questions, 18 judgements, 3 of them not readable"
+    )

@@ -76,7 +76,7 @@ def run_member(folder: Path) -> tuple[int, bool]:
     try:
         run = replace(load_run(folder / "run.yaml"), run_dir=str(folder.absolute()))
         hide_unused(run)
-        start(run)
+        start(run, own_process=True)
     except SimpoError as error:
         if not error.printed:
             print(error, file=sys.stderr)

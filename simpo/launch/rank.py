@@ -29,6 +29,7 @@ from simpo.config.errors import (
     SimpoError,
     Stopped,
 )
+from simpo.run.imports import kept_imports
 from simpo.run.processes import (
     HEARTBEAT_S,
     die_with_parent,
@@ -55,7 +56,8 @@ def main() -> int:
         run = load_run(folder / "run.yaml")
         set_stopped_exit_code(run.train.stopped_exit_code)
         hide_unused(run)
-        from simpo.loop.train import train
+        with kept_imports():
+            from simpo.loop.train import train
 
         with reporting_lost_ranks():
             run_dir = train(run)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from simpo.config.choices import BenchmarkKind
 from simpo.config.schema import RunConfig
 from simpo.run import processes, progress
 from simpo.run.folder import refuse_unwritable, trained_folder
+from simpo.run.imports import kept_imports
 from simpo.run.signals import set_stopped_exit_code
 
 
-def start(run: RunConfig) -> Path:
+def start(run: RunConfig, own_process: bool = False) -> Path:
     """Train a run in this process (alone, or as a rank that a launcher started) or in processes
     that are started for it; see `simpo.loop.train.train`. Then judge its model, if `benchmark` is
     set: in this process, once those that trained are done.
+
+    Args:
+        own_process: this process does nothing but the run.
     """
     # Imported here, so that a fault in the settings is answered before torch is loaded.
     from simpo.loop.sinks import check_login
@@ -27,7 +32,7 @@ def start(run: RunConfig) -> Path:
     check_login(run.tracker)
     count = processes.num_processes_to_start(run.backend)
     if run.benchmark.kind is BenchmarkKind.none:
-        return _train(run, count)
+        return _train(run, count, own_process)
     is_main, launched = os.environ.get("RANK", "0") == "0", "WORLD_SIZE" in os.environ
     folder = trained_folder(run)
     if is_main and folder is None:
@@ -35,7 +40,7 @@ def start(run: RunConfig) -> Path:
 
         check(run)
     if folder is None or launched:  # then the ranks find out together
-        folder = _train(run, count)
+        folder = _train(run, count, own_process)
     if is_main:
         from simpo.judging.after_training import judge_trained
 
@@ -44,10 +49,11 @@ def start(run: RunConfig) -> Path:
     return folder
 
 
-def _train(run: RunConfig, count: int | None) -> Path:
+def _train(run: RunConfig, count: int | None, own_process: bool) -> Path:
     if count is not None:
         return processes.run_in_processes(count, run)
-    from simpo.loop.train import train
+    with kept_imports() if own_process else nullcontext():
+        from simpo.loop.train import train
 
     with processes.reporting_lost_ranks():
         return train(run)

@@ -111,7 +111,7 @@ def test_a_crash_is_not_taken_for_a_mistake_in_the_settings(
 ) -> None:
     """The first value of a repeated key does not count, and would be refused."""
 
-    def crash(run: RunConfig) -> dict[str, float]:
+    def crash(run: RunConfig, own_process: bool) -> dict[str, float]:
         raise ValueError(f"after {run.train.max_steps} steps")
 
     monkeypatch.setattr("simpo.launch.commands.train.start", crash)

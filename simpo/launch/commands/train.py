@@ -103,7 +103,7 @@ def run_composed(cfg: DictConfig) -> float | None:
     # with the others, and raises at the end.
     try:
         hide_unused(run)
-        return read_results(start(run))["eval_after"].get(run.monitor.metric)
+        return read_results(start(run, own_process=True))["eval_after"].get(run.monitor.metric)
     except (SimpoError, BrokenPipeError) as error:
         if several and not isinstance(error, Stopped):
             raise

@@ -30,8 +30,9 @@ class BenchmarkConfig:
     kind: BenchmarkKind = BenchmarkKind.none
     """Whose files, prompts and figures; set by the choice."""
     path: str | None = None
-    """Folder with its own files, such as a clone of its repository. null: the files of its Python
-    package, if it has one."""
+    """Folder with its own files, such as a clone of its repository; for alpaca_eval and arena_hard
+    also its data set on the hub, `owner/name` or `hf://datasets/owner/name@revision`. null: the
+    files of its Python package, if it has one."""
     baseline: str | None = None
     """What the answers are compared with: a name in the benchmark's files, a file of answers, the
     folder of a run, or for pairs `chosen` (responses of the data) and `base` (the model before

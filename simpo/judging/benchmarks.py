@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from simpo.config.choices import BenchmarkKind
 from simpo.config.schema import RunConfig
+from simpo.judging.hub_files import with_hub_files
 from simpo.judging.shapes import Benchmark
 
 
@@ -13,6 +14,7 @@ def open_benchmark(run: RunConfig) -> Benchmark:
     Raises:
         ConfigError, DataError: its files are missing or damaged.
     """
+    run = with_hub_files(run)
     # Imported here, since each of them needs its own packages.
     match run.benchmark.kind:
         case BenchmarkKind.alpaca_eval:

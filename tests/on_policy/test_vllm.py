@@ -42,7 +42,9 @@ def verdicts(folder: Path, engine: str, queries: Sequence[Query]) -> list[Said]:
     words = ["backend.device=cpu", "train.precision=fp32", f"on_policy.engine={engine}"]
     run = replace(compose_run(words), judge=JudgeConfig(local=str(folder)))
     found = {id(one): said for one, said in LocalJudge(run, str(folder)).answers(queries)}
-    return [found[id(one)] for one in queries]
+    said = [found[id(one)] for one in queries]
+    assert all(isinstance(one, Said) for one in said)
+    return said  # type: ignore[return-value]
 
 
 def test_a_judge_says_what_it_says_with_transformers(tiny_folder: Path, asked: Asked) -> None:

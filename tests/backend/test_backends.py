@@ -47,7 +47,7 @@ RUNS = {
     "zero3-1": ("zero3", 1, 256),
 }
 
-FRESH = ("fsdp-2", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("ddp-2", "zero3-2")))
+FRESH = ("fsdp-2", "ddp-2", "zero3-2")
 """Runs that are started as a user's command is; the others are forked (see `forked.py`)."""
 
 
@@ -69,6 +69,8 @@ def settings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
         "sample.max_new_tokens=8",
         f"cache_dir={folder}/cache",
         "backend.device=cpu",
+        # As long as the steps; `whole` has it, of every backend.
+        "train.check_memory=false",
     ]
 
 
@@ -87,7 +89,8 @@ def whole(settings: list[str], alone: Path) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         folder = alone.parent / name
         if not folder.exists():
-            run([*settings, *of(name), f"run_dir={folder}"])
+            overrides = [*settings, *of(name), "train.check_memory=true", f"run_dir={folder}"]
+            run(overrides, fresh=name in FRESH)
         return folder
 
     return make
@@ -145,17 +148,13 @@ def assert_like(folder: Path, alone: Path) -> None:
         assert (value - weights[key]).abs().max() < 1e-4, key
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("name", FRESH)
-def test_one_trajectory_as_a_user_starts_it(
-    name: str, settings: list[str], alone: Path, tmp_path: Path
-) -> None:
-    run([*settings, *of(name), f"run_dir={tmp_path / name}"], fresh=True)
-    assert_like(tmp_path / name, alone)
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.process if name == "fsdp-2" else pytest.mark.matrix)
+        for name in RUNS
+    ],
+)
 def test_one_trajectory(name: str, whole: Callable[[str], Path], alone: Path) -> None:
     assert_like(whole(name), alone)
 

@@ -92,7 +92,7 @@ def test_one_rank_is_killed(lost: int, undisturbed: tuple[list[str], Path], tmp_
 @pytest.mark.matrix
 def test_twenty_kills(settings: list[str], tmp_path: Path) -> None:
     """All processes killed 20 times at random moments, every other time in a checkpoint's write."""
-    settings = [*settings, "train.epochs=20", "train.eval_every=6"]
+    settings = [*settings, "train.epochs=10", "train.eval_every=6"]
     settings += ["backend=fsdp", "backend.processes=2"]
     whole = tmp_path / "whole"
     run([*settings, f"run_dir={whole}"])
@@ -118,7 +118,7 @@ def test_twenty_kills(settings: list[str], tmp_path: Path) -> None:
             wait_for(beyond(steps()), process)
             time.sleep(rng.uniform(0, 0.05))
         else:
-            time.sleep(rng.uniform(0, 6))
+            time.sleep(rng.uniform(0, 3))
         ranks = ranks_of(process) if process.poll() is None else {}
         # The ranks have asked the system to end with their parent.
         process.send_signal(signal.SIGKILL)
@@ -232,7 +232,7 @@ def test_a_signal_while_it_starts(
     folder = tmp_path / "run"
     # The default, which holds as long as the settings are not known.
     overrides = [*settings, *many, "train.stopped_exit_code=75", f"run_dir={folder}"]
-    process = start(overrides, fresh=True)
+    process = start(overrides, fresh=moment != "load")
     wait_for(lambda: MOMENTS[moment](process, folder), process)
     process.send_signal(signal.Signals[name])
     printed = finish(process, code=130 if name == "SIGINT" else 75)
@@ -349,6 +349,7 @@ def test_the_disk_is_full(kind: str, settings: list[str], small_disk: Path) -> N
     """The checkpoint before stays, the run says so, and goes on when there is room."""
     folder = small_disk / "run"
     command = [*settings, f"backend={kind}", "backend.processes=2", f"run_dir={folder}"]
+    command += ["train.eval_every=0"]
     process = start([*command, "train.checkpoint_every=6"])
     wait_for(lambda: any((folder / "checkpoints").glob("step-000006")), process)
     filler = small_disk / "filler"
@@ -397,7 +398,8 @@ def test_a_damaged_checkpoint(kind: str, damage: str, settings: list[str], tmp_p
     """Found by its size or hash; the one before it is used, and that is said."""
     folder = tmp_path / "run"
     many = [] if kind == "single" else ["backend.processes=2"]
-    command = [*settings, f"backend={kind}", *many, "train.checkpoint_every=6", f"run_dir={folder}"]
+    command = [*settings, f"backend={kind}", *many, f"run_dir={folder}"]
+    command += ["train.checkpoint_every=6", "train.eval_every=0"]
     process = start(command)
     wait_for(lambda: any((folder / "checkpoints").glob("step-000012")), process)
     process.send_signal(signal.SIGKILL)

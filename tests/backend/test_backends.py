@@ -364,8 +364,9 @@ def adapters_alone(
     parent = tmp_path_factory.mktemp("adapters")
 
     def make(bits: str) -> tuple[list[str], Path]:
-        overrides = [*settings, f"model.path={wide_folder}", "model.lora.rank=4", "train.epochs=2"]
-        overrides += [f"model.quantization={bits}", "train.eval_every=0", "sample.num_prompts=0"]
+        overrides = [*settings, f"model.path={wide_folder}", f"model.quantization={bits}"]
+        overrides += ["model.lora.rank=4", "train.max_steps=6"]
+        overrides += ["train.eval_every=0", "sample.num_prompts=0"]
         folder = parent / bits
         if not folder.exists():
             train(compose_run([*overrides, f"run_dir={folder}"]))
@@ -390,7 +391,7 @@ def test_adapters(
         assert "model.quantization: backend=fsdp cannot shard int8 layers" in run(command, code=2)
         return
     process = start(command)
-    wait_for(logged(tmp_path / "run", 3), process)
+    wait_for(logged(tmp_path / "run", 1), process)
     process.send_signal(signal.SIGTERM)
     finish(process, code=75)
     assert "continued after step" in run(command)

@@ -210,6 +210,7 @@ def settings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
         *("train.pairs_per_step=4", "train.learning_rate=1e-3", "train.checkpoint_every=2"),
         *("train.eval_every=0", "sample.num_prompts=0", f"cache_dir={folder}/cache"),
         *("backend.device=cpu", "train.precision=fp32", "train.tokens_per_row=256"),
+        "train.check_memory=false",
     ]
 
 

@@ -186,7 +186,8 @@ def test_a_stopped_sweep_goes_on(tiny_run: list[str], tmp_path: Path) -> None:
     """Told to stop in its first member, then by a Ctrl-C in its second; both have saved."""
     folder = tmp_path / "sweep"
     command = ["-m", "loss.beta=2,3", *tiny_run, "train.max_steps=60", "train.epochs=20"]
-    command += [f"launcher.sweep_dir={folder}", "launcher.poll_s=0.2", "train.eval_every=30"]
+    command += [f"launcher.sweep_dir={folder}", "launcher.poll_s=0.2", "train.eval_every=0"]
+    command += ["train.checkpoint_every=0"]
     first, second = folder / "loss.beta=2", folder / "loss.beta=3"
     process = start(command)
     wait_for(logged(first, 5), process)

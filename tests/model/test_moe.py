@@ -362,6 +362,7 @@ def test_one_loss_on_every_backend(tiny_folder: Path, tmp_path: Path) -> None:
         "train.learning_rate=3e-4",
         "train.precision=fp32",
         "train.log_every=1",
+        "train.check_memory=false",
         "sample.num_prompts=0",
         f"cache_dir={tmp_path}/cache",
         "backend.device=cpu",

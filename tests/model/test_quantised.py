@@ -212,6 +212,7 @@ def test_a_whole_run(settings: str, tiny_run: list[str], wide_folder: Path, tmp_
         f"model.gradient_checkpointing={str('checkpointing' in rest).lower()}",
         "train.learning_rate=1e-2",
         "train.epochs=2",
+        "sample.max_new_tokens=2",
     ]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run([*overrides, f"run_dir={whole}"])
@@ -231,6 +232,6 @@ def test_a_whole_run(settings: str, tiny_run: list[str], wide_folder: Path, tmp_
 
     onward = tmp_path / "onward"
     goes_on = ["model.lora.rank=0", "model.lora.dora=false", f"model.lora.adapter={whole}/model"]
-    train(compose_run([*overrides, *goes_on, f"run_dir={onward}"]))
+    train(compose_run([*overrides, *goes_on, "train.max_steps=2", f"run_dir={onward}"]))
     began = json.loads((onward / "results.json").read_text())["eval_before"]
     assert began == pytest.approx(results["eval_after"], rel=1e-6)

@@ -56,7 +56,7 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 300) -> N
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, what
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def hurry(folder: Path) -> State:

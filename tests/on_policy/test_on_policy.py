@@ -539,7 +539,7 @@ def test_replies_to_report_on_the_real_model(smollm2: Path, tmp_path: Path) -> N
 
     drawn = command(
         "simpo.generate", "data=jsonl", sources, folder, "on_policy.seeds=[1,2,3,4]",
-        "on_policy.max_new_tokens=32",
+        "on_policy.max_new_tokens=16",
     )  # fmt: skip
     assert "12 prompts, 4 replies each" in drawn
     judged = [folder, "on_policy.reward=rules", "on_policy.keep_cut=true"]

@@ -58,8 +58,7 @@ def with_hub_files(run: RunConfig) -> RunConfig:
 
 
 def _baselines(folder: str) -> list[str]:
-    """The models that a version of Arena-Hard compares with."""
-    own = BASELINES.get(folder)
-    return (
-        [own] if own else [name for key, name in BASELINES.items() if key not in FOLDERS.values()]
-    )
+    """The models that a version of Arena-Hard compares with; the first one's category is itself."""
+    if folder in BASELINES:
+        return [BASELINES[folder]]
+    return [name for key, name in BASELINES.items() if key not in FOLDERS.values()]

@@ -53,8 +53,9 @@ def with_hub_files(run: RunConfig) -> RunConfig:
     if config.kind is BenchmarkKind.arena_hard:
         return replace(run, benchmark=replace(config, path=str(folders[0])))
     baseline, difficulty, gamed = files
-    own = {"difficulty": config.difficulty or difficulty, "gamed": config.gamed or gamed}
-    return replace(run, benchmark=replace(config, path=baseline, **own))
+    difficulty, gamed = config.difficulty or difficulty, config.gamed or gamed
+    here = replace(config, path=baseline, difficulty=difficulty, gamed=gamed)
+    return replace(run, benchmark=here)
 
 
 def _baselines(folder: str) -> list[str]:

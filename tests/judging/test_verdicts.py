@@ -297,7 +297,7 @@ def test_a_file_that_is_removed_meanwhile(run: RunConfig) -> None:
 def test_a_file_that_cannot_be_written_is_known_before_a_request(
     run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(path: Path, mode: str) -> None:
+    def refused(path: Path, *_: Any, **options: Any) -> None:
         raise OSError(30, "Read-only file system")
 
     with stub_judge(echo) as stub:

@@ -276,7 +276,7 @@ def _follow(
                 if not (at_rest if here is None else path not in here):
                     continue
                 unreported.remove(path)
-                ended += 1
+                ended += at_rest
                 if at_rest:  # a sweep that was stopped leaves others pending
                     words = [f"{path.name}  {found.text()}", found.note]
                     progress.say(": ".join(filter(None, words)))

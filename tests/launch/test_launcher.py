@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import signal
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +21,12 @@ from simpo.config.errors import ConfigError, RunError
 from simpo.launch.folders import LONGEST_NAME, Member
 from simpo.launch.sweep import (
     NOTHING_HELD_OUT,
+    _follow,
     _print_end,
     launch,
     share_of_machine,
 )
+from simpo.run import progress
 from simpo.run.command import train_command
 from simpo.run.runs import State, read_progress
 from tests.support.made_runs import make
@@ -209,6 +214,25 @@ def test_a_stopped_sweep_goes_on(tiny_run: list[str], tmp_path: Path) -> None:
     assert metrics_of(second)[-1]["step"] < 60
     assert "loss.beta=3  finished, step 60 of 60\n" in run(command)
     assert "continued after step" in (second / "log.txt").read_text()
+
+
+def test_members_that_a_stopped_sweep_did_not_start_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [make(tmp_path / "a", state="stopped"), tmp_path / "b", tmp_path / "c"]
+    for folder in folders[1:]:
+        folder.mkdir()
+        shutil.copy(folders[0] / "run.yaml", folder)
+    members = [Member(replace(RUN, run_dir=str(folder)), (), ()) for folder in folders]
+    counted: list[int] = []
+
+    class Bar:
+        def advance(self, count: int, text: str) -> None:
+            counted.append(count)
+
+    monkeypatch.setattr(progress, "bar", lambda *_: nullcontext(Bar()))
+    _follow(RUN.launcher, members, set)
+    assert counted == [1]
 
 
 def member(overrides: list[str], own: list[str]) -> Member:

@@ -254,7 +254,9 @@ def _difference(first: Judged, judged: Judged) -> str:
     scale = 1.0 if judged.kind == BenchmarkKind.mt_bench.value else win_rates.PERCENT
     behind = [scale * (judged.by_question[key] - first.by_question[key]) for key in common]
     (found,) = by_bootstrap([behind])
-    text = f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+    text = f"{found.mean:+.1f}"
+    if found.low is not None and found.high is not None:
+        text += f" ({found.low:+.1f} to {found.high:+.1f})"
     return text if len(common) == judged.questions else f"{text}, {len(common)} questions"
 
 

@@ -28,8 +28,6 @@ def mean_figure(values: Sequence[float], scale: float = PERCENT) -> Figure:
     nothing were uncertain.
     """
     (found,) = by_bootstrap([[scale * value for value in values]])
-    if len(set(values)) == 1:
-        return Figure(found.mean)
     return Figure(found.mean, found.low, found.high)
 
 

@@ -104,12 +104,11 @@ def _by_value(report: Comparison, group: Group) -> dict[str, float]:
 
 
 def _in_words(key: str, difference: Difference, differences: Sequence[float]) -> str:
-    half = difference.high - difference.mean
-    told = (
-        f"{difference.mean:.4f} ± {half:.4f} ({len(differences)} values of {key}, "
-        f"p {difference.p:.2g} after Holm)"
-    )
-    if difference.clear or difference.mean == 0:
+    told = f"{difference.mean:.4f}"
+    if difference.high is not None:
+        told += f" ± {difference.high - difference.mean:.4f}"
+    told += f" ({len(differences)} values of {key}, p {difference.p:.2g} after Holm)"
+    if difference.clear or difference.high is None:
         return told
     wanted = seeds_needed(differences)
     about = f"about {wanted}" if wanted <= MOST_SEEDS else f"more than {MOST_SEEDS}"

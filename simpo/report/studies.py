@@ -36,13 +36,14 @@ class Difference:
     """A mean difference.
 
     Attributes:
-        low, high: its interval at `LEVEL`.
+        low, high: its interval at `LEVEL`; None if all differences are the same, which says
+            nothing about their spread.
         p: the chance of one as large if there is none, two-sided.
     """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
 
     @property
@@ -55,7 +56,7 @@ def by_bootstrap(differences: Sequence[Sequence[float]]) -> list[Difference]:
     """The mean differences of runs from another one, by resampling pairs.
 
     Intervals are percentiles; p-values are a normal distribution's with the bootstrap's standard
-    error, which can be small enough for a large sweep.
+    error, which can be small enough for a large sweep, but at least those of `_p_of_signs`.
 
     Args:
         differences: of each run, the finite difference of each pair; all of the same pairs.
@@ -76,16 +77,27 @@ def by_bootstrap(differences: Sequence[Sequence[float]]) -> list[Difference]:
     )
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).tolist()
     mean, error = by_pair.mean(axis=0).tolist(), means.std(axis=0, ddof=1).tolist()
+    spread = np.ptp(by_pair, axis=0).tolist()
     return [
-        Difference(value, below, above, _p_of_normal(value, spread))
-        for value, below, above, spread in zip(mean, low, high, error, strict=True)
+        Difference(m, below, above, max(_p_of_normal(m, e), _p_of_signs(pairs)))
+        if apart
+        else _without_spread(m, pairs)
+        for m, below, above, e, apart in zip(mean, low, high, error, spread, strict=True)
     ]
 
 
 def _p_of_normal(mean: float, error: float) -> float:
-    if error == 0:
-        return 1.0 if mean == 0 else 0.0
-    return math.erfc(abs(mean) / error / math.sqrt(2))
+    return math.erfc(abs(mean) / error / math.sqrt(2)) if error else 0.0
+
+
+def _p_of_signs(number: int) -> float:
+    """The chance that so many differences all have the same sign, if either sign is as likely."""
+    return 2.0 ** (1 - number)
+
+
+def _without_spread(mean: float, number: int) -> Difference:
+    """The mean of equal differences."""
+    return Difference(mean, None, None, _p_of_signs(number) if mean else 1.0)
 
 
 def by_t(differences: Sequence[float]) -> Difference:
@@ -93,16 +105,17 @@ def by_t(differences: Sequence[float]) -> Difference:
     mean, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
     half = error * _quantile(len(differences) - 1)
     if error == 0:
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+        return _without_spread(mean, len(differences))
     return Difference(mean, mean - half, mean + half, _p_of_t(mean / error, len(differences) - 1))
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Half the interval of a mean over seeds, by Student's t; None for a single value."""
+    """Half the interval of a mean over seeds, by Student's t; None for a single value, and for
+    equal ones."""
     if len(values) < 2:
         return None
     found = by_t(values)
-    return found.high - found.mean
+    return None if found.high is None else found.high - found.mean
 
 
 def _quantile(freedom: int) -> float:

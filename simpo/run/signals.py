@@ -122,7 +122,7 @@ def stopping_at_once(what: str, stopped_exit_code: int) -> Iterator[None]:
         what: what had not been done, for the message.
 
     Raises:
-        Stopped: a signal came, or had come after a `StopRequest` in this process was left.
+        Stopped: a signal came.
     """
     names: list[str] = []
 

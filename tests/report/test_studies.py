@@ -51,10 +51,13 @@ def test_extremes() -> None:
 
 def test_without_spread_or_with_one_value() -> None:
     assert half_width([0.7]) is None
-    assert by_t([0.0, 0.0]) == Difference(0.0, 0.0, 0.0, 1.0)
-    assert by_t([0.5, 0.5]) == Difference(0.5, 0.5, 0.5, 0.0)
+    assert half_width([0.7, 0.7]) is None
+    assert by_t([0.0, 0.0]) == Difference(0.0, None, None, 1.0)
+    assert by_t([0.5, 0.5, 0.5]) == Difference(0.5, None, None, 0.25)  # of 8 equal signs, 2
     same, worse = by_bootstrap([[0.0] * 5, [1.0] * 5])
-    assert (same, worse) == (Difference(0, 0, 0, 1), Difference(1, 1, 1, 0))
+    assert (same, worse) == (Difference(0, None, None, 1), Difference(1, None, None, 1 / 16))
+    (few,) = by_bootstrap([[0.9, 1.0]])
+    assert (few.low, few.high, few.p) == (0.9, 1.0, 0.5)
 
 
 def test_intervals_over_three_seeds_hold() -> None:

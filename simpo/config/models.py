@@ -26,9 +26,13 @@ TEMPLATE_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt",
 
 
 def names_a_model(source: str) -> bool:
-    """Whether a word may name a run or a model: a folder, a hub id or the built-in model."""
-    is_hub_id = source.count("/") == 1 and not looks_local(source)
-    return source == BUILTIN or is_hub_id or Path(source).expanduser().is_dir()
+    """Whether a word may name a run or a model: a folder, a hub id or the built-in model.
+
+    outputs/typo is no hub id where there is a folder outputs: the hub would be waited for in vain.
+    """
+    path = Path(source).expanduser()
+    is_hub_id = source.count("/") == 1 and not (looks_local(source) or path.parent.is_dir())
+    return source == BUILTIN or is_hub_id or path.is_dir()
 
 
 @dataclass(kw_only=True)

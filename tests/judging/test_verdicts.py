@@ -297,8 +297,12 @@ def test_a_file_that_is_removed_meanwhile(run: RunConfig) -> None:
 def test_a_file_that_cannot_be_written_is_known_before_a_request(
     run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(path: Path, *_: Any, **options: Any) -> None:
-        raise OSError(30, "Read-only file system")
+    opened = Path.open
+
+    def refused(path: Path, *how: Any, **options: Any) -> Any:
+        if path.suffix == ".jsonl":
+            raise OSError(30, "Read-only file system")
+        return opened(path, *how, **options)
 
     with stub_judge(echo) as stub:
         run = with_judge(run, stub)

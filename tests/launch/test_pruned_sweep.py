@@ -111,7 +111,7 @@ def test_a_job_is_requeued_if_it_was_stopped_alone(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def start(_: object) -> None:
+    def start(_: object, own_process: bool) -> None:
         raise error
 
     monkeypatch.setattr("simpo.launch.member.start", start)

@@ -20,7 +20,7 @@ usage: simpo judge RUN [RUN2 ...] benchmark=NAME [key=value ...]
 Let the models of runs answer the questions of a benchmark, and a judge compare their answers with a
 baseline's. Answers and verdicts are kept: after an interruption the same command continues.
 
-  simpo judge RUN benchmark=pairs judge.reward=rules
+  simpo judge RUN benchmark=pairs benchmark.baseline=base
   simpo judge RUN RUN2 benchmark=pairs benchmark.baseline=base judge.local=JUDGE_MODEL
   simpo judge RUN benchmark=alpaca_eval_2 benchmark.path=CLONE \\
       judge.endpoint=http://localhost:8000/v1 judge.model=NAME

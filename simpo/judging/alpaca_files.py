@@ -53,7 +53,7 @@ def read_outputs(path: Path) -> tuple[str, list[dict[str, Any]]]:
 def read_rows(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
     """A list of objects with some texts, each instruction once."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -37,6 +37,8 @@ RESOURCES = {
 PROGRAMS = "IFBench's programs"
 """What stands for the name of a judge."""
 
+_Checked = tuple[dict[str, Any], dict[str, Any], list[str]]
+
 
 def open_ifbench(run: RunConfig) -> Benchmark:
     """The prompts of the package or of `benchmark.path`, without those that cannot be checked here.
@@ -119,10 +121,6 @@ def _missing(checks: Sequence[str]) -> set[str]:
     return missing
 
 
-Checked = tuple[dict[str, Any], dict[str, Any], list[str]]
-"""Results by question id, strict and loose, and faults of checks."""
-
-
 class IFBench(Benchmark):
     """Prompts with constraints, and the programs that check them.
 
@@ -139,7 +137,7 @@ class IFBench(Benchmark):
         keys = ("key", "prompt", "instruction_id_list", "kwargs")
         records = read_jsonl(path, keys)[:num_prompts]
         self._library = library
-        self._last: tuple[Mapping[str, Answer], Checked] | None = None
+        self._last: tuple[Mapping[str, Answer], _Checked] | None = None
         known = library.instructions_registry.INSTRUCTION_DICT
         for check in (check for record in records for check in record["instruction_id_list"]):
             if check not in known:
@@ -197,13 +195,13 @@ class IFBench(Benchmark):
             f"({faults[0]}).",
         ]
 
-    def _checked(self, answers: Mapping[str, Answer]) -> Checked:
-        """What `_check` finds; the checks of all answers take seconds, and run once."""
-        if self._last is None or self._last[0] is not answers:
-            self._last = answers, self._check(answers)
+    def _checked(self, answers: Mapping[str, Answer]) -> _Checked:
+        """What `_check` finds; answers that were checked last are not checked again."""
+        if self._last is None or self._last[0] != answers:
+            self._last = dict(answers), self._check(answers)
         return self._last[1]
 
-    def _check(self, answers: Mapping[str, Answer]) -> Checked:
+    def _check(self, answers: Mapping[str, Answer]) -> _Checked:
         """The package's OutputExample of each question, strictly and loosely, and the faults of
         checks that broke at an answer: it meets nothing, or loosely what it meets strictly."""
         outputs: dict[str, dict[str, Any]] = {"strict": {}, "loose": {}}

@@ -21,7 +21,7 @@ def read_jsonl(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
         DataError: the file cannot be read, is empty, or a line is no such object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {first_line(error)} (copy it again)") from error
     records = []

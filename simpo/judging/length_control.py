@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # numpy is imported where it computes, so that settings are a
 
 GAMED_WEIGHT = 0.2 / 2
 """Weight of an answer of the baseline that was told to be short or long; there are two of each."""
+LEAST_WEIGHT = 1e-9
+"""Of a row in the fit. liblinear drops rows of weight 0, and without a row of a label it fits 0, so
+that a model which lost everything would have 50 %."""
 FOLDS = 5
 """Of the cross-validation that chooses the strength of the regularisation; as many questions."""
 
@@ -113,6 +116,7 @@ def _fit(rows: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> tuple[np
     doubled, groups = np.concatenate([rows, rows]), np.tile(np.arange(len(rows)), 2)
     labels = np.repeat([1, 0], len(rows))
     importance = np.concatenate([targets, 1 - targets]) * np.tile(weights, 2)
+    importance = np.maximum(importance, LEAST_WEIGHT)
 
     def log_likelihood(
         model: Any, features: np.ndarray, labels: np.ndarray, sample_weight: np.ndarray

@@ -316,3 +316,31 @@ def test_spacy_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     opened("benchmark.num_prompts=1")
     assert sys.modules["spacy.cli"] is other and "spacy" not in sys.modules
     assert nltk.download is refuse
+
+
+def test_answers_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = opened("benchmark.num_prompts=3")
+    checked = []
+    strict = benchmark._library.test_instruction_following_strict
+    monkeypatch.setattr(
+        benchmark._library,
+        "test_instruction_following_strict",
+        lambda *given: checked.append(given) or strict(*given),
+    )
+    answers = {
+        question.id: Answer(question.id, ("An answer.",)) for question in benchmark.questions
+    }
+    benchmark.figures([], answers)
+    benchmark.by_question([], answers)
+    benchmark.write(tmp_path, "m", "j", answers, [])
+    assert len(checked) == len(answers)
+    key = benchmark.questions[0].id
+    answers[key] = Answer(key, ("Another.",))
+    benchmark.figures([], answers)
+    assert len(checked) == 2 * len(answers)
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    lines = json.dumps(records()[0]) + "\r\n"
+    (tmp_path / "IFBench_test.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert len(opened(f"benchmark.path={tmp_path}").questions) == 1

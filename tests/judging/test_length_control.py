@@ -181,3 +181,15 @@ def test_interval_is_that_of_fitting_anew() -> None:
     assert spread == pytest.approx(np.std(refits), rel=0.1)
     # That of the predictions alone, which alpaca-eval prints, is something else.
     assert found.standard_error < 0.8 * spread or found.standard_error > 1.25 * spread
+
+
+@pytest.mark.parametrize(
+    "preferences", [[0.0] * 20, [1.0] * 20, [0.0] * 19 + [1.0], [1.0] * 19 + [0.0]]
+)
+@pytest.mark.parametrize("chars", [[0] * 20, list(range(-900, 1100, 100))])
+def test_one_sided_preferences_are_near_the_win_rate(
+    preferences: list[float], chars: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = length_controlled(preferences, chars)
+    assert found.win_rate == pytest.approx(100 * sum(preferences) / 20, abs=6)
+    assert capfd.readouterr() == ("", "")

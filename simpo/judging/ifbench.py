@@ -139,6 +139,7 @@ class IFBench(Benchmark):
         self._library = library
         self._last: tuple[Mapping[str, Answer], _Checked] | None = None
         known = library.instructions_registry.INSTRUCTION_DICT
+        _check_records(path, records)
         for check in (check for record in records for check in record["instruction_id_list"]):
             if check not in known:
                 raise DataError(
@@ -270,6 +271,38 @@ class IFBench(Benchmark):
         """Read a file of answers. There are no judgements: programs check them."""
         name, answers = self.read_answers(path)
         return name, PROGRAMS, answers, []
+
+
+def _check_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Check what the records hold.
+
+    Raises:
+        DataError: a record has no text as prompt, or not one object of arguments for each check, or
+            has the key or the prompt of another.
+    """
+    seen = set()
+    for number, record in enumerate(records, start=1):
+        names, arguments, prompt = (
+            record[key] for key in ("instruction_id_list", "kwargs", "prompt")
+        )
+        place = f"{path}: record {number}"
+        if not isinstance(prompt, str):
+            raise DataError(f"{place}: prompt must be a text (copy the file again)")
+        if not (
+            isinstance(names, list)
+            and isinstance(arguments, list)
+            and len(names) == len(arguments) > 0
+            and all(isinstance(name, str) for name in names)
+            and all(isinstance(given, dict) for given in arguments)
+        ):
+            raise DataError(
+                f"{place}: instruction_id_list and kwargs must be lists of as many names and "
+                "objects, at least one (copy the file again)"
+            )
+        for one in (("key", str(record["key"])), ("prompt", prompt)):
+            if one in seen:
+                raise DataError(f"{place}: the {one[0]} of an earlier record (remove one)")
+            seen.add(one)
 
 
 def _notes_of(missing: Sequence[set[str]]) -> list[str]:

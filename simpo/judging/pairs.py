@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ CHOSEN, BASE = "chosen", "base"
 JUDGEMENTS = "judgements.jsonl"
 MAX_TOKENS = 1024
 LABEL = re.compile(r"\[\[([ABC])\]\]")
+KEYS_OF_SAID = {one.name for one in fields(Said)}
 VALUES = {"A": 1.0, "B": 0.0, "C": 0.5}
 """Preference for the answer shown first."""
 SYSTEM = """You compare two answers to the same request. Decide which of them serves the person \
@@ -128,7 +129,8 @@ class Pairs(Benchmark):
         self, judgements: Sequence[Judgement], answers: Mapping[str, Answer]
     ) -> tuple[dict[str, Figure], list[str]]:
         """win_rate; and pass_rate of the questions that have a rule."""
-        found = {"win_rate": mean_figure(list(by_question(judgements).values()))}
+        values = list(by_question(judgements).values())
+        found = {"win_rate": mean_figure(values)} if values else {}
         passed = [
             float(obeys(question.rule, answers[question.id].turns[0]))
             for question in self.questions
@@ -136,7 +138,7 @@ class Pairs(Benchmark):
         ]
         if passed:
             found["pass_rate"] = mean_figure(passed)
-        return found, []
+        return found, [] if values else ["No verdict could be read."]
 
     def write(
         self,
@@ -180,7 +182,13 @@ class Pairs(Benchmark):
             value, key = line["preference"], line["question"]
             if not (value is None or (isinstance(value, int | float) and 0 <= value <= 1)):
                 raise DataError(f"{path}:{number}: preference must be from 0 to 1, got {value}")
-            model, judge, self.baseline_name = line["model"], line["judge"], line["baseline"]
+            _check_line(f"{path}:{number}", line)
+            names = line["model"], line["judge"], line["baseline"]
+            if number > 1 and names != (model, judge, self.baseline_name):
+                raise DataError(
+                    f"{path}:{number}: another model, judge or baseline than above (one a file)"
+                )
+            model, judge, self.baseline_name = names
             answers[key] = Answer(key, (line["answer"],))
             baseline[key] = Answer(key, (line["baseline_answer"],))
             if key not in self._by_id:
@@ -189,6 +197,29 @@ class Pairs(Benchmark):
             judgements.append(Judgement(query, Said(**line.get("said", {"text": ""})), value))
         self.questions, self.baseline = [self._by_id[key] for key in answers], baseline
         return model, judge, answers, judgements
+
+
+def _check_line(place: str, line: Mapping[str, Any]) -> None:
+    """Check a line of judgements.jsonl, all but its preference.
+
+    Raises:
+        DataError: a value has the wrong type.
+    """
+    for key in ("question", "model", "answer", "baseline", "baseline_answer", "judge"):
+        if not isinstance(line[key], str):
+            raise DataError(f"{place}: {key} must be a text (restore the file)")
+    for key in ("order", "repeat"):
+        if line[key] not in (0, 1):
+            raise DataError(f"{place}: {key} must be 0 or 1 (restore the file)")
+    turns, said = line["prompt"], line.get("said", {"text": ""})
+    if not (
+        isinstance(turns, list)
+        and turns
+        and all(isinstance(turn, dict) and turn.keys() >= {"role", "content"} for turn in turns)
+    ):
+        raise DataError(f"{place}: prompt must be a list of messages (restore the file)")
+    if not isinstance(said, dict) or not {"text"} <= said.keys() <= KEYS_OF_SAID:
+        raise DataError(f"{place}: said must be an object with text (restore the file)")
 
 
 def _request(question: Question) -> str:

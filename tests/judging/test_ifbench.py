@@ -344,3 +344,29 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     lines = json.dumps(records()[0]) + "\r\n"
     (tmp_path / "IFBench_test.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
     assert len(opened(f"benchmark.path={tmp_path}").questions) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"instruction_id_list": [], "kwargs": []}, "instruction_id_list and kwargs must be lists"),
+        ({"instruction_id_list": None}, "instruction_id_list and kwargs must be lists"),
+        ({"instruction_id_list": [["a"]]}, "instruction_id_list and kwargs must be lists"),
+        ({"kwargs": []}, "instruction_id_list and kwargs must be lists"),
+        ({"kwargs": ["x"]}, "instruction_id_list and kwargs must be lists"),
+        ({"prompt": None}, "prompt must be a text"),
+        ({"prompt": "Other."}, "the key of an earlier record"),
+        ({"key": "other"}, "the prompt of an earlier record"),
+    ],
+)
+def test_records_that_cannot_be_used(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    record = {
+        "key": "1",
+        "prompt": "Say it.",
+        "instruction_id_list": ["format:no_whitespace"],
+        "kwargs": [{}],
+    }
+    lines = [json.dumps(record), json.dumps(record | change)]
+    (tmp_path / "IFBench_test.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=f"record 2: {message}"):
+        opened(f"benchmark.path={tmp_path}")

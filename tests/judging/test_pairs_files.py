@@ -1,0 +1,52 @@
+"""Files of judgements of held-out prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpo.config.errors import DataError
+from simpo.judging.pairs import Pairs
+
+LINE = {
+    "question": "1",
+    "prompt": [{"role": "user", "content": "Say it."}],
+    "model": "m",
+    "answer": "It.",
+    "baseline": "chosen",
+    "baseline_answer": "Is it?",
+    "judge": "j",
+    "order": 0,
+    "repeat": 0,
+    "preference": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "n"}, "another model, judge or baseline than above"),
+        ({"answer": None}, "answer must be a text"),
+        ({"question": [1]}, "question must be a text"),
+        ({"order": "x"}, "order must be 0 or 1"),
+        ({"prompt": None}, "prompt must be a list of messages"),
+        ({"said": "A"}, "said must be an object with text"),
+        ({"said": {"text": "", "more": 1}}, "said must be an object with text"),
+    ],
+)
+def test_lines_that_cannot_be_used(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "judgements.jsonl"
+    file.write_text(json.dumps(LINE) + "\n" + json.dumps(LINE | change))
+    with pytest.raises(DataError, match=f"judgements.jsonl:2: {message}"):
+        Pairs({}, "chosen", 0).read_annotations(file)
+
+
+def test_without_a_verdict_there_is_no_win_rate(tmp_path: Path) -> None:
+    file = tmp_path / "judgements.jsonl"
+    file.write_text(json.dumps(LINE | {"preference": None}))
+    pairs = Pairs({}, "chosen", 0)
+    _, _, answers, judgements = pairs.read_annotations(file)
+    assert pairs.figures(judgements, answers) == ({}, ["No verdict could be read."])

@@ -322,11 +322,12 @@ def test_answers_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     benchmark = opened("benchmark.num_prompts=3")
     checked = []
     strict = benchmark._library.test_instruction_following_strict
-    monkeypatch.setattr(
-        benchmark._library,
-        "test_instruction_following_strict",
-        lambda *given: checked.append(given) or strict(*given),
-    )
+
+    def counted(*given: Any) -> Any:
+        checked.append(given)
+        return strict(*given)
+
+    monkeypatch.setattr(benchmark._library, "test_instruction_following_strict", counted)
     answers = {
         question.id: Answer(question.id, ("An answer.",)) for question in benchmark.questions
     }

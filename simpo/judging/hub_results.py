@@ -11,8 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from simpo.config.errors import unwritable
-from simpo.run.atomic import write_text
+from simpo.run.atomic import make_folder, write_text
 from simpo.run.judged import Judged
 
 FOLDER = ".eval_results"
@@ -56,8 +55,5 @@ def write_hub_result(judged: Judged, model: Path) -> None:
         "date": date.today().isoformat(),
     }
     folder = model / FOLDER
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
+    make_folder(folder)
     write_text(folder / f"{judged.benchmark}.yaml", yaml.safe_dump([entry], sort_keys=False))

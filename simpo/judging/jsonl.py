@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simpo.config.errors import DataError, first_line, unwritable
-from simpo.run.atomic import write_text
+from simpo.config.errors import DataError, first_line
+from simpo.run.atomic import make_folder, write_text
 
 
 def read_jsonl(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -47,8 +47,5 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(path.parent, error) from error
+    make_folder(path.parent)
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

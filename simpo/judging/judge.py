@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import BenchmarkKind
-from simpo.config.errors import ConfigError, DataError, unwritable
+from simpo.config.errors import ConfigError, DataError
 from simpo.config.schema import RunConfig
 from simpo.judging.answers import Contestant, before_training, contestant, draw, judged_folder
 from simpo.judging.benchmarks import open_benchmark
@@ -19,6 +19,7 @@ from simpo.judging.results import judged_as, judgements_of, result_lines
 from simpo.judging.shapes import Answer, Benchmark
 from simpo.loop.console import libraries_quiet
 from simpo.model.saved import naming
+from simpo.run.atomic import make_folder
 from simpo.run.judged import Judged
 from simpo.run.progress import say
 
@@ -76,7 +77,7 @@ def judge(run: RunConfig, sources: Sequence[str]) -> list[Judged]:
         judgements = judgements_of(run, benchmark, asked, answers)
         name = asked.name if asked is not None else "programs"
         judged = judged_as(run, benchmark, contest.name, name, answers, judgements, contest.notes)
-        _make(contest.folder)
+        make_folder(contest.folder)
         benchmark.write(contest.folder, contest.name, name, answers, judgements)
         judged.write(contest.folder)
         if contest.model is not None and contest.model.run is not None:
@@ -169,20 +170,13 @@ def _draw(contest: Contest) -> None:
     contest.notes += notes
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-
-
 def _of_annotations(run: RunConfig, path: Path, sources: Sequence[str]) -> Judged:
     """Judge by a file of judgements, without asking anybody."""
     benchmark = open_benchmark(run)
     name, judge_name, answers, judgements = benchmark.read_annotations(path)
     folder = contestant(run, sources[0]).folder if sources else judged_folder(run, name)
     judged = judged_as(run, benchmark, name, judge_name, answers, judgements)
-    _make(folder)
+    make_folder(folder)
     judged.write(folder)
     say("", *result_lines([judged], [folder]))
     return judged

@@ -10,6 +10,7 @@ from simpo.judging.endpoint import EndpointJudge
 from simpo.judging.local import LocalJudge
 from simpo.judging.rewards import ScoringReward
 from simpo.judging.shapes import Benchmark, Judge, Reward
+from simpo.on_policy.rewards import RULES
 
 
 def open_judge(run: RunConfig, benchmark: Benchmark) -> Judge | Reward | None:
@@ -39,7 +40,7 @@ def open_judge(run: RunConfig, benchmark: Benchmark) -> Judge | Reward | None:
         return ScoringReward(run, config.reward)
     questions = benchmark.questions
     if questions and all(question.rule is not None for question in questions):
-        return ScoringReward(run, "rules")
+        return ScoringReward(run, RULES)
     if run.benchmark.kind is BenchmarkKind.ifbench:
         return None
     raise ConfigError(

@@ -12,6 +12,7 @@ from simpo.config.schema import RunConfig
 from simpo.data.rules import obeys
 from simpo.judging import verdicts, win_rates
 from simpo.judging.shapes import Answer, Benchmark, Judge, Judgement, Query, Question, Reward, Said
+from simpo.on_policy.rewards import RULES
 from simpo.report.studies import by_bootstrap
 from simpo.run.judged import Figure, Judged
 from simpo.run.tables import markdown_table
@@ -19,8 +20,6 @@ from simpo.run.tables import markdown_table
 EXAMPLES = 3
 """Questions shown that were won, and as many that were lost."""
 SHOWN_CHARS = 1200
-RULES = "rules"
-"""The judge that checks the rules of prompts, as `judge.reward` names it."""
 MOST_CHANCE = 75.0
 """A highest possible win rate in percent up to which a note says what it is."""
 

@@ -26,6 +26,8 @@ from simpo.model.pretrained import load_pretrained, load_weights
 from simpo.on_policy.files import content_hash, model_content
 from simpo.run.cache import sha256
 
+RULES = "rules"
+"""Names the reward that checks the rules of prompts."""
 Reward = Callable[[Sequence[Message], Sequence[str], Mapping[str, Any] | None], Sequence[float]]
 """Maps a prompt, replies to it and its rule to a score per reply; higher is better."""
 
@@ -40,7 +42,7 @@ def open_reward(run: RunConfig, key: str, name: str) -> Reward:
     Raises:
         ConfigError: it cannot be loaded.
     """
-    if name == "rules":
+    if name == RULES:
         return by_rule
     if is_function(name):
         function: Reward = load(key, name)
@@ -59,9 +61,9 @@ def reward_content(run: RunConfig, key: str, name: str) -> str:
     Raises:
         ConfigError: there is no such reward.
     """
-    if name == "rules" or is_function(name):
+    if name == RULES or is_function(name):
         reward = open_reward(run, key, name)
-        module = rules if name == "rules" else sys.modules[name.partition(":")[0]]
+        module = rules if name == RULES else sys.modules[name.partition(":")[0]]
         files = {getattr(module, "__file__", None)}
         with suppress(TypeError):  # a callable that is not a function
             files.add(inspect.getsourcefile(reward))

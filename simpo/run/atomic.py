@@ -6,14 +6,21 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from simpo.config.errors import (
-    unwritable,
-)
+from simpo.config.errors import unwritable
 
-if TYPE_CHECKING:  # for a launcher, which does without torch
-    pass
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, if they are not there.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def write_text(path: Path, text: str, private: bool = False) -> None:

@@ -82,6 +82,8 @@ def test_files_that_cannot_be_judged(
         f"{few}: no answer to 2 of 4 questions, such as 0 (benchmark.num_prompts takes the first "
         "ones alone)\n"
     )
+    told = refused([str(few), *alpaca[:3], f"judge.annotations={few}"], capsys)
+    assert told == f"judge.annotations: hold answers too, got {few} (leave it out)\n"
     others = outputs(tmp_path / "others.json", "others", ["a"], first=1)
     assert refused([str(others), *alpaca, "benchmark.num_prompts=1"], capsys) == (
         f"{others}: no answer to 1 of 1 questions, such as 0 (benchmark.num_prompts takes the "

@@ -13,8 +13,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from simpo.config.errors import DataError, first_line, unwritable
-from simpo.run.atomic import write_text
+from simpo.config.errors import DataError, first_line
+from simpo.run.atomic import make_folder, write_text
 
 
 def write_records(records: Iterable[Mapping[Any, Any]], what: str, folder: Path) -> Path:
@@ -39,10 +39,7 @@ def write_records(records: Iterable[Mapping[Any, Any]], what: str, folder: Path)
     digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
     path = folder / f"{what}-{digest[:16]}.jsonl"
     if not path.is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(folder, error) from error
+        make_folder(folder)
         write_text(path, text)
     return path
 

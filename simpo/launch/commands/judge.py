@@ -56,11 +56,10 @@ def main(words: Sequence[str]) -> None:
         raise ConfigError([f"RUN: required, but not given ({USAGE.strip().splitlines()[0]})"])
     if len(sources) > 1 and run.judge.annotations is not None:
         raise ConfigError(["judge.annotations: are of one model, got several (give one RUN)"])
-    unknown = [
-        source
-        for source in sources
-        if not (names_a_model(source) or Path(source).expanduser().is_file())
-    ]
+    files = [source for source in sources if Path(source).expanduser().is_file()]
+    if files and run.judge.annotations is not None:
+        raise ConfigError([f"judge.annotations: hold answers too, got {files[0]} (leave it out)"])
+    unknown = [source for source in sources if source not in files and not names_a_model(source)]
     if unknown:
         raise ConfigError([f"RUN: no such folder, got {source}" for source in unknown])
     say("loading torch and transformers ...")

@@ -6,7 +6,6 @@ changes a `RunConfig`; it is not frozen because OmegaConf cannot compose frozen 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,12 @@ from omegaconf import MISSING
 
 from simpo.config.backends import BackendConfig
 from simpo.config.benchmarks import BenchmarkConfig, JudgeConfig
-from simpo.config.choices import AUTO, Dtype, Engine, Mode, Precision, Schedule, WatchAction
+from simpo.config.choices import AUTO, Dtype, Mode, Precision, Schedule, WatchAction
 from simpo.config.data import DataConfig
 from simpo.config.errors import LOST, SAVED
 from simpo.config.launchers import LauncherConfig
 from simpo.config.models import ModelConfig
+from simpo.config.on_policy import OnPolicyConfig
 from simpo.config.trackers import TrackerConfig
 from simpo.loss import LossConfig
 
@@ -138,52 +138,6 @@ class SampleConfig:
             yield f"num_prompts: must be 0 (none) or more, got {self.num_prompts}"
         if self.max_new_tokens < 1:
             yield f"max_new_tokens: must be 1 or more, got {self.max_new_tokens}"
-
-
-@dataclass(kw_only=True)
-class OnPolicyConfig:
-    """Pairs of the model's own replies: `simpo.generate` generates them, `simpo.annotate` scores
-    them and pairs the best with the worst. Defaults are the paper's."""
-
-    folder: str | None = None
-    """Folder of replies, scores and pairs. null: <output_dir>/on_policy/<model>-<data>."""
-    seeds: list[int] = field(default_factory=lambda: [13, 21, 42, 79, 100])
-    """Sampling seeds; each gives one reply to each prompt."""
-    temperature: float = 0.8
-    """Sampling temperature; above 0."""
-    top_p: float = 0.95
-    """Nucleus sampling: tokens come from the likeliest ones that sum to this probability."""
-    max_new_tokens: int = 4096
-    """Longest reply."""
-    num_prompts: int | None = None
-    """Number of prompts answered, from the start of each split; null: all."""
-    engine: Engine = Engine.auto
-    """Library that generates. auto: vllm if installed and there is a GPU, else transformers."""
-    batch_prompts: int = 32
-    """Prompts answered together; replies are saved after each batch."""
-    reward: str | None = None
-    """What scores replies: a reward model (hub id or folder), `module:function`, or `rules`."""
-    keep_cut: bool = False
-    """Also use replies that max_new_tokens cut off."""
-
-    def problems(self) -> Iterator[str]:
-        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
-            yield f"seeds: must be two or more different ones, got {self.seeds}"
-        if min(self.seeds, default=0) < 0:
-            yield f"seeds: must be 0 or more, got {self.seeds}"
-        if self.folder == "":
-            yield "folder: must not be empty (null takes one below output_dir)"
-        if self.temperature <= 0:
-            yield f"temperature: must be above 0, got {self.temperature} (0 makes replies equal)"
-        if not 0 < self.top_p <= 1:
-            yield f"top_p: must be above 0 and at most 1, got {self.top_p}"
-        for key in ("max_new_tokens", "batch_prompts"):
-            if getattr(self, key) < 1:
-                yield f"{key}: must be 1 or more, got {getattr(self, key)}"
-        if self.num_prompts is not None and self.num_prompts < 1:
-            yield f"num_prompts: must be 1 or more, or null, got {self.num_prompts}"
-        if self.engine is Engine.vllm and importlib.util.find_spec("vllm") is None:
-            yield "engine: vllm is not installed (pip install 'simpo[vllm]')"
 
 
 @dataclass(kw_only=True)

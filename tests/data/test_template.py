@@ -18,8 +18,8 @@ from simpo.config.choices import Compat, OnBadRecord
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.config.models import ModelConfig
+from simpo.config.on_policy import OnPolicyConfig
 from simpo.config.paths import TEMPLATES
-from simpo.config.schema import OnPolicyConfig
 from simpo.data.chats.chat import Chat
 from simpo.data.chats.checks import placed_ids, refuse_unknown_ids
 from simpo.data.chats.template import NEEDED_TOKENS, Template, use_template

@@ -26,6 +26,13 @@ class OnPolicyConfig:
     """Longest reply."""
     num_prompts: int | None = None
     """Number of prompts answered, from the start of each split; null: all."""
+    slices: int = 1
+    """Deal the train prompts (of `num_prompts`) into so many slices: prompt i, from 0, into slice
+    i % slices + 1. The prompts of one slice are answered, and all held-out ones."""
+    slice: int = 1
+    """Which slice is answered, from 1."""
+    held_out_only: bool = False
+    """Answer no train prompt, only the held-out ones."""
     engine: Engine = Engine.auto
     """Library that generates. auto: vllm if installed and there is a GPU, else transformers."""
     batch_prompts: int = 32
@@ -49,6 +56,10 @@ class OnPolicyConfig:
         for key in ("max_new_tokens", "batch_prompts"):
             if getattr(self, key) < 1:
                 yield f"{key}: must be 1 or more, got {getattr(self, key)}"
+        if self.slices < 1:
+            yield f"slices: must be 1 or more, got {self.slices}"
+        elif not 1 <= self.slice <= self.slices:
+            yield f"slice: must be from 1 to slices={self.slices}, got {self.slice}"
         if self.num_prompts is not None and self.num_prompts < 1:
             yield f"num_prompts: must be 1 or more, or null, got {self.num_prompts}"
         if self.engine is Engine.vllm and importlib.util.find_spec("vllm") is None:

@@ -15,6 +15,7 @@ from typing import Any
 from simpo.config.choices import Compat, Engine, OnBadRecord
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.models import ADAPTER_FILE
+from simpo.config.on_policy import OnPolicyConfig
 from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
 from simpo.data.chats.checks import refuse_unknown_ids
@@ -53,8 +54,8 @@ def generate(run: RunConfig) -> Path:
         The folder; see `simpo.on_policy.files`.
 
     Raises:
-        ConfigError: the folder holds replies generated with other settings or weights, or another
-            process works in it.
+        ConfigError: there is no prompt to answer, or the folder holds replies generated with other
+            settings or weights, or another process works in it.
         DataError: the prompts cannot be read, or the model's template refuses one.
     """
     config = run.on_policy
@@ -62,7 +63,7 @@ def generate(run: RunConfig) -> Path:
     folder = on_policy_folder(run)
     tokenizer = load_tokenizer(run.model, cache_dir, run.data.compat)
     chat = Chat(tokenizer, _template_date(folder), run.model.chat_template_kwargs)
-    found = _prompts(run, chat)
+    found, asked = _asked(config, _prompts(run, chat))
     prompts = [prompt for prompt, _ in found]
     ids = chat.encode([text for _, text in found])
     named = zip((f"prompt {prompt.id}" for prompt in prompts), ids, strict=True)
@@ -72,7 +73,7 @@ def generate(run: RunConfig) -> Path:
         _refuse_other_settings(folder, _settings(run, chat, prompts, ids))
         lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)
         write_text(folder / "prompts.jsonl", lines)
-        print(f"folder {folder}\n{len(prompts)} prompts, {len(config.seeds)} replies each")
+        print(f"folder {folder}\n{len(prompts)} prompts{asked}, {len(config.seeds)} replies each")
         _generate_missing(run, chat, folder, prompts, ids)
     return folder
 
@@ -132,6 +133,9 @@ def _settings(
         "chat_template": chat.template_sha256[:16],
         **({"chat_template_kwargs": kwargs} if (kwargs := chat.template.kwargs) else {}),
         **({"template_date": str(chat.template.date)} if chat.template.date else {}),
+        **({"on_policy.slices": config.slices} if config.slices > 1 else {}),
+        **({"on_policy.slice": config.slice} if config.slices > 1 else {}),
+        **({"on_policy.held_out_only": True} if config.held_out_only else {}),
         "prompts": content_hash([prompt.id for prompt in prompts]),
         "tokens of the prompts": content_hash(ids),
         "on_policy.temperature": config.temperature,
@@ -175,6 +179,38 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
         "".join(f"note   {n} records left out: {fault}\n" for fault, n in left_out.items()), end=""
     )
     return list(found.values())
+
+
+def _asked(
+    config: OnPolicyConfig, found: list[tuple[Prompt, str]]
+) -> tuple[list[tuple[Prompt, str]], str]:
+    """The prompts of the slice, behind the held-out ones, and a note of what was taken.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    held_out = [one for one in found if one[0].split == "test"]
+    train = [one for one in found if one[0].split == "train"]
+    own = train[config.slice - 1 :: config.slices]
+    if config.held_out_only:
+        if not held_out:
+            raise ConfigError(
+                ["on_policy.held_out_only: there is no held-out prompt (data.sources: test_path)"]
+            )
+        return held_out, " (held out only)"
+    if config.slices == 1:
+        return found, ""
+    which = f"slice {config.slice} of {config.slices}"
+    if not own:
+        raise ConfigError(
+            [
+                f"on_policy.slice: {which} has no prompt, there are {len(train)} to train on "
+                "(set fewer on_policy.slices, or more on_policy.num_prompts)"
+            ]
+        )
+    return held_out + own, (
+        f" ({len(held_out)} held out, {len(own)} of {len(train)} to train on: {which})"
+    )
 
 
 def _template_date(folder: Path) -> date:

@@ -466,6 +466,14 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     ("on_policy.top_p=1.5", ["on_policy.top_p: must be above 0 and at most 1, got 1.5"]),
     ("on_policy.num_prompts=0", ["on_policy.num_prompts: must be 1 or more, or null, got 0"]),
+    ("on_policy.slices=0", ["on_policy.slices: must be 1 or more, got 0"]),
+    *(
+        (
+            f"on_policy.slices=3 on_policy.slice={one}",
+            [f"on_policy.slice: must be from 1 to slices=3, got {one}"],
+        )
+        for one in (0, 4)
+    ),
     (
         "on_policy.engine=vllm",
         ["on_policy.engine: vllm is not installed (pip install 'simpo[vllm]')"],

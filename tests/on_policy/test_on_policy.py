@@ -111,6 +111,63 @@ def test_replies_differ_by_seed_and_temperature(drawing: list[str], tmp_path: Pa
     assert tokenizer.decode(greedy, skip_special_tokens=True) in sure[1]
 
 
+def test_train_prompts_are_dealt_into_slices(
+    drawing: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dealt by hand: the first, fourth, ... of the prompts in the mixture's order."""
+
+    def asked(*more: str) -> dict[str, list[str]]:
+        name = f"on_policy.folder={tmp_path}/{len(list(tmp_path.iterdir()))}"
+        words = ["on_policy.seeds=[1,2]", "on_policy.max_new_tokens=1", name, *more]
+        rows = generate(drawing, *words)
+        prompts = lines(Path(name.partition("=")[2]) / "prompts.jsonl")
+        assert {row["id"] for row in rows} == {row["id"] for row in prompts}
+        return {s: [row["id"] for row in prompts if row["split"] == s] for s in ("train", "test")}
+
+    few = "on_policy.num_prompts=8"
+    whole = asked(few)
+    assert len(whole["train"]) == len(whole["test"]) == 8
+    capsys.readouterr()
+    for one, indices in ((1, (0, 3, 6)), (2, (1, 4, 7)), (3, (2, 5))):
+        found = asked(few, "on_policy.slices=3", f"on_policy.slice={one}")
+        assert found["test"] == whole["test"]
+        assert found["train"] == [whole["train"][i] for i in indices]
+        n = len(indices)
+        assert (
+            f"\n{8 + n} prompts (8 held out, {n} of 8 to train on: slice {one} of 3), "
+            "2 replies each\n"
+        ) in capsys.readouterr().out
+    assert asked(few, "on_policy.held_out_only=true") == {"train": [], "test": whole["test"]}
+    assert "\n8 prompts (held out only), 2 replies each\n" in capsys.readouterr().out
+    with pytest.raises(ConfigError) as caught:
+        generate(drawing, few, "on_policy.slices=9", "on_policy.slice=9")
+    assert str(caught.value) == (
+        "on_policy.slice: slice 9 of 9 has no prompt, there are 8 to train on "
+        "(set fewer on_policy.slices, or more on_policy.num_prompts)"
+    )
+
+
+def test_another_slice_in_the_same_folder_is_refused(drawing: list[str], tmp_path: Path) -> None:
+    few = ["on_policy.num_prompts=2", "on_policy.max_new_tokens=1", "on_policy.slices=2"]
+    generate(drawing, *few)
+    with pytest.raises(ConfigError) as caught:
+        generate(drawing, *few, "on_policy.slice=2")
+    assert str(caught.value).startswith(
+        f"on_policy.slice: the replies in {tmp_path}/own were generated with 1, got 2 "
+        "(restore it, or choose another on_policy.folder)\n"
+    )
+
+
+def test_held_out_prompts_alone_need_some(drawing: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "A cat?"}) + "\n")
+    with pytest.raises(ConfigError) as caught:
+        generate(drawing, f"data.sources=[{{path: {file}}}]", "on_policy.held_out_only=true")
+    assert str(caught.value) == (
+        "on_policy.held_out_only: there is no held-out prompt (data.sources: test_path)"
+    )
+
+
 def test_other_settings_are_refused(drawing: list[str], tmp_path: Path) -> None:
     generate(drawing, "on_policy.num_prompts=2")
     with pytest.raises(ConfigError) as caught:

@@ -60,6 +60,13 @@ class PairChoice(str, Enum):
     all = "all"
 
 
+class ReplyChoice(str, Enum):
+    best_worst = "best_worst"
+    best_random = "best_random"
+    margin = "margin"
+    all = "all"
+
+
 class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from simpo.config.choices import Engine
+from simpo.config.choices import Engine, ReplyChoice
 
 
 @dataclass(kw_only=True)
@@ -41,6 +41,11 @@ class OnPolicyConfig:
     """What scores replies: a reward model (hub id or folder), `module:function`, or `rules`."""
     keep_cut: bool = False
     """Also use replies that max_new_tokens cut off."""
+    choice: ReplyChoice = ReplyChoice.best_worst
+    """Pairs of a prompt's replies. best_random: the best with one of lower score, drawn by the
+    prompt. margin: best_worst, without narrow margins. all: each two of different scores."""
+    margin_quantile: float = 0.5
+    """With choice=margin: pairs below this quantile of a split's margins are left out."""
 
     def problems(self) -> Iterator[str]:
         if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
@@ -62,5 +67,7 @@ class OnPolicyConfig:
             yield f"slice: must be from 1 to slices={self.slices}, got {self.slice}"
         if self.num_prompts is not None and self.num_prompts < 1:
             yield f"num_prompts: must be 1 or more, or null, got {self.num_prompts}"
+        if not 0 < self.margin_quantile < 1:
+            yield f"margin_quantile: must be above 0 and below 1, got {self.margin_quantile}"
         if self.engine is Engine.vllm and importlib.util.find_spec("vllm") is None:
             yield "engine: vllm is not installed (pip install 'simpo[vllm]')"

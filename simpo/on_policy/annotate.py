@@ -1,4 +1,4 @@
-"""Scores the replies of a model, and pairs the best with the worst reply to each prompt."""
+"""Scores the replies of a model, and makes pairs of the replies to each prompt."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from simpo.config.choices import ReplyChoice
 from simpo.config.errors import ConfigError, RunError
 from simpo.config.schema import RunConfig
 from simpo.loop.console import libraries_quiet
@@ -24,6 +25,7 @@ from simpo.on_policy.files import (
     read_stored_replies,
     working_in,
 )
+from simpo.on_policy.pairing import pairs_of_replies, with_wide_margins
 from simpo.on_policy.rewards import Reward, open_reward, reward_content, scores_of
 from simpo.run.atomic import write_text
 from simpo.run.progress import bar
@@ -31,13 +33,15 @@ from simpo.run.tables import markdown_table
 
 KEY = "on_policy.reward"
 """The setting that names the reward."""
+NARROW = "below margin_quantile"
 
 
 @libraries_quiet()
 def annotate(run: RunConfig) -> Path:
     """Score every reply and write train.jsonl and test.jsonl.
 
-    A prompt gives a pair if its replies differ in text and in score. Of equal replies one is
+    A prompt gives pairs, by `on_policy.choice`, if its replies differ in text and in score. Of
+    equal replies one is
     scored; empty replies are left out and, without `on_policy.keep_cut`, those that were cut off.
 
     Returns:
@@ -67,6 +71,7 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
     scored = _score_all(run, folder, name, prompts, replies)
     written: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     counts: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
+    choice = run.on_policy.choice
     for prompt in prompts:
         texts = [reply.text for reply in replies[prompt.id].values()]
         counts[prompt.split]["prompts"] += 1
@@ -74,12 +79,9 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
             counts[prompt.split]["fewer than two different replies"] += 1
             continue
         scores = scored[prompt.id]
-        best, worst = (scores.index(pick(scores)) for pick in (max, min))
-        if scores[best] == scores[worst]:
-            counts[prompt.split]["ties"] += 1
-            continue
-        counts[prompt.split]["pairs"] += 1
-        written[prompt.split].append(
+        pairs = pairs_of_replies(scores, choice, prompt.id)
+        counts[prompt.split]["ties"] += not pairs
+        written[prompt.split] += [
             {
                 "prompt": prompt.prompt,
                 "chosen": texts[best],
@@ -90,10 +92,17 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
                 "rejected_score": scores[worst],
                 "scores": scores,
             }
-        )
+            for best, worst in pairs
+        ]
+    columns = ["prompts", "pairs", "ties", "fewer than two different replies"]
+    if choice is ReplyChoice.margin:
+        columns.append(NARROW)
+        for split, lines in written.items():
+            written[split] = with_wide_margins(lines, run.on_policy.margin_quantile)
+            counts[split][NARROW] = len(lines) - len(written[split])
     for split, lines in written.items():
+        counts[split]["pairs"] = len(lines)
         write_text(folder / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    columns = ("prompts", "pairs", "ties", "fewer than two different replies")
     print(
         *markdown_table(
             [{"split": split, **{c: n[c] for c in columns}} for split, n in counts.items()]

@@ -466,6 +466,13 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     ("on_policy.top_p=1.5", ["on_policy.top_p: must be above 0 and at most 1, got 1.5"]),
     ("on_policy.num_prompts=0", ["on_policy.num_prompts: must be 1 or more, or null, got 0"]),
+    *(
+        (
+            f"on_policy.margin_quantile={one}",
+            [f"on_policy.margin_quantile: must be above 0 and below 1, got {one}"],
+        )
+        for one in ("0.0", "1.0")
+    ),
     ("on_policy.slices=0", ["on_policy.slices: must be 1 or more, got 0"]),
     *(
         (
@@ -803,7 +810,7 @@ def test_chat_template_names_those_shipped(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard", "mlflow"])
 def test_trackers_that_are_not_installed(name, monkeypatch):
-    monkeypatch.setattr("simpo.config.schema.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
         compose_run([f"tracker={name}"])
     assert caught.value.problems == [

@@ -37,6 +37,11 @@ class OnPolicyConfig:
     """Library that generates. auto: vllm if installed and there is a GPU, else transformers."""
     batch_prompts: int = 32
     """Prompts answered together; replies are saved after each batch."""
+    parts: int = 1
+    """Number of `simpo generate` commands that share the batches, at the same time or not, in one
+    folder; replies do not depend on it."""
+    part: int = 1
+    """Which part this command generates, from 1."""
     reward: str | None = None
     """What scores replies: a reward model (hub id or folder), `module:function`, or `rules`."""
     keep_cut: bool = False
@@ -61,10 +66,12 @@ class OnPolicyConfig:
         for key in ("max_new_tokens", "batch_prompts"):
             if getattr(self, key) < 1:
                 yield f"{key}: must be 1 or more, got {getattr(self, key)}"
-        if self.slices < 1:
-            yield f"slices: must be 1 or more, got {self.slices}"
-        elif not 1 <= self.slice <= self.slices:
-            yield f"slice: must be from 1 to slices={self.slices}, got {self.slice}"
+        for one, many in (("slice", "slices"), ("part", "parts")):
+            index, count = getattr(self, one), getattr(self, many)
+            if count < 1:
+                yield f"{many}: must be 1 or more, got {count}"
+            elif not 1 <= index <= count:
+                yield f"{one}: must be from 1 to {many}={count}, got {index}"
         if self.num_prompts is not None and self.num_prompts < 1:
             yield f"num_prompts: must be 1 or more, or null, got {self.num_prompts}"
         if not 0 < self.margin_quantile < 1:

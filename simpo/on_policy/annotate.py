@@ -15,6 +15,7 @@ from simpo.config.errors import ConfigError, RunError
 from simpo.config.schema import RunConfig
 from simpo.loop.console import libraries_quiet
 from simpo.on_policy.files import (
+    SEEDS,
     Prompt,
     StoredReply,
     append_lines,
@@ -23,6 +24,7 @@ from simpo.on_policy.files import (
     read_lines,
     read_prompts,
     read_stored_replies,
+    responses_files,
     working_in,
 )
 from simpo.on_policy.pairing import pairs_of_replies, with_wide_margins
@@ -54,7 +56,7 @@ def annotate(run: RunConfig) -> Path:
     """
     folder = on_policy_folder(run)
     name = run.on_policy.reward
-    if not (folder / "responses.jsonl").is_file():
+    if not responses_files(folder):
         raise ConfigError([f"on_policy.folder: no replies in {folder} (run simpo.generate)"])
     if not name:
         raise ConfigError(["on_policy.reward: required, but not given"])
@@ -67,7 +69,7 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
     prompts = read_prompts(folder)
     stored = read_stored_replies(folder)
     replies, cut = _replies(folder, prompts, stored, run.on_policy.keep_cut)
-    print(*_missing_note(prompts, stored), sep="", end="")
+    print(*_missing_note(folder, prompts, stored), sep="", end="")
     scored = _score_all(run, folder, name, prompts, replies)
     written: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     counts: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
@@ -117,9 +119,10 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
         )
 
 
-def _missing_note(prompts: list[Prompt], stored: list[StoredReply]) -> list[str]:
-    """A note if some prompts lack replies to seeds that others have."""
-    seeds = sorted({reply.seed for reply in stored})
+def _missing_note(folder: Path, prompts: list[Prompt], stored: list[StoredReply]) -> list[str]:
+    """A note if some prompts lack replies to seeds that others have, or that were asked for."""
+    settings = next(iter(read_lines(folder / "settings.json")), {})
+    seeds = sorted({*(reply.seed for reply in stored), *settings.get(SEEDS, ())})
     there = Counter(key for key, _ in {(reply.id, reply.seed) for reply in stored})
     lacking = sum(there[prompt.id] < len(seeds) for prompt in prompts)
     if not lacking:

@@ -4,9 +4,10 @@
     settings.json              settings of simpo.generate; a run with others is refused
     prompts.jsonl              id, split, prompt (messages), rule, tools
     responses.jsonl            replies: prompt id, seed, text, its tokens, whether it ended
+    responses-<part>.jsonl     the same, of one part of several (on_policy.parts)
     scores-<reward>.jsonl      prompt id, hashes of its replies and of the reward, their scores
     train.jsonl, test.jsonl    the pairs, as `data=jsonl` reads them
-    lock                       held by the command that works in the folder
+    lock, lock-<part>          held by the commands that work in the folder
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ from simpo.run.progress import say
 
 MODEL_FILES = (".safetensors", ".bin", ".pt", ".py", "config.json", "tokenizer.json", ".model")
 """Suffixes of the files that decide what a model generates."""
+
+SEEDS = "on_policy.seeds"
+"""Key of settings.json: the seeds of the last command, which may differ from earlier ones."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,13 @@ def prompt_id(pair: Pair) -> str:
 
 
 @contextmanager
-def working_in(folder: Path, wait: bool = False) -> Iterator[None]:
+def working_in(folder: Path, wait: bool = False, part: int | None = None) -> Iterator[None]:
     """Make a folder if needed, and lock it against other commands while entered.
 
     Args:
         wait: for another process that works in it, instead of refusing.
+        part: of the replies that is generated, which excludes that part and whoever works in the
+            whole folder, but no other part.
 
     Raises:
         ConfigError: another process works in it.
@@ -109,27 +115,57 @@ def working_in(folder: Path, wait: bool = False) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / "lock").open("w")
     except OSError as error:
         raise unwritable(folder, error) from error
-    with handle:
-        try:
-            if not is_free(handle, fcntl.LOCK_EX):
-                if not wait:
-                    raise ConfigError(
-                        [f"on_policy.folder: another process works in {folder} (wait for it)"]
-                    )
-                say(f"waiting for another process that works in {folder} ...")
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:  # the file system has no locks
-            reason = error.strerror
-            print(f"note   {folder} cannot be locked, so run only one command in it: {reason}")
+    with ExitStack() as held:
+        told = f"on_policy.folder: another process works in {folder} (wait for it)"
+        kind = fcntl.LOCK_EX if part is None else fcntl.LOCK_SH
+        held.enter_context(_locked(folder / "lock", kind, None if wait else told))
+        if part is not None:
+            told = f"on_policy.part: another process generates part {part} in {folder} "
+            told += "(wait for it, or set another part)"
+            held.enter_context(_locked(folder / f"lock-{part}", fcntl.LOCK_EX, told))
         try:
             yield
         except OSError as error:
             if error.errno in DISK:
                 raise unwritable(folder, error) from error
             raise
+
+
+def one_part_at_a_time(folder: Path) -> AbstractContextManager[None]:
+    """Wait for other parts that are in this context, and keep others out of it.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    return _locked(folder / "lock-settings", fcntl.LOCK_EX, None)
+
+
+@contextmanager
+def _locked(file: Path, kind: int, told: str | None) -> Iterator[None]:
+    """Hold a lock of a folder.
+
+    Args:
+        kind: LOCK_EX or LOCK_SH of fcntl.
+        told: the error if another process holds it; None waits for that process.
+    """
+    folder = file.parent
+    try:
+        handle = file.open("w")
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    with handle:
+        try:
+            if not is_free(handle, kind):
+                if told is not None:
+                    raise ConfigError([told])
+                say(f"waiting for another process that works in {folder} ...")
+                fcntl.flock(handle, kind)
+        except OSError as error:  # the file system has no locks
+            reason = error.strerror
+            print(f"note   {folder} cannot be locked, so run only one command in it: {reason}")
+        yield
 
 
 def content_hash(value: Any) -> str:
@@ -183,31 +219,45 @@ def read_prompts(folder: Path) -> list[Prompt]:
     return prompts
 
 
-def read_stored_replies(folder: Path) -> list[StoredReply]:
-    """Read responses.jsonl.
+def responses_files(folder: Path) -> list[Path]:
+    """The files of replies that are there: the one of no part first, then by part."""
+    return sorted(folder.glob("responses*.jsonl"), key=lambda file: (len(file.name), file.name))
+
+
+def read_stored_replies(folder: Path, own: Path | None = None) -> list[StoredReply]:
+    """Read the replies of all parts: by seed, then by prompt, each once.
+
+    Args:
+        own: the file that this process writes, if other parts may be writing theirs: those are
+            left as they are.
 
     Raises:
         DamagedError: a line is not as `simpo.generate` writes it.
     """
-    path = folder / "responses.jsonl"
-    replies = []
-    for number, line in enumerate(read_lines(path), start=1):
-        match line:
-            case {
-                "id": str(key),
-                "seed": int(seed),
-                "response": str(text),
-                "tokens": int(tokens),
-                "ended": bool(ended),
-            } if len(line) == 5:
-                replies.append(StoredReply(key, seed, text, tokens, ended))
-            case _:
-                raise _damaged(path, number, "not a reply")
-    return replies
+    replies: dict[tuple[int, str], StoredReply] = {}
+    for path in responses_files(folder):
+        lines = read_lines(path, mend=own in (None, path))
+        for number, line in enumerate(lines, start=1):
+            match line:
+                case {
+                    "id": str(key),
+                    "seed": int(seed),
+                    "response": str(text),
+                    "tokens": int(tokens),
+                    "ended": bool(ended),
+                } if len(line) == 5:
+                    reply = StoredReply(key, seed, text, tokens, ended)
+                    replies.setdefault((seed, key), reply)
+                case _:
+                    raise _damaged(path, number, "not a reply")
+    return [reply for _, reply in sorted(replies.items(), key=lambda item: item[0])]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON lines file; an incomplete last line of a killed writer is removed.
+def read_lines(path: Path, mend: bool = True) -> list[dict[str, Any]]:
+    """The lines of a JSON lines file, without an incomplete last one.
+
+    Args:
+        mend: remove an incomplete last line of a killed writer from the file.
 
     Raises:
         DamagedError: a line is not a JSON object.
@@ -218,7 +268,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
+        if mend and len(whole) < len(text):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
     except OSError as error:

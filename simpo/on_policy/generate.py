@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -27,15 +28,18 @@ from simpo.model.pretrained import load_settings, model_source, num_embeddings
 from simpo.model.tokenizer import load_tokenizer
 from simpo.on_policy.engines import engine_of, with_transformers, with_vllm
 from simpo.on_policy.files import (
+    SEEDS,
     Prompt,
     StoredReply,
     append_lines,
     content_hash,
     model_content,
     on_policy_folder,
+    one_part_at_a_time,
     prompt_id,
     read_lines,
     read_stored_replies,
+    responses_files,
     working_in,
 )
 from simpo.run.atomic import write_text
@@ -69,11 +73,15 @@ def generate(run: RunConfig) -> Path:
     named = zip((f"prompt {prompt.id}" for prompt in prompts), ids, strict=True)
     settings = load_settings(run.model, cache_dir)
     refuse_unknown_ids(chat, named, num_embeddings(settings))
-    with working_in(folder):
-        _refuse_other_settings(folder, _settings(run, chat, prompts, ids))
-        lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)
-        write_text(folder / "prompts.jsonl", lines)
-        print(f"folder {folder}\n{len(prompts)} prompts{asked}, {len(config.seeds)} replies each")
+    part = None if config.parts == 1 else config.part
+    with working_in(folder, part=part):
+        with one_part_at_a_time(folder) if part else nullcontext():
+            _refuse_other_settings(folder, _settings(run, chat, prompts, ids), config.seeds)
+            lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)
+            write_text(folder / "prompts.jsonl", lines)
+        asked += f", {len(config.seeds)} replies each"
+        asked += f", part {part} of {config.parts}" if part else ""
+        print(f"folder {folder}\n{len(prompts)} prompts{asked}")
         _generate_missing(run, chat, folder, prompts, ids)
     return folder
 
@@ -81,13 +89,20 @@ def generate(run: RunConfig) -> Path:
 def _generate_missing(
     run: RunConfig, chat: Chat, folder: Path, prompts: list[Prompt], ids: list[list[int]]
 ) -> None:
-    """Generate the replies that responses.jsonl lacks, and append them batch by batch."""
+    """Generate the part's replies that the folder lacks, and append them batch by batch."""
     config = run.on_policy
-    done = {(stored.id, stored.seed) for stored in read_stored_replies(folder)}
-    todo = [
+    name = "responses.jsonl" if config.parts == 1 else f"responses-{config.part}.jsonl"
+    file = folder / name
+    own = None if config.parts == 1 else file
+    done = {(stored.id, stored.seed) for stored in read_stored_replies(folder, own)}
+    every = [
         (seed, batch)
         for seed in config.seeds
         for batch in batches([len(prompt_ids) for prompt_ids in ids], config.batch_prompts)
+    ]
+    todo = [
+        (seed, batch)
+        for seed, batch in every[config.part - 1 :: config.parts]
         if any((prompts[i].id, seed) not in done for i in batch)
     ]
     if not todo:
@@ -104,7 +119,7 @@ def _generate_missing(
             sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens, seed)
             replies = generate_batch([ids[i] for i in batch], sampling)
             append_lines(
-                folder / "responses.jsonl",
+                file,
                 (
                     StoredReply(prompts[i].id, seed, reply.text, reply.tokens, reply.ended).line()
                     for i, reply in zip(batch, replies, strict=True)
@@ -222,10 +237,10 @@ def _template_date(folder: Path) -> date:
         return date.today()
 
 
-def _refuse_other_settings(folder: Path, now: dict[str, Any]) -> None:
+def _refuse_other_settings(folder: Path, now: dict[str, Any], seeds: list[int]) -> None:
     file = folder / "settings.json"
     before = next(iter(read_lines(file)), None)
-    if not before and read_stored_replies(folder):
+    if not before and any(path.stat().st_size for path in responses_files(folder)):
         raise ConfigError(
             [
                 f"on_policy.folder: the settings.json of the replies in {folder} is missing or "
@@ -236,4 +251,4 @@ def _refuse_other_settings(folder: Path, now: dict[str, Any]) -> None:
         begun = f"the replies in {folder} were generated with"
         earlier = {key: before.get(key) for key in now}
         refuse_changed(earlier, now, begun, "another on_policy.folder")
-    write_text(file, json.dumps(now) + "\n")
+    write_text(file, json.dumps(now | {SEEDS: seeds}) + "\n")

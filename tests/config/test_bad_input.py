@@ -473,6 +473,11 @@ SETTINGS: list[tuple[str, list[str]]] = [
         )
         for one in ("0.0", "1.0")
     ),
+    ("on_policy.parts=0", ["on_policy.parts: must be 1 or more, got 0"]),
+    (
+        "on_policy.part=2",
+        ["on_policy.part: must be from 1 to parts=1, got 2"],
+    ),
     ("on_policy.slices=0", ["on_policy.slices: must be 1 or more, got 0"]),
     *(
         (

@@ -46,6 +46,9 @@ class OnPolicyConfig:
     """What scores replies: a reward model (hub id or folder), `module:function`, or `rules`."""
     keep_cut: bool = False
     """Also use replies that max_new_tokens cut off."""
+    pass_reward: float | None = None
+    """Score from which a reply passes, for `pass_rate` of measures.json; null: not measured, but 1
+    with reward=rules."""
     choice: ReplyChoice = ReplyChoice.best_worst
     """Pairs of a prompt's replies. best_random: the best with one of lower score, drawn by the
     prompt. margin: best_worst, without narrow margins. all: each two of different scores."""

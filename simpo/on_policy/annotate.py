@@ -12,6 +12,7 @@ from typing import Any
 
 from simpo.config.choices import ReplyChoice
 from simpo.config.errors import ConfigError, RunError
+from simpo.config.on_policy import OnPolicyConfig
 from simpo.config.schema import RunConfig
 from simpo.loop.console import libraries_quiet
 from simpo.on_policy.files import (
@@ -27,24 +28,34 @@ from simpo.on_policy.files import (
     responses_files,
     working_in,
 )
-from simpo.on_policy.pairing import pairs_of_replies, with_wide_margins
-from simpo.on_policy.rewards import Reward, open_reward, reward_content, scores_of
+from simpo.on_policy.measures import (
+    LEFT_OUT,
+    MEASURED,
+    SPLITS,
+    ReplyScores,
+    measure,
+    write_measures,
+    write_reply_scores,
+)
+from simpo.on_policy.pairing import margin, pairs_of_replies, with_wide_margins
+from simpo.on_policy.rewards import RULES, Reward, open_reward, reward_content, scores_of
 from simpo.run.atomic import write_text
 from simpo.run.progress import bar
 from simpo.run.tables import markdown_table
 
 KEY = "on_policy.reward"
 """The setting that names the reward."""
-NARROW = "below margin_quantile"
+TIES, FEWER, NARROW = "ties", "fewer than two different replies", "below margin_quantile"
+"""Why a prompt gives no pair."""
 
 
 @libraries_quiet()
 def annotate(run: RunConfig) -> Path:
-    """Score every reply and write train.jsonl and test.jsonl.
+    """Score every reply, and write train.jsonl, test.jsonl, measures.json and reply_scores.jsonl.
 
     A prompt gives pairs, by `on_policy.choice`, if its replies differ in text and in score. Of
-    equal replies one is
-    scored; empty replies are left out and, without `on_policy.keep_cut`, those that were cut off.
+    equal replies one is scored; empty replies are left out and, without `on_policy.keep_cut`, those
+    that were cut off.
 
     Returns:
         The folder; see `simpo.on_policy.files`.
@@ -52,7 +63,8 @@ def annotate(run: RunConfig) -> Path:
     Raises:
         ConfigError: there are no replies, the reward cannot be used, or another process works in
             the folder.
-        RunError: the reward failed on a prompt (scores so far are kept), or there is no pair.
+        RunError: the reward failed on a prompt (scores so far are kept), or there are prompts to
+            train on, but no pair of them (unless `on_policy.held_out_only`).
     """
     folder = on_policy_folder(run)
     name = run.on_policy.reward
@@ -70,19 +82,54 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
     stored = read_stored_replies(folder)
     replies, cut = _replies(folder, prompts, stored, run.on_policy.keep_cut)
     print(*_missing_note(folder, prompts, stored), sep="", end="")
-    scored = _score_all(run, folder, name, prompts, replies)
-    written: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
-    counts: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
-    choice = run.on_policy.choice
+    reward = reward_content(run, KEY, name)
+    scored = _score_all(run, folder, name, reward, prompts, replies)
+    written, counts = _pairs(run.on_policy, prompts, replies, scored)
+    for split, lines in written.items():
+        write_text(folder / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    scores = _by_reply(stored, replies, scored, run.on_policy.keep_cut)
+    write_reply_scores(
+        folder, stored, {prompt.id: prompt.split for prompt in prompts}, scores, reward
+    )
+    write_measures(
+        folder, _measures(run.on_policy, prompts, stored, scores, written, counts), MEASURED
+    )
+    columns = ["prompts", "pairs", TIES, FEWER]
+    if run.on_policy.choice is ReplyChoice.margin:
+        columns.append(NARROW)
+    print(
+        *markdown_table(
+            [{"split": split, **{c: n[c] for c in columns}} for split, n in counts.items()]
+        ),
+        *([f"{cut} replies left out: cut off by on_policy.max_new_tokens"] if cut else []),
+        sep="\n",
+    )
+    wanted = counts["train"]["prompts"] and not run.on_policy.held_out_only
+    if wanted and not written["train"]:
+        raise RunError(
+            f"{folder}: no train prompt has replies with different scores (generate with more "
+            "on_policy.seeds, or continue simpo.generate if it was stopped)"
+        )
+
+
+def _pairs(
+    config: OnPolicyConfig,
+    prompts: list[Prompt],
+    replies: Mapping[str, Mapping[str, StoredReply]],
+    scored: Mapping[str, list[float]],
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Counter[str]]]:
+    """The lines of train.jsonl and test.jsonl, and what is told of each split."""
+    written: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     for prompt in prompts:
         texts = [reply.text for reply in replies[prompt.id].values()]
         counts[prompt.split]["prompts"] += 1
         if len(texts) < 2:
-            counts[prompt.split]["fewer than two different replies"] += 1
+            counts[prompt.split][FEWER] += 1
             continue
         scores = scored[prompt.id]
-        pairs = pairs_of_replies(scores, choice, prompt.id)
-        counts[prompt.split]["ties"] += not pairs
+        pairs = pairs_of_replies(scores, config.choice, prompt.id)
+        counts[prompt.split][TIES] += not pairs
         written[prompt.split] += [
             {
                 "prompt": prompt.prompt,
@@ -96,27 +143,55 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
             }
             for best, worst in pairs
         ]
-    columns = ["prompts", "pairs", "ties", "fewer than two different replies"]
-    if choice is ReplyChoice.margin:
-        columns.append(NARROW)
-        for split, lines in written.items():
-            written[split] = with_wide_margins(lines, run.on_policy.margin_quantile)
-            counts[split][NARROW] = len(lines) - len(written[split])
     for split, lines in written.items():
-        counts[split]["pairs"] = len(lines)
-        write_text(folder / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    print(
-        *markdown_table(
-            [{"split": split, **{c: n[c] for c in columns}} for split, n in counts.items()]
-        ),
-        *([f"{cut} replies left out: cut off by on_policy.max_new_tokens"] if cut else []),
-        sep="\n",
-    )
-    if not written["train"]:
-        raise RunError(
-            f"{folder}: no train prompt has replies with different scores (generate with more "
-            "on_policy.seeds, or continue simpo.generate if it was stopped)"
+        if config.choice is ReplyChoice.margin:
+            written[split] = with_wide_margins(lines, config.margin_quantile)
+            counts[split][NARROW] = len(lines) - len(written[split])
+        counts[split]["pairs"] = len(written[split])
+    return written, counts
+
+
+def _by_reply(
+    stored: list[StoredReply],
+    replies: Mapping[str, Mapping[str, StoredReply]],
+    scored: Mapping[str, list[float]],
+    keep_cut: bool,
+) -> dict[tuple[str, int], float]:
+    """The score of every reply by (prompt id, seed), of equal ones the same."""
+    by_text = {key: dict(zip(replies[key], scores, strict=True)) for key, scores in scored.items()}
+
+    def score(one: StoredReply) -> float:
+        return by_text[one.id][one.text.strip()] if is_kept(one, keep_cut) else LEFT_OUT
+
+    return {(one.id, one.seed): score(one) for one in stored}
+
+
+def _measures(
+    config: OnPolicyConfig,
+    prompts: list[Prompt],
+    stored: list[StoredReply],
+    scores: ReplyScores,
+    written: Mapping[str, list[dict[str, Any]]],
+    counts: Mapping[str, Counter[str]],
+) -> dict[str, dict[str, float | None]]:
+    """What measures.json holds: of each split that has prompts."""
+    pass_reward = config.pass_reward
+    if pass_reward is None and config.reward == RULES:
+        pass_reward = 1.0
+    drawn: dict[str, list[StoredReply]] = {prompt.id: [] for prompt in prompts}
+    for reply in stored:
+        drawn[reply.id].append(reply)
+    return {
+        split: measure(
+            {prompt.id: drawn[prompt.id] for prompt in prompts if prompt.split == split},
+            scores,
+            [margin(line) for line in written[split]],
+            sum(counts[split][reason] for reason in (TIES, FEWER, NARROW)),
+            pass_reward,
         )
+        for split in SPLITS
+        if counts[split]["prompts"]
+    }
 
 
 def _missing_note(folder: Path, prompts: list[Prompt], stored: list[StoredReply]) -> list[str]:
@@ -147,9 +222,8 @@ def _replies(
                     "prompts.jsonl (simpo.generate writes that again)"
                 ]
             )
-        if not reply.ended and not keep_cut:
-            cut += 1
-        elif reply.text.strip():
+        cut += not reply.ended and not keep_cut
+        if is_kept(reply, keep_cut):
             replies[reply.id].setdefault(reply.text.strip(), reply)
     if not any(replies.values()):
         why = f": all {cut} are cut off (on_policy.keep_cut=true takes them)" if cut else ""
@@ -159,17 +233,26 @@ def _replies(
     return replies, cut
 
 
+def is_kept(reply: StoredReply, keep_cut: bool) -> bool:
+    """Whether a reply is scored: it has text and, without `keep_cut`, was not cut off."""
+    return (reply.ended or keep_cut) and bool(reply.text.strip())
+
+
 def _score_all(
     run: RunConfig,
     folder: Path,
     name: str,
+    content: str,
     prompts: list[Prompt],
     replies: Mapping[str, Mapping[str, StoredReply]],
 ) -> dict[str, list[float]]:
-    """Scores of the replies to each prompt with several different ones; known scores are reused."""
+    """Scores of the different replies to each prompt that has any; known scores are reused.
+
+    Args:
+        content: hash of the reward.
+    """
     safe_name = re.sub(r"[^\w.-]+", "_", name)
     file = folder / f"scores-{safe_name}.jsonl"
-    content = reward_content(run, KEY, name)
     lines = read_lines(file)
     known = {
         line["id"]: line
@@ -180,16 +263,10 @@ def _score_all(
         print(f"note   {name} has changed since {file.name}: all replies are scored anew")
     reward: Reward | None = None
     scored: dict[str, list[float]] = {}
-    several = {
-        prompt.id: texts
-        for prompt in prompts
-        if len(texts := [reply.text for reply in replies[prompt.id].values()]) > 1
-    }
-    with bar("scoring replies to prompts", len(several)) as shown:
-        for prompt in prompts:
-            if prompt.id not in several:
-                continue
-            texts = several[prompt.id]
+    answered = [prompt for prompt in prompts if replies[prompt.id]]
+    with bar("scoring replies to prompts", len(answered)) as shown:
+        for prompt in answered:
+            texts = [reply.text for reply in replies[prompt.id].values()]
             wanted = content_hash(texts)
             line = known.get(prompt.id)
             if line is None or line.get("responses") != wanted or not _are_scores(line, len(texts)):

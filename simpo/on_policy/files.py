@@ -3,10 +3,12 @@
 <folder>/
     settings.json              settings of simpo.generate; a run with others is refused
     prompts.jsonl              id, split, prompt (messages), rule, tools
-    responses.jsonl            replies: prompt id, seed, text, its tokens, whether it ended
+    responses.jsonl            replies: prompt id, seed, text, its tokens, whether it ended, share
+                               of repeated 4-grams; of held-out prompts also the ids of its tokens
     responses-<part>.jsonl     the same, of one part of several (on_policy.parts)
     scores-<reward>.jsonl      prompt id, hashes of its replies and of the reward, their scores
     train.jsonl, test.jsonl    the pairs, as `data=jsonl` reads them
+    measures.json, reply_scores.jsonl      see `simpo.on_policy.measures`
     lock, lock-<part>          held by the commands that work in the folder
 """
 
@@ -54,13 +56,23 @@ class Prompt:
 
 @dataclass(frozen=True)
 class StoredReply:
-    """A reply to the prompt `id`; `ended` is False if it was cut off."""
+    """A reply to the prompt `id`.
+
+    Attributes:
+        tokens: their number without the end token.
+        ended: False if it was cut off.
+        repetition: see `simpo.loop.replies.repetition`; None if an earlier version wrote the reply.
+        ids: of the tokens as they were drawn, without the end token; None if the prompt is to train
+            on, or an earlier version wrote the reply.
+    """
 
     id: str
     seed: int
     text: str
     tokens: int
     ended: bool
+    repetition: float | None = None
+    ids: tuple[int, ...] | None = None
 
     def line(self) -> dict[str, Any]:
         """Its line of responses.jsonl."""
@@ -70,6 +82,8 @@ class StoredReply:
             "response": self.text,
             "tokens": self.tokens,
             "ended": self.ended,
+            **({} if self.repetition is None else {"repetition": self.repetition}),
+            **({} if self.ids is None else {"ids": self.ids}),
         }
 
 
@@ -215,7 +229,7 @@ def read_prompts(folder: Path) -> list[Prompt]:
                 tools = line.get("tools") and tuple(line["tools"])
                 prompts.append(Prompt(key, split, tuple(turns), rule, tools))
             case _:
-                raise _damaged(path, number, "not a prompt")
+                raise damaged_line(path, number, "not a prompt")
     return prompts
 
 
@@ -238,19 +252,35 @@ def read_stored_replies(folder: Path, own: Path | None = None) -> list[StoredRep
     for path in responses_files(folder):
         lines = read_lines(path, mend=own in (None, path))
         for number, line in enumerate(lines, start=1):
-            match line:
-                case {
-                    "id": str(key),
-                    "seed": int(seed),
-                    "response": str(text),
-                    "tokens": int(tokens),
-                    "ended": bool(ended),
-                } if len(line) == 5:
-                    reply = StoredReply(key, seed, text, tokens, ended)
-                    replies.setdefault((seed, key), reply)
-                case _:
-                    raise _damaged(path, number, "not a reply")
+            reply = _stored_reply(line)
+            if reply is None:
+                raise damaged_line(path, number, "not a reply")
+            replies.setdefault((reply.seed, reply.id), reply)
     return [reply for _, reply in sorted(replies.items(), key=lambda item: item[0])]
+
+
+def _stored_reply(line: Mapping[str, Any]) -> StoredReply | None:
+    """The reply in a line; None if it is not as `StoredReply.line` writes it."""
+    match line:
+        case {
+            "id": str(key),
+            "seed": int(seed),
+            "response": str(text),
+            "tokens": int(tokens),
+            "ended": bool(ended),
+            **more,
+        }:
+            pass
+        case _:
+            return None
+    repetition, ids = more.pop("repetition", None), more.pop("ids", None)
+    if more or not isinstance(repetition, float | None) or not isinstance(ids, list | None):
+        return None
+    if ids is not None and not all(type(token) is int for token in ids):
+        return None
+    return StoredReply(
+        key, seed, text, tokens, ended, repetition, None if ids is None else tuple(ids)
+    )
 
 
 def read_lines(path: Path, mend: bool = True) -> list[dict[str, Any]]:
@@ -280,12 +310,12 @@ def read_lines(path: Path, mend: bool = True) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             line = None
         if not isinstance(line, dict):
-            raise _damaged(path, number, "not a JSON object")
+            raise damaged_line(path, number, "not a JSON object")
         lines.append(line)
     return lines
 
 
-def _damaged(path: Path, number: int, fault: str) -> DamagedError:
+def damaged_line(path: Path, number: int, fault: str) -> DamagedError:
     return DamagedError(path, f"line {number} is {fault}", "remove that line")
 
 

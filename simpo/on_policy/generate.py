@@ -23,7 +23,8 @@ from simpo.data.chats.checks import refuse_unknown_ids
 from simpo.data.mixture import fault_lines, load_mixture
 from simpo.data.reading.records import RecordFault, to_prompt
 from simpo.loop.console import libraries_quiet
-from simpo.model.generate import Sampling, batches
+from simpo.loop.replies import repetition
+from simpo.model.generate import Reply, Sampling, batches
 from simpo.model.pretrained import load_settings, model_source, num_embeddings
 from simpo.model.tokenizer import load_tokenizer
 from simpo.on_policy.engines import engine_of, with_transformers, with_vllm
@@ -121,12 +122,19 @@ def _generate_missing(
             append_lines(
                 file,
                 (
-                    StoredReply(prompts[i].id, seed, reply.text, reply.tokens, reply.ended).line()
+                    _stored(prompts[i], seed, reply).line()
                     for i, reply in zip(batch, replies, strict=True)
                     if (prompts[i].id, seed) not in done
                 ),
             )
             shown.advance(len(batch))
+
+
+def _stored(prompt: Prompt, seed: int, reply: Reply) -> StoredReply:
+    ids = tuple(reply.ids) if prompt.split == "test" else None  # whose drift is measured
+    return StoredReply(
+        prompt.id, seed, reply.text, reply.tokens, reply.ended, repetition(reply.ids), ids
+    )
 
 
 def _settings(

@@ -375,7 +375,7 @@ def folder(tmp_path: Path) -> Path:
         ("a", "train", {"name": "bullets", "count": 1}, ["- Owls.", "Owls.", " Owls. ", "Mice."]),
         ("b", "train", {"name": "bullets", "count": 1}, ["Owls.", "Mice."]),  # a tie
         ("c", "test", {"name": "bullets", "count": 1}, ["Owls.", "- Owls."]),
-        ("d", "test", None, ["Same.", "Same."]),
+        ("d", "test", {"name": "bullets", "count": 1}, ["Same.", "Same."]),
     ]
     prompts, responses = [], []
     for name, split, rule, texts in rules:
@@ -421,8 +421,10 @@ def test_the_best_is_chosen_and_the_worst_rejected(
 
 
 def test_a_prompt_without_a_rule_has_no_score_by_rules(folder: Path) -> None:
-    file = folder / "responses.jsonl"
-    file.write_text(file.read_text().replace("Same.", "Another.", 1))
+    file = folder / "prompts.jsonl"
+    *others, last = lines(file)
+    rows = [*others, last | {"rule": None}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(RunError) as caught:
         annotate(folder, "rules")
     assert str(caught.value) == (
@@ -454,7 +456,9 @@ def test_a_function_scores_what_is_not_scored_yet(
     annotate(folder, "my_rewards:length")
     assert lines(folder / "train.jsonl")[0]["chosen"] == "- Owls."
     asked = sys.modules["my_rewards"].asked
-    assert [texts[0] for _, texts in asked] == ["- Owls.", "Owls.", "Owls.", "Owls."]
+    assert [texts[0] for _, texts in asked] == [
+        *("- Owls.", "Owls.", "Owls.", "Owls.", "Same."),
+    ]
     assert len(asked[0][1]) == 3 and asked[0][0] == "Hi"
     with pytest.raises(RunError, match="must give 3 finite scores for prompt a, gave"):
         annotate(folder, "my_rewards:short")

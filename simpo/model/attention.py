@@ -258,8 +258,10 @@ def _attend(
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = softcap * torch.tanh((query @ key.transpose(2, 3)) * scale / softcap)
+    # Padding sees no key: of nothing but -inf the softmax would be NaN, also in layers above.
+    least = torch.finfo(scores.dtype).min
     is_bool = mask.dtype is torch.bool
-    scores = scores.masked_fill(~mask, float("-inf")) if is_bool else scores + mask
+    scores = scores.masked_fill(~mask, least) if is_bool else scores + mask
     return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 

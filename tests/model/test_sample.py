@@ -18,6 +18,7 @@ from simpo.loop.replies import HeldOutReply, greedy_replies, repetition, reply_m
 from simpo.model.generate import batches, generate_replies
 from simpo.model.load import load_policy
 from simpo.model.tokenizer import load_tokenizer
+from tests.support.tiny_models import FAMILIES, tiny_model
 
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -71,6 +72,20 @@ def test_replies_of_a_batch(rank: int, odd_run: list[str], tmp_path: Path) -> No
         assert reply.tokens == len(written)
         assert reply.repetition == repetition(written)
         assert reply.text == chat.tokenizer.decode(written, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing(family: str) -> None:
+    """Of two prompts in a left-padded batch, against transformers' eager attention on each."""
+    model: Any = tiny_model(family).eval()
+    prompts = [torch.arange(3, 3 + length)[None] for length in (4, 17)]
+    pad = torch.nn.functional.pad
+    batch = torch.cat([pad(ids, (17 - ids.shape[1], 0)) for ids in prompts])
+    with torch.no_grad():
+        found = model(batch, attention_mask=batch.sign()).logits[:, -1]
+        model.set_attn_implementation("eager")
+        expected = torch.cat([model(ids).logits[:, -1] for ids in prompts])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_drawn_replies_go_by_our_settings_only(tiny_run: list[str], tmp_path: Path) -> None:

@@ -88,6 +88,35 @@ def fused_loss(
     return loss, _pair_logps(sums, row.response_lengths, row.reference_logps)
 
 
+@torch.no_grad()
+def token_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row: PackedPairs,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the scored tokens of a row, and the entropies of their distributions.
+
+    Args:
+        hidden, weight, bias, row, softcap: as of `fused_loss`.
+
+    Returns:
+        Both in nats, float32 [N], in the order of the row's targets.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    scored = hidden.index_select(0, row.predictors)
+    chunk = max(1, LOGITS_BYTES // (4 * len(weight)))
+    with torch.autocast(device, enabled=False):
+        longest = min(chunk, len(scored))
+        head = _Head(scored, weight, bias, row.targets, softcap, dtype, (False,) * 3, longest)
+        parts = _parts(0, len(scored), chunk)
+        found = [(head.logps(part), head.entropies(part)) for part in parts]
+    logps, entropies = zip(*found, strict=True)
+    return torch.cat(logps), torch.cat(entropies)
+
+
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -189,6 +218,16 @@ class _Head:
         own = logits.gather(-1, self._targets[part])
         self._total = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
         return (own - largest - self._total.log()).squeeze(-1)
+
+    def entropies(self, part: slice) -> Tensor:
+        """Entropies of the distributions of a part, [n]; `logps` must have been called for it last.
+
+        With e = exp(logits - max) and p = e / sum(e): -sum(p log p) = log sum(e) - sum(e log e) /
+        sum(e).
+        """
+        e = self._memory[: part.stop - part.start]
+        mean = torch.special.xlogy(e, e).sum(dim=-1, keepdim=True) / self._total
+        return (self._total.log() - mean).squeeze(-1)
 
     def add_gradients(self, part: slice, factor: Tensor) -> None:
         """Add the gradients of sum(factor * logps) of a part; factor is [n, 1].

@@ -14,7 +14,7 @@ from transformers import (
 from simpo.data.pairs import PackedPairs
 from simpo.loss import PairLogps
 from simpo.model import attention
-from simpo.model.head import PairLoss, fused_loss
+from simpo.model.head import PairLoss, fused_loss, token_scores
 from simpo.model.router import RouterLoss, experts_per_token, routing
 
 
@@ -87,6 +87,12 @@ class Policy(nn.Module):
             chosen, _ = experts_per_token(self.base.config.get_text_config())
             loss = loss + router_loss(*routing(output.router_logits, chosen))
         return loss, logps
+
+    def token_scores(self, row: PackedPairs) -> tuple[Tensor, Tensor]:
+        """Log-prob of each scored token of a row, and entropy before it; see `token_scores`."""
+        output = self._decode(row)
+        weight, bias, softcap = self.head()
+        return token_scores(output.last_hidden_state[0], weight, bias, row, softcap)
 
     def head(self) -> tuple[Tensor, Tensor | None, float | None]:
         """Weight [V, D] with its LoRA adapters merged, bias [V] and soft-cap of the logits."""

@@ -9,6 +9,7 @@
     scores-<reward>.jsonl      prompt id, hashes of its replies and of the reward, their scores
     train.jsonl, test.jsonl    the pairs, as `data=jsonl` reads them
     measures.json, reply_scores.jsonl      see `simpo.on_policy.measures`
+    drift.jsonl                            see `simpo.on_policy.drift`
     lock, lock-<part>          held by the commands that work in the folder
 """
 

@@ -66,8 +66,7 @@ def generate(run: RunConfig) -> Path:
     config = run.on_policy
     cache_dir = Path(run.cache_dir).expanduser()
     folder = on_policy_folder(run)
-    tokenizer = load_tokenizer(run.model, cache_dir, run.data.compat)
-    chat = Chat(tokenizer, _template_date(folder), run.model.chat_template_kwargs)
+    chat = folder_chat(run, folder)
     found, asked = _asked(config, _prompts(run, chat))
     prompts = [prompt for prompt, _ in found]
     ids = chat.encode([text for _, text in found])
@@ -137,11 +136,19 @@ def _stored(prompt: Prompt, seed: int, reply: Reply) -> StoredReply:
     )
 
 
-def _settings(
-    run: RunConfig, chat: Chat, prompts: list[Prompt], ids: list[list[int]]
-) -> dict[str, Any]:
-    """Everything that decides the replies except seeds; weights by their content."""
-    model, config = run.model, run.on_policy
+def folder_chat(run: RunConfig, folder: Path) -> Chat:
+    """The tokenizer and chat template of the run's model, with the date of the folder's replies.
+
+    Raises:
+        ConfigError: they cannot be loaded.
+    """
+    tokenizer = load_tokenizer(run.model, Path(run.cache_dir).expanduser(), run.data.compat)
+    return Chat(tokenizer, _template_date(folder), run.model.chat_template_kwargs)
+
+
+def model_settings(run: RunConfig, chat: Chat) -> dict[str, Any]:
+    """What settings.json holds of the model and its chat template; weights by their content."""
+    model = run.model
     adapter = model.lora.adapter
     source = model_source(model, Path(run.cache_dir).expanduser())
     return {
@@ -156,6 +163,16 @@ def _settings(
         "chat_template": chat.template_sha256[:16],
         **({"chat_template_kwargs": kwargs} if (kwargs := chat.template.kwargs) else {}),
         **({"template_date": str(chat.template.date)} if chat.template.date else {}),
+    }
+
+
+def _settings(
+    run: RunConfig, chat: Chat, prompts: list[Prompt], ids: list[list[int]]
+) -> dict[str, Any]:
+    """Everything that decides the replies except seeds."""
+    config = run.on_policy
+    return {
+        **model_settings(run, chat),
         **({"on_policy.slices": config.slices} if config.slices > 1 else {}),
         **({"on_policy.slice": config.slice} if config.slices > 1 else {}),
         **({"on_policy.held_out_only": True} if config.held_out_only else {}),

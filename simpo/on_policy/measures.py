@@ -1,7 +1,8 @@
 """What the replies of a folder are like: their scores, length and variety, by split.
 
 <folder>/
-    measures.json          by split ("train", "test"): what `measure` returns
+    measures.json          by split ("train", "test"): what `measure` returns; of "test" also what
+                           `simpo.on_policy.drift` measures
     reply_scores.jsonl     prompt id, seed, split, score (null: left out), hash of the reward
 """
 
@@ -119,7 +120,9 @@ def write_measures(
     whole = {}
     for split, values in found.items():
         before = old.get(split, {})
-        whole[split] = {**values, **{k: v for k, v in before.items() if k not in replaced}}
+        merged = {**{k: v for k, v in before.items() if k not in replaced}, **values}
+        # In the same order, whoever wrote last.
+        whole[split] = dict(sorted(merged.items(), key=lambda item: item[0] not in MEASURED))
     write_json(folder / "measures.json", whole)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from simpo.config.errors import ConfigError, RunError
 from simpo.config.models import ModelConfig
 from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
+from simpo.model.adapters import adapter_settings
 from simpo.model.generate import Reply, Sampling, decode_reply, generate_replies
 from simpo.model.load import load_policy
 from simpo.model.policy import Policy
@@ -29,6 +30,8 @@ from simpo.run.progress import say
 SHOWN_CHARS = 300
 """Of an error of vLLM."""
 WITHOUT = "on_policy.engine=transformers does without it"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)
+"""Values of vLLM's `max_lora_rank` that all its versions take."""
 Generate = Callable[[Sequence[list[int]], Sampling], list[Reply]]
 """Maps token ids of prompts to a reply to each prompt."""
 
@@ -90,14 +93,12 @@ def with_policy(policy: Policy, chat: Chat, device: torch.device) -> Generate:
 
 
 def with_vllm(model: ModelConfig, cache_dir: Path, chat: Chat) -> Generate:
-    """Generates with vLLM; each reply has its own seed.
+    """Generates with vLLM, with an adapter beside its base; each reply has its own seed.
 
     Raises:
-        ConfigError: the model has an adapter or is quantised here, or vLLM cannot load it.
+        ConfigError: the model is quantised here, its adapter has what vLLM does not compute, or
+            vLLM cannot load it.
     """
-    if model.lora.adapter is not None:
-        remedy = "merge it with simpo export, or set on_policy.engine=transformers"
-        raise ConfigError([f"model.lora.adapter: vllm takes no adapter here ({remedy})"])
     if model.quantization is not Quantization.none:
         raise ConfigError(
             [
@@ -105,24 +106,14 @@ def with_vllm(model: ModelConfig, cache_dir: Path, chat: Chat) -> Generate:
                 f"({WITHOUT})"
             ]
         )
+    adapter = model.lora.adapter
+    options = {} if adapter is None else _adapter_options(adapter)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vllm is imported
-    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
 
-    source = model_source(model, cache_dir)
-    try:
-        engine = LLM(
-            model=source,
-            tokenizer=os.path.expanduser(model.tokenizer or source),
-            revision=model.revision,
-            tokenizer_revision=None if model.tokenizer else model.revision,
-            trust_remote_code=model.trust_remote_code,
-            dtype=model.dtype.value,
-            generation_config="vllm",  # not the model's own defaults
-        )
-    except Exception as error:  # of pydantic, torch, the hub or a process of vLLM
-        raise ConfigError(
-            [f"model.path: vllm cannot load {source}: {_in_a_line(error)} ({WITHOUT})"]
-        ) from error
+    request = adapter and LoRARequest("adapter", 1, str(Path(adapter).expanduser()))
+    engine = _load_vllm(model, cache_dir, options)
 
     def generate_batch(prompts: Sequence[list[int]], sampling: Sampling) -> list[Reply]:
         asked = [
@@ -139,7 +130,7 @@ def with_vllm(model: ModelConfig, cache_dir: Path, chat: Chat) -> Generate:
         ]
         tokens = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
         try:
-            outputs = engine.generate(tokens, asked, use_tqdm=False)
+            outputs = engine.generate(tokens, asked, use_tqdm=False, lora_request=request)
         except Exception as error:  # its process may have ended
             raise RunError(
                 f"vllm failed: {_in_a_line(error)} (the same command continues; {WITHOUT})"
@@ -147,6 +138,60 @@ def with_vllm(model: ModelConfig, cache_dir: Path, chat: Chat) -> Generate:
         return [_reply(chat, output.outputs[0], sampling.top_logprobs) for output in outputs]
 
     return generate_batch
+
+
+def _load_vllm(model: ModelConfig, cache_dir: Path, options: Mapping[str, Any]) -> Any:
+    """An engine of vLLM.
+
+    Raises:
+        ConfigError: vLLM cannot load the model.
+    """
+    from vllm import LLM
+
+    source = model_source(model, cache_dir)
+    try:
+        return LLM(
+            model=source,
+            tokenizer=os.path.expanduser(model.tokenizer or source),
+            revision=model.revision,
+            tokenizer_revision=None if model.tokenizer else model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=model.dtype.value,
+            generation_config="vllm",  # not the model's own defaults
+            **options,
+        )
+    except Exception as error:  # of pydantic, torch, the hub or a process of vLLM
+        raise ConfigError(
+            [f"model.path: vllm cannot load {source}: {_in_a_line(error)} ({WITHOUT})"]
+        ) from error
+
+
+def _adapter_options(adapter: str) -> dict[str, Any]:
+    """What vLLM must be told of an adapter when it loads the base.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has what vLLM refuses or silently leaves out.
+    """
+    settings = adapter_settings("model.lora.adapter", adapter)
+    kind = getattr(settings.peft_type, "value", "none")
+    faults = {
+        f"adapters of type {kind}": kind != "LORA",
+        "DoRA": getattr(settings, "use_dora", False),
+        "whole modules beside an adapter": getattr(settings, "modules_to_save", None),
+        "single tokens beside an adapter": getattr(settings, "trainable_token_indices", None),
+        "biases": getattr(settings, "bias", "none") != "none"
+        or getattr(settings, "lora_bias", False),
+        "ranks or alphas of single layers": getattr(settings, "rank_pattern", None)
+        or getattr(settings, "alpha_pattern", None),
+        f"ranks above {VLLM_RANKS[-1]}": getattr(settings, "r", 0) > VLLM_RANKS[-1],
+    }
+    if found := [fault for fault, there in faults.items() if there]:
+        remedy = "merge it with simpo export, or set on_policy.engine=transformers"
+        raise ConfigError(
+            [f"model.lora.adapter: vllm does not take {found[0]}, which {adapter} has ({remedy})"]
+        )
+    rank = next(rank for rank in VLLM_RANKS if rank >= settings.r)
+    return {"enable_lora": True, "max_lora_rank": rank}
 
 
 def _in_a_line(error: Exception) -> str:

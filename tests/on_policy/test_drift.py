@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.config.compose import compose_run
@@ -25,7 +24,7 @@ from simpo.on_policy.drift import measure_drift
 from simpo.on_policy.files import read_lines
 from simpo.on_policy.generate import generate
 from simpo.on_policy.measures import read_measures
-from tests.support.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_adapter, tiny_model
 
 
 def family_folder(family: str, tiny_folder: Path, folder: Path, seed: int = 0) -> Path:
@@ -33,18 +32,6 @@ def family_folder(family: str, tiny_folder: Path, folder: Path, seed: int = 0) -
     shutil.copytree(tiny_folder, folder)
     (folder / "model.safetensors").unlink()
     tiny_model(family, seed, vocab_size=384).save_pretrained(folder)
-    return folder
-
-
-def adapter_folder(base: Path, folder: Path) -> Path:
-    """An adapter as large as after training."""
-    model: Any = AutoModelForCausalLM.from_pretrained(base)
-    adapted = get_peft_model(model, PeftLoraConfig(r=4, target_modules="all-linear"))
-    torch.manual_seed(3)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    adapted.save_pretrained(folder)
     return folder
 
 
@@ -120,7 +107,7 @@ def test_against_logits_in_float64(
 
 
 def test_an_adapter_and_its_base(words: list[str], tiny_folder: Path, tmp_path: Path) -> None:
-    adapter = adapter_folder(tiny_folder, tmp_path / "adapter")
+    adapter = tiny_adapter(tiny_folder, tmp_path / "adapter")
     run = compose_run([*words, f"model.lora.adapter={adapter}"])
     base = replace(run.model, lora=LoraConfig())
     generate(run)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import IA3Config
+from peft import LoraConfig as PeftLoraConfig
 
 from simpo.__main__ import main
 from simpo.config.benchmarks import JudgeConfig
@@ -16,13 +18,17 @@ from simpo.config.choices import Quantization
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, RunError
 from simpo.config.models import LoraConfig, ModelConfig
+from simpo.data.chats.chat import Chat
 from simpo.judging.local import LocalJudge
 from simpo.judging.shapes import Query, Said
 from simpo.loop.train import train
-from simpo.on_policy.engines import with_vllm
+from simpo.model.generate import Sampling
+from simpo.model.tokenizer import load_tokenizer
+from simpo.on_policy.engines import with_transformers, with_vllm
 from simpo.on_policy.generate import generate
 from tests.support import stand_in_vllm
 from tests.support.stand_in_vllm import Asked
+from tests.support.tiny_models import tiny_adapter
 from tests.support.whole_runs import tiny_overrides
 
 WITHOUT = "on_policy.engine=transformers does without it"
@@ -107,14 +113,65 @@ def test_models_are_loaded_one_after_the_other(
     ]
 
 
-def test_what_vllm_does_not_take(tiny_folder: Path, asked: Asked) -> None:
+@pytest.mark.parametrize(
+    ("form", "max_rank"), [({"r": 4}, 8), ({"r": 16, "use_rslora": True}, 16), ({"r": 20}, 32)]
+)
+def test_an_adapter_beside_its_base(
+    form: dict[str, Any], max_rank: int, tiny_folder: Path, tmp_path: Path, asked: Asked
+) -> None:
+    """Greedy replies are those of transformers with the adapter, and others than the base's."""
+    adapter = tiny_adapter(tiny_folder, tmp_path / "adapter", **form)
+    base = ModelConfig(name="tiny", path=str(tiny_folder))
+    model = replace(base, lora=LoraConfig(adapter=str(adapter)))
+    run = replace(compose_run(["backend.device=cpu", "train.precision=fp32"]), model=model)
+    chat = Chat(load_tokenizer(model, tmp_path))
+    prompts, greedy = chat.encode(["Hi", "Owls are birds"]), Sampling(0.0, 1.0, 12, seed=0)
+    expected = with_transformers(run, chat)(prompts, greedy)
+    assert with_vllm(model, tmp_path, chat)(prompts, greedy) == expected
+    (loaded,) = asked.models
+    assert (loaded["enable_lora"], loaded["max_lora_rank"]) == (True, max_rank)
+    assert with_vllm(base, tmp_path, chat)(prompts, greedy) != expected
+    assert "enable_lora" not in asked.models[1]
+
+
+@pytest.mark.parametrize(
+    ("form", "fault"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules beside an adapter"),
+        ({"trainable_token_indices": [3]}, "single tokens beside an adapter"),
+        ({"bias": "all"}, "biases"),
+        ({"lora_bias": True}, "biases"),
+        ({"rank_pattern": {"q_proj": 2}}, "ranks or alphas of single layers"),
+        ({"alpha_pattern": {"q_proj": 2}}, "ranks or alphas of single layers"),
+        ({"r": 513}, "ranks above 512"),
+    ],
+)
+def test_adapters_that_vllm_does_not_take(
+    form: dict[str, Any], fault: str, tmp_path: Path, asked: Asked
+) -> None:
+    """What it refuses, and what it would leave out without a word."""
+    PeftLoraConfig(target_modules=["q_proj"], **form).save_pretrained(str(tmp_path))
+    lora = LoraConfig(adapter=str(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        with_vllm(ModelConfig(name="tiny", path="tiny", lora=lora), tmp_path, None)  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        f"model.lora.adapter: vllm does not take {fault}, which {tmp_path} has (merge it with "
+        "simpo export, or set on_policy.engine=transformers)"
+    )
+    assert asked.models == []
+
+
+def test_other_adapters_and_quantised_models(
+    tiny_folder: Path, tmp_path: Path, asked: Asked
+) -> None:
+    IA3Config(target_modules=["q_proj"], feedforward_modules=[]).save_pretrained(str(tmp_path))
     model = ModelConfig(name="tiny", path=str(tiny_folder))
-    adapted = replace(model, lora=LoraConfig(adapter="somewhere"))
     refused = [
         (
-            adapted,
-            "model.lora.adapter: vllm takes no adapter here (merge it with simpo export, or set "
-            "on_policy.engine=transformers)",
+            replace(model, lora=LoraConfig(adapter=str(tmp_path))),
+            f"model.lora.adapter: vllm does not take adapters of type IA3, which {tmp_path} has "
+            "(merge it with simpo export, or set on_policy.engine=transformers)",
         ),
         (
             replace(model, quantization=Quantization.nf4),

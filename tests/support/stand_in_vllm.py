@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ENGINE_ARGS = {
@@ -24,6 +25,7 @@ ENGINE_ARGS = {
 }
 """What LLM passes on to EngineArgs."""
 MAX_LOGPROBS = 20
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 
 
@@ -64,6 +66,18 @@ class SamplingParams:
         }
         for name in (name for name, wrong in refused.items() if wrong):
             raise VLLMValidationError(f"{name} got {getattr(self, name)}")
+
+
+@dataclass
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
+
+    def __post_init__(self) -> None:
+        if self.lora_int_id < 1:
+            raise ValueError(f"id must be > 0, got {self.lora_int_id}")
+        assert self.lora_path, "lora_path cannot be empty"
 
 
 def TokensPrompt(*, prompt_token_ids: list[int]) -> dict[str, list[int]]:
@@ -129,6 +143,9 @@ def install(patch: pytest.MonkeyPatch) -> Asked:
             alive.add(self)
             asked.models.append({"model": model, "tokenizer": tokenizer, "dtype": dtype, **more})
             self._model: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision)
+            self._lora_rank = more.get("max_lora_rank", 16) if more.get("enable_lora") else 0
+            if self._lora_rank and self._lora_rank not in LORA_RANKS:
+                raise ValueError(f"max_lora_rank: Input should be one of {LORA_RANKS}")
             self._tokenizer = AutoTokenizer.from_pretrained(
                 tokenizer or model, revision=tokenizer_revision
             )
@@ -145,15 +162,40 @@ def install(patch: pytest.MonkeyPatch) -> Asked:
             sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
             *,
             use_tqdm: bool = True,
-            lora_request: Any = None,
+            lora_request: LoRARequest | None = None,
         ) -> list[Any]:
             if asked.broken:
                 raise RuntimeError(asked.broken)
             assert isinstance(sampling_params, Sequence), "vLLM's own defaults"
             if len(sampling_params) != len(prompts):
                 raise ValueError("The lengths of prompts and sampling_params must be the same.")
+            if lora_request is not None:
+                self._adapt(lora_request)
             found = zip(prompts, sampling_params, strict=True)
             return [self._complete(prompt["prompt_token_ids"], how) for prompt, how in found]
+
+        def _adapt(self, request: LoRARequest) -> None:
+            """It is loaded with its first request."""
+            if not self._lora_rank:
+                raise ValueError(f"Got lora_request {request} but LoRA is not enabled!")
+            if isinstance(self._model, PeftModel):
+                return
+            settings = PeftConfig.from_pretrained(request.lora_path)
+            refused = {
+                "vLLM only supports modules_to_save being None.": settings.modules_to_save,
+                "vLLM does not yet support DoRA.": settings.use_dora,
+                "Adapter bias is not supported.": settings.bias != "none",
+                f"LoRA rank {settings.r} is greater than max_lora_rank {self._lora_rank}.": (
+                    settings.r > self._lora_rank
+                ),
+            }
+            if faults := [fault for fault, there in refused.items() if there]:
+                raise ValueError(" ".join(faults))
+            # What else the file says is not read.
+            settings.rank_pattern, settings.alpha_pattern = {}, {}
+            self._model = PeftModel.from_pretrained(
+                self._model, request.lora_path, config=settings
+            ).eval()
 
         @torch.no_grad()
         def _complete(self, prompt: list[int], how: SamplingParams) -> Any:
@@ -186,5 +228,8 @@ def install(patch: pytest.MonkeyPatch) -> Asked:
     module = ModuleType("vllm")
     module.__dict__.update(LLM=LLM, SamplingParams=SamplingParams, TokensPrompt=TokensPrompt)
     module.__spec__ = SimpleNamespace()  # type: ignore[assignment]
-    patch.setitem(sys.modules, "vllm", module)
+    lora, request = ModuleType("vllm.lora"), ModuleType("vllm.lora.request")
+    request.__dict__.update(LoRARequest=LoRARequest)
+    for one in (module, lora, request):
+        patch.setitem(sys.modules, one.__name__, one)
     return asked

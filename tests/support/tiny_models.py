@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -111,6 +112,23 @@ def tiny_model(
     )
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, attn_implementation=SEGMENTS, dtype=dtype)
+
+
+def tiny_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+    """A LoRA adapter of a model in a folder, with weights as large as after training.
+
+    Args:
+        settings: of peft's LoraConfig.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(**{"r": 4, "target_modules": "all-linear", **settings})
+    adapted = get_peft_model(model, config)
+    torch.manual_seed(3)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name and parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(str(folder))
+    return folder
 
 
 def random_pairs(

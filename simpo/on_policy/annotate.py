@@ -197,7 +197,8 @@ def _measures(
 def _missing_note(folder: Path, prompts: list[Prompt], stored: list[StoredReply]) -> list[str]:
     """A note if some prompts lack replies to seeds that others have, or that were asked for."""
     settings = next(iter(read_lines(folder / "settings.json")), {})
-    seeds = sorted({*(reply.seed for reply in stored), *settings.get(SEEDS, ())})
+    asked = settings.get(SEEDS)  # an earlier version did not write them
+    seeds = sorted({reply.seed for reply in stored} | set(asked if isinstance(asked, list) else []))
     there = Counter(key for key, _ in {(reply.id, reply.seed) for reply in stored})
     lacking = sum(there[prompt.id] < len(seeds) for prompt in prompts)
     if not lacking:

@@ -28,6 +28,7 @@ COMMANDS = {
     "report": "compare runs: table, csv, json or web page",
     "generate": "write replies of a model to the prompts of a data set",
     "annotate": "score those replies, and make pairs of them",
+    "rounds": "generate, annotate and train, several times over",
     "judge": "let models answer a benchmark, and a judge compare the answers",
     "chat": "talk to the model of a run in a terminal",
     "export": "merge an adapter into its base model, or upload a model",
@@ -50,6 +51,7 @@ SECTIONS = {
     "train": [],
     "generate": ["on_policy"],
     "annotate": ["on_policy"],
+    "rounds": ["rounds", "on_policy"],
     "judge": ["benchmark", "judge"],
 }
 """Commands whose help lists settings, with the sections listed by default ([]: all)."""

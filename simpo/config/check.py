@@ -34,6 +34,7 @@ from simpo.config.models import ModelConfig
 from simpo.config.own_code import OwnCodeError
 from simpo.config.plain import NotPlain, plain_run, plain_text, read_plain
 from simpo.config.renamed import renamed_config
+from simpo.config.rounds import launcher_of_replies
 from simpo.config.schema import RunConfig
 from simpo.config.trackers import (
     MlflowConfig,
@@ -75,7 +76,9 @@ LARGEST = 2**32 - 1
 def register_schemas() -> None:
     """Register the dataclasses with Hydra as `run_schema` and `schema/<group>/<name>`."""
     store = ConfigStore.instance()
-    store.store(name="run_schema", node=RunConfig)
+    whole = OmegaConf.structured(RunConfig)
+    OmegaConf.set_struct(whole.rounds._get_node("generate_launcher"), False)
+    store.store(name="run_schema", node=whole)
     for group, schemas in GROUPS.items():
         for name, schema in schemas.items():
             node = OmegaConf.structured(schema)
@@ -266,6 +269,7 @@ def check_run(run: RunConfig) -> None:
             "(set nf4, or backend=ddp, zero2 or zero3)"
         )
     problems += _judged_problems(run)
+    problems += _rounds_problems(run) if run.rounds.number else ()
     if isinstance(run.launcher, SlurmConfig) and run.launcher.tasks() > 1:
         if not isinstance(run.backend, DistributedConfig):
             problems.append(
@@ -293,6 +297,33 @@ def _judged_problems(run: RunConfig) -> Iterator[str]:
                 f"train.{key}: needs a held-out metric, got monitor.metric={metric}, which is "
                 "known at the end of a run only (choose another metric)"
             )
+
+
+def _rounds_problems(run: RunConfig) -> Iterator[str]:
+    """Faults of settings that only rounds make one."""
+    if not run.on_policy.reward:
+        yield "on_policy.reward: required for rounds, but not given"
+    if run.export.push_to_hub:
+        yield (
+            "export.push_to_hub: rounds keep one of several models, when they have ended (leave it "
+            "out, then simpo export RUN push_to_hub=OWNER/NAME)"
+        )
+    if not isinstance(run.launcher, SlurmConfig):
+        if run.rounds.chain:
+            yield (
+                "rounds.chain: needs launcher=slurm (leave it out: here phases follow one another)"
+            )
+    elif run.rounds.chain:
+        try:
+            launcher_of_replies(run.launcher, run.rounds)
+        except ConfigError as error:
+            yield from error.problems
+    elif run.launcher.tasks() > 1:
+        yield (
+            f"launcher.tasks_per_node: each phase starts its own processes, got "
+            f"{run.launcher.tasks()} tasks (launcher.nodes=1 launcher.tasks_per_node=1 "
+            "backend.processes=GPUS, or rounds.chain=true)"
+        )
 
 
 @lru_cache(maxsize=32)

@@ -67,6 +67,17 @@ class ReplyChoice(str, Enum):
     all = "all"
 
 
+class RoundPrompts(str, Enum):
+    slices = "slices"
+    all = "all"
+
+
+class RoundStart(str, Enum):
+    last = "last"
+    first = "first"
+    best = "best"
+
+
 class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"

@@ -13,7 +13,11 @@ from simpo.config.schema import RunConfig
 
 RESULT_SECTIONS = ("model", "data", "loss", "train")
 """Sections that decide the numbers of a run. The backend changes only the order of rounding."""
+ROUNDS_SECTIONS = ("rounds", "on_policy", "monitor")
+"""Sections that decide them too if the run has rounds."""
 MAY_DIFFER = {
+    "rounds": ("generate_jobs", "chain", "generate_launcher"),
+    "on_policy": ("folder", "slices", "slice", "held_out_only", "parts", "part"),
     "train": (
         "log_every",
         "eval_every",
@@ -23,7 +27,7 @@ MAY_DIFFER = {
         "patience_evals",
         "check_memory",
         "stopped_exit_code",
-    )
+    ),
 }
 """Keys of those sections that may differ between a run and its continuation."""
 SECRET = re.compile(
@@ -37,10 +41,10 @@ SECRET = re.compile(
 def trajectory(run: RunConfig) -> dict[str, Any]:
     """The settings that decide a run's numbers, flat: dotted key to value."""
     flat: dict[str, Any] = {}
-    for section in RESULT_SECTIONS:
+    for section in (*RESULT_SECTIONS, *(ROUNDS_SECTIONS if run.rounds.number else ())):
         _flatten(section, getattr(run, section), flat)
         for key in MAY_DIFFER.get(section, ()):
-            del flat[f"{section}.{key}"]
+            flat.pop(f"{section}.{key}", None)
     return flat
 
 

@@ -20,6 +20,8 @@ class OnPolicyConfig:
     """Sampling seeds; each gives one reply to each prompt."""
     temperature: float = 0.8
     """Sampling temperature; above 0."""
+    temperatures: list[float] = field(default_factory=list)
+    """One for each of the seeds, in their order, instead of `temperature`; []: that for all."""
     top_p: float = 0.95
     """Nucleus sampling: tokens come from the likeliest ones that sum to this probability."""
     max_new_tokens: int = 4096
@@ -55,6 +57,10 @@ class OnPolicyConfig:
     margin_quantile: float = 0.5
     """With choice=margin: pairs below this quantile of a split's margins are left out."""
 
+    def temperature_of(self, seed: int) -> float:
+        """The sampling temperature of the replies of a seed."""
+        return dict(zip(self.seeds, self.temperatures, strict=False)).get(seed, self.temperature)
+
     def problems(self) -> Iterator[str]:
         if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
             yield f"seeds: must be two or more different ones, got {self.seeds}"
@@ -64,6 +70,10 @@ class OnPolicyConfig:
             yield "folder: must not be empty (null takes one below output_dir)"
         if self.temperature <= 0:
             yield f"temperature: must be above 0, got {self.temperature} (0 makes replies equal)"
+        if self.temperatures and len(self.temperatures) != len(self.seeds):
+            yield f"temperatures: must be one a seed, {len(self.seeds)}, got {self.temperatures}"
+        if min(self.temperatures, default=1) <= 0:
+            yield f"temperatures: must be above 0, got {self.temperatures}"
         if not 0 < self.top_p <= 1:
             yield f"top_p: must be above 0 and at most 1, got {self.top_p}"
         for key in ("max_new_tokens", "batch_prompts"):

@@ -20,6 +20,7 @@ from simpo.config.errors import LOST, SAVED
 from simpo.config.launchers import LauncherConfig
 from simpo.config.models import ModelConfig
 from simpo.config.on_policy import OnPolicyConfig
+from simpo.config.rounds import RoundsConfig
 from simpo.config.trackers import TrackerConfig
 from simpo.loss import LossConfig
 
@@ -227,6 +228,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -23,10 +23,11 @@ from simpo.config.errors import ConfigError
 from simpo.config.renamed import new_name, rename_overrides
 from simpo.config.schema import RunConfig
 
-WITH_SETTINGS = ("train", "preview", "plan", "generate", "annotate", "judge")
+WITH_SETTINGS = ("train", "preview", "plan", "generate", "annotate", "rounds", "judge")
 OPTIONS = {
     "train": ("--cfg", "--config-dir", "--config-name", "--help", "--info", "--multirun"),
     **dict.fromkeys(WITH_SETTINGS[1:], ("--config-dir", "--help")),
+    "rounds": ("--cfg", "--config-dir", "--help", "--multirun"),
 }
 OPTION_VALUES = {
     "--cfg": ("job", "hydra", "all"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from simpo.config.check import run_yaml
 from simpo.config.errors import ConfigError, unwritable
-from simpo.config.flat import MAY_DIFFER, RESULT_SECTIONS, holds_secret
+from simpo.config.flat import MAY_DIFFER, RESULT_SECTIONS, ROUNDS_SECTIONS, holds_secret
 from simpo.config.renamed import first_name, first_text
 from simpo.config.schema import RunConfig
 from simpo.run.atomic import write_text
@@ -86,7 +86,8 @@ def sweep_folder(member: Member, name: str) -> Path:
 
 def _decides_numbers(key: str) -> bool:
     section, _, rest = key.lstrip("+~").partition(".")
-    return section in (*RESULT_SECTIONS, "experiments") and rest not in MAY_DIFFER.get(section, ())
+    deciding = (*RESULT_SECTIONS, *ROUNDS_SECTIONS, "experiments")
+    return section in deciding and rest not in MAY_DIFFER.get(section, ())
 
 
 def with_folder(member: Member, folder: Path) -> Member:

@@ -15,9 +15,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from simpo.config.check import load_run
 from simpo.config.errors import INTERRUPTED, DamagedError, Pruned, SimpoError, Stopped
@@ -44,26 +46,41 @@ class SlurmMember:
 
     def __call__(self, folder: str) -> None:
         """Train the run, and end the process with its exit code."""
-        is_main = os.environ.get("SLURM_PROCID", "0") == "0"
-        # Until the run handles signals, submitit requeues the job on SIGUSR2; here on SIGUSR1 too.
-        signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR2))
-        if is_main:
-            _note_start(Path(folder))
-            requeue_before_limit()
-        code, stopped = run_member(Path(folder))
-        if stopped and not is_main:
-            # Wait for the end of the job: --kill-on-bad-exit would kill the main process first.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(REQUEUE_WAIT_S)
-        if stopped:
-            slurm.requeue()
-        end_process(code)
+        work_in_job(Path(folder), lambda: run_member(Path(folder)))
 
     def checkpoint(self, folder: str) -> object:
         """The job to requeue; submitit calls this if a signal came before training."""
-        from submitit.helpers import DelayedSubmission
+        return queued_again(self, folder)
 
-        return DelayedSubmission(self, folder)
+
+def queued_again(job: Callable[[str], None], argument: str) -> object:
+    """What submitit puts back into the queue if a signal came before the job's own work."""
+    from submitit.helpers import DelayedSubmission
+
+    return DelayedSubmission(job, argument)
+
+
+def work_in_job(folder: Path, work: Callable[[], tuple[int, bool]]) -> NoReturn:
+    """Do the work of a Slurm job in each of its processes, which end with its exit code.
+
+    Args:
+        folder: of the run.
+        work: returns the exit code, and whether a signal stopped it, so that the job is requeued.
+    """
+    is_main = os.environ.get("SLURM_PROCID", "0") == "0"
+    # Until the run handles signals, submitit requeues the job on SIGUSR2; here on SIGUSR1 too.
+    signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR2))
+    if is_main:
+        _note_start(folder)
+        requeue_before_limit()
+    code, stopped = work()
+    if stopped and not is_main:
+        # Wait for the end of the job: --kill-on-bad-exit would kill the main process first.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(REQUEUE_WAIT_S)
+    if stopped:
+        slurm.requeue()
+    end_process(code)
 
 
 def run_member(folder: Path) -> tuple[int, bool]:
@@ -72,11 +89,24 @@ def run_member(folder: Path) -> tuple[int, bool]:
     Returns:
         The exit code, and whether a signal other than SIGINT stopped it after saving.
     """
-    print_all_letters()
-    try:
+
+    def work() -> None:
         run = replace(load_run(folder / "run.yaml"), run_dir=str(folder.absolute()))
         hide_unused(run)
         start(run, own_process=True)
+
+    return reporting(folder, work)
+
+
+def reporting(folder: Path, work: Callable[[], object]) -> tuple[int, bool]:
+    """Do the work on the run of a folder; errors are printed, and noted in its status.json.
+
+    Returns:
+        The exit code, and whether a signal other than SIGINT stopped it after saving.
+    """
+    print_all_letters()
+    try:
+        work()
     except SimpoError as error:
         if not error.printed:
             print(error, file=sys.stderr)

@@ -27,6 +27,10 @@ def start(run: RunConfig, own_process: bool = False) -> Path:
 
     set_stopped_exit_code(run.train.stopped_exit_code)
     refuse_unwritable(run)
+    if run.rounds.number:
+        from simpo.launch.rounds.driver import run_rounds
+
+        return run_rounds(run)
     processes.join_slurm()
     progress.say(f"{run.name}: loading torch and transformers ...")
     check_login(run.tracker)

@@ -35,16 +35,22 @@ SBATCH_VARIABLES = {
 
 
 def submit(
-    config: SlurmConfig, name: str, folder: Path, job: Callable[[str], None], runs: Sequence[Path]
+    config: SlurmConfig,
+    name: str,
+    folder: Path,
+    job: Callable[[str], None],
+    runs: Sequence[Path | int],
+    after: Sequence[str] = (),
 ) -> list[tuple[str, Path]]:
-    """Put one job for each run's folder into the queue, several as one array.
+    """Put one job for each run's folder, or part of a phase, into the queue, several as one array.
 
     More than an array of this cluster may have become several arrays, which share out
     `launcher.array_parallelism`.
 
     Args:
         folder: where the submission's script and the logs are written.
-        job: called with a run's folder in every process of its job.
+        job: called with a run's folder, or the number of a part, in every process of its job.
+        after: ids of jobs that must have succeeded first; if one fails, these are cancelled.
 
     Returns:
         For each run, in order, the job's id and the log of its first process.
@@ -59,6 +65,9 @@ def submit(
     size = (slurm.max_array_size() if len(runs) > 1 else None) or len(runs)
     arrays = [runs[start : start + size] for start in range(0, len(runs), size)]
     parameters = _parameters(config, name, len(runs), len(arrays))
+    if after:
+        parameters["dependency"] = f"afterok:{':'.join(after)}"
+        parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=UNLIMITED_REQUEUES)
     except RuntimeError as error:

@@ -25,6 +25,8 @@ from simpo.config.errors import INTERRUPTED, ConfigError, RunError, Stopped
 from simpo.config.launchers import LauncherConfig, LocalConfig, SlurmConfig
 from simpo.launch.folders import Member, single_folder, sweep_folder, with_files, with_folder
 from simpo.launch.member import SlurmMember
+from simpo.launch.rounds.chain import submit_chain
+from simpo.launch.share import share_of_machine
 from simpo.launch.submit import array_ids, submit
 from simpo.report.compare import compare
 from simpo.run import progress, slurm
@@ -144,7 +146,11 @@ def _queue(
     config: SlurmConfig, todo: Sequence[Member], every: Sequence[Member], folder: Path
 ) -> None:
     """Submit members to Slurm, print how to follow them, and wait with `launcher.wait`."""
-    if todo:
+    if todo and todo[0].run.rounds.chain:
+        arrays = [job for member in todo for job in submit_chain(config, member.run, member.path)]
+        chains = "a chain" if len(todo) == 1 else f"{len(todo)} chains"
+        print(f"jobs   {' '.join(arrays)}: {chains} with a job for each phase")
+    elif todo:
         jobs = submit(config, folder.name, folder / "slurm", SlurmMember(), [m.path for m in todo])
         arrays = array_ids(job_id for job_id, _ in jobs)
         try:
@@ -227,27 +233,6 @@ def _start(member: Member, place: int, places: int) -> subprocess.Popen[bytes]:
         )
     note_job(member.path, log, pid=process.pid)
     return process
-
-
-def share_of_machine(place: int, places: int) -> dict[str, str]:
-    """Environment with the cores and GPUs of one of `places` members that run at the same time.
-
-    If there are fewer GPUs than members, each member sees all.
-    """
-    if places == 1:
-        return {}
-    cores = str(max(1, (os.cpu_count() or 1) // places))
-    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", cores)}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        import torch
-
-        devices = [str(number) for number in range(torch.cuda.device_count())]
-    else:
-        devices = [name for name in visible.split(",") if name]
-    if len(devices) >= places:
-        share["CUDA_VISIBLE_DEVICES"] = ",".join(devices[place::places])
-    return share
 
 
 def _follow(

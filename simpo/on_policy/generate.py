@@ -66,8 +66,8 @@ def generate(run: RunConfig) -> Path:
     config = run.on_policy
     cache_dir = Path(run.cache_dir).expanduser()
     folder = on_policy_folder(run)
-    chat = folder_chat(run, folder)
-    found, asked = _asked(config, _prompts(run, chat))
+    chat, every = prompts_of(run)
+    found, asked = _asked(config, every)
     prompts = [prompt for prompt, _ in found]
     ids = chat.encode([text for _, text in found])
     named = zip((f"prompt {prompt.id}" for prompt in prompts), ids, strict=True)
@@ -84,6 +84,17 @@ def generate(run: RunConfig) -> Path:
         print(f"folder {folder}\n{len(prompts)} prompts{asked}")
         _generate_missing(run, chat, folder, prompts, ids)
     return folder
+
+
+def prompts_of(run: RunConfig) -> tuple[Chat, list[tuple[Prompt, str]]]:
+    """The model's chat template, and each prompt of the data once with its text in it.
+
+    Raises:
+        ConfigError: the model's tokenizer cannot be loaded.
+        DataError: the prompts cannot be read, or the model's template refuses one.
+    """
+    chat = folder_chat(run, on_policy_folder(run))
+    return chat, _prompts(run, chat)
 
 
 def _generate_missing(
@@ -116,7 +127,9 @@ def _generate_missing(
     with bar(f"replies ({engine.value})", count, stays=True) as shown:
         shown.begin_at(0)
         for seed, batch in todo:
-            sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens, seed)
+            sampling = Sampling(
+                config.temperature_of(seed), config.top_p, config.max_new_tokens, seed
+            )
             replies = generate_batch([ids[i] for i in batch], sampling)
             append_lines(
                 file,
@@ -179,6 +192,11 @@ def _settings(
         "prompts": content_hash([prompt.id for prompt in prompts]),
         "tokens of the prompts": content_hash(ids),
         "on_policy.temperature": config.temperature,
+        **(
+            {"on_policy.temperatures": [[s, config.temperature_of(s)] for s in config.seeds]}
+            if config.temperatures
+            else {}
+        ),
         "on_policy.top_p": config.top_p,
         "on_policy.max_new_tokens": config.max_new_tokens,
         "on_policy.batch_prompts": config.batch_prompts,

@@ -14,12 +14,12 @@ def train_command(overrides: Sequence[str], folder: Path) -> str:
     Args:
         overrides: settings as Hydra takes them.
     """
-    return shlex.join(["python", "-m", "simpo.train", *overrides, f"run_dir={_quoted(folder)}"])
+    return shlex.join(["python", "-m", "simpo.train", *overrides, f"run_dir={quoted(folder)}"])
 
 
-def _quoted(folder: Path) -> str:
-    """A folder as Hydra takes it: it reads the signs of names such as `loss.beta=2` itself."""
-    text = str(folder)
+def quoted(value: Path | str) -> str:
+    """A text as Hydra takes it: it reads the signs of names such as `loss.beta=2` itself."""
+    text = str(value)
     if re.fullmatch(r"[\w/.+-]+", text, re.ASCII):
         return text
     return '"' + re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + m[2].replace('"', '\\"'), text) + '"'

@@ -45,8 +45,6 @@ SKIPPED = {
     *("checkpoints", "model", "samples", "held_out", "slurm", "wandb", "tensorboard"),
     judged.FOLDER,
 }
-
-
 PROGRESS = re.compile(r"\d+%\||^[\w() -]+ \d+/\d+(, |$)")
 """A progress bar in a log."""
 
@@ -173,9 +171,11 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     for folder in folders:
         for path, below, files in os.walk(folder):
             # A run without run.yaml is a damaged run.
+            skipped = SKIPPED
             if RECORDS & {*below, *files}:
                 found[Path(path).resolve()] = None
-            below[:] = sorted(set(below) - SKIPPED)
+                skipped = SKIPPED | {"rounds"}  # the run stands for them
+            below[:] = sorted(set(below) - skipped)
     return list(found)
 
 

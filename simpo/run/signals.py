@@ -40,7 +40,7 @@ class _ExitOnSignal:
 
     def __call__(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
-        line = f"{name}: {self.stopped}"
+        line = self.stopped and f"{name}: {self.stopped}"
         code = self.exit_code
         if number == signal.SIGINT:
             line, code = self.interruption, INTERRUPTED
@@ -63,7 +63,7 @@ def exit_on_signals(interruption: str = INTERRUPTION, stopped: str = WHILE_START
 
     Args:
         interruption: message on Ctrl-C; empty if another process prints it.
-        stopped: message on another signal, after its name.
+        stopped: message on another signal, after its name; empty likewise.
     """
     _exit_on_signal.interruption, _exit_on_signal.stopped = interruption, stopped
     for number in ALL:

@@ -29,8 +29,8 @@ from simpo.loss.simpo import SimpoConfig
 
 MODELS = "gemma2_it, llama3_base, llama3_instruct, mistral_base, mistral_instruct, smollm2"
 SECTIONS = (
-    "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, on_policy, monitor, "
-    "watch, export, benchmark, judge, backend, launcher, tracker"
+    "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, on_policy, rounds, "
+    "monitor, watch, export, benchmark, judge, backend, launcher, tracker"
 )
 LOSS_CHOICES = (
     "alphapo, cpo, dpo, hinge, ipo, ipo_free, ln_dpo, orpo, r_dpo, repo, rrhf, sft, sigmoid, "

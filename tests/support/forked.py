@@ -199,10 +199,11 @@ def _become(
         name = f"rank-{env['RANK']}" if "RANK" in env else "run"
         ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
         assert words[0] == "-m", words
+        import simpo.launch.rounds.driver
         import simpo.launch.sweep
         import simpo.run.processes
 
-        for module in (simpo.run.processes, simpo.launch.sweep):
+        for module in (simpo.run.processes, simpo.launch.sweep, simpo.launch.rounds.driver):
             vars(module)["subprocess"] = _ForkingSubprocess
         sys.argv = [words[1], *words[2:]]
         warnings.filterwarnings("ignore", message=".* found in sys.modules after import")
@@ -267,6 +268,7 @@ def _serve(path: str) -> None:
     import simpo.launch.commands.train
     import simpo.launch.member
     import simpo.launch.rank
+    import simpo.launch.rounds.process
     import simpo.loop.publish
     import simpo.loop.train
     import simpo.model.merge

@@ -1,0 +1,87 @@
+"""Settings of `simpo rounds`: on-policy data and training, several times over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from simpo.config.choices import ReplyChoice, RoundPrompts, RoundStart
+from simpo.config.errors import ConfigError, first_line
+from simpo.config.launchers import SlurmConfig
+
+REWARD = "reply_reward"
+"""The metric of a round's model that `simpo rounds` monitors: its mean held-out reward."""
+
+
+@dataclass(kw_only=True)
+class RoundsConfig:
+    """`simpo rounds`: in each round the newest model replies to prompts, a reward scores the
+    replies, and the pairs train the next model. Settings of replies and rewards are on_policy.*."""
+
+    number: int = 0
+    """Rounds; `simpo rounds rounds=3` sets it. 0: one training run without rounds."""
+    prompts: RoundPrompts = RoundPrompts.slices
+    """slices: each round has its own part of the train prompts. all: each round has all."""
+    choice: ReplyChoice | None = None
+    """on_policy.choice in all rounds; null: that."""
+    start: RoundStart = RoundStart.last
+    """Where the training of a round begins: with the last round's model, the first model, or the
+    best so far by `monitor.metric`. Replies always come from the newest model."""
+    static_weight: float = 0.0
+    """Factor of the weights of `data.sources`, whose own pairs are mixed into each round's; 0: only
+    the model's own replies are trained on, and the sources give prompts alone."""
+    patience: int = 0
+    """Stop after this many rounds without a better `monitor.metric`; keep the best. 0: never."""
+    max_kl: float | None = None
+    """Stop once the model is further than this from the first, in nats per token of its held-out
+    replies, and keep the newest model within; null: no limit."""
+    max_length_ratio: float | None = None
+    """The same for the mean length of held-out replies, against the first model's."""
+    generate_jobs: int = 1
+    """Processes among which a round's prompts are divided, at the same time: of this machine, each
+    with its share of the GPUs, or with `chain` jobs."""
+    chain: bool = False
+    """launcher=slurm: a job for each phase, after the one before, instead of one job for all. The
+    jobs of training get what `launcher` says."""
+    generate_launcher: dict[str, Any] = field(default_factory=dict)
+    """Settings of `launcher` that are different for the chain's other jobs, such as {time_min: 60,
+    partition: small}; they get one process, with one GPU if training has any."""
+
+    def problems(self) -> Iterator[str]:
+        for key in ("number", "patience"):
+            if getattr(self, key) < 0:
+                yield f"{key}: must be 0 or more, got {getattr(self, key)}"
+        if self.static_weight < 0:
+            yield f"static_weight: must be 0 or more, got {self.static_weight}"
+        if self.max_kl is not None and self.max_kl <= 0:
+            yield f"max_kl: must be above 0, or null, got {self.max_kl}"
+        if self.max_length_ratio is not None and self.max_length_ratio <= 1:
+            yield f"max_length_ratio: must be above 1, or null, got {self.max_length_ratio}"
+        if self.generate_jobs < 1:
+            yield f"generate_jobs: must be 1 or more, got {self.generate_jobs}"
+
+
+def launcher_of_replies(launcher: SlurmConfig, rounds: RoundsConfig) -> SlurmConfig:
+    """The settings of the jobs of a chain that generate and score.
+
+    Raises:
+        ConfigError: rounds.generate_launcher has a key that launchers have not, or a wrong value.
+    """
+    names = {item.name for item in fields(launcher)} - {"name", "wait", "sweep_dir", "poll_s"}
+    if unknown := sorted(rounds.generate_launcher.keys() - names):
+        raise ConfigError(
+            [f"rounds.generate_launcher: launcher=slurm has no {unknown[0]} (remove it)"]
+        )
+    gpus = launcher.gpus_per_node and 1
+    one = replace(launcher, nodes=1, tasks_per_node=1, gpus_per_node=gpus)
+    try:
+        changed = replace(one, **rounds.generate_launcher)
+        problems = [f"rounds.generate_launcher.{text}" for text in changed.problems()]
+    except (TypeError, AttributeError) as error:  # a text where a number belongs
+        problems = [
+            f"rounds.generate_launcher: {first_line(error)} (see launcher in docs/config.md)"
+        ]
+    if problems:
+        raise ConfigError(problems)
+    return changed

@@ -1,0 +1,251 @@
+"""Runs the rounds of a run, phase by phase, each in a process of its own, and ends them.
+
+What is done lies on the disk, so the same command goes on after any interruption: a finished phase
+is not repeated, an unfinished one continues as its own command does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from simpo.config.choices import WatchAction
+from simpo.config.errors import INTERRUPTED, ConfigError, RunError, Stopped, unwritable
+from simpo.config.flat import trajectory
+from simpo.config.schema import RunConfig
+from simpo.launch.rounds.phases import Kind, Phase, run_folder
+from simpo.launch.rounds.record import (
+    ENDED_FILE,
+    ended_early,
+    kept_round,
+    measured,
+    measured_line,
+    measured_rounds,
+    metric_lines,
+    next_phases,
+    reason_to_end,
+)
+from simpo.launch.share import share_of_machine
+from simpo.loop.tracker import Tracker
+from simpo.loop.watch import CollapseWatch
+from simpo.run.folder import RunFolder
+from simpo.run.progress import say
+from simpo.run.signals import SAVING, forwarding_signals, signals_blocked, tell
+
+POLL_S = 0.05
+ERROR_FILE = "error.txt"
+"""In the folder of a round: why its newest phase failed."""
+
+
+def run_rounds(run: RunConfig) -> Path:
+    """Run the rounds of a run, or continue them.
+
+    Returns:
+        The run's folder; see `simpo.launch.rounds.phases`.
+
+    Raises:
+        ConfigError: the settings cannot be used, or another process works in the folder.
+        RunError: a phase failed; the same command continues it.
+        Stopped: a signal or Ctrl-C stopped a phase.
+    """
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigError(
+            [
+                "rounds: start them once, without torchrun or accelerate launch: each phase starts "
+                "its own processes (backend.processes=N)"
+            ]
+        )
+    folder = RunFolder(run)
+    with folder.recording_failure():
+        begin = time.perf_counter()
+        say(*folder.notes, f"run    {folder.path}")
+        settle(run, folder, 0.0)
+        while group := next_phases(run, folder.path):
+            say("", _heading(run, group[0]))
+            run_phases(run, folder.path, group)
+            if group[0].kind is Kind.annotate:
+                say(measured_line(folder.path, group[0].round - 1))
+            settle(run, folder, time.perf_counter() - begin)
+    return folder.path
+
+
+def _heading(run: RunConfig, phase: Phase) -> str:
+    """The line above what a phase prints."""
+    if phase.round > run.rounds.number:
+        return f"after round {run.rounds.number}: {phase.kind.value}, held-out prompts"
+    return f"round {phase.round} of {run.rounds.number}: {phase.kind.value}"
+
+
+def settle(run: RunConfig, folder: RunFolder, this_process_s: float) -> None:
+    """Log what the phases that are done have measured, decide whether to go on, and finish.
+
+    Raises:
+        RunError: the replies collapse, and watch.action is stop.
+    """
+    found = {number: measured(folder.path, number) for number in measured_rounds(folder.path)}
+    evaluations = {number: metrics.get("eval", {}) for number, metrics in found.items()}
+    newest = max(evaluations, default=0)
+    _log(run, folder.path, found)
+    folder.write_status("running", newest, run.rounds.number)
+    findings = _watch(run, found)
+    if (
+        0 < newest < run.rounds.number
+        and not ended_early(folder.path)
+        and (reason := reason_to_end(run, evaluations))
+    ):
+        folder.write_text(str(ENDED_FILE), f"{reason}\n")
+        say(f"ended  {reason}")
+    if not next_phases(run, folder.path):
+        _finish(run, folder, evaluations, findings, this_process_s)
+
+
+def _log(run: RunConfig, path: Path, found: Mapping[int, Mapping[str, dict[str, float]]]) -> None:
+    """Write metrics.jsonl, whose steps are rounds, and send it to the tracker."""
+    with Tracker(run.tracker, path, run.name, trajectory(run)) as tracker:
+        tracker.begin(0)
+        for number, prefix, metrics in metric_lines(found):
+            tracker.log(number, prefix, metrics)
+
+
+def _watch(run: RunConfig, found: Mapping[int, Mapping[str, dict[str, float]]]) -> list[str]:
+    """The signs of a collapse over the rounds, as far as they have come.
+
+    Raises:
+        RunError: there are some, and watch.action is stop.
+    """
+    watch = CollapseWatch(run.watch)
+    for number, prefix, metrics in metric_lines(found):
+        named = {f"{prefix}/{key}": value for key, value in metrics.items()}
+        watch.read({"step": number, **named})
+    texts = [finding.text.replace("step", "round", 1) for finding in watch.findings]
+    if texts and run.watch.action is WatchAction.stop:
+        raise RunError(f"watch  {texts[0]}")
+    if texts:
+        say(*(f"watch  {text}" for text in texts))
+    return texts
+
+
+def _finish(
+    run: RunConfig,
+    folder: RunFolder,
+    evaluations: Mapping[int, Mapping[str, float]],
+    findings: Sequence[str],
+    this_process_s: float,
+) -> None:
+    """Link the model that is kept, and write results.json."""
+    kept = kept_round(run, evaluations)
+    _link(folder.path / "model", run_folder(folder.path, kept) / "model")
+    folder.write_json(
+        "results.json",
+        {
+            "eval_before": evaluations[0],
+            "eval_after": evaluations[kept],
+            "findings": list(findings),
+            "train": {
+                "steps": max(evaluations),
+                "model_step": kept,
+                "this_process_s": this_process_s,
+            },
+        },
+    )
+    folder.write_status("finished", max(evaluations), run.rounds.number)
+    say(
+        "",
+        f"kept   the model of round {kept}: {folder.path}/model",
+        f"report python -m simpo.report {folder.path}",
+    )
+
+
+def _link(place: Path, target: Path) -> None:
+    """Make `place` a link to a folder below its own parent.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    part = place.with_name(f".{place.name}.part")
+    try:
+        part.unlink(missing_ok=True)
+        part.symlink_to(target.relative_to(place.parent))
+        os.replace(part, place)
+    except OSError as error:
+        raise unwritable(place, error) from error
+
+
+def run_phases(run: RunConfig, root: Path, group: Sequence[Phase]) -> None:
+    """Run phases at the same time, each in a process of its own that prints here.
+
+    Raises:
+        ConfigError, RunError: one failed; the others were ended.
+        Stopped: a signal or Ctrl-C stopped them.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+    signals: list[int] = []
+    error_file = root / "rounds" / str(group[0].round) / ERROR_FILE
+    error_file.parent.mkdir(parents=True, exist_ok=True)
+    error_file.unlink(missing_ok=True)
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        signals.append(number)
+        again = signals.count(signal.SIGINT) > 1
+        if number == signal.SIGINT and not again and group[0].kind is Kind.train:
+            tell(SAVING)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    with forwarding_signals(pass_on):
+        try:
+            with signals_blocked():
+                processes += [_start(root, phase, len(group)) for phase in group]
+            while any(process.poll() is None for process in processes):
+                if any(process.poll() for process in processes):
+                    for process in processes:
+                        process.terminate()
+                time.sleep(POLL_S)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    codes = [(phase, process.poll()) for phase, process in zip(group, processes, strict=True)]
+    if failed := [(phase, code) for phase, code in codes if code]:
+        raise _failure(run, *failed[0], error_file, signals)
+
+
+def _start(root: Path, phase: Phase, places: int) -> subprocess.Popen[bytes]:
+    words = [str(root), str(phase.round), phase.kind.value, str(phase.part)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "simpo.launch.rounds.process", *words],
+        env=os.environ | share_of_machine(phase.part - 1, places),
+        # Else a Ctrl-C would reach it twice: from the terminal, and passed on.
+        start_new_session=True,
+    )
+
+
+def _failure(
+    run: RunConfig, phase: Phase, code: int | None, error_file: Path, signals: Sequence[int]
+) -> Exception:
+    """The error after a phase ended with an exit code that is not 0."""
+    assert code
+    text = ""
+    with suppress(OSError):
+        text = error_file.read_text(errors="replace").strip()
+    stopped = run.train.stopped_exit_code
+    if signals or code in (INTERRUPTED, stopped):
+        interrupted = signal.SIGINT in signals or code == INTERRUPTED
+        name = "interrupted" if interrupted else signal.Signals((signals or [15])[0]).name
+        message = text or f"{name}: stopped in {phase.text()} (the same command continues)"
+        return Stopped(message, INTERRUPTED if interrupted else stopped)
+    if code < 0:
+        return RunError(
+            f"{phase.text()}: killed by {signal.Signals(-code).name} (the same command continues)"
+        )
+    if code == 2 and text:
+        return ConfigError([f"{phase.text()}: {line}" for line in text.splitlines()])
+    return RunError(f"{phase.text()}: {text or f'ended with exit code {code}'}")

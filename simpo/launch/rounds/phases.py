@@ -1,0 +1,155 @@
+"""The phases of rounds, and the settings and folder of each.
+
+A run with `rounds.number` has this in its folder beside what others have; its steps are rounds.
+
+    rounds/1/replies/    what `simpo generate` and `simpo annotate` write: the first model's replies
+    rounds/1/run/        the run that trains on their pairs
+    rounds/2/replies/    replies of the model of rounds/1/run, and so on
+    rounds/4/replies/    after three rounds: replies to the held-out prompts alone
+    rounds/1/*.json      the phases that are done, with their seconds
+    rounds/ended.txt     why the rounds ended before the last
+    model                a link to the model that was kept
+
+Each is an ordinary folder; command.txt among replies has the commands that make the same by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+from simpo.config.backends import SingleConfig
+from simpo.config.benchmarks import BenchmarkConfig
+from simpo.config.choices import Dtype, RoundPrompts, RoundStart
+from simpo.config.data import SourceConfig
+from simpo.config.launchers import LocalConfig
+from simpo.config.models import ModelConfig
+from simpo.config.on_policy import OnPolicyConfig
+from simpo.config.rounds import RoundsConfig
+from simpo.config.schema import MonitorConfig, RunConfig
+
+OWN_SET = "on_policy"
+"""Name of the held-out set of a round's own pairs, beside those of static data."""
+
+
+class Kind(str, Enum):
+    """What a phase does, in the order within a round."""
+
+    check = "check"
+    generate = "generate"
+    annotate = "annotate"
+    train = "train"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One piece of work of a round; `part` of those that generate at the same time."""
+
+    round: int
+    kind: Kind
+    part: int = 1
+
+    def text(self) -> str:
+        """What the phase is called in messages."""
+        return f"round {self.round}, {self.kind.value}" + f", part {self.part}" * (self.part > 1)
+
+
+def phases(run: RunConfig) -> Iterator[Phase]:
+    """All phases of the rounds of a run, in order."""
+    yield Phase(1, Kind.check)
+    for number in range(1, run.rounds.number + 2):
+        for part in range(1, run.rounds.generate_jobs + 1):
+            yield Phase(number, Kind.generate, part)
+        yield Phase(number, Kind.annotate)
+        if number <= run.rounds.number:
+            yield Phase(number, Kind.train)
+
+
+def replies_folder(root: Path, number: int) -> Path:
+    """The folder of the replies with which a round begins; those after the last round come next."""
+    return root / "rounds" / str(number) / "replies"
+
+
+def run_folder(root: Path, number: int) -> Path:
+    """The folder of the training run of a round."""
+    return root / "rounds" / str(number) / "run"
+
+
+def settings_of(run: RunConfig, root: Path, phase: Phase, best: int = 0) -> RunConfig:
+    """The settings of a phase, as its own command would compose them.
+
+    Args:
+        best: the round whose model is the best so far; 0: the first model.
+    """
+    alone = replace(run, rounds=RoundsConfig(), launcher=LocalConfig(), run_dir=None)
+    if phase.kind is Kind.train:
+        start = {RoundStart.last: phase.round - 1, RoundStart.first: 0, RoundStart.best: best}
+        return _training(alone, run, root, phase.round, start[run.rounds.start])
+    return replace(
+        alone,
+        model=model_after(run, root, phase.round - 1),
+        benchmark=BenchmarkConfig(),
+        backend=SingleConfig(name="single", device=run.backend.device),
+        on_policy=_replies(run, root, phase),
+    )
+
+
+def model_after(run: RunConfig, root: Path, number: int) -> ModelConfig:
+    """Settings that load the model of a round to train it further; 0: the first model."""
+    if number == 0:
+        return run.model
+    saved = str(run_folder(root, number) / "model")
+    model = run.model
+    if model.lora.used:
+        return replace(model, lora=type(model.lora)(adapter=saved))
+    return replace(model, path=saved, revision=None, tokenizer=None, chat_template=None)
+
+
+def _replies(run: RunConfig, root: Path, phase: Phase) -> OnPolicyConfig:
+    rounds, own = run.rounds, run.on_policy
+    last = phase.round > rounds.number
+    slices = rounds.number if rounds.prompts is RoundPrompts.slices and not last else 1
+    return replace(
+        own,
+        folder=str(replies_folder(root, phase.round)),
+        slices=slices,
+        slice=phase.round if slices > 1 else 1,
+        held_out_only=last,
+        parts=rounds.generate_jobs,
+        part=phase.part,
+        choice=rounds.choice or own.choice,
+    )
+
+
+def _training(alone: RunConfig, run: RunConfig, root: Path, number: int, start: int) -> RunConfig:
+    replies = replies_folder(root, number)
+    held_out = replies / "test.jsonl"
+    own = SourceConfig(
+        path=str(replies / "train.jsonl"),
+        test_path=str(held_out) if held_out.is_file() and held_out.stat().st_size else None,
+        held_out_name=OWN_SET,
+    )
+    share = run.rounds.static_weight
+    static = [_taking(source, share) for source in run.data.sources if share]
+    trained_on = number < run.rounds.number and run.rounds.start is not RoundStart.first
+    exact = trained_on and run.export.dtype is Dtype.auto
+    own_metric = run.monitor.metric.startswith("reply_")
+    return replace(
+        alone,
+        run_dir=str(run_folder(root, number)),
+        name=f"{run.name}-round-{number}",
+        model=model_after(run, root, start),
+        data=replace(run.data, sources=[own, *static], seed=run.data.seed + number - 1),
+        # Rounding to the base's bf16 in between would lose what a round learned.
+        export=replace(run.export, dtype=Dtype.float32) if exact else run.export,
+        monitor=MonitorConfig() if own_metric else run.monitor,
+    )
+
+
+def _taking(source: SourceConfig, share: float) -> SourceConfig:
+    """A source of which that share of what it gave is taken."""
+    if source.num_pairs is None:
+        return replace(source, weight=source.weight * share)
+    return replace(source, num_pairs=max(1, round(source.num_pairs * share)))

@@ -1,0 +1,166 @@
+"""Checks, before the first round, what a later one needs."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from transformers import PreTrainedConfig
+
+from simpo.backend import build_backend
+from simpo.config.backends import DistributedConfig
+from simpo.config.check import check_training
+from simpo.config.choices import Engine, RoundPrompts
+from simpo.config.errors import ConfigError, first_line
+from simpo.config.launchers import SlurmConfig
+from simpo.config.schema import RunConfig
+from simpo.data.packing import pack
+from simpo.data.pairs import TokenizedPair
+from simpo.loop.console import libraries_quiet
+from simpo.model import memory
+from simpo.model.head import largest_logits_bytes
+from simpo.model.pretrained import load_settings
+from simpo.on_policy.annotate import KEY
+from simpo.on_policy.engines import engine_of
+from simpo.on_policy.files import Prompt
+from simpo.on_policy.generate import prompts_of
+from simpo.on_policy.rewards import RULES, reward_content
+from simpo.run.progress import say
+
+
+@libraries_quiet()
+def check_rounds(run: RunConfig, first: RunConfig) -> None:
+    """Check that rounds have a reward, prompts, memory and disk until their end.
+
+    Args:
+        run: the settings of all rounds.
+        first: those of the first phase.
+
+    Raises:
+        ConfigError: with what a phase would miss.
+        DataError: the prompts cannot be read.
+    """
+    check_training(run)
+    _, found = prompts_of(first)
+    prompts = [prompt for prompt, _ in found]
+    problems = [*_prompt_problems(run, prompts)]
+    if (name := run.on_policy.reward or "") != RULES:
+        reward_content(first, KEY, name)
+    elif lacking := sum(prompt.rule is None for prompt in prompts):
+        problems.append(
+            f"{KEY}: {RULES} needs a rule, {lacking} of {len(prompts)} prompts have none"
+        )
+    if problems:
+        raise ConfigError(problems)
+    settings = load_settings(run.model, Path(run.cache_dir).expanduser())
+    backend = build_backend(first.backend, run.train.precision)
+    try:
+        place = memory.Place(
+            backend.device, _processes(run), backend.bf16, largest_logits_bytes(backend.device)
+        )
+        estimate = memory.Estimate(run, settings, place)
+        _check_memory(run, settings, estimate, backend.device)
+    except memory.NOT_DRAWN as error:
+        say(f"note   memory not estimated: {first_line(error)}")
+        return
+    _check_disk(run, estimate)
+
+
+def _prompt_problems(run: RunConfig, prompts: list[Prompt]) -> list[str]:
+    """Faults of the number of prompts."""
+    number = Counter(prompt.split for prompt in prompts)
+    slices = run.rounds.number if run.rounds.prompts is RoundPrompts.slices else 1
+    say(f"{number['train']} prompts in {slices} slices, {number['test']} held out")
+    found = []
+    if number["train"] < slices:
+        found.append(
+            f"rounds.prompts: {slices} slices need as many train prompts, there are "
+            f"{number['train']} (more data, fewer rounds, or rounds.prompts=all)"
+        )
+    if not number["test"]:
+        found.append(
+            "data.sources: no prompt is held out, and rounds are compared by held-out replies "
+            "(test_split or test_path)"
+        )
+    return found
+
+
+def _processes(run: RunConfig) -> int:
+    """The number of processes that train."""
+    if not isinstance(run.backend, DistributedConfig):
+        return 1
+    if isinstance(run.launcher, SlurmConfig) and run.rounds.chain:
+        return run.launcher.tasks()
+    return run.backend.processes or torch.cuda.device_count() or 1
+
+
+def _check_memory(
+    run: RunConfig, settings: PreTrainedConfig, estimate: memory.Estimate, device: torch.device
+) -> None:
+    """Compare the memory of a step, and of a batch of replies, with the device's.
+
+    Raises:
+        ConfigError: one of them does not fit.
+    """
+    if not run.train.check_memory:
+        return
+    response = min(run.on_policy.max_new_tokens, run.data.max_length_tokens // 2)
+    prompt = run.data.max_length_tokens - response
+    pair = TokenizedPair(*(np.ones(length, np.int32) for length in (prompt, response, response)))
+    row_tokens = run.train.tokens_per_row
+    count = max(1, row_tokens // (prompt + 2 * response)) if isinstance(row_tokens, int) else 1
+    row = pack([pair] * count, range(count), run.train.share_prefix)
+    here = 1 if device.type == "cuda" else _processes(run)
+    memory.check_memory(max(estimate.step(row), estimate.load(), key=_total), run, device, here)
+    if engine_of(run.on_policy.engine) is Engine.vllm:
+        return  # it divides the device's memory itself
+    needed = estimate.model.whole.bytes_in(bf16=False)
+    needed += run.on_policy.batch_prompts * (prompt + response) * _cache_bytes(settings)
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    else:
+        available = psutil.virtual_memory().available // run.rounds.generate_jobs
+    if needed > available:
+        raise ConfigError(
+            [
+                f"on_policy.batch_prompts: {run.on_policy.batch_prompts} replies at a time need "
+                f"about {needed / memory.GIB:.2f} GiB, there are {available / memory.GIB:.2f} GiB "
+                "(lower it; train.check_memory=false tries all the same)"
+            ]
+        )
+
+
+def _total(one: memory.Memory) -> float:
+    return one.total
+
+
+def _cache_bytes(settings: PreTrainedConfig) -> int:
+    """Bytes of keys and values of one token, in fp32."""
+    text = settings.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * 4 * text.num_hidden_layers * heads * size
+
+
+def _check_disk(run: RunConfig, estimate: memory.Estimate) -> None:
+    """Check that the disk has room for the models of all rounds and the checkpoints of one.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    assert run.run_dir is not None
+    trained = 4 * estimate.model.whole.trained
+    # Weights and the two moments of AdamW; one checkpoint is written before an old one is removed.
+    needed = run.rounds.number * trained + 3 * trained * (run.train.keep_checkpoints + 1)
+    if (free := shutil.disk_usage(run.run_dir).free) < needed:
+        raise ConfigError(
+            [
+                f"run_dir: models of {run.rounds.number} rounds and checkpoints of one take "
+                f"{needed / memory.GIB:.2f} GiB, but {run.run_dir} has "
+                f"{free / memory.GIB:.2f} GiB free (make room, or choose another output_dir)"
+            ]
+        )

@@ -1,0 +1,126 @@
+"""Runs one phase of rounds: `python -m simpo.launch.rounds.process FOLDER ROUND KIND PART`.
+
+FOLDER holds run.yaml, which says what the rounds are.
+"""
+
+from __future__ import annotations
+
+from simpo.run.signals import exit_on_signals
+
+if __name__ == "__main__":
+    exit_on_signals("", "")  # the process that started this one says it
+
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from simpo.config.check import check_run, load_run
+from simpo.config.errors import INTERRUPTED, SimpoError
+from simpo.config.flat import holds_secret
+from simpo.config.schema import RunConfig
+from simpo.launch.rounds.by_hand import commands_of
+from simpo.launch.rounds.driver import ERROR_FILE
+from simpo.launch.rounds.phases import Kind, Phase, replies_folder, run_folder, settings_of
+from simpo.launch.rounds.record import (
+    MEASURES,
+    done_file,
+    kept_round,
+    measured,
+    measured_rounds,
+    needs_best,
+)
+from simpo.launch.start import start
+from simpo.run.atomic import make_folder, write_json, write_text
+from simpo.run.files import read_status
+from simpo.run.processes import die_with_parent, end_process
+from simpo.run.progress import print_all_letters
+from simpo.run.signals import set_stopped_exit_code, stopping_at_once
+from simpo.run.unused import hide_unused
+
+
+def run_phase(run: RunConfig, root: Path, phase: Phase) -> None:
+    """Run one phase, or continue it, in this process, and note that it is done.
+
+    Raises:
+        SimpoError: as its own command does.
+    """
+    begin = time.perf_counter()
+    found = {number: measured(root, number).get("eval", {}) for number in measured_rounds(root)}
+    best = kept_round(run, found) if needs_best(run) and len(found) > 1 else 0
+    own = settings_of(run, root, phase, best)
+    check_run(own)
+    hide_unused(own)
+    set_stopped_exit_code(run.train.stopped_exit_code)
+    if phase.kind is Kind.train:
+        folder = run_folder(root, phase.round)
+        if read_status(folder).get("state") != "finished":
+            start(own, own_process=True)
+        # The next round begins with the model, and three rounds of them would fill the disk.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    else:
+        with stopping_at_once(f"stopped in {phase.text()}", run.train.stopped_exit_code):
+            _reply(run, own, root, phase)
+    make_folder(done_file(root, phase).parent)
+    write_json(done_file(root, phase), {"seconds": round(time.perf_counter() - begin, 3)})
+
+
+def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:
+    """Do what is not training; `own` are the settings of the phase."""
+    if phase.kind is Kind.check:
+        from simpo.launch.rounds.preflight import check_rounds
+
+        check_rounds(run, own)
+        return
+    if commands := commands_of(root, run, own):
+        folder = replies_folder(root, phase.round)
+        make_folder(folder)
+        write_text(folder / "command.txt", commands, holds_secret(run))
+    if phase.kind is Kind.generate:
+        from simpo.on_policy.generate import generate
+
+        generate(own)
+        return
+    from simpo.on_policy.annotate import annotate
+    from simpo.on_policy.drift import measure_drift
+    from simpo.on_policy.measures import read_measures, win_rate, write_measures
+
+    folder = annotate(own)
+    measure_drift(own, run.model)
+    measures = read_measures(folder)
+    measures["test"]["win_rate"] = win_rate(folder, replies_folder(root, 1))
+    if phase.round > 1:
+        before = replies_folder(root, phase.round - 1)
+        measures["test"]["gain_rate"] = win_rate(folder, before)
+    write_measures(folder, measures, MEASURES)
+
+
+def load(root: Path) -> RunConfig:
+    """The settings of the rounds of a folder.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    return replace(load_run(root / "run.yaml"), run_dir=str(root))
+
+
+def main(words: list[str]) -> int:
+    """Run the phase that the words name; returns the exit code."""
+    name, number, kind, part = words
+    root, phase = Path(name), Phase(int(number), Kind(kind), int(part))
+    die_with_parent()
+    print_all_letters()
+    try:
+        run_phase(load(root), root, phase)
+    except SimpoError as error:
+        error_file = root / "rounds" / str(phase.round) / ERROR_FILE
+        error_file.write_text(f"{error}\n", errors="backslashreplace")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    end_process(main(sys.argv[1:]))

@@ -1,0 +1,265 @@
+"""What each phase of rounds is to do, and when rounds end: settings and planted figures alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from simpo.config.check import run_yaml
+from simpo.config.choices import Dtype
+from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError
+from simpo.config.schema import RunConfig
+from simpo.launch.rounds.by_hand import commands_of
+from simpo.launch.rounds.phases import Kind, Phase, phases, run_folder, settings_of
+from simpo.launch.rounds.record import (
+    done_file,
+    exceeded,
+    kept_round,
+    measured,
+    next_phases,
+    reason_to_end,
+)
+
+ROOT = Path("/rounds")
+
+
+def composed(*words: str) -> RunConfig:
+    """Three rounds of the demo, whose model is trained with LoRA."""
+    return compose_run(["rounds.number=3", "monitor.metric=reply_reward", *words])
+
+
+def settings(run: RunConfig, number: int, kind: Kind, part: int = 1, best: int = 0) -> RunConfig:
+    return settings_of(run, ROOT, Phase(number, kind, part), best)
+
+
+def test_the_order_of_phases() -> None:
+    run = composed("rounds.number=1", "rounds.generate_jobs=2")
+    assert [phase.text() for phase in phases(run)] == [
+        "round 1, check",
+        "round 1, generate",
+        "round 1, generate, part 2",
+        "round 1, annotate",
+        "round 1, train",
+        "round 2, generate",
+        "round 2, generate, part 2",
+        "round 2, annotate",
+    ]
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    run = composed("rounds.generate_jobs=2")
+    assert next_phases(run, tmp_path) == [Phase(1, Kind.check)]
+    for phase in (Phase(1, Kind.check), Phase(1, Kind.generate, 2)):
+        done_file(tmp_path, phase).parent.mkdir(parents=True, exist_ok=True)
+        done_file(tmp_path, phase).write_text("{}")
+    assert next_phases(run, tmp_path) == [Phase(1, Kind.generate, 1)]
+    (tmp_path / "rounds/ended.txt").write_text("enough\n")
+    assert next_phases(run, tmp_path) == []
+
+
+def test_prompts_of_each_round() -> None:
+    run = composed("on_policy.seeds=[1,2]", "rounds.generate_jobs=2", "rounds.choice=all")
+    dealt = [settings(run, number, Kind.generate, 2).on_policy for number in (1, 2, 3, 4)]
+    assert [(one.slice, one.slices, one.held_out_only) for one in dealt] == [
+        (1, 3, False),
+        (2, 3, False),
+        (3, 3, False),
+        (1, 1, True),
+    ]
+    assert {(one.part, one.parts, one.choice.value) for one in dealt} == {(2, 2, "all")}
+    assert dealt[1].folder == "/rounds/rounds/2/replies"
+    every = composed("rounds.prompts=all", "on_policy.choice=margin")
+    own = settings(every, 2, Kind.annotate).on_policy
+    assert (own.slice, own.slices, own.choice.value) == (1, 1, "margin")
+
+
+def test_replies_come_from_the_newest_model_and_training_starts_where_it_is_told() -> None:
+    for start, adapter in (("last", 2), ("first", None), ("best", 1)):
+        run = composed(f"rounds.start={start}")
+        replies = settings(run, 3, Kind.generate, best=1).model.lora
+        assert (replies.adapter, replies.rank) == (f"{run_folder(ROOT, 2)}/model", 0)
+        trained = settings(run, 3, Kind.train, best=1).model.lora
+        if adapter is None:
+            assert trained == run.model.lora and trained.rank == 16
+        else:
+            assert (trained.adapter, trained.rank) == (f"{run_folder(ROOT, adapter)}/model", 0)
+
+
+def test_whole_models_are_handed_on_in_fp32(tmp_path: Path) -> None:
+    run = composed("model.lora.rank=0", f"model.tokenizer={tmp_path}", "export.dtype=auto")
+    model = settings(run, 2, Kind.train).model
+    assert model.path == f"{run_folder(ROOT, 1)}/model"
+    assert model.tokenizer is model.chat_template is model.revision is None
+    dtypes = [settings(run, number, Kind.train).export.dtype for number in (1, 2, 3)]
+    assert dtypes == [Dtype.float32, Dtype.float32, Dtype.auto]
+
+
+def test_what_a_round_is_trained_on(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    a.touch()
+    b.touch()
+    static = f"data.sources=[{{path: {a}, weight: 2.0}}, {{path: {b}, num_pairs: 30}}]"
+    run = composed(static, "rounds.static_weight=0.25", "data.seed=7")
+    own = settings_of(run, tmp_path, Phase(2, Kind.train))
+    replies = tmp_path / "rounds/2/replies"
+    assert [(s.path, s.weight, s.num_pairs) for s in own.data.sources] == [
+        (f"{replies}/train.jsonl", 1.0, None),
+        (str(a), 0.5, None),
+        (str(b), 1.0, 8),
+    ]
+    # No pair of held-out replies: no held-out set.
+    assert own.data.sources[0].test_path is None and own.data.seed == 8
+    replies.mkdir(parents=True)
+    (replies / "test.jsonl").write_text("{}\n")
+    own = settings_of(run, tmp_path, Phase(2, Kind.train))
+    assert own.data.sources[0].test_path == f"{replies}/test.jsonl"
+    assert own.data.held_out_names()[0] == "on_policy"
+    assert own.rounds.number == 0 and own.run_dir == f"{tmp_path}/rounds/2/run"
+    assert own.monitor.metric == "rewards/accuracies"
+    alone = settings_of(composed(static), tmp_path, Phase(2, Kind.train))
+    assert len(alone.data.sources) == 1
+
+
+def figures(**series: list[float]) -> dict[int, dict[str, float]]:
+    """Metrics by round."""
+    keys = {"reward": "reply_reward", "kl": "reply_kl", "tokens": "reply_tokens"}
+    columns = {keys[name]: values for name, values in series.items()}
+    rows = zip(*columns.values(), strict=True)
+    return {number: dict(zip(columns, row, strict=True)) for number, row in enumerate(rows)}
+
+
+def test_rounds_end_when_nothing_is_gained_any_more() -> None:
+    run = composed("rounds.patience=2")
+    rewards = [0.1, 0.4, 0.3, 0.35]
+    assert reason_to_end(run, figures(reward=rewards[:3])) == ""
+    assert reason_to_end(run, figures(reward=rewards)) == (
+        "rounds.patience=2 rounds without a better reply_reward than that of round 1"
+    )
+    assert kept_round(run, figures(reward=rewards)) == 1
+    # The first model is never kept, and without patience the newest is.
+    assert kept_round(run, figures(reward=[0.9, 0.4, 0.3])) == 1
+    assert kept_round(composed(), figures(reward=rewards)) == 3
+
+
+def test_rounds_end_beyond_a_limit() -> None:
+    run = composed("rounds.max_kl=0.5", "rounds.max_length_ratio=1.5")
+    calm = figures(reward=[0.1, 0.2], kl=[0.0, 0.5], tokens=[40, 60])
+    assert reason_to_end(run, calm) == "" and exceeded(run, calm, 1) == []
+    far = figures(reward=[0.1, 0.2, 0.3], kl=[0.0, 0.1, 0.75], tokens=[40, 44, 48])
+    assert reason_to_end(run, far) == (
+        "the model of round 2 is 0.750 nats per token from the first, beyond rounds.max_kl=0.5"
+    )
+    assert kept_round(run, far) == 1
+    long = figures(reward=[0.1, 0.2], kl=[0.0, 0.1], tokens=[40, 70])
+    assert reason_to_end(run, long) == (
+        "the model of round 1 writes 1.75 times as much as the first, beyond "
+        "rounds.max_length_ratio=1.5"
+    )
+    # There is no other than the one beyond.
+    assert kept_round(run, long) == 1
+
+
+def test_a_metric_that_rounds_have_not() -> None:
+    run = composed("rounds.start=best", "monitor.metric=reply_rewards")
+    with pytest.raises(ConfigError) as told:
+        reason_to_end(run, figures(reward=[0.1, 0.2]))
+    assert str(told.value) == (
+        "monitor.metric: no such held-out metric, got reply_rewards (did you mean reply_reward?)"
+    )
+
+
+def test_what_is_measured(tmp_path: Path) -> None:
+    replies, trained = tmp_path / "rounds/2/replies", tmp_path / "rounds/1/run"
+    replies.mkdir(parents=True)
+    trained.mkdir(parents=True)
+    measures = {"reward": 0.25, "kl": None, "prompts": 3, "win_rate": 0.6}
+    both = {"train": {"reward": 0.5}, "test": measures}
+    (replies / "measures.json").write_text(json.dumps(both))
+    results = {
+        "eval_before": {},
+        "eval_after": {"loss": 2.0, "reply_tokens": 9.0},
+        "findings": [],
+        "train": {"steps": 1, "model_step": 1, "this_process_s": 1.0},
+    }
+    (trained / "results.json").write_text(json.dumps(results))
+    assert measured(tmp_path, 1) == {
+        "train": {"reply_reward": 0.5},
+        "eval": {"loss": 2.0, "reply_tokens": 9.0, "reply_reward": 0.25, "reply_win_rate": 0.6},
+    }
+
+
+def test_commands_by_hand(tmp_path: Path) -> None:
+    run = composed("model.lora.rank=0", "on_policy.seeds=[1,2]")
+    own = settings(run, 2, Kind.generate)
+    assert commands_of(tmp_path, run, own) == ""  # started from Python
+    words = "python -m simpo.train rounds.number=3 'model.path=a b' loss.beta=2 run_dir=/out"
+    (tmp_path / "command.txt").write_text(words + "\n")
+    ending = (
+        "'model.path=a b' loss.beta=2 model.path=/rounds/rounds/1/run/model "
+        "model.chat_template=null on_policy.folder=/rounds/rounds/2/replies on_policy.slices=3 "
+        "on_policy.slice=2\n"
+    )
+    assert commands_of(tmp_path, run, own) == (
+        f"python -m simpo.generate {ending}python -m simpo.annotate {ending}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["on_policy.reward=null"], "on_policy.reward: required for rounds, but not given"),
+        (["rounds.patience=-1"], "rounds.patience: must be 0 or more, got -1"),
+        (["rounds.max_kl=0"], "rounds.max_kl: must be above 0, or null, got 0.0"),
+        (
+            ["rounds.max_length_ratio=1"],
+            "rounds.max_length_ratio: must be above 1, or null, got 1.0",
+        ),
+        (["rounds.static_weight=-1"], "rounds.static_weight: must be 0 or more, got -1.0"),
+        (["rounds.generate_jobs=0"], "rounds.generate_jobs: must be 1 or more, got 0"),
+        (
+            ["export.push_to_hub=me/model"],
+            "export.push_to_hub: rounds keep one of several models, when they have ended (leave it "
+            "out, then simpo export RUN push_to_hub=OWNER/NAME)",
+        ),
+        (
+            ["launcher=slurm", "launcher.gpus_per_node=8", "backend=fsdp"],
+            "launcher.tasks_per_node: each phase starts its own processes, got 8 tasks "
+            "(launcher.nodes=1 launcher.tasks_per_node=1 backend.processes=GPUS, or "
+            "rounds.chain=true)",
+        ),
+        (
+            ["rounds.chain=true"],
+            "rounds.chain: needs launcher=slurm (leave it out: here phases follow one another)",
+        ),
+        (
+            ["launcher=slurm", "rounds.chain=true", "rounds.generate_launcher={gpus: 1}"],
+            "rounds.generate_launcher: launcher=slurm has no gpus (remove it)",
+        ),
+        (
+            ["launcher=slurm", "rounds.chain=true", "rounds.generate_launcher={time_min: 0}"],
+            "rounds.generate_launcher.time_min: must be 1 or more, got 0",
+        ),
+    ],
+)
+def test_settings_that_rounds_cannot_have(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        composed(*words)
+    assert message in str(told.value).splitlines()
+
+
+def test_rounds_are_found_again_by_their_settings() -> None:
+    from simpo.config.flat import run_id
+
+    run = composed()
+    placed = replace(run.rounds, generate_jobs=4)
+    assert run_id(replace(run, rounds=placed)) == run_id(run)
+    assert run_id(composed("on_policy.temperature=1.0")) != run_id(run)
+    assert run_id(composed("rounds.start=best")) != run_id(run)
+    # Without rounds, on_policy decides nothing.
+    plain, other = compose_run([]), compose_run(["on_policy.temperature=1.0"])
+    assert run_id(plain) == run_id(other)
+    assert "rounds:" in run_yaml(plain)

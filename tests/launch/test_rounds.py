@@ -1,0 +1,171 @@
+"""Rounds of replies, scores and training, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpo.run.runs import State, find_runs, read_progress, read_runs
+from tests.support.whole_runs import Process, finish, start, wait_for
+
+REWARD = """
+import time
+
+def vowels(prompt, replies, rule):
+    time.sleep({pause_s})
+    return [sum(map(text.count, "aeiou")) / (1 + len(text)) for text in replies]
+"""
+PAIRS = ("train.jsonl", "test.jsonl", "measures.json", "reply_scores.jsonl")
+
+
+def write_reward(folder: Path, pause_s: float = 0.0) -> None:
+    (folder / "own_rewards.py").write_text(REWARD.format(pause_s=pause_s))
+
+
+@pytest.fixture
+def rounds(tiny_run: list[str], tmp_path: Path) -> list[str]:
+    """Overrides of two rounds on 24 prompts with a reward of the user's."""
+    write_reward(tmp_path)
+    return [
+        *tiny_run,
+        "rounds=2",
+        "on_policy.seeds=[1,2,3]",
+        "on_policy.max_new_tokens=8",
+        "on_policy.keep_cut=true",
+        "on_policy.reward=own_rewards:vowels",
+        "sample.num_prompts=0",
+        "train.eval_every=0",
+    ]
+
+
+def begin(words: list[str], folder: Path) -> Process:
+    return start(["rounds", *words], module="simpo", env={"PYTHONPATH": str(folder)})
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def state_once_dead(root: Path) -> State:
+    """The state of rounds whose processes are being killed."""
+    deadline = time.monotonic() + 30
+    while (progress := read_progress([root])[0]).state is State.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return progress.state
+
+
+def written(root: Path) -> dict[str, bytes]:
+    """What rounds wrote that may not depend on interruptions, by path."""
+    names = ("metrics.jsonl", "responses*.jsonl", *PAIRS, "*.safetensors")
+    files = [file for name in names for file in root.rglob(name)]
+    return {
+        str(file.relative_to(root)): without_times(file) for file in files if not file.is_symlink()
+    }
+
+
+def without_times(file: Path) -> bytes:
+    if file.name != "metrics.jsonl":
+        return file.read_bytes()
+    kept = [{k: v for k, v in line.items() if "_per_s" not in k} for line in read_lines(file)]
+    return json.dumps(kept).encode()
+
+
+@pytest.mark.process
+def test_rounds_are_the_single_commands_one_after_the_other(
+    rounds: list[str], tmp_path: Path
+) -> None:
+    said = finish(begin([*rounds, f"run_dir={tmp_path}/out"], tmp_path))
+    root = tmp_path / "out"
+    ours = written(root)
+    # Each round has its own half of the prompts, and all that are held out.
+    prompts = [read_lines(root / f"rounds/{n}/replies/prompts.jsonl") for n in (1, 2, 3)]
+    train = [{line["id"] for line in one if line["split"] == "train"} for one in prompts]
+    held_out = [{line["id"] for line in one if line["split"] == "test"} for one in prompts]
+    assert [len(one) for one in train] == [12, 12, 0] and not train[0] & train[1]
+    assert held_out[0] == held_out[1] == held_out[2] and len(held_out[0]) == 16
+
+    # What a user types to get the same.
+    for number in (1, 2, 3):
+        folder = root / f"rounds/{number}/replies"
+        for command in (folder / "command.txt").read_text().splitlines():
+            _, _, module, *words = shlex.split(command)
+            words = [f"on_policy.folder={tmp_path}/hand" if "folder=" in w else w for w in words]
+            process = start(words, module=module, env={"PYTHONPATH": str(tmp_path)})
+            finish(process)
+        for name in ("train.jsonl", "test.jsonl", "responses.jsonl"):
+            assert (tmp_path / "hand" / name).read_bytes() == (folder / name).read_bytes()
+        shutil.rmtree(tmp_path / "hand")
+    data = f"{root}/rounds/2/replies"
+    sources = f"[{{path: {data}/train.jsonl, test_path: {data}/test.jsonl}}]"
+    words = [word for word in rounds if not word.startswith(("rounds=", "on_policy"))]
+    words += [f"data.sources={sources}", f"model.path={root}/rounds/1/run/model"]
+    finish(start([*words, "data.seed=43", f"run_dir={tmp_path}/hand"]))
+    by_hand = (tmp_path / "hand/model/model.safetensors").read_bytes()
+    assert by_hand == ours["rounds/2/run/model/model.safetensors"]
+
+    # Its figures are those of the files, and it reads as a run whose steps are rounds.
+    (run,), damaged = read_runs(find_runs([root]))
+    assert not damaged and run.progress.text() == "finished, step 2 of 2"
+    measures = [
+        json.loads((root / f"rounds/{n}/replies/measures.json").read_text()) for n in (1, 2, 3)
+    ]
+    rewards = [one["test"]["reward"] for one in measures]
+    assert [run.evaluations[n]["reply_reward"] for n in (0, 1, 2)] == rewards
+    assert run.monitored == rewards[2] == run.results["eval_after"]["reply_reward"]
+    assert run.evaluations[0]["reply_win_rate"] == 0.5
+    assert f"first model: held-out replies: reward {rewards[0]:.3f}, win rate 0.500, " in said
+    assert (root / "model").resolve() == root / "rounds/2/run/model"
+    assert f"kept   the model of round 2: {root}/model" in said
+    # Its checkpoints would be those of three models.
+    assert not list(root.rglob("checkpoints"))
+
+
+@pytest.mark.matrix
+def test_rounds_killed_in_every_phase_end_the_same(rounds: list[str], tmp_path: Path) -> None:
+    whole, root = tmp_path / "whole", tmp_path / "killed"
+    write_reward(tmp_path, pause_s=0.02)
+    finish(begin([*rounds, f"run_dir={whole}"], tmp_path))
+    begun_in = (
+        *("1/replies/responses.jsonl", "1/replies/scores-own_rewards_vowels.jsonl"),
+        *("1/run/metrics.jsonl", "2/replies/responses.jsonl", "2/run/metrics.jsonl"),
+        "3/replies/scores-own_rewards_vowels.jsonl",
+    )
+    for name in begun_in:
+        process, file = begin([*rounds, f"run_dir={root}"], tmp_path), root / "rounds" / name
+        wait_for(lambda file=file: file.is_file() and file.stat().st_size > 0, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (root / "results.json").exists()
+    assert state_once_dead(root) is State.killed
+    finish(begin([*rounds, f"run_dir={root}"], tmp_path))
+    assert written(root) == written(whole)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGTERM, 75, "SIGTERM: stopped in round 1, annotate (the same command continues)"),
+        (signal.SIGINT, 130, "interrupted: stopped in round 1, annotate"),
+    ],
+)
+def test_a_signal_stops_rounds(
+    number: int, code: int, said: str, rounds: list[str], tmp_path: Path
+) -> None:
+    write_reward(tmp_path, pause_s=0.2)
+    process = begin([*rounds, f"run_dir={tmp_path}/out"], tmp_path)
+    scores = tmp_path / "out/rounds/1/replies/scores-own_rewards_vowels.jsonl"
+    wait_for(scores.is_file, process)
+    process.send_signal(number)
+    output = finish(process, code)
+    assert said in output and "Traceback" not in output
+    (run,), _ = read_runs(find_runs([tmp_path / "out"]))
+    assert run.progress.text() == "stopped, step 0 of 2"

@@ -1,0 +1,62 @@
+"""Rounds on a real Slurm cluster: as a chain of jobs, and as one job."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from simpo.run import slurm
+from simpo.run.runs import IN_PROGRESS, State, read_progress
+from tests.launch.test_rounds import begin, rounds, written
+from tests.launch.test_slurm import ON_N2, halt, hurry, slurm_command, until
+from tests.support.whole_runs import finish
+
+__all__ = ["rounds"]  # a fixture
+pytestmark = [pytest.mark.matrix, pytest.mark.usefixtures("slurm")]
+
+
+@pytest.fixture
+def long_round(rounds: list[str]) -> list[str]:
+    """Overrides of one round whose training has time to be disturbed."""
+    return [*rounds, "rounds=1", "train.epochs=60", "train.checkpoint_every=20"]
+
+
+def test_a_chain_with_a_preempted_link(long_round: list[str], tmp_path: Path) -> None:
+    root, alone = tmp_path / "chain", tmp_path / "alone"
+    queued = ["launcher=slurm", ON_N2, "rounds.chain=true", "rounds.generate_jobs=2"]
+    said = finish(begin([*long_round, *queued, f"run_dir={root}"], tmp_path))
+    line = next(line for line in said.splitlines() if line.startswith("jobs "))
+    ids = line.partition(":")[0].split()[1:]
+    assert len(ids) == 6 and f"cancel scancel {' '.join(ids)}" in said
+    again = finish(begin([*long_round, *queued, f"run_dir={root}"], tmp_path))
+    assert "1 of 1 members pending already" in again or "running already" in again
+
+    def ended() -> bool:
+        return hurry(root) not in IN_PROGRESS
+
+    metrics = root / "rounds/1/run/metrics.jsonl"
+    until(lambda: metrics.is_file() or ended(), "training")
+    halt([root / "rounds/1/run"])
+    urgent = ["sbatch", "--partition=high", "--nodelist=n2", "--exclusive", "--output=/dev/null"]
+    slurm_command(*urgent, "--wrap", "sleep 1")
+    link = ids[3]  # after check, generate and annotate
+
+    def started_again() -> bool:
+        """Slurm's two minutes between a requeue and the next start are cut short."""
+        asked = ["scontrol", "update", f"JobId={link}", "StartTime=now"]
+        subprocess.run(asked, capture_output=True)
+        return ended() or slurm.jobs([link])[link].restarts == 1
+
+    until(lambda: "PENDING" in slurm.jobs([link])[link].state, "the preemption")
+    until(lambda: started_again() and ended(), "the end of the chain")
+    (progress,) = read_progress([root])
+    assert progress.state is State.finished, progress
+    finish(begin([*long_round, f"run_dir={alone}"], tmp_path))
+    # The replies of two jobs are in two files.
+    left, right = (
+        {name: content for name, content in written(one).items() if "/responses" not in name}
+        for one in (root, alone)
+    )
+    assert left.keys() == right.keys() and left == right

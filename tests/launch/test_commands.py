@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
 from simpo.__main__ import COMMANDS, PRINTERS, main
 from simpo.config.composer import CONF
@@ -13,6 +14,7 @@ from simpo.config.errors import exit_codes
 from simpo.config.schema import RunConfig, TrainConfig
 from simpo.launch.commands.chat import KEYS as CHAT_KEYS
 from simpo.launch.commands.export import KEYS as EXPORT_KEYS
+from simpo.launch.commands.train import _options_first
 from simpo.launch.completion import candidates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,3 +213,11 @@ def test_completion_in_bash(program: str) -> None:
         ["bash", "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout == "<sigmoid ><simper ><simpo ><simpo_hinge >"
+
+
+def test_settings_may_stand_before_and_after_options() -> None:
+    words = ["loss.beta=2", "-m", "a.b=1,2", "--config-dir", "my=conf", "c=3", "--cfg=job", "d=4"]
+    assert _options_first(get_args_parser(), words) == [
+        *("-m", "--config-dir", "my=conf", "--cfg=job"),
+        *("loss.beta=2", "a.b=1,2", "c=3", "d=4"),
+    ]

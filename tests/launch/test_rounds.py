@@ -169,3 +169,23 @@ def test_a_signal_stops_rounds(
     assert said in output and "Traceback" not in output
     (run,), _ = read_runs(find_runs([tmp_path / "out"]))
     assert run.progress.text() == "stopped, step 0 of 2"
+
+
+@pytest.mark.matrix
+def test_a_sweep_over_rounds(rounds: list[str], tmp_path: Path) -> None:
+    swept = ["-m", "rounds=1", "rounds.choice=best_worst,all", "loss.beta=2,10"]
+    said = finish(begin([*rounds, *swept, f"launcher.sweep_dir={tmp_path}/sweep"], tmp_path))
+    found, damaged = read_runs(find_runs([tmp_path / "sweep"]))
+    assert not damaged and len(found) == 4
+    rewards = {run.folder.name: run.evaluations[1]["reply_reward"] for run in found}
+    best = max(rewards, key=lambda name: rewards[name])
+    assert f"best   {best}: reply_reward {rewards[best]:.4f}\n" in said
+    pairs = {
+        run.folder.name: len(read_lines(run.folder / "rounds/1/replies/train.jsonl"))
+        for run in found
+    }
+    # All pairs of three replies, where the scores differ.
+    assert pairs["loss.beta=2,rounds.choice=best_worst"] == 24
+    assert pairs["loss.beta=2,rounds.choice=all"] > 60
+    again = finish(begin([*rounds, *swept, f"launcher.sweep_dir={tmp_path}/sweep"], tmp_path))
+    assert "4 of 4 members finished already" in again

@@ -9,8 +9,8 @@ import pytest
 
 from simpo.run import slurm
 from simpo.run.runs import IN_PROGRESS, State, read_progress
-from tests.launch.test_rounds import begin, rounds, written
-from tests.launch.test_slurm import ON_N2, halt, hurry, slurm_command, until
+from tests.launch.test_rounds import begin, rounds, write_reward, written
+from tests.launch.test_slurm import ON_N2, halt, hurry, job_of, slurm_command, until
 from tests.support.whole_runs import finish
 
 __all__ = ["rounds"]  # a fixture
@@ -60,3 +60,20 @@ def test_a_chain_with_a_preempted_link(long_round: list[str], tmp_path: Path) ->
         for one in (root, alone)
     )
     assert left.keys() == right.keys() and left == right
+
+
+def test_one_job_for_all_rounds(long_round: list[str], tmp_path: Path) -> None:
+    """Told to stop while it generates, and again while it trains; requeued both times."""
+    root, alone = tmp_path / "job", tmp_path / "alone"
+    write_reward(tmp_path, pause_s=0.1)
+    finish(begin([*long_round, "launcher=slurm", f"run_dir={root}"], tmp_path))
+    for name in ("replies/scores-own_rewards_vowels.jsonl", "run/metrics.jsonl"):
+        file = root / "rounds/1" / name
+        until(lambda file=file: file.is_file() or hurry(root) not in IN_PROGRESS, name)
+        slurm_command("scancel", "--signal=USR2", job_of(root))
+        until(lambda: hurry(root) is State.pending, "the requeue")
+    until(lambda: hurry(root) not in IN_PROGRESS, "the end")
+    (progress,) = read_progress([root])
+    assert progress.text() == "finished, step 1 of 1, requeued 2 times"
+    finish(begin([*long_round, f"run_dir={alone}"], tmp_path))
+    assert written(root) == written(alone)

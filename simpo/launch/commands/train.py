@@ -16,7 +16,7 @@ if __name__ == "simpo.train":  # would take the place of the function
 import os
 import sys
 import traceback
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -67,7 +67,7 @@ def main(words: Sequence[str]) -> None:
     parser.error = _refuse_options  # type: ignore[method-assign]
     refuse_options(words)
     # Hydra reads the command line itself.
-    sys.argv = [TRAIN, *rename_overrides(words)]
+    sys.argv = [TRAIN, *_options_first(parser, rename_overrides(words))]
     arguments = parser.parse_args()
     _check_options(arguments)
     register_own_losses(arguments.overrides)
@@ -114,6 +114,21 @@ def run_composed(cfg: DictConfig) -> float | None:
             raise
         traceback.print_exc()
         sys.exit(1)
+
+
+def _options_first(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
+    """The words with options, and their values, before the settings: argparse takes no settings
+    both before and after an option.
+    """
+    takes_value = {name: a.nargs != 0 for a in parser._actions for name in a.option_strings}
+    options: list[str] = []
+    settings: list[str] = []
+    value_follows = False
+    for word in words:
+        is_option = value_follows or word.startswith("-")
+        (options if is_option else settings).append(word)
+        value_follows = not value_follows and takes_value.get(word, False)
+    return [*options, *settings]
 
 
 def _refuse_options(message: str) -> NoReturn:

@@ -22,6 +22,9 @@ OURS = (0.025, 0.975)
 OFFICIAL = (0.05, 0.95)
 """Ends of show_result.py's interval, which it prints as CI."""
 
+SAME = 1e-6
+"""Percent within which resampled numbers differ by rounding, or the tolerance of a fit, alone."""
+
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Maps weights of the games [R, G] to numbers [R, S]."""
 
@@ -32,6 +35,15 @@ class Game(NamedTuple):
     question: str
     value: float
     copies: int
+
+
+def interval(drawn: np.ndarray) -> tuple[float | None, float | None]:
+    """Our interval from resampled numbers [R]; None twice if all are the same, which a width of 0
+    would show as certainty."""
+    if np.ptp(drawn) < SAME:
+        return None, None
+    low, high = np.quantile(drawn, OURS).tolist()
+    return low, high
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,6 @@ class Games:
 
     def score(self) -> Figure:
         """The mean value of all copies in percent, with our interval and the official one."""
-        ends = np.quantile(self.by_question(self.mean)[:, 0], OURS).tolist()
+        ends = interval(self.by_question(self.mean)[:, 0])
         official = np.quantile(self.by_copy(self.mean)[:, 0], OFFICIAL).tolist()
         return Figure(self.mean(self.weight[None]).item(), *ends, *official)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from simpo.judging.games import OFFICIAL, OURS, PERCENT, Games
+from simpo.judging.games import OFFICIAL, PERCENT, Games, interval
 from simpo.judging.shapes import Answer
 from simpo.run.judged import Figure
 
@@ -55,8 +55,9 @@ def style(counts: dict[str, Any]) -> list[float]:
 
 
 def styles(model: Answer, baseline: Answer) -> tuple[list[float], list[float]]:
-    """`style` of both answers. Their lengths are characters if tokens of one are not known."""
-    known = model.tokens > 0 and baseline.tokens > 0
+    """`style` of both answers. Their lengths are characters if tokens of one are not known; an
+    empty answer has none."""
+    known = all(one.tokens > 0 or not one.turns[-1] for one in (model, baseline))
     ours, theirs = (
         style(style_counts(one.turns[-1], one.tokens if known else estimated_tokens(one)))
         for one in (model, baseline)
@@ -112,10 +113,10 @@ def style_win_rates(games: Games, differences: np.ndarray) -> tuple[Figure, Figu
         return PERCENT * _sigmoid(np.array(rates))
 
     value = controlled(games.weight[None])[0].tolist()
-    low, high = np.quantile(games.by_question(controlled), OURS, axis=0).tolist()
+    average, equal = map(interval, games.by_question(controlled).T)
     drawn = games.by_copy(lambda weights: controlled(weights, official=True))
     ends = np.quantile(drawn[:, 0], OFFICIAL).tolist()
-    return Figure(value[0], low[0], high[0], *ends), Figure(value[1], low[1], high[1])
+    return Figure(value[0], *average, *ends), Figure(value[1], *equal)
 
 
 def _moments(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,13 +128,16 @@ def read_prompts(folder: Path) -> Prompts:
             system={key: str(one["system_prompt"]) for key, one in categories.items()},
             baselines={key: str(one["baseline"]) for key, one in categories.items()},
             template=str(wanted["prompt_template"]),
-            patterns=tuple(map(str, wanted["regex_patterns"])),
+            patterns=tuple(re.compile(str(one)).pattern for one in wanted["regex_patterns"]),
             temperature=float(wanted["temperature"]),
             max_tokens=int(wanted["max_tokens"]),
             official=True,
         )
         prompts.template.format(QUESTION="", ANSWER_A="", ANSWER_B="")
-    except (yaml.YAMLError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (
+        *(yaml.YAMLError, OSError, re.error),
+        *(AttributeError, IndexError, KeyError, TypeError, ValueError),
+    ) as error:
         raise DataError(
             f"{config}: lacks a setting, or {settings} has no JUDGE_SETTINGS as expected (restore "
             f"both files: git checkout)"
@@ -151,7 +155,7 @@ def _literals(path: Path) -> dict[str, Any]:
 
     try:
         body = ast.parse(path.read_text(encoding="utf-8")).body
-    except (SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not Python (restore the file: git checkout)") from error
     for statement in body:
         match statement:
@@ -184,13 +188,20 @@ def records(path: Path) -> Iterator[tuple[int | None, dict[str, Any]]]:
         raise DataError(f"{path}: {error}") from error
 
 
-def fault(path: Path, line: int | None, what: str) -> DataError:
+NAMES = ("model", "judge", "baseline")
+"""Of a record of model_judgment/; they may be missing."""
+COPY = "copy the file again"
+ONE_LINE = "keep one of both lines"
+SPLIT = "write a file of each"
+
+
+def fault(path: Path, line: int | None, what: str, remedy: str = COPY) -> DataError:
     """The error about a line of a file."""
-    return DataError(f"{path}: line {line}: {what} (copy the file again)")
+    return DataError(f"{path}: line {line}: {what} ({remedy})")
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read question.jsonl.
+    """Read question.jsonl, of today or as it was before April 2025 (`turns`).
 
     Raises:
         DataError: a line is not a question, or an id comes twice.
@@ -199,12 +210,19 @@ def read_questions(path: Path) -> list[Question]:
     for line, record in records(path):
         match record:
             case {"uid": str(key), "category": str(category), "prompt": str(prompt)}:
-                if key in questions:
-                    raise fault(path, line, f"uid {key} comes twice")
-                messages = ({"role": "user", "content": prompt},)
-                questions[key] = Question(key, messages, category=category, record=record)
+                pass
+            case {
+                "question_id": str(key),
+                "category": str(category),
+                "turns": [{"content": str(prompt)}],
+            }:
+                pass
             case _:
                 raise fault(path, line, "not a question with uid, category and prompt")
+        if key in questions:
+            raise fault(path, line, f"uid {key} comes twice", ONE_LINE)
+        messages = ({"role": "user", "content": prompt},)
+        questions[key] = Question(key, messages, category=category, record=record)
     if not questions:
         raise DataError(f"{path}: holds no questions (copy the file again)")
     return list(questions.values())
@@ -217,26 +235,34 @@ def read_answers(path: Path) -> tuple[str, dict[str, Answer]]:
     Tokens are those of the file; 0 where it has none.
 
     Raises:
-        DataError: a line is not an answer.
+        DataError: a line is not an answer, or answers a question in other words than an earlier
+            one, or the file is of several models.
     """
-    model, answers = path.stem, {}
+    models: set[str] = set()
+    answers: dict[str, Answer] = {}
     for line, record in records(path):
         match record:
             case {
                 "uid": str(key),
                 "messages": [*_, {"content": {"answer": str(text)} | str(text)}],
             }:
-                model = str(record.get("model") or model)
-                answers[key] = Answer(key, (text,), _tokens(record))
+                model, answer = record.get("model"), Answer(key, (text,), _tokens(record))
             case {
                 "question_id": str(key),
                 "choices": [{"turns": [*_, {"content": str(text)} as last]}, *_],
             }:
-                model = str(record.get("model_id") or model)
-                answers[key] = Answer(key, (text,), _tokens({"metadata": last}))
+                model = record.get("model_id")
+                answer = Answer(key, (text,), _tokens({"metadata": last}))
             case _:
                 raise fault(path, line, "not an answer with uid and messages")
-    return model, answers
+        models |= {str(model)} if model else set()
+        if len(models) > 1:
+            raise fault(
+                path, line, f"a file has one model, got {' and '.join(sorted(models))}", SPLIT
+            )
+        if answers.setdefault(key, answer).turns != answer.turns:
+            raise fault(path, line, f"uid {key} comes twice with other answers", ONE_LINE)
+    return next(iter(models), path.stem), answers
 
 
 def _tokens(record: Mapping[str, Any]) -> int:
@@ -276,10 +302,13 @@ def _outside(path: Path, benchmark: str) -> Path | None:
         return path if path.is_file() else None
     answers = path / FOLDER / benchmark / "model_answer"
     files = sorted(answers.glob("*.jsonl"))
-    if len(files) != 1:
+    if not files:
         raise ConfigError(
             [f"benchmark.baseline: {answers} holds no file of answers (judge that run first)"]
         )
+    if len(files) > 1:
+        names = " and ".join(file.name for file in files[:2])
+        raise ConfigError([f"benchmark.baseline: {answers} holds {names} (name one of the files)"])
     return files[0]
 
 
@@ -298,15 +327,19 @@ def answer_record(model: str, question: Question, answer: Answer) -> dict[str, A
 
 
 def read_judged(path: Path) -> Iterator[tuple[int | None, dict[str, Any]]]:
-    """The line and the record of each question in a file of model_judgment/.
+    """The line and the record of each question in a file of model_judgment/, with `uid`, which was
+    `question_id` before April 2025.
 
     Raises:
         DataError: a line is not a question with its games.
     """
     for line, record in records(path):
         match record:
-            case {"uid": str(), "games": [{} | None, {} | None]}:
-                yield line, record
+            case {"uid": str(key), "games": [{} | None, {} | None]} | {
+                "question_id": str(key),
+                "games": [{} | None, {} | None],
+            } if all(isinstance(record.get(name), str | None) for name in NAMES):
+                yield line, {**record, "uid": key}
             case _:
                 raise fault(path, line, "not a judgement with uid and two games")
 

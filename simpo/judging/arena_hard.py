@@ -6,9 +6,8 @@ lmarena/arena-hard-auto; see `simpo.judging.arena_files`.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,41 +20,28 @@ from simpo.judging.arena_files import (
     Prompts,
     answer_record,
     benchmark_folder,
-    fault,
     file_name,
     read_answers,
     read_baselines,
-    read_judged,
     read_prompts,
     read_questions,
 )
+from simpo.judging.arena_verdicts import GAMES, MODEL_FIRST, Verdicts
 from simpo.judging.games import Game, Games
 from simpo.judging.jsonl import write_jsonl
-from simpo.judging.shapes import Answer, Benchmark, Judgement, Query, Question, Said, orders_of
+from simpo.judging.shapes import (
+    Answer,
+    Benchmark,
+    Judgement,
+    Query,
+    Question,
+    Said,
+    by_question,
+    orders_of,
+)
 from simpo.judging.style_control import style_differences, style_win_rates, styles
 from simpo.run.judged import Figure
 
-BASELINE_FIRST, MODEL_FIRST = 1, 0
-"""Orders of a query; the answer shown first is A."""
-GAMES = (BASELINE_FIRST, MODEL_FIRST)
-"""Orders of the first and the second game of a question in the files."""
-LABELS = {
-    "A>B": 1.0,
-    "A>>B": 1.0,
-    "A=B": 0.5,
-    "A<B": 0.0,
-    "A<<B": 0.0,
-    "B>A": 0.0,
-    "B>>A": 0.0,
-    "B=A": 0.5,
-    "B<A": 1.0,
-    "B<<A": 1.0,
-}
-"""Verdicts, and the preference for answer A of each."""
-MADE_LABELS = {1.0: "A>B", 0.5: "A=B", 0.0: "B>A"}
-"""Verdicts for preferences that no judge put into words, such as those of a reward."""
-COPIES = 3
-"""How often a verdict with >> or << counts."""
 OWN_PROMPTS = (
     "The judge's prompts are not the benchmark's own, which were not found: the score cannot be "
     "compared with published ones."
@@ -69,7 +55,15 @@ ALONE = (
     "style_win_rate is at the average style of this model's answers, since no judgements of other "
     "models by the same judge were found: equal_style_win_rate tells what style is worth."
 )
+LEFT_OUT = (
+    "{} files of {} are left out of style_win_rate: the answers of the model are not in "
+    "model_answer/, or it was compared with another baseline."
+)
 NO_STYLE = "There is no style control, which needs the texts of both answers."
+SEPARATED = (
+    "There is no style control{}: in so few games style alone tells who wins, so its regression "
+    "has no solution."
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,8 @@ def open_arena_hard(run: RunConfig) -> ArenaHard:
         for question in questions
         if question.id in answers[question.category]
     }
-    notes = [] if prompts.official else [OWN_PROMPTS]
+    official = prompts.official and set(categories) <= prompts.system.keys()
+    notes = [] if official else [OWN_PROMPTS]
     if run.judge.annotations is None:
         if not baseline:
             path = folder / "model_answer" / f"{baselines[questions[0].category]}.jsonl"
@@ -113,9 +108,43 @@ def open_arena_hard(run: RunConfig) -> ArenaHard:
             notes.append(f"{missing} questions without an answer of the baseline are left out.")
         questions = [question for question in questions if question.id in baseline]
     names = ", ".join(dict.fromkeys(baselines.values()))
+    verdicts, judged = Verdicts(prompts.patterns), _judged(run.judge, folder)
+    known = {question.id for question in questions}
+    peers, left_out = _peers(judged, verdicts, known, set(baselines.values()))
+    if left_out:
+        notes.append(LEFT_OUT.format(left_out, judged))
     return ArenaHard(
-        questions, names, baseline, baselines, prompts, folder, tuple(notes), config.seed, run.judge
-    )
+        questions, names, baseline, baselines, prompts, folder, tuple(notes), config.seed,
+        verdicts, judged, peers,
+    )  # fmt: skip
+
+
+def _judged(judge: JudgeConfig, folder: Path) -> Path | None:
+    """The folder with judgements of other models by the same judge."""
+    if judge.annotations is not None:
+        found = Path(judge.annotations).expanduser().absolute().parent
+        return found if found.parent.name == "model_judgment" else None
+    name = judge.model or judge.local
+    return folder / "model_judgment" / file_name(name) if name else None
+
+
+def _peers(
+    judged: Path | None, verdicts: Verdicts, known: set[str], baselines: set[str]
+) -> tuple[list[ModelGames], int]:
+    """Models that the same judge compared with the same baselines, and the number of others.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    found, files = [], sorted(judged.glob("*.jsonl")) if judged else []
+    for path in files:
+        answers = path.parents[2] / "model_answer" / path.name
+        if answers.is_file():
+            one = verdicts.read(path, known)
+            if one.baselines <= baselines:
+                games = verdicts.games(one.judgements)
+                found.append(ModelGames(games, read_answers(answers)[1]))
+    return found, len(files) - len(found)
 
 
 @dataclass(frozen=True)
@@ -128,7 +157,9 @@ class ArenaHard(Benchmark):
         folder: with the benchmark's files.
         notes: about all figures.
         seed: of the order in which the judge sees the answers, where it sees them once.
-        judge: its settings, which name the judge whose other judgements are read.
+        verdicts: reads them.
+        judged: the folder with judgements of other models by the same judge.
+        peers: those models.
     """
 
     # Without field() the defaults of Benchmark would be theirs.
@@ -140,7 +171,9 @@ class ArenaHard(Benchmark):
     folder: Path
     notes: tuple[str, ...]
     seed: int
-    judge: JudgeConfig
+    verdicts: Verdicts
+    judged: Path | None
+    peers: Sequence[ModelGames]
 
     def queries(self, answers: Mapping[str, Answer], both_orders: bool) -> list[Query]:
         """Two games of each answered question, or one in a seeded order."""
@@ -171,16 +204,15 @@ class ArenaHard(Benchmark):
         )
 
     def value(self, query: Query, said: Said) -> float | None:
-        """The preference in the verdict, 0, 0.5 or 1; None without one of `LABELS`."""
-        for_a = LABELS.get(self.label(said.text))
-        return for_a if for_a is None or query.order == MODEL_FIRST else 1 - for_a
+        """The preference in the verdict, 0, 0.5 or 1; None without a label."""
+        return self.verdicts.value(query, said)
 
-    def label(self, text: str) -> str:
-        """The verdict in what a judge said, as gen_judgment.py finds it; empty without one."""
-        for pattern in self.prompts.patterns:
-            if matches := [match for match in re.findall(pattern, text.upper()) if match]:
-                return str(matches[-1]).strip("\n")
-        return ""
+    def by_question(
+        self, judgements: Sequence[Judgement], answers: Mapping[str, Answer]
+    ) -> dict[str, float]:
+        """The value of each question that counts in the score."""
+        counted = {game.question for game in self.verdicts.games(judgements)}
+        return {key: value for key, value in by_question(judgements).items() if key in counted}
 
     def figures(
         self, judgements: Sequence[Judgement], answers: Mapping[str, Answer]
@@ -190,100 +222,59 @@ class ArenaHard(Benchmark):
 
         A question of which a verdict cannot be read counts nowhere, as in show_result.py.
         """
-        model, notes = ModelGames(self._games(judgements), answers), [*self.notes, NARROW]
-        asked = {judgement.query.question for judgement in judgements}
-        if unread := len(asked - {game.question for game in model.games}):
-            notes.append(f"{unread} questions of which a verdict cannot be read are left out.")
-        if not model.games:
+        games = self.verdicts.games(judgements)
+        model, notes = ModelGames(games, answers), [*self.notes, NARROW]
+        if not games:
             return {}, notes
-        figures = {"score": Games.of([model.games]).score()}
+        figures = {"score": Games.of([games]).score()}
         several = len(self.baselines) > 1
         if several:
             figures["score"] = replace(figures["score"], official_low=None, official_high=None)
             notes.append(ALL_CATEGORIES)
-        peers = list(self._peers())
+        peers = [peer for peer in self.peers if not _same(peer.answers, answers)]
+        known = [self._with_texts(one) for one in (model, *peers)]
         for category in self.baselines:
-            models = [self._within(category, one) for one in (model, *peers)]
             name = f"_{category}" if several else ""
+            if own := self._within(category, model).games:
+                figures[f"score{name}"] = Games.of([own]).score()
+            models = [self._within(category, one) for one in known]
             if models[0].games:
-                figures[f"score{name}"] = Games.of([models[0].games]).score()
-                figures |= {f"{key}{name}": value for key, value in self._style(models).items()}
-        if not any("style" in key for key in figures):
-            notes.append(NO_STYLE)
-        elif not peers:
-            notes.append(ALONE)
-        else:
-            notes.append(f"style_win_rate has {len(peers)} other models of {self._judged()} in it.")
-        return figures, notes
+                if style := _style(models, self.baseline):
+                    figures |= {f"{key}{name}": value for key, value in style.items()}
+                else:
+                    notes.append(SEPARATED.format(f" of {category}" if several else ""))
+        return figures, [*notes, *self._style_notes(model, known)]
 
-    def _games(self, judgements: Sequence[Judgement]) -> list[Game]:
-        """The games that count: of questions whose verdicts can all be read, of the same number."""
-        first: dict[str, dict[int, Judgement]] = defaultdict(dict)
-        for judgement in judgements:
-            if not judgement.query.repeat:
-                first[judgement.query.question][judgement.query.order] = judgement
-        wanted = max(map(len, first.values()), default=0)
-        games = []
-        for question, orders in first.items():
-            readable = [
-                Game(question, one.value, self._copies(one))
-                for one in orders.values()
-                if one.value is not None
-            ]
-            games += readable if len(readable) == wanted else []
-        return games
+    def _style_notes(self, model: ModelGames, known: Sequence[ModelGames]) -> list[str]:
+        """What to know about the figures with style controlled.
 
-    def _copies(self, judgement: Judgement) -> int:
-        label = self.label(judgement.said.text)
-        return COPIES if label in LABELS and (">>" in label or "<<" in label) else 1
+        Args:
+            known: that model and the others, with the games whose texts are known.
+        """
+        with_texts, all_games = (
+            len({game.question for game in one.games}) for one in (known[0], model)
+        )
+        if not with_texts:
+            return [NO_STYLE]
+        notes = []
+        if with_texts < all_games:
+            notes.append(
+                f"style_win_rate and equal_style_win_rate are of the {with_texts} of {all_games} "
+                "questions whose answers are known."
+            )
+        others = len(known) - 1
+        of = f"style_win_rate has {others} other models of {self.judged} in it."
+        return [*notes, of if others else ALONE]
 
     def _within(self, category: str, model: ModelGames) -> ModelGames:
         """Its games of a category."""
         inside = {question.id for question in self.questions if question.category == category}
         return replace(model, games=[game for game in model.games if game.question in inside])
 
-    def _style(self, models: Sequence[ModelGames]) -> dict[str, Figure]:
-        """Figures with style controlled of the first model; empty if texts are not known."""
-        known = [
-            replace(
-                model,
-                games=[
-                    game
-                    for game in model.games
-                    if game.question in model.answers and game.question in self.baseline
-                ],
-            )
-            for model in models
-        ]
-        if not known[0].games:
-            return {}
-        pairs = [
-            styles(model.answers[game.question], self.baseline[game.question])
-            for model in known
-            for game in model.games
-        ]
-        differences = style_differences(*zip(*pairs, strict=True))
-        average, equal = style_win_rates(Games.of([model.games for model in known]), differences)
-        return {"style_win_rate": average, "equal_style_win_rate": equal}
-
-    def _judged(self) -> Path | None:
-        """The folder with judgements of other models by the same judge."""
-        if self.judge.annotations is not None:
-            folder = Path(self.judge.annotations).expanduser().absolute().parent
-            return folder if folder.parent.name == "model_judgment" else None
-        judge = self.judge.model or self.judge.local
-        return self.folder / "model_judgment" / file_name(judge) if judge else None
-
-    def _peers(self) -> Iterator[ModelGames]:
-        """Other models that the same judge compared with the same baselines."""
-        folder, own = self._judged(), self.judge.annotations
-        for path in sorted(folder.glob("*.jsonl")) if folder else ():
-            answers = path.parents[2] / "model_answer" / path.name
-            if (own and path.samefile(own)) or not answers.is_file():
-                continue
-            baselines, judgements = self._read(path)[2:]
-            if baselines <= set(self.baselines.values()):
-                yield ModelGames(self._games(judgements), read_answers(answers)[1])
+    def _with_texts(self, model: ModelGames) -> ModelGames:
+        """Its games of which both answers are known."""
+        known = model.answers.keys() & self.baseline.keys()
+        return replace(model, games=[game for game in model.games if game.question in known])
 
     def write(
         self,
@@ -309,7 +300,7 @@ class ArenaHard(Benchmark):
             query = judgement.query
             if not query.repeat:
                 games[query.question][query.order] = {
-                    "score": self._said_label(judgement),
+                    "score": self.verdicts.label_of(judgement),
                     "judgment": {"answer": judgement.said.text},
                     "prompt": list(query.messages),
                 }
@@ -329,14 +320,6 @@ class ArenaHard(Benchmark):
             ),
         )
 
-    def _said_label(self, judgement: Judgement) -> str | None:
-        """The verdict of a game; of a preference without words, such as a reward's, made up."""
-        value, order = judgement.value, judgement.query.order
-        if value is None:
-            return None
-        label = self.label(judgement.said.text)
-        return label or MADE_LABELS[value if order == MODEL_FIRST else 1 - value]
-
     def read_answers(self, path: Path) -> tuple[str, dict[str, Answer]]:
         """Read a file of model_answer/."""
         model, answers = read_answers(path)
@@ -353,10 +336,11 @@ class ArenaHard(Benchmark):
             DataError: it is not of that format, has no question of the benchmark, or compares with
                 another baseline.
         """
-        model, judge, baselines, judgements = self._read(path)
-        if not judgements:
+        known = {question.id for question in self.questions}
+        found = self.verdicts.read(path, known)
+        if not found.judgements:
             raise DataError(f"{path}: judges no question of {self.folder} (set benchmark.path)")
-        if others := sorted(baselines - set(self.baselines.values())):
+        if others := sorted(found.baselines - set(self.baselines.values())):
             raise DataError(
                 f"{path}: compares with {others[0]}, not with {self.baseline_name} "
                 "(set benchmark.baseline)"
@@ -364,31 +348,28 @@ class ArenaHard(Benchmark):
         folders = (*path.absolute().parents[1:3], self.folder)
         files = [folder / "model_answer" / path.name for folder in folders]
         answers = next((read_answers(file)[1] for file in files if file.is_file()), {})
-        return model, judge, answers, judgements
+        return found.model, found.judge, answers, found.judgements
 
-    def _read(self, path: Path) -> tuple[str, str, set[str], list[Judgement]]:
-        """Names of model, judge and baselines in a file of model_judgment/, and its judgements."""
-        known = {question.id for question in self.questions}
-        model, judge, baselines = path.stem, path.absolute().parent.name, set()
-        judgements = []
-        for line, record in read_judged(path):
-            if record["uid"] not in known:
-                continue
-            model, judge = record.get("model") or model, record.get("judge") or judge
-            baselines |= {record["baseline"]} if record.get("baseline") else set()
-            for order, game in zip(GAMES, record["games"], strict=True):
-                if game is not None:
-                    query = Query(record["uid"], 0, order, (), max_tokens=0, temperature=0.0)
-                    said = self._said(game)
-                    if said is None:
-                        raise fault(path, line, "has a game without score or judgment")
-                    judgements.append(Judgement(query, said, self.value(query, said)))
-        return model, judge, baselines, judgements
 
-    def _said(self, game: Mapping[str, Any]) -> Said | None:
-        """What was said in a game of a file; its score is what counts."""
-        match game:
-            case {"score": str() | None as score, "judgment": {"answer": str(text)} | str(text)}:
-                same = self.label(text) == (score or "")
-                return Said(text if same else f"[[{score}]]" if score else "")
-        return None
+def _same(some: Mapping[str, Answer], others: Mapping[str, Answer]) -> bool:
+    """Whether two models gave the same answers, as a model and a copy of its files do."""
+    common = some.keys() & others.keys()
+    return bool(common) and all(some[key].turns == others[key].turns for key in common)
+
+
+def _style(
+    models: Sequence[ModelGames], baseline: Mapping[str, Answer]
+) -> dict[str, Figure] | None:
+    """Figures with style controlled of the first model; None if its regression has no solution.
+
+    Args:
+        models: with games of which both answers are known.
+    """
+    pairs = [
+        styles(model.answers[game.question], baseline[game.question])
+        for model in models
+        for game in model.games
+    ]
+    differences = style_differences(*zip(*pairs, strict=True))
+    found = style_win_rates(Games.of([model.games for model in models]), differences)
+    return found and dict(zip(("style_win_rate", "equal_style_win_rate"), found, strict=True))

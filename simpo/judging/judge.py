@@ -174,6 +174,11 @@ def _of_annotations(run: RunConfig, path: Path, sources: Sequence[str]) -> Judge
     """Judge by a file of judgements, without asking anybody."""
     benchmark = open_benchmark(run)
     name, judge_name, answers, judgements = benchmark.read_annotations(path)
+    if judgements and all(judgement.value is None for judgement in judgements):
+        raise DataError(
+            f"{path}: none of its {len(judgements):,} verdicts can be read (give those of a judge "
+            "that keeps to the format)"
+        )
     folder = contestant(run, sources[0]).folder if sources else judged_folder(run, name)
     judged = judged_as(run, benchmark, name, judge_name, answers, judgements)
     make_folder(folder)

@@ -97,11 +97,12 @@ def judged_as(
 ) -> Judged:
     """What judgements amount to."""
     figures, notes = benchmark.figures(judgements, answers)
-    notes = [*notes, *win_rates.notes_on_intervals(figures, len(benchmark.questions))]
+    values = benchmark.by_question(judgements, answers)
+    notes = [*notes, *_left_out(len(benchmark.questions), len(values))]
+    notes += win_rates.notes_on_intervals(figures, len(values))
     notes += _same_answers(benchmark, answers)
     if judge == RULES:
         notes += _ceiling(benchmark)
-    values = benchmark.by_question(judgements, answers)
     texts = {"model": answers, "baseline": benchmark.baseline}
     said = [judgement.said for judgement in judgements]
     tokens = [sum(getattr(one, key) for one in said) for key in ("input_tokens", "output_tokens")]
@@ -114,7 +115,7 @@ def judged_as(
         judge,
         figures,
         values,
-        questions=len(benchmark.questions),
+        questions=len(values),
         asked=len(judgements),
         malformed=sum(judgement.value is None for judgement in judgements),
         position_bias=win_rates.position_bias(judgements) if compared else None,
@@ -131,6 +132,16 @@ def judged_as(
         output_tokens=tokens[1],
         cost_usd=verdicts.cost_usd(run.judge, *tokens),
     )
+
+
+def _left_out(questions: int, counted: int) -> list[str]:
+    """A note if questions of the benchmark do not count."""
+    if counted == questions:
+        return []
+    return [
+        f"{questions - counted:,} of {questions:,} questions are left out: a verdict is missing or "
+        "cannot be read."
+    ]
 
 
 def _same_answers(benchmark: Benchmark, answers: Mapping[str, Answer]) -> list[str]:

@@ -25,6 +25,8 @@ CHARS_PER_TOKEN = 4
 NEWTON_STEPS = 100
 TOLERANCE = 1e-9
 """Largest mean gradient of a game at the optimum."""
+CERTAIN = 15.0
+"""Log-odds beyond which a win is certain, which no game is where there is an optimum."""
 CONSTANT = 1e-20
 """Variance below which a feature differs by rounding alone."""
 
@@ -87,8 +89,9 @@ def style_differences(model: Sequence[list[float]], baseline: Sequence[list[floa
     return np.column_stack([length, (density - other) / (density + other + 1)])
 
 
-def style_win_rates(games: Games, differences: np.ndarray) -> tuple[Figure, Figure]:
-    """Win rates of model 0 of the games in percent, with style controlled.
+def style_win_rates(games: Games, differences: np.ndarray) -> tuple[Figure, Figure] | None:
+    """Win rates of model 0 of the games in percent, with style controlled. None if style alone
+    tells the won games from the lost ones, as in few games it may: no coefficients are likeliest.
 
     Args:
         differences: float64 [G, 4], of `style_differences`.
@@ -102,6 +105,8 @@ def style_win_rates(games: Games, differences: np.ndarray) -> tuple[Figure, Figu
     features = np.column_stack([games.model[:, None] == np.unique(games.model), standard])
     same_style = -mean / spread
     fitted = _fit(features, games.value, games.weight, np.zeros(features.shape[1]))
+    if _separated(games, features @ fitted):
+        return None
 
     def controlled(weights: np.ndarray, official: bool = False) -> np.ndarray:
         rates = []
@@ -117,6 +122,15 @@ def style_win_rates(games: Games, differences: np.ndarray) -> tuple[Figure, Figu
     drawn = games.by_copy(lambda weights: controlled(weights, official=True))
     ends = np.quantile(drawn[:, 0], OFFICIAL).tolist()
     return Figure(value[0], *average, *ends), Figure(value[1], *equal)
+
+
+def _separated(games: Games, log_odds: np.ndarray) -> bool:
+    """Whether a model that neither won nor lost all its games has one that is certain."""
+    certain = np.abs(log_odds) > CERTAIN
+    return any(
+        certain[own].any() and np.ptp(games.value[own]) > 0
+        for own in (games.model == index for index in np.unique(games.model))
+    )
 
 
 def _moments(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

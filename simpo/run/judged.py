@@ -51,8 +51,8 @@ class Judged:
             pass_rate; the first is the one to compare models by.
         by_question: the value of each question, by its id: the preference for the model (0 to 1),
             its points or whether it passed. Two models are compared by those that both have.
-        questions, asked, malformed: number of questions, of verdicts, and of those that could not
-            be read, which count nowhere.
+        questions, asked, malformed: number of questions that count, of verdicts, and of those that
+            could not be read, which count nowhere.
         position_bias: share of the questions asked in both orders whose verdicts follow the
             position, minus nothing for ties: 0 is no bias; None if no question was.
         first_share: mean preference for the answer shown first; 0.5 is no bias.

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from simpo.config.benchmarks import BenchmarkConfig, JudgeConfig
+from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError
 from simpo.judging.arena_hard import ArenaHard, open_arena_hard
+from simpo.judging.results import judged_as
 from simpo.judging.shapes import Answer, Judgement, Said
 
 SETTINGS = """raise SystemExit("must not run")
@@ -128,9 +130,13 @@ def test_score_by_hand_and_files_read_back(clone: Path, tmp_path: Path) -> None:
 def test_a_question_with_an_unreadable_verdict_counts_nowhere(clone: Path) -> None:
     found = opened(clone)
     judgements = judged(found, ["[[B>>A]]", "none", "[[A=B]]", "[[A>B]]"])
-    figures, notes = found.figures(judgements, ANSWERS)
+    figures, _ = found.figures(judgements, ANSWERS)
     assert figures["score"].value == pytest.approx(75)
-    assert "1 questions of which a verdict cannot be read are left out." in notes
+    assert found.by_question(judgements, ANSWERS) == {"b": 0.75}
+    run = compose_run(["benchmark=arena_hard_v2", f"benchmark.path={clone}"])
+    told = judged_as(run, found, "m", "j", ANSWERS, judgements)
+    assert told.questions == 1
+    assert "1 of 2 questions are left out: a verdict is missing or cannot be read." in told.notes
     assert found.figures([replace(one, value=None) for one in judgements], ANSWERS)[0] == {}
 
 

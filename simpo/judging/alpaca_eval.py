@@ -95,7 +95,10 @@ class AlpacaEval(Benchmark):
         self.baseline_name, self.baseline = self.read_answers(path)
         missing = [question.id for question in self.questions if question.id not in self.baseline]
         if missing:
-            raise DataError(f"{path}: no answer to question {missing[0]} of {file}")
+            raise DataError(
+                f"{path}: no answer to question {missing[0]} of {file} (set benchmark.baseline, or "
+                "benchmark.num_prompts to take the first ones alone)"
+            )
         self.prompt, self.prompt_is_published = judge_prompt(self.checkout)
         settings = run.benchmark
         count = len(self.questions)

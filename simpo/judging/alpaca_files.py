@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ from typing import Any
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import Message
+from simpo.judging.jsonl import COPY, SPLIT, records
 from simpo.run.judged import FOLDER
 
 BASELINE = "gpt4_1106_preview"
@@ -46,27 +46,22 @@ def read_outputs(path: Path) -> tuple[str, list[dict[str, Any]]]:
     rows = read_rows(path, ("instruction", "output", "generator"))
     names = sorted({row["generator"] for row in rows})
     if len(names) > 1:
-        raise DataError(f"{path}: answers of {names[0]} and {names[1]} (one generator a file)")
+        raise DataError(f"{path}: answers of {names[0]} and {names[1]} ({SPLIT})")
     return names[0], rows
 
 
 def read_rows(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
     """A list of objects with some texts, each instruction once."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not JSON (download it anew)") from error
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: must be a list of at least one object")
+    rows = [record for _, record in records(path)]
     seen: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
         for key in texts:
-            if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                raise DataError(f"{path}: item {number}: {key} must be a text")
+            if not isinstance(row.get(key), str):
+                raise DataError(f"{path}: item {number}: {key} must be a text ({COPY})")
         if (first := seen.setdefault(row["instruction"], number)) != number:
-            raise DataError(f"{path}: item {number}: the instruction of item {first} again")
+            raise DataError(
+                f"{path}: item {number}: the instruction of item {first} again (keep one of both)"
+            )
     return rows
 
 

@@ -23,8 +23,7 @@ import yaml
 
 from simpo.config.benchmarks import BenchmarkConfig
 from simpo.config.errors import ConfigError, DataError
-from simpo.data.reading.readers import read_file
-from simpo.data.reading.records import RecordFault
+from simpo.judging.jsonl import ONE_LINE, SPLIT, fault, records
 from simpo.judging.shapes import Answer, Question
 from simpo.judging.style_control import estimated_tokens, style_counts
 from simpo.run.judged import FOLDER
@@ -32,7 +31,6 @@ from simpo.run.judged import FOLDER
 FOLDERS = {"arena_hard_v0.1": "arena-hard-v0.1", "arena_hard_v2": "arena-hard-v2.0"}
 """Folders in data/, by `benchmark.name`."""
 CLONE = "git clone https://github.com/lmarena/arena-hard-auto"
-LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -167,37 +165,8 @@ def _literals(path: Path) -> dict[str, Any]:
     return found
 
 
-def records(path: Path) -> Iterator[tuple[int | None, dict[str, Any]]]:
-    """The line and the object of each line of a JSON lines file.
-
-    Raises:
-        DataError: it cannot be read, or a line is no object.
-    """
-    try:
-        if path.open("rb").read(len(LFS_POINTER)) == LFS_POINTER:
-            raise DataError(f"{path}: is a pointer to a file of Git LFS (run git lfs pull)")
-        for line, record in read_file(path):
-            if isinstance(record, RecordFault):
-                raise fault(path, line, str(record))
-            if not isinstance(record, dict):
-                raise fault(path, line, "not an object")
-            yield line, record
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror} (mend that)") from error
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from error
-
-
 NAMES = ("model", "judge", "baseline")
 """Of a record of model_judgment/; they may be missing."""
-COPY = "copy the file again"
-ONE_LINE = "keep one of both lines"
-SPLIT = "write a file of each"
-
-
-def fault(path: Path, line: int | None, what: str, remedy: str = COPY) -> DataError:
-    """The error about a line of a file."""
-    return DataError(f"{path}: line {line}: {what} ({remedy})")
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -223,8 +192,6 @@ def read_questions(path: Path) -> list[Question]:
             raise fault(path, line, f"uid {key} comes twice", ONE_LINE)
         messages = ({"role": "user", "content": prompt},)
         questions[key] = Question(key, messages, category=category, record=record)
-    if not questions:
-        raise DataError(f"{path}: holds no questions (copy the file again)")
     return list(questions.values())
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo.judging.arena_files import NAMES, ONE_LINE, SPLIT, fault, read_judged
+from simpo.judging.arena_files import NAMES, read_judged
 from simpo.judging.games import Game
+from simpo.judging.jsonl import ONE_LINE, SPLIT, fault
 from simpo.judging.shapes import Judgement, Query, Said
 
 BASELINE_FIRST, MODEL_FIRST = 1, 0

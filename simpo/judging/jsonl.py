@@ -3,42 +3,73 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simpo.config.errors import DataError, first_line
+from simpo.config.errors import DataError
+from simpo.data.reading.readers import read_file
+from simpo.data.reading.records import RecordFault
 from simpo.run.atomic import make_folder, write_text
 
+LFS_POINTER = b"version https://git-lfs"
+COPY = "copy the file again"
+ONE_LINE = "keep one of both lines"
+SPLIT = "write a file of each"
 
-def read_jsonl(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a file, empty lines left out.
+
+def records(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[int | None, dict[str, Any]]]:
+    """The line and the object of each record of a file of JSON lines, or of a JSON list, whose
+    records have no lines. What begins with [ is a list, whatever its name.
 
     Args:
         keys: that each of them must have.
 
     Raises:
+        DataError: it cannot be read, is empty, or a record is no such object.
+    """
+    record = None
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(LFS_POINTER))
+        if begin == LFS_POINTER:
+            raise DataError(f"{path}: is a pointer to a file of Git LFS (run git lfs pull)")
+        is_list = begin.removeprefix(BOM_UTF8).lstrip().startswith(b"[")
+        for line, record in read_file(path, ".json" if is_list else None) if begin else ():
+            if isinstance(record, RecordFault):
+                raise fault(path, line, str(record))
+            if not isinstance(record, dict):
+                raise fault(path, line, "not an object")
+            if not record.keys() >= set(keys):
+                raise fault(path, line, f"must be a JSON object with {', '.join(keys)}")
+            yield line, record
+        if record is None:
+            raise DataError(f"{path}: is empty ({COPY})")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror} (mend that)") from error
+    except ValueError as error:
+        raise DataError(f"{path}: {with_remedy(str(error))}") from error
+
+
+def with_remedy(text: str) -> str:
+    """A fault of a file with a remedy behind it, unless it has its own."""
+    return text if text.endswith(")") else f"{text} ({COPY})"
+
+
+def fault(path: Path, line: int | None, what: str, remedy: str | None = None) -> DataError:
+    """The error about a line of a file, or about a record without lines."""
+    told = with_remedy(what) if remedy is None else f"{what} ({remedy})"
+    return DataError(f"{path}: {told}" if line is None else f"{path}: line {line}: {told}")
+
+
+def read_jsonl(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a file, empty lines left out; see `records`.
+
+    Raises:
         DataError: the file cannot be read, is empty, or a line is no such object.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {first_line(error)} (copy it again)") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or not record.keys() >= set(keys):
-            wanted = ", ".join(keys)
-            raise DataError(f"{path}:{number}: must be a JSON object with {wanted} (copy it again)")
-        records.append(record)
-    if not records:
-        raise DataError(f"{path}: is empty (copy it again)")
-    return records
+    return [record for _, record in records(path, keys)]
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

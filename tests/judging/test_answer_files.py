@@ -91,7 +91,9 @@ def test_files_that_cannot_be_judged(
     )
     lines = tmp_path / "lines.jsonl"
     lines.write_text("{}\n{}\n")
-    assert refused([str(lines), *alpaca], capsys) == f"{lines}: is not JSON (download it anew)\n"
+    assert refused([str(lines), *alpaca], capsys) == (
+        f"{lines}: item 1: instruction must be a text (copy the file again)\n"
+    )
     assert refused([str(few), "benchmark=pairs", "judge.reward=rules"], capsys) == (
         f"RUN: {few} is a file, and models answer this benchmark (give the folder of one)\n"
     )

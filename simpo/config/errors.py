@@ -116,6 +116,19 @@ def unwritable(path: Path | str, error: OSError) -> RunError:
     return RunError(f"{path}: {error.strerror or first_line(error)} ({remedy})")
 
 
+@contextmanager
+def refused_paths() -> Iterator[None]:
+    """Tell of a file or folder that this user may not read in one line.
+
+    Raises:
+        DataError: in place of a PermissionError of the block.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise DataError(f"{error.filename}: {error.strerror} (let this user read it)") from error
+
+
 def first_line(error: BaseException | str) -> str:
     """The first non-empty line of an error's message, joined with the next if it ends in a colon;
     the error's type if there is no message.

@@ -40,6 +40,8 @@ from simpo.run.judged import FOLDER
 from simpo.run.progress import bar, say
 
 FILE = "answers.jsonl"
+MOST_BYTES = 200
+"""Of a name that a file gives: file systems allow 255, and files have endings."""
 TEMPERATURE = 0.7
 """Where neither the settings nor the question nor the paper has one."""
 
@@ -100,6 +102,12 @@ def judged_folder(run: RunConfig, name: str) -> Path:
     """Where the results of a model lie that lies in no run. Its name may be any text of a file."""
     folder = re.sub(r"[^\w.,:=+-]+", "_", name.replace("/", "__")).strip(".") or "model"
     return (Path(run.output_dir).expanduser() / "judged" / folder / run.benchmark.name).absolute()
+
+
+def plain_name(name: str) -> str:
+    """The name of a model or judge that a file gives, as tables and names of files can hold it."""
+    plain = re.sub(r"[^\S ]|[\0-\x1f\x7f\ud800-\udfff]", "_", name)
+    return plain.encode()[:MOST_BYTES].decode(errors="ignore") or "model"
 
 
 def draw(

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import yaml
 
 from simpo.config.benchmarks import BenchmarkConfig
 from simpo.config.errors import ConfigError, DataError
-from simpo.judging.jsonl import ONE_LINE, SPLIT, fault, records
+from simpo.judging.jsonl import ONE_LINE, SPLIT, answer_id, fault, records
 from simpo.judging.shapes import Answer, Question
 from simpo.judging.style_control import estimated_tokens, style_counts
 from simpo.run.judged import FOLDER
@@ -91,6 +90,18 @@ OWN = Prompts(
     official=False,
 )
 """Used where the benchmark's own prompts are not beside its data."""
+
+
+def refuse_other_version(config: BenchmarkConfig, folder: Path, categories: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: the questions are those of another version of the benchmark.
+    """
+    for name, version in FOLDERS.items():
+        of_version = {version} if version in BASELINES else BASELINES.keys() - FOLDERS.values()
+        if name != config.name and config.name in FOLDERS and of_version & set(categories):
+            what = f"{folder} holds the questions of {version}"
+            raise ConfigError([f"benchmark.path: {what} (set benchmark={name})"])
 
 
 def benchmark_folder(config: BenchmarkConfig) -> Path:
@@ -285,7 +296,7 @@ def answer_record(model: str, question: Question, answer: Answer) -> dict[str, A
     told = {"role": "assistant", "content": {"answer": text}}
     return {
         "uid": question.id,
-        "ans_id": hashlib.sha256(f"{model}\n{question.id}\n{text}".encode()).hexdigest()[:22],
+        "ans_id": answer_id(model, question.id, text),
         "model": model,
         "messages": [*question.prompt, told],
         "tstamp": 0.0,

@@ -25,6 +25,7 @@ from simpo.judging.arena_files import (
     read_baselines,
     read_prompts,
     read_questions,
+    refuse_other_version,
 )
 from simpo.judging.arena_verdicts import GAMES, MODEL_FIRST, Verdicts
 from simpo.judging.games import Game, Games
@@ -88,6 +89,7 @@ def open_arena_hard(run: RunConfig) -> ArenaHard:
     folder = benchmark_folder(config)
     questions = read_questions(folder / "question.jsonl")
     categories = list(dict.fromkeys(question.category for question in questions))
+    refuse_other_version(config, folder, categories)
     questions = questions[: config.num_prompts]
     prompts = read_prompts(folder)
     baselines, answers = read_baselines(config, folder, prompts, categories)

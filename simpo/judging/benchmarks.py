@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from simpo.config.choices import BenchmarkKind
+from simpo.config.errors import refused_paths
 from simpo.config.schema import RunConfig
 from simpo.judging.hub_files import with_hub_files
 from simpo.judging.shapes import Benchmark
 
 
+@refused_paths()
 def open_benchmark(run: RunConfig) -> Benchmark:
     """The benchmark of `run.benchmark`, which is not none, with its questions and baseline.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -47,7 +48,10 @@ def records(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[int | None, 
         if record is None:
             raise DataError(f"{path}: is empty ({COPY})")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror} (mend that)") from error
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror} (copy the file again, or let "
+            "this user read it)"
+        ) from error
     except ValueError as error:
         raise DataError(f"{path}: {with_remedy(str(error))}") from error
 
@@ -70,6 +74,12 @@ def read_jsonl(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
         DataError: the file cannot be read, is empty, or a line is no such object.
     """
     return [record for _, record in records(path, keys)]
+
+
+def answer_id(*texts: str) -> str:
+    """The id of an answer, of its model, question and text; which may hold half a character."""
+    whole = "\0".join(texts).encode(errors="surrogatepass")
+    return hashlib.sha256(whole).hexdigest()[:22]
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

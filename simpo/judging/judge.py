@@ -10,7 +10,14 @@ from simpo.config.backends import SingleConfig
 from simpo.config.choices import BenchmarkKind
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.schema import RunConfig
-from simpo.judging.answers import Contestant, before_training, contestant, draw, judged_folder
+from simpo.judging.answers import (
+    Contestant,
+    before_training,
+    contestant,
+    draw,
+    judged_folder,
+    plain_name,
+)
 from simpo.judging.benchmarks import open_benchmark
 from simpo.judging.hub_results import write_hub_result
 from simpo.judging.judges import open_judge
@@ -146,6 +153,7 @@ def _contest(run: RunConfig, source: str, same: Benchmark | None) -> Contest:
 
 def _answered(run: RunConfig, path: Path, benchmark: Benchmark) -> Contest:
     name, answers = benchmark.read_answers(path)
+    name = plain_name(name)
     lacking = [question.id for question in benchmark.questions if question.id not in answers]
     if lacking:
         raise DataError(
@@ -173,7 +181,8 @@ def _draw(contest: Contest) -> None:
 def _of_annotations(run: RunConfig, path: Path, sources: Sequence[str]) -> Judged:
     """Judge by a file of judgements, without asking anybody."""
     benchmark = open_benchmark(run)
-    name, judge_name, answers, judgements = benchmark.read_annotations(path)
+    *names, answers, judgements = benchmark.read_annotations(path)
+    name, judge_name = map(plain_name, names)
     if judgements and all(judgement.value is None for judgement in judgements):
         raise DataError(
             f"{path}: none of its {len(judgements):,} verdicts can be read (give those of a judge "

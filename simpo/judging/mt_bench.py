@@ -7,7 +7,6 @@ of the second turn is about the second answer, and the judge sees the first one 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import time
@@ -19,7 +18,7 @@ from typing import Any
 from simpo.config.benchmarks import BenchmarkConfig
 from simpo.config.errors import DataError, RunError
 from simpo.config.schema import RunConfig
-from simpo.judging.jsonl import ONE_LINE, SPLIT, fault, records, write_jsonl
+from simpo.judging.jsonl import ONE_LINE, SPLIT, answer_id, fault, records, write_jsonl
 from simpo.judging.mt_bench_files import (
     PROMPTS,
     QUESTIONS,
@@ -144,7 +143,7 @@ class MTBench(Benchmark):
             (
                 {
                     "question_id": question.record["question_id"],
-                    "answer_id": _answer_id(model, answers[question.id]),
+                    "answer_id": answer_id(model, question.id, *answers[question.id].turns),
                     "model_id": model,
                     "choices": [{"index": 0, "turns": list(answers[question.id].turns)}],
                     "tstamp": now,
@@ -292,9 +291,3 @@ def _prompt_name(question: Question, turn: int) -> str:
 
 def _file_name(name: str) -> str:
     return name.strip("/").replace("/", "--")
-
-
-def _answer_id(model: str, answer: Answer) -> str:
-    return hashlib.sha256("\0".join((model, answer.question, *answer.turns)).encode()).hexdigest()[
-        :22
-    ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from simpo.config.choices import BenchmarkKind
 from simpo.config.compose import run_of_words
 from simpo.config.composer import CONF
-from simpo.config.errors import ConfigError
+from simpo.config.errors import ConfigError, refused_paths
 from simpo.config.models import names_a_model
 from simpo.config.renamed import new_name
 from simpo.run.progress import say
@@ -41,11 +41,13 @@ KEYS_THAT_MATTER = (
 )
 
 
+@refused_paths()
 def main(words: Sequence[str]) -> None:
     """Judge models.
 
     Raises:
         ConfigError: the words cannot be used, with the usage if no RUN is given.
+        DataError: a file or folder may not be read.
     """
     sources, settings = split(words)
     _refuse(settings)

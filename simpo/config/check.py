@@ -163,14 +163,20 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
     Raises:
         ConfigError: the file does not fit the schemas.
     """
+    remedy = "restore it, or remove it: the run's own command writes it anew"
     try:
         run = read_plain(path, GROUPS) or _merged_run(path, check)
     except OwnCodeError:
         raise
     except ConfigError as error:
         problems = error.problems
+    except PermissionError as error:
+        raise ConfigError([f"{path}: {error.strerror} (let this user read it)"]) from error
     except OSError as error:
         problems = [error.strerror or first_line(error)]
+    except ConfigKeyError as error:
+        remedy = "restore it; if a newer simpo wrote it, use that one"
+        problems = [first_line(error)]
     except (OmegaConfBaseException, KeyError) as error:
         problems = [first_line(error)]
     # On a damaged file the YAML parser and OmegaConf raise almost any error.
@@ -180,7 +186,6 @@ def load_run(path: Path, check: bool = True) -> RunConfig:
         if check:
             check_run(run)
         return run
-    remedy = "restore it, or remove it: the run's own command writes it anew"
     raise ConfigError([f"{path}: {problem} ({remedy})" for problem in problems])
 
 

@@ -73,7 +73,9 @@ class Source:
             name, inside = title(report), content(report)
         except ConfigError as error:
             name, inside = "no run yet", waiting(self._folders, str(error))
-        return Shown(name, inside, hashlib.sha256(inside.encode()).hexdigest()[:16])
+        return Shown(
+            name, inside, hashlib.sha256(inside.encode(errors="backslashreplace")).hexdigest()[:16]
+        )
 
 
 class Server(ThreadingHTTPServer):
@@ -125,7 +127,7 @@ class _Request(BaseHTTPRequestHandler):
     def _answer(
         self, status: HTTPStatus, text: str = "", kind: str = "plain", version: str = ""
     ) -> None:
-        body = text.encode()
+        body = text.encode(errors="backslashreplace")
         self.send_response(status)
         self.send_header("Content-Type", f"text/{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))

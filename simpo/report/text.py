@@ -40,13 +40,12 @@ def text(report: Comparison, width: int | None = None) -> str:
     lines += _too_wide([key for key in full[0] if key not in table[0]] if table else [])
     lines += findings(report)
     notes = [*_notes(report), *damaged_lines(report)]
-    lines += notes[:rows]
-    if len(notes) > rows:
-        lines.append(f"{len(notes) - rows} more notes are in the page, and with format=csv")
+    lines += _cut(notes, rows, "the page, and with format=csv")
     for judged in report.judged:
         table, hidden = _narrowed(judged.table(_short(report))[:rows], width, 2)
         lines += ["", judged.caption(), *markdown_table(table), *_too_wide(hidden)]
-        lines += judged.notes(_short(report))
+        notes = judged.notes(_short(report))
+        lines += _cut(notes, rows if width else len(notes), "the page")
     for setting, published in published_tables(report.runs, report.names).items():
         lines += ["", f"published results of {setting}, in percent", *markdown_table(published)]
         lines += filter(None, [judged_note(report.runs)])
@@ -123,6 +122,12 @@ def shorten(name: str, width: int) -> str:
         return name
     head = (width - 3) // 2
     return f"{name[:head]}...{name[len(name) - (width - 3 - head) :]}"
+
+
+def _cut(notes: Sequence[str], rows: int, where: str) -> list[str]:
+    """The first notes, with a line about the others."""
+    left = len(notes) - rows
+    return [*notes[:rows], *([f"{left} more notes are in {where}"] if left > 0 else [])]
 
 
 def _notes(report: Comparison) -> list[str]:

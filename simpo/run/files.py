@@ -79,16 +79,39 @@ def read_text(path: Path, remedy: str) -> str | None:
     Raises:
         DamagedError: it cannot be read, or is not UTF-8.
     """
-    if not path.exists():
+    if not is_there(path, remedy):
         return None
     if not path.is_file():
         raise DamagedError(path, "is not a file", remedy)
     try:
         return path.read_bytes().decode()
     except OSError as error:
-        raise DamagedError(path, f"cannot be read: {error.strerror}", remedy) from error
+        raise _unreadable(path, error, remedy) from error
     except UnicodeDecodeError as error:
         raise DamagedError(path, f"is not UTF-8 at byte {error.start + 1}", remedy) from error
+
+
+def is_there(path: Path, remedy: str) -> bool:
+    """Whether there is a file or folder of that name.
+
+    Raises:
+        DamagedError: it leads to nothing, or may not be looked at.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _unreadable(path, error, remedy) from error
+    if not path.exists():
+        raise DamagedError(path, "is a link to nothing", remedy)
+    return True
+
+
+def _unreadable(path: Path, error: OSError, remedy: str) -> DamagedError:
+    if isinstance(error, PermissionError):
+        remedy = "let this user read it"
+    return DamagedError(path, f"cannot be read: {error.strerror}", remedy)
 
 
 def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
@@ -286,7 +309,11 @@ def _are_numbers(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    try:
+        # Whole numbers of JSON may be larger than any that can be computed with.
+        return type(value) in (int, float) and float(value) is not None  # type: ignore[arg-type]
+    except OverflowError:
+        return False
 
 
 def series(lines: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:

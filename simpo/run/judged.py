@@ -9,17 +9,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from simpo.config.errors import DamagedError
 from simpo.run.atomic import write_json
-from simpo.run.files import read_json
+from simpo.run.files import is_there, read_json
 
 FOLDER = "benchmarks"
 FILE = "judged.json"
 REMEDY = "remove it: simpo judge writes it anew"
+NEWER = "if a newer simpo wrote it, use that one; else judge again"
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,16 @@ class Judged:
         """
         raw = read_json(path, REMEDY)
         try:
+            for kind, values in (
+                (Judged, raw),
+                *((Figure, one) for one in raw["figures"].values()),
+            ):
+                if unknown := values.keys() - {one.name for one in fields(kind)}:
+                    raise DamagedError(path, f"has an unknown key, {min(unknown)}", NEWER)
             figures = {key: Figure(**values) for key, values in raw.pop("figures").items()}
             found = Judged(figures=figures, **raw)
             _check(found)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DamagedError(path, "holds no judgement", REMEDY) from error
         return found
 
@@ -110,6 +117,7 @@ def _check(found: Judged) -> None:
 
     Raises:
         TypeError, KeyError, AttributeError: one is wrong.
+        OverflowError: a number is larger than any that can be computed with.
     """
     texts = [found.benchmark, found.kind, found.model, found.baseline, found.judge, *found.notes]
     counts = [found.questions, found.asked, found.malformed, found.input_tokens]
@@ -126,13 +134,17 @@ def _check(found: Judged) -> None:
     shares = [found.position_bias, found.first_share, found.agreement, found.cost_usd]
     known = [number for number in shares if number is not None]
     known += [bound for figure in figures for bound in figure.values() if bound is not None]
+    texts += [one[key] for one in found.examples for key in ("question", "model", "baseline")]
     for values, kinds in (
+        ([found.notes, found.examples], (list,)),
         (texts, (str,)),
         ([*counts, found.output_tokens], (int,)),
         ([*numbers, *known], (int, float)),
     ):
         if not all(type(value) in kinds for value in values):
             raise TypeError
+    for number in (*numbers, *known):
+        float(number)
 
 
 def read_judged(run_dir: Path) -> Mapping[str, Judged]:
@@ -141,5 +153,6 @@ def read_judged(run_dir: Path) -> Mapping[str, Judged]:
     Raises:
         DamagedError: a file cannot be read.
     """
-    files = sorted((run_dir / FOLDER).glob(f"*/{FILE}"))
-    return {file.parent.name: Judged.read(file) for file in files}
+    folder = run_dir / FOLDER
+    files = [place / FILE for place in sorted(folder.iterdir())] if folder.is_dir() else []
+    return {file.parent.name: Judged.read(file) for file in files if is_there(file, REMEDY)}

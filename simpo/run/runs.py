@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from simpo.config.check import load_run
-from simpo.config.errors import DamagedError, SimpoError
+from simpo.config.errors import DamagedError, SimpoError, refused_paths
 from simpo.config.schema import RunConfig
 from simpo.run import judged, slurm
 from simpo.run.best import evaluations_in
@@ -41,10 +41,8 @@ from simpo.run.folder import is_free
 from simpo.run.judged import Judged, read_judged
 
 RECORDS = {"run.yaml", "status.json"}
-SKIPPED = {
-    *("checkpoints", "model", "samples", "held_out", "slurm", "wandb", "tensorboard"),
-    judged.FOLDER,
-}
+SKIPPED = {"checkpoints", "model", "samples", "held_out", "slurm", "wandb", "tensorboard"}
+SKIPPED |= {judged.FOLDER}
 PROGRESS = re.compile(r"\d+%\||^[\w() -]+ \d+/\d+(, |$)")
 """A progress bar in a log."""
 
@@ -166,17 +164,20 @@ class DamagedRun:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """The folders of runs in and below folders, each once, sorted."""
+    """The folders of runs in and below folders, each once, sorted; then those that may be runs, but
+    that this user may not read."""
     found: dict[Path, None] = {}
+    faults: list[OSError] = []
     for folder in folders:
-        for path, below, files in os.walk(folder):
+        for path, below, files in os.walk(folder, onerror=faults.append):
             # A run without run.yaml is a damaged run.
             skipped = SKIPPED
             if RECORDS & {*below, *files}:
                 found[Path(path).resolve()] = None
                 skipped = SKIPPED | {"rounds"}  # the run stands for them
             below[:] = sorted(set(below) - skipped)
-    return list(found)
+    closed = (Path(fault.filename) for fault in faults if isinstance(fault, PermissionError))
+    return list(found | dict.fromkeys(path.resolve() for path in closed))
 
 
 Known = dict[Path, tuple[object, "Run | DamagedRun"]]
@@ -229,7 +230,8 @@ def _read_or_damaged(folder: Path, progress: Progress) -> Run | DamagedRun:
     if progress.state is State.damaged:
         return DamagedRun(folder, progress.note)
     try:
-        return _read(folder, progress)
+        with refused_paths():
+            return _read(folder, progress)
     except SimpoError as error:
         return DamagedRun(folder, str(error).splitlines()[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,10 @@ def markdown_table(lines: Sequence[dict[str, Any]]) -> list[str]:
     """Format lines with the same keys as a Markdown table with aligned columns."""
     if not lines:
         return ["(none)"]
-    cells = [list(lines[0]), *([_cell(value) for value in line.values()] for line in lines)]
+    cells = [
+        list(map(_cell, lines[0])),
+        *([_cell(value) for value in line.values()] for line in lines),
+    ]
     widths = [max(len(words[i]) for words in cells) for i in range(len(cells[0]))]
     header, *others = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(words, widths, strict=True)) + " |"
@@ -59,7 +63,8 @@ def markdown_table(lines: Sequence[dict[str, Any]]) -> list[str]:
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}: {count}" for key, count in value.items())
-    return str(value)
+    # A | or a new line would end the cell, and control characters move a terminal's cursor.
+    return re.sub(r"[\0-\x1f\x7f\u2028\u2029]+", " ", str(value)).replace("|", "\\|")
 
 
 def html_page(template: Path, **values: Any) -> str:

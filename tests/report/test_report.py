@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -17,10 +21,12 @@ from plotly.offline import get_plotlyjs
 from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
+from simpo.launch.commands.report import main
 from simpo.loss.simpo import SigmoidConfig
 from simpo.report.compare import Comparison, averages, compare
 from simpo.report.figures import sweep_map
 from simpo.report.page import render
+from simpo.report.serve import Source
 from simpo.report.text import averages_text, damaged_lines, shorten, text
 from simpo.run.runs import State, note_job, read_progress
 from tests.support.browser import look_at
@@ -377,3 +383,79 @@ def test_the_table_fits_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_long_names_are_shortened_in_their_middle() -> None:
     assert shorten("loss.beta=2,train.seed=42", 15) == "loss.b...eed=42"
     assert shorten("loss.beta=2", 11) == "loss.beta=2"
+
+
+def test_links_to_nothing(tmp_path: Path) -> None:
+    """They are not taken for files that are not there."""
+    status, judged = (
+        make(tmp_path / name, steps=4) / file
+        for name, file in (("a", "status.json"), ("b", "benchmarks/ifbench/judged.json"))
+    )
+    status.unlink()
+    judged.parent.mkdir(parents=True)
+    for link in (status, judged):
+        link.symlink_to(link.name)
+    assert damaged_lines(compare([tmp_path])) == [
+        f"a: {status}: is a link to nothing (remove it: the run's own command writes it anew)",
+        f"b: {judged}: is a link to nothing (remove it: simpo judge writes it anew)",
+    ]
+
+
+@contextmanager
+def without_rights() -> Iterator[Path]:
+    """A folder in which, also for root, the rights of files count."""
+    is_root = os.geteuid() == 0
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        if is_root:
+            os.chown(folder, 65534, -1)
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            if is_root:
+                os.seteuid(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("", "/jobs.jsonl: cannot be read: Permission denied"),
+        ("run.yaml", "/run.yaml: Permission denied"),
+        ("status.json", "/status.json: cannot be read: Permission denied"),
+        ("benchmarks", "/benchmarks: Permission denied"),
+        ("held_out", "/held_out/step-000000.csv: cannot be read: Permission denied"),
+    ],
+)
+def test_what_this_user_may_not_read(name: str, fault: str) -> None:
+    """A run that cannot be read has a line, and the others are compared."""
+    with without_rights() as folder:
+        make(folder / "a", steps=4)
+        run = make(folder / "b", steps=4)
+        (run / "benchmarks").mkdir()
+        closed = run / name
+        rights = closed.stat().st_mode
+        closed.chmod(0)
+        report = compare([folder])
+        closed.chmod(rights)
+    assert report.names == ["a"]
+    assert damaged_lines(report) == [f"b: {run}{fault} (let this user read it)"]
+
+
+def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes of a folder's name that are no text, a |, and a new line."""
+    make(tmp_path / "a|b\nc\udcff", steps=4)
+    make(tmp_path / "d", seed=1, steps=4)
+    assert "| a\\|b c\udcff | " in text(compare([tmp_path]))
+    page = tmp_path / "page.html"
+    main([str(tmp_path), "format=json", f"html={page}"])
+    assert json.loads(capsys.readouterr().out)[0]["run"] == "a|b\nc\udcff"
+    assert "c\\udcff" in page.read_text()
+    assert Source([tmp_path]).look().version
+
+
+def test_no_name_of_a_page(tmp_path: Path) -> None:
+    make(tmp_path / "a", steps=4)
+    with pytest.raises(ConfigError) as caught:
+        main([str(tmp_path), "html="])
+    assert str(caught.value) == "html: must not be empty (none writes no page)"

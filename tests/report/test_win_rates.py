@@ -13,7 +13,7 @@ import pytest
 from simpo.config.errors import ConfigError, DamagedError
 from simpo.report.compare import Comparison, compare
 from simpo.report.page import render
-from simpo.report.text import damaged_lines, text
+from simpo.report.text import ROWS_SHOWN, damaged_lines, text
 from simpo.run.judged import Figure, read_judged
 from simpo.run.runs import find_runs, read_runs
 from tests.support.browser import Tab
@@ -71,6 +71,17 @@ def test_a_table_and_paired_differences(tmp_path: Path) -> None:
     begin = narrow.index(lines[begin])
     assert [len(line) <= 80 for line in narrow[begin + 1 :][:5]] == [True] * 5
     assert narrow[begin + 6].startswith("too wide for this terminal: behind the best, win rate, of")
+
+
+def test_a_terminal_shows_few_notes(tmp_path: Path) -> None:
+    for number in range(ROWS_SHOWN + 5):
+        folder = make(tmp_path / f"{number:02}", steps=4, pairs=4, prompts=1)
+        judge(folder, won(9), notes=[f"note {number}"])
+    report = compare([tmp_path])
+    lines = text(report, 200).splitlines()
+    # Two are about intervals.
+    assert lines[-2:] == ["37: note 37", "7 more notes are in the page"]
+    assert text(report).splitlines()[-1] == "44: note 44"
 
 
 def test_columns_for_programs(tmp_path: Path) -> None:
@@ -211,9 +222,13 @@ def test_arena_hard_beside_published_results(tmp_path: Path) -> None:
         {"notes": [1]},
         {"mean_chars": {"model": "1"}},
         {"judge": None},
-        {"more": 1},
+        {"notes": "text"},
+        {"examples": {}},
+        {"examples": [{"preference": 1, "question": "q", "model": None, "baseline": ""}]},
+        {"by_question": {"1": 10**400}},
+        {"figures": {"win_rate": {"value": 10**400}}},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:40],
 )
 def test_damaged(change: dict[str, Any], tmp_path: Path) -> None:
     folder = make(tmp_path / "a", steps=4)
@@ -227,6 +242,28 @@ def test_damaged(change: dict[str, Any], tmp_path: Path) -> None:
     assert report.names == ["b"]
     assert damaged_lines(report) == [
         f"a: {file}: holds no judgement (remove it: simpo judge writes it anew)"
+    ]
+
+
+@pytest.mark.parametrize(
+    "change", [{"more": 1}, {"figures": {"win_rate": {"value": 50, "more": 1}}}]
+)
+def test_of_a_newer_version(change: dict[str, Any], tmp_path: Path) -> None:
+    """The message does not tell to remove what the newer version can read."""
+    folder = make(tmp_path / "a", steps=4)
+    judge(folder, won(10))
+    file = folder / "benchmarks" / "alpaca_eval_2" / "judged.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert damaged_lines(compare([tmp_path])) == [
+        f"a: {file}: has an unknown key, more (if a newer simpo wrote it, use that one; else judge "
+        "again)"
+    ]
+    file.unlink()
+    settings = folder / "run.yaml"
+    settings.write_text(settings.read_text().replace("\ntrain:\n", "\ntrain:\n  novel: 3\n"))
+    assert damaged_lines(compare([tmp_path])) == [
+        f"a: {settings}: Key 'novel' not in 'TrainConfig' (restore it; if a newer simpo wrote it, "
+        "use that one)"
     ]
 
 

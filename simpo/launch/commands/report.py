@@ -74,7 +74,8 @@ def main(words: Sequence[str]) -> None:
 
         path = Path(page).expanduser()
         try:
-            path.write_text(render(report), encoding="utf-8")
+            # The name of a folder may hold bytes that are no text.
+            path.write_text(render(report), encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise unwritable(path, error) from error
         print(f"page   {path}", file=sys.stderr)
@@ -125,6 +126,8 @@ def _arguments(words: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
         problems.append(USAGE.strip().splitlines()[0])
     if options.get("format", "text") not in FORMATS:
         problems.append(f"format: must be one of {', '.join(FORMATS)}, got {options['format']}")
+    if options.get("html") == "":
+        problems.append("html: must not be empty (none writes no page)")
     serves = SERVE in words
     port = options.get("port", str(PORT))
     if not port.isdecimal() or not 0 < int(port) < 2**16:

@@ -359,10 +359,8 @@ def _same(some: Mapping[str, Answer], others: Mapping[str, Answer]) -> bool:
     return bool(common) and all(some[key].turns == others[key].turns for key in common)
 
 
-def _style(
-    models: Sequence[ModelGames], baseline: Mapping[str, Answer]
-) -> dict[str, Figure] | None:
-    """Figures with style controlled of the first model; None if its regression has no solution.
+def _style(models: Sequence[ModelGames], baseline: Mapping[str, Answer]) -> dict[str, Figure]:
+    """Figures with style controlled of the first model; empty if its regression has no solution.
 
     Args:
         models: with games of which both answers are known.
@@ -374,4 +372,5 @@ def _style(
     ]
     differences = style_differences(*zip(*pairs, strict=True))
     found = style_win_rates(Games.of([model.games for model in models]), differences)
-    return found and dict(zip(("style_win_rate", "equal_style_win_rate"), found, strict=True))
+    # It is empty, or has both.
+    return dict(zip(("style_win_rate", "equal_style_win_rate"), found, strict=False))

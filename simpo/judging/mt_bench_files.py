@@ -115,7 +115,7 @@ def read_prompts(path: Path) -> dict[str, Mapping[str, Any]]:
     Raises:
         DataError: one that is needed is missing, or has other places for texts.
     """
-    found = {
+    found: dict[str, Mapping[str, Any]] = {
         str(record["name"]): record
         for record in read_jsonl(path, ("name", "system_prompt", "prompt_template"))
     }

@@ -89,8 +89,8 @@ def style_differences(model: Sequence[list[float]], baseline: Sequence[list[floa
     return np.column_stack([length, (density - other) / (density + other + 1)])
 
 
-def style_win_rates(games: Games, differences: np.ndarray) -> tuple[Figure, Figure] | None:
-    """Win rates of model 0 of the games in percent, with style controlled. None if style alone
+def style_win_rates(games: Games, differences: np.ndarray) -> tuple[Figure, ...]:
+    """Win rates of model 0 of the games in percent, with style controlled. Empty if style alone
     tells the won games from the lost ones, as in few games it may: no coefficients are likeliest.
 
     Args:
@@ -106,7 +106,7 @@ def style_win_rates(games: Games, differences: np.ndarray) -> tuple[Figure, Figu
     same_style = -mean / spread
     fitted = _fit(features, games.value, games.weight, np.zeros(features.shape[1]))
     if _separated(games, features @ fitted):
-        return None
+        return ()
 
     def controlled(weights: np.ndarray, official: bool = False) -> np.ndarray:
         rates = []

@@ -62,7 +62,7 @@ def markdown_table(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {count}" for key, count in value.items())
+        value = ", ".join(f"{key}: {count}" for key, count in value.items())
     # A | or a new line would end the cell, and control characters move a terminal's cursor.
     return re.sub(r"[\0-\x1f\x7f\u2028\u2029]+", " ", str(value)).replace("|", "\\|")
 

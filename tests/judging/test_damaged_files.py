@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 
 from simpo.__main__ import main
+from simpo.config.compose import compose_run
+from simpo.config.errors import DataError
 from simpo.judging.answers import plain_name
+from simpo.judging.benchmarks import open_benchmark
 from simpo.judging.jsonl import answer_id, read_jsonl
 from simpo.run.judged import Judged
 
@@ -162,6 +165,8 @@ def test_a_folder_that_this_user_may_not_read(
         return known(path)
 
     monkeypatch.setattr(Path, "is_file", is_file)
+    with pytest.raises(DataError, match="let this user read it"):
+        open_benchmark(compose_run(arena))  # as before training
     told = f"{closed}: Permission denied (let this user read it)\n"
     assert refused([file, *arena], capsys) == told
     closed = Path(file)

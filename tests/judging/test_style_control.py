@@ -66,8 +66,8 @@ def test_characters_where_tokens_are_not_known() -> None:
     assert [one[0] for one in styles(known, known)] == [7, 7]
     assert [one[0] for one in styles(known, unknown)] == [20, 10]
     # No tokens of an empty answer are known tokens.
-    empty, bold = Answer("q", ("",), 0), Answer("q", ("**x** is it",), 3)
-    assert styles(empty, bold) == ([0, 0, 0, 0], [3, 0, 0, 1])
+    empty, bold = Answer("q", ("",), 0), Answer("q", ("**x** is it",), 9)
+    assert styles(empty, bold) == ([0, 0, 0, 0], [9, 0, 0, 1])
 
 
 def test_score_by_hand() -> None:

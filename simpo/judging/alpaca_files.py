@@ -104,14 +104,14 @@ def judge_prompt(checkout: Path | None) -> tuple[list[Message], bool]:
     """The messages of the judge's prompt, with places for texts, and whether it is published.
 
     Raises:
-        DataError: the file does not hold such a prompt.
+        DataError: the file cannot be read, or does not hold such a prompt.
     """
     package = find_spec("alpaca_eval")
     candidates = [checkout / "src/alpaca_eval" / PROMPT] if checkout else []
     if package and package.origin:
         candidates.append(Path(package.origin).parent / PROMPT)
     path = next((path for path in candidates if path.is_file()), None)
-    text = path.read_text(encoding="utf-8") if path else OWN_PROMPT
+    text = read_text(path) if path else OWN_PROMPT
     messages = [{"role": role, "content": part.strip()} for role, part in PART.findall(text)]
     places = [place for message in messages for place in PLACES.findall(message["content"])]
     if sorted(places) != ["instruction", "output_1", "output_2"]:

@@ -22,7 +22,7 @@ import yaml
 
 from simpo.config.benchmarks import BenchmarkConfig
 from simpo.config.errors import ConfigError, DataError
-from simpo.judging.jsonl import ONE_LINE, SPLIT, answer_id, fault, records
+from simpo.judging.jsonl import ONE_LINE, SPLIT, answer_id, fault, read_text, records
 from simpo.judging.shapes import Answer, Question
 from simpo.judging.style_control import estimated_tokens, style_counts
 from simpo.run.judged import FOLDER
@@ -132,7 +132,7 @@ def read_prompts(folder: Path) -> Prompts:
         return OWN
     categories: Any = _literals(settings).get("JUDGE_SETTINGS")
     try:
-        wanted = yaml.safe_load(config.read_text(encoding="utf-8"))
+        wanted = yaml.safe_load(read_text(config))
         prompts = Prompts(
             system={key: str(one["system_prompt"]) for key, one in categories.items()},
             baselines={key: str(one["baseline"]) for key, one in categories.items()},
@@ -163,8 +163,8 @@ def _literals(path: Path) -> dict[str, Any]:
             return ast.Constant(found[node.id]) if node.id in found else node
 
     try:
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-    except (OSError, SyntaxError, ValueError, RecursionError) as error:
+        body = ast.parse(read_text(path)).body
+    except (SyntaxError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not Python (restore the file: git checkout)") from error
     for statement in body:
         match statement:

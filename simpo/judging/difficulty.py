@@ -11,10 +11,12 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from simpo.config.errors import DataError
+from simpo.judging.jsonl import read_text
 from simpo.judging.length_control import GamedRow
 
 JUDGE = "weighted_alpaca_eval_gpt4_turbo"
@@ -58,10 +60,10 @@ def read_gamed(path: Path) -> list[GamedRow]:
 
 def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, float]]:
     """Columns of numbers of a table."""
+    text = read_text(path)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = list(csv.DictReader(StringIO(text)))
+    except csv.Error as error:
         raise DataError(f"{path}: cannot be read as a table (csv)") from error
     rows = []
     for number, line in enumerate(lines, 2):
@@ -112,8 +114,7 @@ def _published_weights(path: Path) -> dict[str, tuple[float, float, float]]:
     """Weights of length, difficulty and the constant, by model; only where difficulty counts."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))[1:]
+    lines = list(csv.reader(StringIO(read_text(path))))[1:]
     numbers = {line[0]: tuple(map(float, line[1:4])) for line in lines if len(line) == 4}
     return {model: (own[0], own[1], own[2]) for model, own in numbers.items() if own[1]}
 
@@ -123,12 +124,12 @@ def _judged(path: Path, instructions: Sequence[str]) -> list[tuple[float, float]
     import numpy as np
 
     try:
-        rows: Any = json.loads(path.read_text(encoding="utf-8"))
+        rows: Any = json.loads(read_text(path))
         by_question: Mapping[str, Any] = {row["instruction"]: row for row in rows}
         own = [by_question[instruction] for instruction in instructions]
         preferences = [(float(row["preference"]) or 1.5) - 1 for row in own]
         delta = np.array([len(row["output_1"]) - len(row["output_2"]) for row in own], float)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (DataError, ValueError, KeyError, TypeError):
         return None
     if not all(0 <= value <= 1 for value in preferences) or len(own) < 2 or not delta.std():
         return None

@@ -1,4 +1,4 @@
-"""Reads and writes the files of benchmarks that have a JSON object in each line."""
+"""Reads the files of benchmarks, and writes those that have a JSON object in each line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simpo.config.errors import DataError
+from simpo.config.errors import DataError, first_line
 from simpo.data.reading.readers import read_file
 from simpo.data.reading.records import RecordFault
 from simpo.run.atomic import make_folder, write_text
@@ -18,6 +18,18 @@ LFS_POINTER = b"version https://git-lfs"
 COPY = "copy the file again"
 ONE_LINE = "keep one of both lines"
 SPLIT = "write a file of each"
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {first_line(error)} ({COPY})") from error
 
 
 def records(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[int | None, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
@@ -17,6 +18,7 @@ from simpo.config.benchmarks import BenchmarkConfig, JudgeConfig
 from simpo.config.errors import ConfigError, DataError
 from simpo.judging import alpaca_eval, alpaca_files
 from simpo.judging.alpaca_eval import AlpacaEval, open_alpaca_eval, paper_temperature
+from simpo.judging.length_control import GamedRow
 from simpo.judging.shapes import Answer, Judgement, Query, Said
 
 CLONE = "git clone https://github.com/tatsu-lab/alpaca_eval"
@@ -229,6 +231,32 @@ def test_damaged_answers(checkout: Path, text: str, problem: str) -> None:
         open_alpaca_eval(settings(checkout, baseline="other"))
     assert str(caught.value).replace(str(checkout), "HERE") == (
         f"HERE/results/other/model_outputs.json: {problem}"
+    )
+
+
+def test_files_may_begin_with_a_byte_order_mark(checkout: Path) -> None:
+    difficulty, gamed = checkout / "difficulty.csv", checkout / "gamed.csv"
+    difficulty.write_text(
+        "instruction_difficulty,index\n" + "".join(f"0.5,{i}\n" for i in range(8))
+    )
+    gamed.write_text("preference,std_delta_len,instruction_difficulty\n0.25,1.5,0.5\n")
+    for file in [path for path in checkout.rglob("*") if path.is_file()]:
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    files = {"difficulty": str(difficulty), "gamed": str(gamed)}
+    benchmark = open_alpaca_eval(settings(checkout, **files))
+    assert (list(benchmark.difficulty), benchmark.gamed) == ([0.5] * 8, [GamedRow(0.25, 1.5, 0.5)])
+    assert benchmark.prompt[0] == {"role": "system", "content": "Judge."}
+    assert benchmark.baseline["1"].turns == ("base x",)
+
+
+def test_a_prompt_that_is_no_text(checkout: Path) -> None:
+    file = checkout / "src/alpaca_eval" / alpaca_files.PROMPT
+    file.write_bytes(b"\xff")
+    with pytest.raises(DataError) as caught:
+        open_alpaca_eval(settings(checkout))
+    assert str(caught.value) == (
+        f"{file}: cannot be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid "
+        "start byte (copy it again)"
     )
 
 

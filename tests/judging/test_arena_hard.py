@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,13 @@ def test_queries(clone: Path) -> None:
     assert second.messages[1]["content"] == "Q ask a A new a B {old} a"
     assert (first.temperature, first.max_tokens) == (0.5, 77)
     assert len(found.queries(ANSWERS, both_orders=False)) == 2
+
+
+def test_files_may_begin_with_a_byte_order_mark(clone: Path) -> None:
+    wanted = opened(clone).queries(ANSWERS, both_orders=True)
+    for file in [path for path in clone.rglob("*") if path.is_file()]:
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    assert opened(clone).queries(ANSWERS, both_orders=True) == wanted
 
 
 @pytest.mark.parametrize(

@@ -272,13 +272,18 @@ class AlpacaEval(Benchmark):
     def read_annotations(
         self, path: Path
     ) -> tuple[str, str, Mapping[str, Answer], list[Judgement]]:
-        """Read an annotations.json; a preference of 0 is a draw, none or another one unreadable."""
+        """Read an annotations.json; a preference of 0 is a draw, none was not readable.
+
+        Raises:
+            DataError: it is not one, or holds preferences of another scale.
+        """
         texts = ("instruction", "output_1", "output_2", "generator_1", "generator_2", "annotator")
         answers, judgements, rows = {}, [], read_rows(path, texts)
         for key in ("generator_1", "generator_2", "annotator"):
             names = sorted({row[key] for row in rows})
             if len(names) > 1:
                 raise DataError(f"{path}: {key} is {names[0]} and {names[1]} (one a file)")
+        _refuse_other_scales(path, rows)
         for number, row in enumerate(rows, 1):
             if (question := self.ids.get(row["instruction"])) is None:
                 if self.run.benchmark.num_prompts is not None:
@@ -303,6 +308,9 @@ SHORT = (
     "For published models that is 0.5 points in the median, and up to 17 where answers are much "
     "shorter than the baseline's."
 )
+SCALE = (
+    "write 1 where output_1 is preferred, 2 where output_2 is, 1.5 for a draw, or a number between"
+)
 MINIMAL = (
     "length_controlled_minimal, without difficulty and gamed rows. For published models with "
     "answers of about the baseline's length it is 0.1 to 2 points off, with much shorter ones up "
@@ -310,11 +318,30 @@ MINIMAL = (
 )
 
 
-def _judged(question: str, preference: object) -> Judgement:
+def _refuse_other_scales(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """
+    Raises:
+        DataError: a preference is none of alpaca_eval's.
+    """
+    for number, row in enumerate(rows, 1):
+        found = row.get("preference")
+        is_nan = isinstance(found, float) and math.isnan(found)
+        is_number = isinstance(found, int | float) and not isinstance(found, bool)
+        if found is None or is_nan or (is_number and (found == 0 or 1 <= found <= 2)):
+            continue
+        raise DataError(f"{path}: item {number}: preference is {found!r:.40} ({SCALE})")
+    # Wins would be missing altogether, and equal outputs alone are sure to be draws.
+    draws = [row for row in rows if row.get("preference") == 0]
+    wins = any((row.get("preference") or 0) > 1 for row in rows)
+    if not wins and any(row["output_1"] != row["output_2"] for row in draws):
+        raise DataError(f"{path}: preferences are from 0 to 1, so 0 may be a loss ({SCALE})")
+
+
+def _judged(question: str, preference: float | None) -> Judgement:
+    """0 and 1.5 are draws; nan, as pandas writes None, is none."""
     value = None
-    is_number = isinstance(preference, int | float) and not isinstance(preference, bool)
-    if is_number and (preference == 0 or 1 <= float(preference) <= 2):  # type: ignore[arg-type]
-        value = (float(preference) or 1.5) - 1  # type: ignore[arg-type]
+    if preference is not None and not math.isnan(preference):
+        value = (preference or 1.5) - 1
     query = Query(question, turn=0, order=0, messages=(), max_tokens=1, temperature=1.0)
     return Judgement(query, Said("" if preference is None else str(preference)), value)
 

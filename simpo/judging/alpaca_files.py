@@ -11,7 +11,7 @@ from typing import Any
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import Message
-from simpo.judging.jsonl import COPY, SPLIT, records
+from simpo.judging.jsonl import COPY, SPLIT, read_text, records
 from simpo.run.judged import FOLDER
 
 BASELINE = "gpt4_1106_preview"

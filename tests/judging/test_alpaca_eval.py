@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,16 +148,7 @@ def test_files_written_are_read(checkout: Path, tmp_path: Path) -> None:
 def test_figures_by_hand(checkout: Path) -> None:
     """Preferences 2, 1, 0 (a draw), 1.25: win rate (1 + 0 + 0.5 + 0.25) / 4."""
     benchmark = open_alpaca_eval(settings(checkout, num_prompts=4))
-    rows = [
-        {
-            **{"instruction": f"q{i}", "output_1": f"base {'x' * i}", "output_2": "a"},
-            **{"generator_1": "gpt4_1106_preview", "generator_2": "a", "annotator": "j"},
-            "preference": preference,
-        }
-        for i, preference in enumerate([2, 1, 0.0, 1.25])
-    ]
-    file = checkout / "annotations.json"
-    file.write_text(json.dumps(rows))
+    file = annotated(checkout / "annotations.json", [2, 1, 0.0, 1.25])
     _, _, own, judgements = benchmark.read_annotations(file)
     figures, notes = benchmark.figures(judgements, own)
     error = 100 * math.sqrt(sum((x - 0.4375) ** 2 for x in (1, 0, 0.5, 0.25)) / 3 / 4)
@@ -167,6 +159,65 @@ def test_figures_by_hand(checkout: Path) -> None:
         ["win_rate"],
         ["The length-controlled win rate needs verdicts on 5 questions."],
     )
+
+
+def annotated(file: Path, preferences: list[Any], same: Sequence[int] = ()) -> Path:
+    """An annotations.json about the first questions; outputs of `same` are the baseline's."""
+    rows = [
+        {
+            **{"instruction": f"q{i}", "output_1": f"base {'x' * i}", "preference": preference},
+            **{"output_2": f"base {'x' * i}" if i in same else "a"},
+            **{"generator_1": "gpt4_1106_preview", "generator_2": "a", "annotator": "j"},
+        }
+        for i, preference in enumerate(preferences)
+    ]
+    file.write_text(json.dumps(rows))
+    return file
+
+
+SCALE = (
+    "write 1 where output_1 is preferred, 2 where output_2 is, 1.5 for a draw, or a number between"
+)
+
+
+@pytest.mark.parametrize(
+    ("preferences", "told"),
+    [
+        ([1, "2"], "item 2: preference is '2'"),
+        (["model_1"], "item 1: preference is 'model_1'"),
+        ([2, True], "item 2: preference is True"),
+        ([2, 0.3], "item 2: preference is 0.3"),
+        ([-1], "item 1: preference is -1"),
+        ([1, 4], "item 2: preference is 4"),
+        ([[2]], "item 1: preference is [2]"),
+        ([10**400], f"item 1: preference is 1{'0' * 39}"),
+        ([0, 1, 1, None], "preferences are from 0 to 1, so 0 may be a loss"),
+        ([0.0, 1.0], "preferences are from 0 to 1, so 0 may be a loss"),
+    ],
+)
+def test_preferences_of_another_scale(checkout: Path, preferences: list[Any], told: str) -> None:
+    file = annotated(checkout / "annotations.json", preferences)
+    with pytest.raises(DataError) as caught:
+        open_alpaca_eval(settings(checkout)).read_annotations(file)
+    assert str(caught.value) == f"{file}: {told} ({SCALE})"
+
+
+@pytest.mark.parametrize(
+    ("preferences", "same", "values"),
+    [
+        ([0, 1, 2], (), [0.5, 0.0, 1.0]),
+        ([1, 1], (), [0.0, 0.0]),
+        ([0, 1], (0,), [0.5, 0.0]),
+        ([1.5, 1.25, 0.0], (), [0.5, 0.25, 0.5]),
+        ([None, math.nan, 2], (), [None, None, 1.0]),
+    ],
+)
+def test_preferences_as_alpaca_eval_writes_them(
+    checkout: Path, preferences: list[Any], same: Sequence[int], values: list[float | None]
+) -> None:
+    file = annotated(checkout / "annotations.json", preferences, same)
+    *_, judgements = open_alpaca_eval(settings(checkout)).read_annotations(file)
+    assert [judgement.value for judgement in judgements] == values
 
 
 def test_baselines(checkout: Path, tmp_path: Path) -> None:

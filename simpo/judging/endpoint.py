@@ -36,6 +36,12 @@ TOKENS_PER_MESSAGE = 16
 """Bound for what a chat template adds to a message and to the prompt."""
 LONGEST_SHOWN = 300
 """Letters of a server's message."""
+FUTILE = {
+    "CERTIFICATE_VERIFY_FAILED": "name the file of its certificate in SSL_CERT_FILE",
+    "WRONG_VERSION_NUMBER": "the server speaks no TLS: write http://",
+    "record layer failure": "the server speaks no TLS: write http://",
+}
+"""Faults of a connection, by OpenSSL's words, that another try does not mend; and what does."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SHORTEST_KEY = 8
 """Letters of a key that could be one: `EMPTY` and `x` are for servers that want none."""
@@ -210,12 +216,18 @@ class EndpointJudge:
 
     def _client(self) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
-        # A proxy for the internet does not lead to this machine.
-        elsewhere = urlsplit(self._url).hostname not in LOOPBACK
+        address = urlsplit(self._url)
+        # A proxy for the internet does not lead to this machine. Its certificates may be one's own.
+        elsewhere = address.hostname not in LOOPBACK
+        own_certificates = elsewhere or address.scheme == "https"
         limits = httpx.Limits(max_connections=self._config.concurrency)
         try:
             return httpx.Client(
-                headers=headers, timeout=self._config.timeout_s, trust_env=elsewhere, limits=limits
+                headers=headers,
+                timeout=self._config.timeout_s,
+                trust_env=elsewhere,
+                limits=limits,
+                verify=httpx.create_ssl_context(trust_env=own_certificates),
             )
         except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
             raise ConfigError(
@@ -265,6 +277,9 @@ class EndpointJudge:
             return _Again(waited, paid=not unsent)
         except httpx.RequestError as error:
             reason = self._shown(first_line(error))
+            for fault, remedy in FUTILE.items():
+                if fault in reason:
+                    raise RunError(f"judge.endpoint: {self._url}: {reason} ({remedy})") from error
             return _Again(reason, paid=not isinstance(error, httpx.ConnectError))
         if response.status_code == 200:
             return self._read(query, response)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from email.utils import formatdate
@@ -214,6 +216,39 @@ def test_an_environment_in_which_nothing_can_be_sent(monkeypatch: pytest.MonkeyP
         "URL('odd://127.0.0.1:9') (mend the variables of proxies and certificates in the "
         "environment)"
     )
+
+
+def test_a_certificate_that_nobody_has_signed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused at once, and can be named."""
+    file = tmp_path / "own.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-nodes", "-keyout", file, "-out", file.with_suffix(".crt"), "-subj", "/CN=judge"),
+            *("-addext", "subjectAltName=IP:127.0.0.1"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    file.write_text(file.read_text() + file.with_suffix(".crt").read_text())
+    with stub_judge(echo, certificate=file) as stub:
+        told = error_of(stub, [query("a")], retries=9)
+        assert re.sub(r" \(_ssl.*?\)", "", told) == (
+            f"judge.endpoint: {stub.url}: [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify "
+            "failed: self-signed certificate (name the file of its certificate in SSL_CERT_FILE)"
+        )
+        monkeypatch.setenv("SSL_CERT_FILE", str(file.with_suffix(".crt")))
+        assert ask(stub, [query("a")], retries=0)["a"].text == "said a"
+
+
+def test_a_server_without_tls() -> None:
+    with stub_judge(echo) as stub:
+        stub.url = stub.url.replace("http://", "https://")
+        told = error_of(stub, [query("a")], retries=9)
+    assert told.startswith(f"judge.endpoint: {stub.url}: [SSL")
+    assert told.endswith("(the server speaks no TLS: write http://)")
 
 
 @pytest.mark.parametrize(

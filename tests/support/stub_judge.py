@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import ssl
 import threading
 import time
 from collections import deque
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 Message = Mapping[str, str]
@@ -137,12 +139,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def stub_judge(decide: Decide, faults: Iterable[Fault] = (), **more: Any) -> Iterator[StubJudge]:
+def stub_judge(
+    decide: Decide, faults: Iterable[Fault] = (), certificate: Path | None = None, **more: Any
+) -> Iterator[StubJudge]:
     """Serve a judge on loopback within the block.
 
     Args:
         decide: maps the messages of a request to what is said.
         faults: what happens to the first requests instead.
+        certificate: a file with a certificate and its key, for https.
         more: other attributes of `StubJudge`.
     """
 
@@ -151,7 +156,11 @@ def stub_judge(decide: Decide, faults: Iterable[Fault] = (), **more: Any) -> Ite
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    url = f"http://127.0.0.1:{server.server_port}/v1"
+    if certificate:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    url = f"http{'s' * bool(certificate)}://127.0.0.1:{server.server_port}/v1"
     judge = Handler.judge = StubJudge(url, decide, deque(faults), **more)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

@@ -193,7 +193,7 @@ class AlpacaEval(Benchmark):
         values: Mapping[str, float],
         answers: Mapping[str, Answer],
     ) -> tuple[Figure, list[str]]:
-        """The length-controlled win rate, and a note if it is approximate."""
+        """The length-controlled win rate, and notes if it is approximate."""
         asked = {judgement.query.question for judgement in judgements}
         questions = [question.id for question in self.questions if question.id in asked]
         difficulty, gamed, note = self._difficulty()
@@ -206,6 +206,8 @@ class AlpacaEval(Benchmark):
             [difficulty[int(question)] for question in questions] if difficulty else None,
             gamed,
         )
+        if not found.converged:
+            note = [*note, UNCONVERGED]
         resampled = mean_figure(found.values, scale=1)
         if resampled.low is None or resampled.high is None:
             return Figure(found.win_rate), note
@@ -307,6 +309,11 @@ ESTIMATED = (
 SHORT = (
     "For published models that is 0.5 points in the median, and up to 17 where answers are much "
     "shorter than the baseline's."
+)
+UNCONVERGED = (
+    "lc_win_rate: verdicts are so few or one-sided that the fit has not converged within "
+    "alpaca_eval's 100 iterations, and another sample may give quite another figure: go by "
+    "win_rate."
 )
 SCALE = (
     "write 1 where output_1 is preferred, 2 where output_2 is, 1.5 for a draw, or a number between"

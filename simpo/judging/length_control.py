@@ -50,12 +50,14 @@ class LengthControlled:
         values: a value of each question, such that resampling their mean is, to first order,
             resampling the questions and fitting anew at the same strength of regularisation.
         weights: of tanh(std_delta_len), of the difficulty if there is one, and the constant.
+        converged: the fit ended before its limit of iterations, which is alpaca_eval's.
     """
 
     win_rate: float
     standard_error: float
     values: list[float]
     weights: list[float]
+    converged: bool
 
 
 def length_controlled(
@@ -88,29 +90,32 @@ def length_controlled(
         rows = np.concatenate([pulling, rows])
         targets = np.concatenate([[row.preference for row in gamed], targets])
         weights = np.concatenate([np.full(len(gamed), GAMED_WEIGHT), weights])
-    coefficients, strength = _fit(rows, targets, weights)
+    coefficients, converged = _fit(rows, targets, weights)
 
     at_equal = np.column_stack([np.zeros(len(lengths)), features[:, 1:]])
     predicted = _sigmoid(at_equal @ coefficients)
     values = predicted + _pulls(
-        coefficients, strength, (rows, weights), (features, known, wanted), (at_equal, predicted)
+        coefficients, (rows, weights), (features, known, wanted), (at_equal, predicted)
     )
     return LengthControlled(
         100 * float(predicted.mean()),
         100 * float(predicted.std(ddof=1)) / len(predicted) ** 0.5,
         (100 * values).tolist(),
         coefficients.tolist(),
+        converged,
     )
 
 
-def _fit(rows: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Coefficients [features] of the L1-regularised fit, and the strength C that was chosen.
+def _fit(rows: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Coefficients [features] of the L1-regularised fit at the strength that cross-validation
+    chooses, and whether it converged.
 
     A target between 0 and 1 is a row of each label, weighted by it; both are in the same fold.
     """
     import numpy as np
     import sklearn
-    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
     from sklearn.model_selection import GroupKFold
 
     doubled, groups = np.concatenate([rows, rows]), np.tile(np.arange(len(rows)), 2)
@@ -125,26 +130,29 @@ def _fit(rows: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> tuple[np
         of_label = chances[np.arange(len(labels)), labels]
         return float((sample_weight * np.log(of_label)).sum() / len(labels))
 
-    major, minor = map(int, sklearn.__version__.split(".")[:2])
-    model = LogisticRegressionCV(
+    is_new = tuple(map(int, sklearn.__version__.split(".")[:2])) >= (1, 8)
+    l1: dict[str, Any] = {"l1_ratio": 1.0} if is_new else {"penalty": "l1"}
+    same: dict[str, Any] = {"solver": "liblinear", "fit_intercept": False, "random_state": 123}
+    search = LogisticRegressionCV(
         cv=list(GroupKFold(FOLDS).split(doubled, labels, groups)),
         scoring=log_likelihood,
-        solver="liblinear",
-        fit_intercept=False,
-        random_state=123,
-        **({"l1_ratios": (1.0,)} if (major, minor) >= (1, 8) else {"penalty": "l1"}),
+        **({"l1_ratios": (1.0,)} if is_new else l1),
+        **same,
     )
-    # With routing a scorer would not be given the weights. The warnings are about names of
-    # attributes in coming versions; np.ravel reads C_ as an array and as a number.
+    # With routing a scorer would not be given the weights. The FutureWarnings are about names of
+    # attributes in coming versions; np.ravel reads C_ as an array and as a number. Strengths that
+    # are not chosen often end without convergence, which changes no figure.
     with sklearn.config_context(enable_metadata_routing=False), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        search.fit(doubled, labels, sample_weight=importance)
+        model = LogisticRegression(C=float(np.ravel(search.C_)[0]), **l1, **same)
         model.fit(doubled, labels, sample_weight=importance)
-    return model.coef_[0], float(np.ravel(model.C_)[0])
+    return model.coef_[0], bool(model.n_iter_.max() < model.max_iter)
 
 
 def _pulls(
     coefficients: np.ndarray,
-    strength: float,
     fitted: tuple[np.ndarray, np.ndarray],
     own: tuple[np.ndarray, np.ndarray, np.ndarray],
     predictions: tuple[np.ndarray, np.ndarray],

@@ -161,6 +161,23 @@ def test_figures_by_hand(checkout: Path) -> None:
     )
 
 
+def test_a_fit_that_has_not_converged_is_a_note(checkout: Path) -> None:
+    """A model that wins 3 of 8 has a length-controlled win rate of 0: lengths nearly tell wins."""
+    benchmark = open_alpaca_eval(settings(checkout))
+    own = answers(benchmark, ["y" * chars for chars in (1, 1, 1, 7, 6, 1, 7, 7)])
+    judgements = [
+        Judgement(query, Said(""), float(query.question in ("2", "5", "7")))
+        for query in benchmark.queries(own, both_orders=True)
+    ]
+    figures, notes = benchmark.figures(judgements, own)
+    assert (figures["lc_win_rate"].value, figures["win_rate"].value) == (pytest.approx(0), 37.5)
+    assert notes[-1] == (
+        "lc_win_rate: verdicts are so few or one-sided that the fit has not converged within "
+        "alpaca_eval's 100 iterations, and another sample may give quite another figure: go by "
+        "win_rate."
+    )
+
+
 def annotated(file: Path, preferences: list[Any], same: Sequence[int] = ()) -> Path:
     """An annotations.json about the first questions; outputs of `same` are the baseline's."""
     rows = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -195,3 +196,20 @@ def test_one_sided_preferences_are_near_the_win_rate(
     found = length_controlled(preferences, chars)
     assert found.win_rate == pytest.approx(100 * sum(preferences) / 20, abs=6)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("preferences", "chars", "converged"),
+    [
+        ([0, 1, 0, 0, 0, 1, 0, 1, 0], [9, 9, -1, 9, -3, 9, 1, 9, 9], False),  # needs 237 iterations
+        # Only at strengths that are not chosen is there no convergence.
+        ([0, 0, 1, 1, 0, 0], [6, -1, 8, -2, -3, 6], True),
+    ],
+)
+def test_a_fit_that_has_not_converged_is_told(
+    preferences: list[float], chars: list[int], converged: bool
+) -> None:
+    """And scikit-learn says nothing of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert length_controlled(preferences, chars).converged is converged

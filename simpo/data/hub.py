@@ -34,13 +34,13 @@ def go_offline_if_unreachable() -> None:
     constants.HF_HUB_OFFLINE = True
 
 
-def download(repo: str, revision: str | None, path: str) -> Path:
-    """Fetch a file, a folder or what a glob matches out of a data set, or take it from the cache.
+def download(repo: str, revision: str | None, *paths: str) -> Path:
+    """Fetch files, folders or what globs match out of a data set, or take them from the cache.
 
-    Returns: the local folder that stands for the data set.
+    Returns: the local folder that stands for the data set, of which all are of one commit.
 
     Raises:
-        ValueError: the data set has nothing at `path`.
+        ValueError: the data set has nothing at one of `paths`.
         Exception: of the library's many types, if the hub refuses or does not answer.
     """
     from huggingface_hub import constants, snapshot_download
@@ -48,13 +48,14 @@ def download(repo: str, revision: str | None, path: str) -> Path:
 
     go_offline_if_unreachable()
     # In patterns of the hub * matches across folders.
-    wanted = [path.replace("**/", "*"), f"{path}/*"]
+    wanted = [pattern for path in paths for pattern in (path.replace("**/", "*"), f"{path}/*")]
     folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted)
-    if not glob(path, root_dir=folder, recursive=True):
+    missing = [path for path in paths if not glob(path, root_dir=folder, recursive=True)]
+    if missing:
         if constants.HF_HUB_OFFLINE:
-            raise LocalEntryNotFoundError(path)
+            raise LocalEntryNotFoundError(missing[0])
         page = f"{constants.ENDPOINT}/datasets/{repo}/tree/{revision or 'main'}"
-        raise ValueError(f"the data set has no such file (look at {page})")
+        raise ValueError(f"the data set has no {missing[0]} (look at {page})")
     return Path(folder)
 
 

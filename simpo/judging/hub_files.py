@@ -34,10 +34,10 @@ def with_hub_files(run: RunConfig) -> RunConfig:
     if config.kind is BenchmarkKind.alpaca_eval:
         wanted = list(ALPACA_FILES)
     elif config.kind is BenchmarkKind.arena_hard:
-        folder = FOLDERS[config.name]
-        names = [config.baseline] if config.baseline else _baselines(folder)
-        answers = [f"data/{folder}/model_answer/{name}.jsonl" for name in names]
-        wanted = [f"data/{folder}/question.jsonl", *answers]
+        version = FOLDERS[config.name]
+        names = [config.baseline] if config.baseline else _baselines(version)
+        answers = [f"data/{version}/model_answer/{name}.jsonl" for name in names]
+        wanted = [f"data/{version}/question.jsonl", *answers]
     else:
         raise ConfigError(
             [f"benchmark.path: {config.name} is not read from the hub, got {config.path} (name a "
@@ -45,21 +45,20 @@ def with_hub_files(run: RunConfig) -> RunConfig:
         )  # fmt: skip
     _, repo, revision = found.groups()
     try:
-        folders = [hub.download(repo, revision, file) for file in wanted]
+        folder = hub.download(repo, revision, *wanted)
     except Exception as error:  # from the hub, its client or the network
         fault = hub.reason(error, f"datasets/{repo}")
         raise ConfigError([f"benchmark.path: {config.path} cannot be loaded: {fault}"]) from error
-    files = [str(folder / file) for folder, file in zip(folders, wanted, strict=True)]
     if config.kind is BenchmarkKind.arena_hard:
-        return replace(run, benchmark=replace(config, path=str(folders[0])))
-    baseline, difficulty, gamed = files
+        return replace(run, benchmark=replace(config, path=str(folder)))
+    baseline, difficulty, gamed = (str(folder / file) for file in wanted)
     difficulty, gamed = config.difficulty or difficulty, config.gamed or gamed
     here = replace(config, path=baseline, difficulty=difficulty, gamed=gamed)
     return replace(run, benchmark=here)
 
 
-def _baselines(folder: str) -> list[str]:
+def _baselines(version: str) -> list[str]:
     """The models that a version of Arena-Hard compares with; the first one's category is itself."""
-    if folder in BASELINES:
-        return [BASELINES[folder]]
+    if version in BASELINES:
+        return [BASELINES[version]]
     return [name for key, name in BASELINES.items() if key not in FOLDERS.values()]

@@ -722,6 +722,14 @@ def served(monkeypatch, tmp_path):
     hub.go_offline_if_unreachable.cache_clear()
 
 
+def test_several_files_of_the_hub_with_one_listing(served):
+    folder = hub.download("user/name", None, "data/a.jsonl", "data/sub")
+    assert (folder / "data/a.jsonl").is_file() and (folder / "data/sub/b.jsonl").is_file()
+    assert sum("/revision/" in path for path in served) == 1
+    with pytest.raises(ValueError, match=r"^the data set has no none\.csv "):
+        hub.download("user/name", None, "data/a.jsonl", "none.csv")
+
+
 def test_files_of_the_hub(served, monkeypatch):
     """Fetched one by one, read as local ones, and read again without a network."""
     root = "hf://datasets/user/name"
@@ -736,7 +744,7 @@ def test_files_of_the_hub(served, monkeypatch):
     assert read(f"{root}/data/sub", test_split=None) == ["b"]
     assert any("/revision/v1" in path for path in served)
     assert refusal(f"{root}/none.csv") == (
-        f"{root}/none.csv train: cannot be read: the data set has no such file (look at "
+        f"{root}/none.csv train: cannot be read: the data set has no none.csv (look at "
         f"{constants.ENDPOINT}/datasets/user/name/tree/main)"
     )
     served.clear()

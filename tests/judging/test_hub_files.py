@@ -15,21 +15,23 @@ from simpo.data import hub
 from simpo.judging.alpaca_eval import AlpacaEval
 from simpo.judging.benchmarks import open_benchmark
 
-Serve = Callable[[dict[str, str]], list[tuple[str, str | None, str]]]
+Asked = list[tuple[str, str | None, tuple[str, ...]]]
+Serve = Callable[[dict[str, str]], Asked]
 
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
     """Makes a hub of one data set with some texts by path; returns what is asked of it."""
-    asked: list[tuple[str, str | None, str]] = []
+    asked: Asked = []
 
-    def download(repo: str, revision: str | None, path: str) -> Path:
-        asked.append((repo, revision, path))
-        if not (tmp_path / path).is_file():
-            raise ValueError("the data set has no such file")
+    def download(repo: str, revision: str | None, *paths: str) -> Path:
+        asked.append((repo, revision, paths))
+        for path in paths:
+            if not (tmp_path / path).is_file():
+                raise ValueError(f"the data set has no {path}")
         return tmp_path
 
-    def filled(files: dict[str, str]) -> list[tuple[str, str | None, str]]:
+    def filled(files: dict[str, str]) -> Asked:
         for path, text in files.items():
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text(text)
@@ -56,7 +58,7 @@ def test_alpaca_eval(serve: Serve) -> None:
     assert benchmark.baseline_name == "gpt4_1106_preview"
     assert (list(benchmark.difficulty), len(benchmark.gamed)) == ([0.25], 1)
     files = ("alpaca_eval_gpt4_baseline.json", "instruction_difficulty.csv", "df_gamed.csv")
-    assert asked == [("tatsu-lab/alpaca_eval", None, file) for file in files]
+    assert asked == [("tatsu-lab/alpaca_eval", None, files)]
 
 
 def test_arena_hard_at_a_revision(serve: Serve) -> None:
@@ -68,8 +70,8 @@ def test_arena_hard_at_a_revision(serve: Serve) -> None:
     path = "benchmark.path='hf://datasets/lmarena-ai/arena-hard-auto@v1'"
     benchmark = open_benchmark(compose_run(["benchmark=arena_hard_v0.1", path]))
     assert benchmark.baseline["a"].turns == ("So.",)
-    repo = "lmarena-ai/arena-hard-auto"
-    assert asked == [(repo, "v1", f"{folder}/question.jsonl"), (repo, "v1", baseline)]
+    files = (f"{folder}/question.jsonl", baseline)
+    assert asked == [("lmarena-ai/arena-hard-auto", "v1", files)]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,8 @@ def test_arena_hard_at_a_revision(serve: Serve) -> None:
     [
         (
             ["benchmark=arena_hard_v2", "benchmark.path=me/arena"],
-            "benchmark.path: me/arena cannot be loaded: the data set has no such file",
+            "benchmark.path: me/arena cannot be loaded: the data set has no "
+            "data/arena-hard-v2.0/question.jsonl",
         ),
         (
             ["benchmark=mt_bench", "benchmark.path=me/mt"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from simpo.config.choices import BenchmarkKind
 from simpo.config.data_path import is_hub_id
@@ -35,7 +36,7 @@ def with_hub_files(run: RunConfig) -> RunConfig:
         wanted = list(ALPACA_FILES)
     elif config.kind is BenchmarkKind.arena_hard:
         version = FOLDERS[config.name]
-        names = [config.baseline] if config.baseline else _baselines(version)
+        names = _baselines(version, config.baseline)
         answers = [f"data/{version}/model_answer/{name}.jsonl" for name in names]
         wanted = [f"data/{version}/question.jsonl", *answers]
     else:
@@ -57,8 +58,10 @@ def with_hub_files(run: RunConfig) -> RunConfig:
     return replace(run, benchmark=here)
 
 
-def _baselines(version: str) -> list[str]:
-    """The models that a version of Arena-Hard compares with; the first one's category is itself."""
-    if version in BASELINES:
+def _baselines(version: str, given: str | None) -> list[str]:
+    """The models that a version of Arena-Hard compares with whose answers are on the hub."""
+    if given is not None:  # may be a file or a run here
+        return [] if Path(given).expanduser().exists() else [given]
+    if version in BASELINES:  # the only category is the version
         return [BASELINES[version]]
     return [name for key, name in BASELINES.items() if key not in FOLDERS.values()]

@@ -74,6 +74,17 @@ def test_arena_hard_at_a_revision(serve: Serve) -> None:
     assert asked == [("lmarena-ai/arena-hard-auto", "v1", files)]
 
 
+def test_answers_of_a_baseline_here_are_not_asked_for(serve: Serve, tmp_path: Path) -> None:
+    question = {"uid": "a", "category": "arena-hard-v0.1", "prompt": "Why?"}
+    asked = serve({"data/arena-hard-v0.1/question.jsonl": json.dumps(question)})
+    answer = {"uid": "a", "messages": [{"role": "assistant", "content": "Here."}]}
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps(answer))
+    words = ["benchmark=arena_hard_v0.1", "benchmark.path=me/arena", f"benchmark.baseline={file}"]
+    assert open_benchmark(compose_run(words)).baseline["a"].turns == ("Here.",)
+    assert asked == [("me/arena", None, ("data/arena-hard-v0.1/question.jsonl",))]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -73,8 +73,13 @@ def contestant(run: RunConfig, source: str) -> Contestant:
         place = Path(saved.run.run_dir).resolve()
         return Contestant(place.name, place / FOLDER / run.benchmark.name, saved, saved.run)
     folder = Path(source).expanduser()
-    name = folder.resolve().name if folder.is_dir() else source.replace("/", "__")
-    return Contestant(name, judged_folder(run, name), saved, None)
+    if not folder.is_dir():
+        name = source.replace("/", "__")
+        return Contestant(name, judged_folder(run, name), saved, None)
+    place = folder.resolve()
+    # Many models lie in a folder `model`.
+    own = f"{place.name}-{content_hash(str(place))[:8]}"
+    return Contestant(place.name, judged_folder(run, own), saved, None)
 
 
 def before_training(run: RunConfig, trained: Contestant) -> Contestant:

@@ -27,7 +27,7 @@ from simpo.judging.results import without_thoughts
 from simpo.judging.shapes import Query, Said
 from simpo.loop.train import train
 from simpo.run.files import read_results
-from simpo.run.judged import read_judged
+from simpo.run.judged import Judged, read_judged
 from simpo.run.runs import read_progress
 from tests.support.tiny_models import tiny_reward_model
 from tests.support.whole_runs import (
@@ -314,17 +314,30 @@ def test_a_run_of_several_processes_is_judged_in_one(
         judging.judge(run, [f"{folder}/a"])
 
 
+def test_models_in_folders_of_one_name(folder: Path, tmp_path: Path) -> None:
+    """A later command leaves the results of the other as they are."""
+    run = compose_run([*_data(folder), f"output_dir={tmp_path}", *ON_CPU])
+    found = {}
+    for name in "ab":
+        model = shutil.copytree(folder / name / "model", tmp_path / name / "model")
+        (judged,) = judging.judge(run, [str(model)])
+        found[name] = (judged, drawing.contestant(run, str(model)).folder)
+    for judged, place in found.values():
+        assert place.parent.name.startswith("model-") and place.parents[1] == tmp_path / "judged"
+        assert Judged.read(place / "judged.json") == judged
+    assert found["a"][0] != found["b"][0]
+
+
 def test_models_and_baselines_that_cannot_be_judged(folder: Path, tmp_path: Path) -> None:
     """Known before an answer is drawn, or a model trained."""
-    model = shutil.copytree(folder / "a" / "model", tmp_path / "one" / "same")
-    other = shutil.copytree(folder / "b" / "model", tmp_path / "two" / "same")
+    model = shutil.copytree(folder / "a" / "model", tmp_path / "same")
     run = compose_run([*_data(folder), f"output_dir={tmp_path}"])
     with pytest.raises(ConfigError) as caught:
-        judging.judge(run, [str(model), str(other)])
-    place = tmp_path / "judged" / "same" / "pairs"
+        judging.judge(run, [str(model), f"{tmp_path}/same/../same"])
+    place = drawing.contestant(run, str(model)).folder
     assert str(caught.value) == (
-        f"RUN: {model} and {other} both have their results in {place} (give one of them, or "
-        "rename one)"
+        f"RUN: {model} and {tmp_path}/same/../same both have their results in {place} (give one of "
+        "them, or rename one)"
     )
     run = compose_run([*_data(folder), f"benchmark.baseline={tmp_path}"])
     for attempt in (judging.check, lambda run: judging.judge(run, [f"{folder}/a"])):

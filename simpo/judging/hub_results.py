@@ -11,10 +11,9 @@ from pathlib import Path
 
 import yaml
 
+from simpo.report.hub_results import FOLDER
 from simpo.run.atomic import make_folder, write_text
 from simpo.run.judged import Judged
-
-FOLDER = ".eval_results"
 
 
 @dataclass(frozen=True)

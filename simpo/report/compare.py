@@ -35,6 +35,7 @@ class Comparison:
         metric, mode: the held-out metric by which they are compared.
         differing: settings that differ, by dotted key, with the value of each run.
         damaged: by name, runs whose folders cannot be read; their numbers are not used.
+        folders: that the user named, in and below which the runs are.
     """
 
     runs: list[Run]
@@ -43,6 +44,7 @@ class Comparison:
     mode: Mode
     differing: dict[str, list[Any]]
     damaged: dict[str, DamagedRun]
+    folders: Sequence[Path] = ()
 
     def monitored(self, index: int) -> float | None:
         """Value of `metric` of a run; None if it has none yet."""
@@ -252,13 +254,19 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
     paths = find_runs(folders)
     if not paths:
         raise ConfigError([f"DIR: no run in {', '.join(map(str, folders))} (no run.yaml below)"])
-    return comparison(*read_runs(paths), metric)
+    return comparison(*read_runs(paths), metric, folders)
 
 
 def comparison(
-    runs: Sequence[Run], damaged: Sequence[DamagedRun], metric: str | None = None
+    runs: Sequence[Run],
+    damaged: Sequence[DamagedRun],
+    metric: str | None = None,
+    folders: Sequence[Path] = (),
 ) -> Comparison:
     """Put runs that were read side by side; at least one.
+
+    Args:
+        folders: that the user named.
 
     Raises:
         ConfigError: no run has the metric.
@@ -279,6 +287,7 @@ def comparison(
         mode_of(metric, monitor),
         _differing(runs),
         {names[run.folder]: run for run in damaged},
+        folders,
     )
 
 

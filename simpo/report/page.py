@@ -15,6 +15,7 @@ from simpo.report.compare import Comparison, shared_facts, shared_settings
 from simpo.report.curves import panels
 from simpo.report.figures import held_out, sweep_map, swept
 from simpo.report.findings import findings
+from simpo.report.hub_results import CAPTION, others_figures
 from simpo.report.published import judged_note, published_tables, settings
 from simpo.run.runs import Run
 from simpo.run.tables import html_page
@@ -92,6 +93,8 @@ def content(report: Comparison) -> str:
         held_out=held_out(report, best),
         replies={index: rows for index in best if (rows := _replies(report.runs[index]))},
         detailed=best,
+        others=others_figures(report),
+        others_caption=CAPTION,
         published=published_tables(report.runs, report.names),
         judged_note=judged_note(report.runs),
         sources={name: setting.curves for name, setting in settings().items()},

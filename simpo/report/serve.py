@@ -69,7 +69,7 @@ class Source:
         try:
             if not runs and not damaged:
                 raise ConfigError(["no folder below it has a run.yaml"])
-            report = comparison(runs, damaged, self._metric)
+            report = comparison(runs, damaged, self._metric, self._folders)
             name, inside = title(report), content(report)
         except ConfigError as error:
             name, inside = "no run yet", waiting(self._folders, str(error))

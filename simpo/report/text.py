@@ -7,6 +7,7 @@ from typing import Any
 
 from simpo.report.compare import Comparison, averages
 from simpo.report.findings import between_groups, findings, pruned_note
+from simpo.report.hub_results import CAPTION, others_figures
 from simpo.report.published import judged_note, published_tables
 from simpo.run.runs import Progress, State
 from simpo.run.tables import SHOWN, markdown_table
@@ -49,6 +50,11 @@ def text(report: Comparison, width: int | None = None) -> str:
     for setting, published in published_tables(report.runs, report.names).items():
         lines += ["", f"published results of {setting}, in percent", *markdown_table(published)]
         lines += filter(None, [judged_note(report.runs)])
+    others, faults = others_figures(report)
+    if others:
+        table, hidden = _narrowed(others, width, 4)
+        lines += ["", CAPTION, *markdown_table(table), *_too_wide(hidden)]
+    lines += faults
     return "\n".join(lines) + "\n"
 
 

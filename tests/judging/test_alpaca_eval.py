@@ -170,7 +170,8 @@ def test_a_fit_that_has_not_converged_is_a_note(checkout: Path) -> None:
         for query in benchmark.queries(own, both_orders=True)
     ]
     figures, notes = benchmark.figures(judgements, own)
-    assert (figures["lc_win_rate"].value, figures["win_rate"].value) == (pytest.approx(0), 37.5)
+    assert figures["lc_win_rate"].value == pytest.approx(0)
+    assert figures["win_rate"].value == 37.5
     assert notes[-1] == (
         "lc_win_rate: verdicts are so few or one-sided that the fit has not converged within "
         "alpaca_eval's 100 iterations, and another sample may give quite another figure: go by "
@@ -310,8 +311,8 @@ def test_files_may_begin_with_a_byte_order_mark(checkout: Path) -> None:
     gamed.write_text("preference,std_delta_len,instruction_difficulty\n0.25,1.5,0.5\n")
     for file in [path for path in checkout.rglob("*") if path.is_file()]:
         file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
-    files = {"difficulty": str(difficulty), "gamed": str(gamed)}
-    benchmark = open_alpaca_eval(settings(checkout, **files))
+    run = settings(checkout, difficulty=str(difficulty), gamed=str(gamed))
+    benchmark = open_alpaca_eval(run)
     assert (list(benchmark.difficulty), benchmark.gamed) == ([0.5] * 8, [GamedRow(0.25, 1.5, 0.5)])
     assert benchmark.prompt[0] == {"role": "system", "content": "Judge."}
     assert benchmark.baseline["1"].turns == ("base x",)

@@ -234,7 +234,10 @@ def _how_to_read(found: Sequence[Judged]) -> str:
     unit = "points from 1 to 10" if has_points else "percent"
     if found[0].baseline:
         unit += ", a win rate of 50 is as good as the baseline"
-    return f"read   {unit}; in brackets 95 % intervals from resampled questions"
+    bounds = [figure.low for judged in found for figure in judged.figures.values()]
+    if any(low is not None for low in bounds):
+        unit += "; in brackets 95 % intervals from resampled questions"
+    return f"read   {unit}"
 
 
 def _names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:

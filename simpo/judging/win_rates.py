@@ -38,9 +38,11 @@ def notes_on_intervals(figures: Mapping[str, Figure], questions: int) -> list[st
     if missing:
         found.append(f"No interval of {', '.join(missing)}: all questions have the same value.")
     if questions < FEW:
+        are = "s are" if questions > 1 else " is"
+        narrow = f"intervals are too narrow below {FEW}, and "
+        shown = narrow if len(missing) < len(figures) else ""
         found.append(
-            f"{questions:,} questions are few: intervals are too narrow below {FEW}, and another "
-            "sample may show something else."
+            f"{questions:,} question{are} few: {shown}another sample may show something else."
         )
     return found
 

@@ -276,7 +276,7 @@ def _print_end(folder: Path, with_best: bool) -> None:
     report = compare([folder]) if with_best else None
     if report and report.best is not None:
         value = report.monitored(report.best)
-        print(f"best   {report.names[report.best]}: {report.metric} {value:.4f}")
+        print(f"best   {report.best_in_words()}: {report.metric} {value:.4f}")
     elif report:
         print(f"best   none: no finished run has {report.metric}")
     print(f"report python -m simpo.report {_shown(folder)}", flush=True)

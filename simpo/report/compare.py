@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, islice, takewhile
+from itertools import islice, takewhile
 from os.path import commonpath
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from simpo.config.choices import Mode
@@ -17,13 +18,15 @@ from simpo.config.errors import ConfigError
 from simpo.config.flat import settings, trajectory
 from simpo.config.schema import MonitorConfig, RunConfig
 from simpo.report.studies import Difference, by_bootstrap, half_width, holm
-from simpo.report.win_rates import WinRates, win_rates
+from simpo.report.win_rates import BEST, NAMED, TIED, WinRates, win_rates
 from simpo.run.best import mode_of
 from simpo.run.runs import DamagedRun, Run, State, find_runs, read_runs
 from simpo.run.tables import metric_labels
 
 # Settings of where a run is and how it is started are not compared.
 PLACES = ("name", "output_dir", "run_dir", "cache_dir", "launcher.")
+ALL = "all"
+"""Name of the only group, if runs differ in nothing else."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,29 @@ class Comparison:
         }
 
     @cached_property
+    def leaders(self) -> list[int]:
+        """Indices of the finished runs with the best value: several if they tie."""
+        best = max((self.mode.sign * value for value in self.known.values()), default=None)
+        return [index for index, value in self.known.items() if self.mode.sign * value == best]
+
+    @property
     def best(self) -> int | None:
-        """Index of the finished run with the best value; None if there is none."""
-        return max(self.known, key=lambda index: self.mode.sign * self.known[index], default=None)
+        """Index of the finished run with the best value, the first of several; None without."""
+        return next(iter(self.leaders), None)
+
+    def place(self, index: int) -> str:
+        """What to call a run that no other is ahead of; empty for another."""
+        if index not in self.leaders:
+            return ""
+        return BEST if len(self.leaders) == 1 else TIED
+
+    def best_in_words(self) -> str:
+        """The names of `leaders`, of which there is one at least."""
+        names = [self.names[index] for index in self.leaders]
+        if len(names) == 1:
+            return names[0]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        return f"{'; '.join(names[:NAMED])}{more} ({TIED})"
 
     @cached_property
     def behind_best(self) -> dict[int, Difference]:
@@ -87,22 +110,27 @@ class Comparison:
         if self.best is None:
             return {}
         best = self.runs[self.best]
-        own = best.scores[1].get(self.metric, [])
+        own = self._by_pair(best)
         others = [
             index
             for index, run in enumerate(self.runs)
             if index != self.best
             and run.progress.state is State.finished
             and run.held_out_fingerprint == best.held_out_fingerprint != ""
-            and len(run.scores[1].get(self.metric, [])) == len(own) > 1
+            and len(self._by_pair(run)) == len(own) > 1
         ]
-        scores = [self.runs[index].scores[1][self.metric] for index in others]
-        if not others or not all(map(math.isfinite, chain(own, *scores))):
+        if not others:
             return {}
+        scores = [self._by_pair(self.runs[index]) for index in others]
         behind = [
             [self.mode.sign * (a - b) for a, b in zip(own, other, strict=True)] for other in scores
         ]
         return dict(zip(others, holm(by_bootstrap(behind)), strict=True))
+
+    def _by_pair(self, run: Run) -> list[float]:
+        """`metric` of each held-out pair; empty if it is not known, or not finite, of one."""
+        values = run.scores[1].get(self.metric, [])
+        return values if all(map(math.isfinite, values)) else []
 
     @cached_property
     def judged(self) -> list[WinRates]:
@@ -158,7 +186,7 @@ class Comparison:
                 "total_steps": run.progress.total_steps,
                 "requeued": run.progress.requeued,
                 "note": run.progress.note,
-                "best": index == self.best,
+                "best": index in self.leaders,
                 **{key: run.metrics.get(key) for key in metrics},
                 **(self._behind(index) if self.behind_best else {}),
                 **{**no_judge, **judged[index]},
@@ -179,22 +207,27 @@ class Group:
     """Finished runs that differ in one setting alone, such as their seed.
 
     Attributes:
-        name: what the names of the runs have in common.
-        runs: each with its value of that setting.
+        name: what the runs have in common, by their names or else their settings; `ALL` if nothing
+            else differs.
+        runs: by their value of that setting, as repr gives it. Runs of one value are repeats.
     """
 
     name: str
-    runs: list[tuple[Any, Run]]
+    runs: dict[str, list[Run]]
+
+    def by_value(self, metric: str) -> dict[str, float]:
+        """The mean of a held-out metric over the repeats of each value whose runs all have it."""
+        return {
+            value: fmean(run.metrics[metric] for run in same)
+            for value, same in self.runs.items()
+            if all(metric in run.metrics for run in same)
+        }
 
     def metrics(self) -> dict[str, list[float]]:
-        """The held-out metrics that all runs have, with the value of each run."""
-        (_, first), *_ = self.runs
-        every = [run.metrics for _, run in self.runs]
-        return {
-            key: [metrics[key] for metrics in every]
-            for key in first.metrics
-            if all(key in metrics for metrics in every)
-        }
+        """The held-out metrics that all runs have, by `by_value`."""
+        (first, *_), *_ = self.runs.values()
+        found = {key: list(self.by_value(key).values()) for key in first.metrics}
+        return {key: values for key, values in found.items() if len(values) == len(self.runs)}
 
 
 def groups(report: Comparison, key: str) -> list[Group]:
@@ -209,20 +242,32 @@ def groups(report: Comparison, key: str) -> list[Group]:
     found: dict[str, Group] = {}
     for index, run in enumerate(report.runs):
         if run.progress.state is State.finished:
-            others = [repr(v[index]) for k, v in report.differing.items() if k != key]
-            name = re.sub(rf",?\b{re.escape(key)}=[^,/]*", "", report.names[index])
-            group = found.setdefault(",".join(others), Group(name, []))
-            group.runs.append((report.differing[key][index], run))
+            others = {k: v[index] for k, v in report.differing.items() if k != key}
+            name = _without(key, report.names[index], others)
+            group = found.setdefault(repr(others), Group(name, {}))
+            group.runs.setdefault(repr(report.differing[key][index]), []).append(run)
     return list(found.values())
+
+
+def _without(key: str, name: str, others: Mapping[str, Any]) -> str:
+    """The name of a run without the setting that differs within its group.
+
+    Args:
+        others: the other settings that differ between runs, which name it if its own name does not.
+    """
+    kept, count = re.subn(rf",{re.escape(key)}=[^,/]*|\b{re.escape(key)}=[^,/]*,?", "", name)
+    by_settings = ",".join(f"{k}={v}" for k, v in others.items())
+    return kept.strip("/") * bool(count) or by_settings or ALL
 
 
 def averages(report: Comparison, key: str) -> list[dict[str, Any]]:
     """A line for each group of runs that differ only in one setting, such as their seed.
 
     Returns:
-        Name of the group, number of its finished runs, and for each held-out metric that they all
-        have, the mean, minimum, maximum and half the interval of the mean: `metric`, `metric min`,
-        `metric max`, `metric +-` (None for a single run).
+        Name of the group, number of the values of the setting that its finished runs have, and for
+        each held-out metric that they all have, the mean over these values, minimum, maximum and
+        half the interval of the mean: `metric`, `metric min`, `metric max`, `metric +-` (None for a
+        single value).
 
     Raises:
         ConfigError: the runs do not differ in that setting.
@@ -232,7 +277,7 @@ def averages(report: Comparison, key: str) -> list[dict[str, Any]]:
         line: dict[str, Any] = {"runs": group.name, "number": len(group.runs)}
         for metric, values in group.metrics().items():
             line |= {
-                metric: sum(values) / len(values),
+                metric: fmean(values),
                 f"{metric} min": min(values),
                 f"{metric} max": max(values),
                 f"{metric} +-": half_width(values),

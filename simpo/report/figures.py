@@ -40,8 +40,8 @@ def swept(report: Comparison) -> list[str]:
 def sweep_map(report: Comparison) -> Figure | None:
     """The held-out metrics over the settings of `swept`, a view for each metric.
 
-    Runs with the same values of these settings, such as seeds, are averaged; pruned ones are left
-    out.
+    Runs with the same values of these settings, such as seeds, are averaged. Those that have not
+    finished count where no other has, with their newest evaluation; pruned ones do not.
     """
     axes = swept(report)
     shown = report.columns()
@@ -65,14 +65,20 @@ def sweep_map(report: Comparison) -> Figure | None:
 def _cells(
     report: Comparison, axes: Sequence[str], metric: str
 ) -> dict[tuple[float, ...], list[float]]:
-    """By the values of the axes, the metric of each run that has it."""
-    cells: dict[tuple[float, ...], list[float]] = {}
+    """By the values of the axes, the metric of each run that counts there."""
+    finished: dict[tuple[float, ...], list[float]] = {}
+    others: dict[tuple[float, ...], list[float]] = {}
     for index, run in enumerate(report.runs):
-        values = cells.setdefault(tuple(report.differing[key][index] for key in axes), [])
-        pruned = run.progress.state is State.pruned
-        if not pruned and math.isfinite(run.metrics.get(metric, math.nan)):
-            values.append(run.metrics[metric])
-    return cells
+        place = tuple(report.differing[key][index] for key in axes)
+        value, state = run.metrics.get(metric, math.nan), run.progress.state
+        for cells, counts in (
+            (finished, state is State.finished),
+            (others, state not in (State.finished, State.pruned)),
+        ):
+            values = cells.setdefault(place, [])
+            if counts and math.isfinite(value):
+                values.append(value)
+    return {place: values or others[place] for place, values in finished.items()}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -4,10 +4,11 @@ and which settings matter."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
-from simpo.report.compare import Comparison, Group, groups
+from simpo.report.compare import NAMED, Comparison, groups
 from simpo.report.studies import (
     Difference,
     by_t,
@@ -21,8 +22,6 @@ from simpo.run.tables import SHOWN
 FEWEST_RUNS = 4
 """Finished runs from which on the share of a setting is told."""
 MOST_SEEDS = 1000
-NAMED = 5
-"""Runs as good as the best that are named, the best of them."""
 
 
 def findings(report: Comparison) -> list[str]:
@@ -39,6 +38,17 @@ def pruned_note(report: Comparison) -> list[str]:
     return [f"{were} and count{'' if count > 1 else 's'} neither for the best nor in means"]
 
 
+def unfinished_note(report: Comparison) -> list[str]:
+    """A line about runs that are in no mean since they have not finished; nothing if all have."""
+    left = [run.progress.state for run in report.runs]
+    left = [state for state in left if state not in (State.finished, State.pruned)]
+    if not left:
+        return []
+    have = f"{len(left)} run{'s have' if len(left) > 1 else ' has'}"
+    states = ", ".join(f"{n} {state.value}" for state, n in Counter(left).items())
+    return [f"{have} not finished and count{'' if len(left) > 1 else 's'} in no mean ({states})"]
+
+
 def _ties(report: Comparison) -> list[str]:
     behind = report.behind_best
     if not behind or report.best is None:
@@ -46,13 +56,19 @@ def _ties(report: Comparison) -> list[str]:
     pairs = len(report.runs[report.best].scores[1][report.metric])
     how = f"{_label(report)} on the same {pairs} held-out pairs, bootstrap, p < 0.05 after Holm"
     ties = [report.names[i] for i in report.order if i in behind and not behind[i].clear]
+    left = len(report.known) - 1 - len(behind)
+    others = f"{left} finished run{'s were' if left > 1 else ' was'}"
+    lines = [f"{others} not compared: of other held-out pairs, or without numbers of each"]
     if not ties:
-        return [f"the best is better than each other run by more than chance ({how})"]
+        every = "each run that was compared" if left else "each other finished run"
+        found = f"the best is better than {every} by more than chance ({how})"
+        return [found, *lines[: bool(left)]]
     names = "; ".join(name.removeprefix(report.prefix) for name in ties[:NAMED])
     more = f" and {len(ties) - NAMED} more" if len(ties) > NAMED else ""
     return [
         f"{len(ties)} of {len(behind)} others are not worse than the best by more than chance "
-        f"({how}): {names}{more}"
+        f"({how}): {names}{more}",
+        *lines[: bool(left)],
     ]
 
 
@@ -75,7 +91,9 @@ def between_groups(report: Comparison, key: str) -> list[str]:
     setting that both have; with fewer than two of them they are not compared.
     """
     means = [
-        (group.name, means) for group in groups(report, key) if (means := _by_value(report, group))
+        (group.name, finite)
+        for group in groups(report, key)
+        if (finite := {k: v for k, v in group.by_value(report.metric).items() if math.isfinite(v)})
     ]
     if len(means) < 2:
         return []
@@ -85,22 +103,21 @@ def between_groups(report: Comparison, key: str) -> list[str]:
         for name, own in means
         if own is not best
     ]
+    few = [name for name, differences in behind if len(differences) < 2]
     behind = [(name, differences) for name, differences in behind if len(differences) > 1]
     compared = holm([by_t(differences) for _, differences in behind])
-    return [
-        f"{name or 'the others'} is behind {best_name or 'the others'} in {_label(report)} by "
+    lines = [
+        f"{name} is behind {best_name} in {_label(report)} by "
         f"{_in_words(key, difference, differences)}"
         for (name, differences), difference in zip(behind, compared, strict=True)
     ]
-
-
-def _by_value(report: Comparison, group: Group) -> dict[str, float]:
-    """The mean of `metric` at each value of the setting in which the runs of a group differ."""
-    found: dict[str, list[float]] = {}
-    for value, run in group.runs:
-        if math.isfinite(metric := run.metrics.get(report.metric, math.nan)):
-            found.setdefault(repr(value), []).append(metric)
-    return {value: fmean(values) for value, values in found.items()}
+    if few:
+        more = f" and {len(few) - NAMED} more" if len(few) > NAMED else ""
+        lines.append(
+            f"not compared with {best_name}, the best in {_label(report)}, for want of two values "
+            f"of {key} that both have: {'; '.join(few[:NAMED])}{more}"
+        )
+    return lines
 
 
 def _in_words(key: str, difference: Difference, differences: Sequence[float]) -> str:
@@ -110,6 +127,8 @@ def _in_words(key: str, difference: Difference, differences: Sequence[float]) ->
     told += f" ({len(differences)} values of {key}, p {difference.p:.2g} after Holm)"
     if difference.clear or difference.high is None:
         return told
+    if not difference.mean:
+        return f"{told}: no difference"
     wanted = seeds_needed(differences)
     about = f"about {wanted}" if wanted <= MOST_SEEDS else f"more than {MOST_SEEDS}"
     return f"{told}: not clear, a difference of this size needs {about} values"

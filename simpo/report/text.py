@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from simpo.report.compare import Comparison, averages
-from simpo.report.findings import between_groups, findings, pruned_note
+from simpo.report.findings import between_groups, findings, pruned_note, unfinished_note
 from simpo.report.hub_results import CAPTION, others_figures
 from simpo.report.published import judged_note, published_tables
 from simpo.run.runs import Progress, State
@@ -64,11 +64,10 @@ def _cells(report: Comparison, brief: bool) -> list[Cells]:
     columns = report.columns()
     for index in report.order:
         run = report.runs[index]
-        best = "best" if index == report.best else ""
         cells.append(
             {
                 "run": report.names[index].removeprefix(report.prefix),
-                **({} if len(report.runs) == 1 else {"": best}),
+                **({} if len(report.runs) == 1 else {"": report.place(index)}),
                 **{
                     label: f"{run.metrics[key]:.4f}" if key in run.metrics else ""
                     for key, label in columns.items()
@@ -177,7 +176,7 @@ def averages_text(report: Comparison, key: str, width: int | None = None) -> str
     notes = _too_wide(hidden)
     if any("±" in cell for line in lines for cell in map(str, line.values())):
         notes.append(f"±: interval of the mean over {key} at 95 %, by Student's t")
-    notes += [*between_groups(report, key), *pruned_note(report)]
+    notes += [*between_groups(report, key), *unfinished_note(report), *pruned_note(report)]
     return "\n".join([*markdown_table(lines), *notes, *damaged_lines(report)]) + "\n"
 
 

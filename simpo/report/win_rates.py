@@ -18,6 +18,8 @@ from simpo.run.runs import Run
 
 NAMED = 5
 """Runs that a note names at most."""
+BEST, TIED = "best", "tied for best"
+"""What a table calls a run that no other is ahead of."""
 VARYING = {"questions": "{} questions", "baseline": "against {}", "judge": "judged by {}"}
 """What a caption says if it is the same for all runs, and a column of the table if not."""
 BOUNDS = ("low", "high", "official_low", "official_high")
@@ -83,17 +85,29 @@ class WinRates:
         return [{key: line[key] for key in shown} for line in lines]
 
     def _behind(self, index: int) -> str:
+        words = [self._place(index)]
         if index in self.behind:
             found = self.behind[index]
-            return f"{in_words(found, _digits(self.judged[index]))}, p {found.p:.2g}"
-        is_best = any(index == best and others for best, *others in self.groups)
-        return "best" if is_best else ""
+            words += [in_words(found, _digits(self.judged[index])), f"p {found.p:.2g}"]
+        return ", ".join(filter(None, words))
+
+    def _place(self, index: int) -> str:
+        """What to call a run that no other of its group is ahead of; empty for another."""
+        (group,) = (group for group in self.groups if index in group)
+        best = [one for one in group if _main(self.judged[one]) == _main(self.judged[group[0]])]
+        if index not in best or len(group) == 1:
+            return ""
+        return BEST if len(best) == 1 else TIED
 
     def notes(self, names: Sequence[str]) -> list[str]:
         """Sentences about how to read the table, and what each run's judgement notes."""
-        found = ["(low to high): 95 % interval, by resampling questions"]
+        shown = (*self._figures(), *self.behind.values())
+        intervals = []
+        if any(one.low is not None for one in shown):
+            intervals.append("(low to high): 95 % interval, by resampling questions")
         if any(figure.official_low is not None for figure in self._figures()):
-            found[0] += "; official: as the benchmark's own script computes it"
+            intervals.append("official: as the benchmark's own script computes it")
+        found = ["; ".join(intervals)] if intervals else []
         if self.behind:
             found.append(
                 "behind the best: mean difference on the same questions, as judged (no control of "

@@ -57,11 +57,19 @@ def test_few_questions_without_a_difference() -> None:
     assert found.figures == {"win_rate": Figure(50.0), "pass_rate": Figure(0.0)}
     assert found.notes == [
         "No interval of win rate, pass rate: all questions have the same value.",
-        "4 questions are few: intervals are too narrow below 30, and another sample may show "
-        "something else.",
+        "4 questions are few: another sample may show something else.",
         "2 of 4 answers are the baseline's, word for word: they draw, or show the judge's bias "
         "alone.",
     ]
+
+
+def test_one_question_and_few_with_an_interval() -> None:
+    one, two = (judged("stub", ["no"] * n, ["yes"] * n, [1, 0][:n]) for n in (1, 2))
+    assert one.notes[-1] == "1 question is few: another sample may show something else."
+    assert two.notes[-1] == (
+        "2 questions are few: intervals are too narrow below 30, and another sample may show "
+        "something else."
+    )
 
 
 def test_how_to_read(tmp_path: Path) -> None:
@@ -71,3 +79,5 @@ def test_how_to_read(tmp_path: Path) -> None:
         "read   percent, a win rate of 50 is as good as the baseline; in brackets 95 % intervals "
         "from resampled questions",
     ]
+    shown = result_lines([judged("stub", ["A"], ["c"], [1])], [tmp_path])
+    assert shown[4] == "read   percent, a win rate of 50 is as good as the baseline"

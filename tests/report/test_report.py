@@ -337,7 +337,7 @@ def test_averages_fit_a_terminal(tmp_path: Path) -> None:
     whole, *_ = averages_text(report, "train.seed").splitlines()
     labels = [label.strip() for label in whole.split("|")[1:-1]]
     assert labels[:4] == ["runs", "number", "accuracy", "loss"] and len(labels) > 4
-    for width, columns in ((80, 4), (100, 6)):
+    for width, columns in ((80, 5), (100, 6)):
         lines = averages_text(report, "train.seed", width).splitlines()
         head, rule, *rows = lines[:4]
         assert [label.strip() for label in head.split("|")[1:-1]] == labels[:columns]

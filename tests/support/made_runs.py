@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
@@ -169,3 +172,25 @@ def judge(
     place.mkdir(parents=True)
     found.write(place)
     return found
+
+
+def study(folder: Path, right: dict[str, list[int]]) -> None:
+    """Finished runs, each right on that many of 200 held-out pairs with each of its seeds."""
+    for name, numbers in right.items():
+        for seed, number in enumerate(numbers):
+            run = make(folder / f"loss.beta={name},train.seed={seed}", float(name), seed=seed)
+            order = np.random.default_rng(seed).permutation(200)
+            file = run / "held_out" / "step-000040.csv"
+            lines = [("pair", "rewards/accuracies")]
+            lines += [(f"p{pair}", str(float(order[pair] < number))) for pair in range(200)]
+            with file.open("w") as table:
+                csv.writer(table).writerows(lines)
+            (run / "data.json").write_text('{"test_fingerprint": "pairs"}')
+            metrics = (run / "metrics.jsonl").read_text()
+            accuracy = number / 200
+            *others, last = metrics.splitlines()
+            changed = json.loads(last) | {"eval/rewards/accuracies": accuracy}
+            (run / "metrics.jsonl").write_text("\n".join([*others, json.dumps(changed), ""]))
+            results = json.loads((run / "results.json").read_text())
+            results["eval_after"]["rewards/accuracies"] = accuracy
+            (run / "results.json").write_text(json.dumps(results))

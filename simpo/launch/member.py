@@ -26,7 +26,7 @@ from simpo.config.errors import INTERRUPTED, DamagedError, Pruned, SimpoError, S
 from simpo.launch.start import start
 from simpo.run import slurm
 from simpo.run.atomic import write_json
-from simpo.run.files import last_job, status_or_none
+from simpo.run.files import PRUNING, last_job, status_or_none
 from simpo.run.processes import die_with_parent, end_process
 from simpo.run.progress import print_all_letters
 from simpo.run.runs import note_job
@@ -86,11 +86,18 @@ def work_in_job(folder: Path, work: Callable[[], tuple[int, bool]]) -> NoReturn:
 def run_member(folder: Path) -> tuple[int, bool]:
     """Train or continue the run of a folder; errors are printed.
 
+    A run that was pruned stays so: Slurm may start it again, such as after the loss of its node.
+    Who wants it whole removes pruning.json first.
+
     Returns:
         The exit code, and whether a signal other than SIGINT stopped it after saving.
     """
 
     def work() -> None:
+        status = status_or_none(folder)
+        if status.get("state") == "pruned" and (folder / PRUNING).exists():
+            print(f"stays pruned: {status.get('error')}", flush=True)
+            return
         run = replace(load_run(folder / "run.yaml"), run_dir=str(folder.absolute()))
         hide_unused(run)
         start(run, own_process=True)

@@ -121,6 +121,24 @@ def test_a_job_is_requeued_if_it_was_stopped_alone(
     assert not (tmp_path / "status.json").exists()
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_pruned_member_that_is_started_again(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slurm requeues the job of a lost node; a sweep without a pruner wants the run whole."""
+    started = []
+    monkeypatch.setattr("simpo.launch.member.start", lambda *_, **__: started.append("run"))
+    (tmp_path / "run.yaml").write_text(run_yaml(compose_run([])))
+    status = '{"state": "pruned", "step": 3, "total_steps": 6, "error": "Pruned: hopeless"}'
+    (tmp_path / "status.json").write_text(status)
+    if not whole:
+        (tmp_path / PRUNING).write_text(Pruning(Pruner.median, 3, 0).text())
+    assert run_member(tmp_path) == (0, False)
+    assert started == ["run"] * whole
+    assert capsys.readouterr().out == "stays pruned: Pruned: hopeless\n" * (not whole)
+    assert (tmp_path / "status.json").read_text() == status
+
+
 FEW = ["hydra.sweeper.num_trials=5", "loss.beta=interval(1,2)"]
 REFUSED = [
     (

@@ -339,6 +339,34 @@ def test_models_are_judged_at_the_end(
     assert f"best   train.seed={best + 1}: win_rate {rates[best]:.4f}" in output
 
 
+def test_a_pruned_member_stays_pruned(tiny_run: list[str], tmp_path: Path) -> None:
+    """A search prunes a job; Slurm then starts it again, as after the loss of its node."""
+    pytest.importorskip("optuna")
+    sweep = tmp_path / "sweep"
+    words = ["-m", *tiny_run, "sample.num_prompts=0", "monitor.metric=loss", "monitor.mode=min"]
+    words += ["launcher=slurm", "launcher.wait=true", "launcher.poll_s=0.5"]
+    # With this seed the last two are 0.01 and 3.
+    words += ["hydra/sweeper=optuna", "train.learning_rate=0.001,0.002,0.01,3"]
+    words += [f"launcher.sweep_dir={sweep}"]
+    words += ["hydra.sweeper.seed=44", "hydra.sweeper.num_trials=4"]
+    words += ["hydra.sweeper.trials_at_once=2", "hydra.sweeper.pruner=median"]
+    output = run([*words, "hydra.sweeper.startup_trials=2"])
+    pruned = sweep / "train.learning_rate=3"
+    assert "train.learning_rate=3  pruned, step 3 of 6: Pruned: loss " in output
+    assert "\ntrials 2 of 4, 0 pruned\n" in output and "\ntrials 4 of 4, 1 pruned\n" in output
+    assert "\nbest   train.learning_rate=0.01: loss " in output
+    status, metrics = ((pruned / name).read_text() for name in ("status.json", "metrics.jsonl"))
+
+    until(lambda: not remains_of(pruned), "the end of the job, a moment after the run's")
+    slurm_command("scontrol", "requeue", job_of(pruned))
+    until(lambda: read_progress([pruned])[0].requeued == 1, "the requeue")
+    until(lambda: ended(pruned), "the end of its second life")
+    assert read_progress([pruned])[0].text() == "pruned, step 3 of 6, requeued 1 time"
+    assert (pruned / "status.json").read_text() == status
+    assert (pruned / "metrics.jsonl").read_text() == metrics
+    assert log_of(pruned).endswith(f"\nstays pruned: {json.loads(status)['error']}\n")
+
+
 def test_what_is_submitted_stays_as_it_was(tiny_run: list[str], tmp_path: Path) -> None:
     """A choice that is edited while its run waits in the queue; and how a waiting run looks."""
     folder, menu = tmp_path / "run", tmp_path / "menu"

@@ -94,6 +94,7 @@ class EndpointJudge:
         self._url = config.endpoint.rstrip("/")
         self.identity = content_hash([self._url, self.name])
         self._config = config
+        self._spent_usd = 0.0  # of all calls: the limit is that of a command
         self._secret = _secret(config.key_env)
         self._length_key = "max_tokens"
         self._client().close()
@@ -128,18 +129,18 @@ class EndpointJudge:
         done: SimpleQueue[tuple[_Try, _Outcome]],
     ) -> Iterator[tuple[Query, Said | Unanswered]]:
         fresh, paused = deque(_Try(0.0, query) for query in queries), list[_Try]()
-        in_flight, spent_usd, worst_usd = 0, 0.0, 0.0
+        in_flight, worst_usd = 0, 0.0
         fault: Exception | None = None
         while True:
             blocked = False
             while fault is None and (next_one := self._next(fresh, paused, in_flight)):
                 worst = self._worst_usd(next_one.query)
                 limit = self._config.limit_usd
-                blocked = limit is not None and spent_usd + worst_usd + worst > limit
+                blocked = limit is not None and self._spent_usd + worst_usd + worst > limit
                 if blocked:
                     if not in_flight:
                         left = len(fresh) + len(paused)
-                        fault = self._over_limit(spent_usd, left, len(queries))
+                        fault = self._over_limit(left, len(queries))
                     break
                 (heapq.heappop(paused) if paused and paused[0] is next_one else fresh.popleft())
                 in_flight, worst_usd = in_flight + 1, worst_usd + worst
@@ -156,12 +157,13 @@ class EndpointJudge:
             worst = self._worst_usd(tried.query)
             in_flight, worst_usd = in_flight - 1, worst_usd - worst
             if isinstance(outcome, Said | Unanswered):
-                spent_usd += self._paid_usd(outcome, worst) if isinstance(outcome, Said) else 0.0
+                if isinstance(outcome, Said):
+                    self._spent_usd += self._paid_usd(outcome, worst)
                 yield tried.query, outcome
             elif isinstance(outcome, Exception):
                 fault = fault or outcome
             else:
-                spent_usd += worst * outcome.paid
+                self._spent_usd += worst * outcome.paid
                 if tried.tried < self._config.retries:
                     heapq.heappush(paused, self._later(tried, outcome))
                 elif outcome.malformed:
@@ -199,10 +201,10 @@ class EndpointJudge:
             return worst
         return cost_usd(self._config, said.input_tokens, said.output_tokens) or 0.0
 
-    def _over_limit(self, spent_usd: float, left: int, count: int) -> RunError:
-        limit = self._config.limit_usd
+    def _over_limit(self, left: int, count: int) -> RunError:
+        limit, spent = self._config.limit_usd, self._spent_usd
         return RunError(
-            f"judge.limit_usd: the next request could exceed {limit:g} USD, {spent_usd:.2f} are "
+            f"judge.limit_usd: the next request could exceed {limit:g} USD, {spent:.2f} are "
             f"spent; {left:,} of {count:,} queries are left ({KEPT}: raise it, and the same "
             "command goes on)"
         )

@@ -444,6 +444,17 @@ def test_nothing_is_sent_that_could_exceed_the_limit() -> None:
     )
 
 
+def test_the_limit_is_that_of_all_models_of_a_command() -> None:
+    """The judge is asked about one model after another, and each time it spends."""
+    with stub_judge(echo) as stub:
+        judge = judge_of(stub, limit_usd=70, concurrency=1, **PRICE)
+        assert len(list(judge.answers([query("a")]))) == 1  # costs 4
+        assert len(list(judge.answers([query("b")]))) == 1  # 4 + 65 <= 70
+        with pytest.raises(RunError, match=r"exceed 70 USD, 8\.00 are spent; 1 of 1 queries"):
+            list(judge.answers([query("c")]))
+    assert len(stub.seen) == 2
+
+
 def test_what_may_have_been_paid_counts() -> None:
     """An answer that did not arrive in time, or without a count, counts with its worst case."""
     with stub_judge(echo, [Fault(wait_s=1)]) as stub:

@@ -208,12 +208,15 @@ class AlpacaEval(Benchmark):
         )
         if not found.converged:
             note = [*note, UNCONVERGED]
+        elif not any(found.weights[1:]):
+            note = [*note, f"lc_win_rate is 50: in {len(values):,} questions {SHRUNK}."]
         resampled = mean_figure(found.values, scale=1)
         if resampled.low is None or resampled.high is None:
             return Figure(found.win_rate), note
         shift = found.win_rate - resampled.value
         figure = Figure(found.win_rate, resampled.low + shift, resampled.high + shift)
-        return _official(figure, found.standard_error), note
+        # Without difficulty all predictions are the same, and their standard error says nothing.
+        return (_official(figure, found.standard_error) if difficulty else figure), note
 
     def _difficulty(self) -> tuple[Sequence[float], Sequence[GamedRow], list[str]]:
         """Difficulty by question, gamed rows, and what is approximate about them."""
@@ -314,6 +317,10 @@ UNCONVERGED = (
     "lc_win_rate: verdicts are so few or one-sided that the fit has not converged within "
     "alpaca_eval's 100 iterations, and another sample may give quite another figure: go by "
     "win_rate."
+)
+SHRUNK = (
+    "the regularised regression finds no more than the effect of length, or nothing, so it says "
+    "nothing about the model"
 )
 SCALE = (
     "write 1 where output_1 is preferred, 2 where output_2 is, 1.5 for a draw, or a number between"

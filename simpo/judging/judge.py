@@ -81,6 +81,8 @@ def judge(run: RunConfig, sources: Sequence[str]) -> list[Judged]:
     found, folders = [], [contest.folder for contest in contests]
     for contest in contests:
         benchmark, answers = contest.benchmark, contest.answers
+        if len(contests) > 1:
+            say(f"judging the answers of {contest.name} ...")
         judgements = judgements_of(run, benchmark, asked, answers)
         name = asked.name if asked is not None else "programs"
         judged = judged_as(run, benchmark, contest.name, name, answers, judgements, contest.notes)

@@ -78,7 +78,14 @@ def open_pairs(run: RunConfig) -> Pairs:
                 "test_split of a source)"
             ]
         )
-    return Pairs(kept, run.benchmark.baseline or CHOSEN, run.benchmark.seed)
+    return Pairs(kept, _named(run.benchmark.baseline or CHOSEN), run.benchmark.seed)
+
+
+def _named(baseline: str) -> str:
+    """A folder by its whole path: however it was written, runs compared with it are comparable."""
+    folder = Path(baseline).expanduser()
+    is_word = baseline in (CHOSEN, BASE)
+    return str(folder.resolve()) if folder.is_dir() and not is_word else baseline
 
 
 class Pairs(Benchmark):

@@ -14,7 +14,8 @@ from simpo.judging import verdicts, win_rates
 from simpo.judging.shapes import Answer, Benchmark, Judge, Judgement, Query, Question, Reward, Said
 from simpo.on_policy.rewards import RULES
 from simpo.report.studies import by_bootstrap
-from simpo.run.judged import Figure, Judged
+from simpo.report.win_rates import as_judged, in_words, label, official_interval
+from simpo.run.judged import Judged
 from simpo.run.tables import markdown_table
 
 EXAMPLES = 3
@@ -204,40 +205,66 @@ def _cut(text: str) -> str:
 
 
 def result_lines(found: Sequence[Judged], folders: Sequence[Path]) -> list[str]:
-    """A table of models and their figures with 95 % intervals, and what to know about the judge."""
+    """A table of models and their figures with 95 % intervals, and what to know about the judge.
+
+    What is noted about all models is said once.
+    """
     names = _names([judged.model for judged in found], folders)
+    lines = [*markdown_table(_table(found, names)), "", _how_to_read(found, names)]
+    if len(found) == 1:
+        return [*lines, _about(found[0]), *map(_note, found[0].notes), f"folder {folders[0]}"]
+    common = [note for note in found[0].notes if all(note in judged.notes for judged in found)]
+    for name, judged, folder in zip(names, found, folders, strict=True):
+        own = [_note(note) for note in judged.notes if note not in common]
+        lines += [f"{name}:", *(f"  {line}" for line in (_about(judged), *own, f"folder {folder}"))]
+    return [*lines, *map(_note, common)]
+
+
+def _table(found: Sequence[Judged], names: Sequence[str]) -> list[dict[str, str]]:
+    """Figures by model. Of figures and models the more numerous are lines, so that it is narrow."""
     keys = dict.fromkeys(key for judged in found for key in judged.figures)
-    table = []
+    official = {
+        key for one in found for key, f in one.figures.items() if f.official_low is not None
+    }
+    head = f"{found[0].benchmark}, {'points' if _has_points(found) else 'percent'}"
+    by_model: dict[str, dict[str, str]] = {}
     for index, (name, judged) in enumerate(zip(names, found, strict=True)):
-        line = {found[0].benchmark: name}
-        line |= {key.replace("_", " "): _shown(judged.figures.get(key)) for key in keys}
+        line = by_model[name] = {}
+        for key in keys:
+            figure = judged.figures.get(key)
+            line[label(key)] = in_words(figure) if figure else "-"
+            if key in official:
+                line[f"{label(key)}, official"] = official_interval(figure) if figure else ""
         if len(found) > 1:
             line[f"minus {names[0]}"] = _difference(found[0], judged) if index else ""
         line["characters"] = _chars(judged)
-        table.append(line)
-    lines = [*markdown_table(table), "", _how_to_read(found)]
-    for name, judged, folder in zip(names, found, folders, strict=True):
-        lines += (
-            [*_about(judged), f"folder {folder}"]
-            if len(found) == 1
-            else [
-                f"{name}:",
-                *(f"  {line}" for line in (*_about(judged), f"folder {folder}")),
-            ]
-        )
-    return lines
+    if len(found) > len(by_model[names[0]]):
+        return [{head: name, **line} for name, line in by_model.items()]
+    rows = by_model[names[0]]
+    return [{head: row, **{name: line[row] for name, line in by_model.items()}} for row in rows]
 
 
-def _how_to_read(found: Sequence[Judged]) -> str:
-    """The unit of the figures, and what their intervals are."""
-    has_points = found[0].kind == BenchmarkKind.mt_bench.value
-    unit = "points from 1 to 10" if has_points else "percent"
+def _how_to_read(found: Sequence[Judged], names: Sequence[str]) -> str:
+    """The unit of the figures, and what their intervals and differences are, if there are some."""
+    parts = ["points from 1 to 10" if _has_points(found) else "percent"]
     if found[0].baseline:
-        unit += ", a win rate of 50 is as good as the baseline"
-    bounds = [figure.low for judged in found for figure in judged.figures.values()]
-    if any(low is not None for low in bounds):
-        unit += "; in brackets 95 % intervals from resampled questions"
-    return f"read   {unit}"
+        parts[0] += ", a win rate of 50 is as good as the baseline"
+    figures = [figure for judged in found for figure in judged.figures.values()]
+    if any(figure.low is not None for figure in figures):
+        parts.append("in brackets 95 % intervals from resampled questions")
+    if any(figure.official_low is not None for figure in figures):
+        parts.append("official: interval as the benchmark's own script computes it")
+    if len(found) > 1:
+        parts.append(f"minus {names[0]}: {as_judged(found[0])}")
+    return f"read   {'; '.join(parts)}"
+
+
+def _has_points(found: Sequence[Judged]) -> bool:
+    return found[0].kind == BenchmarkKind.mt_bench.value
+
+
+def _note(note: str) -> str:
+    return f"note   {note}"
 
 
 def _names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
@@ -246,17 +273,6 @@ def _names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
         name if names.count(name) == 1 else str(folder)
         for name, folder in zip(names, folders, strict=True)
     ]
-
-
-def _shown(figure: Figure | None) -> str:
-    if figure is None:
-        return "-"
-    text = f"{figure.value:.1f}"
-    if figure.low is not None and figure.high is not None:
-        text += f" ({figure.low:.1f} to {figure.high:.1f})"
-    if figure.official_low is not None and figure.official_high is not None:
-        text += f", official {figure.official_low:.1f} to {figure.official_high:.1f}"
-    return text
 
 
 def _difference(first: Judged, judged: Judged) -> str:
@@ -278,8 +294,8 @@ def _chars(judged: Judged) -> str:
     return " against ".join(texts)
 
 
-def _about(judged: Judged) -> list[str]:
-    """Lines about the judge, its biases and its price, and notes."""
+def _about(judged: Judged) -> str:
+    """The judge, its biases and its price."""
     parts = [f"{judged.questions:,} questions"]
     if judged.asked:  # none by programs
         parts.append(f"{judged.asked:,} judgements")
@@ -294,7 +310,4 @@ def _about(judged: Judged) -> list[str]:
         if value is not None:
             parts.append(text.format(value))
     against = f" against {judged.baseline}" if judged.baseline else ""
-    return [
-        f"judge  {judged.judge}{against}: {', '.join(parts)}",
-        *(f"note   {note}" for note in judged.notes),
-    ]
+    return f"judge  {judged.judge}{against}: {', '.join(parts)}"

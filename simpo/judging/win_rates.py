@@ -14,6 +14,7 @@ from statistics import fmean
 from simpo.judging.shapes import Judgement
 from simpo.judging.shapes import by_question as by_question
 from simpo.report.studies import by_bootstrap
+from simpo.report.win_rates import label
 from simpo.run.judged import Figure
 
 PERCENT = 100.0
@@ -34,9 +35,12 @@ def mean_figure(values: Sequence[float], scale: float = PERCENT) -> Figure:
 def notes_on_intervals(figures: Mapping[str, Figure], questions: int) -> list[str]:
     """Sentences about intervals that are missing, or say too little."""
     found = []
-    missing = [key.replace("_", " ") for key, figure in figures.items() if figure.low is None]
+    missing = [label(key) for key, figure in figures.items() if figure.low is None]
     if missing:
-        found.append(f"No interval of {', '.join(missing)}: all questions have the same value.")
+        found.append(
+            f"No interval of {', '.join(missing)}: any sample of these questions gives the same "
+            "value."
+        )
     if questions < FEW:
         are = "s are" if questions > 1 else " is"
         narrow = f"intervals are too narrow below {FEW}, and "

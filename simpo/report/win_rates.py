@@ -101,18 +101,10 @@ class WinRates:
 
     def notes(self, names: Sequence[str]) -> list[str]:
         """Sentences about how to read the table, and what each run's judgement notes."""
-        shown = (*self._figures(), *self.behind.values())
-        intervals = []
-        if any(one.low is not None for one in shown):
-            intervals.append("(low to high): 95 % interval, by resampling questions")
-        if any(figure.official_low is not None for figure in self._figures()):
-            intervals.append("official: as the benchmark's own script computes it")
-        found = ["; ".join(intervals)] if intervals else []
+        found = [self._how_to_read()]
         if self.behind:
-            found.append(
-                "behind the best: mean difference on the same questions, as judged (no control of "
-                "length or style); p after Holm"
-            )
+            best = self.judged[self.groups[0][0]]
+            found.append(f"behind the best: {as_judged(best)}; p after Holm")
         if len(self.groups) > 1:
             whose = (self.judged[group[0]] for group in self.groups)
             found.append(
@@ -129,8 +121,18 @@ class WinRates:
             found.append(whose_note + note)
         return found
 
-    def _figures(self) -> list[Figure]:
-        return [figure for one in self.judged.values() for figure in one.figures.values()]
+    def _how_to_read(self) -> str:
+        """The unit of the figures, and what their intervals are, if they have some."""
+        ones = list(self.judged.values())
+        figures = [figure for one in ones for figure in one.figures.values()]
+        parts = ["points from 1 to 10" if _has_points(ones[0]) else "percent"]
+        if any(one.baseline for one in ones):
+            parts[0] += ", a win rate of 50 is as good as the baseline"
+        if any(one.low is not None for one in (*figures, *self.behind.values())):
+            parts.append("(low to high): 95 % interval, by resampling questions")
+        if any(figure.official_low is not None for figure in figures):
+            parts.append("official: as the benchmark's own script computes it")
+        return "; ".join(parts)
 
     def columns(self, index: int) -> dict[str, Any]:
         """What is known of a run for other programs, by column, but for the figures' own values."""
@@ -203,6 +205,15 @@ def _has_points(one: Judged) -> bool:
     return one.kind == BenchmarkKind.mt_bench.value
 
 
+def as_judged(one: Judged) -> str:
+    """What the difference between two models is: it need not be that of their figures."""
+    told = {
+        BenchmarkKind.alpaca_eval.value: " (no control of length)",
+        BenchmarkKind.arena_hard.value: " (no control of style, and >> counts as >)",
+    }
+    return f"mean difference on the same questions, as judged{told.get(one.kind, '')}"
+
+
 def label(key: str) -> str:
     """The key of a figure in words."""
     return key.replace("_", " ").replace("lc ", "LC ")
@@ -229,10 +240,12 @@ def _figure(one: Judged, key: str) -> str:
 
 
 def _official(one: Judged, key: str) -> str:
-    if key not in one.figures:
-        return ""
-    figure = one.figures[key]
-    return _bounds(figure.official_low, figure.official_high, _digits(one)).strip("()")
+    return official_interval(one.figures[key], _digits(one)) if key in one.figures else ""
+
+
+def official_interval(figure: Figure, digits: int = 1) -> str:
+    """The interval of the benchmark's own script; empty without one: 42.1 to 47.3."""
+    return _bounds(figure.official_low, figure.official_high, digits).strip("()")
 
 
 def _percent(share: float | None) -> str:

@@ -21,6 +21,7 @@ from simpo.judging import alpaca_eval, alpaca_files
 from simpo.judging.alpaca_eval import AlpacaEval, open_alpaca_eval, paper_temperature
 from simpo.judging.length_control import GamedRow
 from simpo.judging.shapes import Answer, Judgement, Query, Said
+from simpo.run.judged import Figure
 
 CLONE = "git clone https://github.com/tatsu-lab/alpaca_eval"
 PROMPT = (
@@ -236,6 +237,32 @@ def test_preferences_as_alpaca_eval_writes_them(
     file = annotated(checkout / "annotations.json", preferences, same)
     *_, judgements = open_alpaca_eval(settings(checkout)).read_annotations(file)
     assert [judgement.value for judgement in judgements] == values
+
+
+def test_a_regression_that_leaves_nothing_is_said(checkout: Path) -> None:
+    """Wins of both in turns: L1 leaves no constant, so 50 is no finding, and no other note says
+    that all questions were equal. The predictions are all the same, so the official interval of
+    width 0 is not shown either."""
+
+    def found(values: list[float]) -> tuple[Figure, list[str]]:
+        benchmark = open_alpaca_eval(settings(checkout / "results/other/model_outputs.json"))
+        own = answers(benchmark, ["a" * (9 - i) for i in range(8)])
+        judgements = [
+            Judgement(Query(str(i), 0, 0, (), 1, 1.0), Said(""), value)
+            for i, value in enumerate(values)
+        ]
+        figures, notes = benchmark.figures(judgements, own)
+        return figures["lc_win_rate"], notes
+
+    figure, notes = found([0.4, 0.6, 0.6, 0.4, 0.4, 0.6, 0.6, 0.4])
+    assert figure == Figure(50.0)
+    assert notes[-1] == (
+        "lc_win_rate is 50: in 8 questions the regularised regression finds no more than the "
+        "effect of length, or nothing, so it says nothing about the model."
+    )
+    figure, notes = found([0.9, 0.95, 0.9, 1, 0.9, 1, 0.95, 1])
+    assert figure.value > 60 and figure.low is not None and figure.official_low is None
+    assert not any("is 50" in note for note in notes)
 
 
 def test_baselines(checkout: Path, tmp_path: Path) -> None:

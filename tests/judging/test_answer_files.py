@@ -76,7 +76,7 @@ def test_files_that_cannot_be_judged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert refused(["base/typo", *alpaca], capsys) == "RUN: no such folder, got base/typo\n"
+    assert refused(["base/typo", *alpaca], capsys) == "RUN: no such folder or file, got base/typo\n"
     few = outputs(tmp_path / "few.json", "few", ["a", "b"], first=2)
     assert refused([str(few), *alpaca], capsys) == (
         f"{few}: no answer to 2 of 4 questions, such as 0 (benchmark.num_prompts takes the first "

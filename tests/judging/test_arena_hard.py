@@ -14,6 +14,7 @@ import pytest
 from simpo.config.benchmarks import BenchmarkConfig, JudgeConfig
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError
+from simpo.judging.arena_files import read_answers
 from simpo.judging.arena_hard import ArenaHard, open_arena_hard
 from simpo.judging.results import judged_as
 from simpo.judging.shapes import Answer, Judgement, Said
@@ -168,4 +169,11 @@ def test_faults(clone: Path) -> None:
     assert str(error.value) == (
         f"{data}/model_answer/base.jsonl: line 2: not an answer with uid and messages "
         "(copy the file again)"
+    )
+    outputs = data / "model_outputs.json"
+    outputs.write_text('[{"instruction": "a", "output": "b"}]')
+    with pytest.raises(DataError) as error:  # a list, which has no lines
+        read_answers(outputs)
+    assert str(error.value) == (
+        f"{outputs}: not an answer with uid and messages (copy the file again)"
     )

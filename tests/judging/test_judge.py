@@ -86,6 +86,7 @@ def test_two_runs_by_rules(
     main(["judge", f"{folder}/a", f"{folder}/b", *SHORT, f"output_dir={tmp_path}"])
     shown = capsys.readouterr().out
     assert "minus a" in shown and "judge  rules against chosen: 16 questions" in shown
+    assert "judging the answers of a ...\njudging the answers of b ...\n" in shown
     held_out = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
     judged = read_judged(folder / "a")["pairs"]
     drawn = {
@@ -238,7 +239,7 @@ def test_commands_that_cannot_be_used(
         "loss.beta: does not matter to judging (leave it out)\n"
     )
     assert refused([f"{tmp_path}/none", "benchmark=pairs"], capsys) == (
-        f"RUN: no such folder, got {tmp_path}/none\n"
+        f"RUN: no such folder or file, got {tmp_path}/none\n"
     )
     with pytest.raises(ConfigError) as caught:
         compose_run(["monitor.metric=win_rate"])
@@ -326,6 +327,16 @@ def test_models_in_folders_of_one_name(folder: Path, tmp_path: Path) -> None:
         assert place.parent.name.startswith("model-") and place.parents[1] == tmp_path / "judged"
         assert Judged.read(place / "judged.json") == judged
     assert found["a"][0] != found["b"][0]
+
+
+def test_a_baseline_is_the_same_however_its_folder_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs are compared in reports if their baselines have one name."""
+    monkeypatch.chdir(folder)
+    for written in (f"{folder}/a", f"{folder}/a/", "a", "b/../a"):
+        run = compose_run([*_data(folder), f"benchmark.baseline={written}"])
+        assert open_pairs(run).baseline_name == str((folder / "a").resolve())
 
 
 def test_models_and_baselines_that_cannot_be_judged(folder: Path, tmp_path: Path) -> None:

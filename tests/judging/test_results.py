@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from simpo.config.compose import compose_run
@@ -47,7 +48,7 @@ def test_the_highest_win_rate_by_rules() -> None:
         "is at most 62.5. The pass rate, or benchmark.baseline=base, shows whether training helped."
     ]
     assert judged("stub", ["NO"] * 40, ["YES"] * 40, [0.5, 0] * 20).notes == [
-        "No interval of pass rate: all questions have the same value."
+        "No interval of pass rate: any sample of these questions gives the same value."
     ]
     assert not judged("rules", ["NO", "no"] * 20, ["yes"] * 40, [1, 0.5] * 20).notes
 
@@ -56,7 +57,7 @@ def test_few_questions_without_a_difference() -> None:
     found = judged("stub", ["no"] * 4, ["no"] * 2 + ["yes"] * 2, [0.5] * 4)
     assert found.figures == {"win_rate": Figure(50.0), "pass_rate": Figure(0.0)}
     assert found.notes == [
-        "No interval of win rate, pass rate: all questions have the same value.",
+        "No interval of win rate, pass rate: any sample of these questions gives the same value.",
         "4 questions are few: another sample may show something else.",
         "2 of 4 answers are the baseline's, word for word: they draw, or show the judge's bias "
         "alone.",
@@ -73,11 +74,64 @@ def test_one_question_and_few_with_an_interval() -> None:
 
 
 def test_how_to_read(tmp_path: Path) -> None:
-    shown = result_lines([judged("stub", ["A", "b"], ["c", "d"], [1, 0])], [tmp_path])
-    assert shown[3:5] == [
+    """A line a figure; what the intervals and the difference are, where there are some."""
+    one = judged("stub", ["A", "b"], ["c", "d"], [1, 0])
+    few = "2 questions are few: intervals are too narrow below 30, and another sample may show"
+    assert result_lines([one], [tmp_path]) == [
+        "| pairs, percent | m                   |",
+        "|----------------|---------------------|",
+        "| win rate       | 50.0 (0.0 to 100.0) |",
+        "| pass rate      | 50.0 (0.0 to 100.0) |",
+        "| characters     | 1 against 1         |",
         "",
         "read   percent, a win rate of 50 is as good as the baseline; in brackets 95 % intervals "
         "from resampled questions",
+        "judge  stub against chosen: 2 questions, 2 judgements",
+        f"note   {few} something else.",
+        f"folder {tmp_path}",
     ]
-    shown = result_lines([judged("stub", ["A"], ["c"], [1])], [tmp_path])
-    assert shown[4] == "read   percent, a win rate of 50 is as good as the baseline"
+    none = replace(one, figures={"win_rate": Figure(50.0)})
+    assert result_lines([none], [tmp_path])[5] == (
+        "read   percent, a win rate of 50 is as good as the baseline"
+    )
+
+
+def compared(model: str, *notes: str) -> Judged:
+    figures = {"lc_win_rate": Figure(50.0), "win_rate": Figure(40.0, 30.0, 50.0, 35.0, 45.0)}
+    values = {str(number): 0.4 for number in range(40)}
+    chars = {"model": 9.0, "baseline": 8.0}
+    about = {"questions": 40, "asked": 40, "mean_chars": chars, "notes": list(notes)}
+    return Judged("alpaca_eval_2", "alpaca_eval", model, "gpt", "j", figures, values, **about)
+
+
+def test_several_models() -> None:
+    """What is noted about all of them is said once, and few models are columns, many lines."""
+    found = [compared("a", "All."), compared("b", "Own.", "All.")]
+    shown = result_lines(found, [Path("x"), Path("y")])
+    assert shown == [
+        "| alpaca_eval_2, percent | a                   | b                   |",
+        "|------------------------|---------------------|---------------------|",
+        "| LC win rate            | 50.0                | 50.0                |",
+        "| win rate               | 40.0 (30.0 to 50.0) | 40.0 (30.0 to 50.0) |",
+        "| win rate, official     | 35.0 to 45.0        | 35.0 to 45.0        |",
+        "| minus a                |                     | +0.0                |",
+        "| characters             | 9 against 8         | 9 against 8         |",
+        "",
+        "read   percent, a win rate of 50 is as good as the baseline; in brackets 95 % intervals "
+        "from resampled questions; official: interval as the benchmark's own script computes it; "
+        "minus a: mean difference on the same questions, as judged (no control of length)",
+        "a:",
+        "  judge  j against gpt: 40 questions, 40 judgements",
+        "  folder x",
+        "b:",
+        "  judge  j against gpt: 40 questions, 40 judgements",
+        "  note   Own.",
+        "  folder y",
+        "note   All.",
+    ]
+    many = result_lines([compared(name) for name in "abcdef"], [Path(name) for name in "abcdef"])
+    assert many[0].split("|")[1:3] == [
+        " alpaca_eval_2, percent ",
+        " LC win rate ",
+    ]
+    assert len(many[2:8]) == 6 and many[7].startswith("| f  ")

@@ -61,10 +61,10 @@ def test_a_table_and_paired_differences(tmp_path: Path) -> None:
     ]
     assert rows[2][3] == f"20.0 ({far.low:.1f} to {far.high:.1f}), p {far.p:.2g}"
     assert lines[begin + 6 :] == [
-        "(low to high): 95 % interval, by resampling questions; official: as the benchmark's own "
-        "script computes it",
-        "behind the best: mean difference on the same questions, as judged (no control of length "
-        "or style); p after Holm",
+        "percent, a win rate of 50 is as good as the baseline; (low to high): 95 % interval, by "
+        "resampling questions; official: as the benchmark's own script computes it",
+        "behind the best: mean difference on the same questions, as judged (no control of length); "
+        "p after Holm",
         "LC is approximate.",
     ]
     narrow = text(report, 80).splitlines()

@@ -81,7 +81,7 @@ def _not_there(source: str) -> str:
         return f"RUN: {source} is a link to nothing (mend it, or name what it should lead to)"
     if os.path.exists(path):
         return f"RUN: {source} is neither a folder nor a file (copy what it holds into a file)"
-    return f"RUN: no such folder, got {source}"
+    return f"RUN: no such folder or file, got {source}"
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:

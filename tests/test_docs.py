@@ -109,9 +109,12 @@ def test_lines_of_the_readme_are_short() -> None:
 
 def test_every_loss_is_in_the_docs() -> None:
     page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
-    lines = {name: line for line in page.splitlines() for name in re.findall(r"`(\w+)`", line)}
+    table = page[: page.index("\n\n- ")].splitlines()
+    lines = {name: line for line in table for name in re.findall(r"`(\w+)`", line)}
     for name, kind in LOSSES.items():
         loss, line = kind(), lines[name]
+        if name == "mix":  # what it needs depends on its parts
+            continue
         assert f"| {loss.sft_weight:g} | {'yes' if loss.needs_reference else 'no'} |" in line
         assert name == "sft" or f"`{loss.terms()[0]}`" in line
 

@@ -121,6 +121,37 @@ class LossConfig(ABC):
                 yield f"{key}: must be 0 or more, got {getattr(self, key)}{self.hints.get(key, '')}"
 
 
+@dataclass(kw_only=True)
+class LogisticLoss(LossConfig):
+    """A loss -log sigmoid(z) of how much the chosen response is preferred.
+
+    With label smoothing e, which assumes that a share e of the pairs has swapped labels:
+    -(1 - e) log sigmoid(z) - e log sigmoid(-z) (https://ericmitchell.ai/cdpo.pdf).
+    """
+
+    label_smoothing: float = 0.0
+    """Assumed share of pairs whose labels are swapped; below 0.5."""
+
+    def logistic(self, z: Tensor) -> Tensor:
+        """The loss of each pair, float32 [P], from z [P]."""
+        wrong = self.label_smoothing
+        return -(1 - wrong) * log_sigmoid(z) - wrong * log_sigmoid(-z)
+
+    def logistic_text(self, z: str, weight: float = 1.0) -> str:
+        """The loss as text, times a weight, from z as text."""
+        wrong, times = self.label_smoothing, f"{weight:g}*" * (weight != 1)
+        if not wrong:
+            return f"-{times}log sigmoid({z})"
+        return (
+            f"-{weight * (1 - wrong):g}*log sigmoid({z}) - {weight * wrong:g}*log sigmoid(-({z}))"
+        )
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if not 0 <= self.label_smoothing < 0.5:
+            yield f"label_smoothing: must be from 0 to below 0.5, got {self.label_smoothing}"
+
+
 def pair_losses(loss: LossConfig, logps: PairLogps) -> Tensor:
     """Preference loss of each pair, float32 [P], without the SFT term."""
     return loss.preference(logps).losses

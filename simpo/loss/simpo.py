@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from simpo.loss import AVERAGE, SUM, LossConfig, PairLogps, Preference, log_sigmoid
+from simpo.loss import AVERAGE, SUM, LogisticLoss, LossConfig, PairLogps, Preference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,35 +43,20 @@ class SimpoConfig(LossConfig):
 
 
 @dataclass(kw_only=True)
-class SigmoidConfig(SimpoConfig):
+class SigmoidConfig(LogisticLoss, SimpoConfig):
     """SimPO (https://arxiv.org/abs/2405.14734, eq. 4 and 6): -log sigmoid(z),
     z = beta * (l_w - l_l) - gamma, gamma = beta * gamma_beta_ratio.
-
-    With label smoothing e, which assumes that a share e of the pairs has swapped labels:
-    -(1 - e) log sigmoid(z) - e log sigmoid(-z) (https://ericmitchell.ai/cdpo.pdf).
     """
 
     name: str = "sigmoid"
-    label_smoothing: float = 0.0
-    """Assumed share of pairs whose labels are swapped; below 0.5."""
 
     def preference(self, logps: PairLogps) -> Preference:
         chosen, rejected, z = self.margin(logps)
-        wrong = self.label_smoothing
-        losses = -(1 - wrong) * log_sigmoid(z) - wrong * log_sigmoid(-z)
-        return Preference(losses, chosen, rejected)
+        return Preference(self.logistic(z), chosen, rejected)
 
     def terms(self) -> tuple[str, str]:
         z, meaning = self.margin_terms()
-        wrong = self.label_smoothing
-        if wrong:
-            return f"-{1 - wrong:g}*log sigmoid({z}) - {wrong:g}*log sigmoid(-({z}))", meaning
-        return f"-log sigmoid({z})", meaning
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if not 0 <= self.label_smoothing < 0.5:
-            yield f"label_smoothing: must be from 0 to below 0.5, got {self.label_smoothing}"
+        return self.logistic_text(z), meaning
 
 
 @dataclass(kw_only=True)
@@ -91,7 +75,7 @@ class HingeConfig(SimpoConfig):
 
 
 @dataclass(kw_only=True)
-class AlphaPoConfig(LossConfig):
+class AlphaPoConfig(LogisticLoss):
     """AlphaPO (https://arxiv.org/abs/2501.03884): -log sigmoid(r_w - r_l - gamma) with
     r = beta * (1 - p^-alpha) / alpha, p = exp(l); for alpha = 0 its limit, SimPO.
 
@@ -113,7 +97,7 @@ class AlphaPoConfig(LossConfig):
     def preference(self, logps: PairLogps) -> Preference:
         chosen, rejected = map(self._reward, (logps.average_chosen, logps.average_rejected))
         gamma = self.beta * self.gamma_beta_ratio
-        return Preference(-log_sigmoid(chosen - rejected - gamma), chosen, rejected)
+        return Preference(self.logistic(chosen - rejected - gamma), chosen, rejected)
 
     def _reward(self, average: Tensor) -> Tensor:
         bent = -(-self.alpha * average).expm1() / self.alpha if self.alpha else average
@@ -122,7 +106,8 @@ class AlphaPoConfig(LossConfig):
     def terms(self) -> tuple[str, str]:
         gamma = self.beta * self.gamma_beta_ratio
         reward = f"r = (1 - exp(-{self.alpha:g}*l))/{self.alpha:g}" if self.alpha else "r = l"
-        return f"-log sigmoid({self.beta:g}*(r_w - r_l) - {gamma:g})", f"{reward}, {AVERAGE}"
+        z = f"{self.beta:g}*(r_w - r_l) - {gamma:g}"
+        return self.logistic_text(z), f"{reward}, {AVERAGE}"
 
 
 @dataclass(kw_only=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from simpo.loss import REFERENCE, LossConfig, PairLogps, Preference, log_sigmoid
+from simpo.loss import REFERENCE, LogisticLoss, LossConfig, PairLogps, Preference
 
 
 @dataclass(kw_only=True)
-class DpoConfig(LossConfig):
+class DpoConfig(LogisticLoss):
     """DPO (https://arxiv.org/abs/2305.18290, eq. 7): -log sigmoid(beta * (h_w - h_l))."""
 
     needs_reference: ClassVar[bool] = True
@@ -21,11 +21,11 @@ class DpoConfig(LossConfig):
 
     def preference(self, logps: PairLogps) -> Preference:
         chosen, rejected = (self.beta * ratio for ratio in logps.log_ratios())
-        return Preference(-log_sigmoid(chosen - rejected), chosen, rejected)
+        return Preference(self.logistic(chosen - rejected), chosen, rejected)
 
     def terms(self) -> tuple[str, str]:
         meaning = f"h = summed token log-ratios of a response, {REFERENCE}"
-        return f"-log sigmoid({self.beta:g}*(h_w - h_l))", meaning
+        return self.logistic_text(f"{self.beta:g}*(h_w - h_l)"), meaning
 
 
 @dataclass(kw_only=True)
@@ -40,11 +40,11 @@ class LnDpoConfig(DpoConfig):
 
     def preference(self, logps: PairLogps) -> Preference:
         chosen, rejected = (self.beta * ratio for ratio in logps.average_log_ratios())
-        return Preference(-log_sigmoid(chosen - rejected), chosen, rejected)
+        return Preference(self.logistic(chosen - rejected), chosen, rejected)
 
     def terms(self) -> tuple[str, str]:
         meaning = f"h = mean token log-ratio of a response, {REFERENCE}"
-        return f"-log sigmoid({self.beta:g}*(h_w - h_l))", meaning
+        return self.logistic_text(f"{self.beta:g}*(h_w - h_l)"), meaning
 
 
 @dataclass(kw_only=True)
@@ -64,11 +64,35 @@ class RDpoConfig(DpoConfig):
         chosen, rejected = logps.log_ratios()
         chosen = self.beta * chosen + self.alpha * logps.chosen_tokens
         rejected = self.beta * rejected + self.alpha * logps.rejected_tokens
-        return Preference(-log_sigmoid(chosen - rejected), chosen, rejected)
+        return Preference(self.logistic(chosen - rejected), chosen, rejected)
 
     def terms(self) -> tuple[str, str]:
         meaning = f"h = summed token log-ratios of a response of n tokens, {REFERENCE}"
-        return f"-log sigmoid({self.beta:g}*(h_w - h_l) + {self.alpha:g}*(n_w - n_l))", meaning
+        z = f"{self.beta:g}*(h_w - h_l) + {self.alpha:g}*(n_w - n_l)"
+        return self.logistic_text(z), meaning
+
+
+@dataclass(kw_only=True)
+class DpoShiftConfig(DpoConfig):
+    """DPO-Shift (https://arxiv.org/abs/2502.07599): -log sigmoid(beta * (h_w - shift *
+    h_l)). With less weight on the rejected response, the chosen one loses less probability.
+    """
+
+    above_zero: ClassVar[tuple[str, ...]] = ("beta", "shift")
+
+    name: str = "dpo_shift"
+    shift: float = 0.75
+    """Weight of the rejected response's log-ratio, lambda of the paper (there 0.5 to 0.95); 1 is
+    DPO."""
+
+    def preference(self, logps: PairLogps) -> Preference:
+        chosen, rejected = (self.beta * ratio for ratio in logps.log_ratios())
+        rejected = self.shift * rejected
+        return Preference(self.logistic(chosen - rejected), chosen, rejected)
+
+    def terms(self) -> tuple[str, str]:
+        meaning = f"h = summed token log-ratios of a response, {REFERENCE}"
+        return self.logistic_text(f"{self.beta:g}*(h_w - {self.shift:g}*h_l)"), meaning
 
 
 @dataclass(kw_only=True)

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from simpo.loss import AVERAGE, SUM, LossConfig, PairLogps, Preference, log_sigmoid
+from simpo.loss import AVERAGE, SUM, LogisticLoss, LossConfig, PairLogps, Preference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(kw_only=True)
-class OrpoConfig(LossConfig):
+class OrpoConfig(LogisticLoss):
     """ORPO (https://arxiv.org/abs/2403.07691, eq. 6 and 7): -lambda * log sigmoid(log odds ratio),
     log odds = log(p / (1 - p)), p = exp(l). The paper adds the NLL of the chosen response.
     """
@@ -28,7 +28,7 @@ class OrpoConfig(LossConfig):
 
     def preference(self, logps: PairLogps) -> Preference:
         chosen, rejected = map(self._log_odds, (logps.average_chosen, logps.average_rejected))
-        return Preference(-self.odds_weight * log_sigmoid(chosen - rejected), chosen, rejected)
+        return Preference(self.odds_weight * self.logistic(chosen - rejected), chosen, rejected)
 
     def _log_odds(self, average: Tensor) -> Tensor:
         from torch import finfo
@@ -39,11 +39,11 @@ class OrpoConfig(LossConfig):
 
     def terms(self) -> tuple[str, str]:
         odds = f"log odds = l - log(1 - exp(l)), {AVERAGE}"
-        return f"-{self.odds_weight:g}*log sigmoid(log odds_w - log odds_l)", odds
+        return self.logistic_text("log odds_w - log odds_l", self.odds_weight), odds
 
 
 @dataclass(kw_only=True)
-class CpoConfig(LossConfig):
+class CpoConfig(LogisticLoss):
     """CPO (https://arxiv.org/abs/2401.08417): -log sigmoid(beta * (s_w - s_l)). The paper adds the
     NLL of the chosen response.
     """
@@ -58,10 +58,10 @@ class CpoConfig(LossConfig):
 
     def preference(self, logps: PairLogps) -> Preference:
         chosen, rejected = self.beta * logps.chosen, self.beta * logps.rejected
-        return Preference(-log_sigmoid(chosen - rejected), chosen, rejected)
+        return Preference(self.logistic(chosen - rejected), chosen, rejected)
 
     def terms(self) -> tuple[str, str]:
-        return f"-log sigmoid({self.beta:g}*(s_w - s_l))", SUM
+        return self.logistic_text(f"{self.beta:g}*(s_w - s_l)"), SUM
 
 
 @dataclass(kw_only=True)

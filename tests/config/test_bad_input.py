@@ -33,8 +33,13 @@ SECTIONS = (
     "monitor, watch, export, benchmark, judge, backend, launcher, tracker"
 )
 LOSS_CHOICES = (
-    "alphapo, cpo, dpo, hinge, ipo, ipo_free, ln_dpo, orpo, r_dpo, repo, rrhf, sft, sigmoid, "
-    "simper, simpo, simpo_hinge, slic"
+    "alphapo, apo_down, apo_zero, bco, cpo, dpo, dpo_shift, exo, hinge, ipo, ipo_free, ln_dpo, "
+    "mix, nca, orpo, r_dpo, repo, robust, rrhf, sft, sigmoid, simper, simpo, simpo_hinge, slic, "
+    "sppo"
+)
+SMOOTHED = (
+    "loss.label_smoothing: only with loss=sigmoid or alphapo or exo or robust or dpo or ln_dpo or "
+    "r_dpo or dpo_shift or orpo or cpo"
 )
 LOSS_KEYS = "name, module, sft_weight, beta, gamma_beta_ratio, length_normalized, label_smoothing"
 TRAIN_KEYS = (
@@ -77,8 +82,8 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ("optimizer.foo=1", [f"optimizer.foo: no such key (the top level has {SECTIONS})"]),
     ("hydra.foo=1", ["hydra.foo: Could not override 'hydra.foo'."]),
     # Keys that only another choice has.
-    ("loss=hinge loss.label_smoothing=0.1", ["loss.label_smoothing: only with loss=sigmoid"]),
-    ("loss=sigmoid,hinge loss.label_smoothing=0", ["loss.label_smoothing: only with loss=sigmoid"]),
+    ("loss=hinge loss.label_smoothing=0.1", [SMOOTHED]),
+    ("loss=sigmoid,hinge loss.label_smoothing=0", [SMOOTHED]),
     ("tracker.project=mine", ["tracker.project: only with tracker=wandb or trackio"]),
     (
         "tracker=wandbb tracker.project=mine",
@@ -117,7 +122,8 @@ SETTINGS: list[tuple[str, list[str]]] = [
         "loss.name=hinge",
         [
             "loss.name: set by the group, got hinge (loss= takes sigmoid, hinge, alphapo, repo, "
-            "simper, dpo, ln_dpo, r_dpo, ipo, orpo, cpo, slic, rrhf, ipo_free, sft)"
+            "simper, mix, apo_zero, apo_down, nca, bco, exo, robust, sppo, dpo, ln_dpo, r_dpo, "
+            "dpo_shift, ipo, orpo, cpo, slic, rrhf, ipo_free, sft)"
         ],
     ),
     (
@@ -491,6 +497,26 @@ SETTINGS: list[tuple[str, list[str]]] = [
         ["on_policy.engine: vllm is not installed (pip install 'simpo[vllm]')"],
     ),
     ("loss.sft_weight=-1", ["loss.sft_weight: must be 0 or more, got -1.0"]),
+    *(
+        (f"loss=mix {words}", [f"loss.{message}"])
+        for words, message in {
+            "loss.parts={sigmoid:1}": "parts: must name two losses or more, got {'sigmoid': 1} "
+            "(such as {sigmoid: 0.8, bco: 0.2})",
+            "loss.parts={sigmoid:1,hinge:{beta:2}}": "parts.hinge: must have a weight above 0, got "
+            "{'beta': 2}",
+            "loss.parts={sigmoid:1,bco:-1}": "parts.bco: must have a weight above 0, got -1",
+            "loss.parts={sigmoid:1,bco:{weight:1,tau:2}}": "parts.bco.tau: no such key of bco "
+            "(beta)",
+            "loss.parts={sigmoid:1,bco:{weight:1,beta:0}}": "parts.bco.beta: must be above 0, got "
+            "0",
+            "loss.parts={sigmoid:1,bco:{weight:1,beta:x}}": "parts.bco: settings must be numbers, "
+            "got {'weight': 1, 'beta': 'x'}",
+        }.items()
+    ),
+    (
+        "loss=exo loss.label_smoothing=0",
+        ["loss.label_smoothing: must be above 0 and below 0.5, got 0.0"],
+    ),
     ("loss.label_smoothing=0.5", ["loss.label_smoothing: must be from 0 to below 0.5, got 0.5"]),
     # Ranges: train.
     *(

@@ -21,7 +21,10 @@ from simpo.loss.simpo import HingeConfig, SigmoidConfig
 ROOT = Path(__file__).resolve().parents[2]
 CONF, EXPERIMENTS = config_dir("conf"), config_dir("experiments")
 # The one choice that is not whole by itself: its files are the user's.
-NEEDS = {"data=jsonl": ["data.sources=[{path: builtin:demo}]"]}
+NEEDS = {
+    "data=jsonl": ["data.sources=[{path: builtin:demo}]"],
+    "loss=mix": ["loss.parts={sigmoid: 0.8, bco: 0.2}"],
+}
 
 ALIASES = {"loss=simpo": "sigmoid", "loss=simpo_hinge": "hinge"}
 

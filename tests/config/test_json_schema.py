@@ -114,9 +114,10 @@ def test_a_whole_run_has_all_sections_and_the_keys_of_all_choices() -> None:
         key for name in GROUPS["loss"] for key in OmegaConf.structured(GROUPS["loss"][name])
     } == {*loss}
     assert loss["label_smoothing"]["description"] == (
-        "Assumed share of pairs whose labels are swapped; below 0.5. Only with loss=sigmoid."
+        "Assumed share of pairs whose labels are swapped; below 0.5. Only with loss=sigmoid or "
+        "alphapo or exo or robust or dpo or ln_dpo or r_dpo or dpo_shift or orpo or cpo."
     )
-    assert loss["label_smoothing"]["default"] == 0.0
+    assert loss["margin"]["default"] == 0.5
     assert "default" not in loss["beta"], "it differs by loss"
 
 

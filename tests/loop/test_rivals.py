@@ -16,9 +16,25 @@ from torch import Tensor
 from simpo.config.losses import LOSSES
 from simpo.data.packing import pack
 from simpo.loop.score import pair_sums, pair_table, summarise
-from simpo.loss import LossConfig, PairLogps, pair_losses
+from simpo.loss import LogisticLoss, LossConfig, PairLogps, pair_losses
 from simpo.loss.simpo import AlphaPoConfig, RepoConfig, SigmoidConfig, SimperConfig
-from simpo.loss.with_reference import DpoConfig, IpoConfig, LnDpoConfig, RDpoConfig
+from simpo.loss.weighted_sum import MixConfig
+from simpo.loss.with_log_ratios import (
+    ApoDownConfig,
+    ApoZeroConfig,
+    BcoConfig,
+    ExoConfig,
+    NcaConfig,
+    RobustConfig,
+    SppoConfig,
+)
+from simpo.loss.with_reference import (
+    DpoConfig,
+    DpoShiftConfig,
+    IpoConfig,
+    LnDpoConfig,
+    RDpoConfig,
+)
 from simpo.loss.without_reference import (
     CpoConfig,
     IpoFreeConfig,
@@ -45,6 +61,10 @@ LOGPS = PairLogps(
 def softplus(x: float) -> float:
     """-log sigmoid(-x)."""
     return math.log(1 + math.exp(x))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
 
 
 def odds(mean: float) -> float:
@@ -107,6 +127,57 @@ WORKED: list[tuple[LossConfig, list[float], str]] = [
     ),
     (IpoConfig(tau=1.5), [0.25, (5 / 6 + 1 / 3) ** 2], "(h_w - h_l - 0.333333)^2"),
     (SftConfig(), [0.0, 0.0], "1 * NLL per chosen token"),
+    (
+        DpoShiftConfig(beta=0.5, shift=0.5),
+        # h_w - h_l / 2: 1.5 and -1.5.
+        [softplus(-0.75), softplus(0.75)],
+        "-log sigmoid(0.5*(h_w - 0.5*h_l))",
+    ),
+    # In the following r is 0.5 and -0.5, then the other way round.
+    (
+        ApoZeroConfig(beta=0.5),
+        [1 - sigmoid(0.5) + sigmoid(-0.5), 1 - sigmoid(-0.5) + sigmoid(0.5)],
+        "1 - sigmoid(r_w) + sigmoid(r_l)",
+    ),
+    (
+        ApoDownConfig(beta=0.5),
+        [sigmoid(0.5) + 1 - sigmoid(1), sigmoid(-0.5) + 1 - sigmoid(-1)],
+        "sigmoid(r_w) + 1 - sigmoid(r_w - r_l)",
+    ),
+    (
+        NcaConfig(beta=0.5),
+        [1.5 * softplus(-0.5) + 0.5 * softplus(0.5), 1.5 * softplus(0.5) + 0.5 * softplus(-0.5)],
+        "-log sigmoid(r_w) - 0.5*(log sigmoid(-r_w) + log sigmoid(-r_l))",
+    ),
+    (
+        BcoConfig(beta=0.5),
+        [2 * softplus(-0.5), 2 * softplus(0.5)],
+        "-log sigmoid(r_w) - log sigmoid(-r_l)",
+    ),
+    (
+        ExoConfig(beta=0.5, label_smoothing=0.25),
+        [
+            sigmoid(1) * math.log(sigmoid(1) / 0.75) + sigmoid(-1) * math.log(sigmoid(-1) / 0.25),
+            sigmoid(-1) * math.log(sigmoid(-1) / 0.75) + sigmoid(1) * math.log(sigmoid(1) / 0.25),
+        ],
+        "KL(sigmoid(r_w - r_l), 0.75)",
+    ),
+    (
+        RobustConfig(beta=0.5, label_smoothing=0.1),
+        [
+            (0.9 * softplus(-1) - 0.1 * softplus(1)) / 0.8,
+            (0.9 * softplus(1) - 0.1 * softplus(-1)) / 0.8,
+        ],
+        "-1.125*log sigmoid(r_w - r_l) + 0.125*log sigmoid(r_l - r_w)",
+    ),
+    (SppoConfig(beta=0.25), [2.0, 18.0], "(h_w - 2)^2 + (h_l + 2)^2"),
+    (
+        MixConfig(
+            parts={"repo": {"weight": 2, "margin": 0.5}, "bco": {"weight": 0.5, "beta": 0.5}}
+        ),
+        [0.0 + softplus(-0.5), 2 * 2.5 + softplus(0.5)],
+        "2*(max(0, 0.5 - (l_w - l_l))) + 0.5*(-log sigmoid(r_w) - log sigmoid(-r_l))",
+    ),
 ]
 
 
@@ -114,6 +185,26 @@ WORKED: list[tuple[LossConfig, list[float], str]] = [
 def test_by_hand(loss: LossConfig, expected: list[float], text: str) -> None:
     assert pair_losses(loss, LOGPS).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert loss.formula().startswith(f"loss = {text},  ")
+
+
+@pytest.mark.parametrize(
+    ("loss", "z"),
+    [
+        (AlphaPoConfig(beta=2.0, gamma_beta_ratio=0.5, alpha=0.0), [3, -5]),
+        (CpoConfig(beta=0.5), [1, -3.5]),
+        (OrpoConfig(odds_weight=1), [math.log(odds(-2) / odds(-4)), math.log(odds(-3) / odds(-1))]),
+        (DpoConfig(beta=0.5), [1, -1]),
+        (LnDpoConfig(beta=6.0), [5, -5]),
+        (RDpoConfig(beta=0.5, alpha=0.25), [1.25, -0.75]),
+        (DpoShiftConfig(beta=0.5, shift=0.5), [0.75, -0.75]),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_label_smoothing(loss: LogisticLoss, z: list[float]) -> None:
+    smooth = replace(loss, label_smoothing=0.2)
+    expected = [0.8 * softplus(-x) + 0.2 * softplus(x) for x in z]
+    assert pair_losses(smooth, LOGPS).tolist() == pytest.approx(expected, rel=1e-5)
+    assert "-0.8*log sigmoid(" in smooth.formula() and " - 0.2*log sigmoid(-(" in smooth.formula()
 
 
 def test_every_loss_is_worked() -> None:
@@ -202,6 +293,30 @@ PAPERS: dict[str, Callable[..., Tensor]] = {
     ),
     "ipo": lambda c, r, n, m, a, b: ((c - a) / n - (r - b) / m - 5) ** 2,
     "sft": lambda c, r, n, m, a, b: 0 * c,
+    "dpo_shift": lambda c, r, n, m, a, b: torch.log(
+        1 + torch.exp(0.01 * (0.75 * (r - b) - (c - a)))
+    ),
+    "apo_zero": lambda c, r, n, m, a, b: 1
+    - 1 / (1 + torch.exp(-0.1 * (c - a)))
+    + 1 / (1 + torch.exp(-0.1 * (r - b))),
+    "apo_down": lambda c, r, n, m, a, b: 1
+    + 1 / (1 + torch.exp(-0.1 * (c - a)))
+    - 1 / (1 + torch.exp(0.1 * ((r - b) - (c - a)))),
+    "nca": lambda c, r, n, m, a, b: torch.log(1 + torch.exp(-0.01 * (c - a)))
+    + torch.log(1 + torch.exp(0.01 * (c - a))) / 2
+    + torch.log(1 + torch.exp(0.01 * (r - b))) / 2,
+    "bco": lambda c, r, n, m, a, b: torch.log(1 + torch.exp(-0.1 * (c - a)))
+    + torch.log(1 + torch.exp(0.1 * (r - b))),
+    "exo": lambda c, r, n, m, a, b: torch.special.xlogy(
+        p := 1 / (1 + torch.exp(0.1 * ((r - b) - (c - a)))), p / 0.999
+    )
+    + torch.special.xlogy(1 - p, (1 - p) / 0.001),
+    "robust": lambda c, r, n, m, a, b: (
+        0.9 * torch.log(1 + torch.exp(0.1 * ((r - b) - (c - a))))
+        - 0.1 * torch.log(1 + torch.exp(0.1 * ((c - a) - (r - b))))
+    )
+    / 0.8,
+    "sppo": lambda c, r, n, m, a, b: (c - a - 50) ** 2 + (r - b + 50) ** 2,
 }  # fmt: skip
 
 

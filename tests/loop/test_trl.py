@@ -27,6 +27,16 @@ from simpo.loop.score import summarise
 from simpo.loop.step import update
 from simpo.loss import LossConfig, pair_losses
 from simpo.loss.simpo import SigmoidConfig
+from simpo.loss.weighted_sum import MixConfig
+from simpo.loss.with_log_ratios import (
+    ApoDownConfig,
+    ApoZeroConfig,
+    BcoConfig,
+    ExoConfig,
+    NcaConfig,
+    RobustConfig,
+    SppoConfig,
+)
 from simpo.loss.with_reference import DpoConfig, IpoConfig, LnDpoConfig
 from simpo.model.policy import Policy
 from tests.support.tiny_models import VOCAB, gradients, random_pairs, tiny_model
@@ -142,6 +152,25 @@ def test_first_step_loss_and_gradients(tmp_path: Path, pairs: list[TokenizedPair
         (DpoConfig(beta=0.3), {"loss_type": "sigmoid", "beta": 0.3}),
         (LnDpoConfig(beta=5.0), {"loss_type": "sigmoid_norm", "beta": 5.0}),
         (IpoConfig(tau=0.4), {"loss_type": "ipo", "beta": 0.4}),
+        (BcoConfig(beta=0.3), {"loss_type": "bco_pair", "beta": 0.3}),
+        (ApoZeroConfig(beta=0.3), {"loss_type": "apo_zero", "beta": 0.3}),
+        (ApoDownConfig(beta=0.3), {"loss_type": "apo_down", "beta": 0.3}),
+        (NcaConfig(beta=0.3), {"loss_type": "nca_pair", "beta": 0.3}),
+        (
+            ExoConfig(beta=0.3, label_smoothing=0.01),
+            {"loss_type": "exo_pair", "beta": 0.3, "label_smoothing": 0.01},
+        ),
+        (
+            RobustConfig(beta=0.3, label_smoothing=0.1),
+            {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.1},
+        ),
+        (SppoConfig(beta=0.3), {"loss_type": "sppo_hard", "beta": 0.3}),
+        (
+            MixConfig(
+                parts={"dpo": {"weight": 0.8, "beta": 0.3}, "nca": {"weight": 0.5, "beta": 0.3}}
+            ),
+            {"loss_type": ["sigmoid", "nca_pair"], "loss_weights": [0.8, 0.5], "beta": 0.3},
+        ),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )

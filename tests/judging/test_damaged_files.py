@@ -36,7 +36,7 @@ with zipfile.ZipFile(ZIP, "w") as archive:
         ("m.jsonl", LINES.replace(b"\n", b"\r\n")),
         ("m.jsonl", b"\n" + LINES.replace(b"\n", b"\n\n")),
         ("m.json", LINES),
-        ("m.jsonl.gz", gzip.compress(LINES)),
+        ("m.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("m.json", LIST),
         ("m.jsonl", LIST),
         ("m.jsonl", json.dumps(ROWS).encode()),
@@ -61,7 +61,7 @@ COPY = "(copy the file again)"
         (b"[]", f"is empty {COPY}"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer to a file of "
          "Git LFS (run git lfs pull)"),
-        (gzip.compress(LINES), "it is compressed (name it m.jsonl.gz)"),
+        (gzip.compress(LINES, mtime=0), "it is compressed (name it m.jsonl.gz)"),
         (ZIP.getvalue(), "it is a zip archive or an Excel workbook (unpack it, or save it as CSV)"),
         (LINES.decode().encode("utf-16"), "it is UTF-16 or UTF-32 text (convert it to UTF-8)"),
         (LINES + b"\xff\n", f"line 3: not UTF-8 at column 1 {COPY}"),

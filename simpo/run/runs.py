@@ -170,12 +170,10 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     faults: list[OSError] = []
     for folder in folders:
         for path, below, files in os.walk(folder, onerror=faults.append):
-            # A run without run.yaml is a damaged run.
-            skipped = SKIPPED
-            if RECORDS & {*below, *files}:
+            # A run without run.yaml is a damaged run. A run stands for its rounds.
+            if is_run := bool(RECORDS & {*below, *files}):
                 found[Path(path).resolve()] = None
-                skipped = SKIPPED | {"rounds"}  # the run stands for them
-            below[:] = sorted(set(below) - skipped)
+            below[:] = sorted(set(below) - SKIPPED - set(["rounds"] * is_run))
     closed = (Path(fault.filename) for fault in faults if isinstance(fault, PermissionError))
     return list(found | dict.fromkeys(path.resolve() for path in closed))
 

@@ -352,7 +352,7 @@ def test_a_prompt_that_is_no_text(checkout: Path) -> None:
         open_alpaca_eval(settings(checkout))
     assert str(caught.value) == (
         f"{file}: cannot be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid "
-        "start byte (copy it again)"
+        "start byte (copy the file again)"
     )
 
 

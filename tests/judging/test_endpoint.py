@@ -20,6 +20,7 @@ from simpo.judging import endpoint
 from simpo.judging.completions import seconds_until
 from simpo.judging.endpoint import EndpointJudge
 from simpo.judging.shapes import Query, Said, Unanswered
+from tests.support.programs import skip_without
 from tests.support.stub_judge import Fault, StubJudge, stub_judge
 
 KEY = "sk-very-secret-5a7"
@@ -222,6 +223,7 @@ def test_a_certificate_that_nobody_has_signed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is refused at once, and can be named."""
+    skip_without("openssl", "openssl")
     file = tmp_path / "own.pem"
     subprocess.run(
         [

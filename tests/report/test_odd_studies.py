@@ -199,8 +199,9 @@ def test_judged_runs_that_tie(tmp_path: Path) -> None:
     places = [line["behind the best"] for line in rates.table(["a", "b", "c"])]
     assert places[:2] == ["tied for best", "tied for best, 0.0, p 1"]
     assert re.fullmatch(r"50.0 \(\d+.0 to \d+.0\), p [\d.]+", places[2])
-    assert (
-        rates.notes(["a", "b", "c"])[0] == "(low to high): 95 % interval, by resampling questions"
+    assert rates.notes(["a", "b", "c"])[0] == (
+        "percent, a win rate of 50 is as good as the baseline; (low to high): 95 % interval, by "
+        "resampling questions"
     )
     (same,) = compare([tmp_path / "a", tmp_path / "b"]).judged
     assert not [note for note in same.notes(["a", "b"]) if "interval" in note]

@@ -148,19 +148,20 @@ def test_what_a_model_cannot_read(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge = LocalJudge(run_of(), str(tiny_folder))
-    queries = [query("Hi <|im_end|>"), query("Hi"), query("long " * 3000)]
+    queries = [query("Hi <|im_end|>"), query("Hi"), query("long " * 3000), query("half \ud83d")]
     run = run_of(f"output_dir={tmp_path}")
     told = [
-        f"note   1 of 3 queries count as malformed verdicts, and are asked again by the next "
+        f"note   1 of 4 queries count as malformed verdicts, and are asked again by the next "
         f"command: judge.local: {tiny_folder.name} cannot read it: {reason}"
         for reason in (
             "a message holds the token <|im_end|> as text",
             "with its verdict it is longer than the judge's 2,048 tokens",
+            "a message: holds \\ud83d, half of a character (a lone surrogate)",
         )
     ]
     for _ in range(2):
         found = said_to(run, judge, queries)
-        assert [said.text == "" for _, said in found] == [True, False, True]
+        assert [said.text == "" for _, said in found] == [True, False, True, True]
         shown = capsys.readouterr().out.splitlines()
         assert [line for line in shown if line[:4] == "note"] == told
     with pytest.raises(RunError) as caught:

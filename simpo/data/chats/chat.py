@@ -30,6 +30,7 @@ from simpo.data.chats.paper import paper_pair, paper_texts
 from simpo.data.chats.render import Rendered, RenderedResponse, Reply, render_pair
 from simpo.data.chats.template import Template, control_tokens
 from simpo.data.pairs import Message, Pair, Tokenized, TokenizedPair
+from simpo.data.reading.messages import check_text
 from simpo.data.reading.records import RecordFault
 
 BATCH_PAIRS = 512
@@ -91,8 +92,14 @@ class Chat:
     def prompt_text(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> str:
-        """The prompt as text, with the generation prompt at its end."""
-        return self.template.render(messages, tools, add_generation_prompt=True)
+        """The prompt as text, with the generation prompt at its end.
+
+        Raises:
+            RecordFault: the template refuses it, or it is not Unicode, which no tokenizer reads.
+        """
+        text = self.template.render(messages, tools, add_generation_prompt=True)
+        check_text(text, "a message")
+        return text
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered texts, with one BOS if the tokenizer adds it."""

@@ -210,6 +210,19 @@ def load_mixture(
     return Mixture(Picked(pairs, train), test, table, notes, read, faults)
 
 
+def load_held_out(
+    config: DataConfig, read_record: Callable[[Any, str], Pair], folder: Path | None
+) -> Sequence[Pair]:
+    """The held-out pairs of all sources alone; arguments and errors as `load_mixture`."""
+    file = PairFile(folder)
+    splits = [
+        _read_split(source, source.test_split, name, file, config, read_record)
+        for source, name in zip(config.sources, config.held_out_names(), strict=True)
+        if source.has_held_out()
+    ]
+    return Picked(file.pairs(), _joined(split.pairs() for split in splits if split))
+
+
 def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
     """Places of pairs, one after the other."""
     return np.concatenate([np.zeros(0, np.int64), *parts])

@@ -37,6 +37,14 @@ def open_judge(run: RunConfig, benchmark: Benchmark) -> Judge | Reward | None:
                     "could be compared with (leave it out, or set judge.endpoint or judge.local)"
                 ]
             )
+        bare = sum(question.rule is None for question in benchmark.questions)
+        if config.reward == RULES and bare:
+            raise ConfigError(
+                [
+                    f"judge.reward: rules judges prompts that have a rule, but {bare:,} of "
+                    f"{len(benchmark.questions):,} have none (choose another judge)"
+                ]
+            )
         return ScoringReward(run, config.reward)
     questions = benchmark.questions
     if questions and all(question.rule is not None for question in questions):

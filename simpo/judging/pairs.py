@@ -13,7 +13,7 @@ from typing import Any
 
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.schema import RunConfig
-from simpo.data.mixture import load_mixture
+from simpo.data.mixture import load_held_out
 from simpo.data.pairs import Message, Pair
 from simpo.data.reading.records import to_dialogue, to_pair
 from simpo.data.rules import obeys
@@ -66,9 +66,8 @@ def open_pairs(run: RunConfig) -> Pairs:
         DataError: the data cannot be read.
     """
     read = to_pair if run.loss.needs_rejected else to_dialogue
-    mixture = load_mixture(run.data, read, Path(run.cache_dir).expanduser())
     found: dict[str, Pair] = {}
-    for pair in mixture.test:
+    for pair in load_held_out(run.data, read, Path(run.cache_dir).expanduser()):
         found.setdefault(prompt_id(pair), pair)
     kept = dict(list(found.items())[: run.benchmark.num_prompts])
     if not kept:
@@ -103,6 +102,10 @@ class Pairs(Benchmark):
         self._seed = seed
         self.baseline_name = baseline
         self.baseline = {}
+        # Neither judges nor rules see calls of tools, and an answer is one text.
+        self._not_texts = sum(
+            len(pair.chosen) > 1 or "tool_calls" in pair.chosen[0] for pair in pairs.values()
+        )
         if baseline == CHOSEN:
             self.baseline = {
                 key: Answer(key, (str(pair.chosen[0]["content"] or ""),))
@@ -145,7 +148,14 @@ class Pairs(Benchmark):
         ]
         if passed:
             found["pass_rate"] = mean_figure(passed)
-        return found, [] if values else ["No verdict could be read."]
+        notes = [] if values else ["No verdict could be read."]
+        if self.baseline_name == CHOSEN and self._not_texts:
+            notes.append(
+                f"{self._not_texts:,} of {len(self.questions):,} chosen responses call tools or "
+                "have several turns: what is compared is the text of their first turn alone "
+                "(benchmark.baseline=base compares two models instead)."
+            )
+        return found, notes
 
     def write(
         self,

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.__main__ import main
 from simpo.config.compose import compose_run
-from simpo.config.errors import ConfigError, DamagedError, RunError
+from simpo.config.errors import ConfigError, DamagedError, DataError, RunError
 from simpo.data.rules import obeys
 from simpo.judging import answers as drawing
 from simpo.judging import judge as judging
@@ -105,6 +105,28 @@ def test_two_runs_by_rules(
 def _data(folder: Path) -> list[str]:
     source = f"data.sources=[{{path: {folder}/train.jsonl, test_path: {folder}/test.jsonl}}]"
     return ["data=jsonl", source, *SHORT]
+
+
+def test_held_out_pairs_alone_are_read(folder: Path, tmp_path: Path) -> None:
+    """So training records may be anything, or gone; held-out ones may not."""
+    held_out = shutil.copy(folder / "test.jsonl", tmp_path)
+    (tmp_path / "train.jsonl").write_text("gone")
+    source = f"data.sources=[{{path: {tmp_path}/train.jsonl, test_path: {held_out}}}]"
+    run = compose_run(["data=jsonl", source, *SHORT])
+    (tmp_path / "train.jsonl").unlink()
+    asked = open_pairs(run).questions
+    assert asked == open_pairs(compose_run(_data(folder))).questions and len(asked) == 16
+    Path(held_out).unlink()
+    with pytest.raises(DataError) as caught:
+        open_pairs(run)
+    assert str(caught.value) == f"{held_out} test: cannot be read: no such file"
+    with pytest.raises(ConfigError) as refusal:
+        source = f"data.sources=[{{path: {folder}/train.jsonl}}]"
+        open_pairs(compose_run(["data=jsonl", source, *SHORT]))
+    assert str(refusal.value) == (
+        "benchmark: pairs needs held-out pairs, but the data has none (set test_path or "
+        "test_split of a source)"
+    )
 
 
 def test_the_built_in_model(
@@ -240,6 +262,9 @@ def test_commands_that_cannot_be_used(
     )
     assert refused([f"{tmp_path}/none", "benchmark=pairs"], capsys) == (
         f"RUN: no such folder or file, got {tmp_path}/none\n"
+    )
+    assert refused([f"{tmp_path}/loss.beta=3", "benchmark=pairs"], capsys) == (
+        f"RUN: no such folder, got {tmp_path}/loss.beta=3\n"
     )
     with pytest.raises(ConfigError) as caught:
         compose_run(["monitor.metric=win_rate"])

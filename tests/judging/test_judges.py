@@ -46,6 +46,13 @@ def test_the_judge_that_is_set() -> None:
     assert open_judge(run_of(annotations="file.json"), toy) is None
     found = open_judge(run_of(endpoint="http://localhost:1/v1", model="arbiter"), toy)
     assert isinstance(found, EndpointJudge) and found.name == "arbiter"
+    with pytest.raises(ConfigError) as caught:
+        open_judge(run_of(reward="rules"), toy)
+    assert str(caught.value) == (
+        "judge.reward: rules judges prompts that have a rule, but 2 of 2 have none (choose another "
+        "judge)"
+    )
+    toy.questions = [replace(question, rule=BULLETS) for question in toy.questions]
     found = open_judge(run_of(reward="rules"), toy)
     assert isinstance(found, ScoringReward) and found.name == "rules"
     toy.baseline_name = ""

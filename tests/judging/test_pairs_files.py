@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from simpo.config.errors import DataError
+from simpo.data.pairs import Message, Pair
 from simpo.judging.pairs import Pairs
 
 LINE = {
@@ -50,3 +51,19 @@ def test_without_a_verdict_there_is_no_win_rate(tmp_path: Path) -> None:
     pairs = Pairs({}, "chosen", 0)
     _, _, answers, judgements = pairs.read_annotations(file)
     assert pairs.figures(judgements, answers) == ({}, ["No verdict could be read."])
+
+
+def test_chosen_responses_that_are_no_text() -> None:
+    """A call of a tool has no text, and of several turns the first alone is one."""
+    asked: Message = {"role": "user", "content": "How warm is it?"}
+    text: Message = {"role": "assistant", "content": "Warm."}
+    call: Message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}
+    responses = {"text": (text,), "call": (call,), "turns": (text, asked, text)}
+    made = {key: Pair((asked,), chosen, (text,), key) for key, chosen in responses.items()}
+    told = (
+        "2 of 3 chosen responses call tools or have several turns: what is compared is the text of "
+        "their first turn alone (benchmark.baseline=base compares two models instead)."
+    )
+    notes = {name: Pairs(made, name, 0).figures([], {})[1] for name in ("chosen", "base")}
+    assert told in notes["chosen"] and told not in notes["base"]
+    assert "chosen" not in "".join(Pairs({"text": made["text"]}, "chosen", 0).figures([], {})[1])

@@ -93,7 +93,9 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     settings: list[str] = []
     after_option = False
     for word in words:
-        is_setting = word.startswith("-") or ("=" in word and not Path(word).exists())
+        key, equals, _ = word.partition("=")
+        is_path = "/" in key or Path(word).exists()
+        is_setting = word.startswith("-") or (equals and not is_path)
         (settings if is_setting or after_option else sources).append(word)
         after_option = word in ("--config-dir", "-cd")
     return sources, settings

@@ -100,7 +100,8 @@ def compared(model: str, *notes: str) -> Judged:
     figures = {"lc_win_rate": Figure(50.0), "win_rate": Figure(40.0, 30.0, 50.0, 35.0, 45.0)}
     values = {str(number): 0.4 for number in range(40)}
     chars = {"model": 9.0, "baseline": 8.0}
-    about = {"questions": 40, "asked": 40, "mean_chars": chars, "notes": list(notes)}
+    about: dict[str, Any] = {"questions": 40, "asked": 40, "mean_chars": chars}
+    about["notes"] = list(notes)
     return Judged("alpaca_eval_2", "alpaca_eval", model, "gpt", "j", figures, values, **about)
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo.__main__ import main
 from simpo.config.compose import compose_run
+from simpo.config.composer import CONF
 from simpo.config.errors import ConfigError, DamagedError, DataError, RunError
 from simpo.data.rules import obeys
 from simpo.judging import answers as drawing
@@ -25,6 +26,7 @@ from simpo.judging.local import LocalJudge
 from simpo.judging.pairs import open_pairs
 from simpo.judging.results import without_thoughts
 from simpo.judging.shapes import Query, Said
+from simpo.launch.commands.judge import USAGE
 from simpo.loop.train import train
 from simpo.run.files import read_results
 from simpo.run.judged import Judged, read_judged
@@ -352,6 +354,10 @@ def test_models_in_folders_of_one_name(folder: Path, tmp_path: Path) -> None:
         assert place.parent.name.startswith("model-") and place.parents[1] == tmp_path / "judged"
         assert Judged.read(place / "judged.json") == judged
     assert found["a"][0] != found["b"][0]
+
+
+def test_the_usage_names_every_benchmark() -> None:
+    assert all(name in USAGE for name in CONF.choices("benchmark") if name != "none")
 
 
 def test_a_baseline_is_the_same_however_its_folder_is_written(

@@ -28,7 +28,8 @@ baseline's. Answers and verdicts are kept: after an interruption the same comman
   simpo judge benchmark=alpaca_eval_2 benchmark.path=CLONE judge.annotations=annotations.json
 
 RUN is the folder of a run, a model or an adapter, a hub id or builtin:smollm2, or a file of answers
-in the benchmark's format. Several are compared with the first, question by question.
+in the benchmark's format. Several are compared with the first, question by question. NAME is
+alpaca_eval_2, arena_hard_v0.1, arena_hard_v2, ifbench, mt_bench or pairs.
 docs/judging.md tells more.
 
 Settings:

@@ -87,16 +87,6 @@ def test_the_command_of_a_member_finds_its_folder(name: str, tmp_path: Path) -> 
     assert (run.run_dir, run.train.seed) == (str(tmp_path / name), 3)
 
 
-def test_the_best_of_equal_members(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Which of them is named is no finding, so their number is told."""
-    for count, told in ((1, ""), (2, ", which 1 more has too"), (3, ", which 2 more have too")):
-        make(tmp_path / f"loss.beta={count}")
-        _print_end(tmp_path, with_best=True)
-        first = capsys.readouterr().out.splitlines()[0]
-        assert first.startswith("best   ")
-        assert re.split(r"rewards/accuracies 0\.\d{4}", first)[1] == told
-
-
 def test_a_sweep_without_held_out_pairs_has_no_best_member(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,9 +148,8 @@ def test_a_local_sweep(tiny_run: list[str], tmp_path: Path) -> None:
         for path in folder.glob("*/results.json")
     }
     best = max(sorted(found), key=lambda name: found[name])
-    shared = ", which 1 more has too" if len(set(found.values())) == 1 else ""
     assert without_bar(output)[-2:] == [
-        f"best   {best}: rewards/accuracies {found[best]:.4f}{shared}",
+        f"best   {best}: rewards/accuracies {found[best]:.4f}",
         f"report python -m simpo.report {folder}",
     ]
     own = (folder / "loss.beta=2" / "command.txt").read_text()

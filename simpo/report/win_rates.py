@@ -128,7 +128,8 @@ class WinRates:
         parts = ["points from 1 to 10" if _has_points(ones[0]) else "percent"]
         if any(one.baseline for one in ones):
             parts[0] += ", a win rate of 50 is as good as the baseline"
-        if any(one.low is not None for one in (*figures, *self.behind.values())):
+        shown: list[Figure | Difference] = [*figures, *self.behind.values()]
+        if any(one.low is not None for one in shown):
             parts.append("(low to high): 95 % interval, by resampling questions")
         if any(figure.official_low is not None for figure in figures):
             parts.append("official: as the benchmark's own script computes it")

@@ -266,7 +266,7 @@ def test_commands_that_cannot_be_used(
         f"RUN: no such folder or file, got {tmp_path}/none\n"
     )
     assert refused([f"{tmp_path}/loss.beta=3", "benchmark=pairs"], capsys) == (
-        f"RUN: no such folder, got {tmp_path}/loss.beta=3\n"
+        f"RUN: no such folder or file, got {tmp_path}/loss.beta=3\n"
     )
     with pytest.raises(ConfigError) as caught:
         compose_run(["monitor.metric=win_rate"])

@@ -138,7 +138,13 @@ def test_other_errors_pass() -> None:
         ("simpo-train trac", ["tracker.", "tracker="]),
         (
             "simpo train loss=dpo loss.",
-            ["loss.beta=", "loss.module=", "loss.name=", "loss.sft_weight="],
+            [
+                "loss.beta=",
+                "loss.label_smoothing=",
+                "loss.module=",
+                "loss.name=",
+                "loss.sft_weight=",
+            ],
         ),
         ("python -m simpo.train data=ultrac", ["data=ultrachat "]),
         (
@@ -196,7 +202,7 @@ def test_completion_of_a_folder_of_choices(tmp_path: Path) -> None:
     (tmp_path / "loss").mkdir()
     (tmp_path / "loss" / "mine.yaml").write_text("defaults: [dpo, _self_]\n")
     words = f"simpo train --config-dir {tmp_path} loss="
-    assert candidates(f"{words}mi", [*COMMANDS]) == ["loss=mine "]
+    assert candidates(f"{words}min", [*COMMANDS]) == ["loss=mine "]
     assert candidates(f"{words}mine loss.b", [*COMMANDS]) == ["loss.beta="]
 
 

@@ -189,12 +189,11 @@ def test_the_map_averages_no_run_that_goes_on(tmp_path: Path) -> None:
 
 def test_judged_runs_that_tie(tmp_path: Path) -> None:
     """And intervals are explained where there are some."""
-    bare = {"figures": {}}
     for name, won in (("a", 10), ("b", 10), ("c", 5)):
         figures = {"win_rate": {"value": 10.0 * won}}
         judge(make(tmp_path / name, steps=4), [1.0] * won + [0.0] * (10 - won))
         path = tmp_path / name / "benchmarks" / "alpaca_eval_2" / "judged.json"
-        rewrite(path, **bare | {"figures": figures})
+        rewrite(path, figures=figures)
     (rates,) = compare([tmp_path]).judged
     places = [line["behind the best"] for line in rates.table(["a", "b", "c"])]
     assert places[:2] == ["tied for best", "tied for best, 0.0, p 1"]

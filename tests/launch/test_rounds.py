@@ -189,3 +189,26 @@ def test_a_sweep_over_rounds(rounds: list[str], tmp_path: Path) -> None:
     assert pairs["loss.beta=2,rounds.choice=all"] > 60
     again = finish(begin([*rounds, *swept, f"launcher.sweep_dir={tmp_path}/sweep"], tmp_path))
     assert "4 of 4 members finished already" in again
+
+
+@pytest.mark.matrix
+def test_rounds_that_end_early_with_adapters_on_two_processes(
+    rounds: list[str], tmp_path: Path
+) -> None:
+    """Parts that generate at the same time, ddp, a LoRA that is trained further, a limit of KL."""
+    words = ["rounds=3", "model.lora.rank=4", "train.learning_rate=1e-2", "train.epochs=4"]
+    words += ["backend=ddp", "backend.processes=2", "rounds.generate_jobs=2", "rounds.max_kl=1e-4"]
+    words += ["rounds.static_weight=0.5", "rounds.prompts=all"]
+    said = finish(begin([*rounds, *words, f"run_dir={tmp_path}/out"], tmp_path))
+    root = tmp_path / "out"
+    (run,), _ = read_runs(find_runs([root]))
+    assert run.progress.text() == "finished, step 1 of 3"
+    kl = run.evaluations[1]["reply_kl"]
+    reason = f"the model of round 1 is {kl:.3f} nats per token from the first, beyond "
+    assert f"ended  {reason}rounds.max_kl=0.0001\n" in said and kl > 1e-4
+    assert (root / "model/adapter_config.json").is_file()
+    # Its own pairs, and half of the 24 static ones.
+    data = json.loads((root / "rounds/1/run/data.json").read_text())
+    static = [line for line in data["mixture"] if line["source"] == f"{tmp_path}/train.jsonl"]
+    assert [line["taken"] for line in static if line["split"] == "train"] == [12]
+    assert not (root / "rounds/3").exists()

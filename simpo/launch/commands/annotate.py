@@ -31,6 +31,8 @@ def main(words: Sequence[str]) -> None:
     from simpo.on_policy.annotate import annotate
 
     folder = annotate(run)
+    if not (folder / "train.jsonl").stat().st_size:  # held-out prompts alone
+        return
     held_out = f", test_path: {folder}/test.jsonl" if (folder / "test.jsonl").stat().st_size else ""
     sources = f"[{{path: {folder}/train.jsonl{held_out}}}]"
     print(f"next   python -m simpo.train data=jsonl 'data.sources={sources}'")

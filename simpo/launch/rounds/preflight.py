@@ -52,7 +52,8 @@ def check_rounds(run: RunConfig, first: RunConfig) -> None:
         reward_content(first, KEY, name)
     elif lacking := sum(prompt.rule is None for prompt in prompts):
         problems.append(
-            f"{KEY}: {RULES} needs a rule, {lacking} of {len(prompts)} prompts have none"
+            f"{KEY}: {RULES} needs a rule, {lacking} of {len(prompts)} prompts have none (name "
+            "another)"
         )
     if problems:
         raise ConfigError(problems)

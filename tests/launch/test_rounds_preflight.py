@@ -1,0 +1,97 @@
+"""What rounds check before the first of them starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError
+from simpo.config.schema import RunConfig
+from simpo.launch.rounds.phases import Kind, Phase, settings_of
+from simpo.launch.rounds.preflight import check_rounds
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def words(tiny_run: list[str], tmp_path: Path) -> list[str]:
+    return [*tiny_run, "rounds.number=2", "on_policy.reward=rules", "on_policy.max_new_tokens=8"]
+
+
+def checked(words: list[str], tmp_path: Path) -> None:
+    run: RunConfig = replace(compose_run(words), run_dir=str(tmp_path))
+    check_rounds(run, settings_of(run, tmp_path, Phase(1, Kind.check)))
+
+
+def test_what_is_counted(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checked(words, tmp_path)
+    assert "24 prompts in 2 slices, 16 held out\n" in capsys.readouterr().out
+
+
+def test_every_fault_of_the_prompts_at_once(words: list[str], tmp_path: Path) -> None:
+    record = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "a", "rejected": "b"}
+    (tmp_path / "one.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(ConfigError) as told:
+        checked([*words, f"data.sources=[{{path: {tmp_path}/one.jsonl}}]"], tmp_path)
+    assert told.value.problems == [
+        "rounds.prompts: 2 slices need as many train prompts, there are 1 (more data, fewer "
+        "rounds, or rounds.prompts=all)",
+        "data.sources: no prompt is held out, and rounds are compared by held-out replies "
+        "(test_split or test_path)",
+        "on_policy.reward: rules needs a rule, 1 of 1 prompts have none (name another)",
+    ]
+
+
+def test_a_reward_that_is_not_there(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such folder, got /no/where"):
+        checked([*words, "on_policy.reward=/no/where"], tmp_path)
+
+
+def test_memory_of_replies_and_of_a_step(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token's keys and values are 2 * 2 layers * 2 heads * 8 numbers in fp32: 256 bytes."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: psutil_memory(2**30))
+    words = [*words, "train.check_memory=true"]
+    checked(words, tmp_path)
+    with pytest.raises(ConfigError) as told:
+        checked([*words, "on_policy.batch_prompts=4096"], tmp_path)
+    assert str(told.value) == (
+        "on_policy.batch_prompts: 4096 replies at a time need about 2.00 GiB, there are 1.00 GiB "
+        "(lower it; train.check_memory=false tries all the same)"
+    )
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: psutil_memory(2**20))
+    with pytest.raises(ConfigError, match="check_memory: a step needs about"):
+        checked(words, tmp_path)
+    checked([*words, "train.check_memory=false"], tmp_path)
+
+
+def psutil_memory(available: int) -> object:
+    return namedtuple("Memory", "available")(available)
+
+
+def test_room_for_the_models_of_all_rounds(
+    words: list[str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models in fp32, and three checkpoints with the weights and two means each."""
+    weights = load_file(tiny_folder / "model.safetensors").values()
+    needed = 4 * sum(tensor.numel() for tensor in weights) * (2 + 3 * 3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, needed))
+    checked(words, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, needed - 1))
+    with pytest.raises(ConfigError) as told:
+        checked(words, tmp_path)
+    assert str(told.value) == (
+        f"run_dir: models of 2 rounds and checkpoints of one take 0.00 GiB, but {tmp_path} has "
+        "0.00 GiB free (make room, or choose another output_dir)"
+    )

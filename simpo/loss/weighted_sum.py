@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from inspect import isabstract
@@ -65,7 +66,7 @@ class MixConfig(LossConfig):
 
 def _known() -> dict[str, type[LossConfig]]:
     """The losses that are imported, by name: those of simpo, and of a user's module."""
-    kinds: list[type[LossConfig]] = [LossConfig]
+    kinds: list[type[LossConfig]] = LossConfig.__subclasses__()
     for kind in kinds:
         kinds += kind.__subclasses__()
     return {kind.name: kind for kind in kinds if not isabstract(kind)}
@@ -80,7 +81,8 @@ def _problems(name: str, given: Any, known: dict[str, type[LossConfig]]) -> Iter
         return
     settings = given if isinstance(given, dict) else {WEIGHT: given}
     weight = settings.get(WEIGHT)
-    if type(weight) not in (int, float) or not 0 < weight < float("inf"):
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not (is_number and 0 < weight < math.inf):
         yield f"{key}: must have a weight above 0, got {given}"
         return
     own = {item.name for item in fields(kind)} - {"name", "module", "sft_weight"}

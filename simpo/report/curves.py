@@ -16,6 +16,10 @@ CURVES = (
     ("logps/chosen", "log-prob of a chosen token"),
     ("logps/rejected", "log-prob of a rejected token"),
     ("grad_norm", "gradient norm"),
+    ("reply_reward", "reward of replies, by round"),
+    ("reply_pass_rate", "pass rate of replies, by round"),
+    ("reply_tokens", "length of replies in tokens"),
+    ("reply_kl", "KL from the first model in nats per token, by round"),
 )
 SPLITS = ("train", "eval")
 MOST_POINTS = 300

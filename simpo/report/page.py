@@ -17,6 +17,7 @@ from simpo.report.figures import held_out, sweep_map, swept
 from simpo.report.findings import findings
 from simpo.report.hub_results import CAPTION, others_figures
 from simpo.report.published import judged_note, published_tables, settings
+from simpo.report.rounds import MEANINGS, by_round
 from simpo.run.runs import Run
 from simpo.run.tables import html_page
 
@@ -93,6 +94,8 @@ def content(report: Comparison) -> str:
         held_out=held_out(report, best),
         replies={index: rows for index in best if (rows := _replies(report.runs[index]))},
         detailed=best,
+        rounds=by_round(report)[:DETAILED],
+        rounds_meanings=MEANINGS,
         others=others_figures(report),
         others_caption=CAPTION,
         published=published_tables(report.runs, report.names),

@@ -9,11 +9,14 @@ from simpo.report.compare import Comparison, averages
 from simpo.report.findings import between_groups, findings, pruned_note, unfinished_note
 from simpo.report.hub_results import CAPTION, others_figures
 from simpo.report.published import judged_note, published_tables
+from simpo.report.rounds import MEANINGS, by_round
 from simpo.run.runs import Progress, State
 from simpo.run.tables import SHOWN, markdown_table
 
 ROWS_SHOWN = 40
 """Lines of a table, and notes below it, that a terminal shows; a file gets all."""
+ROUNDS_SHOWN = 4
+"""Runs, the best ones, that a terminal tells by round."""
 SHORTEST_NAME = 24
 
 Cells = dict[str, str]
@@ -42,6 +45,7 @@ def text(report: Comparison, width: int | None = None) -> str:
     lines += findings(report)
     notes = [*_notes(report), *damaged_lines(report)]
     lines += _cut(notes, rows, "the page, and with format=csv")
+    lines += _rounds(report, width)
     for judged in report.judged:
         table, hidden = _narrowed(judged.table(_short(report))[:rows], width, 2)
         lines += ["", judged.caption(), *markdown_table(table), *_too_wide(hidden)]
@@ -188,6 +192,17 @@ def _narrowed(
     while width is not None and len(shown[0]) > least and _width(shown) > width:
         shown = [{key: line[key] for key in list(line)[:-1]} for line in shown]
     return shown, keys[len(shown[0]) :]
+
+
+def _rounds(report: Comparison, width: int | None) -> list[str]:
+    """A table by round for each of the best runs that have rounds."""
+    lines: list[str] = []
+    told = by_round(report)[: ROUNDS_SHOWN if width else None]
+    for one in told:
+        table, hidden = _narrowed(one.table, width, 2)
+        lines += ["", f"{one.name} by round", *markdown_table(table), *_too_wide(hidden)]
+        lines += one.notes
+    return [*lines, MEANINGS] if told else []
 
 
 def _too_wide(hidden: Sequence[str]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -39,12 +38,12 @@ from simpo.run.files import (
 )
 from simpo.run.folder import is_free
 from simpo.run.judged import Judged, read_judged
+from simpo.run.logs import last_line
+from simpo.run.rounds import ROUNDS
 
 RECORDS = {"run.yaml", "status.json"}
 SKIPPED = {"checkpoints", "model", "samples", "held_out", "slurm", "wandb", "tensorboard"}
 SKIPPED |= {judged.FOLDER}
-PROGRESS = re.compile(r"\d+%\||^[\w() -]+ \d+/\d+(, |$)")
-"""A progress bar in a log."""
 
 
 class State(str, Enum):
@@ -74,7 +73,7 @@ class Progress:
     """Progress of a run.
 
     Attributes:
-        step, total_steps: updates done, and in all; 0 before it has begun.
+        step, total_steps: updates done, and in all; 0 before it has begun. Rounds, if it has some.
         requeued: how often Slurm started it again.
         judging: the benchmark on which its model, which is saved, has yet to be judged.
         note: a line; why a pending run waits, or why a run was pruned or ended badly.
@@ -88,12 +87,13 @@ class Progress:
     judging: str = ""
     note: str = ""
     log: Path | None = None
+    unit: str = "step"
 
     def text(self) -> str:
         """The progress in words, without the note."""
         words = str(self.state.value)
         if self.state is not State.pending and self.total_steps:
-            words += f", step {self.step} of {self.total_steps}"
+            words += f", {self.unit} {self.step} of {self.total_steps}"
         if self.judging:
             done = "judging" if self.state is State.running else "not yet judged"
             words += f", {done} on {self.judging}"
@@ -173,7 +173,7 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
             # A run without run.yaml is a damaged run. A run stands for its rounds.
             if is_run := bool(RECORDS & {*below, *files}):
                 found[Path(path).resolve()] = None
-            below[:] = sorted(set(below) - SKIPPED - set(["rounds"] * is_run))
+            below[:] = sorted(set(below) - SKIPPED - set([ROUNDS] * is_run))
     closed = (Path(fault.filename) for fault in faults if isinstance(fault, PermissionError))
     return list(found | dict.fromkeys(path.resolve() for path in closed))
 
@@ -333,15 +333,15 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
             state, note = State.cancelled, ""
         elif state is not State.stopped:
             how = [f"exit code {known.exit_code}" if known.state == "FAILED" else known.state]
-            state, note = State.failed, ": ".join([*how, note or _last_line(log)])
+            state, note = State.failed, ": ".join([*how, note or last_line(log)])
     elif state is State.running and locked is None and not job:
         note = "or killed: the file system has no locks, which would show it"
     elif state is State.running:
-        state, note = State.killed, _last_line(log)
+        state, note = State.killed, last_line(log)
     elif state is State.pending and job:
         # It ended before its first step.
         gone = f"Slurm knows no job {job['id']}, or does not answer" if "id" in job else ""
-        state, note = State.killed, _last_line(log) or gone
+        state, note = State.killed, last_line(log) or gone
     return Progress(
         state,
         max(int(status.get("step", 0)), _last_step(folder)),
@@ -350,6 +350,7 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
         str(status.get("judging", "")),
         note,
         log,
+        "round" if (folder / ROUNDS).is_dir() else "step",
     )
 
 
@@ -385,16 +386,3 @@ def _last_step(folder: Path) -> int:
         return int(json.loads(whole)["step"]) if whole else 0
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedError(path, "its last line is not a line of metrics", NEW_RUN) from error
-
-
-def _last_line(log: Path | None) -> str:
-    if log is None or not log.is_file():
-        return ""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 2**14))
-        text = file.read().decode(errors="replace")
-    lines = [line.strip() for line in re.split(r"[\r\n]|(?=srun: |slurmstepd: )", text)]
-    lines = [line for line in lines if line and not PROGRESS.search(line)]
-    # Slurm's lines report the end, the run's own lines its cause.
-    own_lines = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
-    return (own_lines or lines or [""])[-1]

@@ -11,6 +11,9 @@ SHOWN = (
     ("loss", "loss"),
     ("rewards/accuracies", "accuracy"),
     ("rewards/margins", "margin"),
+    ("reply_reward", "reward of replies"),
+    ("reply_pass_rate", "pass rate of replies"),
+    ("reply_win_rate", "replies that beat the first model's"),
     ("rule_pass_rate", "rule pass rate"),
     ("reply_repetition", "repetition in replies"),
 )

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ def begin(words: list[str], folder: Path) -> Process:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def has_text(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
 
 
 def state_once_dead(root: Path) -> State:
@@ -113,7 +118,7 @@ def test_rounds_are_the_single_commands_one_after_the_other(
 
     # Its figures are those of the files, and it reads as a run whose steps are rounds.
     (run,), damaged = read_runs(find_runs([root]))
-    assert not damaged and run.progress.text() == "finished, step 2 of 2"
+    assert not damaged and run.progress.text() == "finished, round 2 of 2"
     measures = [
         json.loads((root / f"rounds/{n}/replies/measures.json").read_text()) for n in (1, 2, 3)
     ]
@@ -140,7 +145,7 @@ def test_rounds_killed_in_every_phase_end_the_same(rounds: list[str], tmp_path: 
     )
     for name in begun_in:
         process, file = begin([*rounds, f"run_dir={root}"], tmp_path), root / "rounds" / name
-        wait_for(lambda file=file: file.is_file() and file.stat().st_size > 0, process)
+        wait_for(partial(has_text, file), process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not (root / "results.json").exists()
@@ -168,7 +173,7 @@ def test_a_signal_stops_rounds(
     output = finish(process, code)
     assert said in output and "Traceback" not in output
     (run,), _ = read_runs(find_runs([tmp_path / "out"]))
-    assert run.progress.text() == "stopped, step 0 of 2"
+    assert run.progress.text() == "stopped, round 0 of 2"
 
 
 @pytest.mark.matrix
@@ -202,7 +207,7 @@ def test_rounds_that_end_early_with_adapters_on_two_processes(
     said = finish(begin([*rounds, *words, f"run_dir={tmp_path}/out"], tmp_path))
     root = tmp_path / "out"
     (run,), _ = read_runs(find_runs([root]))
-    assert run.progress.text() == "finished, step 1 of 3"
+    assert run.progress.text() == "finished, round 1 of 3"
     kl = run.evaluations[1]["reply_kl"]
     reason = f"the model of round 1 is {kl:.3f} nats per token from the first, beyond "
     assert f"ended  {reason}rounds.max_kl=0.0001\n" in said and kl > 1e-4

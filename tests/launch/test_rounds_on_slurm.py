@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,11 @@ def test_a_chain_with_a_preempted_link(long_round: list[str], tmp_path: Path) ->
     assert left.keys() == right.keys() and left == right
 
 
+def begun(root: Path, file: Path) -> bool:
+    """Whether a file is there, or will never be."""
+    return file.is_file() or hurry(root) not in IN_PROGRESS
+
+
 def test_one_job_for_all_rounds(long_round: list[str], tmp_path: Path) -> None:
     """Told to stop while it generates, and again while it trains; requeued both times."""
     root, alone = tmp_path / "job", tmp_path / "alone"
@@ -69,11 +75,11 @@ def test_one_job_for_all_rounds(long_round: list[str], tmp_path: Path) -> None:
     finish(begin([*long_round, "launcher=slurm", f"run_dir={root}"], tmp_path))
     for name in ("replies/scores-own_rewards_vowels.jsonl", "run/metrics.jsonl"):
         file = root / "rounds/1" / name
-        until(lambda file=file: file.is_file() or hurry(root) not in IN_PROGRESS, name)
+        until(partial(begun, root, file), name)
         slurm_command("scancel", "--signal=USR2", job_of(root))
         until(lambda: hurry(root) is State.pending, "the requeue")
     until(lambda: hurry(root) not in IN_PROGRESS, "the end")
     (progress,) = read_progress([root])
-    assert progress.text() == "finished, step 1 of 1, requeued 2 times"
+    assert progress.text() == "finished, round 1 of 1, requeued 2 times"
     finish(begin([*long_round, f"run_dir={alone}"], tmp_path))
     assert written(root) == written(alone)

@@ -63,6 +63,12 @@ def main(words: Sequence[str]) -> None:
     if form == "json":
         # JSON has no NaN, which a diverged run may have.
         valid = [{key: _finite(value) for key, value in line.items()} for line in lines]
+        for line, run in zip(valid, report.runs if key is None else (), strict=key is None):
+            if run.config.rounds.number:
+                line["rounds"] = [
+                    {"round": number, **{key: _finite(value) for key, value in metrics.items()}}
+                    for number, metrics in sorted(run.evaluations.items())
+                ]
         print(json.dumps(valid, indent=2))
     elif form == "csv":
         table = csv.DictWriter(sys.stdout, list(lines[0] if lines else ()), lineterminator="\n")

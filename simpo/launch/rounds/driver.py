@@ -22,8 +22,6 @@ from simpo.config.flat import trajectory
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds.phases import Kind, Phase, run_folder
 from simpo.launch.rounds.record import (
-    ENDED_FILE,
-    ended_early,
     kept_round,
     measured,
     measured_line,
@@ -37,6 +35,7 @@ from simpo.loop.tracker import Tracker
 from simpo.loop.watch import CollapseWatch
 from simpo.run.folder import RunFolder
 from simpo.run.progress import say
+from simpo.run.rounds import ENDED_FILE, ended_early
 from simpo.run.signals import SAVING, forwarding_signals, signals_blocked, tell
 
 POLL_S = 0.05

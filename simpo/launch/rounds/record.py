@@ -8,11 +8,10 @@ from typing import Any
 
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds.phases import Kind, Phase, phases, replies_folder, run_folder
+from simpo.run import rounds
 from simpo.run.best import best_step, check_monitor, evaluations_without_gain
-from simpo.run.files import NEW_RUN, read_json, read_results, read_text
+from simpo.run.files import NEW_RUN, read_json, read_results
 
-ENDED_FILE = Path("rounds", "ended.txt")
-"""In a run's folder: why its rounds ended before the last."""
 MEASURES = {
     "reward": "reply_reward",
     "reward_spread": "reply_reward_spread",
@@ -39,9 +38,8 @@ SHOWN = {
 
 
 def done_file(root: Path, phase: Phase) -> Path:
-    """The file that says that a phase is done: {"seconds": ...}."""
-    part = f"-{phase.part}" * (phase.part > 1)
-    return root / "rounds" / str(phase.round) / f"{phase.kind.value}{part}.json"
+    """The file that says that a phase is done."""
+    return rounds.done_file(root, phase.round, phase.kind.value, phase.part)
 
 
 def is_done(root: Path, phase: Phase) -> bool:
@@ -49,14 +47,9 @@ def is_done(root: Path, phase: Phase) -> bool:
     return done_file(root, phase).is_file()
 
 
-def ended_early(root: Path) -> str:
-    """Why the rounds of a folder ended before the last, in a line; empty if they did not."""
-    return (read_text(root / ENDED_FILE, NEW_RUN) or "").strip()
-
-
 def next_phases(run: RunConfig, root: Path) -> list[Phase]:
     """The phases that come next and run at the same time; none at the end."""
-    todo = [] if ended_early(root) else [p for p in phases(run) if not is_done(root, p)]
+    todo = [] if rounds.ended_early(root) else [p for p in phases(run) if not is_done(root, p)]
     return [p for p in todo if (p.round, p.kind) == (todo[0].round, todo[0].kind)]
 
 
@@ -114,15 +107,15 @@ def reason_to_end(run: RunConfig, evaluations: Mapping[int, Mapping[str, float]]
     Raises:
         ConfigError: the rounds are compared by a metric that they do not have.
     """
-    rounds, newest = run.rounds, max(evaluations)
-    if newest and (rounds.patience or needs_best(run)):
+    wanted, newest = run.rounds, max(evaluations)
+    if newest and needs_best(run):
         check_monitor(run.monitor, [*evaluations[newest]])
     for limit in exceeded(run, evaluations, newest):
         return f"the model of round {newest} {limit}"
-    if rounds.patience and evaluations_without_gain(run.monitor, evaluations) >= rounds.patience:
+    if wanted.patience and evaluations_without_gain(run.monitor, evaluations) >= wanted.patience:
         best = best_step(run.monitor, evaluations)
         return (
-            f"rounds.patience={rounds.patience} rounds without a better {run.monitor.metric} than "
+            f"rounds.patience={wanted.patience} rounds without a better {run.monitor.metric} than "
             f"that of round {best}"
         )
     return ""
@@ -137,18 +130,18 @@ def exceeded(
     run: RunConfig, evaluations: Mapping[int, Mapping[str, float]], number: int
 ) -> Sequence[str]:
     """The limits that a round's model is beyond, in words."""
-    rounds, first, now = run.rounds, evaluations[0], evaluations[number]
+    limits, first, now = run.rounds, evaluations[0], evaluations[number]
     found = []
-    if number and rounds.max_kl is not None and now.get("reply_kl", 0.0) > rounds.max_kl:
+    if number and limits.max_kl is not None and now.get("reply_kl", 0.0) > limits.max_kl:
         found.append(
             f"is {now['reply_kl']:.3f} nats per token from the first, beyond rounds.max_kl="
-            f"{rounds.max_kl}"
+            f"{limits.max_kl}"
         )
     length = now.get("reply_tokens", 0.0) / (first.get("reply_tokens") or 1.0)
-    if number and rounds.max_length_ratio is not None and length > rounds.max_length_ratio:
+    if number and limits.max_length_ratio is not None and length > limits.max_length_ratio:
         found.append(
             f"writes {length:.2f} times as much as the first, beyond rounds.max_length_ratio="
-            f"{rounds.max_length_ratio}"
+            f"{limits.max_length_ratio}"
         )
     return found
 

@@ -1,0 +1,55 @@
+"""What the folder of a run with rounds has beside that of another. Imports no torch.
+
+All of it: `simpo.launch.rounds.phases`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from simpo.config.errors import DamagedError
+from simpo.run.files import NEW_RUN, read_json, read_text
+
+ROUNDS = "rounds"
+"""The folder of the rounds, which has one for each."""
+ENDED_FILE = Path(ROUNDS, "ended.txt")
+"""Why the rounds ended before the last."""
+KINDS = ("check", "generate", "annotate", "train")
+"""What a round does, in this order."""
+
+
+def round_folder(root: Path, number: int) -> Path:
+    """The folder of a round."""
+    return root / ROUNDS / str(number)
+
+
+def done_file(root: Path, number: int, kind: str, part: int = 1) -> Path:
+    """The file that says that a phase of a round is done: {"seconds": ...}."""
+    return round_folder(root, number) / f"{kind}{f'-{part}' * (part > 1)}.json"
+
+
+def ended_early(root: Path) -> str:
+    """Why the rounds of a run ended before the last, in a line; empty if they did not.
+
+    Raises:
+        DamagedError: ended.txt cannot be read.
+    """
+    return (read_text(root / ENDED_FILE, NEW_RUN) or "").strip()
+
+
+def seconds_of(root: Path, number: int) -> dict[str, float]:
+    """How long each phase of a round took, by kind; of parts at the same time the longest.
+
+    Raises:
+        DamagedError: a file is not as it was written.
+    """
+    found: dict[str, float] = {}
+    for kind in KINDS:
+        first = done_file(root, number, kind)
+        for file in (first, *sorted(first.parent.glob(f"{kind}-*.json"))):
+            took = read_json(file, NEW_RUN).get("seconds", 0.0) if file.is_file() else None
+            if type(took) not in (int, float, type(None)):
+                raise DamagedError(file, "has no number of seconds", NEW_RUN)
+            if took is not None:
+                found[kind] = max(found.get(kind, 0.0), took)
+    return found

@@ -1,0 +1,127 @@
+"""Runs with rounds in a report, from files written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from simpo.config.check import run_yaml
+from simpo.config.compose import compose_run
+from simpo.launch.commands.report import main
+from simpo.report.compare import compare
+from simpo.report.page import content
+from simpo.report.rounds import MEANINGS, by_round
+from simpo.report.text import text
+from simpo.run.runs import find_runs, read_progress
+from tests.support.made_runs import make
+
+REWARDS = (0.25, 0.5, 0.375)
+
+
+def make_rounds(folder: Path, rewards: tuple[float, ...] = REWARDS, kept: int | None = 1) -> Path:
+    """A run of two rounds; `kept` is the round whose model was kept, None while it runs."""
+    folder.mkdir(parents=True)
+    words = ["rounds.number=2", "monitor.metric=reply_reward", "on_policy.reward=rules"]
+    (folder / "run.yaml").write_text(run_yaml(compose_run(words)))
+    found = {
+        number: {"reply_reward": reward, "reply_win_rate": 0.5 + number / 8, "reply_tokens": 40.25}
+        for number, reward in enumerate(rewards)
+    }
+    lines = [
+        {"step": number, **{f"eval/{key}": value for key, value in metrics.items()}}
+        for number, metrics in found.items()
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    state = "running" if kept is None else "finished"
+    status = {"state": state, "step": len(rewards) - 1, "total_steps": 2, "error": ""}
+    (folder / "status.json").write_text(json.dumps(status))
+    seconds = {"generate": 90.0, "generate-2": 96.0, "annotate": 6.0, "train": 30.0}
+    for number in range(1, len(rewards) + 1):
+        one = folder / "rounds" / str(number)
+        one.mkdir(parents=True)
+        for kind, took in seconds.items():
+            if number < len(rewards) or kind != "train":
+                (one / f"{kind}.json").write_text(json.dumps({"seconds": took * number}))
+    if kept is not None:
+        results = {
+            "eval_before": found[0],
+            "eval_after": found[kept],
+            "findings": [],
+            "train": {"steps": 2, "model_step": kept, "this_process_s": 1.0},
+        }
+        (folder / "results.json").write_text(json.dumps(results))
+        make(folder / "rounds/1/run")
+    return folder
+
+
+def test_a_run_by_round(tmp_path: Path) -> None:
+    """Of parts at the same time the longest counts: 96 s of the first round are 1.6 minutes."""
+    root = make_rounds(tmp_path / "run")
+    (root / "rounds/ended.txt").write_text("rounds.patience=1 rounds without a better one\n")
+    shown = text(compare([root])).splitlines()
+    begin = shown.index("run by round")
+    assert shown[begin + 1 : begin + 9] == [
+        "| round |      | reward | beats the first | tokens | generate, min | annotate, min "
+        "| train, min |",
+        "|-------|------|--------|-----------------|--------|---------------|---------------"
+        "|------------|",
+        "| 0     |      | 0.250  | 0.500           | 40.2   |               |               "
+        "|            |",
+        "| 1     | kept | 0.500  | 0.625           | 40.2   | 1.6           | 0.1           "
+        "| 0.5        |",
+        "| 2     |      | 0.375  | 0.750           | 40.2   | 3.2           | 0.2           "
+        "| 1.0        |",
+        "5.1 minutes for the replies after round 2, by which it is measured",
+        "ended after round 2: rounds.patience=1 rounds without a better one",
+        MEANINGS,
+    ]
+    assert read_progress([root])[0].text() == "finished, round 2 of 2"
+    page = content(compare([root]))
+    assert (
+        'id="rounds-0"' in page
+        and "<td>1.6</td>" in page
+        and "Of replies to held-out prompts." in page
+    )
+
+
+def test_a_run_stands_for_its_rounds(tmp_path: Path) -> None:
+    root = make_rounds(tmp_path / "run")
+    assert find_runs([tmp_path]) == [root]
+    assert find_runs([root / "rounds"]) == [root / "rounds/1/run"]
+    # Whose runs are called rounds are not left out.
+    other = make(tmp_path / "rounds" / "a")
+    assert find_runs([tmp_path]) == [other, root]
+
+
+def test_several_runs_and_one_that_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_rounds(tmp_path / "sweep/good", (0.25, 0.75, 0.5))
+    make_rounds(tmp_path / "sweep/now", (0.25, 0.3), kept=None)
+    report = compare([tmp_path / "sweep"])
+    assert [one.name for one in by_round(report)] == ["good", "now"]
+    assert [line["round"] for line in by_round(report)[1].table] == ["0", "1"]
+    assert report.metric == "reply_reward" and report.names[report.order[0]] == "good"
+    assert text(report).count(MEANINGS) == 1
+    main([str(tmp_path / "sweep"), "format=json"])
+    good, _ = json.loads(capsys.readouterr().out)
+    assert [line["reply_reward"] for line in good["rounds"]] == [0.25, 0.75, 0.5]
+    assert [line["round"] for line in good["rounds"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("1/train.json", "{", "is not JSON"),
+        ("1/train.json", '{"seconds": "x"}', "has no number of seconds"),
+        ("ended.txt", b"\xff", "is not UTF-8 at byte 1"),
+    ],
+)
+def test_damaged_files(name: str, content: str | bytes, fault: str, tmp_path: Path) -> None:
+    root = make_rounds(tmp_path / "run")
+    file = root / "rounds" / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (told,) = by_round(compare([root]))
+    assert told.notes[-1] == (f"{file}: {fault} (restore it, or start anew with run_dir=NEW)")

@@ -80,7 +80,7 @@ def _problems(name: str, given: Any, known: dict[str, type[LossConfig]]) -> Iter
         yield f"parts: no loss {name} to mix (sft_weight adds the NLL; losses: {others})"
         return
     settings = given if isinstance(given, dict) else {WEIGHT: given}
-    weight = settings.get(WEIGHT)
+    weight: Any = settings.get(WEIGHT)
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if not (is_number and 0 < weight < math.inf):
         yield f"{key}: must have a weight above 0, got {given}"

@@ -19,6 +19,7 @@ from simpo.launch.rounds.phases import Kind, Phase, settings_of
 from simpo.launch.rounds.preflight import check_rounds
 
 Usage = namedtuple("Usage", "total used free")
+Memory = namedtuple("Memory", "available")
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_memory_of_replies_and_of_a_step(
 
 
 def psutil_memory(available: int) -> object:
-    return namedtuple("Memory", "available")(available)
+    return Memory(available)
 
 
 def test_room_for_the_models_of_all_rounds(

@@ -20,22 +20,27 @@ from simpo.config.errors import DataError, RunError
 from simpo.config.schema import RunConfig
 from simpo.judging.jsonl import ONE_LINE, SPLIT, answer_id, fault, records, write_jsonl
 from simpo.judging.mt_bench_files import (
-    PROMPTS,
     QUESTIONS,
     REFERENCES,
     TURNS,
-    files_folder,
     read_answers,
-    read_prompts,
     read_questions,
 )
 from simpo.judging.shapes import Answer, Benchmark, Judgement, Query, Question, Said
+from simpo.judging.single_answer import (
+    JUDGE_MAX_TOKENS,
+    PROMPTS,
+    answer_parts,
+    files_folder,
+    prompt_name,
+    question_parts,
+    rating,
+    rating_messages,
+    read_prompts,
+)
 from simpo.judging.win_rates import mean_figure
 from simpo.run.judged import Figure
 
-JUDGE_MAX_TOKENS = 2048
-RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
-"""What a rating looks like; the second is tried if the first is nowhere."""
 UNREADABLE = -1
 """Score of an unreadable verdict in FastChat's files."""
 ONE_TURN = "{} questions have a rating of one turn alone, which is their score."
@@ -51,7 +56,8 @@ def open_mt_bench(run: RunConfig) -> Benchmark:
         ConfigError: there are no such files.
         DataError: they are damaged.
     """
-    return MTBench(files_folder(run.benchmark.path), run.benchmark)
+    files = (QUESTIONS, REFERENCES, PROMPTS)
+    return MTBench(files_folder(run.benchmark.path, files), run.benchmark)
 
 
 class MTBench(Benchmark):
@@ -66,7 +72,7 @@ class MTBench(Benchmark):
         references = {key: turns for key, _, turns in read_answers(folder / REFERENCES)}
         self._all = read_questions(folder / QUESTIONS, references, settings.temperature)
         self.questions = list(self._all.values())[: settings.num_prompts]
-        self._prompts = read_prompts(folder / PROMPTS)
+        self._prompts = read_prompts(folder)
 
     def queries(self, answers: Mapping[str, Answer], both_orders: bool) -> list[Query]:
         """A query for each turn; `both_orders` means nothing where one answer is rated alone."""
@@ -87,18 +93,11 @@ class MTBench(Benchmark):
         self, question: Question, answer: Answer, turn: int
     ) -> tuple[dict[str, str], dict[str, str]]:
         prompt = self._prompts[_prompt_name(question, turn)]
-        first, second = (*answer.turns, "")[:TURNS]
-        parts = {"answer": first, "answer_1": first, "answer_2": second, **_known_parts(question)}
-        return (
-            {"role": "system", "content": prompt["system_prompt"]},
-            {"role": "user", "content": prompt["prompt_template"].format(**parts)},
-        )
+        return rating_messages(prompt, _known_parts(question) | answer_parts(*answer.turns))
 
     def value(self, query: Query, said: Said) -> float | None:
         """The rating, from 1 to 10. FastChat counts a number outside of that too."""
-        found = next((match for form in RATINGS if (match := form.search(said.text))), None)
-        points = float(found[1]) if found else 0.0
-        return points if 1 <= points <= 10 else None
+        return rating(said.text)
 
     def figures(
         self, judgements: Sequence[Judgement], answers: Mapping[str, Answer]
@@ -279,14 +278,13 @@ class MTBench(Benchmark):
 
 def _known_parts(question: Question) -> dict[str, str]:
     """What a prompt shows of a question, by its place in the template."""
-    first, second = (question.prompt[-1]["content"], *question.follow_ups, "")[:TURNS]
-    parts = {"question": first, "question_1": first, "question_2": second}
-    return parts | {f"ref_answer_{n}": text for n, text in enumerate(question.references, start=1)}
+    return question_parts(
+        (question.prompt[-1]["content"], *question.follow_ups), question.references
+    )
 
 
 def _prompt_name(question: Question, turn: int) -> str:
-    name = "single-math-v1" if question.references else "single-v1"
-    return f"{name}-multi-turn" if turn else name
+    return prompt_name(bool(question.references), several_turns=turn > 0)
 
 
 def _file_name(name: str) -> str:

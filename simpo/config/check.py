@@ -31,6 +31,7 @@ from simpo.config.errors import ConfigError, first_line
 from simpo.config.launchers import LocalConfig, SlurmConfig
 from simpo.config.losses import LOSSES, is_of, losses_of, own_losses, read_only
 from simpo.config.models import ModelConfig
+from simpo.config.on_policy import rating_problems
 from simpo.config.own_code import OwnCodeError
 from simpo.config.plain import NotPlain, plain_run, plain_text, read_plain
 from simpo.config.renamed import renamed_config
@@ -274,6 +275,7 @@ def check_run(run: RunConfig) -> None:
             "(set nf4, or backend=ddp, zero2 or zero3)"
         )
     problems += _judged_problems(run)
+    problems += rating_problems(run.on_policy.reward, run.judge)
     problems += _rounds_problems(run) if run.rounds.number else ()
     if isinstance(run.launcher, SlurmConfig) and run.launcher.tasks() > 1:
         if not isinstance(run.backend, DistributedConfig):

@@ -6,7 +6,12 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from simpo.config.benchmarks import JudgeConfig
 from simpo.config.choices import Engine, ReplyChoice
+
+JUDGE = "judge"
+"""Names the reward that is the rating of the judge of `judge.endpoint` or `judge.local`."""
+RATERS = "set judge.endpoint or judge.local"
 
 
 @dataclass(kw_only=True)
@@ -45,7 +50,8 @@ class OnPolicyConfig:
     part: int = 1
     """Which part this command generates, from 1."""
     reward: str | None = None
-    """What scores replies: a reward model (hub id or folder), `module:function`, or `rules`."""
+    """What scores replies: a reward model (hub id or folder), `module:function`, `rules`, or
+    `judge`: the judge of `judge.endpoint` or `judge.local` rates each reply from 1 to 10."""
     keep_cut: bool = False
     """Also use replies that max_new_tokens cut off."""
     pass_reward: float | None = None
@@ -91,3 +97,14 @@ class OnPolicyConfig:
             yield f"margin_quantile: must be above 0 and below 1, got {self.margin_quantile}"
         if self.engine is Engine.vllm and importlib.util.find_spec("vllm") is None:
             yield "engine: vllm is not installed (pip install 'simpo[vllm]')"
+
+
+def rating_problems(reward: str | None, judge: JudgeConfig) -> Iterator[str]:
+    """Faults of a judge that is to rate replies."""
+    if reward != JUDGE or judge.asks("endpoint") or judge.asks("local"):
+        return
+    scoring = [key for key in ("reward", "annotations") if judge.asks(key)]
+    for key in scoring:
+        yield f"judge.{key}: rates no replies for on_policy.reward=judge ({RATERS})"
+    if not scoring:
+        yield f"on_policy.reward: judge needs a judge, but none is set ({RATERS})"

@@ -44,6 +44,7 @@ class Pair:
         held_out_set: name of the held-out set it is in, or empty.
         score_margin: score of chosen minus score of rejected; None if the record has no scores.
         tools: JSON schemas of the tools that the assistant may call; None without tools.
+        reference_answer: what a judge of replies compares them with; read of prompts alone.
     """
 
     prompt: tuple[Message, ...]
@@ -54,6 +55,7 @@ class Pair:
     held_out_set: str = ""
     score_margin: float | None = None
     tools: tuple[Mapping[str, Any], ...] | None = None
+    reference_answer: str | None = None
 
     @property
     def responses(self) -> tuple[tuple[Message, ...], ...]:

@@ -13,6 +13,17 @@ from simpo.judging.shapes import Benchmark, Judge, Reward
 from simpo.on_policy.rewards import RULES
 
 
+def asked_judge(run: RunConfig) -> Judge | None:
+    """The judge that answers queries, of `judge.endpoint` or `judge.local`; None if neither is set.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    if run.judge.endpoint is not None:
+        return EndpointJudge(run.judge)
+    return None if run.judge.local is None else LocalJudge(run, run.judge.local)
+
+
 def open_judge(run: RunConfig, benchmark: Benchmark) -> Judge | Reward | None:
     """The judge of a benchmark, or the reward that scores its answers.
 
@@ -25,10 +36,8 @@ def open_judge(run: RunConfig, benchmark: Benchmark) -> Judge | Reward | None:
     config = run.judge
     if config.annotations is not None:
         return None
-    if config.endpoint is not None:
-        return EndpointJudge(config)
-    if config.local is not None:
-        return LocalJudge(run, config.local)
+    if (judge := asked_judge(run)) is not None:
+        return judge
     if config.reward is not None:
         if not benchmark.baseline_name:
             raise ConfigError(

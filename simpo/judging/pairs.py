@@ -14,7 +14,7 @@ from typing import Any
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.schema import RunConfig
 from simpo.data.mixture import load_held_out
-from simpo.data.pairs import Message, Pair
+from simpo.data.pairs import Pair
 from simpo.data.reading.records import to_dialogue, to_pair
 from simpo.data.rules import obeys
 from simpo.judging.jsonl import read_jsonl, write_jsonl
@@ -27,6 +27,7 @@ from simpo.judging.shapes import (
     Said,
     by_question,
     orders_of,
+    request_text,
 )
 from simpo.judging.win_rates import mean_figure
 from simpo.on_policy.files import prompt_id
@@ -120,7 +121,9 @@ class Pairs(Benchmark):
             own, other = (side[question.id].turns[0] for side in (answers, self.baseline))
             for order in orders_of(question.id, both_orders, self._seed):
                 first, second = (other, own) if order else (own, other)
-                text = USER.format(request=_request(question), first=first, second=second)
+                text = USER.format(
+                    request=request_text(question.prompt), first=first, second=second
+                )
                 messages = (
                     {"role": "system", "content": SYSTEM},
                     {"role": "user", "content": text},
@@ -237,11 +240,3 @@ def _check_line(place: str, line: Mapping[str, Any]) -> None:
         raise DataError(f"{place}: prompt must be a list of messages (restore the file)")
     if not isinstance(said, dict) or not {"text"} <= said.keys() <= KEYS_OF_SAID:
         raise DataError(f"{place}: said must be an object with text (restore the file)")
-
-
-def _request(question: Question) -> str:
-    """The prompt as the judge reads it: its only message, or all with their roles."""
-    turns: Sequence[Message] = question.prompt
-    if len(turns) == 1:
-        return str(turns[0]["content"])
-    return "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in turns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,27 @@ def judgements_of(
     if isinstance(judge, Reward):
         return _by_reward(run, benchmark, judge, answers)
     queries = benchmark.queries(answers, run.judge.both_orders)
-    queries += verdicts.repeats(run, queries)
+    return judged_by(run, judge, queries + verdicts.repeats(run, queries), benchmark.value)
+
+
+def judged_by(
+    run: RunConfig,
+    judge: Judge,
+    queries: Sequence[Query],
+    value_of: Callable[[Query, Said], float | None],
+) -> list[Judgement]:
+    """What a judge says to queries, in their order, and what it means.
+
+    Args:
+        value_of: the value of what was said, without its thoughts; None if it cannot be read.
+
+    Raises:
+        RunError: the judge cannot go on, or nothing that it said can be read.
+        DamagedError: the file of verdicts is damaged.
+    """
 
     def value(query: Query, said: Said) -> float | None:
-        return benchmark.value(query, replace(said, text=without_thoughts(said.text)))
+        return value_of(query, replace(said, text=without_thoughts(said.text)))
 
     found = [
         Judgement(query, said, value(query, said))

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from simpo.config.errors import ConfigError
 from simpo.data.pairs import Message
+from simpo.data.reading.messages import all_text
 from simpo.run.judged import Figure
 
 
@@ -144,6 +145,13 @@ def by_question(judgements: Iterable[Judgement]) -> dict[str, float]:
 def orders_of(question: str, both: bool, seed: int) -> tuple[int, ...]:
     """The orders in which a judge sees the answers to a question: both, or one drawn by `seed`."""
     return (0, 1) if both else (random.Random(f"{seed} {question}").randrange(2),)
+
+
+def request_text(turns: Sequence[Message]) -> str:
+    """Messages as a judge reads them: the text of the only one, or all with their roles."""
+    if len(turns) == 1:
+        return all_text(turns[0])
+    return "\n\n".join(f"[{turn['role']}]\n{all_text(turn)}" for turn in turns)
 
 
 class Judge(Protocol):

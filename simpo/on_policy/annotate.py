@@ -12,7 +12,7 @@ from typing import Any
 
 from simpo.config.choices import ReplyChoice
 from simpo.config.errors import ConfigError, RunError
-from simpo.config.on_policy import OnPolicyConfig
+from simpo.config.on_policy import JUDGE, OnPolicyConfig
 from simpo.config.schema import RunConfig
 from simpo.loop.console import libraries_quiet
 from simpo.on_policy.files import (
@@ -38,7 +38,7 @@ from simpo.on_policy.measures import (
     write_reply_scores,
 )
 from simpo.on_policy.pairing import margin, pairs_of_replies, with_wide_margins
-from simpo.on_policy.rewards import RULES, Reward, open_reward, reward_content, scores_of
+from simpo.on_policy.rewards import RULES, Rater, Reward, open_reward, reward_content, scores_of
 from simpo.run.atomic import write_text
 from simpo.run.progress import bar
 from simpo.run.tables import markdown_table
@@ -46,16 +46,20 @@ from simpo.run.tables import markdown_table
 KEY = "on_policy.reward"
 """The setting that names the reward."""
 TIES, FEWER, NARROW = "ties", "fewer than two different replies", "below margin_quantile"
+UNRATED = "fewer than two readable ratings"
 """Why a prompt gives no pair."""
 
 
 @libraries_quiet()
-def annotate(run: RunConfig) -> Path:
+def annotate(run: RunConfig, rater: Rater | None = None) -> Path:
     """Score every reply, and write train.jsonl, test.jsonl, measures.json and reply_scores.jsonl.
 
     A prompt gives pairs, by `on_policy.choice`, if its replies differ in text and in score. Of
     equal replies one is scored; empty replies are left out and, without `on_policy.keep_cut`, those
-    that were cut off.
+    that were cut off. A reply whose verdict the rater cannot read is in no pair and has no score.
+
+    Args:
+        rater: scores the replies with `on_policy.reward=judge`; see `simpo.judging.ratings`.
 
     Returns:
         The folder; see `simpo.on_policy.files`.
@@ -63,8 +67,9 @@ def annotate(run: RunConfig) -> Path:
     Raises:
         ConfigError: there are no replies, the reward cannot be used, or another process works in
             the folder.
-        RunError: the reward failed on a prompt (scores so far are kept), or there are prompts to
-            train on, but no pair of them (unless `on_policy.held_out_only`).
+        RunError: the reward failed on a prompt, or the judge cannot go on (scores so far are kept);
+            or there are prompts to train on, but no pair of them (unless
+            `on_policy.held_out_only`).
     """
     folder = on_policy_folder(run)
     name = run.on_policy.reward
@@ -72,19 +77,26 @@ def annotate(run: RunConfig) -> Path:
         raise ConfigError([f"on_policy.folder: no replies in {folder} (run simpo.generate)"])
     if not name:
         raise ConfigError(["on_policy.reward: required, but not given"])
+    assert (rater is not None) == (name == JUDGE), "on_policy.reward=judge comes with its rater"
     with working_in(folder):
-        _annotate(run, folder, name)
+        _annotate(run, folder, name, rater)
     return folder
 
 
-def _annotate(run: RunConfig, folder: Path, name: str) -> None:
+def _annotate(run: RunConfig, folder: Path, name: str, rater: Rater | None) -> None:
     prompts = read_prompts(folder)
     stored = read_stored_replies(folder)
     replies, cut = _replies(folder, prompts, stored, run.on_policy.keep_cut)
     print(*_missing_note(folder, prompts, stored), sep="", end="")
-    reward = reward_content(run, KEY, name)
-    scored = _score_all(run, folder, name, reward, prompts, replies)
-    written, counts = _pairs(run.on_policy, prompts, replies, scored)
+    asked = {key: len(own) for key, own in replies.items()}
+    if rater is None:
+        reward = reward_content(run, KEY, name)
+        scored = _score_all(run, folder, name, reward, prompts, replies)
+    else:
+        reward = rater.content
+        replies, scored = _rate_all(rater, prompts, replies)
+    unread = sum(asked.values()) - sum(map(len, replies.values()))
+    written, counts = _pairs(run.on_policy, prompts, asked, replies, scored)
     for split, lines in written.items():
         write_text(folder / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     scores = _by_reply(stored, replies, scored, run.on_policy.keep_cut)
@@ -94,7 +106,7 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
     write_measures(
         folder, _measures(run.on_policy, prompts, stored, scores, written, counts), MEASURED
     )
-    columns = ["prompts", "pairs", TIES, FEWER]
+    columns = ["prompts", "pairs", TIES, FEWER, *([UNRATED] if unread else ())]
     if run.on_policy.choice is ReplyChoice.margin:
         columns.append(NARROW)
     print(
@@ -102,6 +114,7 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
             [{"split": split, **{c: n[c] for c in columns}} for split, n in counts.items()]
         ),
         *([f"{cut} replies left out: cut off by on_policy.max_new_tokens"] if cut else []),
+        *([f"{unread} replies left out: the judge's verdict cannot be read"] if unread else []),
         sep="\n",
     )
     wanted = counts["train"]["prompts"] and not run.on_policy.held_out_only
@@ -115,17 +128,23 @@ def _annotate(run: RunConfig, folder: Path, name: str) -> None:
 def _pairs(
     config: OnPolicyConfig,
     prompts: list[Prompt],
+    asked: Mapping[str, int],
     replies: Mapping[str, Mapping[str, StoredReply]],
     scored: Mapping[str, list[float]],
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Counter[str]]]:
-    """The lines of train.jsonl and test.jsonl, and what is told of each split."""
+    """The lines of train.jsonl and test.jsonl, and what is told of each split.
+
+    Args:
+        asked: number of different replies to each prompt, of which `replies` are those with a
+            score.
+    """
     written: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     for prompt in prompts:
         texts = [reply.text for reply in replies[prompt.id].values()]
         counts[prompt.split]["prompts"] += 1
         if len(texts) < 2:
-            counts[prompt.split][FEWER] += 1
+            counts[prompt.split][FEWER if asked[prompt.id] < 2 else UNRATED] += 1
             continue
         scores = scored[prompt.id]
         pairs = pairs_of_replies(scores, config.choice, prompt.id)
@@ -157,13 +176,17 @@ def _by_reply(
     scored: Mapping[str, list[float]],
     keep_cut: bool,
 ) -> dict[tuple[str, int], float]:
-    """The score of every reply by (prompt id, seed), of equal ones the same."""
+    """The score of every reply by (prompt id, seed), of equal ones the same; of some none, since
+    the judge's verdict cannot be read."""
     by_text = {key: dict(zip(replies[key], scores, strict=True)) for key, scores in scored.items()}
-
-    def score(one: StoredReply) -> float:
-        return by_text[one.id][one.text.strip()] if is_kept(one, keep_cut) else LEFT_OUT
-
-    return {(one.id, one.seed): score(one) for one in stored}
+    found: dict[tuple[str, int], float] = {}
+    for one in stored:
+        text = one.text.strip()
+        if not is_kept(one, keep_cut):
+            found[one.id, one.seed] = LEFT_OUT
+        elif text in by_text[one.id]:
+            found[one.id, one.seed] = by_text[one.id][text]
+    return found
 
 
 def _measures(
@@ -186,7 +209,7 @@ def _measures(
             {prompt.id: drawn[prompt.id] for prompt in prompts if prompt.split == split},
             scores,
             [margin(line) for line in written[split]],
-            sum(counts[split][reason] for reason in (TIES, FEWER, NARROW)),
+            sum(counts[split][reason] for reason in (TIES, FEWER, UNRATED, NARROW)),
             pass_reward,
         )
         for split in SPLITS
@@ -281,6 +304,21 @@ def _score_all(
             scored[prompt.id] = line["scores"]
             shown.advance()
     return scored
+
+
+def _rate_all(
+    rater: Rater, prompts: list[Prompt], replies: Mapping[str, Mapping[str, StoredReply]]
+) -> tuple[dict[str, dict[str, StoredReply]], dict[str, list[float]]]:
+    """The different replies to each prompt that a judge's verdict rates, and their ratings."""
+    items = [(prompt, text) for prompt in prompts for text in replies[prompt.id]]
+    ratings = rater.rate([(prompt, replies[prompt.id][text].text) for prompt, text in items])
+    rated: dict[str, dict[str, StoredReply]] = {prompt.id: {} for prompt in prompts}
+    scored: dict[str, list[float]] = {prompt.id: [] for prompt in prompts}
+    for (prompt, text), score in zip(items, ratings, strict=True):
+        if score is not None:
+            rated[prompt.id][text] = replies[prompt.id][text]
+            scored[prompt.id].append(score)
+    return rated, scored
 
 
 def _are_scores(line: Mapping[str, Any], count: int) -> bool:

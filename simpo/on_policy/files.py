@@ -2,7 +2,7 @@
 
 <folder>/
     settings.json              settings of simpo.generate; a run with others is refused
-    prompts.jsonl              id, split, prompt (messages), rule, tools
+    prompts.jsonl              id, split, prompt (messages), rule, tools, reference_answer
     responses.jsonl            replies: prompt id, seed, text, its tokens, whether it ended, share
                                of repeated 4-grams; of held-out prompts also the ids of its tokens
     responses-<part>.jsonl     the same, of one part of several (on_policy.parts)
@@ -46,13 +46,18 @@ SEEDS = "on_policy.seeds"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to reply to; `id` is a hash of its messages."""
+    """A prompt to reply to; `id` is a hash of its messages and tools.
+
+    Attributes:
+        reference_answer: what a judge compares replies with; None without one.
+    """
 
     id: str
     split: str
     prompt: tuple[Message, ...]
     rule: Mapping[str, Any] | None
     tools: tuple[Mapping[str, Any], ...] | None = None
+    reference_answer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,10 @@ def read_prompts(folder: Path) -> list[Prompt]:
                 "rule": {} | None as rule,
             }:
                 tools = line.get("tools") and tuple(line["tools"])
-                prompts.append(Prompt(key, split, tuple(turns), rule, tools))
+                reference = line.get("reference_answer")
+                if not isinstance(reference, str | None):
+                    raise damaged_line(path, number, "not a prompt")
+                prompts.append(Prompt(key, split, tuple(turns), rule, tools, reference))
             case _:
                 raise damaged_line(path, number, "not a prompt")
     return prompts

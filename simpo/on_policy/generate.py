@@ -226,7 +226,9 @@ def _prompts(run: RunConfig, chat: Chat) -> list[tuple[Prompt, str]]:
             except RecordFault as fault:
                 faults.append((pair.place, str(fault)))
             else:
-                prompt = Prompt(key, split, pair.prompt, pair.rule, pair.tools)
+                prompt = Prompt(
+                    key, split, pair.prompt, pair.rule, pair.tools, pair.reference_answer
+                )
                 found.setdefault(key, (prompt, text))
     if faults and run.data.on_bad_record is OnBadRecord.stop:
         raise DataError(fault_lines(faults))

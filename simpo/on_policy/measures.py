@@ -22,7 +22,7 @@ from simpo.run.files import read_json
 SPLITS = ("train", "test")
 MEASURED = (
     *("prompts", "replies", "reward", "reward_spread", "pass_rate", "reply_tokens", "cut", "empty"),
-    *("repetition", "distinct", "without_pair", "margin"),
+    *("repetition", "distinct", "without_pair", "margin", "unrated"),
 )
 """Keys of measures.json that `simpo annotate` writes."""
 LEFT_OUT = -math.inf
@@ -44,27 +44,31 @@ def measure(
 
     Args:
         replies: to each prompt of the split, by its id.
-        scores: of each of them; `LEFT_OUT` if it was left out.
+        scores: of each of them; `LEFT_OUT` if it was left out, none if a judge's verdict cannot be
+            read.
         margins: scores of the chosen above those of the rejected reply, of the pairs written.
         without_pair: number of prompts that gave no pair.
         pass_reward: the score from which a reply passes; None measures no pass_rate.
 
     Returns:
         prompts, replies: their numbers.
-        reward: mean score of the replies that were not left out.
+        reward: mean score of the replies that have one and were not left out.
         reward_spread: mean over prompts with two such replies or more of the standard deviation of
             their scores (of the population: divided by the number of replies).
-        pass_rate: share of all replies that pass; those left out do not.
+        pass_rate: share of all replies that pass; those left out do not, those without a score do
+            not count.
         reply_tokens: mean length in tokens, without the end token.
         cut, empty: shares of replies that were cut off, and that have no text.
         repetition: mean share of 4-grams of tokens that occurred in the reply before.
         distinct: mean over prompts of the share of replies with different texts.
         without_pair: share of prompts that gave no pair.
         margin: mean margin of the pairs.
+        unrated: share of replies without a score, if there are any.
         A mean over nothing is None.
     """
     every = [reply for own in replies.values() for reply in own]
-    scored = [[scores[one.id, one.seed] for one in own] for own in replies.values()]
+    scored = [_known(own, scores) for own in replies.values()]
+    unrated = len(every) - sum(map(len, scored))
     kept = [[score for score in own if score > LEFT_OUT] for own in scored]
     return {
         "prompts": len(replies),
@@ -85,7 +89,12 @@ def measure(
         ),
         "without_pair": without_pair / len(replies),
         "margin": _mean(margins),
+        **({"unrated": unrated / len(every)} if unrated else {}),
     }
+
+
+def _known(replies: Sequence[StoredReply], scores: ReplyScores) -> list[float]:
+    return [scores[key] for one in replies if (key := (one.id, one.seed)) in scores]
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -130,7 +139,7 @@ def write_reply_scores(
     folder: Path, replies: Iterable[StoredReply], splits: Mapping[str, str], scores: ReplyScores,
     reward: str,
 ) -> None:  # fmt: skip
-    """Write reply_scores.jsonl.
+    """Write reply_scores.jsonl: a line for each reply that has a score or was left out.
 
     Args:
         splits: of each prompt, by its id.
@@ -145,6 +154,7 @@ def write_reply_scores(
             "reward": reward,
         }
         for reply in replies
+        if (reply.id, reply.seed) in scores
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_text(folder / "reply_scores.jsonl", text)
@@ -157,7 +167,8 @@ def reply_scores(folder: Path, split: str = "test") -> dict[tuple[str, int], flo
         split: train or test (the held-out prompts).
 
     Returns:
-        `LEFT_OUT`, minus infinity, for a reply that is empty or cut off.
+        `LEFT_OUT`, minus infinity, for a reply that is empty or cut off. A reply whose rating could
+        not be read is not there.
 
     Raises:
         ConfigError: the folder was not annotated.
@@ -168,7 +179,7 @@ def reply_scores(folder: Path, split: str = "test") -> dict[tuple[str, int], flo
 
 def win_rate(folder: Path, base_folder: Path) -> float:
     """How often replies beat those of another folder: the share of held-out prompts and seeds,
-    answered in both, with the higher score; ties count half.
+    answered and scored in both, with the higher score; ties count half.
 
     A reply that was left out loses against one that was not, and ties with another.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -23,13 +23,27 @@ from simpo.data import rules
 from simpo.data.pairs import Message
 from simpo.data.rules import obeys
 from simpo.model.pretrained import load_pretrained, load_weights
-from simpo.on_policy.files import content_hash, model_content
+from simpo.on_policy.files import Prompt, content_hash, model_content
 from simpo.run.cache import sha256
 
 RULES = "rules"
 """Names the reward that checks the rules of prompts."""
 Reward = Callable[[Sequence[Message], Sequence[str], Mapping[str, Any] | None], Sequence[float]]
 """Maps a prompt, replies to it and its rule to a score per reply; higher is better."""
+
+
+class Rater(Protocol):
+    """A judge that rates replies to all prompts at once; `simpo.judging.ratings` opens one."""
+
+    content: str
+    """Hash of all that decides its ratings."""
+
+    def rate(self, replies: Sequence[tuple[Prompt, str]]) -> list[float | None]:
+        """A finite rating of each reply, higher is better; None if its verdict cannot be read.
+
+        Raises:
+            RunError: it cannot go on; the same call continues.
+        """
 
 
 def open_reward(run: RunConfig, key: str, name: str) -> Reward:

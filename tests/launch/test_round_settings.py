@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo.config.check import run_yaml
+from simpo.config.check import check_run, run_yaml
 from simpo.config.choices import Dtype
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
@@ -87,6 +87,15 @@ def test_replies_come_from_the_newest_model_and_training_starts_where_it_is_told
             assert trained == run.model.lora and trained.rank == 16
         else:
             assert (trained.adapter, trained.rank) == (f"{run_folder(ROOT, adapter)}/model", 0)
+
+
+def test_what_a_judge_needs_stays(tmp_path: Path) -> None:
+    """Its prompts lie where the benchmark's files lie, and monitor.metric may be its figure."""
+    run = composed("benchmark=pairs", "judge.reward=rules", "monitor.metric=win_rate")
+    for kind in (Kind.generate, Kind.annotate, Kind.train):
+        own = settings(run, 1, kind)
+        assert own.benchmark == run.benchmark and own.monitor.metric == "win_rate"
+        check_run(own)
 
 
 def test_whole_models_are_handed_on_in_fp32(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from simpo.data.reading.messages import (
 from simpo.data.rules import rule_fault
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
+REFERENCE_ANSWER = "reference_answer"
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -100,15 +101,31 @@ def to_dialogue(record: Any, place: str) -> Pair:
 def to_prompt(record: Any, place: str) -> Pair:
     """Read the prompt of one record, which is `prompt` alone or a pair, whose replies are dropped.
 
+    Its `reference_answer` is kept.
+
     Args and Raises: as `to_pair`.
     """
     if not isinstance(record, Mapping) or record.get("chosen") is not None:
-        return replace(to_pair(record, place), chosen=(), rejected=None)
+        pair = replace(to_pair(record, place), chosen=(), rejected=None)
+        return replace(pair, reference_answer=_reference_answer(record))
     _refuse(record)
     if record.get("prompt") is None:
         raise _missing(record, "prompt")
     prompt = _prompt(record, _given(record["prompt"]))
-    return Pair(prompt, (), None, place, _rule(record), tools=read_tools(record))
+    return Pair(
+        prompt, (), None, place, _rule(record), tools=read_tools(record),
+        reference_answer=_reference_answer(record),
+    )  # fmt: skip
+
+
+def _reference_answer(record: Mapping[str, Any]) -> str | None:
+    text = record.get(REFERENCE_ANSWER)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise RecordFault(f"{REFERENCE_ANSWER}: must be text, got {kind(text)}")
+    check_text(text, REFERENCE_ANSWER)
+    return text.strip() or None
 
 
 def drop_reasoning(pair: Pair) -> Pair:
@@ -137,7 +154,7 @@ COLUMNS: dict[Callable[[Any, str], Pair], frozenset[str]] = {
     for reader, columns in (
         (to_pair, ("prompt", "chosen", "rejected")),
         (to_dialogue, ("prompt", "chosen", "rejected", "messages")),
-        (to_prompt, ("prompt", "chosen", "rejected")),
+        (to_prompt, ("prompt", "chosen", "rejected", REFERENCE_ANSWER)),
     )
 }
 """The columns that each reader uses."""

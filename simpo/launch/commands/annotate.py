@@ -16,11 +16,16 @@ Scores are kept: after an interruption the same command continues.
 
   simpo annotate on_policy.folder=DIR on_policy.reward=RLHFlow/ArmoRM-Llama3-8B-v0.1
   simpo annotate on_policy.folder=DIR on_policy.reward=my_rewards:politeness
+  simpo annotate on_policy.folder=DIR on_policy.reward=judge judge.local=JUDGE_MODEL
+  simpo annotate on_policy.folder=DIR on_policy.reward=judge \\
+      judge.endpoint=http://localhost:8000/v1 judge.model=NAME
 
 A function takes the messages of a prompt, some replies to it and the prompt's rule or None. It
 returns a score for each reply; higher is better.
 
-Settings are those of `simpo train`; on_policy.* are for this command:
+A judge rates each reply from 1 to 10, as in MT-Bench. docs/judging.md tells more.
+
+Settings are those of `simpo train`; on_policy.* and judge.* are for this command:
 """
 
 
@@ -28,9 +33,10 @@ def main(words: Sequence[str]) -> None:
     run = run_of_words(words)
     say("loading torch and transformers ...")
     # Imported here, so that a fault in the settings is answered before torch is loaded.
+    from simpo.judging.ratings import open_ratings
     from simpo.on_policy.annotate import annotate
 
-    folder = annotate(run)
+    folder = annotate(run, open_ratings(run))
     if not (folder / "train.jsonl").stat().st_size:  # held-out prompts alone
         return
     held_out = f", test_path: {folder}/test.jsonl" if (folder / "test.jsonl").stat().st_size else ""

@@ -21,7 +21,6 @@ from enum import Enum
 from pathlib import Path
 
 from simpo.config.backends import SingleConfig
-from simpo.config.benchmarks import BenchmarkConfig
 from simpo.config.choices import Dtype, RoundPrompts, RoundStart
 from simpo.config.data import SourceConfig
 from simpo.config.launchers import LocalConfig
@@ -90,7 +89,6 @@ def settings_of(run: RunConfig, root: Path, phase: Phase, best: int = 0) -> RunC
     return replace(
         alone,
         model=model_after(run, root, phase.round - 1),
-        benchmark=BenchmarkConfig(),
         backend=SingleConfig(name="single", device=run.backend.device),
         on_policy=_replies(run, root, phase),
     )

@@ -17,9 +17,11 @@ from simpo.config.check import check_training
 from simpo.config.choices import Engine, RoundPrompts
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.launchers import SlurmConfig
+from simpo.config.on_policy import JUDGE
 from simpo.config.schema import RunConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
+from simpo.judging.ratings import open_ratings
 from simpo.loop.console import libraries_quiet
 from simpo.model import memory
 from simpo.model.head import largest_logits_bytes
@@ -48,7 +50,9 @@ def check_rounds(run: RunConfig, first: RunConfig) -> None:
     _, found = prompts_of(first)
     prompts = [prompt for prompt, _ in found]
     problems = [*_prompt_problems(run, prompts)]
-    if (name := run.on_policy.reward or "") != RULES:
+    if (name := run.on_policy.reward or "") == JUDGE:
+        open_ratings(first)
+    elif name != RULES:
         reward_content(first, KEY, name)
     elif lacking := sum(prompt.rule is None for prompt in prompts):
         problems.append(

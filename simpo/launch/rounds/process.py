@@ -82,11 +82,12 @@ def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:
 
         generate(own)
         return
+    from simpo.judging.ratings import open_ratings
     from simpo.on_policy.annotate import annotate
     from simpo.on_policy.drift import measure_drift
     from simpo.on_policy.measures import read_measures, win_rate, write_measures
 
-    folder = annotate(own)
+    folder = annotate(own, open_ratings(own))
     measure_drift(own, run.model)
     measures = read_measures(folder)
     measures["test"]["win_rate"] = win_rate(folder, replies_folder(root, 1))

@@ -133,7 +133,7 @@ def test_an_answer_within_a_sweep() -> None:
 
 def test_our_keys_come_first() -> None:
     base = CONF.compose(["loss=hinge"])
-    assert unknown_key(base, "loss.label_smoothing", "0.1") == "only with loss=sigmoid"
+    assert unknown_key(base, "loss.odds_weight", "0.1") == "only with loss=orpo"
     assert unknown_key(base, "label_smoothing", "0.1") == (
         "here loss.label_smoothing (write loss.label_smoothing=0.1)"
     )

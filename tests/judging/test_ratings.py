@@ -375,7 +375,8 @@ def test_a_reference_answer_reaches_the_judge(tiny_run: list[str], tmp_path: Pat
     ]
     with stub_judge(lambda m: f"[[{1 + 8 * chance(m[1]['content']):.3f}]]") as stub:
         run = compose_run([*tiny_run, *words, "on_policy.reward=judge", *asking(stub.url)])
-        annotate(generate(run), open_ratings(run))
+        generate(run)
+        annotate(run, open_ratings(run))
     asked = [body["messages"][1]["content"] for body in stub.asked]
     with_reference = [text for text in asked if "[Question]\nWhich bird?" in text]
     assert len(asked) == 4 and len(with_reference) == 2
@@ -424,7 +425,7 @@ def test_without_the_prompts(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(DataError) as damaged:
         open_ratings(run_of(folder, *words, *others))
     assert str(damaged.value) == (
-        f"{path}/judge_prompts.jsonl: has no prompt single-v1 (copy it again)"
+        f"{path}/judge_prompts.jsonl: has no prompt single-v1 as expected (copy the file again)"
     )
     monkeypatch.setattr(single_answer, "PACKAGE", "no_such_package")
     with pytest.raises(ConfigError) as caught:

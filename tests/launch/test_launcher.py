@@ -147,9 +147,11 @@ def test_a_local_sweep(tiny_run: list[str], tmp_path: Path) -> None:
         path.parent.name: json.loads(path.read_text())["eval_after"]["rewards/accuracies"]
         for path in folder.glob("*/results.json")
     }
-    best = max(sorted(found), key=lambda name: found[name])
+    value = max(found.values())
+    leaders = sorted(name for name in found if found[name] == value)
+    best = leaders[0] if len(leaders) == 1 else f"{'; '.join(leaders)} (tied for best)"
     assert without_bar(output)[-2:] == [
-        f"best   {best}: rewards/accuracies {found[best]:.4f}",
+        f"best   {best}: rewards/accuracies {value:.4f}",
         f"report python -m simpo.report {folder}",
     ]
     own = (folder / "loss.beta=2" / "command.txt").read_text()

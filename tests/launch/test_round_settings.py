@@ -92,8 +92,10 @@ def test_replies_come_from_the_newest_model_and_training_starts_where_it_is_told
 def test_what_a_judge_needs_stays(tmp_path: Path) -> None:
     """Its prompts lie where the benchmark's files lie, and monitor.metric may be its figure."""
     run = composed("benchmark=pairs", "judge.reward=rules", "monitor.metric=win_rate")
+    (tmp_path / "rounds/1/replies").mkdir(parents=True)
+    (tmp_path / "rounds/1/replies/train.jsonl").touch()
     for kind in (Kind.generate, Kind.annotate, Kind.train):
-        own = settings(run, 1, kind)
+        own = settings_of(run, tmp_path, Phase(1, kind))
         assert own.benchmark == run.benchmark and own.monitor.metric == "win_rate"
         check_run(own)
 

@@ -22,6 +22,7 @@ from simpo.launch.rounds.record import (
     measured,
     next_phases,
     reason_to_end,
+    rounds_table,
 )
 
 ROOT = Path("/rounds")
@@ -201,6 +202,15 @@ def test_what_is_measured(tmp_path: Path) -> None:
         "train": {"reply_reward": 0.5},
         "eval": {"loss": 2.0, "reply_tokens": 9.0, "reply_reward": 0.25, "reply_win_rate": 0.6},
     }
+
+
+def test_models_of_rounds_side_by_side() -> None:
+    first = {"reply_reward": 0.25, "reply_win_rate": 0.5, "reply_kl": 0.0}
+    later = {"reply_reward": 0.5, "reply_win_rate": 0.75, "reply_kl": 0.0625, "loss": 2.0}
+    assert rounds_table({0: first, 1: later}) == [
+        {"model": "first model", "reward": "0.250", "win rate": "-", "KL": "-"},
+        {"model": "round 1", "reward": "0.500", "win rate": "0.750", "KL": "0.062"},
+    ]
 
 
 def test_commands_by_hand(tmp_path: Path) -> None:

@@ -126,9 +126,13 @@ def test_rounds_are_the_single_commands_one_after_the_other(
     assert [run.evaluations[n]["reply_reward"] for n in (0, 1, 2)] == rewards
     assert run.monitored == rewards[2] == run.results["eval_after"]["reply_reward"]
     assert run.evaluations[0]["reply_win_rate"] == 0.5
-    assert f"first model: held-out replies: reward {rewards[0]:.3f}, win rate 0.500, " in said
+    # The first model is not compared with itself.
+    assert f"first model: held-out replies: reward {rewards[0]:.3f}, tokens " in said
+    for name, reward in zip(("first model", "round 1", "round 2"), rewards, strict=True):
+        assert f"| {name.ljust(11)} | {reward:.3f} " in said
     assert (root / "model").resolve() == root / "rounds/2/run/model"
     assert f"kept   the model of round 2: {root}/model" in said
+    assert f"chat   python -m simpo.chat {root} base=true" in said
     # Its checkpoints would be those of three models.
     assert not list(root.rglob("checkpoints"))
 

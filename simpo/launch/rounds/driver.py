@@ -29,6 +29,7 @@ from simpo.launch.rounds.record import (
     metric_lines,
     next_phases,
     reason_to_end,
+    rounds_table,
 )
 from simpo.launch.share import share_of_machine
 from simpo.loop.tracker import Tracker
@@ -37,6 +38,7 @@ from simpo.run.folder import RunFolder
 from simpo.run.progress import say
 from simpo.run.rounds import ENDED_FILE, ended_early
 from simpo.run.signals import SAVING, forwarding_signals, signals_blocked, tell
+from simpo.run.tables import markdown_table
 
 POLL_S = 0.05
 ERROR_FILE = "error.txt"
@@ -157,7 +159,10 @@ def _finish(
     folder.write_status("finished", max(evaluations), run.rounds.number)
     say(
         "",
+        *markdown_table(rounds_table(evaluations)),
+        "",
         f"kept   the model of round {kept}: {folder.path}/model",
+        f"chat   python -m simpo.chat {folder.path} base=true",
         f"report python -m simpo.report {folder.path}",
     )
 

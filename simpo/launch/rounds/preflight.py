@@ -79,7 +79,8 @@ def _prompt_problems(run: RunConfig, prompts: list[Prompt]) -> list[str]:
     """Faults of the number of prompts."""
     number = Counter(prompt.split for prompt in prompts)
     slices = run.rounds.number if run.rounds.prompts is RoundPrompts.slices else 1
-    say(f"{number['train']} prompts in {slices} slices, {number['test']} held out")
+    dealt = f"in {slices} slices" if slices > 1 else "in each round"
+    say(f"{number['train']} prompts to train on {dealt}, {number['test']} held out")
     found = []
     if number["train"] < slices:
         found.append(

@@ -35,6 +35,8 @@ SHOWN = {
     "KL": "reply_kl",
 }
 """What is printed after a round, and its key in metrics.jsonl."""
+AGAINST_FIRST = ("reply_win_rate", "reply_kl")
+"""Those that compare a model with the first."""
 
 
 def done_file(root: Path, phase: Phase) -> Path:
@@ -93,9 +95,35 @@ def measured_line(root: Path, number: int) -> str:
     Raises:
         DamagedError: a file is not as it was written.
     """
-    metrics = measured(root, number)["eval"]
-    shown = ", ".join(f"{name} {metrics[key]:.3f}" for name, key in SHOWN.items() if key in metrics)
-    return f"{f'round {number}' if number else 'first model'}: held-out replies: {shown}"
+    ((model, *values),) = _shown({number: measured(root, number)["eval"]})
+    shown = ", ".join(f"{name} {value}" for name, value in values)
+    return f"{model[1]}: held-out replies: {shown}"
+
+
+def rounds_table(evaluations: Mapping[int, Mapping[str, float]]) -> list[dict[str, str]]:
+    """The models of all rounds compared by their held-out replies, a line each.
+
+    Args:
+        evaluations: held-out metrics by round; 0: the first model.
+    """
+    lines = [dict(line) for line in _shown(evaluations)]
+    names = [name for name in ("model", *SHOWN) if any(name in line for line in lines)]
+    return [{name: line.get(name, "-") for name in names} for line in lines]
+
+
+def _shown(evaluations: Mapping[int, Mapping[str, float]]) -> list[list[tuple[str, str]]]:
+    """Names and values of what is shown of each model; the first is not compared with itself."""
+    return [
+        [
+            ("model", f"round {number}" if number else "first model"),
+            *(
+                (name, f"{metrics[key]:.3f}")
+                for name, key in SHOWN.items()
+                if key in metrics and (number or key not in AGAINST_FIRST)
+            ),
+        ]
+        for number, metrics in sorted(evaluations.items())
+    ]
 
 
 def reason_to_end(run: RunConfig, evaluations: Mapping[int, Mapping[str, float]]) -> str:

@@ -272,6 +272,22 @@ def test_settings_that_rounds_cannot_have(words: list[str], message: str) -> Non
     assert message in str(told.value).splitlines()
 
 
+def test_rounds_too_small_to_change_a_weight_are_refused_before_they_reply() -> None:
+    from simpo.launch.rounds.preflight import _step_problems
+
+    words = ("train.pairs_per_step=4", "train.warmup_ratio=0.1", "train.epochs=1")
+    assert _step_problems(composed(*words), 4) == [
+        "train.pairs_per_step: a round gives at most 4 pairs (train prompts: 4), a run of 1 step, "
+        "and the warm-up begins at learning rate 0: no weight would change (lower it, or more "
+        "prompts, rounds.prompts=all or train.warmup_ratio=0)"
+    ]
+    assert not _step_problems(composed(*words), 5)
+    # Six pairs of four replies; static data adds pairs that are not known yet.
+    assert not _step_problems(composed(*words, "rounds.choice=all"), 1)
+    assert not _step_problems(composed(*words, "rounds.static_weight=0.5"), 4)
+    assert not _step_problems(composed(*words, "train.warmup_ratio=0.0"), 4)
+
+
 def test_rounds_are_found_again_by_their_settings() -> None:
     from simpo.config.flat import run_id
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -14,15 +15,17 @@ from transformers import PreTrainedConfig
 from simpo.backend import build_backend
 from simpo.config.backends import DistributedConfig
 from simpo.config.check import check_training
-from simpo.config.choices import Engine, RoundPrompts
+from simpo.config.choices import Engine, ReplyChoice, RoundPrompts
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.launchers import SlurmConfig
 from simpo.config.on_policy import JUDGE
 from simpo.config.schema import RunConfig
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
+from simpo.data.plan import build_plan
 from simpo.judging.ratings import open_ratings
 from simpo.loop.console import libraries_quiet
+from simpo.loop.optim import check_rates
 from simpo.model import memory
 from simpo.model.head import largest_logits_bytes
 from simpo.model.pretrained import load_settings
@@ -87,12 +90,46 @@ def _prompt_problems(run: RunConfig, prompts: list[Prompt]) -> list[str]:
             f"rounds.prompts: {slices} slices need as many train prompts, there are "
             f"{number['train']} (more data, fewer rounds, or rounds.prompts=all)"
         )
+    else:
+        found += _step_problems(run, number["train"] // slices)
     if not number["test"]:
         found.append(
             "data.sources: no prompt is held out, and rounds are compared by held-out replies "
             "(test_split or test_path)"
         )
     return found
+
+
+def _step_problems(run: RunConfig, prompts: int) -> list[str]:
+    """The fault of rounds that cannot change a weight, with so many train prompts in a round."""
+    pairs = _most_pairs(run, prompts)
+    if not pairs or _changes_weights(run, pairs):
+        return []
+    return [
+        f"train.pairs_per_step: a round gives at most {pairs} pairs (train prompts: {prompts}), "
+        "a run of 1 step, and the warm-up begins at learning rate 0: no weight would change "
+        "(lower it, or more prompts, rounds.prompts=all or train.warmup_ratio=0)"
+    ]
+
+
+def _most_pairs(run: RunConfig, prompts: int) -> int:
+    """The pairs that a round trains on if each of its prompts gives all it can; 0: not known."""
+    if run.rounds.static_weight:
+        return 0
+    replies = len(run.on_policy.seeds)
+    choice = run.rounds.choice or run.on_policy.choice
+    return prompts * (math.comb(replies, 2) if choice is ReplyChoice.all else 1)
+
+
+def _changes_weights(run: RunConfig, pairs: int) -> bool:
+    """Whether training on so many pairs has a step with a learning rate above 0."""
+    train = run.train
+    plan = build_plan(pairs, train.pairs_per_step, train.epochs, train.max_steps, run.data.seed)
+    try:
+        check_rates(train, plan)
+    except ConfigError:
+        return False
+    return True
 
 
 def _processes(run: RunConfig) -> int:

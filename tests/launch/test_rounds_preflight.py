@@ -36,7 +36,7 @@ def test_what_is_counted(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checked(words, tmp_path)
-    assert "24 prompts in 2 slices, 16 held out\n" in capsys.readouterr().out
+    assert "24 prompts to train on in 2 slices, 16 held out\n" in capsys.readouterr().out
 
 
 def test_every_fault_of_the_prompts_at_once(words: list[str], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from simpo.config.on_policy import rating_problems
 from simpo.config.own_code import OwnCodeError
 from simpo.config.plain import NotPlain, plain_run, plain_text, read_plain
 from simpo.config.renamed import renamed_config
-from simpo.config.rounds import launcher_of_replies
+from simpo.config.rounds_rules import rounds_problems
 from simpo.config.schema import RunConfig
 from simpo.config.trackers import (
     MlflowConfig,
@@ -276,7 +276,7 @@ def check_run(run: RunConfig) -> None:
         )
     problems += _judged_problems(run)
     problems += rating_problems(run.on_policy.reward, run.judge)
-    problems += _rounds_problems(run) if run.rounds.number else ()
+    problems += rounds_problems(run) if run.rounds.number else ()
     if isinstance(run.launcher, SlurmConfig) and run.launcher.tasks() > 1:
         if not isinstance(run.backend, DistributedConfig):
             problems.append(
@@ -304,33 +304,6 @@ def _judged_problems(run: RunConfig) -> Iterator[str]:
                 f"train.{key}: needs a held-out metric, got monitor.metric={metric}, which is "
                 "known at the end of a run only (choose another metric)"
             )
-
-
-def _rounds_problems(run: RunConfig) -> Iterator[str]:
-    """Faults of settings that only rounds make one."""
-    if not run.on_policy.reward:
-        yield "on_policy.reward: required for rounds, but not given"
-    if run.export.push_to_hub:
-        yield (
-            "export.push_to_hub: rounds keep one of several models, when they have ended (leave it "
-            "out, then simpo export RUN push_to_hub=OWNER/NAME)"
-        )
-    if not isinstance(run.launcher, SlurmConfig):
-        if run.rounds.chain:
-            yield (
-                "rounds.chain: needs launcher=slurm (leave it out: here phases follow one another)"
-            )
-    elif run.rounds.chain:
-        try:
-            launcher_of_replies(run.launcher, run.rounds)
-        except ConfigError as error:
-            yield from error.problems
-    elif run.launcher.tasks() > 1:
-        yield (
-            f"launcher.tasks_per_node: each phase starts its own processes, got "
-            f"{run.launcher.tasks()} tasks (launcher.nodes=1 launcher.tasks_per_node=1 "
-            "backend.processes=GPUS, or rounds.chain=true)"
-        )
 
 
 @lru_cache(maxsize=32)

@@ -111,7 +111,11 @@ def _annotate(run: RunConfig, folder: Path, name: str, rater: Rater | None) -> N
         columns.append(NARROW)
     print(
         *markdown_table(
-            [{"split": split, **{c: n[c] for c in columns}} for split, n in counts.items()]
+            [
+                {"split": split, **{c: n[c] for c in columns}}
+                for split, n in counts.items()
+                if n["prompts"]
+            ]
         ),
         *([f"{cut} replies left out: cut off by on_policy.max_new_tokens"] if cut else []),
         *([f"{unread} replies left out: the judge's verdict cannot be read"] if unread else []),

@@ -21,6 +21,7 @@ from simpo.launch.rounds.record import (
     kept_round,
     measured,
     next_phases,
+    nothing_to_learn,
     reason_to_end,
     rounds_table,
 )
@@ -175,6 +176,13 @@ def test_rounds_end_beyond_a_limit() -> None:
     assert kept_round(run, long) == 1
 
 
+def test_rounds_without_pairs_have_nothing_to_learn() -> None:
+    assert nothing_to_learn({"reply_without_pair": 0.96}, 2) == ""
+    assert nothing_to_learn({"reply_without_pair": 1.0}, 2) == (
+        "no prompt of round 2 has replies with different scores: nothing to learn from"
+    )
+
+
 def test_a_metric_that_rounds_have_not() -> None:
     run = composed("rounds.start=best", "monitor.metric=reply_rewards")
     with pytest.raises(ConfigError) as told:
@@ -217,10 +225,11 @@ def test_commands_by_hand(tmp_path: Path) -> None:
     run = composed("model.lora.rank=0", "on_policy.seeds=[1,2]")
     own = settings(run, 2, Kind.generate)
     assert commands_of(tmp_path, run, own) == ""  # started from Python
-    words = "python -m simpo.train rounds.number=3 'model.path=a b' loss.beta=2 run_dir=/out"
+    words = "python -m simpo.train rounds.number=3 'model.path=a b' loss.beta=2 train.epochs=3 "
+    words += "data.seed=1 train.precision=fp32 backend=ddp run_dir=/out"
     (tmp_path / "command.txt").write_text(words + "\n")
     ending = (
-        "'model.path=a b' loss.beta=2 model.path=/rounds/rounds/1/run/model "
+        "'model.path=a b' data.seed=1 train.precision=fp32 model.path=/rounds/rounds/1/run/model "
         "model.chat_template=null on_policy.folder=/rounds/rounds/2/replies on_policy.slices=3 "
         "on_policy.slice=2\n"
     )
@@ -233,6 +242,14 @@ def test_commands_by_hand(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["on_policy.reward=null"], "on_policy.reward: required for rounds, but not given"),
+        (
+            ["on_policy.slices=3"],
+            "on_policy.slices: rounds set it themselves, got 3 (leave it out)",
+        ),
+        (
+            ["on_policy.folder=own"],
+            "on_policy.folder: rounds set it themselves, got own (leave it out)",
+        ),
         (["rounds.patience=-1"], "rounds.patience: must be 0 or more, got -1"),
         (["rounds.max_kl=0"], "rounds.max_kl: must be above 0, or null, got 0.0"),
         (

@@ -164,7 +164,8 @@ def unread_columns(record: Mapping[str, Any], read: frozenset[str]) -> Iterator[
     """Names of unused columns that have a value, and unused keys of messages (`chosen[].name`)."""
     for column, value in record.items():
         if column not in read:
-            if value is not None:
+            # `simpo annotate` writes the scores of all replies beside those of the two.
+            if value is not None and not (column == "scores" and "chosen_score" in record):
                 yield str(column)
         elif isinstance(value, list):
             for message in value:

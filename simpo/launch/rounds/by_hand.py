@@ -11,8 +11,12 @@ from simpo.config.flat import settings
 from simpo.config.schema import RunConfig
 from simpo.run.command import quoted
 
-WITHOUT = ("rounds.", "monitor.", "run_dir=", "launcher", "benchmark", "judge.")
+WITHOUT = (
+    *("rounds.", "monitor.", "run_dir=", "launcher", "train.", "loss", "sample.", "export."),
+    *("watch.", "tracker", "backend=", "backend.processes"),
+)
 """How words of the rounds' own command begin that mean nothing to those of their phases."""
+KEPT = "train.precision"
 
 
 def commands_of(root: Path, run: RunConfig, own: RunConfig) -> str:
@@ -32,7 +36,11 @@ def commands_of(root: Path, run: RunConfig, own: RunConfig) -> str:
         return ""
     if words[:3] != ["python", "-m", "simpo.train"]:
         return ""
-    kept = [word for word in words[3:] if not word.lstrip("+~").startswith(WITHOUT)]
+    kept = [
+        word
+        for word in words[3:]
+        if not (plain := word.lstrip("+~")).startswith(WITHOUT) or plain.startswith(KEPT)
+    ]
     changed = [*_changed(run, own, ("model", "on_policy"))]
     return "".join(
         shlex.join(["python", "-m", module, *kept, *changed]) + "\n"

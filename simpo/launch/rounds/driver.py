@@ -28,6 +28,7 @@ from simpo.launch.rounds.record import (
     measured_rounds,
     metric_lines,
     next_phases,
+    nothing_to_learn,
     reason_to_end,
     rounds_table,
 )
@@ -99,7 +100,10 @@ def settle(run: RunConfig, folder: RunFolder, this_process_s: float) -> None:
     if (
         0 < newest < run.rounds.number
         and not ended_early(folder.path)
-        and (reason := reason_to_end(run, evaluations))
+        and (
+            reason := reason_to_end(run, evaluations)
+            or nothing_to_learn(found[newest].get("train", {}), newest + 1)
+        )
     ):
         folder.write_text(str(ENDED_FILE), f"{reason}\n")
         say(f"ended  {reason}")

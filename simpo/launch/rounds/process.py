@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from simpo.config.check import check_run, load_run
-from simpo.config.errors import INTERRUPTED, SimpoError
+from simpo.config.errors import INTERRUPTED, RunError, SimpoError
 from simpo.config.flat import holds_secret
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds.by_hand import commands_of
@@ -87,7 +87,13 @@ def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:
     from simpo.on_policy.drift import measure_drift
     from simpo.on_policy.measures import read_measures, win_rate, write_measures
 
-    folder = annotate(own, open_ratings(own))
+    folder = replies_folder(root, phase.round)
+    try:
+        annotate(own, open_ratings(own))
+    except RunError:
+        # With a model of theirs, rounds that can learn nothing more have come to their end.
+        if phase.round == 1 or not _without_pairs(folder):
+            raise
     measure_drift(own, run.model)
     measures = read_measures(folder)
     measures["test"]["win_rate"] = win_rate(folder, replies_folder(root, 1))
@@ -95,6 +101,12 @@ def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:
         before = replies_folder(root, phase.round - 1)
         measures["test"]["gain_rate"] = win_rate(folder, before)
     write_measures(folder, measures, MEASURES)
+
+
+def _without_pairs(folder: Path) -> bool:
+    """Whether replies to train prompts were scored, and gave no pair."""
+    pairs = folder / "train.jsonl"
+    return pairs.is_file() and not pairs.stat().st_size
 
 
 def load(root: Path) -> RunConfig:

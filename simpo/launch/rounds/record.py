@@ -149,6 +149,18 @@ def reason_to_end(run: RunConfig, evaluations: Mapping[int, Mapping[str, float]]
     return ""
 
 
+def nothing_to_learn(train: Mapping[str, float], number: int) -> str:
+    """Why a round cannot train, in a line; empty if it can.
+
+    Args:
+        train: metrics of its replies to train prompts.
+        number: of the round.
+    """
+    if train.get("reply_without_pair") != 1:
+        return ""
+    return f"no prompt of round {number} has replies with different scores: nothing to learn from"
+
+
 def needs_best(run: RunConfig) -> bool:
     """Whether models are compared by `monitor.metric`."""
     return run.rounds.start.value == "best" or run.rounds.patience > 0

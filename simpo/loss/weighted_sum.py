@@ -15,8 +15,8 @@ WEIGHT = "weight"
 
 @dataclass(kw_only=True)
 class MixConfig(LossConfig):
-    """A sum of losses with weights, such as MPO's 0.8 sigmoid + 0.2 bco + 1 sft
-    (https://arxiv.org/abs/2411.10442). A pair's rewards are the same sum of those of the losses.
+    """A weighted sum of losses (https://arxiv.org/abs/2411.10442: 0.8 dpo + 0.2 bco + 1 sft). A
+    pair's rewards are the same sum of those of the losses.
     """
 
     name: str = "mix"

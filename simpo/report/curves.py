@@ -18,7 +18,7 @@ CURVES = (
     ("grad_norm", "gradient norm"),
     ("reply_reward", "reward of replies, by round"),
     ("reply_pass_rate", "pass rate of replies, by round"),
-    ("reply_tokens", "length of replies in tokens"),
+    ("reply_tokens", "length of replies in tokens, by round"),
     ("reply_kl", "KL from the first model in nats per token, by round"),
 )
 SPLITS = ("train", "eval")

@@ -94,7 +94,7 @@ def content(report: Comparison) -> str:
         held_out=held_out(report, best),
         replies={index: rows for index in best if (rows := _replies(report.runs[index]))},
         detailed=best,
-        rounds=by_round(report)[:DETAILED],
+        rounds=by_round(report, DETAILED),
         rounds_meanings=MEANINGS,
         others=others_figures(report),
         others_caption=CAPTION,

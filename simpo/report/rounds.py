@@ -52,13 +52,14 @@ class ByRound:
     notes: list[str]
 
 
-def by_round(report: Comparison) -> list[ByRound]:
-    """The runs with rounds, in the order of the table of runs."""
-    return [
-        _told(report.names[index], report.runs[index])
+def by_round(report: Comparison, most: int | None = None) -> list[ByRound]:
+    """The runs with rounds, in the order of the table of runs; at most so many."""
+    told = [
+        index
         for index in report.order
         if report.runs[index].config.rounds.number and report.runs[index].evaluations
     ]
+    return [_told(report.names[index], report.runs[index]) for index in told[:most]]
 
 
 def _told(name: str, run: Run) -> ByRound:

@@ -197,7 +197,7 @@ def _narrowed(
 def _rounds(report: Comparison, width: int | None) -> list[str]:
     """A table by round for each of the best runs that have rounds."""
     lines: list[str] = []
-    told = by_round(report)[: ROUNDS_SHOWN if width else None]
+    told = by_round(report, ROUNDS_SHOWN if width else None)
     for one in told:
         table, hidden = _narrowed(one.table, width, 2)
         lines += ["", f"{one.name} by round", *markdown_table(table), *_too_wide(hidden)]

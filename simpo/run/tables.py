@@ -67,7 +67,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         value = ", ".join(f"{key}: {count}" for key, count in value.items())
     # A | or a new line would end the cell, and control characters move a terminal's cursor.
-    return re.sub(r"[\0-\x1f\x7f\u2028\u2029]+", " ", str(value)).replace("|", "\\|")
+    plain = re.sub(r"[\0-\x1f\x7f\u2028\u2029]+", " ", str(value))
+    return re.sub(r"(?<!\\)\|", r"\\|", plain)
 
 
 def html_page(template: Path, **values: Any) -> str:

@@ -139,7 +139,8 @@ def test_smoke_experiments_are_test_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 def test_each_loss_has_its_own_name(loss: str, tiny_run: list[str], tmp_path: Path) -> None:
     """SimPO's name, tag and citation are on cards of its own forms only."""
-    card = card_of(compose_run([*tiny_run, f"loss={loss}"]), tmp_path)
+    words = [f"loss={loss}", *(["loss.parts={bco: 1, repo: 1}"] if loss == "mix" else [])]
+    card = card_of(compose_run([*tiny_run, *words]), tmp_path)
     simpo = loss in ("sigmoid", "hinge")
     tags = card.data.to_dict()["tags"]
     assert ("simpo" in tags) is simpo is ("@inproceedings{meng2024simpo" in card.text)
@@ -148,10 +149,12 @@ def test_each_loss_has_its_own_name(loss: str, tiny_run: list[str], tmp_path: Pa
         assert intro.endswith(" after training with the loss `sft`.") and tags == ["sft"]
         return
     name, link = re.findall(r" after preference optimisation with \[(.+)\]\((.+)\)\.$", intro)[0]
-    assert link in (type(compose_run([f"loss={loss}"]).loss).__doc__ or "")
+    assert link in (LOSSES[loss].__doc__ or "")
     plainly = re.sub(r"\W", "", name).lower()
     known = {"sigmoid": "simpo", "hinge": "simpowithahinge", "slic": "slichf"}
     known |= {"ln_dpo": "lengthnormaliseddpo", "ipo_free": "ipowithoutareferencemodel"}
+    known |= {name: f"{name}forpairs" for name in ("bco", "exo", "nca")}
+    known |= {"robust": "robustdpo", "sppo": "sppowithhardlabels", "mix": "aweightedsumoflosses"}
     assert plainly == known.get(loss, loss.replace("_", ""))
     assert "preference-optimization" in tags
 

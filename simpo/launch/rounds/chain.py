@@ -81,7 +81,7 @@ def _run_link(root: Path, phase: Phase) -> None:
     try:
         if not is_done(root, phase):
             run_phase(run, root, phase)
-        if is_main and phase.kind is not Kind.generate:
+        if is_main and phase.kind is Kind.annotate:
             folder = RunFolder(run)
             with folder.recording_failure():
                 settle(run, folder, 0.0)

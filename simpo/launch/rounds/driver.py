@@ -74,7 +74,7 @@ def run_rounds(run: RunConfig) -> Path:
             run_phases(run, folder.path, group)
             if group[0].kind is Kind.annotate:
                 say(measured_line(folder.path, group[0].round - 1))
-            settle(run, folder, time.perf_counter() - begin)
+                settle(run, folder, time.perf_counter() - begin)
     return folder.path
 
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from simpo.config.compose import compose_run
-from simpo.config.errors import ConfigError
+from simpo.config.errors import ConfigError, DataError
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds.phases import Kind, Phase, settings_of
 from simpo.launch.rounds.preflight import check_rounds
@@ -56,6 +56,18 @@ def test_every_fault_of_the_prompts_at_once(words: list[str], tmp_path: Path) ->
 def test_a_reward_that_is_not_there(words: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder, got /no/where"):
         checked([*words, "on_policy.reward=/no/where"], tmp_path)
+
+
+def test_static_pairs_that_are_none(words: list[str], tmp_path: Path) -> None:
+    """Prompts alone do for the model's own replies."""
+    rule = {"name": "bullets", "count": 2}
+    lines = [json.dumps({"prompt": f"Hi {i}", "rule": rule}) + "\n" for i in range(24)]
+    (tmp_path / "a.jsonl").write_text("".join(lines[:16]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[16:]))
+    sources = f"data.sources=[{{path: {tmp_path}/a.jsonl, test_path: {tmp_path}/b.jsonl}}]"
+    checked([*words, sources], tmp_path)
+    with pytest.raises(DataError, match="fits no shape of record"):
+        checked([*words, sources, "rounds.static_weight=0.5"], tmp_path)
 
 
 def test_memory_of_replies_and_of_a_step(

@@ -35,6 +35,7 @@ from simpo.config.on_policy import rating_problems
 from simpo.config.own_code import OwnCodeError
 from simpo.config.plain import NotPlain, plain_run, plain_text, read_plain
 from simpo.config.renamed import renamed_config
+from simpo.config.rounds import RoundsConfig
 from simpo.config.rounds_rules import rounds_problems
 from simpo.config.schema import RunConfig
 from simpo.config.trackers import (
@@ -78,15 +79,20 @@ def register_schemas() -> None:
     """Register the dataclasses with Hydra as `run_schema` and `schema/<group>/<name>`."""
     store = ConfigStore.instance()
     whole = OmegaConf.structured(RunConfig)
-    OmegaConf.set_struct(whole.rounds._get_node("generate_launcher"), False)
+    _open_dicts(whole.rounds, RoundsConfig)
     store.store(name="run_schema", node=whole)
     for group, schemas in GROUPS.items():
         for name, schema in schemas.items():
             node = OmegaConf.structured(schema)
-            for item in fields(schema):
-                if item.default_factory is dict:  # any names: a template's, a tracker's
-                    OmegaConf.set_struct(node._get_node(item.name), False)
+            _open_dicts(node, schema)
             store.store(group=f"schema/{group}", name=name, node=node)
+
+
+def _open_dicts(node: DictConfig, schema: type) -> None:
+    """Let the dicts of a section take any names: a template's, a tracker's, a launcher's."""
+    for item in fields(schema):
+        if item.default_factory is dict:
+            OmegaConf.set_struct(node[item.name], False)
 
 
 def register_own_losses(overrides: Iterable[str]) -> None:

@@ -44,7 +44,7 @@ def trajectory(run: RunConfig) -> dict[str, Any]:
     for section in (*RESULT_SECTIONS, *(ROUNDS_SECTIONS if run.rounds.number else ())):
         _flatten(section, getattr(run, section), flat)
         for key in MAY_DIFFER.get(section, ()):
-            flat.pop(f"{section}.{key}", None)
+            del flat[f"{section}.{key}"]
     return flat
 
 

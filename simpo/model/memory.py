@@ -12,7 +12,6 @@ from dataclasses import astuple, dataclass, fields, replace
 from heapq import nlargest
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -22,6 +21,7 @@ from simpo.config.choices import Checkpointing, Offload, Quantization, ReduceDty
 from simpo.config.errors import ConfigError
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs
+from simpo.model.available import available_bytes
 from simpo.model.head import LOGITS_BYTES
 from simpo.model.load import READ_AT_A_TIME, weights_dtype
 from simpo.model.sketch import Peaks, Sketch, follow, sketch
@@ -361,10 +361,7 @@ def check_memory(memory: Memory, run: RunConfig, device: torch.device, processes
     Raises:
         ConfigError: the step does not fit; the message says which setting reduces its memory.
     """
-    if device.type == "cuda":
-        available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    else:
-        available = psutil.virtual_memory().available / processes
+    available = available_bytes(device, processes)
     if memory.total * GIB > available:
         raise ConfigError(
             [

@@ -9,7 +9,7 @@ from pathlib import Path
 from simpo.config.benchmarks import FIGURES
 from simpo.config.errors import DamagedError
 from simpo.report.compare import Comparison
-from simpo.run.rounds import ended_early, seconds_of
+from simpo.run.rounds import Kind, ended_early, seconds_of
 from simpo.run.runs import Run
 
 COLUMNS = (
@@ -28,7 +28,7 @@ COLUMNS = (
     ("reply_without_pair", "no pair"),
 )
 """Metrics of a round's model on held-out prompts, with their labels."""
-PHASES = ("generate", "annotate", "train")
+PHASES = (Kind.generate, Kind.annotate, Kind.train)
 MEANINGS = (
     "Of replies to held-out prompts. beats: share of prompts and seeds with a higher reward than "
     "the first model's reply, or the last round's (ties half). entropy, KL from the first model: "
@@ -102,11 +102,12 @@ def _minutes(folder: Path, number: int, faults: list[str]) -> dict[str, str]:
     """How long the round that made a model took, by phase; nothing for the first model."""
     seconds = _seconds(folder, number, faults) if number else {}
     return {
-        f"{kind}, min": f"{seconds[kind] / 60:.1f}" if kind in seconds else "" for kind in PHASES
+        f"{kind.value}, min": f"{seconds[kind] / 60:.1f}" if kind in seconds else ""
+        for kind in PHASES
     }
 
 
-def _seconds(folder: Path, number: int, faults: list[str]) -> dict[str, float]:
+def _seconds(folder: Path, number: int, faults: list[str]) -> dict[Kind, float]:
     try:
         return seconds_of(folder, number)
     except DamagedError as error:

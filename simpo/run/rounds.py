@@ -5,6 +5,7 @@ All of it: `simpo.launch.rounds.phases`.
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 
 from simpo.config.errors import DamagedError
@@ -14,8 +15,15 @@ ROUNDS = "rounds"
 """The folder of the rounds, which has one for each."""
 ENDED_FILE = Path(ROUNDS, "ended.txt")
 """Why the rounds ended before the last."""
-KINDS = ("check", "generate", "annotate", "train")
-"""What a round does, in this order."""
+
+
+class Kind(str, Enum):
+    """What a phase of a round does, in the order within a round."""
+
+    check = "check"
+    generate = "generate"
+    annotate = "annotate"
+    train = "train"
 
 
 def round_folder(root: Path, number: int) -> Path:
@@ -23,9 +31,14 @@ def round_folder(root: Path, number: int) -> Path:
     return root / ROUNDS / str(number)
 
 
-def done_file(root: Path, number: int, kind: str, part: int = 1) -> Path:
+def error_file(root: Path, number: int) -> Path:
+    """The file with the reason why the newest phase of a round failed."""
+    return round_folder(root, number) / "error.txt"
+
+
+def done_file(root: Path, number: int, kind: Kind, part: int = 1) -> Path:
     """The file that says that a phase of a round is done: {"seconds": ...}."""
-    return round_folder(root, number) / f"{kind}{f'-{part}' * (part > 1)}.json"
+    return round_folder(root, number) / f"{kind.value}{f'-{part}' * (part > 1)}.json"
 
 
 def ended_early(root: Path) -> str:
@@ -37,16 +50,16 @@ def ended_early(root: Path) -> str:
     return (read_text(root / ENDED_FILE, NEW_RUN) or "").strip()
 
 
-def seconds_of(root: Path, number: int) -> dict[str, float]:
+def seconds_of(root: Path, number: int) -> dict[Kind, float]:
     """How long each phase of a round took, by kind; of parts at the same time the longest.
 
     Raises:
         DamagedError: a file is not as it was written.
     """
-    found: dict[str, float] = {}
-    for kind in KINDS:
+    found: dict[Kind, float] = {}
+    for kind in Kind:
         first = done_file(root, number, kind)
-        for file in (first, *sorted(first.parent.glob(f"{kind}-*.json"))):
+        for file in (first, *sorted(first.parent.glob(f"{kind.value}-*.json"))):
             took = read_json(file, NEW_RUN).get("seconds", 0.0) if file.is_file() else None
             if type(took) not in (int, float, type(None)):
                 raise DamagedError(file, "has no number of seconds", NEW_RUN)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +13,11 @@ import pytest
 from simpo.config.check import check_run, run_yaml
 from simpo.config.choices import Dtype
 from simpo.config.compose import compose_run
-from simpo.config.errors import ConfigError
+from simpo.config.errors import ConfigError, RunError
 from simpo.config.schema import RunConfig
+from simpo.launch.rounds import driver
 from simpo.launch.rounds.by_hand import commands_of
-from simpo.launch.rounds.phases import Kind, Phase, phases, run_folder, settings_of
+from simpo.launch.rounds.phases import Phase, phases, run_folder, settings_of
 from simpo.launch.rounds.record import (
     done_file,
     exceeded,
@@ -25,6 +28,7 @@ from simpo.launch.rounds.record import (
     reason_to_end,
     rounds_table,
 )
+from simpo.run.rounds import Kind
 
 ROOT = Path("/rounds")
 
@@ -317,3 +321,23 @@ def test_rounds_are_found_again_by_their_settings() -> None:
     plain, other = compose_run([]), compose_run(["on_policy.temperature=1.0"])
     assert run_id(plain) == run_id(other)
     assert "rounds:" in run_yaml(plain)
+
+
+def test_the_part_that_failed_is_told_and_not_the_one_that_was_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first part ends, as generating does, with 75 once it is told to."""
+    codes = [
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); time.sleep(60)",
+        "import sys, time; time.sleep(0.3); sys.exit(1)",
+    ]
+
+    def started(root: Path, phase: Phase, places: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", codes[phase.part - 1]])
+
+    monkeypatch.setattr(driver, "_start", started)
+    group = [Phase(1, Kind.generate, part) for part in (1, 2)]
+    with pytest.raises(RunError) as told:
+        driver.run_phases(composed(), tmp_path, group)
+    assert type(told.value) is RunError
+    assert str(told.value) == "round 1, generate, part 2: ended with exit code 1"

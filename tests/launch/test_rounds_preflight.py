@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.schema import RunConfig
-from simpo.launch.rounds.phases import Kind, Phase, settings_of
+from simpo.launch.rounds.phases import Phase, settings_of
 from simpo.launch.rounds.preflight import check_rounds
+from simpo.run.rounds import Kind
 
 Usage = namedtuple("Usage", "total used free")
 Memory = namedtuple("Memory", "available")

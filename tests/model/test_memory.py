@@ -237,7 +237,7 @@ def test_memory_that_is_not_there(
     needed: Memory, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = SimpleNamespace(available=10 * GIB)
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     with pytest.raises(ConfigError) as error:
         memory.check_memory(needed, compose_run(["model.lora.rank=0"]), CPU)
     assert str(error.value) == (
@@ -367,6 +367,6 @@ def test_a_run_is_refused_before_its_weights_are_read(
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("simpo.loop.setup.load_policy", fail)
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
     with pytest.raises(ConfigError, match=r"^train\.check_memory: a step needs about 0\.\d\d GiB"):
         train(compose_run([*tiny_run, "train.check_memory=true", f"run_dir={tmp_path}"]))

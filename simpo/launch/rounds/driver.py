@@ -20,7 +20,7 @@ from simpo.config.choices import WatchAction
 from simpo.config.errors import INTERRUPTED, ConfigError, RunError, Stopped, unwritable
 from simpo.config.flat import trajectory
 from simpo.config.schema import RunConfig
-from simpo.launch.rounds.phases import Kind, Phase, run_folder
+from simpo.launch.rounds.phases import Phase, run_folder
 from simpo.launch.rounds.record import (
     kept_round,
     measured,
@@ -37,13 +37,11 @@ from simpo.loop.tracker import Tracker
 from simpo.loop.watch import CollapseWatch
 from simpo.run.folder import RunFolder
 from simpo.run.progress import say
-from simpo.run.rounds import ENDED_FILE, ended_early
+from simpo.run.rounds import ENDED_FILE, Kind, ended_early, error_file
 from simpo.run.signals import SAVING, forwarding_signals, signals_blocked, tell
 from simpo.run.tables import markdown_table
 
 POLL_S = 0.05
-ERROR_FILE = "error.txt"
-"""In the folder of a round: why its newest phase failed."""
 
 
 def run_rounds(run: RunConfig) -> Path:
@@ -195,9 +193,10 @@ def run_phases(run: RunConfig, root: Path, group: Sequence[Phase]) -> None:
     """
     processes: list[subprocess.Popen[bytes]] = []
     signals: list[int] = []
-    error_file = root / "rounds" / str(group[0].round) / ERROR_FILE
-    error_file.parent.mkdir(parents=True, exist_ok=True)
-    error_file.unlink(missing_ok=True)
+    reason = error_file(root, group[0].round)
+    reason.parent.mkdir(parents=True, exist_ok=True)
+    reason.unlink(missing_ok=True)
+    failed: list[tuple[Phase, int]] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
         signals.append(number)
@@ -212,18 +211,22 @@ def run_phases(run: RunConfig, root: Path, group: Sequence[Phase]) -> None:
         try:
             with signals_blocked():
                 processes += [_start(root, phase, len(group)) for phase in group]
-            while any(process.poll() is None for process in processes):
-                if any(process.poll() for process in processes):
-                    for process in processes:
-                        process.terminate()
+            while not failed:
+                codes = [process.poll() for process in processes]
+                # Those that end later were ended here: the first to fail has the cause.
+                failed = [(p, code) for p, code in zip(group, codes, strict=True) if code]
+                if None not in codes:
+                    break
                 time.sleep(POLL_S)
+            for process in processes:
+                process.terminate()
+                process.wait()
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-    codes = [(phase, process.poll()) for phase, process in zip(group, processes, strict=True)]
-    if failed := [(phase, code) for phase, code in codes if code]:
-        raise _failure(run, *failed[0], error_file, signals)
+    if failed:
+        raise _failure(run, *failed[0], reason, signals)
 
 
 def _start(root: Path, phase: Phase, places: int) -> subprocess.Popen[bytes]:
@@ -237,13 +240,12 @@ def _start(root: Path, phase: Phase, places: int) -> subprocess.Popen[bytes]:
 
 
 def _failure(
-    run: RunConfig, phase: Phase, code: int | None, error_file: Path, signals: Sequence[int]
+    run: RunConfig, phase: Phase, code: int, reason: Path, signals: Sequence[int]
 ) -> Exception:
     """The error after a phase ended with an exit code that is not 0."""
-    assert code
     text = ""
     with suppress(OSError):
-        text = error_file.read_text(errors="replace").strip()
+        text = reason.read_text(errors="replace").strip()
     stopped = run.train.stopped_exit_code
     if signals or code in (INTERRUPTED, stopped):
         interrupted = signal.SIGINT in signals or code == INTERRUPTED

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 
 from simpo.config.backends import SingleConfig
@@ -28,18 +27,10 @@ from simpo.config.models import ModelConfig
 from simpo.config.on_policy import OnPolicyConfig
 from simpo.config.rounds import RoundsConfig
 from simpo.config.schema import MonitorConfig, RunConfig
+from simpo.run.rounds import Kind, round_folder
 
 OWN_SET = "on_policy"
 """Name of the held-out set of a round's own pairs, beside those of static data."""
-
-
-class Kind(str, Enum):
-    """What a phase does, in the order within a round."""
-
-    check = "check"
-    generate = "generate"
-    annotate = "annotate"
-    train = "train"
 
 
 @dataclass(frozen=True)
@@ -68,12 +59,12 @@ def phases(run: RunConfig) -> Iterator[Phase]:
 
 def replies_folder(root: Path, number: int) -> Path:
     """The folder of the replies with which a round begins; those after the last round come next."""
-    return root / "rounds" / str(number) / "replies"
+    return round_folder(root, number) / "replies"
 
 
 def run_folder(root: Path, number: int) -> Path:
     """The folder of the training run of a round."""
-    return root / "rounds" / str(number) / "run"
+    return round_folder(root, number) / "run"
 
 
 def settings_of(run: RunConfig, root: Path, phase: Phase, best: int = 0) -> RunConfig:

@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from transformers import PreTrainedConfig
 
@@ -29,6 +28,7 @@ from simpo.judging.ratings import open_ratings
 from simpo.loop.console import libraries_quiet
 from simpo.loop.optim import check_rates
 from simpo.model import memory
+from simpo.model.available import available_bytes
 from simpo.model.head import largest_logits_bytes
 from simpo.model.pretrained import load_settings
 from simpo.on_policy.annotate import KEY
@@ -169,10 +169,7 @@ def _check_memory(
         return  # it divides the device's memory itself
     needed = estimate.model.whole.bytes_in(bf16=False)
     needed += run.on_policy.batch_prompts * (prompt + response) * _cache_bytes(settings)
-    if device.type == "cuda":
-        available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    else:
-        available = psutil.virtual_memory().available // run.rounds.generate_jobs
+    available = available_bytes(device, run.rounds.generate_jobs)
     if needed > available:
         raise ConfigError(
             [

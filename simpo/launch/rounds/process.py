@@ -5,6 +5,7 @@ FOLDER holds run.yaml, which says what the rounds are.
 
 from __future__ import annotations
 
+from simpo.run.rounds import Kind, error_file
 from simpo.run.signals import exit_on_signals
 
 if __name__ == "__main__":
@@ -21,8 +22,7 @@ from simpo.config.errors import INTERRUPTED, RunError, SimpoError
 from simpo.config.flat import holds_secret
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds.by_hand import commands_of
-from simpo.launch.rounds.driver import ERROR_FILE
-from simpo.launch.rounds.phases import Kind, Phase, replies_folder, run_folder, settings_of
+from simpo.launch.rounds.phases import Phase, replies_folder, run_folder, settings_of
 from simpo.launch.rounds.record import (
     MEASURES,
     done_file,
@@ -47,9 +47,7 @@ def run_phase(run: RunConfig, root: Path, phase: Phase) -> None:
         SimpoError: as its own command does.
     """
     begin = time.perf_counter()
-    found = {number: measured(root, number).get("eval", {}) for number in measured_rounds(root)}
-    best = kept_round(run, found) if needs_best(run) and len(found) > 1 else 0
-    own = settings_of(run, root, phase, best)
+    own = settings_of(run, root, phase, _best(run, root) if phase.kind is Kind.train else 0)
     check_run(own)
     hide_unused(own)
     set_stopped_exit_code(run.train.stopped_exit_code)
@@ -64,6 +62,14 @@ def run_phase(run: RunConfig, root: Path, phase: Phase) -> None:
             _reply(run, own, root, phase)
     make_folder(done_file(root, phase).parent)
     write_json(done_file(root, phase), {"seconds": round(time.perf_counter() - begin, 3)})
+
+
+def _best(run: RunConfig, root: Path) -> int:
+    """The round with the best model so far; 0, the first model, if it does not matter."""
+    if not needs_best(run):
+        return 0
+    found = {number: measured(root, number).get("eval", {}) for number in measured_rounds(root)}
+    return kept_round(run, found) if len(found) > 1 else 0
 
 
 def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:
@@ -127,8 +133,7 @@ def main(words: list[str]) -> int:
     try:
         run_phase(load(root), root, phase)
     except SimpoError as error:
-        error_file = root / "rounds" / str(phase.round) / ERROR_FILE
-        error_file.write_text(f"{error}\n", errors="backslashreplace")
+        error_file(root, phase.round).write_text(f"{error}\n", errors="backslashreplace")
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

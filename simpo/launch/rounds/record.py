@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from simpo.config.choices import RoundStart
 from simpo.config.schema import RunConfig
-from simpo.launch.rounds.phases import Kind, Phase, phases, replies_folder, run_folder
+from simpo.launch.rounds.phases import Phase, phases, replies_folder, run_folder
 from simpo.run import rounds
 from simpo.run.best import best_step, check_monitor, evaluations_without_gain
 from simpo.run.files import NEW_RUN, read_json, read_results
+from simpo.run.rounds import Kind
 
 MEASURES = {
     "reward": "reply_reward",
@@ -41,7 +43,7 @@ AGAINST_FIRST = ("reply_win_rate", "reply_kl")
 
 def done_file(root: Path, phase: Phase) -> Path:
     """The file that says that a phase is done."""
-    return rounds.done_file(root, phase.round, phase.kind.value, phase.part)
+    return rounds.done_file(root, phase.round, phase.kind, phase.part)
 
 
 def is_done(root: Path, phase: Phase) -> bool:
@@ -163,7 +165,7 @@ def nothing_to_learn(train: Mapping[str, float], number: int) -> str:
 
 def needs_best(run: RunConfig) -> bool:
     """Whether models are compared by `monitor.metric`."""
-    return run.rounds.start.value == "best" or run.rounds.patience > 0
+    return run.rounds.start is RoundStart.best or run.rounds.patience > 0
 
 
 def exceeded(

@@ -261,7 +261,7 @@ def test_a_run_that_cannot_fit_is_refused(tiny_run: list[str], monkeypatch) -> N
     run += ["train.check_memory=true"]
     run += ["train.warmup_ratio=0"]  # else the only step is at learning rate 0
     free = SimpleNamespace(available=0)
-    monkeypatch.setattr("simpo.model.memory.psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     with pytest.raises(ConfigError, match=r"^train\.check_memory: a step needs about 0\.\d\d GiB"):
         train(compose_run(run))
     train(compose_run([*run, "train.check_memory=false"]))

@@ -118,7 +118,7 @@ def losses_of(name: str, device: str) -> list[float]:
     def ids(length: int) -> np.ndarray:
         return rng.integers(0, 512, length).astype(np.int32)
 
-    pairs = [TokenizedPair(ids(12), ids(9), ids(11)) for _ in range(8)]
+    pairs = [TokenizedPair.of(ids(12), ids(9), ids(11)) for _ in range(8)]
     losses = []
     for _ in range(STEPS):
         rows = [pack(pairs[:4], range(4)), pack(pairs[4:], range(4, 8))]

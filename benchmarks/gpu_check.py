@@ -85,7 +85,9 @@ def kernel_failures() -> list[str]:
         for window, softcap in ((None, None), (40, None), (None, 5.0)):
             lengths = rng.integers(1, 200, (5, 3))
             pairs = [
-                TokenizedPair(np.zeros(a, np.int32), np.zeros(b, np.int32), np.zeros(c, np.int32))
+                TokenizedPair.of(
+                    np.zeros(a, np.int32), np.zeros(b, np.int32), np.zeros(c, np.int32)
+                )
                 for a, b, c in lengths
             ]
             row = pack(pairs, range(len(pairs))).to(GPU)

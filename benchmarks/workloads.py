@@ -82,7 +82,7 @@ def typical_batch(
     distance = np.abs(np.log(sizes / sizes.mean(axis=1, keepdims=True))).sum(axis=0)
     best = int(distance.argmin())
     return [
-        TokenizedPair(*(rng.integers(3, vocab_size, n).astype(np.int32) for n in (p, *r)))
+        TokenizedPair.of(*(rng.integers(3, vocab_size, n).astype(np.int32) for n in (p, *r)))
         for p, r in zip(prompts[best], responses[best], strict=True)
     ]
 
@@ -107,7 +107,7 @@ def real_batches(folder: Path, num_batches: int, num_pairs: int) -> list[list[To
         replies = [row[side][-1]["content"] + "<|im_end|>" for side in ("chosen", "rejected")]
         ids = [np.array(x, dtype=np.int32) for x in chat.encode([prompt, *replies])]
         first, good, bad = (x[: MAX_LENGTH // 2] for x in ids)
-        pairs.append(TokenizedPair(first, good, bad))
+        pairs.append(TokenizedPair.of(first, good, bad))
     return [pairs[i : i + num_pairs] for i in range(0, len(pairs), num_pairs)]
 
 

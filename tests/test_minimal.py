@@ -29,7 +29,7 @@ def test_the_example_trains(tiny_folder: Path) -> None:
         replies = [f"{record[key]}<|im_end|>" for key in ("chosen", "rejected")]
         ids = [prompt, *(tokenizer(reply, add_special_tokens=False).input_ids for reply in replies)]
         first, chosen, rejected = (np.array(part, dtype=np.int32) for part in ids)
-        pairs.append(TokenizedPair(first, chosen, rejected))
+        pairs.append(TokenizedPair.of(first, chosen, rejected))
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     with torch.no_grad():
         logps, lengths = padded_logps(model, pairs)

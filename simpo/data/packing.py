@@ -5,16 +5,17 @@ Two pairs with prompts of 3 and 2 tokens become
     tokens     p p p c c r r r | q q c r r
     positions  0 1 2 3 4 3 4 5 | 0 1 2 2 3
 
-A rejected response continues the positions of its prompt, and `simpo.model.attention` hides the
-chosen response from it. Computing the shared prompt of a pair once follows
-https://arxiv.org/abs/2410.20305.
+Each response continues the positions of its prompt, and `simpo.model.attention` hides the other
+responses from it; ranked responses follow in the same way. Computing the shared prompt of a pair
+once follows https://arxiv.org/abs/2410.20305.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def pack(
         share_prefix: False repeats the prompt: p p p c c | p p p r r r.
 
     Raises:
-        ValueError: a chosen response, or a rejected one that is not empty, has no scored token.
+        ValueError: a chosen response, or another one that is not empty, has no scored token.
     """
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
@@ -41,59 +42,51 @@ def pack(
     targets: list[np.ndarray] = []
     segments: list[Segment] = []
     response_tokens: list[int] = []
-    start = 0
+    num_responses = max(len(pair.responses) for pair in pairs)
+    end = 0
     for pair, index in zip(pairs, indices, strict=True):
         num_prompt = len(pair.prompt_ids)
-        # Without a rejected response the prompt is not repeated.
-        share = share_prefix or not len(pair.rejected_ids)
-        chosen = start + num_prompt
-        second_prompt = chosen + len(pair.chosen_ids)
-        rejected = second_prompt if share else second_prompt + num_prompt
-        end = rejected + len(pair.rejected_ids)
-        tokens += [pair.prompt_ids, pair.chosen_ids]
-        tokens += [pair.rejected_ids] if share else [pair.prompt_ids, pair.rejected_ids]
-        again = np.arange(end - second_prompt) + (num_prompt if share else 0)
-        positions += [np.arange(second_prompt - start), again]
-        segments += _segments(share, start, chosen, second_prompt, rejected, end)
-        for first, ids, scored in (
-            (chosen, pair.chosen_ids, pair.chosen_scored),
-            (rejected, pair.rejected_ids, pair.rejected_scored),
-        ):
+        bounds: list[int] = []
+        for ids, scored in zip(pair.responses, pair.scored, strict=True):
             wanted = _scored(ids, scored, num_prompt)
             if not wanted.any() and (len(ids) or ids is pair.chosen_ids):
                 raise ValueError(f"pair {index}: a response has no token to score")
-            before = np.arange(first - 1, first - 1 + len(ids))
-            if share:
-                before[:1] = chosen - 1
+            response_tokens.append(int(wanted.sum()))
+            if not len(ids):
+                continue
+            continues = bool(bounds) and share_prefix
+            if not continues:
+                if bounds:
+                    segments.append(tuple(bounds))
+                bounds = [end, end + num_prompt]
+                tokens.append(pair.prompt_ids)
+                positions.append(np.arange(num_prompt))
+                end += num_prompt
+            tokens.append(ids)
+            positions.append(np.arange(num_prompt, num_prompt + len(ids)))
+            before = np.arange(end - 1, end - 1 + len(ids))
+            before[0] = bounds[1] - 1
             predictors.append(before[wanted])
             targets.append(ids[wanted])
-            response_tokens.append(int(wanted.sum()))
-        start = end
+            end += len(ids)
+            bounds.append(end)
+        segments.append(tuple(bounds))
+        response_tokens += [0] * (num_responses - len(pair.responses))
 
     return PackedPairs(
         pairs=tuple(int(index) for index in indices),
         segments=tuple(segments),
         keys=_key_table(segments),
+        num_responses=num_responses,
         response_tokens=tuple(response_tokens),
         input_ids=_column(tokens)[None],
         position_ids=_column(positions)[None],
         predictors=_column(predictors),
         targets=_column(targets),
         response_lengths=torch.tensor(response_tokens),
-        reference_logps=_reference(pairs),
+        reference_logps=_numbers([pair.reference_logps for pair in pairs], num_responses, 0.0),
+        scores=_numbers([pair.scores for pair in pairs], num_responses, math.nan),
     )
-
-
-def _segments(
-    share: bool, start: int, chosen: int, second_prompt: int, rejected: int, end: int
-) -> list[Segment]:
-    """One of a pair whose rejected response shares the prompt, else one of each response."""
-    if share:
-        return [Segment(start, chosen, rejected, end)]
-    return [
-        Segment(start, chosen, second_prompt, second_prompt),
-        Segment(second_prompt, rejected, end, end),
-    ]
 
 
 def placeholder_row(pair: TokenizedPair, share_prefix: bool = True) -> PackedPairs:
@@ -119,17 +112,24 @@ def _scored(ids: np.ndarray, scored: np.ndarray | None, num_prompt: int) -> np.n
     return wanted
 
 
-def _reference(pairs: Sequence[TokenizedPair]) -> torch.Tensor | None:
-    logps = [pair.reference_logps for pair in pairs if pair.reference_logps is not None]
-    return torch.tensor(logps, dtype=torch.float32).flatten() if len(logps) == len(pairs) else None
+def _numbers(
+    numbers: Sequence[tuple[float, ...] | None], num_responses: int, missing: float
+) -> torch.Tensor | None:
+    """A number for each response of each pair, float32 [P * K]; None if a pair has none."""
+    known = [line for line in numbers if line is not None]
+    if len(known) < len(numbers):
+        return None
+    padded = [[*line, *[missing] * (num_responses - len(line))] for line in known]
+    return torch.tensor(padded, dtype=torch.float32).flatten()
 
 
 def _key_table(segments: Sequence[Segment]) -> KeyTable:
     index = []
-    for start, chosen, rejected, end in segments:
-        shared, own = np.arange(start, chosen), np.arange(rejected, end)
-        second = np.concatenate([shared, own]) if len(own) else own
-        index += [np.arange(start, rejected), second]
+    for start, prompt, first, *ends in segments:
+        index.append(np.arange(start, first))
+        shared = np.arange(start, prompt)
+        for begin, end in pairwise((first, *ends)):
+            index.append(np.concatenate([shared, np.arange(begin, end)]))
     queries = segment_lengths(segments)
     keys = [len(part) for part in index]
     return KeyTable(

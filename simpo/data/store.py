@@ -2,10 +2,12 @@
 
 All processes that read the same files share their pages, and nothing is held for each pair:
 
-    bounds.npy         int64 [3 * pairs + 1], where the parts of the pairs end in ids: of pair i the
-                       prompt is ids[bounds[3i]:bounds[3i + 1]], then chosen, then rejected
+    bounds.npy         int64 [(1 + K) * pairs + 1], where the parts of the pairs end in ids: the
+                       prompt, then K responses; of two, pair i has its prompt in
+                       ids[bounds[3i]:bounds[3i + 1]], then chosen, then rejected
     ids.npy            int32 [tokens]
     scored.npy         bool [tokens], only where some token of a response is not scored
+    scores.npy         float32 [pairs, K], only of ranked responses; NaN for one that a pair lacks
     places.npy         uint8 [bytes], the place of each pair as text
     places-bounds.npy  int64 [pairs + 1], where they end
     held_out...        the same for held-out pairs as JSON, without replies; empty for train pairs
@@ -21,7 +23,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -34,7 +36,8 @@ from simpo.data.texts import Lines
 
 T = TypeVar("T")
 
-SCORED = "scored.npy"
+SCORED, SCORES = "scored.npy", "scores.npy"
+_NOTHING = np.zeros(0, np.int32)
 LINES = ("places", "held_out")
 """Names of the files that hold a text for each pair."""
 
@@ -67,27 +70,33 @@ class Tokens:
     """The token ids of many pairs, one after the other; `tokens[i]` is a `TokenizedPair`.
 
     Attributes:
-        bounds: int64 [3 * pairs + 1], where prompt, chosen and rejected of each pair end.
+        bounds: int64 [(1 + K) * pairs + 1], where prompt, chosen, rejected and others of each pair
+            end.
         ids: int32 [tokens].
         scored: bool [tokens], False for tokens that are not scored; None scores all responses.
-        reference_logps: float32 [pairs, 2], summed log-probs of both responses under the reference
+        reference_logps: float32 [pairs, K], summed log-probs of the responses under the reference
             model; None until it has scored them.
+        num_responses: K, the most responses of a pair, at least 2; those that it lacks are empty.
+        scores: float32 [pairs, K] of ranked responses, NaN where a pair lacks one; else None.
     """
 
     bounds: np.ndarray
     ids: np.ndarray
     scored: np.ndarray | None = None
     reference_logps: np.ndarray | None = None
+    num_responses: int = 2
+    scores: np.ndarray | None = None
 
     @staticmethod
     def of(pairs: Sequence[TokenizedPair]) -> Tokens:
         """The same tokens in flat arrays in memory, without reference log-probs."""
-        parts = [
-            ids for pair in pairs for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-        ]
-        masks = [
-            mask for pair in pairs for mask in (None, pair.chosen_scored, pair.rejected_scored)
-        ]
+        most = max([2, *(len(pair.responses) for pair in pairs)])
+        parts: list[np.ndarray] = []
+        masks: list[np.ndarray | None] = []
+        for pair in pairs:
+            missing = most - len(pair.responses)
+            parts += [pair.prompt_ids, *pair.responses, *[_NOTHING] * missing]
+            masks += [None, *pair.scored, *[None] * missing]
         scored = None
         if any(mask is not None for mask in masks):
             scored = np.concatenate(
@@ -96,40 +105,52 @@ class Tokens:
                     for ids, mask in zip(parts, masks, strict=True)
                 ]
             )
+        scores = None
+        if any(pair.scores is not None for pair in pairs):
+            lines = [pair.scores or () for pair in pairs]
+            padded = [[*line, *[np.nan] * (most - len(line))] for line in lines]
+            scores = np.array(padded, dtype=np.float32)
         bounds = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-        return Tokens(bounds, np.concatenate(parts) if parts else np.zeros(0, np.int32), scored)
+        ids = np.concatenate(parts) if parts else _NOTHING
+        return Tokens(bounds, ids, scored, None, most, scores)
 
     def __len__(self) -> int:
-        return len(self.bounds) // 3
+        return len(self.bounds) // (1 + self.num_responses)
 
     def __getitem__(self, index: int) -> TokenizedPair:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start, chosen, rejected, end = self.bounds[3 * index : 3 * index + 4].tolist()
-        masks: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+        first = (1 + self.num_responses) * index
+        ends = self.bounds[first : first + self.num_responses + 2].tolist()
+        places = [slice(*both) for both in pairwise(ends)]
+        while len(places) > 3 and places[-1].start == places[-1].stop:
+            places.pop()
+        masks: list[np.ndarray | None] = [None] * (len(places) - 1)
         if self.scored is not None:
-            masks = (self.scored[chosen:rejected], self.scored[rejected:end])
-        logps = None if self.reference_logps is None else self.reference_logps[index].tolist()
-        return TokenizedPair(
-            self.ids[start:chosen],
-            self.ids[chosen:rejected],
-            self.ids[rejected:end],
-            *masks,
-            None if logps is None else (logps[0], logps[1]),
+            masks = [self.scored[place] for place in places[1:]]
+        prompt, *responses = (self.ids[place] for place in places)
+        scores, logps = (
+            None if lines is None else tuple(lines[index, : len(responses)].tolist())
+            for lines in (self.scores, self.reference_logps)
         )
+        return TokenizedPair(prompt, tuple(responses), tuple(masks), scores, logps)
 
     def __iter__(self) -> Iterator[TokenizedPair]:
         return (self[index] for index in range(len(self)))
 
     def lengths(self) -> np.ndarray:
-        """Tokens of prompt, chosen and rejected of each pair, int64 [pairs, 3]."""
-        return np.diff(self.bounds).reshape(-1, 3)
+        """Tokens of the prompt and of each response of each pair, int64 [pairs, 1 + K]."""
+        return np.diff(self.bounds).reshape(-1, 1 + self.num_responses)
 
     def num_tokens(self, share_prefix: bool = True) -> np.ndarray:
-        """Tokens computed for each pair, int64 [pairs]; without `share_prefix` its prompt twice."""
+        """Tokens computed for each pair, int64 [pairs]; without `share_prefix` its prompt for each
+        response.
+        """
         lengths = self.lengths()
-        twice = np.zeros(len(self), bool) if share_prefix else lengths[:, 2] > 0
-        found: np.ndarray = lengths.sum(axis=1) + lengths[:, 0] * twice
+        found: np.ndarray = lengths.sum(axis=1)
+        if not share_prefix:
+            present = (lengths[:, 1:] > 0).sum(axis=1)
+            found += lengths[:, 0] * np.maximum(present - 1, 0)
         return found
 
     def longest_sequence(self) -> int:
@@ -137,10 +158,26 @@ class Tokens:
         lengths = self.lengths()
         return int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max(initial=0))
 
+    def with_responses(self, number: int) -> Tokens:
+        """The same with room for `number` responses of each pair, at least as many as now."""
+        more = number - self.num_responses
+        if not more:
+            return self
+        ends = self.bounds[1:].reshape(-1, 1 + self.num_responses)
+        ends = np.concatenate([ends, np.repeat(ends[:, -1:], more, axis=1)], axis=1)
+        scores = self.scores
+        if scores is not None:
+            scores = np.pad(scores, ((0, 0), (0, more)), constant_values=np.nan)
+        bounds = np.concatenate([self.bounds[:1], ends.ravel()])
+        return Tokens(bounds, self.ids, self.scored, None, number, scores)
+
     def add_to(self, digest: Any) -> None:
-        """Add length and ids of each part to a hash; that of all pairs is their fingerprint."""
+        """Add length and ids of each part to a hash; that of all pairs is their fingerprint. Others
+        that a pair lacks add nothing."""
         ids, size = self.ids.tobytes(), self.ids.itemsize
-        for start, end in pairwise((self.bounds * size).tolist()):
+        for part, (start, end) in enumerate(pairwise((self.bounds * size).tolist())):
+            if start == end and part % (1 + self.num_responses) > 2:
+                continue
             digest.update(((end - start) // size).to_bytes(8, "little") + ids[start:end])
 
 
@@ -180,7 +217,7 @@ class TokenizedSet:
 
 def pair_json(pair: Pair) -> bytes:
     """The text of a pair as JSON, without where it comes from: what fingerprints are made of."""
-    fields = {
+    fields: dict[str, Any] = {
         "prompt": pair.prompt,
         "chosen": pair.chosen,
         "rejected": pair.rejected,
@@ -190,6 +227,8 @@ def pair_json(pair: Pair) -> bytes:
         "score_margin": None,
         "tools": pair.tools,
     }
+    if pair.scores:
+        fields |= {"others": pair.others, "scores": pair.scores}
     return json.dumps(fields, sort_keys=True).encode()
 
 
@@ -247,8 +286,9 @@ class Block:
         tokens, about = self.tokens, {k: v for k, v in vars(self).items() if k != "tokens"}
         letters = np.frombuffer(json.dumps(about).encode(), np.uint8)
         arrays = {"bounds": tokens.bounds, "ids": tokens.ids, "about": letters}
-        if tokens.scored is not None:
-            arrays["scored"] = tokens.scored
+        arrays["num_responses"] = np.array(tokens.num_responses)
+        optional = {"scored": tokens.scored, "scores": tokens.scores}
+        arrays |= {name: array for name, array in optional.items() if array is not None}
         # Without locks, several processes may write the same block at once.
         part = path.with_name(f"{path.stem}-{uuid4().hex}.part")
         with part.open("wb") as file:
@@ -264,7 +304,10 @@ class Block:
         """
         with np.load(path) as file:
             about = json.loads(file["about"].tobytes())
-            tokens = Tokens(file["bounds"], file["ids"], file.get("scored"))
+            tokens = Tokens(
+                file["bounds"], file["ids"], file.get("scored"), None,
+                int(file["num_responses"]), file.get("scores"),
+            )  # fmt: skip
         about["faults"] = {int(index): fault for index, fault in about["faults"].items()}
         return Block(tokens, **about)
 
@@ -281,19 +324,26 @@ def write_set(
     """
     counts, kept_by_paper = [0] * 5, Counter[str]()
     faults: dict[int, str] = {}
-    given, total, masked, ends = 0, 0, False, [np.zeros(1, np.int64)]
+    given, total, masked, parts = 0, 0, False, list[Tokens]()
     lines = {name: array("q", [0]) for name in LINES}
     for block in read():
         faults |= {given + index: fault for index, fault in block.faults.items()}
         given += block.given
         counts = [sum(both) for both in zip(counts, block.counts, strict=True)]
         kept_by_paper.update(block.kept_by_paper)
-        ends.append(block.tokens.bounds[1:] + total)
-        total += len(block.tokens.ids)
+        tokens = block.tokens
+        parts.append(replace(tokens, bounds=tokens.bounds + total, ids=_NOTHING, scored=None))
+        total += len(tokens.ids)
         masked |= block.tokens.scored is not None
         for name, sizes in lines.items():
             sizes.extend(map(len, block.lines(name)))
-    np.save(folder / "bounds.npy", np.concatenate(ends))
+    most = max([2, *(part.num_responses for part in parts)])
+    parts = [part.with_responses(most) for part in parts]
+    first = np.zeros(1, np.int64)
+    np.save(folder / "bounds.npy", np.concatenate([first, *(part.bounds[1:] for part in parts)]))
+    ranked = [part for part in parts if len(part)]
+    if ranked and all(part.scores is not None for part in ranked):
+        np.save(folder / SCORES, np.concatenate([part.scores for part in ranked]))
     letters = {}
     for name, sizes in lines.items():
         bounds = np.cumsum(sizes)
@@ -313,6 +363,7 @@ def write_set(
         "fingerprint": fingerprint,
         "largest_id": largest_id,
         "kept_by_paper": dict(kept_by_paper),
+        "num_responses": most,
     }
     (folder / "report.json").write_text(json.dumps(about))
 
@@ -362,8 +413,9 @@ def open_set(folder: Path) -> TokenizedSet:
         return Lines(mapped(f"{name}.npy"), mapped(f"{name}-bounds.npy"), read)
 
     about = json.loads((folder / "report.json").read_text())
-    masked = (folder / SCORED).exists()
-    tokens = Tokens(mapped("bounds.npy"), mapped("ids.npy"), mapped(SCORED) if masked else None)
+    scored, scores = (mapped(n) if (folder / n).exists() else None for n in (SCORED, SCORES))
+    most = about.pop("num_responses")
+    tokens = Tokens(mapped("bounds.npy"), mapped("ids.npy"), scored, None, most, scores)
     about["faults"] = {int(index): fault for index, fault in about["faults"].items()}
     about["report"] = TokenReport(**about["report"])
     return TokenizedSet(tokens, lines("places", _place), lines("held_out", _held_out), **about)

@@ -20,6 +20,7 @@ from simpo.backend import Backend
 from simpo.data.pairs import PackedPairs
 from simpo.data.store import TokenizedSet
 from simpo.loop.score import counted, score_pairs
+from simpo.loss import LossConfig, PairLogps
 from simpo.model.head import no_loss
 from simpo.run.cache import find_entry, keep_entry
 from simpo.run.progress import bar
@@ -42,6 +43,7 @@ def with_reference(
     origin: str,
     cache_dir: Path,
     backend: Backend,
+    loss: LossConfig,
 ) -> TokenizedSet:
     """Give every pair its `reference_logps`.
 
@@ -54,33 +56,40 @@ def with_reference(
             the result.
         origin: `weights_fingerprint` of the policy.
         cache_dir: folder of the cache.
+        loss: the loss, whose weights of tokens count here too.
     """
     if not len(data):
         return data
     settings = f"{origin} {data.fingerprint} {backend.bf16} {backend.device.type}"
+    settings += f" {loss}" if loss.weighs_tokens else ""
     name = hashlib.sha256(settings.encode()).hexdigest()[:32]
     folder = cache_dir / "reference" / name
     found, notes = find_entry(folder) if backend.is_main else (False, [])
     scores = backend.broadcast(np.load(folder / "scores.npy") if found else None)
     if scores is None:
         with bar("reference log-probs of pairs", len(data)) as shown:
-            scores = _score(policy, counted(rows, shown, backend.processes), backend)
+            scores = _score(policy, counted(rows, shown, backend.processes), backend, loss)
         if backend.is_main:
             notes += keep_entry(folder, partial(_write, scores=scores))
     tokens = replace(data.tokens, reference_logps=scores)
     return replace(data, tokens=tokens, notes=(*data.notes, *notes))
 
 
-def _score(policy: nn.Module, rows: Iterable[PackedPairs], backend: Backend) -> np.ndarray:
-    """Summed log-probabilities of both responses, of the pairs of all processes, [pairs, 2]."""
-    sums = score_pairs(
-        policy,
-        rows,
-        no_loss,
-        lambda logps: torch.stack([logps.chosen, logps.rejected], dim=1),
-        backend,
-    )
-    return np.array(list(sums.values()), dtype=np.float32)
+def _score(
+    policy: nn.Module, rows: Iterable[PackedPairs], backend: Backend, loss: LossConfig
+) -> np.ndarray:
+    """Summed log-probabilities of the responses of the pairs of all processes, [pairs, K]; weighted
+    as the loss weighs tokens."""
+    sums = score_pairs(policy, rows, no_loss, _sums, backend, weigher=loss).values()
+    most = max(map(len, sums))
+    padded = [[*line, *[0.0] * (most - len(line))] for line in sums]
+    return np.array(padded, dtype=np.float32)
+
+
+def _sums(logps: PairLogps) -> Tensor:
+    responses = logps.responses
+    assert responses is not None
+    return responses.sums if responses.weighted is None else responses.weighted
 
 
 def _write(folder: Path, scores: np.ndarray) -> None:

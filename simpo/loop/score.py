@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from simpo.backend import Backend
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs, Pair
+from simpo.loop.coupled import all_pairs, numbers_of
 from simpo.loop.router import Routing
-from simpo.loss import LossConfig, PairLogps, Preference, pair_losses
-from simpo.model.head import PairLoss
+from simpo.loss import LossConfig, PairLogps, Preference, compared, pair_losses
+from simpo.model.head import PairLoss, no_loss
 from simpo.run.progress import Bar
 
 COLUMNS = (
@@ -40,15 +42,24 @@ def columns(loss: LossConfig) -> tuple[str, ...]:
 def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
     """The numbers in `columns` for each pair, float64 [P, columns].
 
-    Rewards are as the loss defines them; a tie counts as half accurate.
+    Rewards are as the loss defines them, and means over the comparisons of a pair; a tie counts as
+    half accurate.
     """
-    losses, chosen, rejected = loss.preference(logps)
+    losses, chosen, rejected, valid = compared(loss, logps)
+
+    def mean(numbers: Tensor) -> Tensor:
+        """Mean over the comparisons of each pair."""
+        if valid is None:
+            return numbers.mean(dim=1)
+        return numbers.where(valid, 0).sum(dim=1) / valid.sum(dim=1)
+
+    right = 0.5 * ((chosen > rejected).float() + (chosen >= rejected).float())
     numbers = {
         "preference_loss": losses,
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": 0.5 * ((chosen > rejected).float() + (chosen >= rejected).float()),
-        "rewards/margins": chosen - rejected,
+        "rewards/chosen": mean(chosen),
+        "rewards/rejected": mean(rejected),
+        "rewards/accuracies": mean(right),
+        "rewards/margins": mean(chosen - rejected),
         "logps/chosen": logps.average_chosen,
         "logps/rejected": logps.average_rejected,
         "chosen_nll": -logps.chosen,
@@ -103,22 +114,25 @@ def score_pairs(
     table: Callable[[PairLogps], Tensor],
     backend: Backend,
     routing: Routing | None = None,
-) -> dict[int, list[float]]:
+    weigher: LossConfig | None = None,
+) -> dict[int, Any]:
     """Compute numbers of the pairs of all processes' rows, without an update.
 
     Args:
         policy: as `Backend.prepare` wrapped it.
         pair_loss: the loss that the policy's forward computes.
-        table: maps log-probabilities to the numbers of a row's pairs, [P, numbers].
+        table: maps log-probabilities to the numbers of a row's pairs, [P, ...].
         routing: the routing of this process's rows is added to it.
+        weigher: the loss, if it weighs tokens.
 
     Returns:
-        The numbers of each pair, by its index.
+        The numbers of each pair as lists, by its index.
     """
     policy.eval()
-    scored: list[tuple[int, list[float]]] = []
+    scored: list[tuple[int, Any]] = []
     for row in rows:
-        logps = policy(row.to(backend.device), pair_loss, routing and routing.of(row))[1]
+        routed = routing and routing.of(row)
+        logps = policy(row.to(backend.device), pair_loss, routed, weigher)[1]
         scored += zip(row.pairs, table(logps)[: len(row.pairs)].tolist(), strict=True)
     return dict(sorted(backend.gather(scored)))
 
@@ -146,9 +160,13 @@ def evaluate(
         Metrics over all pairs, and the numbers of each pair in the order of `columns`.
     """
     routing = Routing() if router_aux_weight else None
-    numbers = score_pairs(
-        policy, rows, partial(pair_losses, loss), partial(pair_table, loss), backend, routing
-    )
+    if loss.couples_step:
+        known = score_pairs(policy, rows, no_loss, numbers_of, backend, routing, loss)
+        lines = pair_table(loss, all_pairs(list(known.values()))).tolist()
+        numbers = dict(zip(known, lines, strict=True))
+    else:
+        each = partial(pair_losses, loss), partial(pair_table, loss)
+        numbers = score_pairs(policy, rows, *each, backend, routing, loss)
     sums = pair_sums(torch.tensor(list(numbers.values()), dtype=torch.float64))
     if routing is not None:
         sums = torch.cat([sums, routing.aux_loss(backend)])

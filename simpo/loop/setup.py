@@ -282,7 +282,13 @@ def with_references(run: RunConfig, parts: Parts) -> Parts:
     train, test = (
         packed.holding(
             with_reference(
-                parts.wrapped, packed.data, packed.rows(), origin, cache_dir, parts.backend
+                parts.wrapped,
+                packed.data,
+                packed.rows(),
+                origin,
+                cache_dir,
+                parts.backend,
+                run.loss,
             )
         )
         for packed in (parts.train, parts.test)

@@ -3,13 +3,14 @@
 The loss of a step is the sum over its pairs divided by their number, counted before the forward;
 the sft term is the sum over chosen tokens divided by their number, and the router's auxiliary loss
 is over all tokens of the step (`simpo.loop.router`). The distribution of pairs over rows therefore
-changes only rounding.
+changes only rounding. Of losses that couple the pairs of a step, see `simpo.loop.coupled`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from simpo.backend import Backend
 from simpo.config.errors import RunError
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs
+from simpo.loop.coupled import by_factors, first_phase
 from simpo.loop.router import StepBalance, num_tokens
 from simpo.loop.score import pair_sums, pair_table
 from simpo.loop.setup import Parts
@@ -67,10 +69,15 @@ def update(
     ]
     num_pairs, num_chosen_tokens, tokens = backend.sum(torch.tensor(counts)).tolist()
     pair_loss = _share_of_step(loss, num_pairs, num_chosen_tokens)
+    table_of = partial(pair_table, loss)
     balance = StepBalance(router_aux_weight, tokens, backend) if router_aux_weight else None
     if balance is not None:
         balance.count(policy, rows[1:])
     tables = []
+    if loss.couples_step:
+        rows, table = first_phase(policy, rows, pair_loss, table_of, backend, loss)
+        pair_loss = by_factors
+        tables.append(table)
     policy.train()
     for index, row in enumerate(rows):
         with backend.micro_batch(policy, last=index == len(rows) - 1):
@@ -78,9 +85,11 @@ def update(
                 row.to(backend.device),
                 pair_loss if row.pairs else no_loss,
                 balance and balance.of(row),
+                loss,
             )
             backend.backward(value)
-        tables.append(pair_table(loss, logps)[: len(row.pairs)])
+        if not loss.couples_step:
+            tables.append(table_of(logps)[: len(row.pairs)])
     table = torch.cat(tables)
     finite = table.isfinite().all(dim=1)
     norm = backend.clip(policy)

@@ -20,12 +20,107 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from omegaconf import MISSING
 
+from simpo.config.choices import Compare
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 AVERAGE = "l = mean token log-prob of a response"
 SUM = "s = summed token log-probs of a response"
 REFERENCE = "of the policy over the model it starts from"
+
+
+@dataclass(frozen=True)
+class ResponseLogps:
+    """Log-probabilities of all responses of the pairs of a row, [P, K] each: column 0 is chosen, 1
+    rejected, and the others follow, the best first.
+
+    Attributes:
+        sums: float32, summed over the scored tokens of the response; 0 for one that a pair lacks.
+        tokens: int64, number of scored tokens; 0 for a response that a pair lacks.
+        scores: float32 of ranked responses, NaN for one that a pair lacks; None without.
+        reference: float32, the sums under the reference model; None if the loss needs none.
+        weighted, weights: float32, if the loss weighs tokens: sums of weight * log-prob and of the
+            weights, which are detached; else None.
+        log_squares: float32, detached, if the loss needs it: summed over the tokens the log of the
+            sum over the vocabulary of p^2; else None.
+        factors: float32, the gradient of a step's loss by `sums`, if the loss couples the pairs of
+            a step; else None.
+    """
+
+    sums: Tensor
+    tokens: Tensor
+    scores: Tensor | None = None
+    reference: Tensor | None = None
+    weighted: Tensor | None = None
+    weights: Tensor | None = None
+    log_squares: Tensor | None = None
+    factors: Tensor | None = None
+
+    def pairs(self) -> PairLogps:
+        """Chosen and rejected of each pair."""
+        return self._pairs(self.sums, self.tokens)
+
+    def weighted_pairs(self) -> PairLogps:
+        """Chosen and rejected of each pair as the loss weighs their tokens; the numbers of tokens
+        are sums of weights."""
+        if self.weighted is None or self.weights is None:
+            return self.pairs()
+        return self._pairs(self.weighted, self.weights)
+
+    def comparisons(self, compare: Compare) -> tuple[PairLogps, Tensor]:
+        """Each two responses of a pair of different scores, the better one as chosen.
+
+        Returns:
+            Q comparisons of each of the P pairs, one pair after the other; and bool [P, Q], False
+            for one of responses that the pair lacks, or of equal scores, in whose place are chosen
+            and rejected.
+        """
+        from torch import stack
+
+        ranked = [0, *range(2, self.sums.shape[1]), 1]
+        couples = [(i, j) for at, i in enumerate(ranked) for j in ranked[at + 1 :]]
+        if compare is Compare.best_rest:
+            couples = [(i, j) for i, j in couples if i == 0]
+        present = self.tokens > 0
+        valid = stack([present[:, i] & present[:, j] for i, j in couples], dim=1)
+        if self.scores is not None:
+            better = [self.scores[:, i] > self.scores[:, j] for i, j in couples]
+            valid = valid & stack(better, dim=1)
+
+        def of(values: Tensor) -> tuple[Tensor, Tensor]:
+            both = zip(*couples, strict=True)
+            chosen, rejected = (stack([values[:, i] for i in side], dim=1) for side in both)
+            first, second = (values[:, i : i + 1] for i in (0, 1))
+            return chosen.where(valid, first).flatten(), rejected.where(valid, second).flatten()
+
+        reference = None
+        if self.reference is not None:
+            reference = stack(of(self.reference), dim=1).flatten()
+        sums, tokens = of(self.sums), of(self.tokens)
+        return PairLogps(*sums, *tokens, reference), valid
+
+    def _pairs(self, sums: Tensor, tokens: Tensor) -> PairLogps:
+        reference = None if self.reference is None else self.reference[:, :2].flatten()
+        both = sums[:, 0], sums[:, 1], tokens[:, 0], tokens[:, 1]
+        return PairLogps(*both, reference, responses=self)
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """What the weights of tokens may depend on, of all responses of some pairs.
+
+    Attributes:
+        logps: float32 [n], log-probs of their scored tokens, response after response, detached.
+        targets: int64 [n], the tokens.
+        lengths: scored tokens of each response; those of a pair follow one another.
+        num_responses: responses of each pair, K; 0 tokens for one that a pair lacks.
+    """
+
+    logps: Tensor
+    targets: Tensor
+    lengths: tuple[int, ...]
+    num_responses: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +132,7 @@ class PairLogps:
         chosen_tokens, rejected_tokens: int64 [P], number of scored tokens; 0 without a response.
         reference: float32 [2P], the sums under the reference model, chosen and rejected
             alternating; None if the loss needs no reference.
+        responses: these and the other responses of each pair; None: there are no others.
     """
 
     chosen: Tensor
@@ -44,6 +140,7 @@ class PairLogps:
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     reference: Tensor | None = None
+    responses: ResponseLogps | None = None
 
     @property
     def average_chosen(self) -> Tensor:
@@ -76,6 +173,21 @@ class Preference(NamedTuple):
     rejected: Tensor
 
 
+class Compared(NamedTuple):
+    """The loss of each pair, and the rewards of Q comparisons of its responses.
+
+    Attributes:
+        losses: [P].
+        chosen, rejected: [P, Q], reward of the better and of the worse response.
+        valid: bool [P, Q], False for comparisons that a pair lacks; None if it lacks none.
+    """
+
+    losses: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    valid: Tensor | None = None
+
+
 @dataclass(kw_only=True)
 class LossConfig(ABC):
     """Settings and methods of every loss."""
@@ -84,6 +196,13 @@ class LossConfig(ABC):
     """Whether the loss uses the rejected responses; if not, the data may lack them."""
     needs_reference: ClassVar[bool] = False
     """Whether the loss uses log-probs under the model before the first step."""
+    couples_step: ClassVar[bool] = False
+    """Whether the loss of a pair depends on the other pairs of its step. `compared` then gets all
+    of them, in float64, in the order of their indices."""
+    weighs_tokens: ClassVar[bool] = False
+    """Whether the loss weighs the tokens of a response by `token_weights`."""
+    needs_squares: ClassVar[bool] = False
+    """Whether the loss needs `ResponseLogps.log_squares`."""
     above_zero: ClassVar[tuple[str, ...]] = ()
     from_zero: ClassVar[tuple[str, ...]] = ()
     """Settings that must be above 0, and settings that must be 0 or more."""
@@ -94,12 +213,36 @@ class LossConfig(ABC):
     """Name of the loss; set by the group (loss=sigmoid, loss=orpo)."""
     module: str | None = None
     """Python module that defines the loss (docs/extending.md); null: it comes with simpo."""
+    compare: Compare | None = None
+    """Compare the responses of a prompt on one row, ranked by their scores: all (each two of
+    different scores) or best_rest (the best with each other one); the loss of a prompt is the mean
+    over its comparisons. null compares the pairs that data.pairs makes."""
     sft_weight: float = 0.0
     """Weight of the chosen responses' mean token NLL added to the loss; 0 is SimPO."""
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the loss uses all responses of a record, ranked by their scores."""
+        return self.compare is not None
 
     @abstractmethod
     def preference(self, logps: PairLogps) -> Preference:
         """Loss and rewards of each pair, without the SFT term."""
+
+    def compared(self, logps: PairLogps) -> Compared:
+        """The loss of each pair and the rewards of the responses that it compares."""
+        responses = logps.responses
+        if self.compare is None or responses is None or responses.sums.shape[1] == 2:
+            losses, chosen, rejected = self.preference(logps)
+            return Compared(losses, chosen[:, None], rejected[:, None])
+        pairs, valid = responses.comparisons(self.compare)
+        losses, chosen, rejected = (x.view(valid.shape) for x in self.preference(pairs))
+        mean = losses.where(valid, 0).sum(dim=1) / valid.sum(dim=1)
+        return Compared(mean, chosen, rejected, valid)
+
+    def token_weights(self, tokens: TokenLogps) -> Tensor:
+        """The weight of each token in the sums of its response, float32 [n]."""
+        raise NotImplementedError
 
     @abstractmethod
     def terms(self) -> tuple[str, str]:
@@ -116,6 +259,8 @@ class LossConfig(ABC):
         for key in self.above_zero:
             if getattr(self, key) <= 0:
                 yield f"{key}: must be above 0, got {getattr(self, key)}{self.hints.get(key, '')}"
+        if self.compare is not None and not self.needs_rejected:
+            yield f"compare: loss={self.name} compares no responses"
         for key in (*self.from_zero, "sft_weight"):
             if getattr(self, key) < 0:
                 yield f"{key}: must be 0 or more, got {getattr(self, key)}{self.hints.get(key, '')}"
@@ -154,7 +299,14 @@ class LogisticLoss(LossConfig):
 
 def pair_losses(loss: LossConfig, logps: PairLogps) -> Tensor:
     """Preference loss of each pair, float32 [P], without the SFT term."""
-    return loss.preference(logps).losses
+    return compared(loss, logps).losses
+
+
+def compared(loss: LossConfig, logps: PairLogps) -> Compared:
+    """`LossConfig.compared` of the log-probs as the loss weighs their tokens."""
+    if logps.responses is not None and logps.responses.weighted is not None:
+        logps = logps.responses.weighted_pairs()
+    return loss.compared(logps)
 
 
 def log_sigmoid(z: Tensor) -> Tensor:

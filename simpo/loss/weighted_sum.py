@@ -79,13 +79,16 @@ def _problems(name: str, given: Any, known: dict[str, type[LossConfig]]) -> Iter
         others = ", ".join(sorted(known.keys() - {"mix", "sft"}))
         yield f"parts: no loss {name} to mix (sft_weight adds the NLL; losses: {others})"
         return
+    if kind.couples_step or kind.weighs_tokens or kind.needs_squares:
+        yield f"parts: {name} cannot be mixed, as it weighs tokens or couples the pairs of a step"
+        return
     settings = given if isinstance(given, dict) else {WEIGHT: given}
     weight: Any = settings.get(WEIGHT)
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if not (is_number and 0 < weight < math.inf):
         yield f"{key}: must have a weight above 0, got {given}"
         return
-    own = {item.name for item in fields(kind)} - {"name", "module", "sft_weight"}
+    own = {item.name for item in fields(kind)} - {"name", "module", "sft_weight", "compare"}
     if unknown := sorted(settings.keys() - own - {WEIGHT}):
         keys = ", ".join(sorted(own)) or "it has none"
         yield f"{key}.{unknown[0]}: no such key of {name} ({keys})"

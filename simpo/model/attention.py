@@ -1,15 +1,15 @@
-"""Computes attention over packed rows in which two responses share one prompt.
+"""Computes attention over packed rows in which the responses of a pair share one prompt.
 
-A pair has two segments: prompt + chosen attends causally to itself, and rejected attends to
-prompt + rejected. Without shared prompts each sequence attends to itself. Pairs do not attend to
-each other, and no [T, T] mask is built. There are three kernels:
+A pair has a segment for each response: prompt + chosen attends causally to itself, and rejected (or
+any further response) attends to prompt + rejected. Without shared prompts each sequence attends to
+itself. Pairs do not attend to each other, and no [T, T] mask is built. There are three kernels:
 
     sdpa     one scaled-dot-product call per segment; any device, any dtype
     varlen   torch.nn.attention.varlen, all segments in one call; CUDA, bf16
     flash    flash-attn's varlen function, all segments in one call, with soft-cap; CUDA, bf16
 
 The variable-length kernels need the keys of a segment to be contiguous, so a prompt's keys are
-copied for its rejected response, as in https://github.com/li-plus/flash-preference.
+copied for each further response, as in https://github.com/li-plus/flash-preference.
 
 `register` adds the kernels to transformers' attention implementations. The model must be *loaded*
 with one: if it were set around the forward only, gradient checkpointing would recompute with
@@ -180,16 +180,18 @@ def _by_segment(
     lengths = segment_lengths(segments)
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
-    for index, (start, chosen, rejected, end) in enumerate(segments):
-        first, second, prompt = 2 * index, 2 * index + 1, slice(0, chosen - start)
-        parts = [(queries[first], keys[first], values[first])]
-        if end > rejected:
-            shared_key = torch.cat([keys[first][:, :, prompt], keys[second]], dim=2)
-            shared_value = torch.cat([values[first][:, :, prompt], values[second]], dim=2)
-            parts.append((queries[second], shared_key, shared_value))
-        outputs += [
-            _causal_attend(*part, table, scaling, sliding_window, softcap) for part in parts
-        ]
+    first = 0
+    for start, prompt, *ends in segments:
+        shared_key, shared_value = (x[first][:, :, : prompt - start] for x in (keys, values))
+        for index in range(first, first + len(ends)):
+            key, value = keys[index], values[index]
+            if index > first:
+                key = torch.cat([shared_key, key], dim=2)
+                value = torch.cat([shared_value, value], dim=2)
+            outputs.append(
+                _causal_attend(queries[index], key, value, table, scaling, sliding_window, softcap)
+            )
+        first += len(ends)
     return torch.cat(outputs, dim=2)
 
 

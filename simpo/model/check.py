@@ -118,7 +118,7 @@ def _compare(policy: Policy, bf16: bool) -> None:
     def ids(length: int) -> np.ndarray:
         return rng.integers(0, size, length).astype(np.int32)
 
-    pairs = [TokenizedPair(ids(5), ids(4), ids(3)), TokenizedPair(ids(4), ids(3), ids(6))]
+    pairs = [TokenizedPair.of(ids(5), ids(4), ids(3)), TokenizedPair.of(ids(4), ids(3), ids(6))]
     device = next(policy.parameters()).device
     row = pack(pairs, range(len(pairs)), policy.share_prefix).to(device)
     training = policy.training
@@ -221,7 +221,7 @@ def _separate_hidden(policy: Policy, pair: TokenizedPair) -> Tensor:
     own = policy.base.config._attn_implementation
     policy.base.set_attn_implementation("eager")
     parts = []
-    for response in (pair.chosen_ids, pair.rejected_ids):
+    for response in pair.responses:
         ids = np.concatenate([pair.prompt_ids, response]).astype(np.int64)
         tokens = torch.from_numpy(ids)[None].to(next(policy.parameters()).device)
         hidden = policy.base.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]

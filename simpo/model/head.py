@@ -14,7 +14,8 @@ Computing the gradient chunk by chunk in the forward pass follows Liger
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from simpo.data.pairs import PackedPairs
-from simpo.loss import PairLogps
+from simpo.loss import LossConfig, PairLogps, ResponseLogps, TokenLogps
 
 LOGITS_BYTES = 256 * 2**20
 
@@ -58,6 +59,7 @@ def fused_loss(
     pair_loss: PairLoss,
     softcap: float | None = None,
     largest_bytes: int | None = None,
+    weigher: LossConfig | None = None,
 ) -> tuple[Tensor, PairLogps]:
     """Compute the loss of a row of pairs and the log-probabilities of their responses.
 
@@ -70,6 +72,7 @@ def fused_loss(
         softcap: logits z become softcap * tanh(z / softcap) (Gemma-2).
         largest_bytes: of logits up to which those of one pair are computed at once; None takes the
             device's.
+        weigher: the loss whose weights of tokens are summed too, if it has such.
 
     Returns:
         The sum of the losses of the pairs, differentiable in hidden, weight and bias; and the
@@ -83,9 +86,9 @@ def fused_loss(
     with torch.autocast(device, enabled=False):
         largest = largest_bytes or largest_logits_bytes(hidden.device)
         loss, sums = _FusedLoss.apply(
-            scored, weight, bias, row, pair_loss, softcap, dtype, wanted, largest
+            scored, weight, bias, row, pair_loss, softcap, dtype, wanted, largest, weigher
         )
-    return loss, _pair_logps(sums, row.response_lengths, row.reference_logps)
+    return loss, _pair_logps(dict(zip(_summed(weigher), sums, strict=True)), row, slice(None))
 
 
 @torch.no_grad()
@@ -130,38 +133,37 @@ class _FusedLoss(torch.autograd.Function):
         dtype: torch.dtype,
         wanted: bool,
         largest_bytes: int,
+        weigher: LossConfig | None,
     ) -> tuple[Tensor, Tensor]:
         needs = tuple(wanted and need for need in ctx.needs_input_grad[:3])
         chunk, largest = (
             max(1, size // (4 * len(weight))) for size in (LOGITS_BYTES, largest_bytes)
         )
-        groups = list(_groups(row.response_tokens, chunk, largest))
+        groups = list(_groups(row.response_tokens, row.num_responses, chunk, largest))
         longest = max(part.stop - part.start for _, parts in groups for part in parts)
         head = _Head(hidden, weight, bias, row.targets, softcap, dtype, needs, longest)
         losses, all_sums = [], []
         scored = 0
         for lengths, parts in groups:
-            logps = torch.cat([head.logps(part) for part in parts])
-            sums = torch.stack([response.sum() for response in logps.split(lengths)])
-            all_sums.append(sums)
+            tokens = slice(parts[0].start, parts[-1].stop)
+            found = _group_sums(head, parts, lengths, row, row.targets[tokens], weigher)
+            all_sums.append(torch.stack(list(found.sums.values())))
             own = slice(scored, scored + len(lengths))
             scored = own.stop
-            counts = row.response_lengths[own]
-            reference = None if row.reference_logps is None else row.reference_logps[own]
             with torch.enable_grad():
-                leaf = sums.detach().requires_grad_()
-                loss = pair_loss(_pair_logps(leaf, counts, reference)).sum()
+                for name in found.differentiable:
+                    found.sums[name] = found.sums[name].detach().requires_grad_()
+                loss = pair_loss(_pair_logps(found.sums, row, own)).sum()
             losses.append(loss.detach())
             if not any(needs):
                 continue
-            (factors,) = torch.autograd.grad(loss, leaf)
-            factors = factors.repeat_interleave(counts, output_size=len(logps))
+            factors = _token_factors(loss, found, row.response_lengths[own], tokens)
             for part, factor in zip(parts, factors.split(longest), strict=True):
                 if len(parts) > 1:
                     head.logps(part)
                 head.add_gradients(part, factor[:, None])
         ctx.gradients = (head.grad_hidden, head.grad_weight, head.grad_bias)
-        sums = torch.cat(all_sums)
+        sums = torch.cat(all_sums, dim=1)
         ctx.mark_non_differentiable(sums)
         return torch.stack(losses).sum(), sums
 
@@ -170,7 +172,7 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if g is None else g.mul_(grad_loss) for g in ctx.gradients]
         ctx.gradients = None
-        return (*gradients, None, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None, None)
 
 
 class _Head:
@@ -229,6 +231,12 @@ class _Head:
         mean = torch.special.xlogy(e, e).sum(dim=-1, keepdim=True) / self._total
         return (self._total.log() - mean).squeeze(-1)
 
+    def log_squares(self, part: slice) -> Tensor:
+        """log(sum p^2) of the distributions of a part, [n]; `logps` must have been called for it
+        last."""
+        e = self._memory[: part.stop - part.start]
+        return 2 * (torch.linalg.vector_norm(e, dim=-1) / self._total.squeeze(-1)).log()
+
     def add_gradients(self, part: slice, factor: Tensor) -> None:
         """Add the gradients of sum(factor * logps) of a part; factor is [n, 1].
 
@@ -250,8 +258,70 @@ class _Head:
             self.grad_bias += gradient.sum(dim=0)
 
 
+@dataclass
+class _GroupSums:
+    """What is summed of the responses of consecutive pairs.
+
+    Attributes:
+        sums: by the names of `_summed`, [responses] each.
+        weights: of the tokens, [n]; None if the loss weighs none.
+    """
+
+    sums: dict[str, Tensor]
+    weights: Tensor | None
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """The sums whose gradients reach the tokens."""
+        return ("sums",) if self.weights is None else ("sums", "weighted")
+
+
+def _summed(weigher: LossConfig | None) -> tuple[str, ...]:
+    """Fields of `ResponseLogps` that are summed over tokens."""
+    weighted = ("weighted", "weights") if weigher is not None and weigher.weighs_tokens else ()
+    squares = ("log_squares",) if weigher is not None and weigher.needs_squares else ()
+    return ("sums", *weighted, *squares)
+
+
+def _group_sums(
+    head: _Head,
+    parts: list[slice],
+    lengths: tuple[int, ...],
+    row: PackedPairs,
+    targets: Tensor,
+    weigher: LossConfig | None,
+) -> _GroupSums:
+    """Compute a group's log-probs and sum them; the last part's are left in the head's buffer."""
+    logps, squares = [], []
+    for part in parts:
+        logps.append(head.logps(part))
+        if weigher is not None and weigher.needs_squares:
+            squares.append(head.log_squares(part))
+    of_tokens, weights = {"sums": torch.cat(logps)}, None
+    if weigher is not None and weigher.weighs_tokens:
+        own = TokenLogps(of_tokens["sums"], targets, lengths, row.num_responses)
+        weights = weigher.token_weights(own)
+        of_tokens |= {"weighted": weights * of_tokens["sums"], "weights": weights}
+    if squares:
+        of_tokens["log_squares"] = torch.cat(squares)
+    sums = {
+        name: torch.stack([response.sum() for response in values.split(lengths)])
+        for name, values in of_tokens.items()
+    }
+    return _GroupSums(sums, weights)
+
+
+def _token_factors(loss: Tensor, found: _GroupSums, counts: Tensor, tokens: slice) -> Tensor:
+    """The gradient of a group's loss by the log-prob of each of its tokens, [n]."""
+    size = tokens.stop - tokens.start
+    leaves = [found.sums[name] for name in found.differentiable]
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    of_sums, *weighted = (g.repeat_interleave(counts, output_size=size) for g in gradients)
+    return of_sums if found.weights is None else of_sums + found.weights * weighted[0]
+
+
 def _groups(
-    response_tokens: tuple[int, ...], chunk_tokens: int, largest_tokens: int
+    response_tokens: tuple[int, ...], num_responses: int, chunk_tokens: int, largest_tokens: int
 ) -> Iterator[tuple[tuple[int, ...], list[slice]]]:
     """Group as many pairs as fit into a chunk; split a pair of more than `largest_tokens`.
 
@@ -260,12 +330,13 @@ def _groups(
     """
     first = end = 0
     lengths: tuple[int, ...] = ()
-    for both in zip(response_tokens[0::2], response_tokens[1::2], strict=True):
-        if lengths and end + sum(both) - first > chunk_tokens:
+    for start in range(0, len(response_tokens), num_responses):
+        own = response_tokens[start : start + num_responses]
+        if lengths and end + sum(own) - first > chunk_tokens:
             yield lengths, _parts(first, end, largest_tokens)
             first, lengths = end, ()
-        lengths += both
-        end += sum(both)
+        lengths += own
+        end += sum(own)
     yield lengths, _parts(first, end, largest_tokens)
 
 
@@ -273,5 +344,14 @@ def _parts(first: int, end: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, end)) for start in range(first, end, size)]
 
 
-def _pair_logps(sums: Tensor, counts: Tensor, reference: Tensor | None) -> PairLogps:
-    return PairLogps(sums[0::2], sums[1::2], counts[0::2], counts[1::2], reference)
+def _pair_logps(sums: Mapping[str, Tensor], row: PackedPairs, own: slice) -> PairLogps:
+    """Log-probs of the pairs whose responses are at `own` in the row."""
+    of_row = {
+        "tokens": row.response_lengths,
+        "scores": row.scores,
+        "reference": row.reference_logps,
+        "factors": row.factors,
+    }
+    known = {name: values[own] for name, values in of_row.items() if values is not None}
+    columns = {n: x.view(-1, row.num_responses) for n, x in ({**sums, **known}).items()}
+    return ResponseLogps(**columns).pairs()

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from simpo.data.pairs import PackedPairs
-from simpo.loss import PairLogps
+from simpo.loss import LossConfig, PairLogps
 from simpo.model import attention
 from simpo.model.head import PairLoss, fused_loss, token_scores
 from simpo.model.router import RouterLoss, experts_per_token, routing
@@ -71,18 +71,24 @@ class Policy(nn.Module):
         return ours and not self.left_to_transformers
 
     def forward(
-        self, row: PackedPairs, pair_loss: PairLoss, router_loss: RouterLoss | None = None
+        self,
+        row: PackedPairs,
+        pair_loss: PairLoss,
+        router_loss: RouterLoss | None = None,
+        weigher: LossConfig | None = None,
     ) -> tuple[Tensor, PairLogps]:
         """Sum of the losses of a row's pairs, and their log-probabilities; see `fused_loss`.
 
         Args:
             router_loss: called with the routing of the row's tokens; its value is added to the sum.
+            weigher: the loss, if it weighs tokens.
         """
         output = self._decode(row, output_router_logits=router_loss is not None)
         # Read after the layers: sharded embeddings, which may be tied to the head, are freed after
         # their layer.
         weight, bias, softcap = self.head()
-        loss, logps = fused_loss(output.last_hidden_state[0], weight, bias, row, pair_loss, softcap)
+        hidden = output.last_hidden_state[0]
+        loss, logps = fused_loss(hidden, weight, bias, row, pair_loss, softcap, weigher=weigher)
         if router_loss is not None:
             chosen, _ = experts_per_token(self.base.config.get_text_config())
             loss = loss + router_loss(*routing(output.router_logits, chosen))

@@ -213,12 +213,14 @@ def _few_layers(policy: Policy, row: PackedPairs, bf16: bool) -> _Few:
 
 def _merged(row: PackedPairs, share_prefix: bool) -> PackedPairs:
     """A row of as many tokens in at most `FOLLOWED_PAIRS` pairs, which takes less time."""
-    count = min(len(row.response_tokens) // 2, FOLLOWED_PAIRS)
+    number = row.num_responses
+    count = min(len(row.response_tokens) // number, FOLLOWED_PAIRS)
     tokens = row.input_ids.shape[1] // count
-    response = np.ones(max(1, tokens // 4), dtype=np.int32)
-    prompts = tokens - 2 * len(response)
-    prompt = np.ones(max(1, prompts if share_prefix else prompts // 2), dtype=np.int32)
-    return pack([TokenizedPair(prompt, response, response)] * count, range(count), share_prefix)
+    response = np.ones(max(1, tokens // (2 * number)), dtype=np.int32)
+    prompts = tokens - number * len(response)
+    prompt = np.ones(max(1, prompts if share_prefix else prompts // number), dtype=np.int32)
+    pair = TokenizedPair.of(prompt, *[response] * number)
+    return pack([pair] * count, range(count), share_prefix)
 
 
 def _head(policy: Policy, row: PackedPairs, bf16: bool, logits_bytes: int) -> int:

@@ -245,7 +245,7 @@ def _row_sums(policy: Policy, pairs: Sequence[TokenizedPair], backend: Backend) 
     row = pack(pairs, range(len(pairs)), share_prefix=False)
     with torch.autocast(backend.device.type, torch.bfloat16, enabled=backend.bf16):
         found = policy.token_scores(row.to(backend.device))
-    counts = row.response_tokens[0::2]
+    counts = row.response_tokens[0 :: row.num_responses]
     logps, entropies = (scores.double().cpu().split(counts) for scores in found)
     return [
         Sums(count, float(logp.sum()), float(entropy.sum()))

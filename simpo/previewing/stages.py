@@ -12,7 +12,7 @@ from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
 from simpo.data.loader import read_mixture
 from simpo.data.packing import pack
-from simpo.data.pairs import Pair, Tokenized, TokenizedPair
+from simpo.data.pairs import Pair, Tokenized, TokenizedPair, response_names
 from simpo.data.plan import TrainPlan, build_plan, pairs_of_step, rows_of_pairs
 from simpo.data.reading.messages import tool_name
 from simpo.data.store import TokenizedSet
@@ -167,7 +167,8 @@ def _run_of_role(tokens: Sequence[Token], colors: bool) -> Iterator[str]:
 
 
 def _lengths(data: TokenizedSet) -> list[dict[str, object]]:
-    parts = dict(zip(("prompt", "chosen", "rejected"), data.tokens.lengths().T, strict=True))
+    names = ("prompt", *response_names(data.tokens.num_responses))
+    parts = dict(zip(names, data.tokens.lengths().T, strict=True))
     return [
         {"tokens of": name} | {label: int(np.quantile(values, q)) for label, q in QUANTILES.items()}
         for name, values in parts.items()
@@ -179,12 +180,12 @@ def _shown(run: RunConfig, chat: Chat, pair: Pair, kept: TokenizedPair) -> Shown
     endless = replace(run.data, max_length_tokens=ENDLESS, max_prompt_tokens=ENDLESS - 1)
     (whole,) = (one.pair for one in chat.tokenize([pair], endless) if isinstance(one, Tokenized))
     parts = {"prompt": _prompt_tokens(chat, whole, kept)}
-    for name, ids, scored, num_kept in (
-        ("chosen", whole.chosen_ids, whole.chosen_scored, len(kept.chosen_ids)),
-        ("rejected", whole.rejected_ids, whole.rejected_scored, len(kept.rejected_ids)),
+    names = response_names(len(whole.responses))
+    for name, ids, scored, left in zip(
+        names, whole.responses, whole.scored, kept.responses, strict=True
     ):
         parts[name] = [
-            _token(chat, token, _role(name, i < num_kept, scored is None or bool(scored[i])))
+            _token(chat, token, _role(name, i < len(left), scored is None or bool(scored[i])))
             for i, token in enumerate(ids)
         ]
     return Shown(pair.place, _messages(pair), {k: v for k, v in parts.items() if v})
@@ -230,14 +231,14 @@ def _row_table(
     for index in row:
         tokens = data.tokens[index]
         size = tokens.num_tokens(share_prefix)
+        sizes = [len(ids) for ids in tokens.responses]
         table.append(
             {
                 "pair": data.places[index],
                 "from": start,
                 "to": start + size,
                 "prompt": len(tokens.prompt_ids),
-                "chosen": len(tokens.chosen_ids),
-                "rejected": len(tokens.rejected_ids),
+                **dict(zip(response_names(len(sizes)), sizes, strict=True)),
             }
         )
         start += size

@@ -205,7 +205,7 @@ def pair_of(prompt: list[Message], *responses: list[Message], tools: bool = True
 def scored(chat: Chat, pair: Pair, **changes: Any) -> list[str]:
     """What is scored in each response; stretches that are not contiguous are divided by |."""
     tokens = tokenize_one(chat, pair, **changes)[0]
-    parts = (tokens.chosen_ids, tokens.chosen_scored), (tokens.rejected_ids, tokens.rejected_scored)
+    parts = (tokens.chosen_ids, tokens.scored[0]), (tokens.rejected_ids, tokens.scored[1])
     texts = []
     for ids, mask in parts[: len(pair.responses)]:
         stretches: list[list[int]] = [[]]
@@ -637,7 +637,7 @@ def test_several_replies_in_a_packed_row() -> None:
     pair = pair_of(ASKED, several, [assistant("No."), *several[1:]], tools=False)
     assert scored(chat, pair) == ["One.<|im_end|>|Two.<|im_end|>", "No.<|im_end|>|Two.<|im_end|>"]
     tokens = tokenize_one(chat, pair)[0]
-    sizes = tuple(int(mask.sum()) for mask in (tokens.chosen_scored, tokens.rejected_scored))
+    sizes = tuple(int(mask.sum()) for mask in (tokens.scored[0], tokens.scored[1]))
     for share_prefix in (True, False):
         row = pack([tokens], [0], share_prefix)
         assert row.response_tokens == sizes
@@ -677,7 +677,7 @@ def test_marks_decide_what_is_imitated(end: str | None) -> None:
     )
     own = [*tokens.prompt_ids.tolist(), *tokens.chosen_ids.tolist()]
     assert wanted["input_ids"][: len(own)] == own
-    mask = [*[False] * len(tokens.prompt_ids), *tokens.chosen_scored.tolist()]
+    mask = [*[False] * len(tokens.prompt_ids), *tokens.scored[0].tolist()]
     assert mask == [bool(one) for one in wanted["assistant_masks"][: len(own)]]
     assert sum(mask) == sum(wanted["assistant_masks"])
     pair = make_pair(user("Hi"))

@@ -16,7 +16,7 @@ from tests.support.tiny_models import token_set
 
 
 def pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenizedPair:
-    return TokenizedPair(
+    return TokenizedPair.of(
         np.array(prompt, np.int32), np.array(chosen, np.int32), np.array(rejected, np.int32)
     )
 
@@ -153,12 +153,10 @@ def test_row_with_a_prompt_for_each_response() -> None:
     assert row.targets.tolist() == [21, 31, 32, 24, 35]
     assert row.predictors.tolist() == [1, 4, 5, 7, 9]
     assert row.response_tokens == (1, 2, 1, 1)
-    # A sequence is a segment of its own, without a part that sees only its beginning.
-    assert row.segments == ((0, 2, 3, 3), (3, 5, 7, 7), (7, 7, 9, 9), (9, 9, 11, 11))
+    # A sequence is a segment of its own.
+    assert row.segments == ((0, 2, 3), (3, 5, 7), (7, 7, 9), (9, 9, 11))
     assert row.keys.index.tolist() == list(range(11))
-    assert (
-        row.keys.query_ends.tolist() == row.keys.key_ends.tolist() == [0, 3, 3, 7, 7, 9, 9, 11, 11]
-    )
+    assert row.keys.query_ends.tolist() == row.keys.key_ends.tolist() == [0, 3, 7, 9, 11]
 
 
 @settings(deadline=None)

@@ -200,6 +200,7 @@ def test_fingerprint_is_of_texts_in_order() -> None:
     for pair in (ruled := [replace(PAIRS[0], rule={"name": "x", "count": 2}, tools=({"a": 1},))]):
         text = asdict(replace(pair, place="", held_out_set="", score_margin=None))
         del text["reference_answer"]  # nothing is trained on it
+        del text["others"], text["scores"]  # only of ranked responses
         digest.update(json.dumps(text, sort_keys=True).encode())
     assert pairs_fingerprint(ruled) == digest.hexdigest()[:16]
 
@@ -211,18 +212,20 @@ ids = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(lambda x: np.array(x, 
 
 @st.composite
 def tokenized_pairs(draw: st.DrawFn) -> TokenizedPair:
-    prompt, chosen, rejected = draw(ids), draw(ids), draw(ids)
+    others = draw(st.lists(ids.filter(len), max_size=3))
+    responses = (draw(ids), draw(ids), *others)
     masks = [
         draw(st.none() | st.lists(st.booleans(), min_size=len(part), max_size=len(part)))
-        for part in (chosen, rejected)
+        for part in responses
     ]
-    scored = [None if mask is None else np.array(mask, bool) for mask in masks]
-    return TokenizedPair(prompt, chosen, rejected, scored[0], scored[1])
+    scored = tuple(None if mask is None else np.array(mask, bool) for mask in masks)
+    scores = draw(st.tuples(*[st.floats(-4, 4, width=32)] * len(responses)))
+    return TokenizedPair(draw(ids), responses, scored, scores)
 
 
 def all_masks(pair: TokenizedPair) -> list[list[bool]]:
-    both = ((pair.chosen_ids, pair.chosen_scored), (pair.rejected_ids, pair.rejected_scored))
-    return [[True] * len(part) if mask is None else mask.tolist() for part, mask in both]
+    parts = zip(pair.responses, pair.scored, strict=True)
+    return [[True] * len(part) if mask is None else mask.tolist() for part, mask in parts]
 
 
 @given(st.lists(tokenized_pairs(), max_size=6))
@@ -232,15 +235,15 @@ def test_flat_arrays_hold_the_same_pairs(pairs: list[TokenizedPair]) -> None:
     assert len(tokens) == len(pairs)
     for one, other in zip(tokens, pairs, strict=True):
         assert one.prompt_ids.tolist() == other.prompt_ids.tolist()
-        assert one.chosen_ids.tolist() == other.chosen_ids.tolist()
-        assert one.rejected_ids.tolist() == other.rejected_ids.tolist()
+        assert [r.tolist() for r in one.responses] == [r.tolist() for r in other.responses]
         assert all_masks(one) == all_masks(other)
+        assert one.scores == other.scores
     for share in (True, False):
         assert tokens.num_tokens(share).tolist() == [pair.num_tokens(share) for pair in pairs]
     whole, parts = hashlib.sha256(), hashlib.sha256()
     tokens.add_to(whole)
     for pair in pairs:
-        for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+        for part in (pair.prompt_ids, *pair.responses):
             parts.update(len(part).to_bytes(8, "little") + part.tobytes())
     assert whole.hexdigest() == parts.hexdigest()
 
@@ -283,6 +286,7 @@ def test_files_hold_the_blocks_one_after_the_other(
     assert found.tokens.ids.tolist() == whole.ids.tolist()
     assert found.tokens.bounds.tolist() == whole.bounds.tolist()
     assert list(map(all_masks, found.tokens)) == list(map(all_masks, pairs))
+    assert [pair.scores for pair in found.tokens] == [pair.scores for pair in pairs]
     digest = hashlib.sha256()
     whole.add_to(digest)
     assert found.fingerprint == digest.hexdigest()[:16]

@@ -22,6 +22,7 @@ from simpo.data.loader import PackedSet
 from simpo.data.packing import pack
 from simpo.loop import reference
 from simpo.loop.train import train
+from simpo.loss.with_reference import DpoConfig
 from simpo.model.policy import Policy
 from tests.support.tiny_models import padded_logps, random_pairs, tiny_model, token_set
 from tests.support.whole_runs import assert_same_run, logged, metrics_of, run, start, wait_for
@@ -46,7 +47,7 @@ def test_scores_are_those_of_padded_sequences(
     origin = fingerprint(policy)
 
     def scored(origin: str) -> list[float]:
-        found = reference.with_reference(policy, data, rows, origin, tmp_path, backend)
+        found = reference.with_reference(policy, data, rows, origin, tmp_path, backend, DpoConfig())
         return [x for pair in found.tokens for x in pair.reference_logps or ()]
 
     sums, _ = padded_logps(copy.deepcopy(model).double(), tokens)
@@ -75,7 +76,7 @@ def test_scores_of_a_set_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def scored() -> list[float]:
         found = reference.with_reference(
-            Policy(model), data, packed.rows(), "origin", tmp_path, backend
+            Policy(model), data, packed.rows(), "origin", tmp_path, backend, DpoConfig()
         )
         return [x for pair in found.tokens for x in pair.reference_logps or ()]
 

@@ -87,11 +87,11 @@ def test_what_is_scored(family: str, template: str | None, end: str) -> None:
     """Both replies with the token that ends them, and nothing else; the ids are the template's."""
     chat = load_chat(family, template)
     tokens, *flags = tokenize_one(chat, dialogue(*TURNS))
-    assert tokens.chosen_scored is not None and not any(flags)
+    assert tokens.scored[0] is not None and not any(flags)
     decode = chat.tokenizer.decode
-    scored = decode(tokens.chosen_ids[tokens.chosen_scored])
+    scored = decode(tokens.chosen_ids[tokens.scored[0]])
     assert scored.replace(" ", "") == f"Yes?{end}Seeyou.{end}"
-    between = decode(tokens.chosen_ids[~tokens.chosen_scored])
+    between = decode(tokens.chosen_ids[~tokens.scored[0]])
     assert "Bye" in between and "Yes" not in between and "See" not in between
     whole = [*tokens.prompt_ids.tolist(), *tokens.chosen_ids.tolist()]
     rendered = str(chat.tokenizer.apply_chat_template(TURNS, tokenize=False))
@@ -114,7 +114,7 @@ def test_one_reply_is_tokenized_as_that_of_a_pair() -> None:
     alone, *_ = tokenize_one(chat, replace(pair, rejected=None))
     assert alone.prompt_ids.tolist() == of_pair.prompt_ids.tolist()
     assert alone.chosen_ids.tolist() == of_pair.chosen_ids.tolist()
-    assert alone.chosen_scored is None
+    assert alone.scored[0] is None
 
 
 def test_a_long_dialogue_loses_its_end_and_an_endless_prompt_its_beginning() -> None:
@@ -124,14 +124,14 @@ def test_a_long_dialogue_loses_its_end_and_an_endless_prompt_its_beginning() -> 
         chat, long, max_length_tokens=64, max_prompt_tokens=60
     )
     assert (cut_prompt, cut_reply) == (False, True)
-    assert tokens.num_tokens() == 64 and tokens.chosen_scored.any()
+    assert tokens.num_tokens() == 64 and tokens.scored[0].any()
     tokens, _, cut_prompt, *_ = tokenize_one(
         chat,
         dialogue(user("More. " * 50), assistant("Yes?")),
         max_length_tokens=64,
         max_prompt_tokens=32,
     )
-    assert cut_prompt and tokens.num_tokens() <= 64 and tokens.chosen_scored is None
+    assert cut_prompt and tokens.num_tokens() <= 64 and tokens.scored[0] is None
 
 
 def test_the_cache_keeps_what_is_scored(tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_the_cache_keeps_what_is_scored(tmp_path: Path) -> None:
         stored = tokenize_set(chat, pairs, data_config(), tmp_path).tokens
         for one, other in zip(stored, direct, strict=True):
             mask = np.ones(len(other.chosen_ids), bool)
-            wanted = mask if other.chosen_scored is None else other.chosen_scored
-            assert one.chosen_scored.tolist() == wanted.tolist()
+            wanted = mask if other.scored[0] is None else other.scored[0]
+            assert one.scored[0].tolist() == wanted.tolist()
             assert one.chosen_ids.tolist() == other.chosen_ids.tolist()
 
 
@@ -157,7 +157,7 @@ def test_packed_dialogues(seed: int, share_prefix: bool) -> None:
         scored = rng.random(len(pair.chosen_ids)) < 0.6
         scored[0] = True
         dialogues.append(
-            TokenizedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids[:0], scored)
+            TokenizedPair.of(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids[:0], scored)
         )
     model = tiny_model("gemma2" if share_prefix and seed % 2 else "llama")
     plain = copy.deepcopy(model).double()
@@ -167,8 +167,8 @@ def test_packed_dialogues(seed: int, share_prefix: bool) -> None:
         ids = torch.tensor([[*item.prompt_ids.tolist(), *item.chosen_ids.tolist()]])
         logps = plain(input_ids=ids).logits[0, :-1].log_softmax(-1)
         own = logps.gather(-1, ids[0, 1:, None])[len(item.prompt_ids) - 1 :, 0]
-        nll = nll - own[torch.from_numpy(item.chosen_scored)].sum()
-        count += int(item.chosen_scored.sum())
+        nll = nll - own[torch.from_numpy(item.scored[0])].sum()
+        count += int(item.scored[0].sum())
     (nll / count).backward()
 
     row = pack(dialogues, range(4), share_prefix)

@@ -123,7 +123,7 @@ def test_random_batches(seed: int, backend: Backend) -> None:
     rng = np.random.default_rng(seed)
     pairs = random_pairs(rng, int(rng.integers(1, 7)), longest=16, shortest_prompt=seed % 2)
     same = random_pairs(rng, 1, shortest_prompt=1)[0]
-    pairs.append(TokenizedPair(same.prompt_ids, same.chosen_ids, same.chosen_ids))
+    pairs.append(TokenizedPair.of(same.prompt_ids, same.chosen_ids, same.chosen_ids))
     loss = LOSSES[seed % len(LOSSES)]
     model = tiny_model(list(FAMILIES)[seed % len(FAMILIES)], seed)
     reference, narrow = copy.deepcopy(model).double(), copy.deepcopy(model)
@@ -271,7 +271,7 @@ def test_no_logits_twice_on_a_large_gpu(
     largest = head.largest_logits_bytes(torch.device("cuda")) // (4 * vocabulary)
     chunk = head.LOGITS_BYTES // (4 * vocabulary)
     lengths = (2048, 2048, *[50] * 2 * pairs)
-    groups = list(head._groups(lengths, chunk, largest))
+    groups = list(head._groups(lengths, 2, chunk, largest))
     assert [len(parts) for _, parts in groups] == [1] * len(groups)
     assert groups[0][0] == (2048, 2048)
     assert all(chunk - 100 < sum(group) <= chunk for group, _ in groups[1:-1])

@@ -53,7 +53,7 @@ def pairs() -> list[TokenizedPair]:
     """Pairs that begin with BOS (1) and whose responses end in EOS (2), as TRL makes them."""
     drawn = random_pairs(np.random.default_rng(0), PAIRS_PER_STEP * NUM_STEPS)
     return [
-        TokenizedPair(
+        TokenizedPair.of(
             np.append(1, p.prompt_ids).astype(np.int32),
             np.append(p.chosen_ids, 2).astype(np.int32),
             np.append(p.rejected_ids, 2).astype(np.int32),

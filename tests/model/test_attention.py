@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,10 @@ import simpo.model.head
 from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
 from simpo.data.pairs import KeyTable, PackedPairs, TokenizedPair
-from simpo.loss import PairLogps
+from simpo.loss import PairLogps, TokenLogps
 from simpo.model import attention
 from simpo.model.head import fused_loss
-from tests.support.tiny_models import random_pairs
+from tests.support.tiny_models import random_pairs, ranked_pairs
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 
@@ -50,12 +52,13 @@ def row_by_hand(
     q, k, v: [T, heads, size].
     """
     output = torch.zeros_like(q)
-    for start, chosen, rejected, end in row.segments:
-        first = slice(start, rejected)
-        output[first] = attention_by_hand(q[first], k[first], v[first], window, softcap)
-        second = [*range(start, chosen), *range(rejected, end)]
-        whole = attention_by_hand(q[second], k[second], v[second], window, softcap)
-        output[rejected:end] = whole[chosen - start :]
+    for start, prompt, *ends in row.segments:
+        for begin, end in pairwise((prompt, *ends)):
+            own = [*range(start, prompt), *range(begin, end)]
+            whole = attention_by_hand(q[own], k[own], v[own], window, softcap)
+            output[begin:end] = whole[prompt - start :]
+            if begin == prompt:
+                output[start:prompt] = whole[: prompt - start]
     return output
 
 
@@ -86,16 +89,18 @@ def kernel_by_hand(
 @pytest.mark.parametrize("shortest_prompt", [0, 1])
 @pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("block_queries", [2, 2048])
+@pytest.mark.parametrize("pairs_of", [random_pairs, ranked_pairs])
 def test_kernels(
     window: int | None,
     softcap: float | None,
     shortest_prompt: int,
     share_prefix: bool,
     block_queries: int,
+    pairs_of: Callable[..., list[TokenizedPair]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "BLOCK_QUERIES", block_queries)
-    pairs = random_pairs(np.random.default_rng(1), 3, longest=6, shortest_prompt=shortest_prompt)
+    pairs = pairs_of(np.random.default_rng(1), 3, longest=6, shortest_prompt=shortest_prompt)
     row = pack(pairs, range(3), share_prefix)
     torch.manual_seed(0)
     length = row.input_ids.shape[1]
@@ -279,6 +284,73 @@ def test_fused_loss(
             results.append([loss.detach(), *(copy.grad for copy in copies)])
     for plain, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-11)
+
+
+def any_weights(tokens: TokenLogps) -> Tensor:
+    return tokens.logps.exp() + 0.1 * (tokens.targets % 3)
+
+
+WEIGHER: Any = SimpleNamespace(weighs_tokens=True, needs_squares=True, token_weights=any_weights)
+
+
+def any_ranked(logps: PairLogps) -> Tensor:
+    """No loss of ours: any function of the sums over a prompt's responses must do."""
+    given = logps.responses
+    assert given is not None and given.weighted is not None and given.weights is not None
+    assert given.log_squares is not None
+    numbers = given.sums, given.tokens, given.weighted, given.weights, given.log_squares
+    return ranked_by_hand([column.unbind(dim=1) for column in numbers])
+
+
+def ranked_by_hand(columns: Sequence[Sequence[Tensor]]) -> Tensor:
+    """From a number of each response of a pair, of each of five kinds."""
+    total = torch.zeros_like(columns[0][0])
+    for place, (s, n, w, of, squares) in enumerate(zip(*columns, strict=True)):
+        total = total + (place + 1) * torch.tanh(s * w / (n + of + 1) / 30 + squares.exp())
+    return total
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.integers(1, 60), st.sampled_from([None, 2.0]))
+def test_fused_loss_of_ranked_responses(
+    seed: int, chunk_tokens: int, softcap: float | None
+) -> None:
+    """With weights of tokens and sums of squares, against autograd over whole logits."""
+    pairs = ranked_pairs(np.random.default_rng(seed), 3, longest=9)
+    row = pack(pairs, range(3))
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (row.input_ids.shape[1], 5), (128, 5)
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    hidden, weight = (leaf.clone().requires_grad_() for leaf in leaves)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simpo.model.head, "LOGITS_BYTES", 4 * 128 * chunk_tokens)
+        fused, _ = fused_loss(hidden, weight, None, row, any_ranked, softcap, weigher=WEIGHER)
+    fused.backward()
+    alone_hidden, alone_weight = (leaf.clone().requires_grad_() for leaf in leaves)
+    logits = alone_hidden @ alone_weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    total, at = torch.zeros((), dtype=torch.float64), 0
+    for pair in pairs:
+        sums = []
+        for ids in pair.responses:
+            own = slice(at, at := at + len(ids))
+            every = logits[row.predictors[own]].log_softmax(-1)
+            targets = torch.from_numpy(ids.astype(np.int64))
+            logps = every[range(len(ids)), targets]
+            weights = (logps.exp() + 0.1 * (targets % 3)).detach()
+            squares = every.detach().exp().square().sum(-1).log()
+            count = torch.tensor([len(ids)])
+            of = logps.sum(), count, (weights * logps).sum(), weights.sum(), squares.sum()
+            sums.append([number.reshape(1) for number in of])
+        zero = [torch.zeros(1, dtype=torch.float64)] * 5
+        sums += [zero] * (row.num_responses - len(pair.responses))
+        total = total + ranked_by_hand([*zip(*sums, strict=True)]).sum()
+    total.backward()
+    for one, other in (
+        (fused, total), (hidden.grad, alone_hidden.grad), (weight.grad, alone_weight.grad)
+    ):  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 def test_fused_loss_of_a_frozen_head_and_without_gradients() -> None:

@@ -58,7 +58,7 @@ def estimate(settings: PreTrainedConfig, place: Place, *words: str) -> Estimate:
 
 def row_of(pairs: int, tokens: int) -> PackedPairs:
     part = np.ones(tokens // 4, dtype=np.int32)
-    pair = TokenizedPair(np.ones(tokens // 2, dtype=np.int32), part, part)
+    pair = TokenizedPair.of(np.ones(tokens // 2, dtype=np.int32), part, part)
     return pack([pair] * pairs, range(pairs))
 
 

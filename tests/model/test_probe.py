@@ -184,7 +184,10 @@ def policy_of(config: PreTrainedConfig, share_prefix: bool = True) -> Policy:
 def longest_of(tokens: int) -> int:
     """Of a short pair beside one whose longer response ends at so many tokens."""
     ids = np.ones(tokens, dtype=np.int32)
-    pairs = [TokenizedPair(ids[:3], ids[:2], ids[:2]), TokenizedPair(ids[:-4], ids[:2], ids[:4])]
+    pairs = [
+        TokenizedPair.of(ids[:3], ids[:2], ids[:2]),
+        TokenizedPair.of(ids[:-4], ids[:2], ids[:4]),
+    ]
     return Tokens.of(pairs).longest_sequence()
 
 

@@ -60,7 +60,7 @@ def made(backend: str, processes: int, pairs_per_step: int = 32, *words: str) ->
     place = Place(torch.device("cuda"), bf16=True)
     estimate = Estimate(run, LlamaConfig(**SIZES), place)
     part = np.ones(32, dtype=np.int32)
-    pair = TokenizedPair(np.ones(64, dtype=np.int32), part, part)
+    pair = TokenizedPair.of(np.ones(64, dtype=np.int32), part, part)
     work = Workload(build_plan(128, pairs_per_step, 1, None, 0), Tokens.of([pair]), True, False)
     return predict(estimate, run.backend, work, GPU, processes, 512)
 

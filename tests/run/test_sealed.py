@@ -25,6 +25,7 @@ from simpo.data.store import TokenizedSet
 from simpo.data.tokens import tokenize_set
 from simpo.loop import reference
 from simpo.loop.train import train
+from simpo.loss.with_reference import DpoConfig
 from simpo.model import smollm2
 from simpo.model.policy import Policy
 from simpo.run.cache import entry_fault, find_entry, keep_entry, write_entry
@@ -197,7 +198,7 @@ def test_damaged_reference_log_probs_are_made_anew(tmp_path: Path) -> None:
     policy = Policy(tiny_model("llama"))
 
     def scored(cache: Path) -> TokenizedSet:
-        return reference.with_reference(policy, data, rows, "origin", cache, backend)
+        return reference.with_reference(policy, data, rows, "origin", cache, backend, DpoConfig())
 
     def logps(found: TokenizedSet) -> list[Any]:
         return [pair.reference_logps for pair in found.tokens]

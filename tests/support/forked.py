@@ -240,7 +240,7 @@ def _use_once() -> None:
     from simpo.model.memory import Estimate, Place
 
     run = compose_run(["model.lora.rank=0"])
-    row = pack([TokenizedPair(*np.ones((3, 2), np.int32))], [0])
+    row = pack([TokenizedPair.of(*np.ones((3, 2), np.int32))], [0])
     settings = LlamaConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
     Estimate(run, settings, Place(torch.device("cpu"))).step(row)
     get_checkpoint_conversion_mapping("llama")

@@ -202,7 +202,7 @@ def their_ids(chat: Chat, messages: Sequence[Message], **settings: Any) -> list[
 
 def scored_runs(pair: TokenizedPair) -> Iterator[list[int]]:
     """The ids of each reply that is scored."""
-    ids, scored = pair.chosen_ids.tolist(), pair.chosen_scored
+    ids, scored = pair.chosen_ids.tolist(), pair.scored[0]
     run: list[int] = []
     for index, token in enumerate(ids):
         if scored is None or scored[index]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,26 @@ def random_pairs(
 
     shortest = 2 if shortest_prompt == 0 else 1
     return [
-        TokenizedPair(ids(shortest_prompt), ids(shortest), ids(shortest)) for _ in range(num_pairs)
+        TokenizedPair.of(ids(shortest_prompt), ids(shortest), ids(shortest))
+        for _ in range(num_pairs)
     ]
+
+
+def ranked_pairs(
+    rng: np.random.Generator, num_pairs: int, longest: int = 12, shortest_prompt: int = 1
+) -> list[TokenizedPair]:
+    """Pairs of 2 to 5 responses each, whose scores fall from chosen over others to rejected."""
+    pairs = []
+    for pair in random_pairs(rng, num_pairs, longest, shortest_prompt):
+        others = [one.chosen_ids for one in random_pairs(rng, int(rng.integers(0, 4)), longest, 0)]
+        scores = np.sort(rng.integers(0, 5, 2 + len(others)))[::-1].astype(float)
+        scores[0] += 1
+        ranked = (scores[0], scores[-1], *scores[1:-1])
+        responses = (*pair.responses, *others)
+        pairs.append(
+            replace(pair, responses=responses, scored=(None,) * len(responses), scores=ranked)
+        )
+    return pairs
 
 
 def token_set(pairs: list[TokenizedPair]) -> TokenizedSet:

@@ -29,7 +29,7 @@ from simpo.config.errors import ConfigError
 from simpo.data.chats.paper import paper_pair, paper_texts
 from simpo.data.chats.render import Rendered, RenderedResponse, Reply, render_pair
 from simpo.data.chats.template import Template, control_tokens
-from simpo.data.pairs import Message, Pair, Tokenized, TokenizedPair
+from simpo.data.pairs import Message, Pair, Tokenized, TokenizedPair, response_names
 from simpo.data.reading.messages import check_text
 from simpo.data.reading.records import RecordFault
 
@@ -191,8 +191,9 @@ class Chat:
         if num_prompt == 0:
             raise RecordFault("prompt and dialogue share no token (check the chat template)")
         responses, masks, merged = [], [], num_prompt < len(prompt)
-        for key, response in zip(("chosen", "rejected"), rendered.responses, strict=False):
-            # A token that spans the end of the prompt is scored in both responses.
+        names = response_names(len(rendered.responses))
+        for key, response in zip(names, rendered.responses, strict=True):
+            # A token that spans the end of the prompt is scored in all responses.
             places = {len(rendered.prompt): _Place(num_prompt, False)}
             for end in set(response.places()) - places.keys():
                 places[end] = _place(response.whole[:end], response.whole, ids)
@@ -211,20 +212,21 @@ class Chat:
         cut = [len(ids) > budget for ids in responses]
         responses = [ids[:budget] for ids in responses]
         masks = [mask[:budget] for mask in masks]
-        for key, mask in zip(("chosen", "rejected"), masks, strict=False):
+        for key, mask in zip(names, masks, strict=True):
             if not mask.any():
                 remedy = "raise data.max_length_tokens"
                 raise RecordFault(f"{key}: no scored token is left once it is cut ({remedy})")
-        if len(responses) == 2 and responses[0] == responses[1]:
+        if len(set(map(tuple, responses))) < len(responses):
+            both = "chosen and rejected" if len(responses) == 2 else "two responses"
             remedy = " once they are cut (raise data.max_length_tokens)" if any(cut) else ""
-            raise RecordFault(f"chosen and rejected have the same tokens{remedy}")
+            raise RecordFault(f"{both} have the same tokens{remedy}")
         some = [None if mask.all() else mask for mask in masks]
         if len(responses) == 1:
-            responses, some, cut = [*responses, []], [*some, None], [*cut, False]
+            responses, some = [*responses, []], [*some, None]
         pair = TokenizedPair.of(kept, *responses)
-        pair = replace(pair, chosen_scored=some[0], rejected_scored=some[1])
+        pair = replace(pair, scored=tuple(some), scores=rendered.scores or None)
         prompt_cut, unreasoned = len(kept) < num_prompt, rendered.unreasoned
-        return Tokenized(pair, merged, prompt_cut, cut[0], cut[1], unreasoned)
+        return Tokenized(pair, merged, prompt_cut, cut[0], any(cut[1:]), unreasoned)
 
     def _response(
         self,

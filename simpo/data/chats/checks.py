@@ -23,8 +23,7 @@ def placed_ids(
     for data in sets:
         if data.largest_id >= num_embeddings:
             for place, ids in zip(data.places, data.tokens, strict=True):
-                parts = (ids.prompt_ids, ids.chosen_ids, ids.rejected_ids)
-                yield place, np.concatenate(parts)
+                yield place, np.concatenate((ids.prompt_ids, *ids.responses))
 
 
 def refuse_unknown_ids(

@@ -77,13 +77,15 @@ class Rendered(NamedTuple):
 
     Attributes:
         prompt: the prompt, with what both responses share of the generation prompt.
-        responses: of chosen, and of rejected if there is one.
+        responses: of chosen, of rejected if there is one, and of others.
         unreasoned: whether the template strips the reasoning of a reply that is not the last.
+        scores: of ranked responses.
     """
 
     prompt: str
     responses: tuple[RenderedResponse, ...]
     unreasoned: bool
+    scores: tuple[float, ...] = ()
 
     def texts(self) -> Iterator[str]:
         """The texts whose tokens are needed."""
@@ -130,7 +132,7 @@ def render_pair(template: Template, pair: Pair, reasoning: Reasoning) -> Rendere
         marks = [(max(a, start), b) for a, b in marked or () if b > start]
         ours = marked is None or pair.rejected is not None
         responses.append(RenderedResponse(whole, tuple(replies), None if ours else marks))
-    return Rendered(prompt[: min(starts)], tuple(responses), unreasoned)
+    return Rendered(prompt[: min(starts)], tuple(responses), unreasoned, pair.scores)
 
 
 def _before(

@@ -159,7 +159,7 @@ def _check_memory(
     response = min(run.on_policy.max_new_tokens, run.data.max_length_tokens // 2)
     prompt = run.data.max_length_tokens - response
     prompt_ids, response_ids = (np.ones(length, np.int32) for length in (prompt, response))
-    pair = TokenizedPair(prompt_ids, response_ids, response_ids)
+    pair = TokenizedPair.of(prompt_ids, response_ids, response_ids)
     row_tokens = run.train.tokens_per_row
     count = max(1, row_tokens // (prompt + 2 * response)) if isinstance(row_tokens, int) else 1
     row = pack([pair] * count, range(count), run.train.share_prefix)

@@ -60,11 +60,6 @@ class PairChoice(str, Enum):
     all = "all"
 
 
-class Compare(str, Enum):
-    all = "all"
-    best_rest = "best_rest"
-
-
 class ReplyChoice(str, Enum):
     best_worst = "best_worst"
     best_random = "best_random"

@@ -36,57 +36,67 @@ def pack(
     Raises:
         ValueError: a chosen response, or another one that is not empty, has no scored token.
     """
-    tokens: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    predictors: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    segments: list[Segment] = []
-    response_tokens: list[int] = []
     num_responses = max(len(pair.responses) for pair in pairs)
-    end = 0
+    row = _Row()
     for pair, index in zip(pairs, indices, strict=True):
-        num_prompt = len(pair.prompt_ids)
-        bounds: list[int] = []
+        row.add(pair, index, share_prefix)
+        row.response_tokens += [0] * (num_responses - len(pair.responses))
+    return PackedPairs(
+        pairs=tuple(int(index) for index in indices),
+        segments=tuple(row.segments),
+        keys=_key_table(row.segments),
+        num_responses=num_responses,
+        response_tokens=tuple(row.response_tokens),
+        input_ids=_column(row.tokens)[None],
+        position_ids=_column(row.positions)[None],
+        predictors=_column(row.predictors),
+        targets=_column(row.targets),
+        response_lengths=torch.tensor(row.response_tokens),
+        reference_logps=_numbers([pair.reference_logps for pair in pairs], num_responses, 0.0),
+        scores=_numbers([pair.scores for pair in pairs], num_responses, math.nan),
+    )
+
+
+class _Row:
+    """The parts of a row, one after the other."""
+
+    def __init__(self) -> None:
+        self.tokens: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.predictors: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []
+        self.segments: list[Segment] = []
+        self.response_tokens: list[int] = []
+        self._end = 0
+
+    def add(self, pair: TokenizedPair, index: int, share_prefix: bool) -> None:
+        """Append a pair: its prompt once, or before each response."""
+        num_prompt, bounds = len(pair.prompt_ids), list[int]()
         for ids, scored in zip(pair.responses, pair.scored, strict=True):
             wanted = _scored(ids, scored, num_prompt)
             if not wanted.any() and (len(ids) or ids is pair.chosen_ids):
                 raise ValueError(f"pair {index}: a response has no token to score")
-            response_tokens.append(int(wanted.sum()))
+            self.response_tokens.append(int(wanted.sum()))
             if not len(ids):
                 continue
-            continues = bool(bounds) and share_prefix
-            if not continues:
-                if bounds:
-                    segments.append(tuple(bounds))
-                bounds = [end, end + num_prompt]
-                tokens.append(pair.prompt_ids)
-                positions.append(np.arange(num_prompt))
-                end += num_prompt
-            tokens.append(ids)
-            positions.append(np.arange(num_prompt, num_prompt + len(ids)))
-            before = np.arange(end - 1, end - 1 + len(ids))
+            if bounds and not share_prefix:
+                self.segments.append(tuple(bounds))
+                bounds = []
+            if not bounds:
+                bounds = [self._end, self._append(pair.prompt_ids, 0)]
+            before = np.arange(self._end - 1, self._end - 1 + len(ids))
             before[0] = bounds[1] - 1
-            predictors.append(before[wanted])
-            targets.append(ids[wanted])
-            end += len(ids)
-            bounds.append(end)
-        segments.append(tuple(bounds))
-        response_tokens += [0] * (num_responses - len(pair.responses))
+            self.predictors.append(before[wanted])
+            self.targets.append(ids[wanted])
+            bounds.append(self._append(ids, num_prompt))
+        self.segments.append(tuple(bounds))
 
-    return PackedPairs(
-        pairs=tuple(int(index) for index in indices),
-        segments=tuple(segments),
-        keys=_key_table(segments),
-        num_responses=num_responses,
-        response_tokens=tuple(response_tokens),
-        input_ids=_column(tokens)[None],
-        position_ids=_column(positions)[None],
-        predictors=_column(predictors),
-        targets=_column(targets),
-        response_lengths=torch.tensor(response_tokens),
-        reference_logps=_numbers([pair.reference_logps for pair in pairs], num_responses, 0.0),
-        scores=_numbers([pair.scores for pair in pairs], num_responses, math.nan),
-    )
+    def _append(self, ids: np.ndarray, position: int) -> int:
+        """Append tokens, the first of them at a position; the end of the row then."""
+        self.tokens.append(ids)
+        self.positions.append(np.arange(position, position + len(ids)))
+        self._end += len(ids)
+        return self._end
 
 
 def placeholder_row(pair: TokenizedPair, share_prefix: bool = True) -> PackedPairs:

@@ -40,13 +40,13 @@ from simpo.config.data import DataConfig
 from simpo.config.errors import DataError, RunError, unwritable
 from simpo.data.chats.chat import Chat
 from simpo.data.chats.checks import faults_kept_by_paper
+from simpo.data.flat_tokens import Tokens
 from simpo.data.mixture import fault_lines
 from simpo.data.pairs import Pair
 from simpo.data.reading.records import RecordFault
 from simpo.data.store import (
     Block,
     TokenizedSet,
-    Tokens,
     held_out_json,
     open_set,
     pair_json,

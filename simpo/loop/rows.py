@@ -10,8 +10,8 @@ from simpo.config.choices import AUTO
 from simpo.config.errors import first_line
 from simpo.config.gpus import gpu_like
 from simpo.config.schema import RunConfig
+from simpo.data.flat_tokens import Tokens
 from simpo.data.plan import TrainPlan
-from simpo.data.store import Tokens
 from simpo.model.head import of_gpu
 from simpo.model.memory import GIB, NOT_DRAWN, Estimate, Place
 from simpo.model.roofline import Workload, best_step, predict, row_lengths, why

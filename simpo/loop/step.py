@@ -69,28 +69,17 @@ def update(
     ]
     num_pairs, num_chosen_tokens, tokens = backend.sum(torch.tensor(counts)).tolist()
     pair_loss = _share_of_step(loss, num_pairs, num_chosen_tokens)
-    table_of = partial(pair_table, loss)
     balance = StepBalance(router_aux_weight, tokens, backend) if router_aux_weight else None
     if balance is not None:
         balance.count(policy, rows[1:])
-    tables = []
+    table_of = partial(pair_table, loss)
     if loss.couples_step:
         rows, table = first_phase(policy, rows, pair_loss, table_of, backend, loss)
-        pair_loss = by_factors
-        tables.append(table)
-    policy.train()
-    for index, row in enumerate(rows):
-        with backend.micro_batch(policy, last=index == len(rows) - 1):
-            value, logps = policy(
-                row.to(backend.device),
-                pair_loss if row.pairs else no_loss,
-                balance and balance.of(row),
-                loss,
-            )
-            backend.backward(value)
-        if not loss.couples_step:
-            tables.append(table_of(logps)[: len(row.pairs)])
-    table = torch.cat(tables)
+        _backward(policy, rows, loss, by_factors, backend, balance)
+    else:
+        found = _backward(policy, rows, loss, pair_loss, backend, balance)
+        of_rows = zip(rows, map(table_of, found), strict=True)
+        table = torch.cat([lines[: len(row.pairs)] for row, lines in of_rows])
     finite = table.isfinite().all(dim=1)
     norm = backend.clip(policy)
     # The norm is that of all processes already: it is counted once.
@@ -105,6 +94,30 @@ def update(
     if not math.isfinite(grad_norm):
         raise NonFiniteError(f"the gradient's norm is {grad_norm}", backend.gather(pairs))
     return numbers[2:], grad_norm
+
+
+def _backward(
+    policy: nn.Module,
+    rows: Sequence[PackedPairs],
+    loss: LossConfig,
+    pair_loss: PairLoss,
+    backend: Backend,
+    balance: StepBalance | None,
+) -> list[PairLogps]:
+    """Compute the gradients of rows, and return the log-probs of the pairs of each."""
+    found = []
+    policy.train()
+    for index, row in enumerate(rows):
+        with backend.micro_batch(policy, last=index == len(rows) - 1):
+            value, logps = policy(
+                row.to(backend.device),
+                pair_loss if row.pairs else no_loss,
+                balance and balance.of(row),
+                loss,
+            )
+            backend.backward(value)
+        found.append(logps)
+    return found
 
 
 def _share_of_step(loss: LossConfig, num_pairs: int, num_chosen_tokens: int) -> PairLoss:

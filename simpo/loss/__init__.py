@@ -16,11 +16,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from omegaconf import MISSING
-
-from simpo.config.choices import Compare
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +27,13 @@ if TYPE_CHECKING:
 AVERAGE = "l = mean token log-prob of a response"
 SUM = "s = summed token log-probs of a response"
 REFERENCE = "of the policy over the model it starts from"
+
+
+class Compare(str, Enum):
+    """The comparisons of the responses of a prompt."""
+
+    all = "all"
+    best_rest = "best_rest"
 
 
 @dataclass(frozen=True)

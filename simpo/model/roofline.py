@@ -14,10 +14,10 @@ from simpo.config.backends import BackendConfig, FsdpConfig, Zero3Config, ZeroCo
 from simpo.config.choices import Checkpointing, ReduceDtype
 from simpo.config.gpus import Gpu
 from simpo.config.schema import RunConfig
+from simpo.data.flat_tokens import Tokens
 from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
-from simpo.data.store import Tokens
 from simpo.model import cost
 from simpo.model.memory import GIB, Estimate, Memory, Model, shards_of
 

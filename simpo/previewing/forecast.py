@@ -14,10 +14,10 @@ from simpo.config.errors import ConfigError, first_line
 from simpo.config.gpus import Gpu
 from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
+from simpo.data.flat_tokens import Tokens
 from simpo.data.loader import load_data
 from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import build_plan
-from simpo.data.store import Tokens
 from simpo.loop import console
 from simpo.model.head import of_gpu
 from simpo.model.host import host_memory

@@ -41,7 +41,9 @@ SMOOTHED = (
     "loss.label_smoothing: only with loss=sigmoid or alphapo or exo or robust or dpo or ln_dpo or "
     "r_dpo or dpo_shift or orpo or cpo"
 )
-LOSS_KEYS = "name, module, sft_weight, beta, gamma_beta_ratio, length_normalized, label_smoothing"
+LOSS_KEYS = (
+    "name, module, compare, sft_weight, beta, gamma_beta_ratio, length_normalized, label_smoothing"
+)
 TRAIN_KEYS = (
     "pairs_per_step, tokens_per_row, share_prefix, check_memory, epochs, max_steps, "
     "learning_rate, schedule, warmup_ratio, weight_decay, adam_beta1, adam_beta2, adam_epsilon, "

@@ -28,13 +28,13 @@ from simpo.config.errors import DataError, RunError
 from simpo.data import tokens as token_store
 from simpo.data.chats import chat as chat_module
 from simpo.data.chats.chat import Chat
+from simpo.data.flat_tokens import Tokens
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair
 from simpo.data.reading.records import RecordFault
 from simpo.data.store import (
     Block,
     TokenizedSet,
     TokenReport,
-    Tokens,
     open_set,
     pairs_fingerprint,
     write_set,

@@ -17,9 +17,9 @@ import simpo.loop.step
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DamagedError
 from simpo.config.gpus import GPUS, Gpu, gpu_like, gpu_named
+from simpo.data.flat_tokens import Tokens
 from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import build_plan
-from simpo.data.store import Tokens
 from simpo.launch.commands import plan as plan_command
 from simpo.loop.rows import choose_rows
 from simpo.loop.train import train

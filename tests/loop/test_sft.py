@@ -157,7 +157,7 @@ def test_packed_dialogues(seed: int, share_prefix: bool) -> None:
         scored = rng.random(len(pair.chosen_ids)) < 0.6
         scored[0] = True
         dialogues.append(
-            TokenizedPair.of(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids[:0], scored)
+            TokenizedPair(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids[:0]), (scored, None))
         )
     model = tiny_model("gemma2" if share_prefix and seed % 2 else "llama")
     plain = copy.deepcopy(model).double()

@@ -23,8 +23,8 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.models import ModelConfig
+from simpo.data.flat_tokens import Tokens
 from simpo.data.pairs import TokenizedPair
-from simpo.data.store import Tokens
 from simpo.loop.train import train
 from simpo.model import attention
 from simpo.model.check import check_packing

@@ -14,9 +14,9 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.gpus import GPUS, gpu_named
+from simpo.data.flat_tokens import Tokens
 from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import build_plan, pairs_of_step
-from simpo.data.store import Tokens
 from simpo.launch.commands import plan
 from simpo.model.memory import Estimate, Memory, Place
 from simpo.model.roofline import (

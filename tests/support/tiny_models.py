@@ -31,8 +31,9 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForSequenceClassification,
 )
 
+from simpo.data.flat_tokens import Tokens
 from simpo.data.pairs import TokenizedPair
-from simpo.data.store import TokenizedSet, TokenReport, Tokens
+from simpo.data.store import TokenizedSet, TokenReport
 from simpo.loss.simpo import SimpoConfig
 from simpo.model import attention
 

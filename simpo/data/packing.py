@@ -53,7 +53,7 @@ def pack(
         targets=_column(row.targets),
         response_lengths=torch.tensor(row.response_tokens),
         reference_logps=_numbers([pair.reference_logps for pair in pairs], num_responses, 0.0),
-        scores=_numbers([pair.scores for pair in pairs], num_responses, math.nan),
+        scores=_numbers([pair.scores for pair in pairs], num_responses, math.nan, True),
     )
 
 
@@ -123,13 +123,18 @@ def _scored(ids: np.ndarray, scored: np.ndarray | None, num_prompt: int) -> np.n
 
 
 def _numbers(
-    numbers: Sequence[tuple[float, ...] | None], num_responses: int, missing: float
+    numbers: Sequence[tuple[float, ...] | None],
+    num_responses: int,
+    missing: float,
+    partly: bool = False,
 ) -> torch.Tensor | None:
-    """A number for each response of each pair, float32 [P * K]; None if a pair has none."""
-    known = [line for line in numbers if line is not None]
-    if len(known) < len(numbers):
+    """A number for each response of each pair, float32 [P * K]; None if a pair has none, or with
+    `partly` if no pair has any."""
+    known = [line is not None for line in numbers]
+    if not (any(known) if partly else all(known)):
         return None
-    padded = [[*line, *[missing] * (num_responses - len(line))] for line in known]
+    lines = [line or () for line in numbers]
+    padded = [[*line, *[missing] * (num_responses - len(line))] for line in lines]
     return torch.tensor(padded, dtype=torch.float32).flatten()
 
 

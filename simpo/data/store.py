@@ -195,6 +195,13 @@ class Block:
         return Block(tokens, **about)
 
 
+def _scores(tokens: Tokens) -> np.ndarray:
+    """Scores of the responses, float32 [pairs, K]; NaN for pairs without."""
+    if tokens.scores is not None:
+        return tokens.scores
+    return np.full((len(tokens), tokens.num_responses), np.nan, np.float32)
+
+
 def write_set(
     folder: Path, read: Callable[[], Iterator[Block]], pairs: Sequence[Pair], text_fingerprint: str
 ) -> None:
@@ -224,9 +231,8 @@ def write_set(
     parts = [part.with_responses(most) for part in parts]
     first = np.zeros(1, np.int64)
     np.save(folder / "bounds.npy", np.concatenate([first, *(part.bounds[1:] for part in parts)]))
-    ranked = [part for part in parts if len(part)]
-    if ranked and all(part.scores is not None for part in ranked):
-        np.save(folder / SCORES, np.concatenate([part.scores for part in ranked]))
+    if any(part.scores is not None for part in parts):
+        np.save(folder / SCORES, np.concatenate([_scores(part) for part in parts]))
     letters = {}
     for name, sizes in lines.items():
         bounds = np.cumsum(sizes)

@@ -16,6 +16,7 @@ from simpo.data.pairs import PackedPairs, Pair
 from simpo.loop.coupled import all_pairs, numbers_of
 from simpo.loop.router import Routing
 from simpo.loss import LossConfig, PairLogps, Preference, compared, pair_losses
+from simpo.loss.ranks import best_accuracy, rank_correlation
 from simpo.model.head import PairLoss, no_loss
 from simpo.run.progress import Bar
 
@@ -31,34 +32,37 @@ COLUMNS = (
     "chosen_tokens",
     "rejected_tokens",
 )
+RANK_COLUMNS = ("rewards/rank_correlation", "rewards/best_accuracies")
 CHOSEN_COLUMNS = ("preference_loss", "logps/chosen", "chosen_nll", "chosen_tokens")
 
 
 def columns(loss: LossConfig) -> tuple[str, ...]:
-    """The columns of a loss: fewer if it has no rejected responses."""
-    return COLUMNS if loss.needs_rejected else CHOSEN_COLUMNS
+    """The columns of a loss: fewer if it has no rejected responses, more if it ranks responses."""
+    if not loss.needs_rejected:
+        return CHOSEN_COLUMNS
+    return (*COLUMNS, *RANK_COLUMNS) if loss.ranks else COLUMNS
 
 
 def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
     """The numbers in `columns` for each pair, float64 [P, columns].
 
     Rewards are as the loss defines them, and means over the comparisons of a pair; a tie counts as
-    half accurate.
+    half accurate, and so does a prompt whose scores are all equal.
     """
-    losses, chosen, rejected, valid = compared(loss, logps)
+    losses, chosen, rejected, valid, rewards = compared(loss, logps)
 
     def mean(numbers: Tensor) -> Tensor:
         """Mean over the comparisons of each pair."""
         if valid is None:
             return numbers.mean(dim=1)
-        return numbers.where(valid, 0).sum(dim=1) / valid.sum(dim=1)
+        return numbers.where(valid, 0).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
 
-    right = 0.5 * ((chosen > rejected).float() + (chosen >= rejected).float())
+    right = 0.5 * ((chosen > rejected).float() - (chosen < rejected).float())
     numbers = {
         "preference_loss": losses,
         "rewards/chosen": mean(chosen),
         "rewards/rejected": mean(rejected),
-        "rewards/accuracies": mean(right),
+        "rewards/accuracies": 0.5 + mean(right),
         "rewards/margins": mean(chosen - rejected),
         "logps/chosen": logps.average_chosen,
         "logps/rejected": logps.average_rejected,
@@ -66,6 +70,10 @@ def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
         "chosen_tokens": logps.chosen_tokens,
         "rejected_tokens": logps.rejected_tokens,
     }
+    if loss.ranks and rewards is not None:
+        ranks = logps.all_responses().ranks()
+        numbers["rewards/rank_correlation"] = rank_correlation(ranks, rewards)
+        numbers["rewards/best_accuracies"] = best_accuracy(ranks, rewards)
     return torch.stack([numbers[name].detach().double() for name in columns(loss)], dim=1)
 
 

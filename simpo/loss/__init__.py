@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from omegaconf import MISSING
 
+from simpo.loss.ranks import Ranks
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -74,42 +76,41 @@ class ResponseLogps:
             return self.pairs()
         return self._pairs(self.weighted, self.weights)
 
-    def comparisons(self, compare: Compare) -> tuple[PairLogps, Tensor]:
-        """Each two responses of a pair of different scores, the better one as chosen.
+    def ranks(self) -> Ranks:
+        """The order of the responses of each pair by their scores."""
+        return Ranks.of(self.sums, self.tokens, self.scores)
 
-        Returns:
-            Q comparisons of each of the P pairs, one pair after the other; and bool [P, Q], False
-            for one of responses that the pair lacks, or of equal scores, in whose place are chosen
-            and rejected.
+    def each_two(self) -> PairLogps:
+        """Each two responses of each pair, the better one as chosen, as P * K * K pairs; their sums
+        and numbers of tokens as the loss weighs them.
+
+        A response that a pair lacks is replaced by the chosen one, so that all numbers are those of
+        a response.
         """
-        from torch import stack
+        from torch import nan, stack
 
-        ranked = [0, *range(2, self.sums.shape[1]), 1]
-        couples = [(i, j) for at, i in enumerate(ranked) for j in ranked[at + 1 :]]
-        if compare is Compare.best_rest:
-            couples = [(i, j) for i, j in couples if i == 0]
-        present = self.tokens > 0
-        valid = stack([present[:, i] & present[:, j] for i, j in couples], dim=1)
-        if self.scores is not None:
-            better = [self.scores[:, i] > self.scores[:, j] for i, j in couples]
-            valid = valid & stack(better, dim=1)
+        ranks = self.ranks()
+        worse = ranks.better.transpose(1, 2)
 
-        def of(values: Tensor) -> tuple[Tensor, Tensor]:
-            both = zip(*couples, strict=True)
-            chosen, rejected = (stack([values[:, i] for i in side], dim=1) for side in both)
-            first, second = (values[:, i : i + 1] for i in (0, 1))
-            return chosen.where(valid, first).flatten(), rejected.where(valid, second).flatten()
+        def ordered(values: Tensor) -> tuple[Tensor, Tensor]:
+            own = values.where(ranks.present, values[:, :1].detach())
+            first, second = own[:, :, None].expand_as(worse), own[:, None, :].expand_as(worse)
+            chosen, rejected = second.where(worse, first), first.where(worse, second)
+            return chosen.flatten(), rejected.flatten()
 
         reference = None
         if self.reference is not None:
-            reference = stack(of(self.reference), dim=1).flatten()
-        sums, tokens = of(self.sums), of(self.tokens)
-        return PairLogps(*sums, *tokens, reference), valid
+            reference = stack(ordered(self.reference), dim=1).flatten()
+        high, low = ordered(ranks.scores.where(ranks.known, nan))
+        weighed = self.weighted is not None and self.weights is not None
+        sums, tokens = (self.weighted, self.weights) if weighed else (self.sums, self.tokens)
+        return PairLogps(*ordered(sums), *ordered(tokens), reference, margins=high - low)
 
     def _pairs(self, sums: Tensor, tokens: Tensor) -> PairLogps:
         reference = None if self.reference is None else self.reference[:, :2].flatten()
         both = sums[:, 0], sums[:, 1], tokens[:, 0], tokens[:, 1]
-        return PairLogps(*both, reference, responses=self)
+        margins = None if self.scores is None else self.scores[:, 0] - self.scores[:, 1]
+        return PairLogps(*both, reference, self, margins)
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class PairLogps:
         reference: float32 [2P], the sums under the reference model, chosen and rejected
             alternating; None if the loss needs no reference.
         responses: these and the other responses of each pair; None: there are no others.
+        margins: float32 [P], score of chosen minus score of rejected, NaN where a pair has none;
+            None without scores.
     """
 
     chosen: Tensor
@@ -147,6 +150,18 @@ class PairLogps:
     rejected_tokens: Tensor
     reference: Tensor | None = None
     responses: ResponseLogps | None = None
+    margins: Tensor | None = None
+
+    def all_responses(self) -> ResponseLogps:
+        """All responses of each pair."""
+        from torch import stack
+
+        if self.responses is not None:
+            return self.responses
+        reference = None if self.reference is None else self.reference.view(-1, 2)
+        sums = stack([self.chosen, self.rejected], dim=1)
+        tokens = stack([self.chosen_tokens, self.rejected_tokens], dim=1)
+        return ResponseLogps(sums, tokens, reference=reference)
 
     @property
     def average_chosen(self) -> Tensor:
@@ -186,12 +201,21 @@ class Compared(NamedTuple):
         losses: [P].
         chosen, rejected: [P, Q], reward of the better and of the worse response.
         valid: bool [P, Q], False for comparisons that a pair lacks; None if it lacks none.
+        rewards: [P, K], reward of each response, if the loss ranks them.
     """
 
     losses: Tensor
     chosen: Tensor
     rejected: Tensor
     valid: Tensor | None = None
+    rewards: Tensor | None = None
+
+    @staticmethod
+    def of_lists(losses: Tensor, rewards: Tensor, ranks: Ranks, best_only: bool) -> Compared:
+        """Losses [P] of the rewards [P, K] of all responses; `best_only` as of `Ranks.compared`."""
+        valid = ranks.compared(best_only)
+        first, second = (x.expand_as(valid) for x in (rewards[:, :, None], rewards[:, None, :]))
+        return Compared(losses, first.flatten(1), second.flatten(1), valid.flatten(1), rewards)
 
 
 @dataclass(kw_only=True)
@@ -223,6 +247,8 @@ class LossConfig(ABC):
     """Compare the responses of a prompt on one row, ranked by their scores: all (each two of
     different scores) or best_rest (the best with each other one); the loss of a prompt is the mean
     over its comparisons. null compares the pairs that data.pairs makes."""
+    margin_weights: bool = False
+    """Weigh the comparisons of a prompt in proportion to the difference of their scores."""
     sft_weight: float = 0.0
     """Weight of the chosen responses' mean token NLL added to the loss; 0 is SimPO."""
 
@@ -237,14 +263,18 @@ class LossConfig(ABC):
 
     def compared(self, logps: PairLogps) -> Compared:
         """The loss of each pair and the rewards of the responses that it compares."""
-        responses = logps.responses
-        if self.compare is None or responses is None or responses.sums.shape[1] == 2:
-            losses, chosen, rejected = self.preference(logps)
-            return Compared(losses, chosen[:, None], rejected[:, None])
-        pairs, valid = responses.comparisons(self.compare)
-        losses, chosen, rejected = (x.view(valid.shape) for x in self.preference(pairs))
-        mean = losses.where(valid, 0).sum(dim=1) / valid.sum(dim=1)
-        return Compared(mean, chosen, rejected, valid)
+        if self.compare is not None:
+            return self._mean_over_pairs(logps.all_responses(), self.compare is Compare.best_rest)
+        losses, chosen, rejected = self.preference(logps)
+        return Compared(losses, chosen[:, None], rejected[:, None])
+
+    def _mean_over_pairs(self, responses: ResponseLogps, best_only: bool) -> Compared:
+        ranks, found = responses.ranks(), self.preference(responses.each_two())
+        share, valid = ranks.shares(best_only, self.margin_weights), ranks.compared(best_only)
+        losses, chosen, rejected = (numbers.view_as(share) for numbers in found)
+        mean = (share * losses.where(valid, 0)).sum(dim=(1, 2))
+        own = chosen.diagonal(dim1=1, dim2=2)  # of each response beside itself
+        return Compared(mean, chosen.flatten(1), rejected.flatten(1), valid.flatten(1), own)
 
     def token_weights(self, tokens: TokenLogps) -> Tensor:
         """The weight of each token in the sums of its response, float32 [n]."""
@@ -257,6 +287,14 @@ class LossConfig(ABC):
     def formula(self) -> str:
         """The composed loss as one line of text."""
         preference, meaning = self.terms()
+        if self.compare is not None:
+            which = (
+                "each two responses"
+                if self.compare is Compare.all
+                else "the best and each other response"
+            )
+            weighed = ", weighted by their margin" if self.margin_weights else ""
+            meaning += f"; mean over {which} to a prompt of different scores{weighed}"
         nll = f"{self.sft_weight:g} * NLL per chosen token" if self.sft_weight else ""
         return f"loss = {' + '.join(filter(None, (preference, nll))) or '0'},  {meaning}"
 
@@ -267,6 +305,10 @@ class LossConfig(ABC):
                 yield f"{key}: must be above 0, got {getattr(self, key)}{self.hints.get(key, '')}"
         if self.compare is not None and not self.needs_rejected:
             yield f"compare: loss={self.name} compares no responses"
+        elif self.compare is not None and self.couples_step:
+            yield f"compare: loss={self.name} compares the pairs of a step (leave it out)"
+        if self.margin_weights and self.compare is None:
+            yield "margin_weights: weighs the comparisons of a prompt (set loss.compare=all)"
         for key in (*self.from_zero, "sft_weight"):
             if getattr(self, key) < 0:
                 yield f"{key}: must be 0 or more, got {getattr(self, key)}{self.hints.get(key, '')}"

@@ -88,13 +88,19 @@ def _problems(name: str, given: Any, known: dict[str, type[LossConfig]]) -> Iter
     if not (is_number and 0 < weight < math.inf):
         yield f"{key}: must have a weight above 0, got {given}"
         return
-    own = {item.name for item in fields(kind)} - {"name", "module", "sft_weight", "compare"}
+    own = {item.name for item in fields(kind)} - {"name", "module", "sft_weight"}
+    own -= {"compare", "margin_weights"}
     if unknown := sorted(settings.keys() - own - {WEIGHT}):
         keys = ", ".join(sorted(own)) or "it has none"
         yield f"{key}.{unknown[0]}: no such key of {name} ({keys})"
         return
+    part = kind(**{k: v for k, v in settings.items() if k != WEIGHT}, compare=None)
+    if part.ranks:
+        why = "as it compares all responses at once (mix losses of pairs, with loss.compare)"
+        yield f"{key}: cannot be mixed, {why}"
+        return
     try:
-        faults = list(kind(**{k: v for k, v in settings.items() if k != WEIGHT}).problems())
+        faults = list(part.problems())
     except TypeError:  # a text where a number belongs
         yield f"{key}: settings must be numbers, got {given}"
         return

@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from simpo.loss import REFERENCE, LossConfig, PairLogps, Preference, log_sigmoid
+from simpo.loss import (
+    REFERENCE,
+    Compared,
+    LossConfig,
+    PairLogps,
+    Preference,
+    log_sigmoid,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,17 +78,54 @@ class ApoDownConfig(LogRatioLoss):
 class NcaConfig(LogRatioLoss):
     """NCA for pairs (https://arxiv.org/abs/2402.05369, two responses of which the chosen has all
     the reward): -log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2.
+
+    With `alpha` of all K responses of a prompt, p the softmax of their scores / alpha:
+    -sum_i (p_i log sigmoid(r_i) + log sigmoid(-r_i) / K).
     """
 
+    above_zero: ClassVar[tuple[str, ...]] = ("beta",)
     text: ClassVar[str] = "-log sigmoid(r_w) - 0.5*(log sigmoid(-r_w) + log sigmoid(-r_l))"
 
     name: str = "nca"
     beta: float = 0.01
     """Scale of the log-ratio (the authors: 0.01)."""
+    alpha: float | None = None
+    """Temperature of the scores of all responses of a prompt, in their units (the authors' code:
+    0.0001, which leaves all to the best); null: pairs."""
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the loss uses all responses of a record."""
+        return self.alpha is not None or super().ranks
+
+    def compared(self, logps: PairLogps) -> Compared:
+        if self.alpha is None:
+            return super().compared(logps)
+        responses = logps.all_responses()
+        assert responses.reference is not None, "scored without a reference"
+        ranks, rewards = responses.ranks(), self.beta * (responses.sums - responses.reference)
+        noise = log_sigmoid(-rewards).where(ranks.present, 0).sum(dim=1)
+        data = (ranks.targets(self.alpha) * log_sigmoid(rewards)).sum(dim=1)
+        losses = -data - noise / ranks.present.sum(dim=1)
+        return Compared.of_lists(losses, rewards, ranks, best_only=False)
 
     def losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         noise = log_sigmoid(-chosen) + log_sigmoid(-rejected)
         return -log_sigmoid(chosen) - 0.5 * noise
+
+    def terms(self) -> tuple[str, str]:
+        text, ratio = super().terms()
+        if self.alpha is None:
+            return text, ratio
+        each = "-sum_i (p_i*log sigmoid(r_i) + log sigmoid(-r_i)/K)"
+        return each, f"p = softmax(scores/{self.alpha:g}), {ratio}"
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.alpha is not None and self.alpha <= 0:
+            yield f"alpha: must be above 0, got {self.alpha}"
+        if self.alpha is not None and self.compare is not None:
+            yield "compare: with alpha all responses are compared at once (leave one out)"
 
 
 @dataclass(kw_only=True)

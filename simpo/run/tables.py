@@ -11,6 +11,8 @@ SHOWN = (
     ("loss", "loss"),
     ("rewards/accuracies", "accuracy"),
     ("rewards/margins", "margin"),
+    ("rewards/rank_correlation", "rank correlation"),
+    ("rewards/best_accuracies", "best response first"),
     ("reply_reward", "reward of replies"),
     ("reply_pass_rate", "pass rate of replies"),
     ("reply_win_rate", "replies that beat the first model's"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,6 +36,15 @@ def test_row_written_out() -> None:
     assert row.response_tokens == (2, 3, 1, 2)
     assert row.chosen_tokens == 3
     assert row.pairs == (7, 5)
+
+
+def test_pairs_without_scores_among_ranked_ones() -> None:
+    ranked = replace(TokenizedPair.of([1], [2], [3], [4]), scores=(3.0, 1.0, 2.0))
+    row = pack([ranked, TokenizedPair.of([1], [2], [3])], [0, 1])
+    assert row.scores is not None
+    nan = math.nan
+    np.testing.assert_array_equal(row.scores, [3, 1, 2, nan, nan, nan])
+    assert pack([TokenizedPair.of([1], [2], [3])], [0]).scores is None
 
 
 def test_without_a_prompt_the_first_token_is_not_scored() -> None:

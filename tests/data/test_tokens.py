@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -250,6 +251,19 @@ def test_flat_arrays_hold_the_same_pairs(pairs: list[TokenizedPair]) -> None:
 
 def at(place: str) -> Pair:
     return replace(PAIRS[0], place=place)
+
+
+def test_blocks_without_scores_among_ranked_ones(tmp_path: Path) -> None:
+    """Their lines are NaN; the scores of the others stay."""
+    pair = TokenizedPair.of([1], [2], [3])
+    parts = [[pair], [replace(pair, scores=(2.0, 1.0))]]
+    blocks = [
+        Block(Tokens.of(part), 1, [1, 0, 0, 0, 0], {}, {}, [str(i)], [])
+        for i, part in enumerate(parts)
+    ]
+    write_set(tmp_path, lambda: iter(blocks), [at("0"), at("1")], "texts")
+    found = open_set(tmp_path).tokens.scores
+    np.testing.assert_array_equal(found, [[math.nan, math.nan], [2, 1]])
 
 
 @given(

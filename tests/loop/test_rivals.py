@@ -17,6 +17,7 @@ from simpo.config.losses import LOSSES
 from simpo.data.packing import pack
 from simpo.loop.score import pair_sums, pair_table, summarise
 from simpo.loss import LogisticLoss, LossConfig, PairLogps, pair_losses
+from simpo.loss.ranking import InfoNcaConfig, PlackettLuceConfig, SDpoConfig, SoftLabelsConfig
 from simpo.loss.simpo import AlphaPoConfig, RepoConfig, SigmoidConfig, SimperConfig
 from simpo.loss.weighted_sum import MixConfig
 from simpo.loss.with_log_ratios import (
@@ -170,6 +171,23 @@ WORKED: list[tuple[LossConfig, list[float], str]] = [
         ],
         "-1.125*log sigmoid(r_w - r_l) + 0.125*log sigmoid(r_l - r_w)",
     ),
+    # Losses of several responses, here of two without scores: tests/loop/test_ranking.py.
+    (
+        PlackettLuceConfig(beta=2.0),
+        [softplus(-4), softplus(4)],
+        "-sum_i log sigmoid(r_i - log sum_j exp(r_j))",
+    ),
+    (
+        SoftLabelsConfig(beta=2.0, compare=None),
+        [softplus(-4), softplus(4)],
+        "-p*log sigmoid(z) - (1 - p)*log sigmoid(-z)",
+    ),
+    (
+        SDpoConfig(beta=0.5),
+        [softplus(-1), softplus(1)],
+        "-log sigmoid(-log sum_j exp(r_j - r_w))",
+    ),
+    (InfoNcaConfig(beta=0.5), [softplus(-1), softplus(1)], "-sum_i p_i*log softmax_i(r)"),
     (SppoConfig(beta=0.25), [2.0, 18.0], "(h_w - 2)^2 + (h_l + 2)^2"),
     (
         MixConfig(

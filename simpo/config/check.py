@@ -270,7 +270,7 @@ def check_run(run: RunConfig) -> None:
         problems.append(
             f"loss.module: {run.loss.module} defines no loss {run.loss.name} (it defines {own})"
         )
-    if run.data.compat is Compat.paper and not run.loss.needs_rejected:
+    if run.data.compat is Compat.paper and (not run.loss.needs_rejected or run.loss.reads_labels):
         problems.append(
             "data.compat: paper applies to preference pairs only "
             f"(with loss={run.loss.name} set data.compat=none)"

@@ -26,7 +26,7 @@ NO_NAMES = ("mean", "rewards", "logps")
 """First parts of keys of held-out metrics, so no names of sets."""
 FORMATS = (
     *("openai", "sharegpt", "hh_rlhf", "ultrafeedback", "dialogues", "pair", "alpaca", "orca"),
-    *("comparison", "replies", "messages", "prompt"),
+    *("comparison", "replies", "messages", "prompt", "kto"),
 )
 """Names of the shapes of record in `simpo.data.reading.shapes`."""
 

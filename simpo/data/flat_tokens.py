@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from simpo.data.pairs import TokenizedPair
+from simpo.data.pairs import TokenizedPair, response_names
 
 NOTHING = np.zeros(0, np.int32)
 
@@ -86,6 +86,11 @@ class Tokens:
 
     def __iter__(self) -> Iterator[TokenizedPair]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the responses of a pair."""
+        return response_names(self.num_responses)
 
     def lengths(self) -> np.ndarray:
         """Tokens of the prompt and of each response of each pair, int64 [pairs, 1 + K]."""

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
+from simpo.data.mismatched import with_mismatched
 from simpo.data.mixture import Mixture, SplitReport, load_mixture
 from simpo.data.packing import pack, placeholder_row
-from simpo.data.pairs import PackedPairs
+from simpo.data.pairs import PackedPairs, Pair
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
-from simpo.data.reading.records import to_dialogue, to_pair
+from simpo.data.reading.records import to_dialogue, to_labelled, to_pair
 from simpo.data.store import TokenizedSet
 from simpo.data.tokens import settings_hash, stored_set, tokenize_set
 from simpo.data.unchanged import Sources
+from simpo.loss import LossConfig
 from simpo.run.progress import say
 
 BLOCK_PAIRS = 16_384
@@ -38,14 +41,28 @@ class LoadedData:
     test: TokenizedSet
 
 
+def reader_of(loss: LossConfig) -> Callable[[Any, str], Pair]:
+    """What reads a record for a loss: as a pair, also as a reply with a label if it takes such, or
+    as a dialogue if it needs no rejected reply."""
+    if loss.reads_labels:
+        return to_labelled
+    return to_pair if loss.needs_rejected else to_dialogue
+
+
+def for_loss(run: RunConfig, data: TokenizedSet) -> TokenizedSet:
+    """Tokenized pairs with what the loss needs beside them."""
+    if not run.loss.needs_mismatched:
+        return data
+    return with_mismatched(data, run.data.max_length_tokens)
+
+
 def read_mixture(run: RunConfig) -> Mixture:
-    """Read and mix the sources of a run: pairs, or dialogues if its loss needs no rejected reply.
+    """Read and mix the sources of a run: pairs, or what else its loss trains on.
 
     Raises:
         DataError, RunError: as `load_mixture`.
     """
-    read_record = to_pair if run.loss.needs_rejected else to_dialogue
-    return load_mixture(run.data, read_record, Path(run.cache_dir).expanduser())
+    return load_mixture(run.data, reader_of(run.loss), Path(run.cache_dir).expanduser())
 
 
 def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
@@ -56,17 +73,27 @@ def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
             is left.
         RunError: as `load_mixture` and `tokenize_set`.
     """
-    kind = f"{settings_hash(chat, run.data)} {run.loss.needs_rejected}"
+    kind = f"{settings_hash(chat, run.data)} {reader_of(run.loss).__name__}"
     sources = Sources(run.data, cache_dir, kind)
     if known := sources.remembered():
         train, test = (stored_set(known[name], cache_dir) for name in ("train", "test"))
         if train is not None and test is not None:
             say("the sources are as they were: taking their tokens from the cache")
             table = [SplitReport(**line) for line in known["table"]]
-            return LoadedData(table, known["notes"], train, test)
+            return _loaded(run, table, known["notes"], train, test)
     data = _read(run, chat, cache_dir, sources)
     _return_memory()
     return data
+
+
+def _loaded(
+    run: RunConfig,
+    table: list[SplitReport],
+    notes: list[str],
+    train: TokenizedSet,
+    test: TokenizedSet,
+) -> LoadedData:
+    return LoadedData(table, notes, for_loss(run, train), for_loss(run, test))
 
 
 def _read(run: RunConfig, chat: Chat, cache_dir: Path, sources: Sources) -> LoadedData:
@@ -79,7 +106,7 @@ def _read(run: RunConfig, chat: Chat, cache_dir: Path, sources: Sources) -> Load
         lines = [asdict(line) for line in mixture.table]
         names = {"train": train.name, "test": test.name}
         sources.remember({"table": lines, "notes": mixture.notes, **names})
-    return LoadedData(mixture.table, mixture.notes, train, test)
+    return _loaded(run, mixture.table, mixture.notes, train, test)
 
 
 def _return_memory() -> None:

@@ -34,7 +34,7 @@ def pack(
         share_prefix: False repeats the prompt: p p p c c | p p p r r r.
 
     Raises:
-        ValueError: a chosen response, or another one that is not empty, has no scored token.
+        ValueError: a response that is not empty has no scored token, or all responses are empty.
     """
     num_responses = max(len(pair.responses) for pair in pairs)
     row = _Row()
@@ -74,7 +74,7 @@ class _Row:
         num_prompt, bounds = len(pair.prompt_ids), list[int]()
         for ids, scored in zip(pair.responses, pair.scored, strict=True):
             wanted = _scored(ids, scored, num_prompt)
-            if not wanted.any() and (len(ids) or ids is pair.chosen_ids):
+            if not wanted.any() and len(ids):
                 raise ValueError(f"pair {index}: a response has no token to score")
             self.response_tokens.append(int(wanted.sum()))
             if not len(ids):
@@ -89,6 +89,8 @@ class _Row:
             self.predictors.append(before[wanted])
             self.targets.append(ids[wanted])
             bounds.append(self._append(ids, num_prompt))
+        if not bounds:
+            raise ValueError(f"pair {index}: a response has no token to score")
         self.segments.append(tuple(bounds))
 
     def _append(self, ids: np.ndarray, position: int) -> int:

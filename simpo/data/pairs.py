@@ -31,11 +31,11 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and the two responses to it, or several that are ranked by scores.
+    """A prompt and the two responses to it, or several that are ranked by scores, or one.
 
     A response is one turn of the assistant or several, with the turns between them. What the
-    assistant says is scored. `rejected` is None for supervised fine-tuning; both are empty for a
-    prompt alone.
+    assistant says is scored. `rejected` is None for supervised fine-tuning and of a desirable
+    response alone; `chosen` is empty of an undesirable one alone. A prompt alone has neither.
 
     Attributes:
         prompt: the turns before the responses.
@@ -65,9 +65,21 @@ class Pair:
 
     @property
     def responses(self) -> tuple[tuple[Message, ...], ...]:
-        """`chosen`, `rejected` if there is one, and `others`."""
-        both = (self.chosen,) if self.rejected is None else (self.chosen, self.rejected)
-        return (*both, *self.others)
+        """`chosen`, `rejected` if there is one, and `others`; without a `chosen` beside it
+        `rejected` alone."""
+        if self.rejected is None:
+            return (self.chosen,)
+        return (*([self.chosen] if self.chosen else []), self.rejected, *self.others)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of `responses`."""
+        return ("rejected",) if self.is_undesirable else response_names(len(self.responses))
+
+    @property
+    def is_undesirable(self) -> bool:
+        """Whether it is an undesirable response alone."""
+        return self.rejected is not None and not self.chosen
 
     @property
     def turns(self) -> tuple[Message, ...]:
@@ -86,7 +98,7 @@ class TokenizedPair:
 
     Attributes:
         prompt_ids: the prompt, which all responses continue.
-        responses: chosen, rejected and the others; rejected is empty for supervised fine-tuning.
+        responses: chosen, rejected and the others; one of which a pair lacks is empty.
         scored: for each response bool [its length], False for tokens that are not scored, such as
             those between two replies of the assistant; None scores all of it.
         scores: of ranked responses.
@@ -199,7 +211,7 @@ class PackedPairs:
         reference_logps: float32 [P * K], summed log-probs under the reference model; None without
             one.
         scores: float32 [P * K] of ranked responses, NaN where a pair lacks one; None without.
-        factors: float32 [P * K], the gradient of a step's loss by the summed log-probs, if the loss
+        factors: float64 [P * K], the gradient of a step's loss by the summed log-probs, if the loss
             couples the pairs of a step (`simpo.loop.coupled`); else None.
     """
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.schema import RunConfig
+from simpo.data.loader import reader_of
 from simpo.data.mixture import load_held_out
 from simpo.data.pairs import Pair
-from simpo.data.reading.records import to_dialogue, to_pair
 from simpo.data.rules import obeys
 from simpo.judging.jsonl import read_jsonl, write_jsonl
 from simpo.judging.shapes import (
@@ -66,10 +66,10 @@ def open_pairs(run: RunConfig) -> Pairs:
         ConfigError: no pair is held out.
         DataError: the data cannot be read.
     """
-    read = to_pair if run.loss.needs_rejected else to_dialogue
     found: dict[str, Pair] = {}
-    for pair in load_held_out(run.data, read, Path(run.cache_dir).expanduser()):
-        found.setdefault(prompt_id(pair), pair)
+    for pair in load_held_out(run.data, reader_of(run.loss), Path(run.cache_dir).expanduser()):
+        if pair.chosen:  # an undesirable reply alone is no answer to compare with
+            found.setdefault(prompt_id(pair), pair)
     kept = dict(list(found.items())[: run.benchmark.num_prompts])
     if not kept:
         raise ConfigError(

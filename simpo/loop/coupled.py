@@ -74,7 +74,7 @@ def by_factors(logps: PairLogps) -> Tensor:
     """The `PairLoss` of the second phase: its gradients are those of the loss of the step."""
     responses = logps.responses
     assert responses is not None and responses.factors is not None
-    return (responses.factors * responses.sums).sum(dim=1)
+    return (responses.factors.to(responses.sums) * responses.sums).sum(dim=1)
 
 
 def numbers_of(logps: PairLogps) -> Tensor:
@@ -107,4 +107,4 @@ def _with_factors(row: PackedPairs, factors: Tensor) -> PackedPairs:
     """A row with the factors of its pairs, [P, at least K]; 0 in a placeholder row."""
     if not row.pairs:
         return replace(row, factors=torch.zeros(len(row.response_tokens)))
-    return replace(row, factors=factors[:, : row.num_responses].float().flatten())
+    return replace(row, factors=factors[:, : row.num_responses].flatten())

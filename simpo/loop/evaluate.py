@@ -10,7 +10,7 @@ from simpo.config.schema import RunConfig
 from simpo.data.pairs import Pair
 from simpo.loop.console import metrics_text
 from simpo.loop.replies import greedy_replies, reply_lines, reply_metrics
-from simpo.loop.score import columns, counted, evaluate, pair_sums, summarise
+from simpo.loop.score import columns, counted, evaluate, pair_sums, present, summarise
 from simpo.loop.setup import Parts
 from simpo.loss import LossConfig
 from simpo.run.progress import bar, say
@@ -34,7 +34,11 @@ def held_out_metrics(run: RunConfig, parts: Parts, step: int) -> dict[str, float
                 run.model.router_aux_weight,
             )
         metrics |= found | metrics_of_sets(run.loss, test.data.held_out, scores)
-        placed = ((test.data.places[i], numbers) for i, numbers in scores.items())
+        there = present(torch.tensor(list(scores.values()))).tolist()
+        placed = (
+            (test.data.places[i], [x if has else "" for x, has in zip(numbers, own, strict=True)])
+            for (i, numbers), own in zip(scores.items(), there, strict=True)
+        )
         folder.write_scores(step, columns(run.loss), placed)
     if sampled:
         with backend.unsharded(parts.policy):
@@ -58,7 +62,7 @@ def metrics_of_sets(
         scores: the numbers of each pair in the order of `columns`, by its index.
 
     Returns:
-        The metrics; empty if there is only one set.
+        The metrics; empty if there is only one set. A mean is over the sets that have the metric.
     """
     tables: dict[str, list[Sequence[float]]] = {}
     for index, numbers in scores.items():
@@ -69,8 +73,9 @@ def metrics_of_sets(
         name: summarise(loss, pair_sums(torch.tensor(table, dtype=torch.float64)))
         for name, table in tables.items()
     }
-    keys = next(iter(found.values()))
-    means = {key: sum(metrics[key] for metrics in found.values()) / len(found) for key in keys}
+    keys = dict.fromkeys(key for metrics in found.values() for key in metrics)
+    of_key = {key: [metrics[key] for metrics in found.values() if key in metrics] for key in keys}
+    means = {key: sum(values) / len(values) for key, values in of_key.items()}
     return {
         f"{name}/{key}": value
         for name, metrics in (*found.items(), ("mean", means))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,10 @@ COLUMNS = (
 )
 RANK_COLUMNS = ("rewards/rank_correlation", "rewards/best_accuracies")
 CHOSEN_COLUMNS = ("preference_loss", "logps/chosen", "chosen_nll", "chosen_tokens")
+OF_CHOSEN = ("rewards/chosen", "logps/chosen", "chosen_nll", "chosen_tokens")
+OF_REJECTED = ("rewards/rejected", "logps/rejected", "rejected_tokens")
+OF_BOTH = ("rewards/accuracies", "rewards/margins")
+"""Columns of which a pair without a chosen, without a rejected, or without one of both has none."""
 
 
 def columns(loss: LossConfig) -> tuple[str, ...]:
@@ -77,20 +82,36 @@ def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
     return torch.stack([numbers[name].detach().double() for name in columns(loss)], dim=1)
 
 
+def present(table: Tensor) -> Tensor:
+    """Which numbers of a table there are, bool [P, columns]: a pair may lack a response."""
+    found = torch.ones_like(table, dtype=torch.bool)
+    if table.shape[1] == len(COLUMNS):
+        chosen, rejected = (
+            table[:, COLUMNS.index(name)] > 0 for name in ("chosen_tokens", "rejected_tokens")
+        )
+        lacking = ((OF_CHOSEN, chosen), (OF_REJECTED, rejected), (OF_BOTH, chosen & rejected))
+        for names, there in lacking:
+            found[:, [COLUMNS.index(name) for name in names]] = there[:, None]
+    return found
+
+
 def pair_sums(table: Tensor) -> Tensor:
-    """Sums of the columns of a table, then the number of its lines."""
-    return torch.cat([table.sum(dim=0), table.new_full((1,), len(table))])
+    """Sums of the columns of a table, then how many numbers there are in each."""
+    there = present(table)
+    return torch.cat([table.where(there, 0).sum(dim=0), there.sum(dim=0).to(table)])
 
 
 def summarise(loss: LossConfig, sums: Tensor, router_aux_weight: float = 0.0) -> dict[str, float]:
-    """Means over pairs; the key `loss` includes the sft term and the router's auxiliary loss.
+    """Means over pairs, of those columns that there are; the key `loss` includes the sft term and
+    the router's auxiliary loss.
 
     Args:
         sums: `pair_sums`, and behind them the auxiliary loss if it has a weight.
     """
     names = columns(loss)
-    means = dict(zip(names, (sums[: len(names)] / sums[len(names)]).tolist(), strict=True))
-    nll = means.pop("chosen_nll") / means["chosen_tokens"]
+    both = sums[: 2 * len(names)].view(2, -1).T.tolist()
+    means = {n: total / count for n, (total, count) in zip(names, both, strict=True) if count}
+    nll = means.pop("chosen_nll", 0.0) / means.get("chosen_tokens", 1.0)
     value = means.pop("preference_loss") + loss.sft_weight * nll
     if router_aux_weight:
         means["aux_loss"] = float(sums[-1])
@@ -98,20 +119,43 @@ def summarise(loss: LossConfig, sums: Tensor, router_aux_weight: float = 0.0) ->
     return {"loss": value, **means}
 
 
-def metric_names(run: RunConfig, pairs: Sequence[Pair]) -> list[str]:
-    """The keys that an evaluation of held-out pairs will have, in its order."""
+def metric_names(
+    run: RunConfig, pairs: Sequence[Pair], lengths: np.ndarray | None = None
+) -> list[str]:
+    """The keys that an evaluation of held-out pairs will have, in its order.
+
+    Args:
+        lengths: `Tokens.lengths` of the pairs; None: none lacks a response.
+    """
     if not pairs:
         return []
-    sums = ("preference_loss", "chosen_nll")
-    of_set = ["loss", *(name for name in columns(run.loss) if name not in sums)]
-    sets = list(dict.fromkeys(pair.held_out_set for pair in pairs))
+    sets = np.array([pair.held_out_set for pair in pairs])
+    if lengths is None:
+        lengths = np.ones((len(pairs), 3), np.int64)
+    of_set = _names_of_set(run.loss, lengths)
     names = [*of_set, *(["aux_loss"] if run.model.router_aux_weight else [])]
-    if len(sets) > 1:
-        names += [f"{name}/{key}" for name in (*sets, "mean") for key in of_set]
+    if len(own_sets := dict.fromkeys(sets.tolist())) > 1:
+        for name in own_sets:
+            names += [f"{name}/{key}" for key in _names_of_set(run.loss, lengths[sets == name])]
+        names += [f"mean/{key}" for key in of_set]
     if sampled := pairs[: run.sample.num_prompts]:
         names += ["reply_tokens", "reply_repetition"]
         names += ["rule_pass_rate"] if any(pair.rule is not None for pair in sampled) else []
     return names
+
+
+def _names_of_set(loss: LossConfig, lengths: np.ndarray) -> list[str]:
+    """The keys of pairs whose prompts and responses have these lengths."""
+    left_out = {"preference_loss", "chosen_nll"}
+    if loss.reads_labels:
+        there = lengths[:, 1:3] > 0
+        lacking = (
+            (OF_CHOSEN, there[:, 0]),
+            (OF_REJECTED, there[:, 1]),
+            (OF_BOTH, there.all(axis=1)),
+        )
+        left_out.update(name for names, some in lacking if not some.any() for name in names)
+    return ["loss", *(name for name in columns(loss) if name not in left_out)]
 
 
 @torch.no_grad()

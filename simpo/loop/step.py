@@ -23,7 +23,7 @@ from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs
 from simpo.loop.coupled import by_factors, first_phase
 from simpo.loop.router import StepBalance, num_tokens
-from simpo.loop.score import pair_sums, pair_table
+from simpo.loop.score import columns, pair_sums, pair_table
 from simpo.loop.setup import Parts
 from simpo.loss import LossConfig, PairLogps, pair_losses
 from simpo.model import cost
@@ -68,7 +68,7 @@ def update(
         sum(num_tokens(row) for row in counted),
     ]
     num_pairs, num_chosen_tokens, tokens = backend.sum(torch.tensor(counts)).tolist()
-    pair_loss = _share_of_step(loss, num_pairs, num_chosen_tokens)
+    pair_loss = _share_of_step(loss, num_pairs, max(1, num_chosen_tokens))
     balance = StepBalance(router_aux_weight, tokens, backend) if router_aux_weight else None
     if balance is not None:
         balance.count(policy, rows[1:])
@@ -88,8 +88,7 @@ def update(
     numbers = backend.sum(torch.cat([part.reshape(-1).to(table) for part in parts]))
     pairs = [pair for row in rows for pair in row.pairs]
     if numbers[0] > 0:
-        bad = [pair for pair, fine in zip(pairs, finite.tolist(), strict=True) if not fine]
-        raise NonFiniteError("the loss is not finite", backend.gather(bad))
+        raise NonFiniteError("the loss is not finite", _responsible(loss, pairs, table, backend))
     grad_norm = backend.step(policy, optimizer, float(numbers[1]))
     if not math.isfinite(grad_norm):
         raise NonFiniteError(f"the gradient's norm is {grad_norm}", backend.gather(pairs))
@@ -130,6 +129,19 @@ def _share_of_step(loss: LossConfig, num_pairs: int, num_chosen_tokens: int) -> 
         return losses
 
     return pair_loss
+
+
+def _responsible(
+    loss: LossConfig, pairs: Sequence[int], table: Tensor, backend: Backend
+) -> list[int]:
+    """The pairs of all processes with a number that is not finite; if a pair spoils others of its
+    step, those of them whose log-probs are not."""
+    own = [name.startswith("logps/") for name in columns(loss)]
+    fine = table.isfinite()
+    each = zip(pairs, fine.all(dim=1).tolist(), fine[:, own].all(dim=1).tolist(), strict=True)
+    found = backend.gather([(pair, sound) for pair, whole, sound in each if not whole])
+    spoilers = [pair for pair, sound in found if not sound] if loss.couples_step else []
+    return spoilers or [pair for pair, _ in found]
 
 
 def finite_update(

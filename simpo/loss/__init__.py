@@ -52,7 +52,7 @@ class ResponseLogps:
             weights, which are detached; else None.
         log_squares: float32, detached, if the loss needs it: summed over the tokens the log of the
             sum over the vocabulary of p^2; else None.
-        factors: float32, the gradient of a step's loss by `sums`, if the loss couples the pairs of
+        factors: float64, the gradient of a step's loss by `sums`, if the loss couples the pairs of
             a step; else None.
     """
 
@@ -165,8 +165,8 @@ class PairLogps:
 
     @property
     def average_chosen(self) -> Tensor:
-        """Mean token log-probability of the chosen responses, float32 [P]."""
-        return self.chosen / self.chosen_tokens
+        """Mean token log-probability of the chosen responses, float32 [P]; 0 without one."""
+        return self.chosen / self.chosen_tokens.clamp(min=1)
 
     @property
     def average_rejected(self) -> Tensor:
@@ -226,6 +226,10 @@ class LossConfig(ABC):
     """Whether the loss uses the rejected responses; if not, the data may lack them."""
     needs_reference: ClassVar[bool] = False
     """Whether the loss uses log-probs under the model before the first step."""
+    needs_mismatched: ClassVar[bool] = False
+    """Whether each pair needs a response to another prompt, its third (`simpo.data.mismatched`)."""
+    reads_labels: ClassVar[bool] = False
+    """Whether the data may also have single responses with a label, desirable or not."""
     couples_step: ClassVar[bool] = False
     """Whether the loss of a pair depends on the other pairs of its step. `compared` then gets all
     of them, in float64, in the order of their indices."""

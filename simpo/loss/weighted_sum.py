@@ -34,6 +34,16 @@ class MixConfig(LossConfig):
         """Whether one of the losses uses log-probs under the model before the first step."""
         return any(loss.needs_reference for _, loss in self.losses())
 
+    @property
+    def couples_step(self) -> bool:  # type: ignore[override]
+        """Whether the loss of a pair of one of them depends on the other pairs of its step."""
+        return any(loss.couples_step for _, loss in self.losses())
+
+    @property
+    def needs_mismatched(self) -> bool:  # type: ignore[override]
+        """Whether one of the losses needs a response to another prompt."""
+        return any(loss.needs_mismatched for _, loss in self.losses())
+
     def losses(self) -> list[tuple[float, LossConfig]]:
         """The weight of each loss, and the loss."""
         return [self._part(name, given) for name, given in self.parts.items()]

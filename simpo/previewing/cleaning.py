@@ -169,7 +169,7 @@ def _missing(check: Check, setting: Any, mixture: Mixture) -> str:
 def spoken(pair: Pair) -> list[tuple[str, str]]:
     """All turns as (role, text); the role of a reply in a response is chosen or rejected."""
     found = [(turn["role"], all_text(turn)) for turn in pair.prompt]
-    for name, turns in zip(("chosen", "rejected"), pair.responses, strict=False):
+    for name, turns in zip(pair.names, pair.responses, strict=True):
         for turn in turns:
             found.append((name if turn["role"] == "assistant" else turn["role"], all_text(turn)))
     return found

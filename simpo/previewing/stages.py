@@ -10,7 +10,7 @@ import numpy as np
 
 from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
-from simpo.data.loader import read_mixture
+from simpo.data.loader import for_loss, read_mixture
 from simpo.data.packing import pack
 from simpo.data.pairs import Pair, Tokenized, TokenizedPair, response_names
 from simpo.data.plan import TrainPlan, build_plan, pairs_of_step, rows_of_pairs
@@ -95,7 +95,8 @@ class Stages:
         data = tokenize_set(chat, mixture.train, run.data, cache_dir)
         cfg = run.train
         plan = build_plan(len(data), cfg.pairs_per_step, cfg.epochs, cfg.max_steps, cfg.seed)
-        num_tokens = data.tokens.num_tokens(cfg.share_prefix)
+        packed = for_loss(run, data)
+        num_tokens = packed.tokens.num_tokens(cfg.share_prefix)
         good = [i for i in range(len(mixture.train)) if i not in data.faults]
         first = pairs_of_step(plan, 0)
         budget, notes = _row_budget(cfg.tokens_per_row, num_tokens)
@@ -104,21 +105,21 @@ class Stages:
         return Stages(
             title=f"{run.model.name} on {run.data.name}: {run.loss.formula()}",
             lines=[
-                *console.data_lines(mixture.table, data, plan),
+                *console.data_lines(mixture.table, packed, plan),
                 console.layout_line(cost.layout(plan, num_tokens, budget)),
                 *notes,
                 *mixture.notes,
-                *data.notes,
+                *packed.notes,
                 *console.token_notes(run, chat, mixture.table, data),
             ],
             cleaning=Cleaning.of(run.data, mixture),
-            lengths=_lengths(data),
+            lengths=_lengths(packed),
             pairs=[
                 _shown(run, chat, mixture.train[good[i]], data.tokens[i])
                 for i in _in_order(plan, num_pairs).tolist()
             ],
-            row=_row_table(data, row, cfg.share_prefix),
-            row_line=_row_line(data, row, cfg.share_prefix, budget),
+            row=_row_table(packed, row, cfg.share_prefix),
+            row_line=_row_line(packed, row, cfg.share_prefix, budget),
         )
 
 
@@ -167,12 +168,12 @@ def _run_of_role(tokens: Sequence[Token], colors: bool) -> Iterator[str]:
 
 
 def _lengths(data: TokenizedSet) -> list[dict[str, object]]:
-    names = ("prompt", *response_names(data.tokens.num_responses))
+    names = ("prompt", *data.tokens.names)
     parts = dict(zip(names, data.tokens.lengths().T, strict=True))
     return [
-        {"tokens of": name} | {label: int(np.quantile(values, q)) for label, q in QUANTILES.items()}
+        {"tokens of": name} | {label: int(np.quantile(there, q)) for label, q in QUANTILES.items()}
         for name, values in parts.items()
-        if values.any()
+        if len(there := values[values > 0])
     ]
 
 
@@ -238,7 +239,7 @@ def _row_table(
                 "from": start,
                 "to": start + size,
                 "prompt": len(tokens.prompt_ids),
-                **dict(zip(response_names(len(sizes)), sizes, strict=True)),
+                **dict(zip(data.tokens.names, sizes, strict=False)),
             }
         )
         start += size

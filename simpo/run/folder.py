@@ -171,9 +171,10 @@ class RunFolder:
         self.write_json(f"samples/step-{step:06d}.json", list(replies))
 
     def write_scores(
-        self, step: int, columns: Sequence[str], scores: Iterable[tuple[str, Sequence[float]]]
+        self, step: int, columns: Sequence[str], scores: Iterable[tuple[str, Sequence[float | str]]]
     ) -> None:
-        """Write held_out/step-<step>.csv: the place of each held-out pair and its scores."""
+        """Write held_out/step-<step>.csv: the place of each held-out pair and its scores, empty for
+        one that it lacks."""
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["pair", *columns])

@@ -54,7 +54,7 @@ def test_without_a_prompt_the_first_token_is_not_scored() -> None:
     assert row.response_tokens == (1, 2)
 
 
-@pytest.mark.parametrize("empty", [pair([1], [], [2]), pair([], [1], [2, 3])])
+@pytest.mark.parametrize("empty", [pair([1], [], []), pair([], [1], [2, 3])])
 def test_a_response_without_a_scored_token_never_passes(empty: TokenizedPair) -> None:
     with pytest.raises(ValueError, match="pair 4: a response has no token to score"):
         pack([empty], [4])

@@ -15,7 +15,7 @@ from simpo.config.compose import compose_run
 from simpo.config.data import FORMATS, DataConfig, SourceConfig
 from simpo.config.errors import DataError
 from simpo.data.mixture import load_mixture
-from simpo.data.reading.records import to_dialogue, to_pair, to_prompt
+from simpo.data.reading.records import to_dialogue, to_labelled, to_pair, to_prompt
 from simpo.data.reading.shapes import SHAPES, Gives
 
 
@@ -464,12 +464,13 @@ def test_scores_are_passed_on():
     )
 
 
-def test_kto_and_single_ratings_are_refused():
+def test_replies_with_labels_and_single_ratings_are_refused():
+    """Of the losses of pairs; `test_labelled.py` reads them for KTO."""
     kto = {"prompt": "Why?", "completion": "So.", "label": True}
     assert error(kto, kto) == [
-        "a.jsonl train record 1: KTO records have one reply and a label, and no loss here trains "
-        "on them (write one with label true and one with label false as chosen and rejected of "
-        "their prompt)"
+        "a.jsonl train record 1: records have one reply and a label, and a pair needs two replies "
+        "(loss=kto trains on them; or write one with label true and one with label false as chosen "
+        "and rejected of their prompt)"
     ]
     rated = {"prompt": "Why?", "response": "So.", "helpfulness": 3, "correctness": 4}
     assert error(rated, on_bad_record=OnBadRecord.drop) == [
@@ -743,7 +744,7 @@ def near_a_shape(draw):
 @fuzz(max_examples=400, deadline=None)
 @given(
     st.lists(st.one_of(near_a_shape(), VALUES), min_size=1, max_size=3),
-    st.sampled_from([to_pair, to_dialogue, to_prompt]),
+    st.sampled_from([to_pair, to_dialogue, to_labelled, to_prompt]),
     st.sampled_from([None, *FORMATS]),
     st.sampled_from(list(PairChoice)),
     st.sampled_from([{}, {"input.text": "prompt"}, {"prompt": "chosen", "chosen": "rejected"}]),

@@ -154,6 +154,7 @@ def test_each_loss_has_its_own_name(loss: str, tiny_run: list[str], tmp_path: Pa
     known = {"sigmoid": "simpo", "hinge": "simpowithahinge", "slic": "slichf"}
     known |= {"ln_dpo": "lengthnormaliseddpo", "ipo_free": "ipowithoutareferencemodel"}
     known |= {name: f"{name}forpairs" for name in ("bco", "exo", "nca")}
+    known |= {"gamma_po": "gammapo", "beta_dpo": "betadpo"}
     known |= {"robust": "robustdpo", "sppo": "sppowithhardlabels", "mix": "aweightedsumoflosses"}
     assert plainly == known.get(loss, loss.replace("_", ""))
     assert "preference-optimization" in tags

@@ -19,6 +19,7 @@ from simpo.backend import Backend
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import Device, Precision, Schedule
 from simpo.config.schema import TrainConfig
+from simpo.data.mismatched import with_mismatched
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import rows_of_pairs
@@ -26,6 +27,7 @@ from simpo.loop.optim import build_optimizer, learning_rate, set_learning_rate
 from simpo.loop.score import summarise
 from simpo.loop.step import update
 from simpo.loss import LossConfig, pair_losses
+from simpo.loss.coupled import AotConfig, KtoConfig
 from simpo.loss.simpo import SigmoidConfig
 from simpo.loss.weighted_sum import MixConfig
 from simpo.loss.with_log_ratios import (
@@ -39,7 +41,7 @@ from simpo.loss.with_log_ratios import (
 )
 from simpo.loss.with_reference import DpoConfig, IpoConfig, LnDpoConfig
 from simpo.model.policy import Policy
-from tests.support.tiny_models import VOCAB, gradients, random_pairs, tiny_model
+from tests.support.tiny_models import VOCAB, gradients, random_pairs, tiny_model, token_set
 
 trl = pytest.importorskip("trl")
 cpo = pytest.importorskip("trl.experimental.cpo")
@@ -165,6 +167,7 @@ def test_first_step_loss_and_gradients(tmp_path: Path, pairs: list[TokenizedPair
             {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.1},
         ),
         (SppoConfig(beta=0.3), {"loss_type": "sppo_hard", "beta": 0.3}),
+        (AotConfig(beta=0.3), {"loss_type": "aot", "beta": 0.3}),
         (
             MixConfig(
                 parts={"dpo": {"weight": 0.8, "beta": 0.3}, "nca": {"weight": 0.5, "beta": 0.3}}
@@ -206,6 +209,56 @@ def test_losses_with_a_reference(
     sums = torch.stack([scored.chosen, scored.rejected], dim=1).tolist()
     known = [replace(p, reference_logps=(a, b)) for p, (a, b) in zip(few, sums, strict=True)]
     own, _ = policy(pack(known, range(len(few))), lambda logps: pair_losses(loss, logps) / len(few))
+    assert own.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_kto(tmp_path: Path, pairs: list[TokenizedPair]) -> None:
+    """Single replies with labels against KTOTrainer, whose reference is another model.
+
+    It takes the reply before for the mismatched one, and here it is the one behind: so it has the
+    replies in the other order.
+    """
+    few = [replace(p, prompt_ids=p.prompt_ids[1:]) for p in pairs[:PAIRS_PER_STEP]]
+    labels = [i % 3 != 1 for i in range(len(few))]
+    single = [
+        TokenizedPair.of(p.prompt_ids, *((p.chosen_ids, []) if good else ([], p.chosen_ids)))
+        for p, good in zip(few, labels, strict=True)
+    ]
+    model, other = tiny_model("llama", seed=1), tiny_model("llama")
+    policy, origin = Policy(copy.deepcopy(model)), Policy(copy.deepcopy(other))
+    for each in (model, other):
+        each.set_attn_implementation("sdpa")
+    rows, tokenizer = as_text(pairs[:PAIRS_PER_STEP])
+    records = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": good}
+        for row, good in zip(rows, labels, strict=True)
+    ]
+    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
+    trainer = trl.KTOTrainer(
+        model=model,
+        ref_model=other,
+        args=trl.KTOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=len(few),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            beta=0.3,
+            **weights,
+        ),
+        train_dataset=Dataset.from_list(records[::-1]),
+        processing_class=tokenizer,
+    )
+    expected = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+
+    data = with_mismatched(token_set(single), 1000)
+    row = pack(list(data.tokens), range(len(few)))
+    known = origin(row, lambda logps: 0.0 * logps.chosen)[1].responses
+    assert known is not None
+    row = replace(row, reference_logps=known.sums.flatten())
+    loss = KtoConfig(beta=0.3, **weights)
+    own, logps = policy(row, lambda logps: pair_losses(loss, logps) / len(few))
+    assert loss.reference_point(logps) > 1
     assert own.item() == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -29,7 +29,7 @@ from simpo.config.errors import ConfigError
 from simpo.data.chats.paper import paper_pair, paper_texts
 from simpo.data.chats.render import Rendered, RenderedResponse, Reply, render_pair
 from simpo.data.chats.template import Template, control_tokens
-from simpo.data.pairs import Message, Pair, Tokenized, TokenizedPair, response_names
+from simpo.data.pairs import Message, Pair, Tokenized, TokenizedPair
 from simpo.data.reading.messages import check_text
 from simpo.data.reading.records import RecordFault
 
@@ -191,7 +191,7 @@ class Chat:
         if num_prompt == 0:
             raise RecordFault("prompt and dialogue share no token (check the chat template)")
         responses, masks, merged = [], [], num_prompt < len(prompt)
-        names = response_names(len(rendered.responses))
+        names = rendered.names
         for key, response in zip(names, rendered.responses, strict=True):
             # A token that spans the end of the prompt is scored in all responses.
             places = {len(rendered.prompt): _Place(num_prompt, False)}
@@ -222,7 +222,10 @@ class Chat:
             raise RecordFault(f"{both} have the same tokens{remedy}")
         some = [None if mask.all() else mask for mask in masks]
         if len(responses) == 1:
-            responses, some = [*responses, []], [*some, None]
+            missing = 0 if names == ("rejected",) else 1
+            responses.insert(missing, [])
+            some.insert(missing, None)
+            cut.insert(missing, False)
         pair = TokenizedPair.of(kept, *responses)
         pair = replace(pair, scored=tuple(some), scores=rendered.scores or None)
         prompt_cut, unreasoned = len(kept) < num_prompt, rendered.unreasoned

@@ -80,12 +80,14 @@ class Rendered(NamedTuple):
         responses: of chosen, of rejected if there is one, and of others.
         unreasoned: whether the template strips the reasoning of a reply that is not the last.
         scores: of ranked responses.
+        names: of the responses.
     """
 
     prompt: str
     responses: tuple[RenderedResponse, ...]
     unreasoned: bool
     scores: tuple[float, ...] = ()
+    names: tuple[str, ...] = ("chosen", "rejected")
 
     def texts(self) -> Iterator[str]:
         """The texts whose tokens are needed."""
@@ -98,7 +100,7 @@ class Rendered(NamedTuple):
 def render_pair(template: Template, pair: Pair, reasoning: Reasoning) -> Rendered:
     """Render a pair.
 
-    The marks of a template decide what is scored if the pair has no rejected response.
+    The marks of a template decide what is scored if the pair has one response.
 
     Raises:
         RecordFault: the template refuses the pair, leaves out a part of it, or does not write the
@@ -130,9 +132,10 @@ def render_pair(template: Template, pair: Pair, reasoning: Reasoning) -> Rendere
             unreasoned |= stripped
         _check_turns(whole[start:], response)
         marks = [(max(a, start), b) for a, b in marked or () if b > start]
-        ours = marked is None or pair.rejected is not None
+        ours = marked is None or len(pair.responses) > 1
         responses.append(RenderedResponse(whole, tuple(replies), None if ours else marks))
-    return Rendered(prompt[: min(starts)], tuple(responses), unreasoned, pair.scores)
+    texts_of = tuple(responses)
+    return Rendered(prompt[: min(starts)], texts_of, unreasoned, pair.scores, pair.names)
 
 
 def _before(

@@ -109,10 +109,12 @@ def prompt_text(pair: Pair) -> tuple[str, ...]:
 
 
 def pair_text(pair: Pair) -> tuple[str, ...]:
-    """Role and text of each turn of the prompt and the responses, and the tools."""
+    """Role and text of each turn of the prompt and the responses, the tools, and the label of an
+    undesirable response alone."""
     return (
         json.dumps(pair.tools, sort_keys=True),
         *(text for turn in pair.turns for text in (turn["role"], all_text(turn).strip())),
+        *(["undesirable"] if pair.is_undesirable else []),
     )
 
 
@@ -132,7 +134,7 @@ def _num_characters(turns: Sequence[Message]) -> int:
 
 
 def _named_replies(pair: Pair) -> list[tuple[str, str]]:
-    named = zip(("chosen", "rejected"), pair.responses, strict=False)
+    named = zip(pair.names, pair.responses, strict=True)
     return [(name, reply(turns)) for name, turns in named]
 
 
@@ -155,7 +157,7 @@ def _benchmarks(pairs: Sequence[Pair], paths: Any, _: Sequence[Pair]) -> list[st
 
 
 def _length_ratio(pair: Pair, most: Any) -> str | None:
-    if pair.rejected is None:
+    if len(pair.responses) < 2:
         return None
     chosen, rejected = map(_num_characters, pair.responses)
     if max(chosen, rejected) <= most * min(chosen, rejected):

@@ -20,6 +20,7 @@ from simpo.data.reading.records import (
     COLUMNS,
     RecordFault,
     to_dialogue,
+    to_labelled,
     to_prompt,
 )
 from simpo.data.reading.scored import (
@@ -41,7 +42,10 @@ from simpo.data.reading.shapes import (
 from simpo.data.reading.turns import is_message
 
 ReadRecord = Callable[[Any, str], Pair]
-_MESSAGES = ("prompt", "context", "chosen", "rejected", "messages", "conversations", "conversation")
+_MESSAGES = (
+    *("prompt", "context", "chosen", "rejected", "messages", "conversations", "conversation"),
+    *("completion", "response"),
+)
 _LISTS = (
     *("preferred_output", "non_preferred_output", "responses", "completions", "answers"),
     *("generations", "replies", *SCORES, "history", "output"),
@@ -55,7 +59,7 @@ _OPTIONAL = frozenset(
         *(name for columns in COLUMNS.values() for name in columns),
         *("history", "input"),
     ]
-) - {"prompt", "chosen", "rejected", "messages"}
+) - {"prompt", "chosen", "rejected", "messages", "completion", "label"}
 """Columns that a record need not have."""
 
 
@@ -163,6 +167,8 @@ class SplitReader:
         wanted = [Gives.pair]
         if self.read_record is to_dialogue:
             wanted = [Gives.dialogue, Gives.pair]
+        elif self.read_record is to_labelled:
+            wanted = [Gives.pair, Gives.labelled]
         elif self.read_record is to_prompt:
             wanted = [Gives.pair, Gives.prompt]
         return [

@@ -4,6 +4,7 @@ A record is one of
     prompt + chosen + rejected   text, or OpenAI messages; a response may repeat the prompt's turns
     chosen + rejected            whole dialogues that start from the same turns
     messages                     a dialogue to imitate, for supervised fine-tuning only
+    prompt + completion + label  one reply that is desirable or not, for KTO only
 All turns that chosen and rejected start with are their prompt. A string `prompt` is ignored if they
 are whole dialogues, which contain it.
 Optional columns: `system` (or `system_prompt`) is the text of a system turn before the prompt;
@@ -44,6 +45,8 @@ SCORE_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
+LABELS = {"true": True, "1": True, "false": False, "0": False}
+"""Whether a reply is desirable, by its label."""
 MESSAGE_KEYS = ("tool_calls", "function_call", "tool_call_id")
 """Keys of messages that say something else than meant as columns of a record."""
 
@@ -98,6 +101,31 @@ def to_dialogue(record: Any, place: str) -> Pair:
     return Pair(_prompt(record, messages[:first]), chosen, None, place, tools=read_tools(record))
 
 
+def to_labelled(record: Any, place: str) -> Pair:
+    """Read a pair, or `prompt`, `completion` and `label`: a chosen reply alone, or a rejected one.
+
+    Args and Raises: as `to_pair`.
+    """
+    is_pair = not isinstance(record, Mapping) or record.get("chosen") is not None
+    if is_pair or record.get("completion") is None:
+        return to_pair(record, place)
+    _refuse(record)
+    label = str(record.get("label")).lower()
+    if label not in LABELS:
+        raise RecordFault(f"label: must be true or false, got {record.get('label')}")
+    key = "completion"
+    said = record[key]
+    turns = [_reply(said, key)] if isinstance(said, str) else read_messages(said, key)
+    if turns[0]["role"] != "assistant":
+        raise RecordFault(f"{key}: the first turn must be the assistant's, got {turns[0]['role']}")
+    reply = _response(turns, key)
+    chosen, rejected = (reply, None) if LABELS[label] else ((), reply)
+    return Pair(
+        _prompt(record, _given(record["prompt"])), chosen, rejected, place, _rule(record),
+        tools=read_tools(record),
+    )  # fmt: skip
+
+
 def to_prompt(record: Any, place: str) -> Pair:
     """Read the prompt of one record, which is `prompt` alone or a pair, whose replies are dropped.
 
@@ -137,11 +165,11 @@ def drop_reasoning(pair: Pair) -> Pair:
     for turn in pair.turns:
         check_reasoning_ends(turn)
     prompt = tuple(map(without_reasoning, pair.prompt))
-    chosen, *rejected = (
-        _response([without_reasoning(turn) for turn in response], key) if response else ()
-        for key, response in zip(("chosen", "rejected"), pair.responses, strict=False)
+    chosen, rejected = (
+        response and _response([without_reasoning(turn) for turn in response], key)
+        for key, response in (("chosen", pair.chosen), ("rejected", pair.rejected))
     )
-    return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected[0] if rejected else None)
+    return replace(pair, prompt=prompt, chosen=chosen or (), rejected=rejected)
 
 
 COLUMNS: dict[Callable[[Any, str], Pair], frozenset[str]] = {
@@ -154,6 +182,7 @@ COLUMNS: dict[Callable[[Any, str], Pair], frozenset[str]] = {
     for reader, columns in (
         (to_pair, ("prompt", "chosen", "rejected")),
         (to_dialogue, ("prompt", "chosen", "rejected", "messages")),
+        (to_labelled, ("prompt", "chosen", "rejected", "completion", "label")),
         (to_prompt, ("prompt", "chosen", "rejected", REFERENCE_ANSWER)),
     )
 }

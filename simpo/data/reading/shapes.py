@@ -1,8 +1,8 @@
 """The shapes of record that people have, and how each becomes one that `records` reads.
 
 A shape takes a raw record and gives the columns that `simpo.data.reading.records` reads (prompt,
-chosen, rejected, messages, system, tools), or all replies to a prompt with their scores. Columns
-that a shape does not use stay in the record.
+chosen, rejected, messages, completion, label, system, tools), or all replies to a prompt with their
+scores. Columns that a shape does not use stay in the record.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from simpo.data.reading.records import RecordFault, refuse_messages_as_text
+from simpo.data.reading.records import LABELS, RecordFault, refuse_messages_as_text
 from simpo.data.reading.scored import (
     NAMED,
     REPLIES,
@@ -50,6 +50,7 @@ class Gives(Enum):
     pair = "pair"
     dialogue = "dialogue"
     prompt = "prompt"
+    labelled = "labelled"
     nothing = "nothing"
 
 
@@ -156,6 +157,12 @@ def _openai(rest: Record) -> Record:
     }  # fmt: skip
 
 
+def _labelled(rest: Record) -> Record:
+    name = "completion" if rest.get("completion") is not None else "response"
+    said = turns(rest.pop(name), name)
+    return {"prompt": asked_of(rest), "completion": said}
+
+
 def _starts_with_the_user(record: Mapping[str, Any]) -> bool:
     chosen = record.get("chosen")
     if not isinstance(chosen, list) or not chosen or not is_message(chosen[0]):
@@ -239,10 +246,12 @@ SHAPES = (
         optional=("input",),
     ),
     Shape(
-        "kto", "KTO", Gives.nothing, (("prompt",), ("completion", "response"), ("label",)), dict,
-        lambda record: str(record["label"]).lower() in ("true", "false", "0", "1"),
-        why_not="KTO records have one reply and a label, and no loss here trains on them (write "
-        "one with label true and one with label false as chosen and rejected of their prompt)",
+        "kto", "replies with labels", Gives.labelled,
+        (("prompt",), ("completion", "response"), ("label",)), _labelled,
+        lambda record: str(record["label"]).lower() in LABELS,
+        why_not="records have one reply and a label, and a pair needs two replies (loss=kto trains "
+        "on them; or write one with label true and one with label false as chosen and rejected of "
+        "their prompt)",
     ),
     Shape(
         "ratings", "rated replies", Gives.nothing,

@@ -19,11 +19,10 @@ from simpo.config.errors import ConfigError, first_line
 from simpo.config.launchers import SlurmConfig
 from simpo.config.on_policy import JUDGE
 from simpo.config.schema import RunConfig
-from simpo.data.mixture import load_mixture
+from simpo.data.loader import read_mixture
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import build_plan
-from simpo.data.reading.records import to_dialogue, to_pair
 from simpo.judging.ratings import open_ratings
 from simpo.loop.console import libraries_quiet
 from simpo.loop.optim import check_rates
@@ -67,8 +66,7 @@ def check_rounds(run: RunConfig, first: RunConfig) -> None:
     if problems:
         raise ConfigError(problems)
     if run.rounds.static_weight:
-        read = to_pair if run.loss.needs_rejected else to_dialogue
-        load_mixture(run.data, read, Path(run.cache_dir).expanduser())
+        read_mixture(run)
     settings = load_settings(run.model, Path(run.cache_dir).expanduser())
     backend = build_backend(first.backend, run.train.precision)
     try:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from simpo.data.flat_tokens import Tokens
 from simpo.data.pairs import TokenizedPair
-from simpo.data.store import TokenizedSet, Tokens
+from simpo.data.store import TokenizedSet
 
 NOBODY = Tokens(np.zeros(1, np.int64), np.zeros(0, np.int32))
 NONE = np.zeros(0, np.int64)

@@ -89,8 +89,8 @@ def _problems(name: str, given: Any, known: dict[str, type[LossConfig]]) -> Iter
         others = ", ".join(sorted(known.keys() - {"mix", "sft"}))
         yield f"parts: no loss {name} to mix (sft_weight adds the NLL; losses: {others})"
         return
-    if kind.couples_step or kind.weighs_tokens or kind.needs_squares:
-        yield f"parts: {name} cannot be mixed, as it weighs tokens or couples the pairs of a step"
+    if kind.weighs_tokens or kind.needs_squares:
+        yield f"parts: {name} cannot be mixed, as it weighs tokens"
         return
     settings = given if isinstance(given, dict) else {WEIGHT: given}
     weight: Any = settings.get(WEIGHT)

@@ -70,9 +70,9 @@ class Flops:
 
     A matrix product is counted once in the forward pass, once for the gradient of its input and, if
     its weight is trained, once for the gradient of the weight. Of the experts only those that a
-    token is routed to are counted. Recomputation by gradient checkpointing is not, nor is the pass
-    that counts the routing of a step, so the fraction of a GPU's peak is model FLOPs utilisation
-    (MFU) as in https://arxiv.org/abs/2204.02311.
+    token is routed to are counted. Recomputation by gradient checkpointing is not, nor are the
+    passes that count the routing of a step or couple its pairs, so the fraction of a GPU's peak is
+    model FLOPs utilisation (MFU) as in https://arxiv.org/abs/2204.02311.
     """
 
     def __init__(self, policy: Policy) -> None:

@@ -82,18 +82,20 @@ class Workload:
         tokens: its pairs, or one that stands for all.
         share_prefix: whether a prompt is computed once.
         recomputes: whether layers compute their whole forward again in the backward pass.
+        couples_step: whether the loss takes one forward more (`simpo.loop.coupled`).
     """
 
     plan: TrainPlan
     tokens: Tokens
     share_prefix: bool
     recomputes: bool
+    couples_step: bool = False
 
     @staticmethod
     def of(run: RunConfig, plan: TrainPlan, tokens: Tokens) -> Workload:
         """The pairs of a run with its settings."""
         recomputes = run.model.gradient_checkpointing is Checkpointing.full
-        return Workload(plan, tokens, run.train.share_prefix, recomputes)
+        return Workload(plan, tokens, run.train.share_prefix, recomputes, run.loss.couples_step)
 
     def row(self, indices: Sequence[int]) -> PackedPairs:
         """The packed row of some pairs."""
@@ -145,12 +147,14 @@ def predict(
         for begin in range(0, len(rows), processes):
             # Rows are sorted by size: the first of a round takes longest.
             first = work.row(rows[begin])
-            seconds += _row_seconds(counted.of_row(first), first, gpu, work.recomputes)
+            seconds += _row_seconds(counted.of_row(first), first, gpu, work)
             largest = max(largest, first, key=lambda row: row.input_ids.shape[1])
         flops += sum(counted.of_row(work.row(row)) for row in rows if row)
     own = estimate.on(processes)
     memory = own.step(largest)
-    within, between = _bytes_moved(backend, estimate.model, processes, rounds / len(steps))
+    forwards = 2 if work.couples_step else 1
+    moved = _bytes_moved(backend, estimate.model, processes, rounds / len(steps), forwards)
+    within, between = moved
     moved_s = within / _link_bytes_s(gpu, shards_of(backend, processes))
     moved_s += between / _link_bytes_s(gpu, processes)
     # AdamW reads weights, gradients and two means, and writes all but the gradients.
@@ -167,10 +171,12 @@ def predict(
     )
 
 
-def _row_seconds(flops: float, row: PackedPairs, gpu: Gpu, recomputes: bool) -> float:
+def _row_seconds(flops: float, row: PackedPairs, gpu: Gpu, work: Workload) -> float:
     tokens = row.input_ids.shape[1]
     reached = EFFICIENCY * tokens / (tokens + HALF_EFFICIENT_TOKENS)
-    return flops * (4 / 3 if recomputes else 1) / (gpu.bf16_tflops * 1e12 * reached)
+    # A forward is a third of a step's operations.
+    flops *= (3 + work.recomputes + work.couples_step) / 3
+    return flops / (gpu.bf16_tflops * 1e12 * reached)
 
 
 def _link_bytes_s(gpu: Gpu, processes: int) -> float:
@@ -181,9 +187,12 @@ def _link_bytes_s(gpu: Gpu, processes: int) -> float:
 
 
 def _bytes_moved(
-    backend: BackendConfig, model: Model, processes: int, rows: float
+    backend: BackendConfig, model: Model, processes: int, rows: float, forwards: int = 1
 ) -> tuple[float, float]:
     """Bytes that a process receives in a step of `rows` rows, with ring collectives in bf16.
+
+    Args:
+        forwards: of each row.
 
     Returns:
         Bytes from the processes that it shares a copy of the weights with, and from those that hold
@@ -192,7 +201,7 @@ def _bytes_moved(
     whole, others = model.whole, (processes - 1) / processes
     if isinstance(backend, FsdpConfig):
         summed = 4 if backend.reduce_dtype is ReduceDtype.float32 else 2
-        gathers = 2 if backend.reshard_after_forward else 1
+        gathers = 1 + forwards if backend.reshard_after_forward else 1
         shards = shards_of(backend, processes)
         copies = processes / shards
         within = gathers * whole.bytes_in(bf16=True) + summed * whole.trained
@@ -202,7 +211,8 @@ def _bytes_moved(
     if isinstance(backend, ZeroConfig):
         summed = 4 if backend.communication_data_type is ReduceDtype.float32 else 2
         if isinstance(backend, Zero3Config):
-            return others * rows * (2 * whole.bytes_in(bf16=True) + summed * whole.trained), 0.0
+            gathered = (1 + forwards) * whole.bytes_in(bf16=True)
+            return others * rows * (gathered + summed * whole.trained), 0.0
         return others * (rows * summed + 2) * whole.trained, 0.0
     return 2 * others * whole.trained_bytes, 0.0
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from simpo.data.flat_tokens import Tokens
 from simpo.data.mismatched import next_with_another_prompt, with_mismatched
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
-from simpo.data.store import Tokens
 from tests.support.tiny_models import token_set
 
 

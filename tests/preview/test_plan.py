@@ -61,7 +61,7 @@ def made(backend: str, processes: int, pairs_per_step: int = 32, *words: str) ->
     estimate = Estimate(run, LlamaConfig(**SIZES), place)
     part = np.ones(32, dtype=np.int32)
     pair = TokenizedPair.of(np.ones(64, dtype=np.int32), part, part)
-    work = Workload(build_plan(128, pairs_per_step, 1, None, 0), Tokens.of([pair]), True, False)
+    work = Workload.of(run, build_plan(128, pairs_per_step, 1, None, 0), Tokens.of([pair]))
     return predict(estimate, run.backend, work, GPU, processes, 512)
 
 
@@ -98,6 +98,17 @@ def test_bytes_moved_by_hand(backend: str, bytes_a_weight: int) -> None:
     step = made(backend, 4)
     assert step.bytes_moved == pytest.approx(3 / 4 * bytes_a_weight * WEIGHTS)
     assert step.communication_s == pytest.approx(step.bytes_moved / (450e9 * 0.7))
+
+
+@pytest.mark.parametrize(
+    ("backend", "gathered"), [("single", 0), ("ddp", 0), ("fsdp", 2), ("zero2", 0), ("zero3", 2)]
+)
+def test_a_forward_more_where_a_loss_couples_the_step(backend: str, gathered: int) -> None:
+    """A third of the time, and the weights of two rows in bf16 where they are sharded."""
+    processes = 1 if backend == "single" else 4
+    plain, coupled = (made(backend, processes, 32, f"loss={loss}") for loss in ("simpo", "amapo"))
+    assert coupled.compute_s == pytest.approx(4 / 3 * plain.compute_s)
+    assert coupled.bytes_moved - plain.bytes_moved == pytest.approx(gathered * 3 / 4 * 2 * WEIGHTS)
 
 
 def test_between_machines_the_network_counts() -> None:

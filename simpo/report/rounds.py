@@ -28,6 +28,11 @@ COLUMNS = (
     ("reply_without_pair", "no pair"),
 )
 """Metrics of a round's model on held-out prompts, with their labels."""
+SPARE = (
+    *("distinct", "cut off", "repetition", "annotate, min", "entropy", "spread"),
+    *("beats the last", "train, min", "no pair", "generate, min"),
+)
+"""Columns that a narrow terminal leaves out before others, in this order."""
 PHASES = (Kind.generate, Kind.annotate, Kind.train)
 MEANINGS = (
     "Of replies to held-out prompts. beats: share of prompts and seeds with a higher reward than "

@@ -9,7 +9,7 @@ from simpo.report.compare import Comparison, averages
 from simpo.report.findings import between_groups, findings, pruned_note, unfinished_note
 from simpo.report.hub_results import CAPTION, others_figures
 from simpo.report.published import judged_note, published_tables
-from simpo.report.rounds import MEANINGS, by_round
+from simpo.report.rounds import MEANINGS, SPARE, by_round
 from simpo.run.runs import Progress, State
 from simpo.run.tables import SHOWN, markdown_table
 
@@ -185,13 +185,19 @@ def averages_text(report: Comparison, key: str, width: int | None = None) -> str
 
 
 def _narrowed(
-    lines: Sequence[dict[str, Any]], width: int | None, least: int
+    lines: Sequence[dict[str, Any]], width: int | None, least: int, spare: Sequence[str] = ()
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The table without its last columns that do not fit, but for `least`; and their names."""
+    """The table without columns that do not fit, and their names.
+
+    Args:
+        least: number of columns, the first, that stay.
+        spare: columns that go first, in this order; then the last ones go.
+    """
     shown, keys = list(lines), list(lines[0])
     while width is not None and len(shown[0]) > least and _width(shown) > width:
-        shown = [{key: line[key] for key in list(line)[:-1]} for line in shown]
-    return shown, keys[len(shown[0]) :]
+        last = next((key for key in spare if key in shown[0]), list(shown[0])[-1])
+        shown = [{key: line[key] for key in line if key != last} for line in shown]
+    return shown, [key for key in keys if key not in shown[0]]
 
 
 def _rounds(report: Comparison, width: int | None) -> list[str]:
@@ -199,7 +205,7 @@ def _rounds(report: Comparison, width: int | None) -> list[str]:
     lines: list[str] = []
     told = by_round(report, ROUNDS_SHOWN if width else None)
     for one in told:
-        table, hidden = _narrowed(one.table, width, 2)
+        table, hidden = _narrowed(one.table, width, 2, SPARE)
         lines += ["", f"{one.name} by round", *markdown_table(table), *_too_wide(hidden)]
         lines += one.notes
     return [*lines, MEANINGS] if told else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from simpo.config.compose import compose_run
 from simpo.launch.commands.report import main
 from simpo.report.compare import compare
 from simpo.report.page import content
-from simpo.report.rounds import MEANINGS, by_round
+from simpo.report.rounds import COLUMNS, MEANINGS, by_round
 from simpo.report.text import text
 from simpo.run.runs import find_runs, read_progress
 from tests.support.made_runs import make
@@ -84,6 +85,36 @@ def test_a_run_by_round(tmp_path: Path) -> None:
         and "<td>1.6</td>" in page
         and "Of replies to held-out prompts." in page
     )
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (80, "round,,reward,pass rate,beats the first,tokens,KL"),
+        (100, "round,,reward,pass rate,beats the first,tokens,KL,no pair,generate, min"),
+        (
+            140,
+            "round,,reward,spread,pass rate,beats the first,beats the last,tokens,KL,no pair,"
+            "generate, min,train, min",
+        ),
+    ],
+)
+def test_what_a_narrow_terminal_shows(width: int, shown: str, tmp_path: Path) -> None:
+    """How good the model is, how long its replies are and how far it is from the first stay."""
+    root = make_rounds(tmp_path / "run", kept=None)
+    metrics = dict.fromkeys((key for key, _ in COLUMNS if key.startswith("reply_")), 0.5)
+    lines = [
+        {"step": number, **{f"eval/{key}": value for key, value in metrics.items()}}
+        for number in range(3)
+    ]
+    (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = text(compare([root]), width).splitlines()
+    table = told[(begin := told.index("run by round")) + 1 : begin + 6]
+    assert max(map(len, table)) <= width
+    cells = [cell.strip() for cell in table[0].strip("|").split("|")]
+    assert cells == re.split(",(?! )", shown)
+    hidden = [key for key in by_round(compare([root]))[0].table[0] if key not in cells]
+    assert told[begin + 6] == f"too wide for this terminal: {', '.join(hidden)}"
 
 
 def test_a_run_stands_for_its_rounds(tmp_path: Path) -> None:

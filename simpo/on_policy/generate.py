@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import date
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config.choices import Compat, Engine, OnBadRecord
-from simpo.config.errors import ConfigError, DataError
+from simpo.config.errors import ConfigError, DataError, SimpoError
 from simpo.config.models import ADAPTER_FILE
 from simpo.config.on_policy import OnPolicyConfig
 from simpo.config.schema import RunConfig
@@ -43,17 +44,21 @@ from simpo.on_policy.files import (
     responses_files,
     working_in,
 )
-from simpo.run.atomic import write_text
+from simpo.run.atomic import write_bytes, write_text
 from simpo.run.folder import refuse_changed
 from simpo.run.progress import bar
 
 
 @libraries_quiet()
-def generate(run: RunConfig) -> Path:
+def generate(run: RunConfig, others: Iterable[Path] = ()) -> Path:
     """Generate the missing replies: one to every prompt with each seed of `on_policy.seeds`.
 
     A batch depends only on its prompts and its seed, so a continued run gives the same replies as
     an uninterrupted one.
+
+    Args:
+        others: folders whose replies are taken if this one has none, and everything that decides
+            them is the same.
 
     Returns:
         The folder; see `simpo.on_policy.files`.
@@ -76,7 +81,10 @@ def generate(run: RunConfig) -> Path:
     part = None if config.parts == 1 else config.part
     with working_in(folder, part=part):
         with one_part_at_a_time(folder) if part else nullcontext():
-            _refuse_other_settings(folder, _settings(run, chat, prompts, ids), config.seeds)
+            now = _settings(run, chat, prompts, ids)
+            _refuse_other_settings(folder, now, config.seeds)
+            if not part and not responses_files(folder):
+                _take_replies(folder, others, now | {SEEDS: config.seeds})
             lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)
             write_text(folder / "prompts.jsonl", lines)
         asked += f", {len(config.seeds)} replies each"
@@ -140,6 +148,22 @@ def _generate_missing(
                 ),
             )
             shown.advance(len(batch))
+
+
+def _take_replies(folder: Path, others: Iterable[Path], now: dict[str, Any]) -> None:
+    """Copy the replies of the first of other folders with the same settings and seeds."""
+    for other in others:
+        try:
+            if next(iter(read_lines(other / "settings.json", mend=False)), None) != now:
+                continue
+            # Another process may be writing there.
+            read_stored_replies(other, own=folder)
+            text = (other / "responses.jsonl").read_bytes()
+        except (SimpoError, OSError):
+            continue
+        write_bytes(folder / "responses.jsonl", text[: text.rfind(b"\n") + 1])
+        print(f"note   the replies in {other} were generated with the same settings, and are taken")
+        return
 
 
 def _stored(prompt: Prompt, seed: int, reply: Reply) -> StoredReply:

@@ -37,7 +37,11 @@ def error_file(root: Path, number: int) -> Path:
 
 
 def done_file(root: Path, number: int, kind: Kind, part: int = 1) -> Path:
-    """The file that says that a phase of a round is done: {"seconds": ...}."""
+    """The file that says that a phase of a round is done.
+
+    {"seconds": ..., "text": what was done}, after annotating also "ends": why the rounds end with
+    the model that they have; empty if they go on.
+    """
     return round_folder(root, number) / f"{kind.value}{f'-{part}' * (part > 1)}.json"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -181,8 +182,8 @@ def test_rounds_end_beyond_a_limit() -> None:
 
 
 def test_rounds_without_pairs_have_nothing_to_learn() -> None:
-    assert nothing_to_learn({"reply_without_pair": 0.96}, 2) == ""
-    assert nothing_to_learn({"reply_without_pair": 1.0}, 2) == (
+    assert nothing_to_learn(ROOT, {"reply_without_pair": 0.96}, 2) == ""
+    assert nothing_to_learn(ROOT, {"reply_without_pair": 1.0}, 2) == (
         "no prompt of round 2 has replies with different scores: nothing to learn from"
     )
 
@@ -225,21 +226,54 @@ def test_models_of_rounds_side_by_side() -> None:
     ]
 
 
+def by_hand(folder: Path, words: str, number: int, kind: Kind) -> tuple[RunConfig, list[list[str]]]:
+    """The settings of a phase of rounds with these words, and the commands that do its work."""
+    run, phase = composed(*shlex.split(words)), Phase(number, kind)
+    own = settings_of(run, folder, phase)
+    (folder / "rounds/1/run/model").mkdir(parents=True)
+    if own.model.lora.adapter:
+        (folder / "rounds/1/run/model/adapter_config.json").write_text("{}")
+    (folder / "command.txt").write_text(f"python -m simpo.train rounds.number=3 {words}\n")
+    return own, [shlex.split(line) for line in commands_of(folder, own, phase).splitlines()]
+
+
 def test_commands_by_hand(tmp_path: Path) -> None:
-    run = composed("model.lora.rank=0", "on_policy.seeds=[1,2]")
-    own = settings(run, 2, Kind.generate)
-    assert commands_of(tmp_path, run, own) == ""  # started from Python
-    words = "python -m simpo.train rounds.number=3 'model.path=a b' loss.beta=2 train.epochs=3 "
-    words += "data.seed=1 train.precision=fp32 backend=ddp run_dir=/out"
-    (tmp_path / "command.txt").write_text(words + "\n")
-    ending = (
-        "'model.path=a b' data.seed=1 train.precision=fp32 model.path=/rounds/rounds/1/run/model "
-        "model.chat_template=null on_policy.folder=/rounds/rounds/2/replies on_policy.slices=3 "
-        "on_policy.slice=2\n"
-    )
-    assert commands_of(tmp_path, run, own) == (
-        f"python -m simpo.generate {ending}python -m simpo.annotate {ending}"
-    )
+    words = "model.lora.rank=0 'model.path=a b' loss.beta=2 train.epochs=3 data.seed=1 "
+    words += "'on_policy.seeds=[1,2]' train.precision=fp32 backend=ddp launcher.parallel=2"
+    _, found = by_hand(tmp_path, words, 2, Kind.generate)
+    told = ["model.lora.rank=0", "data.seed=1", "on_policy.seeds=[1,2]", "train.precision=fp32"]
+    told += [f"model.path={tmp_path}/rounds/1/run/model", "model.chat_template=null"]
+    told += [f"on_policy.folder={tmp_path}/rounds/2/replies", "on_policy.slices=3"]
+    told += ["on_policy.slice=2"]
+    assert found == [["python", "-m", f"simpo.{name}", *told] for name in ("generate", "annotate")]
+    # Started from Python.
+    run = composed()
+    (tmp_path / "command.txt").unlink()
+    assert commands_of(tmp_path, settings(run, 2, Kind.generate), Phase(2, Kind.generate)) == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "model.lora.rank=0 loss.beta=3 train.epochs=3 experiments=objectives/simpo",
+        "monitor.metric=win_rate benchmark=pairs judge.reward=rules rounds.start=first",
+        "rounds.static_weight=0.25 'data.sources=[{path: {0}/a.jsonl, num_pairs: 30, columns: "
+        "{x y: prompt}}]'",
+    ],
+)
+def test_the_command_of_a_round_s_training(words: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    replies = tmp_path / "rounds/2/replies"
+    replies.mkdir(parents=True)
+    for split in ("train", "test"):
+        (replies / f"{split}.jsonl").write_text("{}\n")
+    own, found = by_hand(tmp_path, words.replace("{0}", str(tmp_path)), 2, Kind.train)
+    (((*_, module), *told),) = [(one[:3], *one[3:]) for one in found]
+    assert module == "simpo.train"
+    assert len({word.partition("=")[0] for word in told}) == len(told)
+    again = compose_run(told)
+    assert again == replace(own, rounds=again.rounds, on_policy=again.on_policy)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +334,8 @@ def test_rounds_too_small_to_change_a_weight_are_refused_before_they_reply() -> 
     assert _step_problems(composed(*words), 4) == [
         "train.pairs_per_step: a round gives at most 4 pairs (train prompts: 4), a run of 1 step, "
         "and the warm-up begins at learning rate 0: no weight would change (lower it, or more "
-        "prompts, rounds.prompts=all or train.warmup_ratio=0)"
+        "pairs by on_policy.num_prompts, on_policy.seeds, on_policy.max_new_tokens or "
+        "rounds.prompts=all, or train.warmup_ratio=0)"
     ]
     assert not _step_problems(composed(*words), 5)
     # Six pairs of four replies; static data adds pairs that are not known yet.

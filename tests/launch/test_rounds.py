@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -108,11 +109,10 @@ def test_rounds_are_the_single_commands_one_after_the_other(
         for name in ("train.jsonl", "test.jsonl", "responses.jsonl"):
             assert (tmp_path / "hand" / name).read_bytes() == (folder / name).read_bytes()
         shutil.rmtree(tmp_path / "hand")
-    data = f"{root}/rounds/2/replies"
-    sources = f"[{{path: {data}/train.jsonl, test_path: {data}/test.jsonl}}]"
-    words = [word for word in rounds if not word.startswith(("rounds=", "on_policy"))]
-    words += [f"data.sources={sources}", f"model.path={root}/rounds/1/run/model"]
-    finish(start([*words, "data.seed=43", f"run_dir={tmp_path}/hand"]))
+    (command,) = (root / "rounds/2/run/command.txt").read_text().splitlines()
+    _, _, module, *words = shlex.split(command)
+    words = [f"run_dir={tmp_path}/hand" if "run_dir=" in word else word for word in words]
+    finish(start(words, module=module))
     by_hand = (tmp_path / "hand/model/model.safetensors").read_bytes()
     assert by_hand == ours["rounds/2/run/model/model.safetensors"]
 
@@ -133,6 +133,32 @@ def test_rounds_are_the_single_commands_one_after_the_other(
     assert (root / "model").resolve() == root / "rounds/2/run/model"
     assert f"kept   the model of round 2: {root}/model" in said
     assert f"chat   python -m simpo.chat {root} base=true" in said
+    # A line as each phase begins and ends; what phases print is in their logs.
+    told = [line for line in said.splitlines() if re.match("round . of 2:|after round", line)]
+    ends = [line for line in told if not line.endswith(" ...")]
+    assert len(told) == 2 * len(ends)
+    assert [re.sub(r"\([0-9.]+ (s|min)\)", "(N s)", line) for line in ends] == [
+        "round 1 of 2: check: 24 prompts to train on in 2 slices, 16 held out (N s)",
+        "round 1 of 2: generate: 28 prompts, 3 replies each (N s)",
+        "round 1 of 2: annotate: 12 pairs of 12 train prompts, "
+        "16 pairs of 16 held-out prompts (N s)",
+        "round 1 of 2: train: 3 steps (N s)",
+        "round 2 of 2: generate: 28 prompts, 3 replies each (N s)",
+        "round 2 of 2: annotate: 12 pairs of 12 train prompts, "
+        "16 pairs of 16 held-out prompts (N s)",
+        "round 2 of 2: train: 3 steps (N s)",
+        "after round 2: generate, held-out prompts: 16 prompts, 3 replies each (N s)",
+        "after round 2: annotate, held-out prompts: 16 pairs of 16 held-out prompts (N s)",
+    ]
+    assert [line for line in said.splitlines() if line.startswith("note ")] == [
+        f"note   {tmp_path}/train.jsonl train: read as prompt and replies as messages, 24 records",
+        f"note   {tmp_path}/test.jsonl test: read as prompt and replies as messages, 16 records",
+        "note   only 3 steps, 1 of them at learning rate 0 (fewer train.pairs_per_step or more "
+        "train.epochs make more)",
+    ]
+    for number in (1, 2):
+        assert "\nmodel  " in (root / f"rounds/{number}/train.log").read_text()
+    assert "\nmodel  " not in said
     # Its checkpoints would be those of three models.
     assert not list(root.rglob("checkpoints"))
 

@@ -71,6 +71,34 @@ def test_a_stopped_drawing_goes_on_to_the_same_replies(drawing: list[str], tmp_p
     assert more[:80] == whole and {row["seed"] for row in more[80:]} == {3}
 
 
+def test_replies_of_another_folder_are_taken_if_nothing_that_decides_them_differs(
+    drawing: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = generate(drawing)
+    others = [tmp_path / "none", tmp_path / "own"]
+    # As a process leaves it that is writing.
+    with (tmp_path / "own/responses.jsonl").open("a") as file:
+        file.write('{"id": "hal')
+
+    def none_drawn(*_: Any) -> Any:
+        raise AssertionError("a reply is drawn")
+
+    monkeypatch.setattr(generating, "with_transformers", none_drawn)
+
+    def taken(name: str, *more: str) -> Path:
+        words = [*drawing, f"on_policy.folder={tmp_path}/{name}", *more]
+        return generating.generate(compose_run(words), others)
+
+    # How the model is trained does not matter.
+    assert lines(taken("same", "train.epochs=3", "loss.beta=3") / "responses.jsonl") == whole
+    for name, word in (("hot", "on_policy.temperature=0.5"), ("seed", "on_policy.seeds=[1,3]")):
+        with pytest.raises(AssertionError, match="a reply is drawn"):
+            taken(name, word)
+    (tmp_path / "own/responses.jsonl").write_text("{}\n")
+    with pytest.raises(AssertionError, match="a reply is drawn"):
+        taken("damaged")
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     ("number", "code", "said"),

@@ -11,16 +11,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from simpo.config.check import load_run
 from simpo.config.choices import WatchAction
-from simpo.config.errors import INTERRUPTED, ConfigError, RunError, Stopped, unwritable
+from simpo.config.errors import (
+    INTERRUPTED,
+    ConfigError,
+    RunError,
+    SimpoError,
+    Stopped,
+    unwritable,
+)
 from simpo.config.flat import trajectory
 from simpo.config.schema import RunConfig
-from simpo.launch.rounds.phases import Phase, run_folder
+from simpo.launch.rounds.phases import Phase, replies_folder, run_folder
 from simpo.launch.rounds.record import (
     kept_round,
     measured,
@@ -32,10 +40,12 @@ from simpo.launch.rounds.record import (
     reason_to_end,
     rounds_table,
 )
+from simpo.launch.rounds.terminal import Terminal, log_file
 from simpo.launch.share import share_of_machine
 from simpo.loop.tracker import Tracker
 from simpo.loop.watch import CollapseWatch
-from simpo.run.folder import RunFolder
+from simpo.run.files import status_or_none
+from simpo.run.folder import RunFolder, new_folder, unfinished_folders
 from simpo.run.progress import say
 from simpo.run.rounds import ENDED_FILE, Kind, ended_early, error_file
 from simpo.run.signals import SAVING, forwarding_signals, signals_blocked, tell
@@ -62,25 +72,39 @@ def run_rounds(run: RunConfig) -> Path:
                 "its own processes (backend.processes=N)"
             ]
         )
+    others = others_note(run)
     folder = RunFolder(run)
     with folder.recording_failure():
         begin = time.perf_counter()
-        say(*folder.notes, f"run    {folder.path}")
+        say(*others, *folder.notes, f"run    {folder.path}", "logs   rounds/*/*.log in it")
+        terminal = Terminal(run, folder.path)
         settle(run, folder, 0.0)
         while group := next_phases(run, folder.path):
-            say("", _heading(run, group[0]))
-            run_phases(run, folder.path, group)
+            terminal.begin(group)
+            run_phases(run, folder.path, group, terminal.follow)
+            terminal.end(group)
             if group[0].kind is Kind.annotate:
                 say(measured_line(folder.path, group[0].round - 1))
                 settle(run, folder, time.perf_counter() - begin)
     return folder.path
 
 
-def _heading(run: RunConfig, phase: Phase) -> str:
-    """The line above what a phase prints."""
-    if phase.round > run.rounds.number:
-        return f"after round {run.rounds.number}: {phase.kind.value}, held-out prompts"
-    return f"round {phase.round} of {run.rounds.number}: {phase.kind.value}"
+def others_note(run: RunConfig) -> list[str]:
+    """A note if these settings begin anew, and rounds with others have not finished."""
+    if run.run_dir is not None or unfinished_folders(run):
+        return []
+    for path in sorted(new_folder(run).parent.glob("*"), reverse=True):
+        if not replies_folder(path, 1).is_dir() or status_or_none(path).get("state") == "finished":
+            continue
+        try:
+            before = trajectory(load_run(path / "run.yaml", check=False))
+        except SimpoError:
+            continue
+        now = trajectory(run)
+        keys = [key for key in now.keys() | before.keys() if now.get(key) != before.get(key)]
+        told = ", ".join(f"{key}={before.get(key)}" for key in sorted(keys))
+        return [f"note   begins anew: the rounds in {path}, which have not finished, have {told}"]
+    return []
 
 
 def settle(run: RunConfig, folder: RunFolder, this_process_s: float) -> None:
@@ -100,7 +124,7 @@ def settle(run: RunConfig, folder: RunFolder, this_process_s: float) -> None:
         and not ended_early(folder.path)
         and (
             reason := reason_to_end(run, evaluations)
-            or nothing_to_learn(found[newest].get("train", {}), newest + 1)
+            or nothing_to_learn(folder.path, found[newest].get("train", {}), newest + 1)
         )
     ):
         folder.write_text(str(ENDED_FILE), f"{reason}\n")
@@ -184,8 +208,16 @@ def _link(place: Path, target: Path) -> None:
         raise unwritable(place, error) from error
 
 
-def run_phases(run: RunConfig, root: Path, group: Sequence[Phase]) -> None:
-    """Run phases at the same time, each in a process of its own that prints here.
+def run_phases(
+    run: RunConfig,
+    root: Path,
+    group: Sequence[Phase],
+    follow: Callable[[], None] = lambda: None,
+) -> None:
+    """Run phases at the same time, each in a process of its own that prints into its log.
+
+    Args:
+        follow: called while they run and once they have ended, to show what they print.
 
     Raises:
         ConfigError, RunError: one failed; the others were ended.
@@ -217,6 +249,7 @@ def run_phases(run: RunConfig, root: Path, group: Sequence[Phase]) -> None:
                 failed = [(p, code) for p, code in zip(group, codes, strict=True) if code]
                 if None not in codes:
                     break
+                follow()
                 time.sleep(POLL_S)
             for process in processes:
                 process.terminate()
@@ -225,18 +258,21 @@ def run_phases(run: RunConfig, root: Path, group: Sequence[Phase]) -> None:
             for process in processes:
                 process.kill()
                 process.wait()
+            follow()
     if failed:
         raise _failure(run, *failed[0], reason, signals)
 
 
 def _start(root: Path, phase: Phase, places: int) -> subprocess.Popen[bytes]:
     words = [str(root), str(phase.round), phase.kind.value, str(phase.part)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "simpo.launch.rounds.process", *words],
-        env=os.environ | share_of_machine(phase.part - 1, places),
-        # Else a Ctrl-C would reach it twice: from the terminal, and passed on.
-        start_new_session=True,
-    )
+    with log_file(root, phase).open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "simpo.launch.rounds.process", *words],
+            env=os.environ | share_of_machine(phase.part - 1, places),
+            stdout=output,  # bars go to stderr
+            # Else a Ctrl-C would reach it twice: from the terminal, and passed on.
+            start_new_session=True,
+        )
 
 
 def _failure(

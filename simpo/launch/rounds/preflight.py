@@ -37,14 +37,23 @@ from simpo.on_policy.generate import prompts_of
 from simpo.on_policy.rewards import RULES, reward_content
 from simpo.run.progress import say
 
+MORE_PAIRS = (
+    "more pairs by on_policy.num_prompts, on_policy.seeds, on_policy.max_new_tokens or "
+    "rounds.prompts=all"
+)
+AT_ZERO = "a run of 1 step, and the warm-up begins at learning rate 0: no weight would change"
+
 
 @libraries_quiet()
-def check_rounds(run: RunConfig, first: RunConfig) -> None:
+def check_rounds(run: RunConfig, first: RunConfig) -> str:
     """Check that rounds have a reward, prompts, memory and disk until their end.
 
     Args:
         run: the settings of all rounds.
         first: those of the first phase.
+
+    Returns:
+        The numbers of prompts, in words.
 
     Raises:
         ConfigError: with what a phase would miss.
@@ -77,16 +86,22 @@ def check_rounds(run: RunConfig, first: RunConfig) -> None:
         _check_memory(run, settings, estimate, backend.device)
     except memory.NOT_DRAWN as error:
         say(f"note   memory not estimated: {first_line(error)}")
-        return
-    _check_disk(run, estimate)
+    else:
+        _check_disk(run, estimate)
+    number = Counter(prompt.split for prompt in prompts)
+    dealt = f"in {slices} slices" if (slices := _slices(run)) > 1 else "in each round"
+    return f"{number['train']} prompts to train on {dealt}, {number['test']} held out"
+
+
+def _slices(run: RunConfig) -> int:
+    """The number of slices that the train prompts are dealt into."""
+    return run.rounds.number if run.rounds.prompts is RoundPrompts.slices else 1
 
 
 def _prompt_problems(run: RunConfig, prompts: list[Prompt]) -> list[str]:
     """Faults of the number of prompts."""
     number = Counter(prompt.split for prompt in prompts)
-    slices = run.rounds.number if run.rounds.prompts is RoundPrompts.slices else 1
-    dealt = f"in {slices} slices" if slices > 1 else "in each round"
-    say(f"{number['train']} prompts to train on {dealt}, {number['test']} held out")
+    slices = _slices(run)
     found = []
     if number["train"] < slices:
         found.append(
@@ -110,9 +125,18 @@ def _step_problems(run: RunConfig, prompts: int) -> list[str]:
         return []
     return [
         f"train.pairs_per_step: a round gives at most {pairs} pairs (train prompts: {prompts}), "
-        "a run of 1 step, and the warm-up begins at learning rate 0: no weight would change "
-        "(lower it, or more prompts, rounds.prompts=all or train.warmup_ratio=0)"
+        f"{AT_ZERO} (lower it, or {MORE_PAIRS}, or train.warmup_ratio=0)"
     ]
+
+
+def too_few_pairs(run: RunConfig, number: int, pairs: int) -> str:
+    """Why the pairs of a round's replies cannot change a weight, in a line; empty if they can."""
+    if not pairs or run.rounds.static_weight or _changes_weights(run, pairs):
+        return ""
+    return (
+        f"train.pairs_per_step: the replies of round {number} give {pairs} "
+        f"pair{'s' * (pairs > 1)}, {AT_ZERO} (lower it, or {MORE_PAIRS}, or train.warmup_ratio=0)"
+    )
 
 
 def _most_pairs(run: RunConfig, prompts: int) -> int:

@@ -11,6 +11,7 @@ from simpo.run.signals import exit_on_signals
 if __name__ == "__main__":
     exit_on_signals("", "")  # the process that started this one says it
 
+import re
 import shutil
 import sys
 import time
@@ -18,9 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from simpo.config.check import check_run, load_run
-from simpo.config.errors import INTERRUPTED, RunError, SimpoError
+from simpo.config.errors import INTERRUPTED, ConfigError, RunError, SimpoError
 from simpo.config.flat import holds_secret
 from simpo.config.schema import RunConfig
+from simpo.launch.rounds import outcome
 from simpo.launch.rounds.by_hand import commands_of
 from simpo.launch.rounds.phases import Phase, replies_folder, run_folder, settings_of
 from simpo.launch.rounds.record import (
@@ -39,6 +41,9 @@ from simpo.run.progress import print_all_letters
 from simpo.run.signals import set_stopped_exit_code, stopping_at_once
 from simpo.run.unused import hide_unused
 
+OWN_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
+"""Names of folders that runs make themselves."""
+
 
 def run_phase(run: RunConfig, root: Path, phase: Phase) -> None:
     """Run one phase, or continue it, in this process, and note that it is done.
@@ -51,17 +56,23 @@ def run_phase(run: RunConfig, root: Path, phase: Phase) -> None:
     check_run(own)
     hide_unused(own)
     set_stopped_exit_code(run.train.stopped_exit_code)
+    if phase.kind is not Kind.check and (commands := commands_of(root, own, phase)):
+        place = run_folder if phase.kind is Kind.train else replies_folder
+        make_folder(place(root, phase.round))
+        write_text(place(root, phase.round) / "command.txt", commands, holds_secret(run))
     if phase.kind is Kind.train:
         folder = run_folder(root, phase.round)
         if read_status(folder).get("state") != "finished":
             start(own, own_process=True)
         # The next round begins with the model, and three rounds of them would fill the disk.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        done = {"text": outcome.of_training(folder)}
     else:
         with stopping_at_once(f"stopped in {phase.text()}", run.train.stopped_exit_code):
-            _reply(run, own, root, phase)
+            done = _reply(run, own, root, phase)
     make_folder(done_file(root, phase).parent)
-    write_json(done_file(root, phase), {"seconds": round(time.perf_counter() - begin, 3)})
+    took_s = round(time.perf_counter() - begin, 3)
+    write_json(done_file(root, phase), {"seconds": took_s, **done})
 
 
 def _best(run: RunConfig, root: Path) -> int:
@@ -72,28 +83,27 @@ def _best(run: RunConfig, root: Path) -> int:
     return kept_round(run, found) if len(found) > 1 else 0
 
 
-def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:
-    """Do what is not training; `own` are the settings of the phase."""
+def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> dict[str, str]:
+    """Do what is not training; `own` are the settings of the phase.
+
+    Returns:
+        What the file that says that it is done tells beside the seconds; see `done_file`.
+    """
     if phase.kind is Kind.check:
         from simpo.launch.rounds.preflight import check_rounds
 
-        check_rounds(run, own)
-        return
-    if commands := commands_of(root, run, own):
-        folder = replies_folder(root, phase.round)
-        make_folder(folder)
-        write_text(folder / "command.txt", commands, holds_secret(run))
+        return {"text": check_rounds(run, own)}
+    folder = replies_folder(root, phase.round)
     if phase.kind is Kind.generate:
         from simpo.on_policy.generate import generate
 
-        generate(own)
-        return
+        generate(own, _alike(root) if phase.round == 1 else ())
+        return {"text": outcome.of_generating(folder, own)}
     from simpo.judging.ratings import open_ratings
     from simpo.on_policy.annotate import annotate
     from simpo.on_policy.drift import measure_drift
     from simpo.on_policy.measures import read_measures, win_rate, write_measures
 
-    folder = replies_folder(root, phase.round)
     try:
         annotate(own, open_ratings(own))
     except RunError:
@@ -107,6 +117,32 @@ def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:
         before = replies_folder(root, phase.round - 1)
         measures["test"]["gain_rate"] = win_rate(folder, before)
     write_measures(folder, measures, MEASURES)
+    return {"text": outcome.of_annotating(folder), "ends": end_of(run, folder, phase.round)}
+
+
+def _alike(root: Path) -> list[Path]:
+    """Folders of first replies beside this one, the newest first; the first model's replies do not
+    depend on how it is trained. A folder that the user named stands alone."""
+    if not (OWN_NAME.fullmatch(root.name) or (root / "jobs.jsonl").is_file()):
+        return []
+    found = [one for one in root.parent.glob("*") if one != root]
+    return [replies_folder(one, 1) for one in sorted(found, reverse=True)]
+
+
+def end_of(run: RunConfig, folder: Path, number: int) -> str:
+    """Why the rounds end with the model that they have, since a round's pairs are too few.
+
+    Raises:
+        ConfigError: they are, and there is no model of theirs yet.
+    """
+    if number > run.rounds.number:
+        return ""
+    from simpo.launch.rounds.preflight import too_few_pairs
+
+    reason = too_few_pairs(run, number, outcome.num_lines(folder / "train.jsonl"))
+    if reason and number == 1:
+        raise ConfigError([reason])
+    return reason
 
 
 def _without_pairs(folder: Path) -> bool:

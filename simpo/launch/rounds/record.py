@@ -151,15 +151,20 @@ def reason_to_end(run: RunConfig, evaluations: Mapping[int, Mapping[str, float]]
     return ""
 
 
-def nothing_to_learn(train: Mapping[str, float], number: int) -> str:
+def nothing_to_learn(root: Path, train: Mapping[str, float], number: int) -> str:
     """Why a round cannot train, in a line; empty if it can.
 
     Args:
         train: metrics of its replies to train prompts.
         number: of the round.
+
+    Raises:
+        DamagedError: a file is not as it was written.
     """
     if train.get("reply_without_pair") != 1:
-        return ""
+        return str(
+            read_json(done_file(root, Phase(number, Kind.annotate)), NEW_RUN).get("ends", "")
+        )
     return f"no prompt of round {number} has replies with different scores: nothing to learn from"
 
 

@@ -208,6 +208,8 @@ def _rounds(report: Comparison, width: int | None) -> list[str]:
         table, hidden = _narrowed(one.table, width, 2, SPARE)
         lines += ["", f"{one.name} by round", *markdown_table(table), *_too_wide(hidden)]
         lines += one.notes
+    if width and (left := len(by_round(report)) - len(told)):
+        lines += ["", f"{left} more runs have rounds: format=json tells them"]
     return [*lines, MEANINGS] if told else []
 
 

@@ -87,6 +87,20 @@ def test_a_run_by_round(tmp_path: Path) -> None:
     )
 
 
+def test_of_many_runs_a_terminal_tells_the_best_by_round(tmp_path: Path) -> None:
+    for number in range(6):
+        make_rounds(tmp_path / f"sweep/run{number}", (0.25, 0.5 + number / 100, 0.375))
+    report = compare([tmp_path / "sweep"])
+
+    def told(width: int | None) -> list[str]:
+        lines = text(report, width).splitlines()
+        return [line for line in lines if "by round" in line or "more runs" in line]
+
+    every = [f"run{number} by round" for number in (5, 4, 3, 2, 1, 0)]
+    assert told(100) == [*every[:4], "2 more runs have rounds: format=json tells them"]
+    assert told(None) == every
+
+
 @pytest.mark.parametrize(
     ("width", "shown"),
     [

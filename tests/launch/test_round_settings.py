@@ -269,7 +269,7 @@ def test_the_command_of_a_round_s_training(words: str, tmp_path: Path) -> None:
     for split in ("train", "test"):
         (replies / f"{split}.jsonl").write_text("{}\n")
     own, found = by_hand(tmp_path, words.replace("{0}", str(tmp_path)), 2, Kind.train)
-    (((*_, module), *told),) = [(one[:3], *one[3:]) for one in found]
+    ((_, _, module, *told),) = found
     assert module == "simpo.train"
     assert len({word.partition("=")[0] for word in told}) == len(told)
     again = compose_run(told)

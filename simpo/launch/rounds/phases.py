@@ -7,10 +7,11 @@ A run with `rounds.number` has this in its folder beside what others have; its s
     rounds/2/replies/    replies of the model of rounds/1/run, and so on
     rounds/4/replies/    after three rounds: replies to the held-out prompts alone
     rounds/1/*.json      the phases that are done, with their seconds
+    rounds/1/*.log       what the phases printed
     rounds/ended.txt     why the rounds ended before the last
     model                a link to the model that was kept
 
-Each is an ordinary folder; command.txt among replies has the commands that make the same by hand.
+Each is an ordinary folder, whose command.txt has the commands that do the same by hand.
 """
 
 from __future__ import annotations

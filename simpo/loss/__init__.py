@@ -102,8 +102,9 @@ class ResponseLogps:
         if self.reference is not None:
             reference = stack(ordered(self.reference), dim=1).flatten()
         high, low = ordered(ranks.scores.where(ranks.known, nan))
-        weighed = self.weighted is not None and self.weights is not None
-        sums, tokens = (self.weighted, self.weights) if weighed else (self.sums, self.tokens)
+        sums, tokens = self.sums, self.tokens
+        if self.weighted is not None and self.weights is not None:
+            sums, tokens = self.weighted, self.weights
         return PairLogps(*ordered(sums), *ordered(tokens), reference, margins=high - low)
 
     def _pairs(self, sums: Tensor, tokens: Tensor) -> PairLogps:

@@ -254,7 +254,7 @@ def beta_dpo(s: Tensor, n: Tensor, reference: Tensor) -> Tensor:
     left = farthest[len(gaps) - int(0.8 * len(gaps)) :]
     beta = max(0.1 * (1 + 0.6 * (sum(gaps[i] for i in left) / len(left) - mean)), 0.001)
     losses = [-torch.log(torch.sigmoid(beta * (h[i, 0] - h[i, 1]))) for i in left]
-    return sum(losses) / len(losses)
+    return torch.stack(losses).mean()
 
 
 def kto(s: Tensor, n: Tensor, reference: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
@@ -207,23 +207,28 @@ def pairs_of(
     return [(a, b) for a, b in found if not best_only or a.score == top]
 
 
+def added(numbers: Iterable[Tensor]) -> Tensor:
+    return sum(numbers, torch.zeros((), dtype=torch.float64))
+
+
 def simpo_mean(prompt: Sequence[Response], best_only: bool, by_margin: bool) -> Tensor:
     pairs = pairs_of(prompt, best_only)
     weights = [a.score - b.score if by_margin else 1.0 for a, b in pairs]
     losses = [-torch.log(sigmoid(2 * (a.average - b.average) - 1)) for a, b in pairs]
-    return sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+    return added(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
 
 
 def dpo_mean(prompt: Sequence[Response]) -> Tensor:
     pairs = pairs_of(prompt)
-    return sum(-torch.log(sigmoid(a.ratio(0.3) - b.ratio(0.3))) for a, b in pairs) / len(pairs)
+    losses = [-torch.log(sigmoid(a.ratio(0.3) - b.ratio(0.3))) for a, b in pairs]
+    return added(losses) / len(pairs)
 
 
 def plackett_luce(prompt: Sequence[Response], gamma: float) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for one in prompt:
         own = torch.exp(2 * one.average - gamma)
-        below = sum(torch.exp(2 * other.average) for other in prompt if other.score < one.score)
+        below = added(torch.exp(2 * other.average) for other in prompt if other.score < one.score)
         total = total - torch.log(own / (own + below))
     return total
 
@@ -233,10 +238,10 @@ def s_dpo(prompt: Sequence[Response]) -> Tensor:
     best = [one for one in prompt if one.score == top]
     rest = [one for one in prompt if one.score < top]
     losses = [
-        -torch.log(sigmoid(-torch.log(sum(torch.exp(b.ratio(0.3) - a.ratio(0.3)) for b in rest))))
+        -torch.log(sigmoid(-torch.log(added(torch.exp(b.ratio(0.3) - a.ratio(0.3)) for b in rest))))
         for a in best
     ]
-    return sum(losses) / len(best)
+    return added(losses) / len(best)
 
 
 def shares(prompt: Sequence[Response], alpha: float) -> list[float]:
@@ -253,8 +258,8 @@ def infonca(prompt: Sequence[Response]) -> Tensor:
 
 def nca(prompt: Sequence[Response]) -> Tensor:
     each = zip(prompt, shares(prompt, 0.7), strict=True)
-    data = sum(share * torch.log(sigmoid(one.ratio(0.3))) for one, share in each)
-    return -data - sum(torch.log(sigmoid(-one.ratio(0.3))) for one in prompt) / len(prompt)
+    data = added(share * torch.log(sigmoid(one.ratio(0.3))) for one, share in each)
+    return -data - added(torch.log(sigmoid(-one.ratio(0.3))) for one in prompt) / len(prompt)
 
 
 def soft_labels(prompt: Sequence[Response]) -> Tensor:
@@ -262,7 +267,7 @@ def soft_labels(prompt: Sequence[Response]) -> Tensor:
     for a, b in pairs_of(prompt):
         label, z = sigmoid(0.7 * (a.score - b.score)), 2 * (a.average - b.average) - 1
         losses.append(-label * torch.log(sigmoid(z)) - (1 - label) * torch.log(sigmoid(-z)))
-    return sum(losses) / len(losses)
+    return added(losses) / len(losses)
 
 
 FORMULAS: list[tuple[LossConfig, Callable[[Sequence[Response]], Tensor]]] = [

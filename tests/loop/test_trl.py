@@ -221,7 +221,7 @@ def test_kto(tmp_path: Path, pairs: list[TokenizedPair]) -> None:
     few = [replace(p, prompt_ids=p.prompt_ids[1:]) for p in pairs[:PAIRS_PER_STEP]]
     labels = [i % 3 != 1 for i in range(len(few))]
     single = [
-        TokenizedPair.of(p.prompt_ids, *((p.chosen_ids, []) if good else ([], p.chosen_ids)))
+        TokenizedPair.of(p.prompt_ids, p.chosen_ids if good else [], [] if good else p.chosen_ids)
         for p, good in zip(few, labels, strict=True)
     ]
     model, other = tiny_model("llama", seed=1), tiny_model("llama")
@@ -233,7 +233,7 @@ def test_kto(tmp_path: Path, pairs: list[TokenizedPair]) -> None:
         {"prompt": row["prompt"], "completion": row["chosen"], "label": good}
         for row, good in zip(rows, labels, strict=True)
     ]
-    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
+    weights: dict[str, Any] = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
     trainer = trl.KTOTrainer(
         model=model,
         ref_model=other,

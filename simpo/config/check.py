@@ -34,6 +34,7 @@ from simpo.config.models import ModelConfig
 from simpo.config.on_policy import rating_problems
 from simpo.config.own_code import OwnCodeError
 from simpo.config.plain import NotPlain, plain_run, plain_text, read_plain
+from simpo.config.ranking import ranking_problems
 from simpo.config.renamed import renamed_config
 from simpo.config.rounds import RoundsConfig
 from simpo.config.rounds_rules import rounds_problems
@@ -282,6 +283,7 @@ def check_run(run: RunConfig) -> None:
         )
     problems += _judged_problems(run)
     problems += rating_problems(run.on_policy.reward, run.judge)
+    problems += ranking_problems(run)
     problems += rounds_problems(run) if run.rounds.number else ()
     if isinstance(run.launcher, SlurmConfig) and run.launcher.tasks() > 1:
         if not isinstance(run.backend, DistributedConfig):

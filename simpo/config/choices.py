@@ -65,6 +65,7 @@ class ReplyChoice(str, Enum):
     best_random = "best_random"
     margin = "margin"
     all = "all"
+    ranked = "ranked"
 
 
 class RoundPrompts(str, Enum):

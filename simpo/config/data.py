@@ -54,9 +54,11 @@ class SourceConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Columns under our names, as `{theirs: ours}`; `{input.text: prompt}` reaches into objects."""
     pairs: PairChoice = PairChoice.best_worst
-    """Pairs of a prompt with scored replies: the best with the worst or a random one, or all."""
+    """Pairs of a prompt with scored replies: the best with the worst or a random one, or all. A
+    loss that compares all replies (loss.compare) takes the whole record."""
     min_margin: float = 0.0
-    """Replies whose scores differ by less make no pair; nor do those of equal scores."""
+    """Replies whose scores differ by less make no pair; nor do those of equal scores. Of a whole
+    record, the best and the worst reply."""
     weight: float = 1.0
     """Share of the train split taken: 0.5 takes half, 2.5 takes all twice and half once more; at
     most 1000."""

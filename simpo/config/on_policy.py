@@ -59,7 +59,8 @@ class OnPolicyConfig:
     with reward=rules."""
     choice: ReplyChoice = ReplyChoice.best_worst
     """Pairs of a prompt's replies. best_random: the best with one of lower score, drawn by the
-    prompt. margin: best_worst, without narrow margins. all: each two of different scores."""
+    prompt. margin: best_worst, without narrow margins. all: each two of different scores. ranked:
+    one record with all replies, for losses that compare more than two (loss.compare)."""
     margin_quantile: float = 0.5
     """With choice=margin: pairs below this quantile of a split's margins are left out."""
 

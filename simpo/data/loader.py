@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,13 +16,12 @@ from simpo.data.chats.chat import Chat
 from simpo.data.mismatched import with_mismatched
 from simpo.data.mixture import Mixture, SplitReport, load_mixture
 from simpo.data.packing import pack, placeholder_row
-from simpo.data.pairs import PackedPairs, Pair
+from simpo.data.pairs import PackedPairs
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
-from simpo.data.reading.records import to_dialogue, to_labelled, to_pair
+from simpo.data.reading.records import reader_of
 from simpo.data.store import TokenizedSet
 from simpo.data.tokens import settings_hash, stored_set, tokenize_set
 from simpo.data.unchanged import Sources
-from simpo.loss import LossConfig
 from simpo.run.progress import say
 
 BLOCK_PAIRS = 16_384
@@ -39,14 +37,6 @@ class LoadedData:
     notes: list[str]
     train: TokenizedSet
     test: TokenizedSet
-
-
-def reader_of(loss: LossConfig) -> Callable[[Any, str], Pair]:
-    """What reads a record for a loss: as a pair, also as a reply with a label if it takes such, or
-    as a dialogue if it needs no rejected reply."""
-    if loss.reads_labels:
-        return to_labelled
-    return to_pair if loss.needs_rejected else to_dialogue
 
 
 def for_loss(run: RunConfig, data: TokenizedSet) -> TokenizedSet:

@@ -37,7 +37,7 @@ from simpo.on_policy.measures import (
     write_measures,
     write_reply_scores,
 )
-from simpo.on_policy.pairing import margin, pairs_of_replies, with_wide_margins
+from simpo.on_policy.pairing import best_first, margin, pairs_of_replies, with_wide_margins
 from simpo.on_policy.rewards import RULES, Rater, Reward, open_reward, reward_content, scores_of
 from simpo.run.atomic import write_text
 from simpo.run.progress import bar
@@ -54,7 +54,7 @@ UNRATED = "fewer than two readable ratings"
 def annotate(run: RunConfig, rater: Rater | None = None) -> Path:
     """Score every reply, and write train.jsonl, test.jsonl, measures.json and reply_scores.jsonl.
 
-    A prompt gives pairs, by `on_policy.choice`, if its replies differ in text and in score. Of
+    A prompt gives records, by `on_policy.choice`, if its replies differ in text and in score. Of
     equal replies one is scored; empty replies are left out and, without `on_policy.keep_cut`, those
     that were cut off. A reply whose verdict the rater cannot read is in no pair and has no score.
 
@@ -150,28 +150,40 @@ def _pairs(
         if len(texts) < 2:
             counts[prompt.split][FEWER if asked[prompt.id] < 2 else UNRATED] += 1
             continue
-        scores = scored[prompt.id]
-        pairs = pairs_of_replies(scores, config.choice, prompt.id)
-        counts[prompt.split][TIES] += not pairs
-        written[prompt.split] += [
-            {
-                "prompt": prompt.prompt,
-                "chosen": texts[best],
-                "rejected": texts[worst],
-                "rule": prompt.rule,
-                **({"tools": prompt.tools} if prompt.tools else {}),
-                "chosen_score": scores[best],
-                "rejected_score": scores[worst],
-                "scores": scores,
-            }
-            for best, worst in pairs
-        ]
+        records = _records(config.choice, prompt, texts, scored[prompt.id])
+        counts[prompt.split][TIES] += not records
+        written[prompt.split] += records
     for split, lines in written.items():
         if config.choice is ReplyChoice.margin:
             written[split] = with_wide_margins(lines, config.margin_quantile)
             counts[split][NARROW] = len(lines) - len(written[split])
         counts[split]["pairs"] = len(written[split])
     return written, counts
+
+
+def _records(
+    choice: ReplyChoice, prompt: Prompt, texts: list[str], scores: list[float]
+) -> list[dict[str, Any]]:
+    """The records of two different replies to a prompt or more; none if all scores are equal."""
+    pairs = pairs_of_replies(scores, choice, prompt.id)
+    tools = {"tools": prompt.tools} if prompt.tools else {}
+    if choice is ReplyChoice.ranked and pairs:
+        order = best_first(scores)
+        replies = {"responses": [texts[i] for i in order], "scores": [scores[i] for i in order]}
+        return [{"prompt": prompt.prompt, **replies, "rule": prompt.rule, **tools}]
+    return [
+        {
+            "prompt": prompt.prompt,
+            "chosen": texts[best],
+            "rejected": texts[worst],
+            "rule": prompt.rule,
+            **tools,
+            "chosen_score": scores[best],
+            "rejected_score": scores[worst],
+            "scores": scores,
+        }
+        for best, worst in pairs
+    ]
 
 
 def _by_reply(

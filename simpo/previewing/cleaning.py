@@ -167,7 +167,7 @@ def _missing(check: Check, setting: Any, mixture: Mixture) -> str:
 
 
 def spoken(pair: Pair) -> list[tuple[str, str]]:
-    """All turns as (role, text); the role of a reply in a response is chosen or rejected."""
+    """All turns as (role, text); the role of a reply in a response is the name of that."""
     found = [(turn["role"], all_text(turn)) for turn in pair.prompt]
     for name, turns in zip(pair.names, pair.responses, strict=True):
         for turn in turns:

@@ -23,7 +23,7 @@ from simpo.config.explain import explain
 from simpo.config.flat import settings
 from simpo.data.mixture import load_mixture
 from simpo.data.reading import readers
-from simpo.data.reading.records import RecordFault, to_dialogue, to_pair, to_prompt
+from simpo.data.reading.records import RecordFault, to_dialogue, to_pair, to_prompt, to_ranking
 from simpo.data.rules import RULES
 from simpo.loss.simpo import SimpoConfig
 
@@ -1409,7 +1409,9 @@ ANY_ROW = st.one_of(
 
 
 @fuzz(max_examples=300, deadline=None)
-@given(st.lists(ANY_ROW, max_size=3), st.sampled_from([to_pair, to_dialogue, to_prompt]))
+@given(
+    st.lists(ANY_ROW, max_size=3), st.sampled_from([to_pair, to_ranking, to_dialogue, to_prompt])
+)
 def test_any_row_is_read_or_at_fault(rows, read_record):
     """Nothing but a fault leaves a reader, and all that is told can be printed."""
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,13 @@ from simpo.config.compose import compose_run
 from simpo.config.data import FORMATS, DataConfig, SourceConfig
 from simpo.config.errors import DataError
 from simpo.data.mixture import load_mixture
-from simpo.data.reading.records import to_dialogue, to_labelled, to_pair, to_prompt
+from simpo.data.reading.records import (
+    to_dialogue,
+    to_labelled,
+    to_pair,
+    to_prompt,
+    to_ranking,
+)
 from simpo.data.reading.shapes import SHAPES, Gives
 
 
@@ -744,7 +750,7 @@ def near_a_shape(draw):
 @fuzz(max_examples=400, deadline=None)
 @given(
     st.lists(st.one_of(near_a_shape(), VALUES), min_size=1, max_size=3),
-    st.sampled_from([to_pair, to_dialogue, to_labelled, to_prompt]),
+    st.sampled_from([to_pair, to_ranking, to_dialogue, to_labelled, to_prompt]),
     st.sampled_from([None, *FORMATS]),
     st.sampled_from(list(PairChoice)),
     st.sampled_from([{}, {"input.text": "prompt"}, {"prompt": "chosen", "chosen": "rejected"}]),

@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,12 +173,16 @@ class Chat:
             RecordFault: a text of the pair contains a control token, which would be tokenized as
                 that token.
         """
-        for message in pair.turns:
-            text = message["content"] or ""
-            if len(message) > 2:
-                text = json.dumps(message, ensure_ascii=False)
-            if mark := self._marks.search(text):
-                raise RecordFault(f"a message holds the token {mark[0]} as text")
+        parts = [("", pair.prompt)]
+        for name, response in zip(pair.names, pair.responses, strict=True):
+            parts.append((f"{name}: " if pair.others else "", response))
+        for place, messages in parts:
+            for message in messages:
+                text = message["content"] or ""
+                if len(message) > 2:
+                    text = json.dumps(message, ensure_ascii=False)
+                if mark := self._marks.search(text):
+                    raise RecordFault(f"{place}a message holds the token {mark[0]} as text")
         tools = json.dumps(pair.tools, ensure_ascii=False) if pair.tools else ""
         if mark := self._marks.search(tools):
             raise RecordFault(f"the tools hold the token {mark[0]} as text")
@@ -216,10 +221,10 @@ class Chat:
             if not mask.any():
                 remedy = "raise data.max_length_tokens"
                 raise RecordFault(f"{key}: no scored token is left once it is cut ({remedy})")
-        if len(set(map(tuple, responses))) < len(responses):
-            both = "chosen and rejected" if len(responses) == 2 else "two responses"
-            remedy = " once they are cut (raise data.max_length_tokens)" if any(cut) else ""
-            raise RecordFault(f"{both} have the same tokens{remedy}")
+        for (one, first), (other, second) in combinations(zip(names, responses, strict=True), 2):
+            if first == second:
+                remedy = " once they are cut (raise data.max_length_tokens)" if any(cut) else ""
+                raise RecordFault(f"{one} and {other} have the same tokens{remedy}")
         some = [None if mask.all() else mask for mask in masks]
         if len(responses) == 1:
             missing = 0 if names == ("rejected",) else 1

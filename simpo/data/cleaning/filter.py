@@ -159,11 +159,11 @@ def _benchmarks(pairs: Sequence[Pair], paths: Any, _: Sequence[Pair]) -> list[st
 def _length_ratio(pair: Pair, most: Any) -> str | None:
     if len(pair.responses) < 2:
         return None
-    chosen, rejected = map(_num_characters, pair.responses)
-    if max(chosen, rejected) <= most * min(chosen, rejected):
+    lengths = list(map(_num_characters, pair.responses))
+    longer, shorter = max(lengths), min(lengths)
+    if longer <= most * shorter:
         return None
-    longer, shorter = max(chosen, rejected), min(chosen, rejected)
-    name = "chosen" if chosen > rejected else "rejected"
+    name = pair.names[lengths.index(longer)]
     return f"{name} is {longer / shorter:.1f} times as long: {longer:,} and {shorter:,} characters"
 
 

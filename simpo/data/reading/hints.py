@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from simpo.data.reading.records import is_messages_as_text
+from simpo.data.reading.printed import is_messages_as_text
 from simpo.data.reading.scored import REPLIES, SCORES
 from simpo.data.reading.shapes import Gives, Shape
 from simpo.data.reading.turns import PROMPTS, is_message

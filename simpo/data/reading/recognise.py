@@ -18,18 +18,23 @@ from simpo.data.pairs import Pair
 from simpo.data.reading.hints import NEVER_TEXT, fits_no_shape, named_values
 from simpo.data.reading.records import (
     COLUMNS,
+    RANKED,
     RecordFault,
     to_dialogue,
     to_labelled,
     to_prompt,
+    to_ranking,
 )
 from simpo.data.reading.scored import (
+    REPLIES,
     SCORES,
     LeftOut,
     Scored,
     Verdict,
     WrongShape,
     comparison,
+    ranked_record,
+    replies,
     scored_pairs,
 )
 from simpo.data.reading.shapes import (
@@ -54,12 +59,13 @@ _KNOWN = frozenset(
     [name for shape in SHAPES for names in (*shape.needs, shape.optional) for name in names]
     + [name for columns in COLUMNS.values() for name in columns]
 )
+_REPLIES = next(shape for shape in SHAPES if shape.read is replies)
 _OPTIONAL = frozenset(
     [
         *(name for columns in COLUMNS.values() for name in columns),
         *("history", "input"),
     ]
-) - {"prompt", "chosen", "rejected", "messages", "completion", "label"}
+) - {"prompt", "chosen", "rejected", "messages", "completion", "label", *RANKED}
 """Columns that a record need not have."""
 
 
@@ -117,8 +123,9 @@ class SplitReader:
         if isinstance(record, Mapping) and self.source.columns:
             record = self._renamed(record)
         if self._own:
-            made = self._own(record)
-            return made if isinstance(made, list) else [made]
+            own = self._own(record)
+            made = own if isinstance(own, list) else [own]
+            return [found for one in made for found in self._all_replies(one, number)]
         if not isinstance(record, Mapping):
             return [record]
         given = _with_json(record, self._json_columns)
@@ -127,6 +134,14 @@ class SplitReader:
         if self.shape is None:
             return [record]
         return self._read(self.shape, given, number)
+
+    def _all_replies(self, record: Any, number: int) -> list[Any]:
+        """The records of one that a user's function gave, which may hold scored replies where all
+        of them are compared."""
+        if self.read_record is not to_ranking or not isinstance(record, Mapping):
+            return [record]
+        pair = record.get("chosen") is not None or all(record.get(name) is None for name in REPLIES)
+        return [record] if pair else self._read(_REPLIES, dict(record), number)
 
     def _renamed(self, record: Mapping[str, Any]) -> Record:
         """The record with its columns under our names; optional ones may be absent.
@@ -164,7 +179,9 @@ class SplitReader:
 
     def _shapes(self) -> list[Shape]:
         """The shapes that can be read, the first to try first."""
-        wanted = [Gives.pair]
+        wanted, shapes = [Gives.pair], SHAPES
+        if self.read_record is to_ranking:  # all replies tell more than two of them
+            shapes = (_REPLIES, *SHAPES)
         if self.read_record is to_dialogue:
             wanted = [Gives.dialogue, Gives.pair]
         elif self.read_record is to_labelled:
@@ -174,7 +191,7 @@ class SplitReader:
         return [
             shape
             for gives in wanted
-            for shape in SHAPES
+            for shape in shapes
             if shape.gives is gives and self.source.format in (None, shape.name)
         ]
 
@@ -195,6 +212,9 @@ class SplitReader:
             return [rest | made]
         if self.read_record is to_prompt:
             return [rest | {"prompt": made.prompt}]
+        if self.read_record is to_ranking:
+            one = ranked_record(made, self.source.min_margin)
+            return [one if isinstance(one, LeftOut) else rest | one]
         rng = np.random.default_rng([self.seed, number])
         pairs = scored_pairs(made, self.source.pairs, self.source.min_margin, rng)
         return [pair if isinstance(pair, LeftOut) else rest | pair for pair in pairs]

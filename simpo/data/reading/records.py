@@ -18,11 +18,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import chain, combinations
+from typing import TYPE_CHECKING, Any
 
-from simpo.data.pairs import Message, Pair
+from simpo.data.pairs import Message, Pair, response_names
 from simpo.data.reading.messages import RecordFault as RecordFault
 from simpo.data.reading.messages import (
     check_reasoning_ends,
@@ -35,10 +36,19 @@ from simpo.data.reading.messages import (
     unread_keys,
     without_reasoning,
 )
+from simpo.data.reading.responses import given_turns, last, missing, parts, text_reply
+from simpo.data.reading.scored import above
 from simpo.data.rules import rule_fault
+
+if TYPE_CHECKING:
+    from simpo.loss import LossConfig
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
 REFERENCE_ANSWER = "reference_answer"
+RANKED = ("responses", "scores")
+"""Columns of all responses to a prompt and of their scores, of records for losses that rank."""
+LARGEST_SCORE = 1e38
+"""A larger one is none in float32."""
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -50,10 +60,6 @@ LABELS = {"true": True, "1": True, "false": False, "0": False}
 MESSAGE_KEYS = ("tool_calls", "function_call", "tool_call_id")
 """Keys of messages that say something else than meant as columns of a record."""
 
-_OTHER_KEY = {"role": "content", "content": "role", "from": "value", "value": "from"}
-_MESSAGES_AS_TEXT = re.compile(
-    r"""\s*(?:array\()?\[?\s*\{\s*["'](role|content|from|value)["']\s*:"""
-)
 _TURNS_IN_TEXT = re.compile(r"(?:\A|\n\n)(?:### ?)?Human:")
 
 
@@ -72,13 +78,64 @@ def to_pair(record: Any, place: str) -> Pair:
     _refuse(record)
     for key in ("chosen", "rejected"):
         if record.get(key) is None:
-            raise _missing(record, key)
-    prompt, chosen, rejected = _parts(record)
-    if [_said(turn) for turn in chosen] == [_said(turn) for turn in rejected]:
-        raise RecordFault("chosen and rejected are the same")
+            raise missing(record, key)
+    pair = _compared(record, (record["chosen"], record["rejected"]), place)
+    return replace(pair, score_margin=_score_margin(record))
+
+
+def to_ranking(record: Any, place: str) -> Pair:
+    """Read one record for a loss that compares all responses: `RANKED` columns without `chosen`, or
+    a pair, whose scores are 1 and 0 if it has none that put chosen above rejected.
+
+    `responses` are chosen, rejected and those between, best first; `scores` theirs.
+
+    Args and Raises: as `to_pair`.
+    """
+    if not isinstance(record, Mapping) or not is_ranked(record):
+        pair = to_pair(record, place)
+        found = _known_scores(record)
+        scores = found if found and above(*found) else (1.0, 0.0)
+    else:
+        _refuse(record)
+        pair = _compared(record, record["responses"], place)
+        scores = tuple(record["scores"])
+        pair = replace(pair, score_margin=scores[0] - scores[1])
+    if largest := next((score for score in scores if abs(score) > LARGEST_SCORE), None):
+        raise RecordFault(f"scores: must be at most {LARGEST_SCORE:g} in size, got {largest:g}")
+    return replace(pair, scores=scores)
+
+
+def reader_of(loss: LossConfig) -> Callable[[Any, str], Pair]:
+    """What reads the records that a loss is trained on."""
+    if loss.reads_labels:
+        return to_labelled
+    if not loss.needs_rejected:
+        return to_dialogue
+    return to_ranking if loss.ranks else to_pair
+
+
+def is_ranked(record: Mapping[str, Any]) -> bool:
+    """Whether a record has responses with scores, as `scored.ranked_record` gives them, instead of
+    chosen and rejected."""
+    responses, scores = (record.get(name) for name in RANKED)
+    if record.get("chosen") is not None or not (isinstance(responses, list) and responses[1:]):
+        return False
+    known = isinstance(scores, list) and len(scores) == len(responses)
+    return known and all(isinstance(score, float) for score in scores)
+
+
+def _compared(record: Mapping[str, Any], given: Sequence[Any], place: str) -> Pair:
+    """A pair of the responses given: chosen, rejected and those between."""
+    prompt, responses = parts(record, given)
+    said = {name: [_said(turn) for turn in turns] for name, turns in responses.items()}
+    for (one, first), (other, second) in combinations(said.items(), 2):
+        if first == second:
+            raise RecordFault(f"{one} and {other} are the same")
+    prompt = _prompt(record, prompt)
+    chosen, rejected, *others = (_response(turns, name) for name, turns in responses.items())
     return Pair(
-        _prompt(record, prompt), _response(chosen, "chosen"), _response(rejected, "rejected"),
-        place, _rule(record), score_margin=_score_margin(record), tools=read_tools(record),
+        prompt, chosen, rejected, place, _rule(record), tools=read_tools(record),
+        others=tuple(others),
     )  # fmt: skip
 
 
@@ -115,13 +172,13 @@ def to_labelled(record: Any, place: str) -> Pair:
         raise RecordFault(f"label: must be true or false, got {record.get('label')}")
     key = "completion"
     said = record[key]
-    turns = [_reply(said, key)] if isinstance(said, str) else read_messages(said, key)
+    turns = [text_reply(said, key)] if isinstance(said, str) else read_messages(said, key)
     if turns[0]["role"] != "assistant":
         raise RecordFault(f"{key}: the first turn must be the assistant's, got {turns[0]['role']}")
     reply = _response(turns, key)
     chosen, rejected = (reply, None) if LABELS[label] else ((), reply)
     return Pair(
-        _prompt(record, _given(record["prompt"])), chosen, rejected, place, _rule(record),
+        _prompt(record, given_turns(record["prompt"])), chosen, rejected, place, _rule(record),
         tools=read_tools(record),
     )  # fmt: skip
 
@@ -138,8 +195,8 @@ def to_prompt(record: Any, place: str) -> Pair:
         return replace(pair, reference_answer=_reference_answer(record))
     _refuse(record)
     if record.get("prompt") is None:
-        raise _missing(record, "prompt")
-    prompt = _prompt(record, _given(record["prompt"]))
+        raise missing(record, "prompt")
+    prompt = _prompt(record, given_turns(record["prompt"]))
     return Pair(
         prompt, (), None, place, _rule(record), tools=read_tools(record),
         reference_answer=_reference_answer(record),
@@ -165,11 +222,19 @@ def drop_reasoning(pair: Pair) -> Pair:
     for turn in pair.turns:
         check_reasoning_ends(turn)
     prompt = tuple(map(without_reasoning, pair.prompt))
-    chosen, rejected = (
-        response and _response([without_reasoning(turn) for turn in response], key)
-        for key, response in (("chosen", pair.chosen), ("rejected", pair.rejected))
+    names = response_names(2 + len(pair.others))
+    given = (pair.chosen, pair.rejected or (), *pair.others)
+    chosen, rejected, *others = (
+        _response(list(map(without_reasoning, response)), name) if response else ()
+        for name, response in zip(names, given, strict=True)
     )
-    return replace(pair, prompt=prompt, chosen=chosen or (), rejected=rejected)
+    return replace(
+        pair,
+        prompt=prompt,
+        chosen=chosen,
+        rejected=None if pair.rejected is None else rejected,
+        others=tuple(others),
+    )
 
 
 COLUMNS: dict[Callable[[Any, str], Pair], frozenset[str]] = {
@@ -181,6 +246,7 @@ COLUMNS: dict[Callable[[Any, str], Pair], frozenset[str]] = {
     )
     for reader, columns in (
         (to_pair, ("prompt", "chosen", "rejected")),
+        (to_ranking, ("prompt", "chosen", "rejected", *RANKED)),
         (to_dialogue, ("prompt", "chosen", "rejected", "messages")),
         (to_labelled, ("prompt", "chosen", "rejected", "completion", "label")),
         (to_prompt, ("prompt", "chosen", "rejected", REFERENCE_ANSWER)),
@@ -191,13 +257,16 @@ COLUMNS: dict[Callable[[Any, str], Pair], frozenset[str]] = {
 
 def unread_columns(record: Mapping[str, Any], read: frozenset[str]) -> Iterator[str]:
     """Names of unused columns that have a value, and unused keys of messages (`chosen[].name`)."""
+    if not is_ranked(record):
+        read = read.difference(RANKED)
     for column, value in record.items():
         if column not in read:
             # `simpo annotate` writes the scores of all replies beside those of the two.
             if value is not None and not (column == "scores" and "chosen_score" in record):
                 yield str(column)
         elif isinstance(value, list):
-            for message in value:
+            nested = (item if isinstance(item, list) else [item] for item in value)
+            for message in chain.from_iterable(nested):
                 if isinstance(message, Mapping) and len(message) > 2:
                     yield from (f"{column}[].{key}" for key in unread_keys(message))
 
@@ -221,8 +290,13 @@ def remarks(record: Mapping[str, Any], pair: Pair) -> Iterator[str]:
 
 
 def _score_margin(record: Mapping[str, Any]) -> float | None:
-    found = next(filter(None, (_scores(record, keys) for keys in SCORE_COLUMNS)), None)
+    found = _known_scores(record)
     return None if found is None else found[0] - found[1]
+
+
+def _known_scores(record: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Scores of chosen and rejected; None if the record has none."""
+    return next(filter(None, (_scores(record, keys) for keys in SCORE_COLUMNS)), None)
 
 
 def _scores(record: Mapping[str, Any], keys: tuple[str, str]) -> tuple[float, float] | None:
@@ -257,93 +331,10 @@ def _rule(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return rule
 
 
-def _parts(record: Mapping[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
-    """The turns of the prompt, of chosen and of rejected; the prompt is all that both start with.
-
-    Raises:
-        RecordFault: there is no prompt, or a response does not continue it.
-    """
-    prompt = record.get("prompt")
-    dialogues = []
-    for key in ("chosen", "rejected"):
-        value = record[key]
-        turns = [_reply(value, key)] if isinstance(value, str) else read_messages(value, key)
-        if turns[-1]["role"] != "assistant":
-            raise RecordFault(f"{key}: the last turn must be the assistant's, got {_last(turns)}")
-        if turns[0]["role"] == "assistant":
-            if prompt is None:
-                raise _missing(record, "prompt")
-            turns = [*_given(prompt), *turns]
-        elif prompt is not None and not isinstance(prompt, str):
-            given = _given(prompt)
-            if turns[: len(given)] != given:
-                raise RecordFault(f"{key} does not continue prompt: their turns differ")
-        dialogues.append(turns)
-    chosen, rejected = dialogues
-    both = zip(chosen, rejected, strict=False)
-    shortest = min(len(chosen), len(rejected))
-    same = next((i for i, (one, other) in enumerate(both) if one != other), shortest)
-    if same == len(chosen) == len(rejected):
-        raise RecordFault("chosen and rejected are the same")
-    if same == shortest:
-        longer, other = ("rejected", "chosen") if same == len(chosen) else ("chosen", "rejected")
-        raise RecordFault(f"{longer} is {other} with more turns, so they are no two replies")
-    if same == 0 or not chosen[same]["role"] == rejected[same]["role"] == "assistant":
-        raise RecordFault("chosen and rejected start from different prompts")
-    return chosen[:same], chosen[same:], rejected[same:]
-
-
-def _given(prompt: Any) -> list[Message]:
-    """The turns of the column `prompt`."""
-    if not isinstance(prompt, str):
-        return read_messages(prompt, "prompt")
-    check_text(prompt, "prompt")
-    refuse_messages_as_text(prompt, "prompt")
-    if _is_list_of_texts(prompt):
-        raise RecordFault(
-            "prompt: is a JSON list of texts (make messages of its turns, format: module:function)"
-        )
-    return [{"role": "user", "content": prompt}]
-
-
-def _reply(text: str, key: str) -> Message:
-    check_text(text, key)
-    refuse_messages_as_text(text, key)
-    return {"role": "assistant", "content": text}
-
-
-def is_messages_as_text(text: str) -> bool:
-    """Whether a text is messages as a program printed them."""
-    begin = _MESSAGES_AS_TEXT.match(text)
-    return bool(begin and re.search(rf"""["']{_OTHER_KEY[begin[1]]}["']\s*:""", text))
-
-
-def refuse_messages_as_text(text: str, key: str) -> None:
-    """
-    Raises:
-        RecordFault: the text is messages as a program printed them.
-    """
-    if is_messages_as_text(text):
-        raise RecordFault(
-            f"{key}: is the text of messages, and the column was not read as such (write messages "
-            "as JSON in every record; a reply that is such a text goes into a message)"
-        )
-
-
-def _is_list_of_texts(text: str) -> bool:
-    if not re.match(r'\s*\[\s*"', text):
-        return False
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return False
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
 def _response(turns: list[Message], key: str, first: int | None = None) -> tuple[Message, ...]:
     """The turns of a response, checked; `first` is the index of the first one in column `key`."""
     if turns[-1]["role"] != "assistant":
-        raise RecordFault(f"{key}: the last turn must be the assistant's, got {_last(turns)}")
+        raise RecordFault(f"{key}: the last turn must be the assistant's, got {last(turns)}")
     for index, turn in enumerate(turns, start=first or 0):
         if _is_system(turn):
             raise RecordFault(f"{key}: a {turn['role']} message may only come first")
@@ -353,18 +344,8 @@ def _response(turns: list[Message], key: str, first: int | None = None) -> tuple
     return tuple(turns)
 
 
-def _last(turns: list[Message]) -> str:
-    return str(turns[-1]["role"])
-
-
 def _said(turn: Message) -> Message:
     return turn | {"content": turn["content"] and turn["content"].strip()}
-
-
-def _missing(record: Mapping[str, Any], key: str) -> RecordFault:
-    """The fault of a record that lacks `key`, with the columns that it has."""
-    columns = ", ".join(str(k) for k, v in record.items() if v is not None)
-    return RecordFault(f"{key}: missing (the record has {columns or 'no value'})")
 
 
 def _prompt(record: Mapping[str, Any], turns: list[Message]) -> tuple[Message, ...]:
@@ -372,7 +353,7 @@ def _prompt(record: Mapping[str, Any], turns: list[Message]) -> tuple[Message, .
     for turn in filter(_is_system, turns[1:]):
         raise RecordFault(f"prompt: a {turn['role']} message may only come first")
     if turns[-1]["role"] not in ("user", "tool"):
-        raise RecordFault(f"prompt: the last turn must be the user's, got {_last(turns)}")
+        raise RecordFault(f"prompt: the last turn must be the user's, got {last(turns)}")
     if turns[-1]["role"] == "user" and not turns[-1]["content"].strip():
         raise RecordFault("prompt: the last turn is empty")
     return tuple(_with_system(record, turns))

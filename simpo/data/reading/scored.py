@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from simpo.config.choices import PairChoice
-from simpo.data.reading.records import RecordFault
+from simpo.data.reading.messages import RecordFault
 from simpo.data.reading.turns import asked_of, is_message, turns
 
 REPLIES = ("responses", "completions", "answers", "generations", "replies", "output")
@@ -29,6 +29,8 @@ SIGNED = ("overall_preference", "preference_strength")
 """HelpSteer's columns: below 0 the first reply is better, above 0 the second one."""
 NAMED = ("better_response_id", "safer_response_id", "preference", "winner", "preferred", "chosen")
 """Columns that name the better of two replies."""
+TIED = "equal scores or a tie"
+TOO_FEW = "fewer than two replies have a score"
 _SCORE_KEYS = ("score", "overall_score", "rating", "reward", "rank")
 _TEXT_KEYS = ("text", "response", "content", "answer", "completion", "generated_text")
 _TIES = {
@@ -77,7 +79,7 @@ def scored_pairs(
     equal texts.
     """
     if len(scored.replies) < 2:
-        yield LeftOut("fewer than two replies have a score")
+        yield LeftOut(TOO_FEW)
         return
     ranked = sorted(scored.replies, key=lambda reply: -reply[1])
     rest = range(1, len(ranked))
@@ -102,15 +104,50 @@ def scored_pairs(
         }
 
 
+def ranked_record(scored: Scored, min_margin: float) -> dict[str, Any] | LeftOut:
+    """One record with the prompt and all responses with their scores, for `records.to_ranking`.
+
+    Of replies of the same text the best one counts. Replies may have equal scores, but the best one
+    is better than the worst one by `min_margin`.
+    """
+    if len(scored.replies) < 2:
+        return LeftOut(TOO_FEW)
+    ranked = sorted(scored.replies, key=lambda reply: -reply[1])
+    kept: list[tuple[Any, float]] = []
+    for reply in ranked:
+        if not any(_said(reply) == _said(other) for other in kept):
+            kept.append(reply)
+    if reason := _reason(kept if len(kept) > 1 else ranked, (0, -1), min_margin):
+        return LeftOut(reason)
+    best, *between, worst = kept
+    if not above(best[1], worst[1]):
+        return LeftOut(TIED)
+    found = [best, worst, *between]
+    return {
+        "prompt": scored.prompt,
+        **dict.fromkeys(("chosen", "rejected")),
+        "responses": [reply for reply, _ in found],
+        "scores": [score for _, score in found],
+    }
+
+
+def above(score: float, other: float) -> bool:
+    """Whether a score is above another one as a loss gets them, in float32."""
+    with np.errstate(over="ignore"):
+        return bool(np.float32(score) > np.float32(other))
+
+
+def _said(reply: tuple[Any, float]) -> Any:
+    return reply[0].strip() if isinstance(reply[0], str) else reply[0]
+
+
 def _reason(
     ranked: list[tuple[Any, float]], couple: tuple[int, int], min_margin: float
 ) -> str | None:
     margin = ranked[couple[0]][1] - ranked[couple[1]][1]
     if margin == 0:
-        return "equal scores or a tie"
-    texts = [ranked[index][0] for index in couple]
-    one, other = (text.strip() if isinstance(text, str) else text for text in texts)
-    if one == other:
+        return TIED
+    if _said(ranked[couple[0]]) == _said(ranked[couple[1]]):
         return "two replies of the same text"
     return f"scores closer than min_margin {min_margin:g}" if margin < min_margin else None
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from simpo.data.reading.records import LABELS, RecordFault, refuse_messages_as_text
+from simpo.data.reading.messages import RecordFault
+from simpo.data.reading.printed import refuse_messages_as_text
+from simpo.data.reading.records import LABELS
 from simpo.data.reading.scored import (
     NAMED,
     REPLIES,

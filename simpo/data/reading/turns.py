@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from simpo.data.reading.messages import has_value
-from simpo.data.reading.records import RecordFault, refuse_messages_as_text
+from simpo.data.reading.messages import RecordFault, has_value
+from simpo.data.reading.printed import refuse_messages_as_text
 
 PROMPTS = ("prompt", "instruction", "question", "context")
 """Columns that may hold the prompt."""

@@ -15,7 +15,7 @@ from simpo.config.errors import ConfigError, DataError
 from simpo.config.schema import RunConfig
 from simpo.data.mixture import load_held_out
 from simpo.data.pairs import Pair
-from simpo.data.reading.records import reader_of
+from simpo.data.reading.for_loss import reader_of
 from simpo.data.rules import obeys
 from simpo.judging.jsonl import read_jsonl, write_jsonl
 from simpo.judging.shapes import (

@@ -61,7 +61,7 @@ def with_reference(
     if not len(data):
         return data
     settings = f"{origin} {data.fingerprint} {backend.bf16} {backend.device.type}"
-    settings += f" {loss}" if loss.weighs_tokens else ""
+    settings += f" {loss.weighing()}" if loss.weighs_tokens else ""
     name = hashlib.sha256(settings.encode()).hexdigest()[:32]
     folder = cache_dir / "reference" / name
     found, notes = find_entry(folder) if backend.is_main else (False, [])

@@ -16,7 +16,15 @@ from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs, Pair
 from simpo.loop.coupled import all_pairs, numbers_of
 from simpo.loop.router import Routing
-from simpo.loss import LossConfig, PairLogps, Preference, compared, pair_losses
+from simpo.loss import (
+    LossConfig,
+    PairLogps,
+    Preference,
+    ResponseLogps,
+    TokenLogps,
+    compared,
+    pair_losses,
+)
 from simpo.loss.ranks import best_accuracy, rank_correlation
 from simpo.model.head import PairLoss, no_loss
 from simpo.run.progress import Bar
@@ -225,6 +233,27 @@ def evaluate(
     return summarise(loss, sums, router_aux_weight), numbers
 
 
+def _made_up(loss: LossConfig) -> PairLogps:
+    """Two pairs with all that the loss needs."""
+    sums = torch.tensor([[-5.0, -6.0], [-4.0, -9.0]], requires_grad=True)
+    tokens = torch.tensor([[3, 3], [4, 5]])
+    weighted = weights = None
+    if loss.weighs_tokens:
+        lengths, logps = (3, 3, 4, 5), torch.full((15,), -1.0)
+        each = loss.token_weights(TokenLogps(logps, torch.arange(15), lengths, 2))
+        weights = torch.stack([own.sum() for own in each.split(lengths)]).view(2, 2)
+        weighted = (-weights).requires_grad_()
+    return ResponseLogps(
+        sums,
+        tokens,
+        scores=torch.tensor([[2.0, 1.0], [3.0, 1.0]]) if loss.needs_scores else None,
+        reference=torch.tensor([[-5.0, -6.5], [-4.0, -8.0]]) if loss.needs_reference else None,
+        weighted=weighted,
+        weights=weights,
+        log_squares=-2.0 * tokens if loss.needs_squares else None,
+    ).weighted_pairs()
+
+
 def check_loss(loss: LossConfig) -> None:
     """Compute a user's loss on two made-up pairs, before anything is loaded.
 
@@ -234,15 +263,8 @@ def check_loss(loss: LossConfig) -> None:
     if loss.module is None:
         return
     place = f"loss.module: {loss.module}:{type(loss).__name__}.preference"
-    logps = PairLogps(
-        torch.tensor([-5.0, -4.0], requires_grad=True),
-        torch.tensor([-6.0, -9.0], requires_grad=True),
-        torch.tensor([3, 4]),
-        torch.tensor([3, 5]),
-        torch.tensor([-5.0, -6.5, -4.0, -8.0]) if loss.needs_reference else None,
-    )
     try:
-        found: object = loss.preference(logps)
+        found: object = loss.preference(_made_up(loss))
     except Exception as error:  # whatever the user's code does
         hint = "" if loss.needs_reference else "; needs_reference is False"
         raise ConfigError(

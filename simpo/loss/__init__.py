@@ -238,6 +238,8 @@ class LossConfig(ABC):
     """Whether the loss weighs the tokens of a response by `token_weights`."""
     needs_squares: ClassVar[bool] = False
     """Whether the loss needs `ResponseLogps.log_squares`."""
+    needs_scores: ClassVar[bool] = False
+    """Whether the loss needs the scores of chosen and rejected; records without are refused."""
     above_zero: ClassVar[tuple[str, ...]] = ()
     from_zero: ClassVar[tuple[str, ...]] = ()
     """Settings that must be above 0, and settings that must be 0 or more."""
@@ -285,6 +287,10 @@ class LossConfig(ABC):
         """The weight of each token in the sums of its response, float32 [n]."""
         raise NotImplementedError
 
+    def weighing(self) -> str:
+        """What decides `token_weights`, for the name of what is computed with them."""
+        return repr(self)
+
     @abstractmethod
     def terms(self) -> tuple[str, str]:
         """The preference loss of a pair as text, with its settings filled in, and its legend."""
@@ -312,6 +318,10 @@ class LossConfig(ABC):
             yield f"compare: loss={self.name} compares no responses"
         elif self.compare is not None and self.couples_step:
             yield f"compare: loss={self.name} compares the pairs of a step (leave it out)"
+        elif self.compare is not None and (
+            self.weighs_tokens or self.needs_squares or self.needs_scores
+        ):
+            yield f"compare: loss={self.name} weighs pairs of two responses (leave it out)"
         if self.margin_weights and self.compare is None:
             yield "margin_weights: weighs the comparisons of a prompt (set loss.compare=all)"
         for key in (*self.from_zero, "sft_weight"):

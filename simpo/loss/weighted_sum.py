@@ -44,6 +44,11 @@ class MixConfig(LossConfig):
         """Whether one of the losses needs a response to another prompt."""
         return any(loss.needs_mismatched for _, loss in self.losses())
 
+    @property
+    def needs_scores(self) -> bool:  # type: ignore[override]
+        """Whether one of the losses needs the scores of chosen and rejected."""
+        return any(loss.needs_scores for _, loss in self.losses())
+
     def losses(self) -> list[tuple[float, LossConfig]]:
         """The weight of each loss, and the loss."""
         return [self._part(name, given) for name, given in self.parts.items()]

@@ -21,6 +21,7 @@ from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.explain import explain
 from simpo.config.flat import settings
+from simpo.config.losses import LOSSES
 from simpo.data.mixture import load_mixture
 from simpo.data.reading import readers
 from simpo.data.reading.records import RecordFault, to_dialogue, to_pair, to_prompt, to_ranking
@@ -32,17 +33,15 @@ SECTIONS = (
     "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, on_policy, rounds, "
     "monitor, watch, export, benchmark, judge, backend, launcher, tracker"
 )
-LOSS_CHOICES = (
-    "alphapo, apo_down, apo_zero, bco, cpo, dpo, dpo_shift, exo, hinge, ipo, ipo_free, ln_dpo, "
-    "mix, nca, orpo, r_dpo, repo, robust, rrhf, sft, sigmoid, simper, simpo, simpo_hinge, slic, "
-    "sppo"
-)
-SMOOTHED = (
-    "loss.label_smoothing: only with loss=sigmoid or alphapo or exo or robust or dpo or ln_dpo or "
-    "r_dpo or dpo_shift or orpo or cpo"
+LOSS_CHOICES = ", ".join(sorted({*LOSSES, "simpo", "simpo_hinge"}))
+SMOOTHED, WITH_GAMMA = (
+    f"loss.{key}: only with loss="
+    + " or ".join(name for name, kind in LOSSES.items() if hasattr(kind, key))
+    for key in ("label_smoothing", "gamma_beta_ratio")
 )
 LOSS_KEYS = (
-    "name, module, compare, sft_weight, beta, gamma_beta_ratio, length_normalized, label_smoothing"
+    "name, module, compare, margin_weights, sft_weight, beta, gamma_beta_ratio, length_normalized, "
+    "label_smoothing"
 )
 TRAIN_KEYS = (
     "pairs_per_step, tokens_per_row, share_prefix, check_memory, epochs, max_steps, "
@@ -123,9 +122,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     (
         "loss.name=hinge",
         [
-            "loss.name: set by the group, got hinge (loss= takes sigmoid, hinge, alphapo, repo, "
-            "simper, mix, apo_zero, apo_down, nca, bco, exo, robust, sppo, dpo, ln_dpo, r_dpo, "
-            "dpo_shift, ipo, orpo, cpo, slic, rrhf, ipo_free, sft)"
+            "loss.name: set by the group, got hinge (loss= takes " + ", ".join(LOSSES) + ")",
         ],
     ),
     (
@@ -458,7 +455,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
     ),
     (
         "loss=dpo loss.gamma_beta_ratio=1",
-        ["loss.gamma_beta_ratio: only with loss=sigmoid or hinge or alphapo"],
+        [WITH_GAMMA],
     ),
     (
         "loss=sft data.compat=paper",
@@ -587,7 +584,7 @@ SETTINGS: list[tuple[str, list[str]]] = [
         "experiments=[paper/mistral_base,objectives/cpo]",
         [
             "experiments=[paper/mistral_base,objectives/cpo]: In 'experiments/paper/mistral_base': "
-            "loss.gamma_beta_ratio: only with loss=sigmoid or hinge or alphapo"
+            + WITH_GAMMA
         ],
     ),
     ("data=[1,2]", [f"data: no such choice, got [1, 2] (choose from {DATA})"]),

@@ -16,7 +16,8 @@ from simpo.data.chats.chat import Chat
 from simpo.data.loader import load_data
 from simpo.data.mixture import Mixture, load_mixture
 from simpo.data.pairs import Pair
-from simpo.data.reading.records import reader_of, to_dialogue, to_labelled, to_pair
+from simpo.data.reading.for_loss import reader_of
+from simpo.data.reading.records import to_dialogue, to_labelled, to_pair
 from simpo.loss.coupled import AotConfig, KtoConfig
 from simpo.loss.without_reference import SftConfig
 from simpo.model.tokenizer import load_tokenizer

@@ -80,7 +80,7 @@ def test_the_four_completions_of_ultrafeedback() -> None:
     # Read for a loss of pairs, it is the best with the worst, and says nothing of the others.
     (plain,) = load_mixture(config(SourceConfig(path="a.jsonl")), to_pair).train
     assert (plain.chosen, plain.rejected) == (pair.chosen, pair.rejected)
-    assert plain.others == plain.scores == ()
+    assert not plain.others and not plain.scores
 
 
 @pytest.mark.parametrize(

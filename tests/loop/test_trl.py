@@ -29,6 +29,7 @@ from simpo.loop.step import update
 from simpo.loss import LossConfig, pair_losses
 from simpo.loss.coupled import AotConfig, KtoConfig
 from simpo.loss.simpo import SigmoidConfig
+from simpo.loss.token_weighted import LdDpoConfig, WpoConfig
 from simpo.loss.weighted_sum import MixConfig
 from simpo.loss.with_log_ratios import (
     ApoDownConfig,
@@ -40,6 +41,7 @@ from simpo.loss.with_log_ratios import (
     SppoConfig,
 )
 from simpo.loss.with_reference import DpoConfig, IpoConfig, LnDpoConfig
+from simpo.model.head import no_loss
 from simpo.model.policy import Policy
 from tests.support.tiny_models import VOCAB, gradients, random_pairs, tiny_model, token_set
 
@@ -174,6 +176,8 @@ def test_first_step_loss_and_gradients(tmp_path: Path, pairs: list[TokenizedPair
             ),
             {"loss_type": ["sigmoid", "nca_pair"], "loss_weights": [0.8, 0.5], "beta": 0.3},
         ),
+        (WpoConfig(beta=0.3), {"loss_type": "sigmoid", "beta": 0.3, "use_weighting": True}),
+        (LdDpoConfig(beta=0.3, alpha=0.2), {"loss_type": "sigmoid", "beta": 0.3, "ld_alpha": 0.2}),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
@@ -205,10 +209,12 @@ def test_losses_with_a_reference(
     )
     expected = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
 
-    scored = origin(pack(few, range(len(few))), lambda logps: 0.0 * logps.chosen)[1]
-    sums = torch.stack([scored.chosen, scored.rejected], dim=1).tolist()
+    scored = origin(pack(few, range(len(few))), no_loss, None, loss)[1].responses
+    assert scored is not None
+    sums = (scored.sums if scored.weighted is None else scored.weighted).tolist()
     known = [replace(p, reference_logps=(a, b)) for p, (a, b) in zip(few, sums, strict=True)]
-    own, _ = policy(pack(known, range(len(few))), lambda logps: pair_losses(loss, logps) / len(few))
+    row = pack(known, range(len(few)))
+    own, _ = policy(row, lambda logps: pair_losses(loss, logps) / len(few), None, loss)
     assert own.item() == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -179,9 +179,9 @@ class SplitReader:
 
     def _shapes(self) -> list[Shape]:
         """The shapes that can be read, the first to try first."""
-        wanted, shapes = [Gives.pair], SHAPES
+        wanted, shapes = [Gives.pair], list(SHAPES)
         if self.read_record is to_ranking:  # all replies tell more than two of them
-            shapes = (_REPLIES, *SHAPES)
+            shapes = [_REPLIES, *SHAPES]
         if self.read_record is to_dialogue:
             wanted = [Gives.dialogue, Gives.pair]
         elif self.read_record is to_labelled:

@@ -41,7 +41,7 @@ from simpo.data.reading.scored import above
 from simpo.data.rules import rule_fault
 
 if TYPE_CHECKING:
-    from simpo.loss import LossConfig
+    pass
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
 REFERENCE_ANSWER = "reference_answer"
@@ -93,7 +93,7 @@ def to_ranking(record: Any, place: str) -> Pair:
     """
     if not isinstance(record, Mapping) or not is_ranked(record):
         pair = to_pair(record, place)
-        found = _known_scores(record)
+        found = known_scores(record)
         scores = found if found and above(*found) else (1.0, 0.0)
     else:
         _refuse(record)
@@ -105,33 +105,25 @@ def to_ranking(record: Any, place: str) -> Pair:
     return replace(pair, scores=scores)
 
 
-def reader_of(loss: LossConfig) -> Callable[[Any, str], Pair]:
-    """What reads the records that a loss is trained on."""
-    if loss.reads_labels:
-        return to_labelled
-    if not loss.needs_rejected:
-        return to_dialogue
-    return to_ranking if loss.ranks else to_pair
-
-
 def is_ranked(record: Mapping[str, Any]) -> bool:
     """Whether a record has responses with scores, as `scored.ranked_record` gives them, instead of
     chosen and rejected."""
     responses, scores = (record.get(name) for name in RANKED)
     if record.get("chosen") is not None or not (isinstance(responses, list) and responses[1:]):
         return False
-    known = isinstance(scores, list) and len(scores) == len(responses)
-    return known and all(isinstance(score, float) for score in scores)
+    if not (isinstance(scores, list) and len(scores) == len(responses)):
+        return False
+    return all(isinstance(score, float) for score in scores)
 
 
 def _compared(record: Mapping[str, Any], given: Sequence[Any], place: str) -> Pair:
     """A pair of the responses given: chosen, rejected and those between."""
-    prompt, responses = parts(record, given)
+    asked, responses = parts(record, given)
     said = {name: [_said(turn) for turn in turns] for name, turns in responses.items()}
     for (one, first), (other, second) in combinations(said.items(), 2):
         if first == second:
             raise RecordFault(f"{one} and {other} are the same")
-    prompt = _prompt(record, prompt)
+    prompt = _prompt(record, asked)
     chosen, rejected, *others = (_response(turns, name) for name, turns in responses.items())
     return Pair(
         prompt, chosen, rejected, place, _rule(record), tools=read_tools(record),
@@ -289,14 +281,14 @@ def remarks(record: Mapping[str, Any], pair: Pair) -> Iterator[str]:
         yield f"a tool call has null arguments ({remedy})"
 
 
-def _score_margin(record: Mapping[str, Any]) -> float | None:
-    found = _known_scores(record)
-    return None if found is None else found[0] - found[1]
-
-
-def _known_scores(record: Mapping[str, Any]) -> tuple[float, float] | None:
+def known_scores(record: Mapping[str, Any]) -> tuple[float, float] | None:
     """Scores of chosen and rejected; None if the record has none."""
     return next(filter(None, (_scores(record, keys) for keys in SCORE_COLUMNS)), None)
+
+
+def _score_margin(record: Mapping[str, Any]) -> float | None:
+    found = known_scores(record)
+    return None if found is None else found[0] - found[1]
 
 
 def _scores(record: Mapping[str, Any], keys: tuple[str, str]) -> tuple[float, float] | None:

@@ -1,10 +1,9 @@
-"""Chooses what reads the records that a loss is trained on."""
+"""Reads records for losses that need the scores of chosen and rejected."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from simpo.data.pairs import Pair
 from simpo.data.reading.records import (
@@ -33,12 +32,12 @@ def reader_of(loss: LossConfig) -> Callable[[Any, str], Pair]:
 
 
 def to_scored_pair(record: Any, place: str) -> Pair:
-    """Read one record for a loss that needs the scores of chosen and rejected.
+    """Read one record, whose scores the pair then has.
 
     Args: as `to_pair`.
 
     Raises:
-        RecordFault: as `to_pair`, or the record has no such scores.
+        RecordFault: as `to_pair`, or the record has no scores of chosen and rejected.
     """
     pair = to_pair(record, place)
     scores = known_scores(record)

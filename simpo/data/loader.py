@@ -18,6 +18,7 @@ from simpo.data.mixture import Mixture, SplitReport, load_mixture
 from simpo.data.packing import pack, placeholder_row
 from simpo.data.pairs import PackedPairs
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
+from simpo.data.reading.for_loss import reader_of
 from simpo.data.store import TokenizedSet
 from simpo.data.tokens import settings_hash, stored_set, tokenize_set
 from simpo.data.unchanged import Sources

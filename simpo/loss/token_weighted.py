@@ -6,11 +6,10 @@ The weights are constants: no gradient goes through them. The SFT term weighs ev
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from simpo.loss import REFERENCE, PairLogps, Preference, ResponseLogps, TokenLogps
-from simpo.loss.simpo import SigmoidConfig
+from simpo.loss import REFERENCE, LogisticLoss, PairLogps, Preference, ResponseLogps, TokenLogps
 from simpo.loss.with_reference import DpoConfig
 
 if TYPE_CHECKING:
@@ -149,18 +148,22 @@ def _hash(numbers: Tensor) -> Tensor:
 
 
 @dataclass(kw_only=True)
-class ConfpoConfig(SigmoidConfig):
+class ConfpoConfig(LogisticLoss):
     """ConfPO (https://arxiv.org/abs/2506.08712): SimPO on the tokens of each response whose
     probability is below the mean probability of its tokens, those of low confidence:
     -log sigmoid(beta * (l_w - l_l) - gamma), l = their mean log-prob. A pair with a response that
     has no such token has no loss, as in the authors' code.
-
-    The authors use beta = 1.5 and gamma = 1.6.
     """
 
     weighs_tokens: ClassVar[bool] = True
+    above_zero: ClassVar[tuple[str, ...]] = ("beta",)
+    from_zero: ClassVar[tuple[str, ...]] = ("gamma_beta_ratio",)
 
     name: str = "confpo"
+    beta: float = 2.0
+    """Scale of the reward (the authors: 1.5)."""
+    gamma_beta_ratio: float = 0.5
+    """Target margin over beta: gamma = beta * gamma_beta_ratio (the authors: 1.07)."""
 
     def token_weights(self, tokens: TokenLogps) -> Tensor:
         from torch import cat
@@ -169,19 +172,15 @@ class ConfpoConfig(SigmoidConfig):
 
     def preference(self, logps: PairLogps) -> Preference:
         present = (logps.chosen_tokens > 0) & (logps.rejected_tokens > 0)
-        counts = logps.chosen_tokens.clamp(min=1), logps.rejected_tokens.clamp(min=1)
-        logps = replace(logps, chosen_tokens=counts[0], rejected_tokens=counts[1])
-        losses, chosen, rejected = super().preference(logps)
+        chosen = self.beta * logps.chosen / logps.chosen_tokens.clamp(min=1)
+        rejected = self.beta * logps.rejected / logps.rejected_tokens.clamp(min=1)
+        losses = self.logistic(chosen - rejected - self.beta * self.gamma_beta_ratio)
         return Preference(losses * present, chosen, rejected)
 
     def terms(self) -> tuple[str, str]:
-        text, _ = super().terms()
-        return text, "l = mean log-prob of a response's tokens of less than its mean probability"
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if not self.length_normalized:
-            yield "length_normalized: must be true with loss=confpo (leave it out)"
+        z = f"{self.beta:g}*(l_w - l_l) - {self.beta * self.gamma_beta_ratio:g}"
+        less = "l = mean log-prob of a response's tokens of less than its mean probability"
+        return self.logistic_text(z), less
 
 
 def unconfident(logps: Tensor) -> Tensor:

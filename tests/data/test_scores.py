@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simpo.data.reading.for_loss import to_scored_pair
 
 from simpo.__main__ import main
 from simpo.config.compose import compose_run
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import DataError
-from simpo.data.loader import reader_of
 from simpo.data.mixture import load_mixture
+from simpo.data.reading.for_loss import reader_of, to_scored_pair
 from simpo.data.reading.records import to_dialogue, to_pair
 from simpo.data.store import pairs_fingerprint
 from simpo.loop.train import train

@@ -404,10 +404,7 @@ def test_a_loss_of_this_kind_may_be_a_users(kind: type[LossConfig]) -> None:
         (MadpoConfig(largest=1.0), "largest: must be above 1, got 1.0"),
         (MadpoConfig(smallest=1.0), "smallest: must be from 0 to below 1, got 1.0"),
         (MadpoConfig(tau=0.0), "tau: must be above 0, got 0.0"),
-        (
-            ConfpoConfig(length_normalized=False),
-            "length_normalized: must be true with loss=confpo (leave it out)",
-        ),
+        (ConfpoConfig(beta=0.0), "beta: must be above 0, got 0.0"),
         *(
             (
                 kind(compare=Compare.all),

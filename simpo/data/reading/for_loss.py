@@ -1,9 +1,10 @@
-"""Reads records for losses that need the scores of chosen and rejected."""
+"""Chooses what reads the records that a loss is trained on, and reads pairs with scores."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simpo.data.pairs import Pair
 from simpo.data.reading.records import (

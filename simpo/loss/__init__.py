@@ -317,7 +317,7 @@ class LossConfig(ABC):
         if self.compare is not None and not self.needs_rejected:
             yield f"compare: loss={self.name} compares no responses"
         elif self.compare is not None and self.couples_step:
-            yield f"compare: loss={self.name} compares the pairs of a step (leave it out)"
+            yield f"compare: loss={self.name} couples the pairs of a step (leave it out)"
         elif self.compare is not None and (
             self.weighs_tokens or self.needs_squares or self.needs_scores
         ):

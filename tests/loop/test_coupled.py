@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 
 from simpo.backend import Backend
 from simpo.config.backends import SingleConfig
-from simpo.config.choices import Device, Precision
+from simpo.config.choices import Compare, Device, Precision
 from simpo.data.mismatched import with_mismatched
 from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs, TokenizedPair
@@ -165,6 +165,12 @@ def test_margins_are_least_in_their_objective(gamma: float, tau: float) -> None:
         assert objective(moved) > least
 
 
+def test_ranked_responses_are_not_compared() -> None:
+    """KTO's third response is no other reply to the prompt."""
+    said = "compare: loss=kto couples the pairs of a step (leave it out)"
+    assert list(KtoConfig(compare=Compare.all).problems()) == [said]
+
+
 def test_beta_is_never_below_the_authors_least() -> None:
     _, logps, _, _ = WORKED["beta_dpo"]
     losses = BetaDpoConfig(beta=0.5, alpha=0.6, drop=0.2).compared(logps).losses
@@ -254,7 +260,7 @@ def beta_dpo(s: Tensor, n: Tensor, reference: Tensor) -> Tensor:
     left = farthest[len(gaps) - int(0.8 * len(gaps)) :]
     beta = max(0.1 * (1 + 0.6 * (sum(gaps[i] for i in left) / len(left) - mean)), 0.001)
     losses = [-torch.log(torch.sigmoid(beta * (h[i, 0] - h[i, 1]))) for i in left]
-    return torch.stack(losses).mean()
+    return torch.stack(losses).sum() / len(losses)
 
 
 def kto(s: Tensor, n: Tensor, reference: Tensor) -> Tensor:

@@ -226,8 +226,11 @@ def test_kto(tmp_path: Path, pairs: list[TokenizedPair]) -> None:
     """
     few = [replace(p, prompt_ids=p.prompt_ids[1:]) for p in pairs[:PAIRS_PER_STEP]]
     labels = [i % 3 != 1 for i in range(len(few))]
+    nothing = np.zeros(0, np.int32)
     single = [
-        TokenizedPair.of(p.prompt_ids, p.chosen_ids if good else [], [] if good else p.chosen_ids)
+        TokenizedPair.of(p.prompt_ids, p.chosen_ids, nothing)
+        if good
+        else TokenizedPair.of(p.prompt_ids, nothing, p.chosen_ids)
         for p, good in zip(few, labels, strict=True)
     ]
     model, other = tiny_model("llama", seed=1), tiny_model("llama")
@@ -239,7 +242,7 @@ def test_kto(tmp_path: Path, pairs: list[TokenizedPair]) -> None:
         {"prompt": row["prompt"], "completion": row["chosen"], "label": good}
         for row, good in zip(rows, labels, strict=True)
     ]
-    weights: dict[str, Any] = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
+    loss = KtoConfig(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
     trainer = trl.KTOTrainer(
         model=model,
         ref_model=other,
@@ -250,7 +253,8 @@ def test_kto(tmp_path: Path, pairs: list[TokenizedPair]) -> None:
             bf16=False,
             report_to="none",
             beta=0.3,
-            **weights,
+            desirable_weight=1.5,
+            undesirable_weight=0.5,
         ),
         train_dataset=Dataset.from_list(records[::-1]),
         processing_class=tokenizer,
@@ -262,7 +266,6 @@ def test_kto(tmp_path: Path, pairs: list[TokenizedPair]) -> None:
     known = origin(row, lambda logps: 0.0 * logps.chosen)[1].responses
     assert known is not None
     row = replace(row, reference_logps=known.sums.flatten())
-    loss = KtoConfig(beta=0.3, **weights)
     own, logps = policy(row, lambda logps: pair_losses(loss, logps) / len(few))
     assert loss.reference_point(logps) > 1
     assert own.item() == pytest.approx(expected.item(), rel=1e-5)

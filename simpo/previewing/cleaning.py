@@ -167,9 +167,14 @@ def _missing(check: Check, setting: Any, mixture: Mixture) -> str:
 
 
 def spoken(pair: Pair) -> list[tuple[str, str]]:
-    """All turns as (role, text); the role of a reply in a response is the name of that."""
+    """All turns as (role, text); the role of a reply is the name of its response, with its score if
+    the responses are ranked."""
     found = [(turn["role"], all_text(turn)) for turn in pair.prompt]
-    for name, turns in zip(pair.names, pair.responses, strict=True):
+    names = pair.names
+    if pair.scores:
+        ranked = zip(names, pair.scores, strict=True)
+        names = tuple(f"{name} (score {score:g})" for name, score in ranked)
+    for name, turns in zip(names, pair.responses, strict=True):
         for turn in turns:
             found.append((name if turn["role"] == "assistant" else turn["role"], all_text(turn)))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +29,16 @@ from simpo.run.tables import html_page, markdown_table
 
 ENDLESS = 10**9
 QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
-COLORS = {"prompt": 34, "chosen": 32, "rejected": 31, "between": 36, "cut": 90}
-"""Terminal colours by role. `between` is what is not scored between replies, or of one."""
+COLORS = {"prompt": 34, "chosen": 32, "rejected": 31, "other": 35, "between": 36, "cut": 90}
+"""Terminal colours by role. `other` is a ranked response between chosen and rejected, `between`
+what is not scored between replies, or of one."""
 IN_BRACKETS = {"cut": "[cut: ", "between": "[not scored: "}
 """How tokens of a role begin where there are no colours."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token as text; its role is prompt, chosen, rejected, between or cut."""
+    """A token as text; its role is one of `COLORS`."""
 
     id: int
     text: str
@@ -50,7 +52,7 @@ class Shown:
     Attributes:
         place: its source and record.
         messages: its messages, as (role, content).
-        parts: prompt, chosen and rejected as tokens, with those that are cut off.
+        parts: the prompt and each response as tokens, with those that are cut off.
     """
 
     place: str
@@ -171,9 +173,9 @@ def _lengths(data: TokenizedSet) -> list[dict[str, object]]:
     names = ("prompt", *data.tokens.names)
     parts = dict(zip(names, data.tokens.lengths().T, strict=True))
     return [
-        {"tokens of": name} | {label: int(np.quantile(there, q)) for label, q in QUANTILES.items()}
-        for name, values in parts.items()
-        if len(there := values[values > 0])
+        {"tokens of": name} | {label: int(np.quantile(values, q)) for label, q in QUANTILES.items()}
+        for name, lengths in parts.items()
+        if len(values := lengths[lengths > 0])  # of the pairs that have this part
     ]
 
 
@@ -193,7 +195,7 @@ def _shown(run: RunConfig, chat: Chat, pair: Pair, kept: TokenizedPair) -> Shown
 
 
 def _role(name: str, kept: bool, scored: bool) -> str:
-    return "cut" if not kept else name if scored else "between"
+    return "cut" if not kept else name.split()[0] if scored else "between"
 
 
 def _prompt_tokens(chat: Chat, whole: TokenizedPair, kept: TokenizedPair) -> list[Token]:
@@ -229,17 +231,18 @@ def _row_table(
 ) -> list[dict[str, object]]:
     table: list[dict[str, object]] = []
     start = 0
-    for index in row:
-        tokens = data.tokens[index]
+    pairs = [data.tokens[index] for index in row]
+    names = data.tokens.names[: max(len(pair.responses) for pair in pairs)]
+    for index, tokens in zip(row, pairs, strict=True):
         size = tokens.num_tokens(share_prefix)
-        sizes = [len(ids) for ids in tokens.responses]
+        sizes = map(len, tokens.responses)
         table.append(
             {
                 "pair": data.places[index],
                 "from": start,
                 "to": start + size,
                 "prompt": len(tokens.prompt_ids),
-                **dict(zip(data.tokens.names, sizes, strict=False)),
+                **dict(zip_longest(names, sizes, fillvalue="")),
             }
         )
         start += size

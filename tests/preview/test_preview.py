@@ -78,6 +78,44 @@ def test_a_dialogue_to_imitate(tiny_folder: Path, tmp_path: Path) -> None:
     assert "rejected" not in shown.pairs[0].parts
 
 
+def test_ranked_responses_with_their_scores(tiny_folder: Path, tmp_path: Path) -> None:
+    """Of different numbers; the tables have a column for each, empty where a record lacks it."""
+    replies = ["So.", "No.", "Hm.", "Oh?"]
+    rows = [
+        {"prompt": "Hi", "responses": replies, "scores": [7, 1.5, 7, 2]},
+        {"prompt": "Hi", "responses": replies[:3], "scores": [3, 1, 2]},
+        {"prompt": "Hi", "chosen": "So.", "rejected": "No."},
+    ]
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(rows.pop()) + "\n")
+    sources = f"[{{path: {tmp_path}/train.jsonl}}, {{path: {tmp_path}/pairs.jsonl}}]"
+    more = [f"model.path={tiny_folder}", f"data.sources={sources}", "loss.compare=all"]
+    stages = stages_of(rows, tmp_path, *more)
+    told = text(stages)
+    assert (
+        "user: Hi\nchosen (score 7): So.\nrejected (score 1.5): No.\n"
+        "other 1 (score 7): Hm.\nother 2 (score 2): Oh?\nprompt, " in told
+    )
+    assert "chosen (score 1): So.\nrejected (score 0): No.\nprompt, " in told
+    (whole,) = (shown for shown in stages.pairs if len(shown.parts) == 5)
+    for name, said in zip(("chosen", "rejected", "other 1", "other 2"), replies, strict=True):
+        assert "".join(token.text for token in whole.parts[name]) == f"{said}<|im_end|>"
+    assert {token.role for token in whole.parts["other 2"]} == {"other"}
+    assert "\033[35mOh?" in text(stages, colors=True).replace("\033[0m", "")
+    assert [line["tokens of"] for line in stages.lengths] == [
+        *("prompt", "chosen", "rejected", "other 1", "other 2")
+    ]
+    # A record that lacks a response does not count among its lengths.
+    assert stages.lengths[-1]["shortest"] == len(whole.parts["other 2"])
+    assert len(stages.row) == 3
+    for line in stages.row:
+        parts = [line[name] for name in ("prompt", "chosen", "rejected", "other 1", "other 2")]
+        assert int(str(line["to"])) - int(str(line["from"])) == sum(n for n in parts if n != "")
+    assert sorted([line["other 1"] == "", line["other 2"] == ""] for line in stages.row) == [
+        [False, False], [False, True], [True, True],
+    ]  # fmt: skip
+    assert 'class="other"' in page(stages) and "other 2 (score 2)" in page(stages)
+
+
 OWLS = {"prompt": "Tell me of owls. " * 4, "chosen": "They hunt. " * 9, "rejected": "Owls\u00e9?"}
 
 

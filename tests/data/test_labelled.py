@@ -18,7 +18,7 @@ from simpo.data.mixture import Mixture, load_mixture
 from simpo.data.pairs import Pair
 from simpo.data.reading.for_loss import reader_of
 from simpo.data.reading.records import to_dialogue, to_labelled, to_pair
-from simpo.loss.coupled import AotConfig, KtoConfig
+from simpo.loss.with_coupled_steps import AotConfig, KtoConfig
 from simpo.loss.without_reference import SftConfig
 from simpo.model.tokenizer import load_tokenizer
 

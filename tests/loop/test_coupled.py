@@ -25,7 +25,9 @@ from simpo.data.plan import rows_of_pairs
 from simpo.loop.score import evaluate, pair_sums, pair_table, summarise
 from simpo.loop.step import NonFiniteError, update
 from simpo.loss import LossConfig, PairLogps, ResponseLogps
-from simpo.loss.coupled import (
+from simpo.loss.simpo import SigmoidConfig
+from simpo.loss.weighted_sum import MixConfig
+from simpo.loss.with_coupled_steps import (
     AmapoConfig,
     AotConfig,
     BetaDpoConfig,
@@ -33,8 +35,6 @@ from simpo.loss.coupled import (
     KtoConfig,
     shared_margins,
 )
-from simpo.loss.simpo import SigmoidConfig
-from simpo.loss.weighted_sum import MixConfig
 from simpo.model.policy import Policy
 from tests.support.tiny_models import SEGMENTS, gradients, random_pairs, tiny_model, token_set
 

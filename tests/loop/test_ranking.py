@@ -14,16 +14,26 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 from torch import Tensor
+from torch.optim import SGD
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from simpo.backend import Backend
+from simpo.config.backends import SingleConfig
+from simpo.config.choices import Device, Precision
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.loop.score import columns, pair_sums, pair_table, summarise
+from simpo.loop.step import update
 from simpo.loss import Compare, LossConfig, PairLogps, ResponseLogps, pair_losses
-from simpo.loss.ranking import InfoNcaConfig, PlackettLuceConfig, SDpoConfig, SoftLabelsConfig
 from simpo.loss.simpo import HingeConfig, RepoConfig, SigmoidConfig
 from simpo.loss.weighted_sum import MixConfig
 from simpo.loss.with_log_ratios import NcaConfig
+from simpo.loss.with_ranked_responses import (
+    InfoNcaConfig,
+    PlackettLuceConfig,
+    SDpoConfig,
+    SoftLabelsConfig,
+)
 from simpo.loss.with_reference import DpoConfig, DpoShiftConfig
 from simpo.model.policy import Policy
 from tests.support.tiny_models import gradients, ranked_pairs, tiny_model
@@ -207,30 +217,30 @@ def pairs_of(
     return [(a, b) for a, b in found if not best_only or a.score == top]
 
 
-def added(numbers: Iterable[Tensor]) -> Tensor:
-    return sum(numbers, torch.zeros((), dtype=torch.float64))
+def total(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum()
 
 
 def simpo_mean(prompt: Sequence[Response], best_only: bool, by_margin: bool) -> Tensor:
     pairs = pairs_of(prompt, best_only)
     weights = [a.score - b.score if by_margin else 1.0 for a, b in pairs]
     losses = [-torch.log(sigmoid(2 * (a.average - b.average) - 1)) for a, b in pairs]
-    return added(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+    return total(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
 
 
 def dpo_mean(prompt: Sequence[Response]) -> Tensor:
     pairs = pairs_of(prompt)
-    losses = [-torch.log(sigmoid(a.ratio(0.3) - b.ratio(0.3))) for a, b in pairs]
-    return added(losses) / len(pairs)
+    return total(-torch.log(sigmoid(a.ratio(0.3) - b.ratio(0.3))) for a, b in pairs) / len(pairs)
 
 
 def plackett_luce(prompt: Sequence[Response], gamma: float) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64)
     for one in prompt:
-        own = torch.exp(2 * one.average - gamma)
-        below = added(torch.exp(2 * other.average) for other in prompt if other.score < one.score)
-        total = total - torch.log(own / (own + below))
-    return total
+        own, below = torch.exp(2 * one.average - gamma), torch.zeros((), dtype=torch.float64)
+        for other in prompt:
+            below = below + torch.exp(2 * other.average) * (other.score < one.score)
+        loss = loss - torch.log(own / (own + below))
+    return loss
 
 
 def s_dpo(prompt: Sequence[Response]) -> Tensor:
@@ -238,10 +248,10 @@ def s_dpo(prompt: Sequence[Response]) -> Tensor:
     best = [one for one in prompt if one.score == top]
     rest = [one for one in prompt if one.score < top]
     losses = [
-        -torch.log(sigmoid(-torch.log(added(torch.exp(b.ratio(0.3) - a.ratio(0.3)) for b in rest))))
+        -torch.log(sigmoid(-torch.log(total(torch.exp(b.ratio(0.3) - a.ratio(0.3)) for b in rest))))
         for a in best
     ]
-    return added(losses) / len(best)
+    return total(losses) / len(best)
 
 
 def shares(prompt: Sequence[Response], alpha: float) -> list[float]:
@@ -258,8 +268,8 @@ def infonca(prompt: Sequence[Response]) -> Tensor:
 
 def nca(prompt: Sequence[Response]) -> Tensor:
     each = zip(prompt, shares(prompt, 0.7), strict=True)
-    data = added(share * torch.log(sigmoid(one.ratio(0.3))) for one, share in each)
-    return -data - added(torch.log(sigmoid(-one.ratio(0.3))) for one in prompt) / len(prompt)
+    data = total(share * torch.log(sigmoid(one.ratio(0.3))) for one, share in each)
+    return -data - total(torch.log(sigmoid(-one.ratio(0.3))) for one in prompt) / len(prompt)
 
 
 def soft_labels(prompt: Sequence[Response]) -> Tensor:
@@ -267,7 +277,7 @@ def soft_labels(prompt: Sequence[Response]) -> Tensor:
     for a, b in pairs_of(prompt):
         label, z = sigmoid(0.7 * (a.score - b.score)), 2 * (a.average - b.average) - 1
         losses.append(-label * torch.log(sigmoid(z)) - (1 - label) * torch.log(sigmoid(-z)))
-    return added(losses) / len(losses)
+    return total(losses) / len(losses)
 
 
 FORMULAS: list[tuple[LossConfig, Callable[[Sequence[Response]], Tensor]]] = [
@@ -502,6 +512,30 @@ def test_packed_rows(
     for name, gradient in gradients(plain).items():
         other = gradients(model)[name]
         assert (other - gradient).norm() < 1e-10 * max(1.0, float(gradient.norm())), name
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [replace(SIMPO, compare=Compare.all, margin_weights=True), PlackettLuceConfig(sft_weight=0.5)],
+    ids=lambda x: x.name,
+)
+def test_any_rows_give_the_same_update(loss: LossConfig) -> None:
+    """Prompts of 2 to 5 responses, one of them without scores, in one row, in two and in seven."""
+    pairs = ranked_pairs(np.random.default_rng(10), 7)
+    pairs[2] = replace(pairs[2], responses=pairs[2].responses[:2], scored=(None,) * 2, scores=None)
+    backend = Backend(SingleConfig(device=Device.cpu), Precision.fp32)
+    found = []
+    for size in (7, 4, 1):
+        policy = Policy(tiny_model("llama", dtype=torch.float64))
+        rows = [pack(pairs[i : i + size], range(i, min(i + size, 7))) for i in range(0, 7, size)]
+        sums, norm = update(policy, SGD(policy.parameters(), lr=1.0), rows, loss, backend)
+        found.append((summarise(loss, sums) | {"norm": norm}, dict(policy.named_parameters())))
+    (metrics_, weights), *others = found
+    assert {"rewards/rank_correlation", "rewards/best_accuracies"} <= metrics_.keys()
+    for other, moved in others:
+        assert other == pytest.approx(metrics_, rel=1e-6)
+        for name, weight in weights.items():
+            torch.testing.assert_close(moved[name], weight, rtol=1e-6, atol=1e-8)
 
 
 def prompt_by_hand(model: Any, pair: TokenizedPair) -> list[Response]:

@@ -17,7 +17,6 @@ from simpo.config.losses import LOSSES
 from simpo.data.packing import pack
 from simpo.loop.score import pair_sums, pair_table, summarise
 from simpo.loss import LogisticLoss, LossConfig, PairLogps, pair_losses
-from simpo.loss.ranking import InfoNcaConfig, PlackettLuceConfig, SDpoConfig, SoftLabelsConfig
 from simpo.loss.simpo import AlphaPoConfig, RepoConfig, SigmoidConfig, SimperConfig
 from simpo.loss.weighted_sum import MixConfig
 from simpo.loss.with_log_ratios import (
@@ -28,6 +27,12 @@ from simpo.loss.with_log_ratios import (
     NcaConfig,
     RobustConfig,
     SppoConfig,
+)
+from simpo.loss.with_ranked_responses import (
+    InfoNcaConfig,
+    PlackettLuceConfig,
+    SDpoConfig,
+    SoftLabelsConfig,
 )
 from simpo.loss.with_reference import (
     DpoConfig,

@@ -27,10 +27,10 @@ from simpo.loop.optim import build_optimizer, learning_rate, set_learning_rate
 from simpo.loop.score import summarise
 from simpo.loop.step import update
 from simpo.loss import LossConfig, pair_losses
-from simpo.loss.coupled import AotConfig, KtoConfig
 from simpo.loss.simpo import SigmoidConfig
 from simpo.loss.token_weighted import LdDpoConfig, WpoConfig
 from simpo.loss.weighted_sum import MixConfig
+from simpo.loss.with_coupled_steps import AotConfig, KtoConfig
 from simpo.loss.with_log_ratios import (
     ApoDownConfig,
     ApoZeroConfig,

@@ -17,14 +17,14 @@ from transformers.models.llama import modeling_llama
 
 from simpo.backend import Backend
 from simpo.config.backends import SingleConfig
-from simpo.config.choices import Compare, Device, Precision
+from simpo.config.choices import Device, Precision
 from simpo.data.mismatched import with_mismatched
 from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs, TokenizedPair
 from simpo.data.plan import rows_of_pairs
 from simpo.loop.score import evaluate, pair_sums, pair_table, summarise
 from simpo.loop.step import NonFiniteError, update
-from simpo.loss import LossConfig, PairLogps, ResponseLogps
+from simpo.loss import Compare, LossConfig, PairLogps, ResponseLogps
 from simpo.loss.simpo import SigmoidConfig
 from simpo.loss.weighted_sum import MixConfig
 from simpo.loss.with_coupled_steps import (

@@ -81,7 +81,7 @@ def test_a_dialogue_to_imitate(tiny_folder: Path, tmp_path: Path) -> None:
 def test_ranked_responses_with_their_scores(tiny_folder: Path, tmp_path: Path) -> None:
     """Of different numbers; the tables have a column for each, empty where a record lacks it."""
     replies = ["So.", "No.", "Hm.", "Oh?"]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": "Hi", "responses": replies, "scores": [7, 1.5, 7, 2]},
         {"prompt": "Hi", "responses": replies[:3], "scores": [3, 1, 2]},
         {"prompt": "Hi", "chosen": "So.", "rejected": "No."},
@@ -109,8 +109,8 @@ def test_ranked_responses_with_their_scores(tiny_folder: Path, tmp_path: Path) -
     assert len(stages.row) == 3
     for line in stages.row:
         parts = [line[name] for name in ("prompt", "chosen", "rejected", "other 1", "other 2")]
-        assert int(str(line["to"])) - int(str(line["from"])) == sum(n for n in parts if n != "")
-    assert sorted([line["other 1"] == "", line["other 2"] == ""] for line in stages.row) == [
+        assert int(str(line["to"])) - int(str(line["from"])) == sum(int(str(n or 0)) for n in parts)
+    assert sorted([not line["other 1"], not line["other 2"]] for line in stages.row) == [
         [False, False], [False, True], [True, True],
     ]  # fmt: skip
     assert 'class="other"' in page(stages) and "other 2 (score 2)" in page(stages)

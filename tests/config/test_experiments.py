@@ -13,6 +13,8 @@ from simpo.config.paths import config_dir
 from simpo.loop.train import train
 from simpo.loss import LossConfig
 from simpo.loss.simpo import HingeConfig, SigmoidConfig
+from simpo.loss.token_weighted import ConfpoConfig, WpoConfig
+from simpo.loss.with_coupled_steps import AmapoConfig
 from simpo.loss.without_reference import CpoConfig, OrpoConfig
 from simpo.report import published
 from simpo.run.files import read_results
@@ -209,6 +211,9 @@ def test_every_ablation_is_tested() -> None:
         ("no_length_norm", SigmoidConfig(sft_weight=1.0, length_normalized=False)),
         ("orpo", OrpoConfig()),
         ("cpo", CpoConfig()),
+        ("amapo", AmapoConfig(sft_weight=1.0)),
+        ("confpo", ConfpoConfig(sft_weight=1.0)),
+        ("wpo", WpoConfig(sft_weight=1.0)),
     ],
 )
 def test_members_of_the_demo_study(name: str, loss: LossConfig) -> None:

@@ -92,15 +92,18 @@ def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
 
 def present(table: Tensor) -> Tensor:
     """Which numbers of a table there are, bool [P, columns]: a pair may lack a response."""
-    found = torch.ones_like(table, dtype=torch.bool)
-    if table.shape[1] == len(COLUMNS):
-        chosen, rejected = (
-            table[:, COLUMNS.index(name)] > 0 for name in ("chosen_tokens", "rejected_tokens")
-        )
-        lacking = ((OF_CHOSEN, chosen), (OF_REJECTED, rejected), (OF_BOTH, chosen & rejected))
-        for names, there in lacking:
-            found[:, [COLUMNS.index(name) for name in names]] = there[:, None]
-    return found
+    if table.shape[1] != len(COLUMNS):
+        return torch.ones_like(table, dtype=torch.bool)
+    chosen, rejected = (
+        table[:, COLUMNS.index(name)] > 0 for name in ("chosen_tokens", "rejected_tokens")
+    )
+    there = {
+        **dict.fromkeys(OF_CHOSEN, chosen),
+        **dict.fromkeys(OF_REJECTED, rejected),
+        **dict.fromkeys(OF_BOTH, chosen & rejected),
+    }
+    always = torch.ones_like(chosen)
+    return torch.stack([there.get(name, always) for name in COLUMNS], dim=1)
 
 
 def pair_sums(table: Tensor) -> Tensor:

@@ -81,8 +81,7 @@ class ResponseLogps:
         return Ranks.of(self.sums, self.tokens, self.scores)
 
     def each_two(self) -> PairLogps:
-        """Each two responses of each pair, the better one as chosen, as P * K * K pairs; their sums
-        and numbers of tokens as the loss weighs them.
+        """Each two responses of each pair, the better one as chosen, as P * K * K pairs.
 
         A response that a pair lacks is replaced by the chosen one, so that all numbers are those of
         a response.
@@ -102,10 +101,8 @@ class ResponseLogps:
         if self.reference is not None:
             reference = stack(ordered(self.reference), dim=1).flatten()
         high, low = ordered(ranks.scores.where(ranks.known, nan))
-        sums, tokens = self.sums, self.tokens
-        if self.weighted is not None and self.weights is not None:
-            sums, tokens = self.weighted, self.weights
-        return PairLogps(*ordered(sums), *ordered(tokens), reference, margins=high - low)
+        both = (*ordered(self.sums), *ordered(self.tokens))
+        return PairLogps(*both, reference, margins=high - low)
 
     def _pairs(self, sums: Tensor, tokens: Tensor) -> PairLogps:
         reference = None if self.reference is None else self.reference[:, :2].flatten()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from simpo.backend import Backend
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.schema import RunConfig
-from simpo.data.pairs import PackedPairs, Pair
+from simpo.data.pairs import PackedPairs
+from simpo.data.store import TokenizedSet
 from simpo.loop.coupled import all_pairs, numbers_of
 from simpo.loop.router import Routing
 from simpo.loss import (
@@ -130,19 +131,12 @@ def summarise(loss: LossConfig, sums: Tensor, router_aux_weight: float = 0.0) ->
     return {"loss": value, **means}
 
 
-def metric_names(
-    run: RunConfig, pairs: Sequence[Pair], lengths: np.ndarray | None = None
-) -> list[str]:
-    """The keys that an evaluation of held-out pairs will have, in its order.
-
-    Args:
-        lengths: `Tokens.lengths` of the pairs; None: none lacks a response.
-    """
+def metric_names(run: RunConfig, test: TokenizedSet) -> list[str]:
+    """The keys that an evaluation of held-out pairs will have, in its order."""
+    pairs, lengths = test.held_out, test.tokens.lengths()
     if not pairs:
         return []
     sets = np.array([pair.held_out_set for pair in pairs])
-    if lengths is None:
-        lengths = np.ones((len(pairs), 3), np.int64)
     of_set = _names_of_set(run.loss, lengths)
     names = [*of_set, *(["aux_loss"] if run.model.router_aux_weight else [])]
     if len(own_sets := dict.fromkeys(sets.tolist())) > 1:

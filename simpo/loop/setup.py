@@ -98,8 +98,7 @@ def set_up(run: RunConfig, backend: Backend) -> Parts:
         chat = Chat(tokenizer, today, run.model.chat_template_kwargs)
         data = load_data(run, chat, cache_dir)
     if cfg.keep_best or cfg.patience_evals or may_be_pruned(run):
-        names = metric_names(run, data.test.held_out, data.test.tokens.lengths())
-        check_monitor(run.monitor, names)
+        check_monitor(run.monitor, metric_names(run, data.test))
     settings = load_settings(run.model, cache_dir)
     known = num_embeddings(settings)
     refuse_unknown_ids(chat, placed_ids((data.train, data.test), known), known)

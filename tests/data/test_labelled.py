@@ -18,6 +18,7 @@ from simpo.data.mixture import Mixture, load_mixture
 from simpo.data.pairs import Pair
 from simpo.data.reading.for_loss import reader_of
 from simpo.data.reading.records import to_dialogue, to_labelled, to_pair
+from simpo.loop.train import train
 from simpo.loss.with_coupled_steps import AotConfig, KtoConfig
 from simpo.loss.without_reference import SftConfig
 from simpo.model.tokenizer import load_tokenizer
@@ -174,3 +175,18 @@ def test_tokens_of_a_run(tiny_run: list[str], tmp_path: Path) -> None:
         )
         source = train.tokens[following].responses[:2]
         assert each.responses[2].tolist() == max(source, key=len).tolist()
+
+
+def test_without_pairs_there_is_no_accuracy(tiny_run: list[str], tmp_path: Path) -> None:
+    """To select by it is refused before weights are loaded."""
+    file = tmp_path / "labels.jsonl"
+    lines = [RECORD, RECORD | {"prompt": "How?", "label": False}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sources = f"data.sources=[{{path: {file}, test_path: {file}}}]"
+    words = [*tiny_run, "loss=kto", sources, "train.keep_best=true", "sample.num_prompts=0"]
+    with pytest.raises(ConfigError) as error:
+        train(compose_run([*words, f"run_dir={tmp_path / 'run'}"]))
+    assert str(error.value) == (
+        "monitor.metric: no such held-out metric, got rewards/accuracies (loss, rewards/chosen, "
+        "rewards/rejected, logps/chosen, logps/rejected, chosen_tokens, rejected_tokens)"
+    )

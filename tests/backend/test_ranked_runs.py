@@ -82,8 +82,13 @@ def assert_like(folder: Path, alone: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["train.share_prefix=false", "train.tokens_per_row=300"],
-        ["model.gradient_checkpointing=full", "train.tokens_per_row=64"],
+        pytest.param(
+            ["train.share_prefix=false", "train.tokens_per_row=300"], marks=pytest.mark.matrix
+        ),
+        pytest.param(
+            ["model.gradient_checkpointing=full", "train.tokens_per_row=64"],
+            marks=pytest.mark.matrix,
+        ),
         pytest.param(
             ["backend=ddp", "backend.processes=2", "train.tokens_per_row=200"],
             marks=pytest.mark.matrix,

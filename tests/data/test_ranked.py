@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from simpo.config.choices import OnBadRecord, Reasoning
+from simpo.config.choices import OnBadRecord, PairChoice, Reasoning
 from simpo.config.compose import compose_run
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import ConfigError, DataError
@@ -80,7 +80,7 @@ def test_the_four_completions_of_ultrafeedback() -> None:
     # Read for a loss of pairs, it is the best with the worst, and says nothing of the others.
     (plain,) = load_mixture(config(SourceConfig(path="a.jsonl")), to_pair).train
     assert (plain.chosen, plain.rejected) == (pair.chosen, pair.rejected)
-    assert not plain.others and not plain.scores
+    assert plain.others == () and plain.scores == ()
 
 
 @pytest.mark.parametrize(
@@ -189,6 +189,9 @@ def test_a_function_of_the_user_gives_all_replies(monkeypatch: pytest.MonkeyPatc
     loaded = mixture(record, format="own_replies:read")
     found = {pair.prompt[0]["content"]: (texts(pair), pair.scores) for pair in loaded.train}
     assert found == {"Why?": (["A.", "C.", "B."], (3, 1, 2)), "Hm?": (["A.", "B."], (1, 0))}
+    source = SourceConfig(path="a.jsonl", format="own_replies:read", pairs=PairChoice.all)
+    pairs = load_mixture(config(source), to_pair).train
+    assert sorted(map(texts, pairs)) == [["A.", "B."]] * 2 + [["A.", "C."], ["B.", "C."]]
 
 
 def test_replies_of_several_turns_share_their_prompt() -> None:

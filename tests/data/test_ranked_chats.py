@@ -165,7 +165,7 @@ def test_the_cache_holds_records_of_different_numbers_of_responses(tmp_path: Pat
                 ids.tolist() for ids in other.responses
             ]
     # Other scores are other data, though the tokens are the same.
-    changed = [replace(pair, scores=tuple(2 * score for score in pair.scores)) for pair in pairs]
-    data = tokenize_set(chat, changed, data_config(), tmp_path)
+    doubled = [replace(pair, scores=tuple(2 * score for score in pair.scores)) for pair in pairs]
+    data = tokenize_set(chat, doubled, data_config(), tmp_path)
     assert data.name != first.name and data.text_fingerprint != first.text_fingerprint
     assert np.nanmax(data.tokens.scores) == 2 * np.nanmax(first.tokens.scores)  # type: ignore[arg-type]

@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.schema import RunConfig
+from simpo.data.pairs import PackedPairs
 from simpo.launch.rounds.phases import Phase, settings_of
 from simpo.launch.rounds.preflight import check_rounds
+from simpo.model.memory import Estimate
+from simpo.model.memory import Memory as MemoryOfStep
 from simpo.run.rounds import Kind
 
 Usage = namedtuple("Usage", "total used free")
@@ -85,6 +88,27 @@ def test_memory_of_replies_and_of_a_step(
     with pytest.raises(ConfigError, match="check_memory: a step needs about"):
         checked(words, tmp_path)
     checked([*words, "train.check_memory=false"], tmp_path)
+
+
+def test_memory_of_a_step_on_all_replies(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record has as many replies of 8 tokens as there are seeds; two make no longer row fit."""
+    rows: list[PackedPairs] = []
+    step = Estimate.step
+
+    def looked_at(self: Estimate, row: PackedPairs) -> MemoryOfStep:
+        rows.append(row)
+        return step(self, row)
+
+    monkeypatch.setattr(Estimate, "step", looked_at)
+    lengths = ["data.max_length_tokens=40", "data.max_prompt_tokens=30", "train.tokens_per_row=250"]
+    words = [*words, *lengths, "train.check_memory=true", "on_policy.seeds=[1,2,3,4]"]
+    checked(words, tmp_path)
+    checked([*words, "loss.compare=all", "rounds.choice=ranked"], tmp_path)
+    pairs, ranked = rows
+    assert (pairs.num_responses, len(pairs.pairs), pairs.input_ids.numel()) == (2, 5, 240)
+    assert (ranked.num_responses, len(ranked.pairs), ranked.input_ids.numel()) == (4, 3, 192)
 
 
 def psutil_memory(available: int) -> object:

@@ -17,10 +17,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo.data.packing import pack
-from simpo.data.plan import TrainPlan
+from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
+from simpo.data.store import Tokens
 from simpo.model import cost
 from simpo.model.policy import Policy
-from tests.support.tiny_models import EXPERTS, SIZES, VOCAB, random_pairs, tiny_model
+from tests.support.tiny_models import EXPERTS, SIZES, VOCAB, random_pairs, ranked_pairs, tiny_model
 
 
 def test_layout() -> None:
@@ -32,28 +33,45 @@ def test_layout() -> None:
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "qwen3_moe"])
+def test_what_is_planned_is_what_is_packed(share_prefix: bool) -> None:
+    """Of records with 2 to 5 responses."""
+    pairs = ranked_pairs(np.random.default_rng(3), 40, longest=20)
+    assert {len(pair.responses) for pair in pairs} == {2, 3, 4, 5}
+    num_tokens = Tokens.of(pairs).num_tokens(share_prefix)
+    plan = TrainPlan(num_pairs=40, pairs_per_step=20, steps_per_epoch=2, total_steps=2, seed=0)
+    planned = cost.layout(plan, num_tokens, tokens_per_row=300)
+    rows = [r for step in (0, 1) for r in rows_of_pairs(pairs_of_step(plan, step), num_tokens, 300)]
+    sizes = [pack([pairs[i] for i in r], r, share_prefix).input_ids.shape[1] for r in rows]
+    assert planned.tokens_per_step == sum(sizes) / 2
+    assert planned.fill == sum(sizes) / 300 / len(rows)
+    assert planned.largest_row_tokens == max(sizes)
+    assert planned.largest_row == tuple(rows[sizes.index(max(sizes))])
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "qwen3_moe", "ranked"])
 def test_flops(family: str, share_prefix: bool) -> None:
     """torch's own counter on a real forward and backward.
 
     It misses attention on a CPU, and the head's gradient, which is a product added in place.
     """
-    model = tiny_model(family)
+    ranked = family == "ranked"
+    model = tiny_model("llama" if ranked else family)
     if family in EXPERTS:
         model.set_experts_implementation("eager")  # it misses products of groups as well
     if not share_prefix:
         model.set_attn_implementation("sdpa")
     policy = Policy(model, share_prefix)
-    pairs = random_pairs(np.random.default_rng(0), 4, longest=30)
+    pairs = (ranked_pairs if ranked else random_pairs)(np.random.default_rng(0), 4, longest=30)
     row = pack(pairs, range(4), share_prefix)
     with FlopCounterMode(display=False) as counter:
         loss, _ = policy(row, lambda logps: logps.chosen)
         loss.backward()
     scores = 0
     for pair in pairs:
-        prompt, *responses = (len(x) for x in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+        prompt, *responses = (len(x) for x in (pair.prompt_ids, *pair.responses))
         scores += sum(sum(range(1, prompt + response + 1)) for response in responses)
-        scores -= sum(range(1, prompt + 1)) if share_prefix else 0
+        scores -= (len(responses) - 1) * sum(range(1, prompt + 1)) if share_prefix else 0
     # Two products (scores, values), two operations each, once forward and twice backward.
     missed = scores * 2 * 2 * 3 * 32 * 2 + len(row.targets) * 2 * VOCAB * 32
     expected = counter.get_total_flops() + missed

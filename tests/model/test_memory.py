@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import deepcopy
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -56,9 +56,9 @@ def estimate(settings: PreTrainedConfig, place: Place, *words: str) -> Estimate:
     return Estimate(compose_run(["model.lora.rank=0", *words]), settings, place)
 
 
-def row_of(pairs: int, tokens: int) -> PackedPairs:
-    part = np.ones(tokens // 4, dtype=np.int32)
-    pair = TokenizedPair.of(np.ones(tokens // 2, dtype=np.int32), part, part)
+def row_of(pairs: int, tokens: int, responses: int = 2) -> PackedPairs:
+    part = np.ones(tokens // 2 // responses, dtype=np.int32)
+    pair = TokenizedPair.of(np.ones(tokens // 2, dtype=np.int32), *[part] * responses)
     return pack([pair] * pairs, range(pairs))
 
 
@@ -66,9 +66,15 @@ def difference(logps: PairLogps) -> torch.Tensor:
     return logps.rejected - logps.chosen
 
 
-@pytest.mark.parametrize("kind", Checkpointing)
-@pytest.mark.parametrize("family", ["llama_tied", "gemma2", "mixtral"])
-def test_peak_of_a_real_step(family: str, kind: Checkpointing) -> None:
+@pytest.mark.parametrize(
+    ("family", "kind", "responses"),
+    [
+        *product(["llama_tied", "gemma2", "mixtral"], Checkpointing, [2]),
+        ("llama_tied", Checkpointing.none, 6),
+        ("llama_tied", Checkpointing.full, 6),
+    ],
+)
+def test_peak_of_a_real_step(family: str, kind: Checkpointing, responses: int) -> None:
     """torch's tracker on real tensors, whole model and row, against two layers of fake ones."""
     model = tiny_model(family, num_hidden_layers=5)
     if family in EXPERTS:
@@ -76,7 +82,7 @@ def test_peak_of_a_real_step(family: str, kind: Checkpointing) -> None:
     checkpointing.enable(model, kind)
     policy = Policy(model)
     policy.train()
-    row = row_of(4, 256)
+    row = row_of(4, 256, responses)
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     tracker = MemTracker()

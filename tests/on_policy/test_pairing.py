@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import pytest
 
 from simpo.config.choices import ReplyChoice
 from simpo.config.compose import compose_run
+from simpo.config.data import DataConfig, SourceConfig
+from simpo.data.mixture import load_mixture
+from simpo.data.reading.records import to_ranking
 from simpo.on_policy.annotate import annotate
 from simpo.on_policy.pairing import pairs_of_replies, with_wide_margins
 
@@ -25,7 +29,7 @@ def of_margins(*margins: float) -> list[dict[str, float]]:
 
 
 def test_the_first_best_and_the_first_worst() -> None:
-    for choice in (ReplyChoice.best_worst, ReplyChoice.margin):
+    for choice in (ReplyChoice.best_worst, ReplyChoice.margin, ReplyChoice.ranked):
         assert pairs_of_replies(SCORES, choice, "a") == [(1, 2)]
 
 
@@ -57,6 +61,74 @@ def test_narrow_margins() -> None:
     assert with_wide_margins(pairs, 0.9) == of_margins(4)
     assert with_wide_margins(of_margins(1, 1, 1), 0.5) == of_margins(1, 1, 1)
     assert with_wide_margins([], 0.5) == []
+
+
+BY_NUMBER = ["on_policy.reward=numbers_say:so"]
+
+
+def write_numbers(
+    texts: Mapping[str, Sequence[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Write replies to prompts, and the reward that reads them as numbers; g is held out."""
+    prompts: list[dict[str, Any]] = []
+    replies: list[dict[str, Any]] = []
+    for name, said in texts.items():
+        split = "test" if name == "g" else "train"
+        asked = [{"role": "user", "content": name}]
+        prompts.append({"id": name, "split": split, "prompt": asked, "rule": None})
+        replies += [
+            {"id": name, "seed": seed, "response": text, "tokens": 1, "ended": True}
+            for seed, text in enumerate(said)
+        ]
+    for file, rows in (("prompts", prompts), ("responses", replies)):
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "numbers_say.py").write_text(
+        "def so(prompt, responses, rule):\n    return [float(text) for text in responses]\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "numbers_say", raising=False)
+
+
+def test_ranked_records_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All different replies of a prompt, best first. Read for pairs they are best_worst's."""
+    texts = {
+        "a": ["1", "3", "0", "3.0", "0.0", "2", "2"],
+        **{"c": ["0", "2"], "e": ["1", "1"], "f": ["1", "1.0"], "g": ["0", "1", "2", "3"]},
+    }
+    write_numbers(texts, tmp_path, monkeypatch)
+    words = [f"on_policy.folder={tmp_path}", *BY_NUMBER]
+    sources = [SourceConfig(path=f"{tmp_path}/train.jsonl", test_path=f"{tmp_path}/test.jsonl")]
+    data = DataConfig(name="own", sources=sources)
+    annotate(compose_run(words))
+    pairs = load_mixture(data)
+    by_pairs = [*pairs.train, *pairs.test]
+    annotate(compose_run([*words, "on_policy.choice=ranked"]))
+    assert "| train | 4       | 2     | 1    | 1 " in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert rows[0] == {
+        "prompt": [{"role": "user", "content": "a"}],
+        "responses": ["3", "3.0", "2", "1", "0.0", "0"],
+        "scores": [3.0, 3.0, 2.0, 1.0, 0.0, 0.0],
+        "rule": None,
+    }
+    measures = json.loads((tmp_path / "measures.json").read_text())
+    assert measures["train"]["margin"] == (3 + 2) / 2 and measures["test"]["margin"] == 3
+    again = load_mixture(data)
+    for both in zip(by_pairs, (*again.train, *again.test), strict=True):
+        one, other = ((pair.prompt, pair.responses, pair.score_margin) for pair in both)
+        assert one == other
+    ranked = load_mixture(data, to_ranking)
+    found = {pair.prompt[0]["content"]: pair for pair in (*ranked.train, *ranked.test)}
+    assert [turns[0]["content"] for turns in found["a"].responses] == [
+        *("3", "0", "3.0", "2", "1", "0.0")
+    ]
+    assert found["g"].scores == (3, 0, 2, 1) and len(found) == 3
+    assert ranked.notes == [
+        f"note   {tmp_path}/{split}.jsonl {name}: read as replies with scores, {count}"
+        for split, name, count in (("train", "train", "2 records"), ("test", "test", "1 record"))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -91,25 +163,8 @@ def test_pairs_of_a_folder(
     """Replies are numbers, which are their scores. Margins are 3, 2 and 9; the held-out one is 1,
     and its own split's median."""
     texts = {"ab": "310", "c": "02", "d": "90", "e": "11", "f": ["-1", "-1.0"], "g": "01"}
-    prompts: list[dict[str, Any]] = []
-    replies: list[dict[str, Any]] = []
-    for name, said in texts.items():
-        split = "test" if name == "g" else "train"
-        asked = [{"role": "user", "content": name}]
-        prompts.append({"id": name, "split": split, "prompt": asked, "rule": None})
-        replies += [
-            {"id": name, "seed": seed, "response": text, "tokens": 1, "ended": True}
-            for seed, text in enumerate(said)
-        ]
-    for file, rows in (("prompts", prompts), ("responses", replies)):
-        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "numbers_say.py").write_text(
-        "def so(prompt, responses, rule):\n    return [float(text) for text in responses]\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "numbers_say", raising=False)
-    words = [f"on_policy.folder={tmp_path}", "on_policy.reward=numbers_say:so", *more]
-    annotate(compose_run(words))
+    write_numbers(texts, tmp_path, monkeypatch)
+    annotate(compose_run([f"on_policy.folder={tmp_path}", *BY_NUMBER, *more]))
     found: dict[str, list[str]] = {}
     for line in (tmp_path / "train.jsonl").read_text().splitlines():
         row = json.loads(line)

@@ -22,11 +22,11 @@ from simpo.data.reading.records import (
     RecordFault,
     to_dialogue,
     to_labelled,
+    to_pair,
     to_prompt,
     to_ranking,
 )
 from simpo.data.reading.scored import (
-    REPLIES,
     SCORES,
     LeftOut,
     Scored,
@@ -136,12 +136,11 @@ class SplitReader:
         return self._read(self.shape, given, number)
 
     def _all_replies(self, record: Any, number: int) -> list[Any]:
-        """The records of one that a user's function gave, which may hold scored replies where all
-        of them are compared."""
-        if self.read_record is not to_ranking or not isinstance(record, Mapping):
+        """The records of one that a user's function gave, which may hold scored replies."""
+        if self.read_record not in (to_pair, to_ranking) or not isinstance(record, Mapping):
             return [record]
-        pair = record.get("chosen") is not None or all(record.get(name) is None for name in REPLIES)
-        return [record] if pair else self._read(_REPLIES, dict(record), number)
+        whole = record.get("chosen") is None and record.get("responses") is not None
+        return self._read(_REPLIES, dict(record), number) if whole else [record]
 
     def _renamed(self, record: Mapping[str, Any]) -> Record:
         """The record with its columns under our names; optional ones may be absent.
@@ -181,7 +180,7 @@ class SplitReader:
         """The shapes that can be read, the first to try first."""
         wanted, shapes = [Gives.pair], list(SHAPES)
         if self.read_record is to_ranking:  # all replies tell more than two of them
-            shapes = [_REPLIES, *SHAPES]
+            shapes.insert(0, _REPLIES)
         if self.read_record is to_dialogue:
             wanted = [Gives.dialogue, Gives.pair]
         elif self.read_record is to_labelled:

@@ -108,22 +108,21 @@ def to_ranking(record: Any, place: str) -> Pair:
 def is_ranked(record: Mapping[str, Any]) -> bool:
     """Whether a record has responses with scores, as `scored.ranked_record` gives them, instead of
     chosen and rejected."""
-    responses, scores = (record.get(name) for name in RANKED)
-    if record.get("chosen") is not None or not (isinstance(responses, list) and responses[1:]):
+    responses, scores = record.get("responses"), record.get("scores")
+    if not isinstance(responses, list) or not isinstance(scores, list):
         return False
-    if not (isinstance(scores, list) and len(scores) == len(responses)):
-        return False
-    return all(isinstance(score, float) for score in scores)
+    known = len(scores) == len(responses) > 1 and all(isinstance(one, float) for one in scores)
+    return known and record.get("chosen") is None
 
 
 def _compared(record: Mapping[str, Any], given: Sequence[Any], place: str) -> Pair:
     """A pair of the responses given: chosen, rejected and those between."""
-    asked, responses = parts(record, given)
+    turns_before, responses = parts(record, given)
     said = {name: [_said(turn) for turn in turns] for name, turns in responses.items()}
     for (one, first), (other, second) in combinations(said.items(), 2):
         if first == second:
             raise RecordFault(f"{one} and {other} are the same")
-    prompt = _prompt(record, asked)
+    prompt = _prompt(record, turns_before)
     chosen, rejected, *others = (_response(turns, name) for name, turns in responses.items())
     return Pair(
         prompt, chosen, rejected, place, _rule(record), tools=read_tools(record),

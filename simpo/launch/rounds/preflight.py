@@ -181,9 +181,10 @@ def _check_memory(
     response = min(run.on_policy.max_new_tokens, run.data.max_length_tokens // 2)
     prompt = run.data.max_length_tokens - response
     prompt_ids, response_ids = (np.ones(length, np.int32) for length in (prompt, response))
-    pair = TokenizedPair.of(prompt_ids, response_ids, response_ids)
-    row_tokens = run.train.tokens_per_row
-    count = max(1, row_tokens // (prompt + 2 * response)) if isinstance(row_tokens, int) else 1
+    replies = len(run.on_policy.seeds) if run.loss.ranks else 2
+    pair = TokenizedPair.of(prompt_ids, *[response_ids] * replies)
+    row_tokens, pair_tokens = run.train.tokens_per_row, pair.num_tokens(run.train.share_prefix)
+    count = max(1, row_tokens // pair_tokens) if isinstance(row_tokens, int) else 1
     row = pack([pair] * count, range(count), run.train.share_prefix)
     here = 1 if device.type == "cuda" else _processes(run)
     memory.check_memory(max(estimate.step(row), estimate.load(), key=_total), run, device, here)

@@ -69,7 +69,7 @@ def pair_table(loss: LossConfig, logps: PairLogps) -> Tensor:
         """Mean over the comparisons of each pair."""
         if valid is None:
             return numbers.mean(dim=1)
-        return numbers.where(valid, 0).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+        return numbers.double().where(valid, 0).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
 
     right = 0.5 * ((chosen > rejected).float() - (chosen < rejected).float())
     numbers = {

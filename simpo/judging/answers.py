@@ -38,6 +38,7 @@ from simpo.on_policy.files import (
 )
 from simpo.run.judged import FOLDER
 from simpo.run.progress import bar, say
+from simpo.run.rounds import as_begun
 
 FILE = "answers.jsonl"
 MOST_BYTES = 200
@@ -53,7 +54,8 @@ class Contestant:
     Attributes:
         name: what to call it in tables and files.
         folder: where its answers lie.
-        run: the settings of its run; None if it lies in none.
+        run: the settings of its run, of one of rounds those with which the rounds began, so that
+            all of them are asked and compared with the same; None if it lies in none.
     """
 
     name: str
@@ -71,7 +73,8 @@ def contestant(run: RunConfig, source: str) -> Contestant:
     saved = saved_model(source)
     if saved.run is not None and saved.run.run_dir is not None:
         place = Path(saved.run.run_dir).resolve()
-        return Contestant(place.name, place / FOLDER / run.benchmark.name, saved, saved.run)
+        begun = as_begun(saved.run)
+        return Contestant(place.name, place / FOLDER / run.benchmark.name, saved, begun)
     folder = Path(source).expanduser()
     if not folder.is_dir():
         name = source.replace("/", "__")

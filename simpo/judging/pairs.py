@@ -16,6 +16,7 @@ from simpo.config.schema import RunConfig
 from simpo.data.mixture import load_held_out
 from simpo.data.pairs import Pair
 from simpo.data.reading.for_loss import reader_of
+from simpo.data.reading.records import to_prompt
 from simpo.data.rules import obeys
 from simpo.judging.jsonl import read_jsonl, write_jsonl
 from simpo.judging.shapes import (
@@ -66,9 +67,13 @@ def open_pairs(run: RunConfig) -> Pairs:
         ConfigError: no pair is held out.
         DataError: the data cannot be read.
     """
+    baseline = _named(run.benchmark.baseline or CHOSEN)
+    is_chosen = baseline == CHOSEN
+    # Against another baseline no response of the data is looked at.
+    read = reader_of(run.loss) if is_chosen else to_prompt
     found: dict[str, Pair] = {}
-    for pair in load_held_out(run.data, reader_of(run.loss), Path(run.cache_dir).expanduser()):
-        if pair.chosen:  # an undesirable reply alone is no answer to compare with
+    for pair in load_held_out(run.data, read, Path(run.cache_dir).expanduser()):
+        if pair.chosen or not is_chosen:  # an undesirable reply alone is no answer to compare with
             found.setdefault(prompt_id(pair), pair)
     kept = dict(list(found.items())[: run.benchmark.num_prompts])
     if not kept:
@@ -78,7 +83,7 @@ def open_pairs(run: RunConfig) -> Pairs:
                 "test_split of a source)"
             ]
         )
-    return Pairs(kept, _named(run.benchmark.baseline or CHOSEN), run.benchmark.seed)
+    return Pairs(kept, baseline, run.benchmark.seed)
 
 
 def _named(baseline: str) -> str:
@@ -104,10 +109,11 @@ class Pairs(Benchmark):
         self.baseline_name = baseline
         self.baseline = {}
         # Neither judges nor rules see calls of tools, and an answer is one text.
-        self._not_texts = sum(
-            len(pair.chosen) > 1 or "tool_calls" in pair.chosen[0] for pair in pairs.values()
-        )
+        self._not_texts = 0
         if baseline == CHOSEN:
+            self._not_texts = sum(
+                len(pair.chosen) > 1 or "tool_calls" in pair.chosen[0] for pair in pairs.values()
+            )
             self.baseline = {
                 key: Answer(key, (str(pair.chosen[0]["content"] or ""),))
                 for key, pair in pairs.items()

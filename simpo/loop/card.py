@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from simpo.loss.simpo import SimpoConfig
 from simpo.model.pretrained import model_files
 from simpo.run.atomic import write_text
 from simpo.run.files import read_metrics, series
+from simpo.run.rounds import as_begun
 from simpo.run.tables import SHOWN, markdown_table, result_lines
 
 if TYPE_CHECKING:
@@ -65,13 +67,15 @@ def write_card(run: RunConfig, run_dir: Path, results: Results, model_dir: Path)
     table = [row | {"source": plain(public(row["source"]))} for row in data["mixture"]]
     lines = result_lines(results.before, results.after)
     measured = [line | {"held out": plain(line["held out"])} for line in lines]
+    # The model of a round began with the first one.
+    begun = replace(run, model=as_begun(run).model)
     blocks = [
         f"# {plain(public(run.name))}",
         *_cut_short(run, pairs["train"]),
-        f"{plain(base_name(run.model.path))} after {trained}.",
-        *_about_base(run),
+        f"{plain(base_name(begun.model.path))} after {trained}.",
+        *_about_base(begun),
         "## Use",
-        usage(run),
+        usage(begun),
         "## Loss",
         f"    {' '.join(run.loss.formula().split())}",
         "## Data",
@@ -91,7 +95,7 @@ def write_card(run: RunConfig, run_dir: Path, results: Results, model_dir: Path)
         fenced("yaml", _settings(run)),
         *(["## Citation", CITATION] if isinstance(run.loss, SimpoConfig) else []),
     ]
-    header = f"---\n{_header(run).to_yaml()}\n---\n"
+    header = f"---\n{_header(begun).to_yaml()}\n---\n"
     write_text(model_dir / "README.md", header + "\n\n".join(blocks) + "\n")
 
 

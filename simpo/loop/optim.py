@@ -1,18 +1,17 @@
-"""Builds AdamW, gives the learning rate of a step, and checks that updates change weights."""
+"""Builds AdamW, and checks that updates change weights."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from simpo.config.choices import Schedule
 from simpo.config.errors import ConfigError
 from simpo.config.schema import TrainConfig
 from simpo.data.plan import TrainPlan
+from simpo.loop.rates import changes_weights, learning_rate
 
 FEW_STEPS = 10
 WEIGHTS_LOOKED_AT = 256
@@ -36,23 +35,6 @@ def build_optimizer(policy: nn.Module, config: TrainConfig) -> Optimizer:
     )
 
 
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Learning rate of update `step` (from 0): a linear warm-up from 0, then the schedule to 0.
-
-    Depends on the step alone, so there is no schedule state to save. Equals transformers'
-    `get_scheduler`, which the paper's runs used.
-    """
-    warmup_steps = math.ceil(total_steps * config.warmup_ratio)
-    if step < warmup_steps:
-        return config.learning_rate * step / warmup_steps
-    if config.schedule is Schedule.constant:
-        return config.learning_rate
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if config.schedule is Schedule.linear:
-        return config.learning_rate * (1 - progress)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:
     """Give all weights the same learning rate."""
     for group in optimizer.param_groups:
@@ -65,7 +47,7 @@ def check_rates(config: TrainConfig, plan: TrainPlan) -> None:
     Raises:
         ConfigError: the only step is that at which the warm-up starts.
     """
-    if not any(learning_rate(config, step, plan.total_steps) for step in range(plan.total_steps)):
+    if not changes_weights(config, plan):
         raise ConfigError(
             [
                 f"train.pairs_per_step: {plan.num_pairs} pairs in steps of {plan.pairs_per_step} "

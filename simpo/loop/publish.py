@@ -27,6 +27,7 @@ from simpo.model.policy import Policy
 from simpo.model.pretrained import files_dtype, model_source
 from simpo.run.atomic import write_json
 from simpo.run.files import read_status
+from simpo.run.rounds import as_begun
 
 
 def reach_repository(config: ExportConfig) -> None:
@@ -152,8 +153,9 @@ def check_end(
 def export_dtype(run: RunConfig) -> torch.dtype:
     """The dtype in which a run's model is saved."""
     if run.export.dtype is Dtype.auto and not run.model.lora.used:
-        source = model_source(run.model, Path(run.cache_dir).expanduser())
-        return files_dtype(source, run.model.revision) or torch.float32
+        base = as_begun(run).model  # between rounds a model is kept in float32
+        source = model_source(base, Path(run.cache_dir).expanduser())
+        return files_dtype(source, base.revision) or torch.float32
     return torch.bfloat16 if run.export.dtype is Dtype.bfloat16 else torch.float32
 
 

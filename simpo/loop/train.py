@@ -14,7 +14,8 @@ from simpo.data.loader import steps_ahead
 from simpo.loop import console
 from simpo.loop.evaluate import held_out_metrics
 from simpo.loop.history import History
-from simpo.loop.optim import learning_rate, set_learning_rate
+from simpo.loop.optim import set_learning_rate
+from simpo.loop.rates import learning_rate
 from simpo.loop.save import save_results
 from simpo.loop.score import summarise
 from simpo.loop.setup import Parts, set_up, with_references

@@ -46,7 +46,14 @@ class CollapseWatch:
         findings: all so far, in the order found; at most one for each signal.
     """
 
-    def __init__(self, config: WatchConfig) -> None:
+    def __init__(
+        self, config: WatchConfig, unit: str = "step", replies: str = "samples/step-{step:06d}.json"
+    ) -> None:
+        """
+        Args:
+            unit: what the lines call a step: a step, or a round.
+            replies: where those lie that were measured; of `step`, and `following` is the next.
+        """
         self.findings: list[Finding] = []
         signals = [
             _Signal(
@@ -71,7 +78,7 @@ class CollapseWatch:
                 "eval/reply_repetition",
                 "the share of repeated 4-grams in replies rose from {start:.2f} to {now:.2f}, by "
                 "more than watch.repetition_rise={limit}",
-                "read samples/step-{step:06d}.json; " + REMEDY,
+                f"read {replies}; {REMEDY}",
                 config.repetition_rise,
                 1,
                 _rise,
@@ -86,7 +93,7 @@ class CollapseWatch:
                 _ratio,
             ),
         ]
-        self._series = [_Series(signal) for signal in signals if signal.limit]
+        self._series = [_Series(signal, unit) for signal in signals if signal.limit]
 
     def read(self, line: Mapping[str, float]) -> list[Finding]:
         """Read the next line of metrics.jsonl.
@@ -118,8 +125,8 @@ class _Signal:
 class _Series:
     """The recent values of one signal, and its value at the start."""
 
-    def __init__(self, signal: _Signal) -> None:
-        self.signal = signal
+    def __init__(self, signal: _Signal, unit: str) -> None:
+        self.signal, self._unit = signal, unit
         self._recent: deque[tuple[int, float]] = deque(maxlen=signal.window)
         self._start: float | None = None
         self._good_step = 0
@@ -144,8 +151,8 @@ class _Series:
             return None
         self._found = True
         what = signal.what.format(start=self._start, now=now, limit=signal.limit)
-        remedy = signal.remedy.format(step=step)
-        text = f"step {step}: {what}; last good step {self._good_step} ({remedy})"
+        remedy, unit = signal.remedy.format(step=step, following=step + 1), self._unit
+        text = f"{unit} {step}: {what}; last good {unit} {self._good_step} ({remedy})"
         return Finding(step, self._good_step, text)
 
 

@@ -51,7 +51,7 @@ UNRATED = "fewer than two readable ratings"
 
 
 @libraries_quiet()
-def annotate(run: RunConfig, rater: Rater | None = None) -> Path:
+def annotate(run: RunConfig, rater: Rater | None = None, demanding: bool = True) -> Path:
     """Score every reply, and write train.jsonl, test.jsonl, measures.json and reply_scores.jsonl.
 
     A prompt gives records, by `on_policy.choice`, if its replies differ in text and in score. Of
@@ -60,6 +60,7 @@ def annotate(run: RunConfig, rater: Rater | None = None) -> Path:
 
     Args:
         rater: scores the replies with `on_policy.reward=judge`; see `simpo.judging.ratings`.
+        demanding: raise if no reply can be scored, or no prompt to train on gives a pair.
 
     Returns:
         The folder; see `simpo.on_policy.files`.
@@ -79,14 +80,21 @@ def annotate(run: RunConfig, rater: Rater | None = None) -> Path:
         raise ConfigError(["on_policy.reward: required, but not given"])
     assert (rater is not None) == (name == JUDGE), "on_policy.reward=judge comes with its rater"
     with working_in(folder):
-        _annotate(run, folder, name, rater)
+        _annotate(run, folder, name, rater, demanding)
     return folder
 
 
-def _annotate(run: RunConfig, folder: Path, name: str, rater: Rater | None) -> None:
+def _annotate(
+    run: RunConfig, folder: Path, name: str, rater: Rater | None, demanding: bool
+) -> None:
     prompts = read_prompts(folder)
     stored = read_stored_replies(folder)
     replies, cut = _replies(folder, prompts, stored, run.on_policy.keep_cut)
+    if demanding and not any(replies.values()):
+        why = f": all {cut} are cut off (on_policy.keep_cut=true takes them)" if cut else ""
+        raise ConfigError(
+            [f"on_policy.folder: no replies in {folder}{why or ' (run simpo.generate)'}"]
+        )
     print(*_missing_note(folder, prompts, stored), sep="", end="")
     asked = {key: len(own) for key, own in replies.items()}
     if rater is None:
@@ -121,7 +129,7 @@ def _annotate(run: RunConfig, folder: Path, name: str, rater: Rater | None) -> N
         *([f"{unread} replies left out: the judge's verdict cannot be read"] if unread else []),
         sep="\n",
     )
-    wanted = counts["train"]["prompts"] and not run.on_policy.held_out_only
+    wanted = demanding and counts["train"]["prompts"] and not run.on_policy.held_out_only
     if wanted and not written["train"]:
         raise RunError(
             f"{folder}: no train prompt has replies with different scores (generate with more "
@@ -265,11 +273,6 @@ def _replies(
         cut += not reply.ended and not keep_cut
         if is_kept(reply, keep_cut):
             replies[reply.id].setdefault(reply.text.strip(), reply)
-    if not any(replies.values()):
-        why = f": all {cut} are cut off (on_policy.keep_cut=true takes them)" if cut else ""
-        raise ConfigError(
-            [f"on_policy.folder: no replies in {folder}{why or ' (run simpo.generate)'}"]
-        )
     return replies, cut
 
 

@@ -78,6 +78,12 @@ class Pruning:
         """Why no trial with these settings could ever be pruned, as lines for the user."""
         train, metric = run.train, run.monitor.metric
         remedy = "or hydra.sweeper.pruner=none"
+        if run.rounds.number:
+            yield (
+                "hydra.sweeper.pruner: rounds are not pruned (hydra.sweeper.pruner=none; "
+                "rounds.patience ends them)"
+            )
+            return
         if metric in FIGURES:
             yield (
                 f"hydra.sweeper.pruner: monitor.metric={metric} is known at the end of a run only "

@@ -5,10 +5,13 @@ All of it: `simpo.launch.rounds.phases`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
+from simpo.config.check import load_run
 from simpo.config.errors import DamagedError
+from simpo.config.schema import RunConfig
 from simpo.run.files import NEW_RUN, read_json, read_text
 
 ROUNDS = "rounds"
@@ -31,17 +34,37 @@ def round_folder(root: Path, number: int) -> Path:
     return root / ROUNDS / str(number)
 
 
+def run_folder(root: Path, number: int) -> Path:
+    """The folder of the training run of a round."""
+    return round_folder(root, number) / "run"
+
+
+def as_begun(run: RunConfig) -> RunConfig:
+    """A run as its rounds began: with their first model, data and benchmark, in its own folder.
+
+    Of a run that is none of rounds its own settings.
+
+    Raises:
+        ConfigError: the settings of the rounds cannot be read.
+    """
+    if run.run_dir is None:
+        return run
+    folder = Path(run.run_dir).expanduser().absolute()
+    root, number = folder.parent.parent.parent, folder.parent.name
+    if not number.isdecimal() or folder != run_folder(root, int(number)):
+        return run
+    if not (root / "run.yaml").is_file():  # it was copied out of them
+        return run
+    return replace(load_run(root / "run.yaml", check=False), run_dir=run.run_dir)
+
+
 def error_file(root: Path, number: int) -> Path:
     """The file with the reason why the newest phase of a round failed."""
     return round_folder(root, number) / "error.txt"
 
 
 def done_file(root: Path, number: int, kind: Kind, part: int = 1) -> Path:
-    """The file that says that a phase of a round is done.
-
-    {"seconds": ..., "text": what was done}, after annotating also "ends": why the rounds end with
-    the model that they have; empty if they go on.
-    """
+    """The file that says that a phase of a round is done: its seconds, and what it did."""
     return round_folder(root, number) / f"{kind.value}{f'-{part}' * (part > 1)}.json"
 
 

@@ -18,7 +18,7 @@ from simpo.config.errors import ConfigError, RunError
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds import driver
 from simpo.launch.rounds.by_hand import commands_of
-from simpo.launch.rounds.phases import Phase, phases, run_folder, settings_of
+from simpo.launch.rounds.phases import Phase, phases, settings_of
 from simpo.launch.rounds.record import (
     done_file,
     exceeded,
@@ -29,7 +29,7 @@ from simpo.launch.rounds.record import (
     reason_to_end,
     rounds_table,
 )
-from simpo.run.rounds import Kind
+from simpo.run.rounds import Kind, run_folder
 
 ROOT = Path("/rounds")
 
@@ -142,6 +142,16 @@ def test_what_a_round_is_trained_on(tmp_path: Path) -> None:
     assert len(alone.data.sources) == 1
 
 
+def test_nothing_is_selected_by_held_out_pairs_that_are_not_there(tmp_path: Path) -> None:
+    words = ("train.keep_best=true", "train.patience_evals=2", "train.eval_every=1")
+    run, replies = composed(*words), tmp_path / "rounds/2/replies"
+    own = settings_of(run, tmp_path, Phase(2, Kind.train)).train
+    assert not own.keep_best and own.patience_evals == 0
+    replies.mkdir(parents=True)
+    (replies / "test.jsonl").write_text("{}\n")
+    assert settings_of(run, tmp_path, Phase(2, Kind.train)).train == run.train
+
+
 def figures(**series: list[float]) -> dict[int, dict[str, float]]:
     """Metrics by round."""
     keys = {"reward": "reply_reward", "kl": "reply_kl", "tokens": "reply_tokens"}
@@ -182,19 +192,43 @@ def test_rounds_end_beyond_a_limit() -> None:
 
 
 def test_rounds_without_pairs_have_nothing_to_learn() -> None:
-    assert nothing_to_learn(ROOT, {"reply_without_pair": 0.96}, 2) == ""
-    assert nothing_to_learn(ROOT, {"reply_without_pair": 1.0}, 2) == (
+    words = ("train.pairs_per_step=4", "train.warmup_ratio=0.1", "train.epochs=1")
+    run = composed(*words, "train.max_steps=null")
+    assert nothing_to_learn(run, 5, 2) == ""
+    assert nothing_to_learn(run, 0, 2) == (
         "no prompt of round 2 has replies with different scores: nothing to learn from"
     )
-
-
-def test_a_metric_that_rounds_have_not() -> None:
-    run = composed("rounds.start=best", "monitor.metric=reply_rewards")
-    with pytest.raises(ConfigError) as told:
-        reason_to_end(run, figures(reward=[0.1, 0.2]))
-    assert str(told.value) == (
-        "monitor.metric: no such held-out metric, got reply_rewards (did you mean reply_reward?)"
+    # One step, in which the warm-up begins: training would refuse to begin.
+    assert nothing_to_learn(run, 4, 2) == (
+        "train.pairs_per_step: the replies of round 2 give 4 pairs, a run of 1 step, and the "
+        "warm-up begins at learning rate 0: no weight would change (lower it, or more pairs by "
+        "on_policy.num_prompts, on_policy.seeds, on_policy.max_new_tokens or rounds.prompts=all, "
+        "or train.warmup_ratio=0)"
     )
+    assert nothing_to_learn(composed(*words, "train.warmup_ratio=0.0"), 4, 2) == ""
+    assert nothing_to_learn(composed(*words, "rounds.static_weight=0.5"), 4, 2) == ""
+
+
+def test_a_model_without_a_reply_that_can_be_scored_is_not_kept() -> None:
+    """All its replies are empty or cut off, so it has no reward either."""
+    run, found = composed("rounds.patience=1"), figures(reward=[0.1, 0.2])
+    found[2] = {"reply_kl": 0.1, "reply_tokens": 64.0}
+    assert reason_to_end(run, found) == (
+        "the model of round 2 gives no held-out reply with a score: they are empty, cut off "
+        "(on_policy.max_new_tokens, keep_cut) or their ratings cannot be read"
+    )
+    assert kept_round(run, found) == kept_round(composed(), found) == 1
+    # There is no other.
+    assert kept_round(run, {0: found[0], 1: found[2]}) == 1
+
+
+def test_rounds_without_the_metric_are_not_compared() -> None:
+    """A round without held-out pairs has no accuracy."""
+    run = composed("rounds.patience=2", "monitor.metric=rewards/accuracies")
+    found = figures(reward=[0.1, 0.2, 0.3, 0.4])
+    assert reason_to_end(run, found) == "" and kept_round(run, found) == 3
+    found[1]["rewards/accuracies"], found[3]["rewards/accuracies"] = 0.75, 0.5
+    assert reason_to_end(run, found) == "" and kept_round(run, found) == 1
 
 
 def test_what_is_measured(tmp_path: Path) -> None:
@@ -295,6 +329,11 @@ def test_the_command_of_a_round_s_training(words: str, tmp_path: Path) -> None:
             "rounds.max_length_ratio: must be above 1, or null, got 1.0",
         ),
         (["rounds.static_weight=-1"], "rounds.static_weight: must be 0 or more, got -1.0"),
+        (
+            ["rounds.static_weight=2000"],
+            "rounds.static_weight: times data.sources[0].weight must be at most 1000, got 2000.0 "
+            "times 1.0",
+        ),
         (["rounds.generate_jobs=0"], "rounds.generate_jobs: must be 1 or more, got 0"),
         (
             ["export.push_to_hub=me/model"],

@@ -9,13 +9,11 @@ import pytest
 
 from simpo.config.check import run_yaml
 from simpo.config.compose import compose_run
-from simpo.config.errors import ConfigError
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds import outcome
 from simpo.launch.rounds.driver import others_note
 from simpo.launch.rounds.phases import Phase
-from simpo.launch.rounds.process import end_of
-from simpo.launch.rounds.record import done_file, nothing_to_learn
+from simpo.launch.rounds.record import done_file
 from simpo.launch.rounds.terminal import Terminal, log_file
 from simpo.run.folder import new_folder
 from simpo.run.rounds import Kind
@@ -81,33 +79,6 @@ def test_what_phases_have_done(tmp_path: Path) -> None:
     results = {"eval_after": {}, "train": {"steps": 1, "model_step": 1}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert outcome.of_training(tmp_path) == "1 step"
-
-
-def test_too_few_pairs_end_the_rounds_with_the_model_that_they_have(tmp_path: Path) -> None:
-    """One step of up to four pairs would be at learning rate 0; two of them would not."""
-    words = ("train.pairs_per_step=4", "train.warmup_ratio=0.1", "train.epochs=1")
-    run = composed(*words)
-    (tmp_path / "train.jsonl").write_text("{}\n" * 3)
-    reason = (
-        "train.pairs_per_step: the replies of round {} give 3 pairs, a run of 1 step, and the "
-        "warm-up begins at learning rate 0: no weight would change (lower it, or more pairs by "
-        "on_policy.num_prompts, on_policy.seeds, on_policy.max_new_tokens or rounds.prompts=all, "
-        "or train.warmup_ratio=0)"
-    )
-    assert end_of(run, tmp_path, 2) == reason.format(2)
-    with pytest.raises(ConfigError) as told:
-        end_of(run, tmp_path, 1)
-    assert told.value.problems == [reason.format(1)]
-    # After the last round nothing is trained; static pairs are added to a round's own.
-    assert end_of(run, tmp_path, 3) == ""
-    assert end_of(composed(*words, "rounds.static_weight=0.5"), tmp_path, 1) == ""
-    (tmp_path / "train.jsonl").write_text("{}\n" * 5)
-    assert end_of(run, tmp_path, 1) == ""
-
-    done = done_file(tmp_path, Phase(2, Kind.annotate))
-    done.parent.mkdir(parents=True)
-    done.write_text(json.dumps({"seconds": 1.0, "ends": reason.format(2)}))
-    assert nothing_to_learn(tmp_path, {"reply_without_pair": 0.5}, 2) == reason.format(2)
 
 
 def test_rounds_that_begin_anew_say_which_they_leave(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from simpo.data.mismatched import with_mismatched
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import rows_of_pairs
-from simpo.loop.optim import build_optimizer, learning_rate, set_learning_rate
+from simpo.loop.optim import build_optimizer, set_learning_rate
+from simpo.loop.rates import learning_rate
 from simpo.loop.score import summarise
 from simpo.loop.step import update
 from simpo.loss import LossConfig, pair_losses

@@ -17,7 +17,7 @@ import os
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import hydra
@@ -54,7 +54,11 @@ Train one run, or with -m a sweep of runs.
 """
 
 
-def main(words: Sequence[str]) -> None:
+Defaults = Callable[[Sequence[str], Composer], Sequence[str]]
+"""Settings of a command that come before those of the user: of the user's, and what composes."""
+
+
+def main(words: Sequence[str], defaults: Defaults = lambda *_: ()) -> None:
     """Train the run or sweep of a command line, given as its words.
 
     Raises:
@@ -72,6 +76,8 @@ def main(words: Sequence[str]) -> None:
     _check_options(arguments)
     register_own_losses(arguments.overrides)
     composer = Composer(arguments.config_dir, arguments.config_name or "train")
+    own, first = defaults(arguments.overrides, composer), len(sys.argv) - len(arguments.overrides)
+    sys.argv[first:first] = arguments.overrides[:0] = own
     # Checked before the first member runs, and before Hydra prints a line of its own.
     checked = arguments.multirun or any(word.startswith("+") for word in arguments.overrides)
     if checked and (found := explain(arguments.overrides, arguments.multirun, composer)):

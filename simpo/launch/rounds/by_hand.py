@@ -22,18 +22,19 @@ WITHOUT = {
     Kind.train: (*OF_ROUNDS, "on_policy"),
     Kind.generate: (
         *(*OF_ROUNDS, "train.", "loss", "sample.", "export.", "watch.", "tracker"),
-        *("backend=", "backend.processes"),
+        "backend",
     ),
 }
 """How words of the rounds' own command begin that mean nothing to those of a phase."""
-KEPT = "train.precision"
+KEPT = ("train.precision", "backend.device")
+"""Settings among them that a phase reads too."""
 MODULES = {Kind.train: ("simpo.train",), Kind.generate: ("simpo.generate", "simpo.annotate")}
 SECTIONS = {
     Kind.train: ("name", "model", "data", "export", "monitor"),
     Kind.generate: ("model", "on_policy"),
 }
 """Sections that a phase has of its own."""
-SOURCES = "data.sources"
+SOURCES, NUMBER = "data.sources", "rounds.number"
 
 
 def commands_of(root: Path, own: RunConfig, phase: Phase) -> str:
@@ -59,7 +60,10 @@ def commands_of(root: Path, own: RunConfig, phase: Phase) -> str:
         if not (plain := word.lstrip("+~")).startswith(WITHOUT[kind]) or plain.startswith(KEPT)
     ]
     try:
-        changed = _differing(settings(run_of_words(kept)), own, SECTIONS[kind])
+        composed = run_of_words(kept)
+        changed = _differing(settings(composed), own, SECTIONS[kind])
+        if composed.rounds.number:  # a file of the user's sets it
+            changed[NUMBER] = "0"
         kept = [word for word in kept if not _is_set(word, changed)]
         kept += [f"{key}={value}" for key, value in changed.items()]
         kept += [f"run_dir={quoted(own.run_dir)}"] if own.run_dir else []

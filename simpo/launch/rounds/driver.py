@@ -28,7 +28,7 @@ from simpo.config.errors import (
 )
 from simpo.config.flat import trajectory
 from simpo.config.schema import RunConfig
-from simpo.launch.rounds.phases import Phase, replies_folder, run_folder
+from simpo.launch.rounds.phases import Phase, replies_folder
 from simpo.launch.rounds.record import (
     kept_round,
     measured,
@@ -37,6 +37,7 @@ from simpo.launch.rounds.record import (
     metric_lines,
     next_phases,
     nothing_to_learn,
+    pairs_of,
     reason_to_end,
     rounds_table,
 )
@@ -47,7 +48,7 @@ from simpo.loop.watch import CollapseWatch
 from simpo.run.files import status_or_none
 from simpo.run.folder import RunFolder, new_folder, unfinished_folders
 from simpo.run.progress import say
-from simpo.run.rounds import ENDED_FILE, Kind, ended_early, error_file
+from simpo.run.rounds import ENDED_FILE, Kind, ended_early, error_file, run_folder
 from simpo.run.signals import SAVING, forwarding_signals, signals_blocked, tell
 from simpo.run.tables import markdown_table
 
@@ -124,7 +125,7 @@ def settle(run: RunConfig, folder: RunFolder, this_process_s: float) -> None:
         and not ended_early(folder.path)
         and (
             reason := reason_to_end(run, evaluations)
-            or nothing_to_learn(folder.path, found[newest].get("train", {}), newest + 1)
+            or nothing_to_learn(run, pairs_of(folder.path, newest + 1), newest + 1)
         )
     ):
         folder.write_text(str(ENDED_FILE), f"{reason}\n")
@@ -147,11 +148,11 @@ def _watch(run: RunConfig, found: Mapping[int, Mapping[str, dict[str, float]]]) 
     Raises:
         RunError: there are some, and watch.action is stop.
     """
-    watch = CollapseWatch(run.watch)
+    watch = CollapseWatch(run.watch, "round", "rounds/{following}/replies")
     for number, prefix, metrics in metric_lines(found):
         named = {f"{prefix}/{key}": value for key, value in metrics.items()}
         watch.read({"step": number, **named})
-    texts = [finding.text.replace("step", "round", 1) for finding in watch.findings]
+    texts = [finding.text for finding in watch.findings]
     if texts and run.watch.action is WatchAction.stop:
         raise RunError(f"watch  {texts[0]}")
     if texts:

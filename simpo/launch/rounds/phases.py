@@ -21,14 +21,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simpo.config.backends import SingleConfig
-from simpo.config.choices import Dtype, RoundPrompts, RoundStart
+from simpo.config.choices import Dtype, Mode, RoundPrompts, RoundStart
 from simpo.config.data import SourceConfig
 from simpo.config.launchers import LocalConfig
 from simpo.config.models import ModelConfig
 from simpo.config.on_policy import OnPolicyConfig
 from simpo.config.rounds import RoundsConfig
 from simpo.config.schema import MonitorConfig, RunConfig
-from simpo.run.rounds import Kind, round_folder
+from simpo.run.rounds import Kind, round_folder, run_folder
 
 OWN_SET = "on_policy"
 """Name of the held-out set of a round's own pairs, beside those of static data."""
@@ -61,11 +61,6 @@ def phases(run: RunConfig) -> Iterator[Phase]:
 def replies_folder(root: Path, number: int) -> Path:
     """The folder of the replies with which a round begins; those after the last round come next."""
     return round_folder(root, number) / "replies"
-
-
-def run_folder(root: Path, number: int) -> Path:
-    """The folder of the training run of a round."""
-    return round_folder(root, number) / "run"
 
 
 def settings_of(run: RunConfig, root: Path, phase: Phase, best: int = 0) -> RunConfig:
@@ -121,21 +116,38 @@ def _training(alone: RunConfig, run: RunConfig, root: Path, number: int, start: 
         test_path=str(held_out) if held_out.is_file() and held_out.stat().st_size else None,
         held_out_name=OWN_SET,
     )
-    share = run.rounds.static_weight
-    static = [_taking(source, share) for source in run.data.sources if share]
+    sources = [own, *static_sources(run)]
+    train = run.train
+    if not any(source.has_held_out() for source in sources):
+        train = replace(train, keep_best=False, patience_evals=0)  # nothing to go by
     trained_on = number < run.rounds.number and run.rounds.start is not RoundStart.first
     exact = trained_on and run.export.dtype is Dtype.auto
-    own_metric = run.monitor.metric.startswith("reply_")
     return replace(
         alone,
         run_dir=str(run_folder(root, number)),
         name=f"{run.name}-round-{number}",
         model=model_after(run, root, start),
-        data=replace(run.data, sources=[own, *static], seed=run.data.seed + number - 1),
+        train=train,
+        data=replace(run.data, sources=sources, seed=run.data.seed + number - 1),
         # Rounding to the base's bf16 in between would lose what a round learned.
         export=replace(run.export, dtype=Dtype.float32) if exact else run.export,
-        monitor=MonitorConfig() if own_metric else run.monitor,
+        monitor=_monitor(run),
     )
+
+
+def _monitor(run: RunConfig) -> MonitorConfig:
+    """What compares models within a round: they have no replies that a reward has scored."""
+    if not run.monitor.metric.startswith("reply_"):
+        return run.monitor
+    # As conf/loss/sft.yaml has it: rewards need a rejected reply.
+    without = MonitorConfig(metric="loss", mode=Mode.min)
+    return MonitorConfig() if run.loss.needs_rejected else without
+
+
+def static_sources(run: RunConfig) -> list[SourceConfig]:
+    """What of `data.sources` is mixed into the pairs of each round."""
+    share = run.rounds.static_weight
+    return [_taking(source, share) for source in run.data.sources if share]
 
 
 def _taking(source: SourceConfig, share: float) -> SourceConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from transformers import PreTrainedConfig
 
 from simpo.backend import build_backend
 from simpo.config.backends import DistributedConfig
+from simpo.config.benchmarks import FIGURES
 from simpo.config.check import check_training
-from simpo.config.choices import Engine, ReplyChoice, RoundPrompts
+from simpo.config.choices import BenchmarkKind, Engine, ReplyChoice, RoundPrompts
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.launchers import SlurmConfig
 from simpo.config.on_policy import JUDGE
@@ -22,10 +24,14 @@ from simpo.config.schema import RunConfig
 from simpo.data.loader import read_mixture
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
-from simpo.data.plan import build_plan
+from simpo.judging import judge
 from simpo.judging.ratings import open_ratings
+from simpo.launch.rounds.phases import static_sources
+from simpo.launch.rounds.record import AT_ZERO, MEASURES, plan_of
 from simpo.loop.console import libraries_quiet
-from simpo.loop.optim import check_rates
+from simpo.loop.rates import changes_weights
+from simpo.loop.score import columns
+from simpo.loop.sinks import check_login
 from simpo.model import memory
 from simpo.model.available import available_bytes
 from simpo.model.head import largest_logits_bytes
@@ -35,13 +41,11 @@ from simpo.on_policy.engines import engine_of
 from simpo.on_policy.files import Prompt
 from simpo.on_policy.generate import prompts_of
 from simpo.on_policy.rewards import RULES, reward_content
+from simpo.run.best import check_monitor
 from simpo.run.progress import say
 
-MORE_PAIRS = (
-    "more pairs by on_policy.num_prompts, on_policy.seeds, on_policy.max_new_tokens or "
-    "rounds.prompts=all"
-)
-AT_ZERO = "a run of 1 step, and the warm-up begins at learning rate 0: no weight would change"
+IN_TRAINING = ("loss", "aux_loss", "reply_tokens", "reply_repetition", "rule_pass_rate")
+"""Held-out metrics of a round's training beside those of its loss."""
 
 
 @libraries_quiet()
@@ -60,9 +64,10 @@ def check_rounds(run: RunConfig, first: RunConfig) -> str:
         DataError: the prompts, or the static pairs, cannot be read.
     """
     check_training(run)
+    check_login(run.tracker)
     _, found = prompts_of(first)
     prompts = [prompt for prompt, _ in found]
-    problems = [*_prompt_problems(run, prompts)]
+    problems = [*_prompt_problems(run, prompts), *_monitor_problems(run)]
     if (name := run.on_policy.reward or "") == JUDGE:
         open_ratings(first)
     elif name != RULES:
@@ -74,8 +79,10 @@ def check_rounds(run: RunConfig, first: RunConfig) -> str:
         )
     if problems:
         raise ConfigError(problems)
-    if run.rounds.static_weight:
-        read_mixture(run)
+    if static := static_sources(run):
+        read_mixture(replace(run, data=replace(run.data, sources=static)))
+    if run.benchmark.kind is not BenchmarkKind.none:
+        judge.check(run)
     settings = load_settings(run.model, Path(run.cache_dir).expanduser())
     backend = build_backend(first.backend, run.train.precision)
     try:
@@ -121,22 +128,12 @@ def _prompt_problems(run: RunConfig, prompts: list[Prompt]) -> list[str]:
 def _step_problems(run: RunConfig, prompts: int) -> list[str]:
     """The fault of rounds that cannot change a weight, with so many train prompts in a round."""
     pairs = _most_pairs(run, prompts)
-    if not pairs or _changes_weights(run, pairs):
+    if not pairs or changes_weights(run.train, plan_of(run, pairs)):
         return []
     return [
         f"train.pairs_per_step: a round gives at most {pairs} pairs (train prompts: {prompts}), "
-        f"{AT_ZERO} (lower it, or {MORE_PAIRS}, or train.warmup_ratio=0)"
+        f"{AT_ZERO}"
     ]
-
-
-def too_few_pairs(run: RunConfig, number: int, pairs: int) -> str:
-    """Why the pairs of a round's replies cannot change a weight, in a line; empty if they can."""
-    if not pairs or run.rounds.static_weight or _changes_weights(run, pairs):
-        return ""
-    return (
-        f"train.pairs_per_step: the replies of round {number} give {pairs} "
-        f"pair{'s' * (pairs > 1)}, {AT_ZERO} (lower it, or {MORE_PAIRS}, or train.warmup_ratio=0)"
-    )
 
 
 def _most_pairs(run: RunConfig, prompts: int) -> int:
@@ -148,15 +145,18 @@ def _most_pairs(run: RunConfig, prompts: int) -> int:
     return prompts * (math.comb(replies, 2) if choice is ReplyChoice.all else 1)
 
 
-def _changes_weights(run: RunConfig, pairs: int) -> bool:
-    """Whether training on so many pairs has a step with a learning rate above 0."""
-    train = run.train
-    plan = build_plan(pairs, train.pairs_per_step, train.epochs, train.max_steps, run.data.seed)
+def _monitor_problems(run: RunConfig) -> list[str]:
+    """The fault of a metric that no round's model will have."""
+    figures = FIGURES if run.benchmark.kind is not BenchmarkKind.none else ()
+    known = [*dict.fromkeys((*MEASURES.values(), *columns(run.loss), *IN_TRAINING, *figures))]
+    metric = run.monitor.metric
+    if metric.partition("/")[2] in known:  # of one held-out set
+        return []
     try:
-        check_rates(train, plan)
-    except ConfigError:
-        return False
-    return True
+        check_monitor(run.monitor, known)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _processes(run: RunConfig) -> int:

@@ -19,12 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from simpo.config.check import check_run, load_run
-from simpo.config.errors import INTERRUPTED, ConfigError, RunError, SimpoError
+from simpo.config.errors import INTERRUPTED, ConfigError, SimpoError
 from simpo.config.flat import holds_secret
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds import outcome
 from simpo.launch.rounds.by_hand import commands_of
-from simpo.launch.rounds.phases import Phase, replies_folder, run_folder, settings_of
+from simpo.launch.rounds.phases import Phase, replies_folder, settings_of
 from simpo.launch.rounds.record import (
     MEASURES,
     done_file,
@@ -32,12 +32,15 @@ from simpo.launch.rounds.record import (
     measured,
     measured_rounds,
     needs_best,
+    nothing_to_learn,
+    pairs_of,
 )
 from simpo.launch.start import start
 from simpo.run.atomic import make_folder, write_json, write_text
 from simpo.run.files import read_status
 from simpo.run.processes import die_with_parent, end_process
-from simpo.run.progress import print_all_letters
+from simpo.run.progress import print_all_letters, say
+from simpo.run.rounds import run_folder
 from simpo.run.signals import set_stopped_exit_code, stopping_at_once
 from simpo.run.unused import hide_unused
 
@@ -60,6 +63,8 @@ def run_phase(run: RunConfig, root: Path, phase: Phase) -> None:
         place = run_folder if phase.kind is Kind.train else replies_folder
         make_folder(place(root, phase.round))
         write_text(place(root, phase.round) / "command.txt", commands, holds_secret(run))
+    if own.train != run.train:
+        say("note   no held-out pair in this round: the last model is saved, not the best")
     if phase.kind is Kind.train:
         folder = run_folder(root, phase.round)
         if read_status(folder).get("state") != "finished":
@@ -104,12 +109,8 @@ def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> dict[str
     from simpo.on_policy.drift import measure_drift
     from simpo.on_policy.measures import read_measures, win_rate, write_measures
 
-    try:
-        annotate(own, open_ratings(own))
-    except RunError:
-        # With a model of theirs, rounds that can learn nothing more have come to their end.
-        if phase.round == 1 or not _without_pairs(folder):
-            raise
+    # With a model of theirs, rounds that can learn nothing more have come to their end.
+    annotate(own, open_ratings(own), demanding=phase.round == 1)
     measure_drift(own, run.model)
     measures = read_measures(folder)
     measures["test"]["win_rate"] = win_rate(folder, replies_folder(root, 1))
@@ -117,7 +118,10 @@ def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> dict[str
         before = replies_folder(root, phase.round - 1)
         measures["test"]["gain_rate"] = win_rate(folder, before)
     write_measures(folder, measures, MEASURES)
-    return {"text": outcome.of_annotating(folder), "ends": end_of(run, folder, phase.round)}
+    pairs = pairs_of(root, phase.round)
+    if phase.round == 1 and (reason := nothing_to_learn(run, pairs, 1)):
+        raise ConfigError([reason])
+    return {"text": outcome.of_annotating(folder)}
 
 
 def _alike(root: Path) -> list[Path]:
@@ -127,28 +131,6 @@ def _alike(root: Path) -> list[Path]:
         return []
     found = [one for one in root.parent.glob("*") if one != root]
     return [replies_folder(one, 1) for one in sorted(found, reverse=True)]
-
-
-def end_of(run: RunConfig, folder: Path, number: int) -> str:
-    """Why the rounds end with the model that they have, since a round's pairs are too few.
-
-    Raises:
-        ConfigError: they are, and there is no model of theirs yet.
-    """
-    if number > run.rounds.number:
-        return ""
-    from simpo.launch.rounds.preflight import too_few_pairs
-
-    reason = too_few_pairs(run, number, outcome.num_lines(folder / "train.jsonl"))
-    if reason and number == 1:
-        raise ConfigError([reason])
-    return reason
-
-
-def _without_pairs(folder: Path) -> bool:
-    """Whether replies to train prompts were scored, and gave no pair."""
-    pairs = folder / "train.jsonl"
-    return pairs.is_file() and not pairs.stat().st_size
 
 
 def load(root: Path) -> RunConfig:

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config.choices import RoundStart
+from simpo.config.rounds import REWARD
 from simpo.config.schema import RunConfig
-from simpo.launch.rounds.phases import Phase, phases, replies_folder, run_folder
+from simpo.data.plan import TrainPlan, build_plan
+from simpo.launch.rounds.phases import Phase, phases, replies_folder
+from simpo.loop.rates import changes_weights
 from simpo.run import rounds
-from simpo.run.best import best_step, check_monitor, evaluations_without_gain
-from simpo.run.files import NEW_RUN, read_json, read_results
-from simpo.run.rounds import Kind
+from simpo.run.best import Evaluations, best_step, evaluations_without_gain
+from simpo.run.files import NEW_RUN, read_json, read_results, read_text
+from simpo.run.rounds import Kind, run_folder
 
 MEASURES = {
     "reward": "reply_reward",
@@ -37,6 +40,12 @@ SHOWN = {
     "KL": "reply_kl",
 }
 """What is printed after a round, and its key in metrics.jsonl."""
+AT_ZERO = (
+    "a run of 1 step, and the warm-up begins at learning rate 0: no weight would change (lower it, "
+    "or more pairs by on_policy.num_prompts, on_policy.seeds, on_policy.max_new_tokens or "
+    "rounds.prompts=all, or train.warmup_ratio=0)"
+)
+"""Why too few pairs teach nothing, and what helps."""
 AGAINST_FIRST = ("reply_win_rate", "reply_kl")
 """Those that compare a model with the first."""
 
@@ -133,17 +142,13 @@ def reason_to_end(run: RunConfig, evaluations: Mapping[int, Mapping[str, float]]
 
     Args:
         evaluations: held-out metrics by round.
-
-    Raises:
-        ConfigError: the rounds are compared by a metric that they do not have.
     """
     wanted, newest = run.rounds, max(evaluations)
-    if newest and needs_best(run):
-        check_monitor(run.monitor, [*evaluations[newest]])
     for limit in exceeded(run, evaluations, newest):
         return f"the model of round {newest} {limit}"
-    if wanted.patience and evaluations_without_gain(run.monitor, evaluations) >= wanted.patience:
-        best = best_step(run.monitor, evaluations)
+    known = _with_metric(run, evaluations)
+    if wanted.patience and evaluations_without_gain(run.monitor, known) >= wanted.patience:
+        best = best_step(run.monitor, known)
         return (
             f"rounds.patience={wanted.patience} rounds without a better {run.monitor.metric} than "
             f"that of round {best}"
@@ -151,21 +156,44 @@ def reason_to_end(run: RunConfig, evaluations: Mapping[int, Mapping[str, float]]
     return ""
 
 
-def nothing_to_learn(root: Path, train: Mapping[str, float], number: int) -> str:
+def _with_metric(run: RunConfig, evaluations: Evaluations) -> Evaluations:
+    """The rounds that have `monitor.metric`, such as a loss of held-out pairs, if it had some."""
+    return {n: found for n, found in evaluations.items() if run.monitor.metric in found}
+
+
+def nothing_to_learn(run: RunConfig, pairs: int, number: int) -> str:
     """Why a round cannot train, in a line; empty if it can.
 
     Args:
-        train: metrics of its replies to train prompts.
+        pairs: of its replies to train prompts.
         number: of the round.
+    """
+    if not pairs:
+        return (
+            f"no prompt of round {number} has replies with different scores: nothing to learn from"
+        )
+    if run.rounds.static_weight or changes_weights(run.train, plan_of(run, pairs)):
+        return ""
+    return (
+        f"train.pairs_per_step: the replies of round {number} give {pairs} "
+        f"pair{'s' * (pairs > 1)}, {AT_ZERO}"
+    )
+
+
+def plan_of(run: RunConfig, pairs: int) -> TrainPlan:
+    """The steps of a round with so many pairs."""
+    train = run.train
+    return build_plan(pairs, train.pairs_per_step, train.epochs, train.max_steps, train.seed)
+
+
+def pairs_of(root: Path, number: int) -> int:
+    """The pairs that a round's replies to train prompts gave.
 
     Raises:
-        DamagedError: a file is not as it was written.
+        DamagedError: they cannot be read.
     """
-    if train.get("reply_without_pair") != 1:
-        return str(
-            read_json(done_file(root, Phase(number, Kind.annotate)), NEW_RUN).get("ends", "")
-        )
-    return f"no prompt of round {number} has replies with different scores: nothing to learn from"
+    text = read_text(replies_folder(root, number) / "train.jsonl", NEW_RUN) or ""
+    return text.count("\n")
 
 
 def needs_best(run: RunConfig) -> bool:
@@ -179,6 +207,11 @@ def exceeded(
     """The limits that a round's model is beyond, in words."""
     limits, first, now = run.rounds, evaluations[0], evaluations[number]
     found = []
+    if number and REWARD not in now:
+        found.append(
+            "gives no held-out reply with a score: they are empty, cut off "
+            "(on_policy.max_new_tokens, keep_cut) or their ratings cannot be read"
+        )
     if number and limits.max_kl is not None and now.get("reply_kl", 0.0) > limits.max_kl:
         found.append(
             f"is {now['reply_kl']:.3f} nats per token from the first, beyond rounds.max_kl="
@@ -198,8 +231,8 @@ def kept_round(run: RunConfig, evaluations: Mapping[int, Mapping[str, float]]) -
     trained = [number for number in sorted(evaluations) if number]
     within = [number for number in trained if not exceeded(run, evaluations, number)] or trained[:1]
     if needs_best(run):
-        best = best_step(run.monitor, {number: evaluations[number] for number in within})
-        return best or within[-1]
+        known = _with_metric(run, {number: evaluations[number] for number in within})
+        return best_step(run.monitor, known) or within[-1]
     return within[-1]
 
 

@@ -113,6 +113,7 @@ def second_round(tiny_folder: Path, tmp_path: Path) -> tuple[RunConfig, RunConfi
             f"data.sources=[{{path: {tmp_path}/a.jsonl, test_path: {tmp_path}/b.jsonl}}]",
             "benchmark=pairs",
             "benchmark.baseline=base",
+            "on_policy.reward=rules",
             f"cache_dir={tmp_path}/cache",
         ),
         run_dir=str(root),

@@ -17,9 +17,11 @@ from simpo.config.schema import RunConfig
 from simpo.judging.answers import before_training, contestant
 from simpo.judging.judge import open_benchmark
 from simpo.launch.commands.rounds import _defaults
+from simpo.launch.rounds.driver import _watch
 from simpo.launch.rounds.phases import Phase, settings_of
 from simpo.launch.rounds.preflight import _monitor_problems
 from simpo.loop.publish import export_dtype
+from simpo.run.pruning import Pruner, Pruning
 from simpo.run.rounds import Kind, as_begun, run_folder
 
 DEFAULTS = ["rounds.number=3", "monitor.metric=reply_reward", "monitor.mode=max"]
@@ -159,3 +161,22 @@ def test_the_last_model_is_saved_as_the_first_was(
     monkeypatch.setattr("simpo.loop.publish.files_dtype", lambda source, _: asked.append(source))
     export_dtype(replace(own, export=replace(own.export, dtype=Dtype.auto)))
     assert asked == [run.model.path]
+
+
+def test_a_collapse_over_rounds_is_told_by_round(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {n: {"eval": {"reply_repetition": v}} for n, v in enumerate((0.04, 0.03, 0.28))}
+    (told,) = _watch(composed(), found)
+    assert told == (
+        "round 2: the share of repeated 4-grams in replies rose from 0.04 to 0.28, by more than "
+        "watch.repetition_rise=0.15; last good round 1 (read rounds/3/replies; lower "
+        "train.learning_rate, raise loss.beta or add loss.sft_weight)"
+    )
+    assert capsys.readouterr().out == f"watch  {told}\n"
+
+
+def test_rounds_are_not_pruned() -> None:
+    run = composed("train.eval_every=1")
+    assert [*Pruning(Pruner.median, 2, 0).problems(run)] == [
+        "hydra.sweeper.pruner: rounds are not pruned (hydra.sweeper.pruner=none; "
+        "rounds.patience ends them)"
+    ]

@@ -13,7 +13,7 @@ import pytest
 
 from simpo.config.check import check_run, run_yaml
 from simpo.config.choices import Dtype
-from simpo.config.compose import compose_run
+from simpo.config.compose import compose_run, run_of_words
 from simpo.config.errors import ConfigError, RunError
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds import driver
@@ -273,7 +273,8 @@ def by_hand(folder: Path, words: str, number: int, kind: Kind) -> tuple[RunConfi
 
 def test_commands_by_hand(tmp_path: Path) -> None:
     words = "model.lora.rank=0 'model.path=a b' loss.beta=2 train.epochs=3 data.seed=1 "
-    words += "'on_policy.seeds=[1,2]' train.precision=fp32 backend=ddp launcher.parallel=2"
+    words += "'on_policy.seeds=[1,2]' train.precision=fp32 backend=fsdp "
+    words += "backend.cpu_offload=true launcher.parallel=2"
     _, found = by_hand(tmp_path, words, 2, Kind.generate)
     told = ["model.lora.rank=0", "data.seed=1", "on_policy.seeds=[1,2]", "train.precision=fp32"]
     told += [f"model.path={tmp_path}/rounds/1/run/model", "model.chat_template=null"]
@@ -284,6 +285,21 @@ def test_commands_by_hand(tmp_path: Path) -> None:
     run = composed()
     (tmp_path / "command.txt").unlink()
     assert commands_of(tmp_path, settings(run, 2, Kind.generate), Phase(2, Kind.generate)) == ""
+
+
+@pytest.mark.parametrize("kind", [Kind.generate, Kind.train])
+def test_commands_by_hand_if_a_file_of_the_users_makes_rounds(kind: Kind, tmp_path: Path) -> None:
+    """It would make rounds of them, or be refused with settings that rounds make themselves."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/mine.yaml").write_text("rounds:\n  number: 3\n")
+    (tmp_path / "rounds/2/replies").mkdir(parents=True)
+    (tmp_path / "rounds/2/replies/train.jsonl").write_text("{}\n")
+    words = f"--config-dir={tmp_path} experiments=mine"
+    own, _ = by_hand(tmp_path, "", 2, kind)
+    (tmp_path / "command.txt").write_text(f"python -m simpo.train {words}\n")
+    for line in (found := commands_of(tmp_path, own, Phase(2, kind)).splitlines()):
+        assert run_of_words(shlex.split(line)[3:]).rounds.number == 0
+    assert len(found) == (2 if kind is Kind.generate else 1)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,23 @@ def test_static_pairs_that_are_none(words: list[str], tmp_path: Path) -> None:
         checked([*words, sources, "rounds.static_weight=0.5"], tmp_path)
 
 
+def test_a_share_of_static_pairs_that_is_none(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(DataError) as told:
+        checked([*words, "rounds.static_weight=0.01"], tmp_path)
+    assert str(told.value) == (
+        "data.sources[0].weight: 0.01 of 24 records rounds to none (raise it)"
+    )
+
+
+def test_a_benchmark_that_cannot_be_judged(words: list[str], tmp_path: Path) -> None:
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError) as told:
+        checked([*words, "benchmark=pairs", f"benchmark.baseline={empty}"], tmp_path)
+    assert str(told.value).startswith(
+        f"benchmark.baseline: must hold a run or a model, got {empty}"
+    )
+
+
 def test_memory_of_replies_and_of_a_step(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

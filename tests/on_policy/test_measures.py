@@ -49,6 +49,20 @@ def annotated(folder: Path, *more: str) -> dict[str, Any]:
     return read_measures(folder)
 
 
+def test_replies_of_which_none_can_be_scored(tmp_path: Path) -> None:
+    """A user is told to generate others; rounds measure them, and end."""
+    folder = write(tmp_path, train={"a": [("", 0, 0.0)] * 2}, test={"c": [(" ", 1, 0.0)]})
+    run = compose_run([f"on_policy.folder={folder}", "on_policy.reward=rules"])
+    with pytest.raises(ConfigError, match="no replies in"):
+        annotate(run)
+    annotate(run, demanding=False)
+    found = read_measures(folder)
+    assert found["test"]["reward"] is None and found["test"]["pass_rate"] == 0
+    assert found["train"]["without_pair"] == found["train"]["empty"] == 1
+    assert not (folder / "train.jsonl").read_text()
+    assert win_rate(folder, folder) == 0.5
+
+
 def test_measures_by_hand(tmp_path: Path) -> None:
     found = annotated(write(tmp_path, train=TRAIN, test={"c": [("- E", 5, 0.25)]}))
     assert found["train"] == pytest.approx(

@@ -55,7 +55,7 @@ from simpo.data.store import (
 from simpo.run import progress
 from simpo.run.cache import find_entry, not_cached, sha256, write_entry
 from simpo.run.folder import is_free
-from simpo.run.processes import die_with_parent
+from simpo.run.parent import die_with_parent
 from simpo.run.signals import ALL
 
 BLOCK_PAIRS = 1000
@@ -264,9 +264,7 @@ def _begin_worker(job: _Job, parent: int) -> None:
     global _worker_job
     for number in ALL:
         signal.signal(number, signal.SIG_DFL)
-    die_with_parent()
-    if os.getppid() != parent:  # it had ended before
-        os._exit(1)
+    die_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()  # what this process shares with its parent stays shared
     gc.disable()

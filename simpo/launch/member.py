@@ -5,10 +5,12 @@ FOLDER holds run.yaml, which was resolved when the run was submitted.
 
 from __future__ import annotations
 
+from simpo.run.parent import die_with_parent
 from simpo.run.signals import exit_on_signals
 
 if __name__ == "__main__":
     exit_on_signals()  # importing what follows takes a while
+    die_with_parent()
 
 import os
 import signal
@@ -27,7 +29,7 @@ from simpo.launch.start import start
 from simpo.run import slurm
 from simpo.run.atomic import write_json
 from simpo.run.files import PRUNING, last_job, status_or_none
-from simpo.run.processes import die_with_parent, end_process
+from simpo.run.processes import end_process
 from simpo.run.progress import print_all_letters
 from simpo.run.runs import note_job
 from simpo.run.unused import hide_unused
@@ -155,6 +157,5 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         print("python -m simpo.launch.member FOLDER", file=sys.stderr)
         sys.exit(2)
-    die_with_parent()
     code, _ = run_member(Path(sys.argv[1]))
     end_process(code)

@@ -7,10 +7,12 @@ started this one, which the run's records quote.
 
 from __future__ import annotations
 
+from simpo.run.parent import die_with_parent
 from simpo.run.signals import exit_on_signals, set_stopped_exit_code
 
 if __name__ == "__main__":
     exit_on_signals(interruption="")  # importing what follows takes a while
+    die_with_parent()
 
 import os
 import sys
@@ -32,7 +34,6 @@ from simpo.config.errors import (
 from simpo.run.imports import kept_imports
 from simpo.run.processes import (
     HEARTBEAT_S,
-    die_with_parent,
     end_process,
     finished_file,
     heartbeat_file,
@@ -48,7 +49,6 @@ def main() -> int:
     """Train; returns the exit code."""
     _, name, *sys.argv = sys.argv
     folder = Path(name)
-    die_with_parent()
     print_all_letters()
     rank = int(os.environ["RANK"])
     threading.Thread(target=_heartbeat, args=(heartbeat_file(folder, rank),), daemon=True).start()

@@ -30,6 +30,7 @@ from simpo.launch.share import share_of_machine
 from simpo.launch.submit import array_ids, submit
 from simpo.report.compare import compare
 from simpo.run import progress, slurm
+from simpo.run.parent import parent_variable
 from simpo.run.pruning import Pruning
 from simpo.run.runs import (
     IN_PROGRESS,
@@ -225,7 +226,7 @@ def _start(member: Member, place: int, places: int) -> subprocess.Popen[bytes]:
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "simpo.launch.member", str(member.path)],
-            env=os.environ | share_of_machine(place, places),
+            env=os.environ | parent_variable() | share_of_machine(place, places),
             stdout=output,
             stderr=output,
             # Else a Ctrl-C would reach members twice: from the terminal, and passed on.

@@ -25,6 +25,7 @@ from simpo.data.rules import obeys
 from simpo.model.pretrained import load_pretrained, load_weights
 from simpo.on_policy.files import Prompt, content_hash, model_content
 from simpo.run.cache import sha256
+from simpo.run.signals import check_stopped
 
 RULES = "rules"
 """Names the reward that checks the rules of prompts."""
@@ -112,7 +113,10 @@ def scores_of(
     try:
         # Copies: a function of a user's may change what it is given.
         given = deepcopy((list(prompt), list(texts), rule))
-        scores = [float(score) for score in reward(*given)]
+        try:
+            scores = [float(score) for score in reward(*given)]
+        finally:
+            check_stopped()
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise RunError(f"{named} failed on {place}: {reason}") from error

@@ -6,7 +6,6 @@ launch or Slurm has started the ranks already, this process is one of them.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -36,6 +35,7 @@ from simpo.config.errors import (
     first_line,
 )
 from simpo.config.schema import RunConfig
+from simpo.run.parent import parent_variable
 from simpo.run.signals import forwarding_signals, signals_blocked, stopped_by
 
 GRACE_S = 20.0
@@ -52,7 +52,6 @@ FOLDER_VARIABLE = "SIMPO_RANKS_FOLDER"
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables by which torchrun and others tell a process its rank."""
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
-PR_SET_PDEATHSIG = 1
 SHOWN_LINES = 30
 
 
@@ -151,13 +150,6 @@ def join_slurm() -> None:
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
 
 
-def die_with_parent() -> None:
-    """Have the system kill this process when its parent ends in any way."""
-    if sys.platform == "linux":
-        # A parent that was killed cannot end its children.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def run_in_processes(count: int, run: RunConfig) -> Path:
     """Train a run in `count` processes on this machine.
 
@@ -215,7 +207,10 @@ def _start(folder: Path, rank: int, count: int, listener: socket.socket) -> subp
         log = None if rank == 0 else stack.enter_context(log_file(folder, rank).open("wb"))
         return subprocess.Popen(
             [sys.executable, "-m", "simpo.launch.rank", str(folder), *sys.argv],
-            env=os.environ | _environment(rank, count, listener) | {FOLDER_VARIABLE: str(folder)},
+            env=os.environ
+            | parent_variable()
+            | _environment(rank, count, listener)
+            | {FOLDER_VARIABLE: str(folder)},
             stdout=log,
             stderr=log,
             pass_fds=[listener.fileno()] if rank == 0 else [],

@@ -112,6 +112,30 @@ class _SignalledError(BaseException):
     """A signal came; not an Exception, which libraries might catch."""
 
 
+class _RaiseOnSignal:
+    """Handler of `stopping_at_once`.
+
+    Attributes:
+        name: of the first signal; empty before one.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._at = 0.0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self.name:
+            self.name, self._at = signal.Signals(number).name, time.monotonic()
+            raise _SignalledError
+        if time.monotonic() - self._at > AGAIN_S:  # the first was caught, or what it ends hangs
+            _exit_on_signal(number, frame)
+
+    def check(self) -> None:
+        """Raise what the signal raised, if one came."""
+        if self.name:
+            raise _SignalledError
+
+
 @contextmanager
 def stopping_at_once(what: str, stopped_exit_code: int) -> Iterator[None]:
     """Let a stopping signal or Ctrl-C end the block, wherever it is.
@@ -124,22 +148,26 @@ def stopping_at_once(what: str, stopped_exit_code: int) -> Iterator[None]:
     Raises:
         Stopped: a signal came.
     """
-    names: list[str] = []
-
-    def end(number: int, _: FrameType | None) -> None:
-        names.append(signal.Signals(number).name)
-        if len(names) == 1:
-            raise _SignalledError
-
     left = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    end = _RaiseOnSignal()
     with forwarding_signals(end):
         try:
-            if isinstance(left, StopRequest) and left.name:
-                names.append(left.name)
-                raise _SignalledError
+            if isinstance(left, StopRequest):
+                end.name = left.name
+            end.check()
             yield
+            end.check()
         except _SignalledError as error:
-            raise stopped_by(names[0], what, stopped_exit_code) from error
+            raise stopped_by(end.name, what, stopped_exit_code) from error
+
+
+def check_stopped() -> None:
+    """End the block of `stopping_at_once` if a signal came.
+
+    Called after code of a user's, which may have caught what the signal raised: `except:` does.
+    """
+    if isinstance(end := signal.getsignal(signal.SIGTERM), _RaiseOnSignal):
+        end.check()
 
 
 def stopped_by(name: str, what: str, stopped_exit_code: int) -> Stopped:

@@ -185,7 +185,6 @@ def test_output_of_ranks_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(sys, "argv", ["rank", str(tmp_path), "simpo train"])
     monkeypatch.setattr(rank_program, "hide_unused", lambda run: None)
-    monkeypatch.setattr(rank_program, "die_with_parent", lambda: None)
     monkeypatch.setattr(rank_program, "_heartbeat", lambda file: None)
     monkeypatch.setattr("simpo.loop.train.train", printing)
     code = rank_program.main()
@@ -270,6 +269,62 @@ def test_a_signal_between_training_and_judging_is_not_lost() -> None:
         raise AssertionError
     assert str(caught.value) == "SIGTERM: not judged (the same command continues)"
     assert caught.value.exit_code == 75
+
+
+def test_a_signal_that_code_of_a_user_caught_still_stops() -> None:
+    """A bare `except:` catches whatever the signal raises."""
+    from simpo.on_policy.rewards import scores_of
+    from simpo.run.signals import stopping_at_once
+
+    begun, scored = [], []
+
+    def reward(*_: object) -> list[float]:
+        begun.append(1)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except:  # noqa: E722
+            return [0.0]
+        return [1.0]
+
+    with pytest.raises(Stopped) as caught, stopping_at_once("not scored", 75):
+        scored.append(
+            scores_of(reward, "on_policy.reward: own:reward", "a prompt", [], ["a"], None)
+        )
+    assert str(caught.value) == "SIGTERM: not scored (the same command continues)"
+    assert begun and not scored
+    with pytest.raises(Stopped), stopping_at_once("not scored", 75):
+        reward()
+
+
+def test_a_second_signal_ends_what_the_first_did_not() -> None:
+    code = """
+import signal, time
+from simpo.run import signals
+signals.AGAIN_S = 0.0
+with signals.stopping_at_once("not scored", 75):
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except:
+        signals.set_stopped_exit_code(9)
+        signal.raise_signal(signal.SIGTERM)
+print("never")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (9, "")
+
+
+def test_a_process_whose_parent_has_ended_already_ends() -> None:
+    code = """
+import os, sys
+from simpo.run.parent import VARIABLE, die_with_parent, parent_variable
+os.environ[VARIABLE] = sys.argv[1] or str(os.getppid())
+die_with_parent()
+assert VARIABLE not in os.environ and parent_variable() == {VARIABLE: str(os.getpid())}
+print("lives")
+"""
+    for parent, told in (("", (0, "lives\n")), ("1", (1, ""))):
+        done = subprocess.run([sys.executable, "-c", code, parent], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == told
 
 
 def test_a_signal_that_ranks_did_not_heed(monkeypatch: pytest.MonkeyPatch) -> None:

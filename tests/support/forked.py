@@ -275,7 +275,7 @@ def _serve(path: str) -> None:
     import simpo.on_policy.annotate
     import simpo.on_policy.generate
     import simpo.previewing.stages  # noqa: F401
-    from simpo.run.processes import die_with_parent
+    from simpo.run.parent import die_with_parent
 
     # Marks for a profiler of NVIDIA's around each of a step's thousands of calls.
     deepspeed.utils.nvtx.enable_nvtx = False

@@ -16,11 +16,11 @@ from simpo.config.on_policy import JUDGE, OnPolicyConfig
 from simpo.config.schema import RunConfig
 from simpo.loop.console import libraries_quiet
 from simpo.on_policy.files import (
-    SEEDS,
     Prompt,
     StoredReply,
     append_lines,
     content_hash,
+    lacking_replies,
     on_policy_folder,
     read_lines,
     read_prompts,
@@ -243,11 +243,7 @@ def _measures(
 
 def _missing_note(folder: Path, prompts: list[Prompt], stored: list[StoredReply]) -> list[str]:
     """A note if some prompts lack replies to seeds that others have, or that were asked for."""
-    settings = next(iter(read_lines(folder / "settings.json")), {})
-    asked = settings.get(SEEDS)  # an earlier version did not write them
-    seeds = sorted({reply.seed for reply in stored} | set(asked if isinstance(asked, list) else []))
-    there = Counter(key for key, _ in {(reply.id, reply.seed) for reply in stored})
-    lacking = sum(there[prompt.id] < len(seeds) for prompt in prompts)
+    lacking, seeds = lacking_replies(folder, prompts, stored)
     if not lacking:
         return []
     return [
@@ -310,7 +306,8 @@ def _score_all(
     with bar("scoring replies to prompts", len(answered)) as shown:
         for prompt in answered:
             texts = [reply.text for reply in replies[prompt.id].values()]
-            wanted = content_hash(texts)
+            # A reward may read the rule, which is no part of a prompt's id.
+            wanted = content_hash([texts, prompt.rule] if prompt.rule else texts)
             line = known.get(prompt.id)
             if line is None or line.get("responses") != wanted or not _are_scores(line, len(texts)):
                 reward = reward or open_reward(run, KEY, name)

@@ -18,7 +18,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,6 +267,18 @@ def read_stored_replies(folder: Path, own: Path | None = None) -> list[StoredRep
                 raise damaged_line(path, number, "not a reply")
             replies.setdefault((reply.seed, reply.id), reply)
     return [reply for _, reply in sorted(replies.items(), key=lambda item: item[0])]
+
+
+def lacking_replies(
+    folder: Path, prompts: Sequence[Prompt], stored: Sequence[StoredReply]
+) -> tuple[int, list[int]]:
+    """How many prompts lack replies to seeds that others have, or that were asked for; and the
+    seeds."""
+    settings = next(iter(read_lines(folder / "settings.json")), {})
+    asked = settings.get(SEEDS)  # an earlier version did not write them
+    seeds = sorted({reply.seed for reply in stored} | set(asked if isinstance(asked, list) else []))
+    there = Counter(key for key, _ in {(reply.id, reply.seed) for reply in stored})
+    return sum(there[prompt.id] < len(seeds) for prompt in prompts), seeds
 
 
 def _stored_reply(line: Mapping[str, Any]) -> StoredReply | None:

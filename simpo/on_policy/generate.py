@@ -50,7 +50,7 @@ from simpo.run.progress import bar
 
 
 @libraries_quiet()
-def generate(run: RunConfig, others: Iterable[Path] = ()) -> Path:
+def generate(run: RunConfig, others: Iterable[Path] = (), wanted: str | None = None) -> Path:
     """Generate the missing replies: one to every prompt with each seed of `on_policy.seeds`.
 
     A batch depends only on its prompts and its seed, so a continued run gives the same replies as
@@ -59,6 +59,7 @@ def generate(run: RunConfig, others: Iterable[Path] = ()) -> Path:
     Args:
         others: folders whose replies are taken if this one has none, and everything that decides
             them is the same.
+        wanted: `content_of_prompts` of the data that others have begun with; None: any.
 
     Returns:
         The folder; see `simpo.on_policy.files`.
@@ -66,12 +67,18 @@ def generate(run: RunConfig, others: Iterable[Path] = ()) -> Path:
     Raises:
         ConfigError: there is no prompt to answer, or the folder holds replies generated with other
             settings or weights, or another process works in it.
-        DataError: the prompts cannot be read, or the model's template refuses one.
+        DataError: the prompts cannot be read, or are not those that are wanted; or the model's
+            template refuses one.
     """
     config = run.on_policy
     cache_dir = Path(run.cache_dir).expanduser()
     folder = on_policy_folder(run)
     chat, every = prompts_of(run)
+    if wanted not in (None, content_of_prompts(every)):
+        raise DataError(
+            "data.sources: the prompts changed under these rounds (restore them, or start anew "
+            "with run_dir=NEW)"
+        )
     found, asked = _asked(config, every)
     prompts = [prompt for prompt, _ in found]
     ids = chat.encode([text for _, text in found])
@@ -103,6 +110,11 @@ def prompts_of(run: RunConfig) -> tuple[Chat, list[tuple[Prompt, str]]]:
     """
     chat = folder_chat(run, on_policy_folder(run))
     return chat, _prompts(run, chat)
+
+
+def content_of_prompts(found: Iterable[tuple[Prompt, str]]) -> str:
+    """Hash of what `prompts_of` found, but for the texts, which depend on the model."""
+    return content_hash([asdict(prompt) for prompt, _ in found])
 
 
 def _generate_missing(

@@ -64,6 +64,14 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
         done_file(tmp_path, phase).parent.mkdir(parents=True, exist_ok=True)
         done_file(tmp_path, phase).write_text("{}")
     assert next_phases(run, tmp_path) == [Phase(1, Kind.generate, 1)]
+    for phase in phases(run):
+        if phase.round <= 2 and (phase.round, phase.kind) != (2, Kind.train):
+            done_file(tmp_path, phase).parent.mkdir(parents=True, exist_ok=True)
+            done_file(tmp_path, phase).write_text("{}")
+    # More processes do not do again what others have done.
+    for number in (2, 3):
+        run = composed(f"rounds.generate_jobs={number}")
+        assert next_phases(run, tmp_path) == [Phase(2, Kind.train)]
     (tmp_path / "rounds/ended.txt").write_text("enough\n")
     assert next_phases(run, tmp_path) == []
 
@@ -418,7 +426,8 @@ def test_the_part_that_failed_is_told_and_not_the_one_that_was_ended(
 ) -> None:
     """The first part ends, as generating does, with 75 once it is told to."""
     codes = [
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); time.sleep(60)",
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); "
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [15]); time.sleep(60)",
         "import sys, time; time.sleep(0.3); sys.exit(1)",
     ]
 

@@ -33,7 +33,7 @@ def words(tiny_run: list[str], tmp_path: Path) -> list[str]:
 
 def checked(words: list[str], tmp_path: Path) -> str:
     run: RunConfig = replace(compose_run(words), run_dir=str(tmp_path))
-    return check_rounds(run, settings_of(run, tmp_path, Phase(1, Kind.check)))
+    return check_rounds(run, settings_of(run, tmp_path, Phase(1, Kind.check)))[0]
 
 
 def test_what_is_counted(words: list[str], tmp_path: Path) -> None:

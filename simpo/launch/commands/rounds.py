@@ -35,7 +35,7 @@ def main(words: Sequence[str]) -> None:
     """Run the rounds of a command line, or a sweep of them.
 
     Raises:
-        ConfigError: the settings cannot be composed or used.
+        ConfigError: the settings cannot be composed or used, or there are to be no rounds.
         SimpoError: a phase failed or was stopped.
     """
     train.main(

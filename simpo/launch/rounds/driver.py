@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from simpo.config.check import load_run
+from simpo.config.check import load_run, run_yaml
 from simpo.config.choices import WatchAction
 from simpo.config.errors import (
     INTERRUPTED,
@@ -26,10 +26,11 @@ from simpo.config.errors import (
     Stopped,
     unwritable,
 )
-from simpo.config.flat import trajectory
+from simpo.config.flat import holds_secret, trajectory
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds.phases import Phase, replies_folder
 from simpo.launch.rounds.record import (
+    is_done,
     kept_round,
     measured,
     measured_line,
@@ -45,14 +46,23 @@ from simpo.launch.rounds.terminal import Terminal, log_file
 from simpo.launch.share import share_of_machine
 from simpo.loop.tracker import Tracker
 from simpo.loop.watch import CollapseWatch
+from simpo.run.atomic import write_text
 from simpo.run.files import status_or_none
 from simpo.run.folder import RunFolder, new_folder, unfinished_folders
+from simpo.run.parent import parent_variable
 from simpo.run.progress import say
 from simpo.run.rounds import ENDED_FILE, Kind, ended_early, error_file, run_folder
-from simpo.run.signals import SAVING, forwarding_signals, signals_blocked, tell
+from simpo.run.signals import (
+    forwarding_signals,
+    signals_blocked,
+    stopped_by,
+    stopping_at_once,
+)
 from simpo.run.tables import markdown_table
 
 POLL_S = 0.05
+GRACE_S = 20.0
+"""Time that the other parts of a phase get to end by themselves, once one has failed."""
 
 
 def run_rounds(run: RunConfig) -> Path:
@@ -76,17 +86,22 @@ def run_rounds(run: RunConfig) -> Path:
     others = others_note(run)
     folder = RunFolder(run)
     with folder.recording_failure():
+        # Phases read it: settings that decide no numbers may differ from those of the first start.
+        write_text(folder.path / "run.yaml", run_yaml(run), holds_secret(run))
         begin = time.perf_counter()
         say(*others, *folder.notes, f"run    {folder.path}", "logs   rounds/*/*.log in it")
         terminal = Terminal(run, folder.path)
-        settle(run, folder, 0.0)
-        while group := next_phases(run, folder.path):
-            terminal.begin(group)
-            run_phases(run, folder.path, group, terminal.follow)
-            terminal.end(group)
-            if group[0].kind is Kind.annotate:
-                say(measured_line(folder.path, group[0].round - 1))
-                settle(run, folder, time.perf_counter() - begin)
+        with stopping_at_once("stopped between two phases", run.train.stopped_exit_code):
+            settle(run, folder, 0.0)
+            while group := next_phases(run, folder.path):
+                terminal.begin(group)
+                run_phases(run, folder.path, group, terminal.follow)
+                terminal.end(group)
+                if scored := group[0].kind is Kind.annotate:
+                    say(measured_line(folder.path, group[0].round - 1))
+                # What was damaged may have been made again.
+                if scored or not next_phases(run, folder.path):
+                    settle(run, folder, time.perf_counter() - begin)
     return folder.path
 
 
@@ -233,9 +248,8 @@ def run_phases(
 
     def pass_on(number: int, _: FrameType | None) -> None:
         signals.append(number)
-        again = signals.count(signal.SIGINT) > 1
-        if number == signal.SIGINT and not again and group[0].kind is Kind.train:
-            tell(SAVING)
+        if signals.count(signal.SIGINT) > 2:
+            number = signal.SIGKILL  # a library may keep Python from hearing the others
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -243,8 +257,9 @@ def run_phases(
     with forwarding_signals(pass_on):
         try:
             with signals_blocked():
-                processes += [_start(root, phase, len(group)) for phase in group]
-            while not failed:
+                for phase in () if signals else group:
+                    processes.append(_start(root, phase, len(group)))
+            while processes and not failed:
                 codes = [process.poll() for process in processes]
                 # Those that end later were ended here: the first to fail has the cause.
                 failed = [(p, code) for p, code in zip(group, codes, strict=True) if code]
@@ -254,7 +269,9 @@ def run_phases(
                 time.sleep(POLL_S)
             for process in processes:
                 process.terminate()
-                process.wait()
+            for process in processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_S)
         finally:
             for process in processes:
                 process.kill()
@@ -262,6 +279,13 @@ def run_phases(
             follow()
     if failed:
         raise _failure(run, *failed[0], reason, signals)
+    undone = next((phase for phase in group if not is_done(root, phase)), None)
+    if signals:  # too early or too late for the phase
+        what = f"before {undone.text()}" if undone else f"after {group[0].text()}"
+        name = signal.Signals(signals[0]).name
+        raise stopped_by(name, f"stopped {what}", run.train.stopped_exit_code)
+    if undone:
+        raise RunError(f"{undone.text()}: its process ended with exit code 0 before its end")
 
 
 def _start(root: Path, phase: Phase, places: int) -> subprocess.Popen[bytes]:
@@ -269,7 +293,7 @@ def _start(root: Path, phase: Phase, places: int) -> subprocess.Popen[bytes]:
     with log_file(root, phase).open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "simpo.launch.rounds.process", *words],
-            env=os.environ | share_of_machine(phase.part - 1, places),
+            env=os.environ | parent_variable() | share_of_machine(phase.part - 1, places),
             stdout=output,  # bars go to stderr
             # Else a Ctrl-C would reach it twice: from the terminal, and passed on.
             start_new_session=True,

@@ -39,7 +39,7 @@ from simpo.model.pretrained import load_settings
 from simpo.on_policy.annotate import KEY
 from simpo.on_policy.engines import engine_of
 from simpo.on_policy.files import Prompt
-from simpo.on_policy.generate import prompts_of
+from simpo.on_policy.generate import content_of_prompts, prompts_of
 from simpo.on_policy.rewards import RULES, reward_content
 from simpo.run.best import check_monitor
 from simpo.run.progress import say
@@ -49,7 +49,7 @@ IN_TRAINING = ("loss", "aux_loss", "reply_tokens", "reply_repetition", "rule_pas
 
 
 @libraries_quiet()
-def check_rounds(run: RunConfig, first: RunConfig) -> str:
+def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, str]:
     """Check that rounds have a reward, prompts, memory and disk until their end.
 
     Args:
@@ -57,7 +57,8 @@ def check_rounds(run: RunConfig, first: RunConfig) -> str:
         first: those of the first phase.
 
     Returns:
-        The numbers of prompts, in words.
+        The numbers of prompts, in words, and the content of all, which later rounds must find the
+        same.
 
     Raises:
         ConfigError: with what a phase would miss.
@@ -97,7 +98,8 @@ def check_rounds(run: RunConfig, first: RunConfig) -> str:
         _check_disk(run, estimate)
     number = Counter(prompt.split for prompt in prompts)
     dealt = f"in {slices} slices" if (slices := _slices(run)) > 1 else "in each round"
-    return f"{number['train']} prompts to train on {dealt}, {number['test']} held out"
+    told = f"{number['train']} prompts to train on {dealt}, {number['test']} held out"
+    return told, content_of_prompts(found)
 
 
 def _slices(run: RunConfig) -> int:

@@ -5,11 +5,13 @@ FOLDER holds run.yaml, which says what the rounds are.
 
 from __future__ import annotations
 
+from simpo.run.parent import die_with_parent
 from simpo.run.rounds import Kind, error_file
 from simpo.run.signals import exit_on_signals
 
 if __name__ == "__main__":
     exit_on_signals("", "")  # the process that started this one says it
+    die_with_parent()
 
 import re
 import shutil
@@ -27,6 +29,7 @@ from simpo.launch.rounds.by_hand import commands_of
 from simpo.launch.rounds.phases import Phase, replies_folder, settings_of
 from simpo.launch.rounds.record import (
     MEASURES,
+    check_model,
     done_file,
     kept_round,
     measured,
@@ -37,8 +40,8 @@ from simpo.launch.rounds.record import (
 )
 from simpo.launch.start import start
 from simpo.run.atomic import make_folder, write_json, write_text
-from simpo.run.files import read_status
-from simpo.run.processes import die_with_parent, end_process
+from simpo.run.files import NEW_RUN, read_json, read_status
+from simpo.run.processes import end_process
 from simpo.run.progress import print_all_letters, say
 from simpo.run.rounds import run_folder
 from simpo.run.signals import set_stopped_exit_code, stopping_at_once
@@ -46,6 +49,8 @@ from simpo.run.unused import hide_unused
 
 OWN_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
 """Names of folders that runs make themselves."""
+PROMPTS = "prompts"
+"""Key of check.json: the content of all prompts."""
 
 
 def run_phase(run: RunConfig, root: Path, phase: Phase) -> None:
@@ -55,6 +60,8 @@ def run_phase(run: RunConfig, root: Path, phase: Phase) -> None:
         SimpoError: as its own command does.
     """
     begin = time.perf_counter()
+    if phase.round > 1:
+        check_model(root, phase.round - 1)
     own = settings_of(run, root, phase, _best(run, root) if phase.kind is Kind.train else 0)
     check_run(own)
     hide_unused(own)
@@ -97,18 +104,34 @@ def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> dict[str
     if phase.kind is Kind.check:
         from simpo.launch.rounds.preflight import check_rounds
 
-        return {"text": check_rounds(run, own)}
-    folder = replies_folder(root, phase.round)
-    if phase.kind is Kind.generate:
-        from simpo.on_policy.generate import generate
+        text, content = check_rounds(run, own)
+        return {"text": text, PROMPTS: content}
+    from simpo.on_policy.generate import generate
 
-        generate(own, _alike(root) if phase.round == 1 else ())
+    folder = replies_folder(root, phase.round)
+    checked = read_json(done_file(root, Phase(1, Kind.check)), NEW_RUN).get(PROMPTS)
+    if phase.kind is Kind.generate:
+        generate(own, _alike(root) if phase.round == 1 else (), checked)
         return {"text": outcome.of_generating(folder, own)}
+    if lacks_replies(folder):  # of a part that another number of rounds.generate_jobs had
+        whole = replace(own, on_policy=replace(own.on_policy, parts=1, part=1))
+        generate(whole, wanted=checked)
+    _annotate(run, own, root, phase)
+    return {"text": outcome.of_annotating(folder)}
+
+
+def _annotate(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:
+    """Score the replies of a round and measure them.
+
+    Raises:
+        ConfigError: the first round has too few pairs: there is no model to end with.
+    """
     from simpo.judging.ratings import open_ratings
     from simpo.on_policy.annotate import annotate
     from simpo.on_policy.drift import measure_drift
     from simpo.on_policy.measures import read_measures, win_rate, write_measures
 
+    folder = replies_folder(root, phase.round)
     # With a model of theirs, rounds that can learn nothing more have come to their end.
     annotate(own, open_ratings(own), demanding=phase.round == 1)
     measure_drift(own, run.model)
@@ -121,7 +144,6 @@ def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> dict[str
     pairs = pairs_of(root, phase.round)
     if phase.round == 1 and (reason := nothing_to_learn(run, pairs, 1)):
         raise ConfigError([reason])
-    return {"text": outcome.of_annotating(folder)}
 
 
 def _alike(root: Path) -> list[Path]:
@@ -131,6 +153,14 @@ def _alike(root: Path) -> list[Path]:
         return []
     found = [one for one in root.parent.glob("*") if one != root]
     return [replies_folder(one, 1) for one in sorted(found, reverse=True)]
+
+
+def lacks_replies(folder: Path) -> bool:
+    """Whether a folder lacks prompts, or replies to them with some seed."""
+    from simpo.on_policy.files import lacking_replies, read_prompts, read_stored_replies
+
+    prompts = read_prompts(folder)
+    return not prompts or lacking_replies(folder, prompts, read_stored_replies(folder))[0] > 0
 
 
 def load(root: Path) -> RunConfig:
@@ -146,12 +176,14 @@ def main(words: list[str]) -> int:
     """Run the phase that the words name; returns the exit code."""
     name, number, kind, part = words
     root, phase = Path(name), Phase(int(number), Kind(kind), int(part))
-    die_with_parent()
     print_all_letters()
     try:
         run_phase(load(root), root, phase)
     except SimpoError as error:
-        error_file(root, phase.round).write_text(f"{error}\n", errors="backslashreplace")
+        try:
+            error_file(root, phase.round).write_text(f"{error}\n", errors="backslashreplace")
+        except OSError:  # the disk may be full, which the error may be about
+            print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

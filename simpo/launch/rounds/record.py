@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from simpo.config.choices import RoundStart
+from simpo.config.errors import DamagedError
+from simpo.config.models import ADAPTER_FILE
 from simpo.config.rounds import REWARD
 from simpo.config.schema import RunConfig
 from simpo.data.plan import TrainPlan, build_plan
@@ -14,7 +15,7 @@ from simpo.launch.rounds.phases import Phase, phases, replies_folder
 from simpo.loop.rates import changes_weights
 from simpo.run import rounds
 from simpo.run.best import Evaluations, best_step, evaluations_without_gain
-from simpo.run.files import NEW_RUN, read_json, read_results, read_text
+from simpo.run.files import read_json, read_results, read_text
 from simpo.run.rounds import Kind, run_folder
 
 MEASURES = {
@@ -61,15 +62,31 @@ def is_done(root: Path, phase: Phase) -> bool:
 
 
 def next_phases(run: RunConfig, root: Path) -> list[Phase]:
-    """The phases that come next and run at the same time; none at the end."""
-    todo = [] if rounds.ended_early(root) else [p for p in phases(run) if not is_done(root, p)]
+    """The phases that come next and run at the same time; none at the end.
+
+    Raises:
+        DamagedError: ended.txt cannot be read.
+    """
+    every = [*phases(run)]
+    if rounds.ended_early(root):
+        # What was done before may have to be done again: a user removes what is damaged.
+        last = max((phase.round for phase in every if is_done(root, phase)), default=0)
+        every = [p for p in every if p.round < last + (p.kind is not Kind.train)]
+    todo = [phase for phase in every if not is_done(root, phase) and not _is_scored(root, phase)]
     return [p for p in todo if (p.round, p.kind) == (todo[0].round, todo[0].kind)]
+
+
+def _is_scored(root: Path, phase: Phase) -> bool:
+    """Whether a phase generates replies that have been scored, in any number of parts."""
+    return phase.kind is Kind.generate and is_done(root, Phase(phase.round, Kind.annotate))
 
 
 def measured_rounds(root: Path) -> list[int]:
     """The rounds whose model has been measured; 0 is the first model."""
     found = 0
-    while is_done(root, Phase(found + 1, Kind.annotate)):
+    while is_done(root, Phase(found + 1, Kind.annotate)) and (
+        found == 0 or is_done(root, Phase(found, Kind.train))
+    ):
         found += 1
     return list(range(found))
 
@@ -82,9 +99,7 @@ def measured(root: Path, number: int) -> dict[str, dict[str, float]]:
     Raises:
         DamagedError: a file is not as it was written.
     """
-    measures: Mapping[str, Any] = read_json(
-        replies_folder(root, number + 1) / "measures.json", NEW_RUN
-    )
+    measures = _measures(root, number + 1)
     found = {
         prefix: {
             MEASURES[key]: value
@@ -96,8 +111,51 @@ def measured(root: Path, number: int) -> dict[str, dict[str, float]]:
     }
     if number:
         trained = read_results(run_folder(root, number))
-        found["eval"] = {**trained.get("eval_after", {}), **found.get("eval", {})}
+        if not trained:
+            raise DamagedError(
+                run_folder(root, number) / "results.json", "is missing", _anew(root, number)
+            )
+        found["eval"] = {**trained["eval_after"], **found["eval"]}
     return found
+
+
+def _measures(root: Path, number: int) -> dict[str, dict[str, float | None]]:
+    """What measures.json holds of the replies with which a round begins.
+
+    Raises:
+        DamagedError: it is not as it was written.
+    """
+    path = replies_folder(root, number) / "measures.json"
+    done = done_file(root, Phase(number, Kind.annotate))
+    remedy = f"remove it and {done}: the same command writes both anew"
+    if not path.is_file():
+        raise DamagedError(path, "is missing", f"remove {done}: the same command writes both anew")
+    measures: dict[str, dict[str, float | None]] = read_json(path, remedy)
+    whole = measures.get("test") and all(
+        isinstance(split, dict)
+        and all(type(value) in (int, float, type(None)) for value in split.values())
+        for split in measures.values()
+    )
+    if not whole:
+        raise DamagedError(path, "lacks numbers of held-out replies", remedy)
+    return measures
+
+
+def check_model(root: Path, number: int) -> None:
+    """Check that the model of a round is where the run that trained it saved it.
+
+    Raises:
+        DamagedError: it is not.
+    """
+    model = run_folder(root, number) / "model"
+    if not any((model / name).is_file() for name in ("config.json", ADAPTER_FILE)):
+        raise DamagedError(model, "holds no model", _anew(root, number))
+
+
+def _anew(root: Path, number: int) -> str:
+    """What to do if what training left is damaged: checkpoints are gone."""
+    done = done_file(root, Phase(number, Kind.train))
+    return f"remove {run_folder(root, number)} and {done}: the same command trains it anew"
 
 
 def measured_line(root: Path, number: int) -> str:
@@ -192,7 +250,10 @@ def pairs_of(root: Path, number: int) -> int:
     Raises:
         DamagedError: they cannot be read.
     """
-    text = read_text(replies_folder(root, number) / "train.jsonl", NEW_RUN) or ""
+    path, done = replies_folder(root, number) / "train.jsonl", Phase(number, Kind.annotate)
+    remedy = f"remove {done_file(root, done)}: the same command writes both anew"
+    if (text := read_text(path, remedy)) is None:
+        raise DamagedError(path, "is missing", remedy)
     return text.count("\n")
 
 

@@ -1,0 +1,284 @@
+"""Rounds that are stopped at an odd moment, damaged, or continued with other settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from simpo.config.check import run_yaml
+from simpo.config.compose import compose_run
+from simpo.config.errors import ConfigError, DamagedError, DataError, RunError, Stopped
+from simpo.config.schema import RunConfig
+from simpo.launch.rounds import driver, process
+from simpo.launch.rounds.phases import Phase, replies_folder
+from simpo.launch.rounds.record import done_file, measured, measured_rounds, next_phases
+from simpo.run.rounds import ENDED_FILE, Kind, run_folder
+
+
+class Ended:
+    """A process that has ended well."""
+
+    def poll(self) -> int:
+        return 0
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        return 0
+
+
+def composed(*words: str) -> RunConfig:
+    return compose_run(["rounds.number=2", "monitor.metric=reply_reward", *words])
+
+
+def note_done(root: Path, number: int, kind: Kind, part: int = 1) -> None:
+    file = done_file(root, Phase(number, kind, part))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('{"seconds": 1.0}\n')
+
+
+def plant(root: Path, rounds: int) -> None:
+    """A folder of so many rounds that have been trained and measured, as far as its record goes."""
+    note_done(root, 1, Kind.check)
+    for number in range(1, rounds + 2):
+        note_done(root, number, Kind.generate)
+        note_done(root, number, Kind.annotate)
+        replies_folder(root, number).mkdir(parents=True)
+        measures = {"train": {"reward": 0.5}, "test": {"reward": 0.25 * number, "kl": 0.5}}
+        (replies_folder(root, number) / "measures.json").write_text(json.dumps(measures))
+        if number <= rounds:
+            note_done(root, number, Kind.train)
+            (run_folder(root, number) / "model").mkdir(parents=True)
+            (run_folder(root, number) / "model/config.json").write_text("{}")
+            results = {"eval_before": {}, "eval_after": {"loss": 2.0}, "train": {"model_step": 3}}
+            (run_folder(root, number) / "results.json").write_text(json.dumps(results))
+
+
+def test_a_signal_that_comes_too_late_for_a_phase_stops_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(root: Path, phase: Phase, places: int) -> Ended:
+        note_done(root, phase.round, phase.kind)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Ended()
+
+    monkeypatch.setattr(driver, "_start", started)
+    monkeypatch.setattr(Ended, "send_signal", lambda *_: None, raising=False)
+    with pytest.raises(Stopped) as told:
+        driver.run_phases(composed(), tmp_path, [Phase(1, Kind.train)])
+    assert str(told.value) == ("SIGTERM: stopped after round 1, train (the same command continues)")
+    assert told.value.exit_code == 75
+
+
+def test_a_signal_that_comes_too_early_for_a_phase_keeps_it_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = driver.signals_blocked
+
+    @contextmanager
+    def blocked() -> Iterator[None]:
+        os.kill(os.getpid(), signal.SIGINT)
+        with real():
+            yield
+
+    def started(*_: object) -> Ended:
+        raise AssertionError
+
+    monkeypatch.setattr(driver, "_start", started)
+    monkeypatch.setattr(driver, "signals_blocked", blocked)
+    with pytest.raises(Stopped) as told:
+        driver.run_phases(composed(), tmp_path, [Phase(1, Kind.generate)])
+    assert str(told.value) == (
+        "interrupted: stopped before round 1, generate (the same command continues)"
+    )
+    assert told.value.exit_code == 130
+
+
+def test_a_signal_between_two_phases_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "settle", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    with pytest.raises(Stopped) as told:
+        driver.run_rounds(composed(f"run_dir={tmp_path}"))
+    reason = "SIGUSR1: stopped between two phases (the same command continues)"
+    assert str(told.value) == reason
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "stopped" and status["error"] == f"Stopped: {reason}"
+
+
+def test_a_process_that_ends_before_its_phase_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of a reward may end it, and nothing would be left to do but to start it again."""
+    monkeypatch.setattr(driver, "_start", lambda *_: Ended())
+    with pytest.raises(RunError) as told:
+        driver.run_phases(composed(), tmp_path, [Phase(2, Kind.annotate)])
+    assert str(told.value) == (
+        "round 2, annotate: its process ended with exit code 0 before its end"
+    )
+
+
+def test_phases_get_the_settings_of_the_newest_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise Stopped("enough")
+
+    monkeypatch.setattr(driver, "run_phases", stopped)
+    for jobs in (1, 3):
+        with pytest.raises(Stopped):
+            driver.run_rounds(composed(f"run_dir={tmp_path}", f"rounds.generate_jobs={jobs}"))
+        assert process.load(tmp_path).rounds.generate_jobs == jobs
+
+
+def test_replies_of_a_part_that_is_no_more_are_not_lost(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two parts was done when rounds.generate_jobs became 1."""
+    (tmp_path / "rewards_of_parts.py").write_text(
+        "def length(p, replies, r):\n    return [len(t) for t in replies]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["rounds.number=2", "on_policy.reward=rewards_of_parts:length", "on_policy.seeds=[1,2]"]
+    words += ["on_policy.max_new_tokens=4", "on_policy.keep_cut=true", "on_policy.batch_prompts=8"]
+    run = compose_run([*tiny_run, *words, f"run_dir={tmp_path}"])
+    two = replace(run, rounds=replace(run.rounds, generate_jobs=2))
+    process.run_phase(two, tmp_path, Phase(1, Kind.generate, 1))
+    process.run_phase(run, tmp_path, Phase(1, Kind.annotate))
+    # Two replies to each of 12 train prompts and 16 held-out ones.
+    scores = (replies_folder(tmp_path, 1) / "reply_scores.jsonl").read_text().splitlines()
+    assert len({(line["id"], line["seed"]) for line in map(json.loads, scores)}) == 56
+
+    # In the first round there is no model to end with.
+    train = replace(run.train, pairs_per_step=64, epochs=1, max_steps=None, warmup_ratio=0.1)
+    with pytest.raises(ConfigError) as few:
+        process.run_phase(replace(run, train=train), tmp_path, Phase(1, Kind.annotate))
+    pairs = len((replies_folder(tmp_path, 1) / "train.jsonl").read_text().splitlines())
+    assert few.value.problems == [
+        f"train.pairs_per_step: the replies of round 1 give {pairs} pairs, a run of 1 step, and the "
+        "warm-up begins at learning rate 0: no weight would change (lower it, or more pairs by "
+        "on_policy.num_prompts, on_policy.seeds, on_policy.max_new_tokens or rounds.prompts=all, "
+        "or train.warmup_ratio=0)"
+    ]
+
+    # Data that change in between would give later rounds other prompts.
+    process.run_phase(
+        replace(run, train=replace(run.train, check_memory=False)), tmp_path, Phase(1, Kind.check)
+    )
+    (tmp_path / "train.jsonl").write_text(
+        (tmp_path / "train.jsonl").read_text().replace("the", "this")
+    )
+    with pytest.raises(DataError) as told:
+        process.run_phase(run, tmp_path, Phase(1, Kind.generate))
+    assert str(told.value) == (
+        "data.sources: the prompts changed under these rounds (restore them, or start anew with "
+        "run_dir=NEW)"
+    )
+
+
+def test_an_error_that_cannot_be_noted_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On a full disk."""
+    (tmp_path / "rounds/2/error.txt").mkdir(parents=True)
+    (tmp_path / "run.yaml").write_text(run_yaml(composed()))
+    assert process.main([str(tmp_path), "2", "generate", "1"]) == 2
+    assert capfd.readouterr().err == (
+        f"{tmp_path}/rounds/1/run/model: holds no model (remove {tmp_path}/rounds/1/run and "
+        f"{tmp_path}/rounds/1/train.json: the same command trains it anew)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (None, "is missing (remove {done}: the same command writes both anew)"),
+        ("", "is empty (remove it and {done}: the same command writes both anew)"),
+        (
+            '{"train": {"reward": 0.5}}',
+            "lacks numbers of held-out replies (remove it and {done}: the same command writes both "
+            "anew)",
+        ),
+        (
+            '{"test": {"reward": "0.5"}}',
+            "lacks numbers of held-out replies (remove it and {done}: the same command writes both "
+            "anew)",
+        ),
+        (
+            '{"test": []}',
+            "lacks numbers of held-out replies (remove it and {done}: the same command writes both "
+            "anew)",
+        ),
+    ],
+)
+def test_damaged_measures(text: str | None, fault: str, tmp_path: Path) -> None:
+    plant(tmp_path, 1)
+    file = tmp_path / "rounds/2/replies/measures.json"
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(DamagedError) as told:
+        measured(tmp_path, 1)
+    done = tmp_path / "rounds/2/annotate.json"
+    assert str(told.value) == f"{file}: {fault.format(done=done)}"
+    # What it says is what the same command then does.
+    done.unlink()
+    assert measured_rounds(tmp_path) == [0]
+    assert next_phases(composed(), tmp_path) == [Phase(2, Kind.annotate)]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_run_of_a_round_that_is_gone(ended: bool, tmp_path: Path) -> None:
+    plant(tmp_path, 2)
+    if ended:
+        (tmp_path / ENDED_FILE).write_text("enough\n")
+    run = composed("rounds.number=3")
+    following = [] if ended else [Phase(3, Kind.train)]
+    assert next_phases(run, tmp_path) == following
+    (tmp_path / "rounds/1/run/results.json").unlink()
+    with pytest.raises(DamagedError) as told:
+        measured(tmp_path, 1)
+    folder, done = tmp_path / "rounds/1/run", tmp_path / "rounds/1/train.json"
+    assert str(told.value) == (
+        f"{folder}/results.json: is missing (remove {folder} and {done}: the same command trains "
+        "it anew)"
+    )
+    shutil.rmtree(folder)
+    done.unlink()
+    assert measured_rounds(tmp_path) == [0]
+    assert next_phases(run, tmp_path) == [Phase(1, Kind.train)]
+    note_done(tmp_path, 1, Kind.train)
+    assert next_phases(run, tmp_path) == following
+
+
+def test_rounds_that_were_mended_are_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but training was left, after which rounds do not end otherwise."""
+    plant(tmp_path, 2)
+    results = (run_folder(tmp_path, 1) / "results.json").read_text()
+    shutil.rmtree(run_folder(tmp_path, 1))
+    (tmp_path / "rounds/1/train.json").unlink()
+
+    def trained(run: RunConfig, root: Path, group: list[Phase], _: object) -> None:
+        assert group == [Phase(1, Kind.train)]
+        run_folder(root, 1).mkdir()
+        (run_folder(root, 1) / "results.json").write_text(results)
+        note_done(root, 1, Kind.train)
+
+    monkeypatch.setattr(driver, "run_phases", trained)
+    driver.run_rounds(composed(f"run_dir={tmp_path}"))
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "finished" and (tmp_path / "model").resolve() == (
+        run_folder(tmp_path, 2) / "model"
+    )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 
-from simpo.config.errors import ConfigError
+from simpo.config.errors import ConfigError, DamagedError
 from simpo.on_policy.files import StoredReply, damaged_line, read_lines
 from simpo.run.atomic import write_json, write_text
 from simpo.run.files import read_json
@@ -131,7 +131,8 @@ def write_measures(
         before = old.get(split, {})
         merged = {**{k: v for k, v in before.items() if k not in replaced}, **values}
         # In the same order, whoever wrote last.
-        whole[split] = dict(sorted(merged.items(), key=lambda item: item[0] not in MEASURED))
+        others = sorted(merged.keys() - set(MEASURED))
+        whole[split] = {key: merged[key] for key in (*MEASURED, *others) if key in merged}
     write_json(folder / "measures.json", whole)
 
 
@@ -226,4 +227,11 @@ def _reply_scores(folder: Path, split: str) -> tuple[dict[tuple[str, int], float
                     rewards.add(reward)
             case _:
                 raise damaged_line(path, number, "not a score of a reply")
+    match read_measures(folder).get(split):
+        case {"replies": int(replies), **others}:
+            unrated = others.get("unrated", 0.0)
+            scored = replies - round(replies * (unrated or 0.0))
+            if scored != len(scores):
+                fault = f"has {len(scores)} scores of {split} replies, measures.json counts "
+                raise DamagedError(path, f"{fault}{scored}", "run simpo annotate again")
     return scores, rewards

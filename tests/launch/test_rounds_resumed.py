@@ -20,6 +20,7 @@ from simpo.config.schema import RunConfig
 from simpo.launch.rounds import driver, process
 from simpo.launch.rounds.phases import Phase, replies_folder
 from simpo.launch.rounds.record import done_file, measured, measured_rounds, next_phases
+from simpo.on_policy.measures import win_rate
 from simpo.run.rounds import ENDED_FILE, Kind, run_folder
 
 
@@ -158,18 +159,41 @@ def test_replies_of_a_part_that_is_no_more_are_not_lost(
     # Two replies to each of 12 train prompts and 16 held-out ones.
     scores = (replies_folder(tmp_path, 1) / "reply_scores.jsonl").read_text().splitlines()
     assert len({(line["id"], line["seed"]) for line in map(json.loads, scores)}) == 56
-
+    # Who is killed when all is written does it again.
+    measures = (replies_folder(tmp_path, 1) / "measures.json").read_bytes()
+    process.run_phase(run, tmp_path, Phase(1, Kind.annotate))
+    assert (replies_folder(tmp_path, 1) / "measures.json").read_bytes() == measures
     # In the first round there is no model to end with.
     train = replace(run.train, pairs_per_step=64, epochs=1, max_steps=None, warmup_ratio=0.1)
     with pytest.raises(ConfigError) as few:
         process.run_phase(replace(run, train=train), tmp_path, Phase(1, Kind.annotate))
-    pairs = len((replies_folder(tmp_path, 1) / "train.jsonl").read_text().splitlines())
+    number = len((replies_folder(tmp_path, 1) / "train.jsonl").read_text().splitlines())
     assert few.value.problems == [
-        f"train.pairs_per_step: the replies of round 1 give {pairs} pairs, a run of 1 step, and the "
-        "warm-up begins at learning rate 0: no weight would change (lower it, or more pairs by "
+        f"train.pairs_per_step: the replies of round 1 give {number} pairs, a run of 1 step, and "
+        "the warm-up begins at learning rate 0: no weight would change (lower it, or more pairs by "
         "on_policy.num_prompts, on_policy.seeds, on_policy.max_new_tokens or rounds.prompts=all, "
         "or train.warmup_ratio=0)"
     ]
+
+    # A win rate over fewer of them would be another number.
+    held_out = [line for line in scores if '"split": "test"' in line]
+    (replies_folder(tmp_path, 1) / "reply_scores.jsonl").write_text("\n".join(held_out[3:]) + "\n")
+    with pytest.raises(DamagedError) as damaged:
+        win_rate(replies_folder(tmp_path, 1), replies_folder(tmp_path, 1))
+    assert str(damaged.value) == (
+        f"{replies_folder(tmp_path, 1)}/reply_scores.jsonl: has 29 scores of test replies, "
+        "measures.json counts 32 (run simpo annotate again)"
+    )
+
+    # Pairs that change before they are trained on.
+    with pytest.raises(DamagedError) as damaged:
+        pairs = replies_folder(tmp_path, 1) / "train.jsonl"
+        pairs.write_text("".join(pairs.read_text().splitlines(True)[1:]))
+        process.run_phase(run, tmp_path, Phase(1, Kind.train))
+    assert str(damaged.value) == (
+        f"{pairs}: is not as it was written (remove {tmp_path}/rounds/1/annotate.json: the same "
+        "command writes both anew)"
+    )
 
     # Data that change in between would give later rounds other prompts.
     process.run_phase(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
 from simpo.config.compose import run_of_words
+from simpo.run.command import quoted
 from simpo.run.progress import say
 
 USAGE = """
@@ -39,9 +41,10 @@ def main(words: Sequence[str]) -> None:
     folder = annotate(run, open_ratings(run))
     if not (folder / "train.jsonl").stat().st_size:  # held-out prompts alone
         return
-    held_out = f", test_path: {folder}/test.jsonl" if (folder / "test.jsonl").stat().st_size else ""
-    sources = f"[{{path: {folder}/train.jsonl{held_out}}}]"
-    print(f"next   python -m simpo.train data=jsonl 'data.sources={sources}'")
+    train, test = (folder / f"{split}.jsonl" for split in ("train", "test"))
+    held_out = f", test_path: {quoted(test)}" if test.stat().st_size else ""
+    sources = shlex.quote(f"data.sources=[{{path: {quoted(train)}{held_out}}}]")
+    print(f"next   python -m simpo.train data=jsonl {sources}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
 from simpo.config.compose import run_of_words
+from simpo.run.command import quoted
 from simpo.run.progress import say
 
 USAGE = """
@@ -28,7 +30,8 @@ def main(words: Sequence[str]) -> None:
     from simpo.on_policy.generate import generate
 
     folder = generate(run)
-    print(f"next   python -m simpo.annotate on_policy.folder={folder} on_policy.reward=...")
+    word = shlex.quote(f"on_policy.folder={quoted(folder)}")
+    print(f"next   python -m simpo.annotate {word} on_policy.reward=...")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ is not repeated, an unfinished one continues as its own command does.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -204,8 +205,8 @@ def _finish(
         *markdown_table(rounds_table(evaluations)),
         "",
         f"kept   the model of round {kept}: {folder.path}/model",
-        f"chat   python -m simpo.chat {folder.path} base=true",
-        f"report python -m simpo.report {folder.path}",
+        f"chat   python -m simpo.chat {shlex.quote(str(folder.path))} base=true",
+        f"report python -m simpo.report {shlex.quote(str(folder.path))}",
     )
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from simpo.config.check import check_run, load_run
 from simpo.config.errors import INTERRUPTED, ConfigError, SimpoError
@@ -29,7 +30,10 @@ from simpo.launch.rounds.by_hand import commands_of
 from simpo.launch.rounds.phases import Phase, replies_folder, settings_of
 from simpo.launch.rounds.record import (
     MEASURES,
+    PAIRS,
     check_model,
+    check_pairs,
+    content_of_pairs,
     done_file,
     kept_round,
     measured,
@@ -40,7 +44,7 @@ from simpo.launch.rounds.record import (
 )
 from simpo.launch.start import start
 from simpo.run.atomic import make_folder, write_json, write_text
-from simpo.run.files import NEW_RUN, read_json, read_status
+from simpo.run.files import read_json, read_status
 from simpo.run.processes import end_process
 from simpo.run.progress import print_all_letters, say
 from simpo.run.rounds import run_folder
@@ -62,6 +66,8 @@ def run_phase(run: RunConfig, root: Path, phase: Phase) -> None:
     begin = time.perf_counter()
     if phase.round > 1:
         check_model(root, phase.round - 1)
+    if phase.kind is Kind.train:
+        check_pairs(root, phase.round)
     own = settings_of(run, root, phase, _best(run, root) if phase.kind is Kind.train else 0)
     check_run(own)
     hide_unused(own)
@@ -78,7 +84,7 @@ def run_phase(run: RunConfig, root: Path, phase: Phase) -> None:
             start(own, own_process=True)
         # The next round begins with the model, and three rounds of them would fill the disk.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        done = {"text": outcome.of_training(folder)}
+        done: dict[str, Any] = {"text": outcome.of_training(folder)}
     else:
         with stopping_at_once(f"stopped in {phase.text()}", run.train.stopped_exit_code):
             done = _reply(run, own, root, phase)
@@ -95,7 +101,7 @@ def _best(run: RunConfig, root: Path) -> int:
     return kept_round(run, found) if len(found) > 1 else 0
 
 
-def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> dict[str, str]:
+def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> dict[str, Any]:
     """Do what is not training; `own` are the settings of the phase.
 
     Returns:
@@ -109,7 +115,8 @@ def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> dict[str
     from simpo.on_policy.generate import generate
 
     folder = replies_folder(root, phase.round)
-    checked = read_json(done_file(root, Phase(1, Kind.check)), NEW_RUN).get(PROMPTS)
+    remedy = "remove it: the same command writes it anew"
+    checked = read_json(done_file(root, Phase(1, Kind.check)), remedy).get(PROMPTS)
     if phase.kind is Kind.generate:
         generate(own, _alike(root) if phase.round == 1 else (), checked)
         return {"text": outcome.of_generating(folder, own)}
@@ -117,7 +124,7 @@ def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> dict[str
         whole = replace(own, on_policy=replace(own.on_policy, parts=1, part=1))
         generate(whole, wanted=checked)
     _annotate(run, own, root, phase)
-    return {"text": outcome.of_annotating(folder)}
+    return {"text": outcome.of_annotating(folder), PAIRS: content_of_pairs(root, phase.round)}
 
 
 def _annotate(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:

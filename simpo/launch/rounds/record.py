@@ -15,6 +15,7 @@ from simpo.launch.rounds.phases import Phase, phases, replies_folder
 from simpo.loop.rates import changes_weights
 from simpo.run import rounds
 from simpo.run.best import Evaluations, best_step, evaluations_without_gain
+from simpo.run.cache import sha256
 from simpo.run.files import read_json, read_results, read_text
 from simpo.run.rounds import Kind, run_folder
 
@@ -47,6 +48,8 @@ AT_ZERO = (
     "rounds.prompts=all, or train.warmup_ratio=0)"
 )
 """Why too few pairs teach nothing, and what helps."""
+PAIRS = "pairs"
+"""Key of annotate.json: hashes of the files of pairs, by name."""
 AGAINST_FIRST = ("reply_win_rate", "reply_kl")
 """Those that compare a model with the first."""
 
@@ -139,6 +142,28 @@ def _measures(root: Path, number: int) -> dict[str, dict[str, float | None]]:
     if not whole:
         raise DamagedError(path, "lacks numbers of held-out replies", remedy)
     return measures
+
+
+def content_of_pairs(root: Path, number: int) -> dict[str, str]:
+    """Hashes of the files of pairs of a round, by name."""
+    folder = replies_folder(root, number)
+    files = [folder / f"{split}.jsonl" for split in ("train", "test")]
+    return {file.name: sha256(file) for file in files if file.is_file()}
+
+
+def check_pairs(root: Path, number: int) -> None:
+    """Check that the pairs of a round are as they were written.
+
+    Raises:
+        DamagedError: they are not.
+    """
+    done = done_file(root, Phase(number, Kind.annotate))
+    remedy = f"remove {done}: the same command writes both anew"
+    now = content_of_pairs(root, number)
+    for name, content in read_json(done, remedy).get(PAIRS, {}).items():
+        if now.get(name) != content:
+            fault = "is not as it was written" if name in now else "is missing"
+            raise DamagedError(replies_folder(root, number) / name, fault, remedy)
 
 
 def check_model(root: Path, number: int) -> None:

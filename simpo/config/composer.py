@@ -234,6 +234,26 @@ def _fault(error: Exception) -> str:
     return f"{place}: {key}: {unknown_key(base, key)}"
 
 
+def set_in_files(words: Sequence[str], keys: Sequence[str], composer: Composer) -> set[str]:
+    """Which keys the files that words choose set or sweep, such as those of experiments/.
+
+    What the file of a loss sets is that loss's default. Words that cannot be composed choose none.
+    """
+    parse = OverridesParser.create().parse_override
+    try:
+        single = [word for word in words if not parse(word).is_sweep_override()]
+        composed = composer.compose(single, with_hydra=True)
+        loss = composed.loss.name
+        plain = CONF.compose([f"loss={loss}"] if loss in CONF.choices("loss") else [])
+    except (HydraException, NotComposedError):
+        return set()
+    sweeper = composed.hydra.sweeper
+    swept = (sweeper.get("params"), *sweeper.get("stages", ()))
+    found = {key for key in keys if any(key in (settings or ()) for settings in swept)}
+    select = OmegaConf.select
+    return found | {key for key in keys if select(composed, key) != select(plain, key)}
+
+
 def written(key: str, value: Any) -> str:
     """The override `key=value` that gives a setting a Python value.
 

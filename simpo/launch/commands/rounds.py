@@ -5,11 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-
-from simpo.config.composer import CONF, Composer, NotComposedError
+from simpo.config.composer import Composer, set_in_files
 from simpo.config.errors import ConfigError
 from simpo.config.rounds import REWARD
 from simpo.launch.commands import train
@@ -55,31 +51,13 @@ def _defaults(words: Sequence[str], composer: Composer) -> list[str]:
         ConfigError: there are to be no rounds.
     """
     number, metric = "rounds.number", "monitor.metric"
-    given = {word.lstrip("+").partition("=")[0] for word in words} | _in_files(words, composer)
+    given = {word.lstrip("+").partition("=")[0] for word in words}
+    given |= set_in_files(words, (number, metric), composer)
     if f"{number}=0" in words:
         raise ConfigError([f"{number}: must be 1 or more, got 0 (simpo train trains without)"])
     found = [] if number in given else [f"{number}={DEFAULT}"]
     # A loss may have a metric of its own, of which less is better.
     return found + ([] if metric in given else [f"{metric}={REWARD}", "monitor.mode=max"])
-
-
-def _in_files(words: Sequence[str], composer: Composer) -> set[str]:
-    """The settings with a default here that files of the user's set, such as experiments/."""
-    parse = OverridesParser.create().parse_override
-    try:
-        single = [word for word in words if not parse(word).is_sweep_override()]
-        composed = composer.compose(single, with_hydra=True)
-        loss = composed.loss.name
-        plain = CONF.compose([f"loss={loss}"] if loss in CONF.choices("loss") else [])
-    except (HydraException, NotComposedError):  # told once all is composed
-        return set()
-    sweeper = composed.hydra.sweeper
-    swept = (sweeper.get("params"), *sweeper.get("stages", ()))
-    found = {str(key) for settings in swept for key in settings or ()}
-    for key in ("rounds.number", "monitor.metric"):
-        if OmegaConf.select(composed, key) != OmegaConf.select(plain, key):
-            found.add(key)
-    return found
 
 
 if __name__ == "__main__":

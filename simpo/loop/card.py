@@ -183,7 +183,7 @@ def method(loss: LossConfig) -> tuple[str, str]:
     Without an address there, the name is that of the settings, and the address is empty.
     """
     text = " ".join((type(loss).__doc__ or "").split())
-    found = re.match(r"([^.:(]+) \((https?://[^\s,;)]+)", text)
+    found = re.match(r"([^.:(]+) \((https?://[^\s,;)]*[^\s,;:.)])", text)
     return (found[1], found[2]) if found else (f"the loss `{loss.name}`", "")
 
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def test_each_loss_has_its_own_name(loss: str, tiny_run: list[str], tmp_path: Pa
         assert intro.endswith(" after training with the loss `sft`.") and tags == ["sft"]
         return
     name, link = re.findall(r" after preference optimisation with \[(.+)\]\((.+)\)\.$", intro)[0]
-    assert link in (LOSSES[loss].__doc__ or "")
+    assert link in (LOSSES[loss].__doc__ or "") and re.search(r"\w$", link)
     plainly = re.sub(r"\W", "", name).lower()
     known = {"sigmoid": "simpo", "hinge": "simpowithahinge", "slic": "slichf"}
     known |= {"ln_dpo": "lengthnormaliseddpo", "ipo_free": "ipowithoutareferencemodel"}
@@ -158,6 +158,16 @@ def test_each_loss_has_its_own_name(loss: str, tiny_run: list[str], tmp_path: Pa
     known |= {"robust": "robustdpo", "sppo": "sppowithhardlabels", "mix": "aweightedsumoflosses"}
     assert plainly == known.get(loss, loss.replace("_", ""))
     assert "preference-optimization" in tags
+
+
+def test_a_later_round_names_the_first_model(tiny_run: list[str], tmp_path: Path) -> None:
+    run, root = compose_run([*tiny_run, "model.path=owner/first"]), tmp_path / "root"
+    root.mkdir()
+    (root / "run.yaml").write_text(run_yaml(run))
+    model = replace(run.model, path=str(root / "rounds/1/run/model"))
+    own = replace(run, model=model, run_dir=str(root / "rounds/2/run"))
+    assert (card := card_of(own, tmp_path)).data.to_dict()["base_model"] == "owner/first"
+    assert "\nowner/first after preference optimisation with " in card.text
 
 
 def test_a_loss_of_ones_own_has_its_settings_name() -> None:

@@ -18,7 +18,7 @@ from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DamagedError, DataError, RunError, Stopped
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds import driver, process
-from simpo.launch.rounds.phases import Phase, replies_folder
+from simpo.launch.rounds.phases import Phase, replies_folder, settings_of
 from simpo.launch.rounds.record import done_file, measured, measured_rounds, next_phases
 from simpo.on_policy.measures import win_rate
 from simpo.run.rounds import ENDED_FILE, Kind, run_folder
@@ -269,20 +269,30 @@ def test_a_run_of_a_round_that_is_gone(ended: bool, tmp_path: Path) -> None:
     run = composed("rounds.number=3")
     following = [] if ended else [Phase(3, Kind.train)]
     assert next_phases(run, tmp_path) == following
-    (tmp_path / "rounds/1/run/results.json").unlink()
-    with pytest.raises(DamagedError) as told:
-        measured(tmp_path, 1)
     folder, done = tmp_path / "rounds/1/run", tmp_path / "rounds/1/train.json"
-    assert str(told.value) == (
-        f"{folder}/results.json: is missing (remove {folder} and {done}: the same command trains "
-        "it anew)"
-    )
+    (folder / "results.json").write_text("{")
+    for fault in ("is not JSON", "is missing"):
+        with pytest.raises(DamagedError) as told:
+            measured(tmp_path, 1)
+        assert str(told.value) == (
+            f"{folder}/results.json: {fault} (remove {folder} and {done}: the same command trains "
+            "it anew)"
+        )
+        (folder / "results.json").unlink(missing_ok=True)
     shutil.rmtree(folder)
     done.unlink()
     assert measured_rounds(tmp_path) == [0]
     assert next_phases(run, tmp_path) == [Phase(1, Kind.train)]
     note_done(tmp_path, 1, Kind.train)
     assert next_phases(run, tmp_path) == following
+
+
+def test_the_same_folder_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    for phase in (Phase(2, Kind.generate), Phase(2, Kind.train)):
+        own, linked = (settings_of(composed(), tmp_path / name, phase) for name in ("out", "link"))
+        assert own == linked
 
 
 def test_rounds_that_were_mended_are_finished(

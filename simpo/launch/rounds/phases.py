@@ -69,6 +69,8 @@ def settings_of(run: RunConfig, root: Path, phase: Phase, best: int = 0) -> RunC
     Args:
         best: the round whose model is the best so far; 0: the first model.
     """
+    # The same folder by another name, through a link, is no other setting.
+    root = root.resolve()
     alone = replace(run, rounds=RoundsConfig(), launcher=LocalConfig(), run_dir=None)
     if phase.kind is Kind.train:
         start = {RoundStart.last: phase.round - 1, RoundStart.first: 0, RoundStart.best: best}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from simpo.config.choices import RoundStart
 from simpo.config.errors import DamagedError
@@ -113,12 +114,24 @@ def measured(root: Path, number: int) -> dict[str, dict[str, float]]:
         if (split := measures.get(name))
     }
     if number:
-        trained = read_results(run_folder(root, number))
-        if not trained:
-            raise DamagedError(
-                run_folder(root, number) / "results.json", "is missing", _anew(root, number)
-            )
-        found["eval"] = {**trained["eval_after"], **found["eval"]}
+        found["eval"] = {**_results(root, number)["eval_after"], **found["eval"]}
+    return found
+
+
+def _results(root: Path, number: int) -> dict[str, Any]:
+    """What results.json holds of the run of a round.
+
+    Raises:
+        DamagedError: it is not as it was written.
+    """
+    try:
+        found = read_results(run_folder(root, number))
+    except DamagedError as error:
+        path, fault, _ = error.args
+        raise DamagedError(path, fault, _anew(root, number)) from error
+    if not found:
+        path = run_folder(root, number) / "results.json"
+        raise DamagedError(path, "is missing", _anew(root, number))
     return found
 
 

@@ -229,8 +229,8 @@ def _reply_scores(folder: Path, split: str) -> tuple[dict[tuple[str, int], float
                 raise damaged_line(path, number, "not a score of a reply")
     match read_measures(folder).get(split):
         case {"replies": int(replies), **others}:
-            unrated = others.get("unrated", 0.0)
-            scored = replies - round(replies * (unrated or 0.0))
+            unrated = others.get("unrated")
+            scored = replies - (round(replies * unrated) if isinstance(unrated, float) else 0)
             if scored != len(scores):
                 fault = f"has {len(scores)} scores of {split} replies, measures.json counts "
                 raise DamagedError(path, f"{fault}{scored}", "run simpo annotate again")

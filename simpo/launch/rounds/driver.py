@@ -280,8 +280,17 @@ def run_phases(
             follow()
     if failed:
         raise _failure(run, *failed[0], reason, signals)
+    _check_done(run, root, group, signals)
+
+
+def _check_done(run: RunConfig, root: Path, group: Sequence[Phase], signals: Sequence[int]) -> None:
+    """
+    Raises:
+        RunError: a phase has not done its work, though its process ended well.
+        Stopped: there were signals, too early or too late for the phases.
+    """
     undone = next((phase for phase in group if not is_done(root, phase)), None)
-    if signals:  # too early or too late for the phase
+    if signals:
         what = f"before {undone.text()}" if undone else f"after {group[0].text()}"
         name = signal.Signals(signals[0]).name
         raise stopped_by(name, f"stopped {what}", run.train.stopped_exit_code)

@@ -73,10 +73,11 @@ docs: $(READY)  ## write docs/config.md and conf/schema.json anew from the datac
 site: $(READY)  ## the documentation as a site that opens from disk: site/index.html
 	$(BIN)/python -m zensical build --strict --clean
 
-bench: $(READY)  ## a step against the padded one, TRL's and Liger's: time, memory, picture
+bench: $(READY)  ## a step against the padded one, TRL's and Liger's; kinds of losses; a picture
 	grep -o '^[^ ]*==[^ ]*' requirements.lock > $(VENV)/versions.txt
 	$(BIN)/$(PIP) --constraint $(VENV)/versions.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python benchmarks/losses.py
 
 bench-head: $(READY)  ## the vocabulary alone: ours against Liger and cut-cross-entropy
 	grep -o '^[^ ]*==[^ ]*' requirements.lock > $(VENV)/versions.txt

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from simpo.config.compose import compose_run
 from simpo.config.errors import DataError
 from simpo.data.pairs import Message, Pair
-from simpo.judging.pairs import Pairs
+from simpo.judging.pairs import Pairs, open_pairs
 
 LINE = {
     "question": "1",
@@ -51,6 +52,20 @@ def test_without_a_verdict_there_is_no_win_rate(tmp_path: Path) -> None:
     pairs = Pairs({}, "chosen", 0)
     _, _, answers, judgements = pairs.read_annotations(file)
     assert pairs.figures(judgements, answers) == ({}, ["No verdict could be read."])
+
+
+@pytest.mark.parametrize("baseline", ["chosen", "base"])
+def test_prompts_of_dialogues(baseline: str, tmp_path: Path) -> None:
+    """Those of loss=sft; against another model its replies are not looked at."""
+    asked, told = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}
+    line = {"messages": [asked, told, asked, told]}
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    sources = f"[{{path: {tmp_path}/train.jsonl, test_path: {tmp_path}/test.jsonl}}]"
+    words = ["loss=sft", "data=jsonl", f"data.sources={sources}", f"cache_dir={tmp_path}/cache"]
+    words += ["benchmark=pairs", f"benchmark.baseline={baseline}", "judge.reward=own:function"]
+    (question,) = open_pairs(compose_run(words)).questions
+    assert list(question.prompt) == [asked]
 
 
 def test_chosen_responses_that_are_no_text() -> None:

@@ -186,7 +186,7 @@ class SplitReader:
         elif self.read_record is to_labelled:
             wanted = [Gives.pair, Gives.labelled]
         elif self.read_record is to_prompt:
-            wanted = [Gives.pair, Gives.prompt]
+            wanted = [Gives.pair, Gives.prompt, Gives.dialogue]
         return [
             shape
             for gives in wanted

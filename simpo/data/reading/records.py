@@ -175,7 +175,7 @@ def to_labelled(record: Any, place: str) -> Pair:
 
 
 def to_prompt(record: Any, place: str) -> Pair:
-    """Read the prompt of one record, which is `prompt` alone or a pair, whose replies are dropped.
+    """Read the prompt of one record: `prompt` alone, a pair, or `messages` up to the first reply.
 
     Its `reference_answer` is kept.
 
@@ -184,6 +184,8 @@ def to_prompt(record: Any, place: str) -> Pair:
     if not isinstance(record, Mapping) or record.get("chosen") is not None:
         pair = replace(to_pair(record, place), chosen=(), rejected=None)
         return replace(pair, reference_answer=_reference_answer(record))
+    if record.get("prompt") is None and record.get("messages") is not None:
+        return replace(to_dialogue(record, place), chosen=())
     _refuse(record)
     if record.get("prompt") is None:
         raise missing(record, "prompt")
@@ -240,7 +242,7 @@ COLUMNS: dict[Callable[[Any, str], Pair], frozenset[str]] = {
         (to_ranking, ("prompt", "chosen", "rejected", *RANKED)),
         (to_dialogue, ("prompt", "chosen", "rejected", "messages")),
         (to_labelled, ("prompt", "chosen", "rejected", "completion", "label")),
-        (to_prompt, ("prompt", "chosen", "rejected", REFERENCE_ANSWER)),
+        (to_prompt, ("prompt", "chosen", "rejected", "messages", REFERENCE_ANSWER)),
     )
 }
 """The columns that each reader uses."""

@@ -17,6 +17,7 @@ from simpo.config.compose import compose_run
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.data.mixture import load_mixture
 from simpo.data.reading.records import to_ranking
+from simpo.launch.commands import annotate as command
 from simpo.on_policy.annotate import annotate
 from simpo.on_policy.pairing import pairs_of_replies, with_wide_margins
 
@@ -129,6 +130,32 @@ def test_ranked_records_of_a_folder(
         f"note   {tmp_path}/{split}.jsonl {name}: read as replies with scores, {count}"
         for split, name, count in (("train", "train", "2 records"), ("test", "test", "1 record"))
     ]
+
+
+@pytest.mark.parametrize(
+    ("choice", "model", "model_word", "more"),
+    [
+        ("best_worst", "builtin:smollm2", "", ""),
+        ("ranked", "my/model", "model=... ", " loss.compare=all"),
+    ],
+)
+def test_the_next_command_trains_on_what_was_written(
+    choice: str,
+    model: str,
+    model_word: str,
+    more: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ranked records whole, and another model than the built-in one by its own settings."""
+    write_numbers({"a": ["1", "3", "0"], "e": ["1", "2"]}, tmp_path, monkeypatch)
+    (tmp_path / "settings.json").write_text(json.dumps({"model.path": model}) + "\n")
+    command.main([f"on_policy.folder={tmp_path}", *BY_NUMBER, f"on_policy.choice={choice}"])
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"next   python -m simpo.train {model_word}data=jsonl "
+        f"'data.sources=[{{path: {tmp_path}/train.jsonl}}]'{more}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from simpo.config.choices import ReplyChoice
 from simpo.config.compose import run_of_words
+from simpo.config.models import BUILTIN
 from simpo.run.command import quoted
 from simpo.run.progress import say
 
@@ -39,12 +42,23 @@ def main(words: Sequence[str]) -> None:
     from simpo.on_policy.annotate import annotate
 
     folder = annotate(run, open_ratings(run))
-    if not (folder / "train.jsonl").stat().st_size:  # held-out prompts alone
-        return
+    if (folder / "train.jsonl").stat().st_size:  # else held-out prompts alone
+        print(f"next   {_training_command(folder, run.on_policy.choice)}")
+
+
+def _training_command(folder: Path, choice: ReplyChoice) -> str:
+    """The command that trains on the records of a folder, as they were made."""
+    from simpo.on_policy.files import read_lines
+
     train, test = (folder / f"{split}.jsonl" for split in ("train", "test"))
     held_out = f", test_path: {quoted(test)}" if test.stat().st_size else ""
-    sources = shlex.quote(f"data.sources=[{{path: {quoted(train)}{held_out}}}]")
-    print(f"next   python -m simpo.train data=jsonl {sources}")
+    words = ["data=jsonl", shlex.quote(f"data.sources=[{{path: {quoted(train)}{held_out}}}]")]
+    replied = next(iter(read_lines(folder / "settings.json")), {}).get("model.path", BUILTIN)
+    if replied != BUILTIN:
+        words.insert(0, "model=...")  # a path alone would not name its template and adapters
+    if choice is ReplyChoice.ranked:
+        words.append("loss.compare=all")
+    return " ".join(["python -m simpo.train", *words])
 
 
 if __name__ == "__main__":

@@ -243,7 +243,8 @@ def read_replies(path: Path) -> list[dict[str, Any]]:
 
 
 def read_scores(path: Path) -> dict[str, list[float]]:
-    """The columns of a file of held_out/ but the first; empty if there is no such file.
+    """The columns of a file of held_out/ but the first; empty if there is no such file. A number
+    that a pair lacks, since it has one response alone, is NaN.
 
     Raises:
         DamagedError: it is not a table of numbers.
@@ -254,7 +255,8 @@ def read_scores(path: Path) -> dict[str, list[float]]:
         return {}
     try:
         header, *lines = csv.reader(text.splitlines())
-        columns = list(zip(*[[float(cell) for cell in line[1:]] for line in lines], strict=True))
+        rows = [[float(cell or "nan") for cell in line[1:]] for line in lines]
+        columns = list(zip(*rows, strict=True))
         return dict(zip(header[1:], map(list, columns), strict=True)) if lines else {}
     except (ValueError, csv.Error) as error:
         raise DamagedError(path, "is not a table of numbers", remedy) from error

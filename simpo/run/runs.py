@@ -112,7 +112,7 @@ class Run:
         results: results.json; empty before the run has finished.
         benchmarks: numbers of benchmarks.json, by key of `BENCHMARKS`, in percent.
         scores: columns of held_out/, before training and after (of the saved model, or the newest
-            evaluation); empty if there are none.
+            evaluation); empty if there are none, NaN for a number that a pair lacks.
         replies: replies of samples/, before and after likewise.
         held_out_fingerprint: hash of the texts of the held-out pairs; empty if it is not known.
         judged: what judges found about the model, by benchmark.

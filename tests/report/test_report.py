@@ -24,7 +24,7 @@ from simpo.config.errors import ConfigError
 from simpo.launch.commands.report import main
 from simpo.loss.simpo import SigmoidConfig
 from simpo.report.compare import Comparison, averages, compare
-from simpo.report.figures import sweep_map
+from simpo.report.figures import held_out, sweep_map
 from simpo.report.page import render
 from simpo.report.serve import Source
 from simpo.report.text import averages_text, damaged_lines, shorten, text
@@ -141,6 +141,25 @@ def test_a_diverged_run_gives_valid_json(tmp_path: Path) -> None:
     told = cli(str(folder), "format=json")
     (row,) = json.loads(told, parse_constant=lambda name: pytest.fail(name))
     assert row["loss"] is None
+
+
+def test_a_run_on_single_replies(tmp_path: Path) -> None:
+    """Held-out pairs that lack a response have no margin and one length, and damage nothing."""
+    folder = make_run(tmp_path / "run", ["loss.beta=2"])
+    for file in (folder / "held_out").iterdir():
+        header, first, second, *rest = file.read_text().splitlines()
+        assert first.endswith(",20,30") and second.endswith(",21,31")
+        file.write_text("\n".join([header, "p0,,20,", "p1,,,31", *rest]) + "\n")
+    assert "damaged" not in cli(str(folder), "html=none")
+    comparison = compare([folder])
+    assert not comparison.damaged
+    _, after = comparison.runs[0].scores
+    assert list(map(str, after["chosen_tokens"][:2])) == ["20.0", "nan"]
+    drawn = held_out(comparison, [0])
+    assert drawn is not None
+    margins, lengths = drawn["views"]["run"]
+    assert [sum(trace["y"]) for trace in margins["data"]] == [6, 6]
+    assert [sum(trace["y"]) for trace in lengths["data"][:2]] == [7, 7]
 
 
 def test_another_metric(sweep: Path) -> None:

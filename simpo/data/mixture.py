@@ -33,6 +33,7 @@ from simpo.data.reading.records import (
     RecordFault,
     drop_reasoning,
     remarks,
+    to_labelled,
     to_pair,
     unread_columns,
 )
@@ -44,6 +45,7 @@ from simpo.run.progress import say
 MAX_FAULTS_SHOWN = 5
 MAX_LETTERS_SHOWN = 300
 TOO_DEEP = "lists or objects are nested too deeply"
+LABELS = ("desirable", "undesirable")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class _Split:
 
     Its good pairs lie in `file` from `first` on, and belong to `held_out_set`. The keys are hashes
     of their prompts and of all their texts, one after the other. `read_as` is the shape of the
-    records, and `not_made` counts pairs that are not made by reason.
+    records, and `not_made` counts pairs that are not made by reason. Of good records `labels`
+    counts single replies, and `replies` the ranked ones by their number of replies.
     """
 
     place: str
@@ -98,6 +101,8 @@ class _Split:
     unread: dict[str, None] = field(default_factory=dict)
     remarks: Counter[str] = field(default_factory=Counter)
     not_made: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    replies: Counter[int] = field(default_factory=Counter)
 
     @property
     def num_pairs(self) -> int:
@@ -127,7 +132,16 @@ class _Split:
         return ", ".join([f"{self.place}: {self._num_records()}", bad, *self._not_made()])
 
     def _num_records(self) -> str:
-        return f"{self.records} record{'s' if self.records != 1 else ''}"
+        return f"{self.records} record{'s' if self.records != 1 else ''}{self._kinds()}"
+
+    def _kinds(self) -> str:
+        """What a loss of single or of ranked replies is told of them, as text."""
+        if self.labels:
+            return ", " + ", ".join(f"{self.labels[label]} {label}" for label in LABELS)
+        if self.replies:
+            sizes = sorted({min(self.replies), max(self.replies)})
+            return f" of {' to '.join(map(str, sizes))} replies"
+        return ""
 
     def _not_made(self) -> list[str]:
         return [f"{count} pairs not made: {reason}" for reason, count in self.not_made.items()]
@@ -286,6 +300,10 @@ def _read_pair(
         found.faults.append((place, TOO_DEEP))
     else:
         found.add(pair)
+        if pair.scores:
+            found.replies[len(pair.responses)] += 1
+        elif read_record is to_labelled and len(pair.responses) == 1:
+            found.labels[LABELS[pair.is_undesirable]] += 1
         found.unread |= dict.fromkeys(unread_columns(record, COLUMNS[read_record]))
         found.remarks.update(remarks(record, pair))
 

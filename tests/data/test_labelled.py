@@ -77,8 +77,12 @@ def test_messages_and_other_columns() -> None:
     assert read(named, columns=columns).chosen == (GOOD,)
     found = mixture(RECORD | {"id": 7})
     assert found.notes == [
-        "note   a.jsonl train: read as replies with labels, 1 record",
+        "note   a.jsonl train: read as replies with labels, 1 record, 1 desirable, 0 undesirable",
         "note   a.jsonl train: columns not read: id",
+    ]
+    more = mixture(RECORD, *(RECORD | {"prompt": f"Why {i}?", "label": False} for i in range(2)))
+    assert more.notes == [
+        "note   a.jsonl train: read as replies with labels, 3 records, 1 desirable, 2 undesirable"
     ]
 
 

@@ -13,11 +13,16 @@ from simpo.config.compose import compose_run
 from simpo.config.data import DataConfig, SourceConfig
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.filters import FilterConfig
+from simpo.data.chats.chat import Chat
 from simpo.data.cleaning.filter import CHECKS
+from simpo.data.loader import load_data
 from simpo.data.mixture import Mixture, load_mixture
 from simpo.data.pairs import Pair
+from simpo.data.plan import build_plan
 from simpo.data.reading.records import to_pair, to_ranking
 from simpo.data.store import pair_json, pairs_fingerprint
+from simpo.loop.console import data_lines
+from simpo.model.tokenizer import load_tokenizer
 
 ULTRAFEEDBACK = {
     "instruction": "Why?",
@@ -76,7 +81,9 @@ def test_the_four_completions_of_ultrafeedback() -> None:
     assert texts(pair) == ["A.", "D.", "B.", "C."]
     assert pair.scores == (9.0, 2.0, 6.5, 6.5) and pair.score_margin == 7.0
     assert pair.place == "a.jsonl train record 1"
-    assert loaded.notes == ["note   a.jsonl train: read as replies with scores, 1 record"]
+    assert loaded.notes == [
+        "note   a.jsonl train: read as replies with scores, 1 record of 4 replies"
+    ]
     # Read for a loss of pairs, it is the best with the worst, and says nothing of the others.
     (plain,) = load_mixture(config(SourceConfig(path="a.jsonl")), to_pair).train
     assert (plain.chosen, plain.rejected) == (pair.chosen, pair.rejected)
@@ -377,3 +384,19 @@ def test_settings_that_do_not_go_with_it(words: list[str], problem: str | None) 
     with pytest.raises(ConfigError) as told:
         compose_run([*words, "loss.compare=all"])
     assert str(told.value) == problem
+
+
+@pytest.mark.parametrize(
+    ("loss", "counted"),
+    [("loss.compare=all", "       1 other responses cut"), ("loss=sigmoid", None)],
+)
+def test_cut_responses_are_counted(loss: str, counted: str | None, tiny_run: list[str]) -> None:
+    """A response between the best and the worst is cut; as a pair, they are not."""
+    write("a.jsonl", scored(("Yes.", 3), ("So it is. " * 20, 2), ("No.", 1)))
+    limits = ["data.max_prompt_tokens=60", "data.max_length_tokens=90"]
+    source = "data.sources=[{path: a.jsonl, test_split: null}]"
+    run = compose_run([*tiny_run, source, *limits, loss, "loss.sft_weight=0"])
+    chat = Chat(load_tokenizer(run.model, Path(run.cache_dir)))
+    data = load_data(run, chat, Path(run.cache_dir))
+    lines = data_lines(data.table, data.train, build_plan(1, 1, 1, None, 0))
+    assert [line for line in lines if " cut" in line] == ([counted] if counted else [])

@@ -128,7 +128,10 @@ def test_ranked_records_of_a_folder(
     assert found["g"].scores == (3, 0, 2, 1) and len(found) == 3
     assert ranked.notes == [
         f"note   {tmp_path}/{split}.jsonl {name}: read as replies with scores, {count}"
-        for split, name, count in (("train", "train", "2 records"), ("test", "test", "1 record"))
+        for split, name, count in (
+            ("train", "train", "2 records of 2 to 6 replies"),
+            ("test", "test", "1 record of 4 replies"),
+        )
     ]
 
 

@@ -274,10 +274,16 @@ GOOD = "Preference(logps.chosen, logps.chosen, logps.rejected)"
     ("body", "fault"),
     [
         (f"return {GOOD}", ""),
-        ("raise ValueError('bad')", "fails: ValueError: bad; needs_reference is False"),
+        ("raise ValueError('bad')", "fails: ValueError: bad"),
         (
             "return Preference(logps.log_ratios()[0], logps.chosen, logps.rejected)",
-            "fails: AssertionError: scored without a reference; needs_reference is False",
+            "fails: AssertionError: scored without a reference; needs_reference, needs_scores, "
+            "needs_squares are False",
+        ),
+        (
+            "return Preference(logps.chosen * logps.margins, logps.chosen, logps.rejected)",
+            "fails: TypeError: unsupported operand type(s) for *: 'Tensor' and 'NoneType'; "
+            "needs_reference, needs_scores, needs_squares are False",
         ),
         *(
             (f"return {found}", "must return a Preference of three differentiable tensors [pairs]")
@@ -308,6 +314,52 @@ def test_what_a_loss_computes_is_checked(
     with pytest.raises(ConfigError) as caught:
         check_loss(loss)
     assert str(caught.value) == f"loss.module: computes:Mine.preference {fault}"
+
+
+@pytest.mark.parametrize(
+    ("more", "body", "fault"),
+    [
+        ("compare: Compare | None = Compare.all", "-logps.margins.nan_to_num() * logps.chosen", ""),
+        (
+            "compare: Compare | None = Compare.all",
+            "logps.log_ratios()[0]",
+            "preference fails: AssertionError: scored without a reference; "
+            "needs_reference is False",
+        ),
+        ("weighs_tokens = True\n    weights = 'ones_like(tokens.logps)'", "-logps.chosen", ""),
+        (
+            "weighs_tokens = True\n    weights = 'ones(3)'",
+            "-logps.chosen",
+            "token_weights must return a weight for each token, [n]",
+        ),
+        (
+            "weighs_tokens = True\n    weights = 'wrong'",
+            "-logps.chosen",
+            "token_weights fails: NameError: name 'wrong' is not defined",
+        ),
+    ],
+)
+def test_a_loss_of_ranks_or_of_tokens_is_checked(
+    more: str, body: str, fault: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets what such a loss gets in a run: margins of each two responses, weighted sums."""
+    (here / "checked.py").write_text(
+        f"{LOSS}from torch import ones, ones_like\nfrom simpo.loss import Compare, Preference\n\n"
+        "@dataclass(kw_only=True)\n"
+        f"class Mine(LossConfig):\n    name: str = 'mine'\n    {more}\n"
+        f"    def preference(self, logps):\n"
+        f"        return Preference({body}, logps.chosen, logps.rejected)\n"
+        "    def token_weights(self, tokens):\n        return eval(self.weights)\n"
+        "    def terms(self):\n        return '-s', 's = sum'\n"
+    )
+    forget(monkeypatch, "checked")
+    loss = compose_run(["loss=mine", "loss.module=checked"]).loss
+    if not fault:
+        check_loss(loss)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_loss(loss)
+    assert str(caught.value) == f"loss.module: checked:Mine.{fault}"
 
 
 def read_with(form: str, **settings: str) -> Mixture:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -230,25 +230,55 @@ def evaluate(
     return summarise(loss, sums, router_aux_weight), numbers
 
 
-def _made_up(loss: LossConfig) -> PairLogps:
-    """Two pairs with all that the loss needs."""
+def _made_up(loss: LossConfig, place: str) -> PairLogps:
+    """Two pairs with all that the loss needs; as it gets them, each two responses of both if it
+    compares those of a prompt.
+
+    Args:
+        place: the user's class, for messages.
+
+    Raises:
+        ConfigError: `LossConfig.token_weights` fails, or gives no weight for each token.
+    """
     sums = torch.tensor([[-5.0, -6.0], [-4.0, -9.0]], requires_grad=True)
     tokens = torch.tensor([[3, 3], [4, 5]])
     weighted = weights = None
     if loss.weighs_tokens:
         lengths, logps = (3, 3, 4, 5), torch.full((15,), -1.0)
-        each = loss.token_weights(TokenLogps(logps, torch.arange(15), lengths, 2))
+        own = TokenLogps(logps, torch.arange(15), lengths, 2)
+        each: object = _called(f"{place}.token_weights", partial(loss.token_weights, own))
+        if not (isinstance(each, Tensor) and each.shape == (15,) and each.is_floating_point()):
+            raise ConfigError([f"{place}.token_weights must return a weight for each token, [n]"])
         weights = torch.stack([own.sum() for own in each.split(lengths)]).view(2, 2)
         weighted = (-weights).requires_grad_()
-    return ResponseLogps(
+    responses = ResponseLogps(
         sums,
         tokens,
-        scores=torch.tensor([[2.0, 1.0], [3.0, 1.0]]) if loss.needs_scores else None,
+        scores=torch.tensor([[2.0, 1.0], [3.0, 1.0]]) if loss.needs_scores or loss.ranks else None,
         reference=torch.tensor([[-5.0, -6.5], [-4.0, -8.0]]) if loss.needs_reference else None,
         weighted=weighted,
         weights=weights,
         log_squares=-2.0 * tokens if loss.needs_squares else None,
-    ).weighted_pairs()
+    )
+    return responses.each_two() if loss.compare is not None else responses.weighted_pairs()
+
+
+def _called(place: str, method: Callable[[], object], unasked: Sequence[str] = ()) -> object:
+    """What a user's method returns.
+
+    Args:
+        unasked: what the loss does not ask for, told if None was used.
+
+    Raises:
+        ConfigError: it fails.
+    """
+    try:
+        return method()
+    except Exception as error:  # whatever the user's code does
+        fault = f"{place} fails: {type(error).__name__}: {first_line(error)}"
+        if unasked and (isinstance(error, AssertionError) or "None" in str(error)):
+            fault += f"; {', '.join(unasked)} {'is' if len(unasked) == 1 else 'are'} False"
+        raise ConfigError([fault]) from error
 
 
 def check_loss(loss: LossConfig) -> None:
@@ -259,19 +289,17 @@ def check_loss(loss: LossConfig) -> None:
     """
     if loss.module is None:
         return
-    place = f"loss.module: {loss.module}:{type(loss).__name__}.preference"
-    try:
-        found: object = loss.preference(_made_up(loss))
-    except Exception as error:  # whatever the user's code does
-        hint = "" if loss.needs_reference else "; needs_reference is False"
-        raise ConfigError(
-            [f"{place} fails: {type(error).__name__}: {first_line(error)}{hint}"]
-        ) from error
+    own = f"loss.module: {loss.module}:{type(loss).__name__}"
+    logps = _made_up(loss, own)
+    needs = ("needs_reference", *(() if loss.ranks else ("needs_scores", "needs_squares")))
+    unasked = [name for name in needs if not getattr(loss, name)]
+    found = _called(f"{own}.preference", partial(loss.preference, logps), unasked)
+    shape = logps.chosen.shape
     if not (
         isinstance(found, Preference)
-        and all(isinstance(p, Tensor) and p.shape == (2,) and p.is_floating_point() for p in found)
+        and all(isinstance(p, Tensor) and p.shape == shape and p.is_floating_point() for p in found)
         and found.losses.requires_grad
     ):
         raise ConfigError(
-            [f"{place} must return a Preference of three differentiable tensors [pairs]"]
+            [f"{own}.preference must return a Preference of three differentiable tensors [pairs]"]
         )

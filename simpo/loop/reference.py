@@ -1,7 +1,8 @@
 """Computes log-probabilities of pairs under the reference model, for losses that need them.
 
 The reference is the policy before its first step, so one pass then suffices and no second model is
-loaded. Results are cached under a hash of the weights, the tokens and the dtype.
+loaded. Results are cached under a hash of the weights, the tokens, which of them are scored, how
+the loss weighs them, and the dtype.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from simpo.backend import Backend
+from simpo.config.own_code import source_sha256
+from simpo.data.flat_tokens import Tokens
 from simpo.data.pairs import PackedPairs
 from simpo.data.store import TokenizedSet
 from simpo.loop.score import counted, score_pairs
@@ -61,7 +64,7 @@ def with_reference(
     if not len(data):
         return data
     settings = f"{origin} {data.fingerprint} {backend.bf16} {backend.device.type}"
-    settings += f" {loss.weighing()}" if loss.weighs_tokens else ""
+    settings += _weighing(loss, data.tokens)
     name = hashlib.sha256(settings.encode()).hexdigest()[:32]
     folder = cache_dir / "reference" / name
     found, notes = find_entry(folder) if backend.is_main else (False, [])
@@ -73,6 +76,17 @@ def with_reference(
             notes += keep_entry(folder, partial(_write, scores=scores))
     tokens = replace(data.tokens, reference_logps=scores)
     return replace(data, tokens=tokens, notes=(*data.notes, *notes))
+
+
+def _weighing(loss: LossConfig, tokens: Tokens) -> str:
+    """What decides which tokens count, and how much; empty if all of the responses do."""
+    found = ""
+    if tokens.scored is not None:
+        found += f" {hashlib.sha256(np.ascontiguousarray(tokens.scored).data).hexdigest()}"
+    if loss.weighs_tokens:
+        found += f" {loss.weighing()}"
+        found += f" {source_sha256(loss.module)}" if loss.module else ""
+    return found
 
 
 def _score(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import csv
+import importlib
 import math
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from simpo.config.compose import compose_run
 from simpo.data import loader
 from simpo.data.loader import PackedSet
 from simpo.data.packing import pack
+from simpo.data.pairs import TokenizedPair
 from simpo.loop import reference
 from simpo.loop.train import train
 from simpo.loss.with_reference import DpoConfig
@@ -63,6 +68,67 @@ def test_scores_are_those_of_padded_sequences(
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(pytest.fail.Exception, match="scored again"):
         scored(origin)
+
+
+def test_scores_are_cached_by_the_tokens_that_are_scored(tmp_path: Path) -> None:
+    """The same tokens, of which the first of chosen is not scored: the rest is summed anew."""
+    model, whole = tiny_model("llama"), random_pairs(np.random.default_rng(2), 3)
+    whole = [pair for pair in whole if len(pair.chosen_ids) > 1]
+    masks = [np.arange(len(pair.chosen_ids)) > 0 for pair in whole]
+    masked = [replace(p, scored=(mask, None)) for p, mask in zip(whole, masks, strict=True)]
+    backend = build_backend(SingleConfig(), Precision.fp32, 1.0)
+
+    def scored(pairs: list[TokenizedPair]) -> list[float]:
+        data, rows = token_set(pairs), [pack(pairs, range(len(pairs)))]
+        found = reference.with_reference(
+            Policy(model), data, rows, "origin", tmp_path, backend, DpoConfig()
+        )
+        return [pair.reference_logps[0] for pair in found.tokens if pair.reference_logps]
+
+    assert token_set(whole).fingerprint == token_set(masked).fingerprint
+    exact = copy.deepcopy(model).double()
+    chosen = padded_logps(exact, whole)[0].chunk(2)[0]
+    first = [replace(p, responses=(p.chosen_ids[:1], p.rejected_ids)) for p in whole]
+    rest = chosen - padded_logps(exact, first)[0].chunk(2)[0]
+    assert scored(whole) == pytest.approx(chosen.tolist(), rel=1e-5)
+    assert scored(masked) == pytest.approx(rest.tolist(), rel=1e-5)
+    assert scored(whole) == pytest.approx(chosen.tolist(), rel=1e-5)
+
+
+def test_weights_of_tokens_are_cached_by_the_code_of_a_users_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same settings with other code in the user's module are another loss."""
+    code = """
+        from dataclasses import dataclass
+        from typing import ClassVar
+        from simpo.loss.with_reference import DpoConfig
+
+        @dataclass(kw_only=True)
+        class Own(DpoConfig):
+            weighs_tokens: ClassVar[bool] = True
+            name: str = "own"
+
+            def token_weights(self, tokens):
+                return FACTOR * tokens.logps.new_ones(len(tokens.logps))
+    """
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model, pairs = tiny_model("llama"), random_pairs(np.random.default_rng(3), 3)
+    backend = build_backend(SingleConfig(), Precision.fp32, 1.0)
+
+    def scored(factor: str) -> np.ndarray:
+        (tmp_path / "own_weights.py").write_text(dedent(code).replace("FACTOR", factor))
+        importlib.invalidate_caches()
+        sys.modules.pop("own_weights", None)
+        loss = importlib.import_module("own_weights").Own(module="own_weights")
+        rows = [pack(pairs, range(len(pairs)))]
+        found = reference.with_reference(
+            Policy(model), token_set(pairs), rows, "origin", tmp_path, backend, loss
+        )
+        assert found.tokens.reference_logps is not None
+        return found.tokens.reference_logps
+
+    assert scored("0.25") * 4 == pytest.approx(scored("1"), rel=1e-6)
 
 
 def test_scores_of_a_set_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,6 +237,8 @@ class LossConfig(ABC):
     """Whether the loss needs `ResponseLogps.log_squares`."""
     needs_scores: ClassVar[bool] = False
     """Whether the loss needs the scores of chosen and rejected; records without are refused."""
+    needs_margins: ClassVar[bool] = False
+    """Whether the loss needs `PairLogps.margins`, which only responses that are compared have."""
     above_zero: ClassVar[tuple[str, ...]] = ()
     from_zero: ClassVar[tuple[str, ...]] = ()
     """Settings that must be above 0, and settings that must be 0 or more."""
@@ -319,8 +321,15 @@ class LossConfig(ABC):
             self.weighs_tokens or self.needs_squares or self.needs_scores
         ):
             yield f"compare: loss={self.name} weighs pairs of two responses (leave it out)"
+        if self.needs_margins and self.compare is None:
+            yield (
+                f"compare: loss={self.name} takes labels from the scores of the responses that it "
+                "compares (set loss.compare=all)"
+            )
         if self.margin_weights and self.compare is None:
-            yield "margin_weights: weighs the comparisons of a prompt (set loss.compare=all)"
+            at_once = f", and loss={self.name} has none: it compares all at once (leave it out)"
+            remedy = at_once if self.ranks else " (set loss.compare=all)"
+            yield f"margin_weights: weighs the comparisons of a prompt{remedy}"
         for key in (*self.from_zero, "sft_weight"):
             if getattr(self, key) < 0:
                 yield f"{key}: must be 0 or more, got {getattr(self, key)}{self.hints.get(key, '')}"

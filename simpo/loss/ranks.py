@@ -79,13 +79,17 @@ class Ranks(NamedTuple):
         weights = compared.to(self.scores.dtype)
         if by_margin:
             margins = self.scores[:, :, None] - self.scores[:, None, :]
-            weights = margins.where(compared, weights)
+            # Over the largest one, as the sum of margins may be too large for float32.
+            margins = margins.where(compared, weights)
+            largest = margins.amax(dim=(1, 2), keepdim=True)
+            weights = margins / largest.where(largest > 0, 1)
         total = weights.sum(dim=(1, 2), keepdim=True)
         return weights / total.where(total > 0, 1)
 
     def targets(self, alpha: float) -> Tensor:
         """The softmax of the scores / alpha of each prompt, [P, K]; 1 for chosen without scores."""
-        return (self.scores / alpha).softmax(dim=1).where(self.known, self.scores.clamp(min=0))
+        below = self.scores - self.scores.amax(dim=1, keepdim=True)
+        return (below / alpha).softmax(dim=1).where(self.known, self.scores.clamp(min=0))
 
 
 def rank_correlation(ranks: Ranks, rewards: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from inspect import isabstract
 from typing import Any
 
-from simpo.loss import LossConfig, PairLogps, Preference
+from simpo.loss import Compare, LossConfig, PairLogps, Preference
 
 WEIGHT = "weight"
 
@@ -49,6 +49,11 @@ class MixConfig(LossConfig):
         """Whether one of the losses needs the scores of chosen and rejected."""
         return any(loss.needs_scores for _, loss in self.losses())
 
+    @property
+    def needs_margins(self) -> bool:  # type: ignore[override]
+        """Whether one of the losses needs the scores of the responses that it compares."""
+        return any(loss.needs_margins for _, loss in self.losses())
+
     def losses(self) -> list[tuple[float, LossConfig]]:
         """The weight of each loss, and the loss."""
         return [self._part(name, given) for name, given in self.parts.items()]
@@ -71,12 +76,14 @@ class MixConfig(LossConfig):
         return text, "; ".join(dict.fromkeys(meaning for *_, meaning in each))
 
     def problems(self) -> Iterator[str]:
-        yield from super().problems()
         if len(self.parts) < 2:
             example = "{sigmoid: 0.8, bco: 0.2}"
             yield f"parts: must name two losses or more, got {self.parts} (such as {example})"
-        for name, given in self.parts.items():
-            yield from _problems(name, given, _known())
+        known = _known()
+        faults = [text for part in self.parts.items() for text in _problems(*part, known)]
+        yield from faults
+        if not faults:  # what the mix needs is known by its parts
+            yield from super().problems()
 
 
 def _known() -> dict[str, type[LossConfig]]:
@@ -109,8 +116,9 @@ def _problems(name: str, given: Any, known: dict[str, type[LossConfig]]) -> Iter
         keys = ", ".join(sorted(own)) or "it has none"
         yield f"{key}.{unknown[0]}: no such key of {name} ({keys})"
         return
-    part = kind(**{k: v for k, v in settings.items() if k != WEIGHT}, compare=None)
-    if part.ranks:
+    compare = Compare.all if kind.needs_margins else None
+    part = kind(**{k: v for k, v in settings.items() if k != WEIGHT}, compare=compare)
+    if part.ranks and not kind.needs_margins:
         why = "as it compares all responses at once (mix losses of pairs, with loss.compare)"
         yield f"{key}: cannot be mixed, {why}"
         return

@@ -184,6 +184,7 @@ class SoftLabelsConfig(LossConfig):
     Departs from the authors, who have DPO's z. gamma is 0 by default, as p sets the margin.
     """
 
+    needs_margins: ClassVar[bool] = True
     above_zero: ClassVar[tuple[str, ...]] = ("beta", "tau")
     from_zero: ClassVar[tuple[str, ...]] = ("gamma_beta_ratio",)
 

@@ -70,6 +70,14 @@ def test_a_record_without_scores_is_refused(tmp_path: Path) -> None:
     ]
 
 
+def test_a_score_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        scores_of(tmp_path, SCORED, PAIR | {"score_chosen": 1e39, "score_rejected": 0})
+    first = str(caught.value).splitlines()[0]
+    fault = "scores: must be at most 1e+38 in size, got 1e+39"
+    assert first == f"{tmp_path}/a.jsonl train record 2: {fault}"
+
+
 def test_other_losses_keep_their_fingerprints() -> None:
     """Scores change nothing where they are not needed."""
     plain = [to_pair(PAIR, "a")]

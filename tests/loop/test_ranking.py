@@ -459,6 +459,24 @@ def test_equal_scores_alone_teach_no_order(
     assert table["rewards/best_accuracies"] == 1
 
 
+@EACH
+def test_only_differences_of_scores_matter_of_any_size(
+    loss: LossConfig, formula: Callable[[Sequence[Response]], Tensor]
+) -> None:
+    """Scores of which float32 cannot hold the sum of the differences: finite, and those of the
+    same scores in other units where the loss takes no unit from them."""
+    logps = replace(
+        drawn(np.random.default_rng(9), [4]), scores=torch.tensor([[1.0, -1, 0.5, -0.5]])
+    )
+    logps.sums.requires_grad_()
+    huge = replace(logps, scores=1e38 * logps.scores)
+    losses = pair_losses(loss, huge.pairs())
+    (gradient,) = torch.autograd.grad(losses.sum(), logps.sums)
+    assert losses.isfinite().all() and gradient.isfinite().all() and gradient.any()
+    if loss.name not in ("infonca", "nca", "soft_labels"):
+        torch.testing.assert_close(losses, pair_losses(loss, logps.pairs()), rtol=1e-6, atol=0)
+
+
 def test_a_number_that_is_not_finite_stays_with_its_prompt() -> None:
     logps = drawn(np.random.default_rng(8), [3, 4])
     logps.sums[1, 2] = NAN
@@ -573,6 +591,33 @@ def prompt_by_hand(model: Any, pair: TokenizedPair) -> list[Response]:
         (
             SigmoidConfig(margin_weights=True),
             "margin_weights: weighs the comparisons of a prompt (set loss.compare=all)",
+        ),
+        (
+            NcaConfig(alpha=1.0, margin_weights=True),
+            "margin_weights: weighs the comparisons of a prompt, and loss=nca has none: it compares "
+            "all at once (leave it out)",
+        ),
+        (
+            SoftLabelsConfig(compare=None),
+            "compare: loss=soft_labels takes labels from the scores of the responses that it "
+            "compares (set loss.compare=all)",
+        ),
+        (
+            MixConfig(parts={"sigmoid": 1, "soft_labels": 1}),
+            "compare: loss=mix takes labels from the scores of the responses that it "
+            "compares (set loss.compare=all)",
+        ),
+        (
+            MixConfig(parts={"sigmoid": 1, "soft_labels": {"weight": 1, "tau": 0}}),
+            "parts.soft_labels.tau: must be above 0, got 0",
+        ),
+        (
+            MixConfig(compare=Compare.all, parts={"sigmoid": 1, "bco": {"beta": 1}}),
+            "parts.bco: must have a weight above 0, got {'beta': 1}",
+        ),
+        (
+            MixConfig(compare=Compare.all, parts={"sigmoid": 1, "bco": {"weight": 1, "tau": 1}}),
+            "parts.bco.tau: no such key of bco (beta)",
         ),
         (
             MixConfig(parts={"sigmoid": 1, "infonca": 1}),

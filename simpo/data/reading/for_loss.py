@@ -10,6 +10,7 @@ from simpo.data.pairs import Pair
 from simpo.data.reading.records import (
     COLUMNS,
     RecordFault,
+    check_sizes,
     known_scores,
     to_dialogue,
     to_labelled,
@@ -38,7 +39,8 @@ def to_scored_pair(record: Any, place: str) -> Pair:
     Args: as `to_pair`.
 
     Raises:
-        RecordFault: as `to_pair`, or the record has no scores of chosen and rejected.
+        RecordFault: as `to_pair`, or the record has no scores of chosen and rejected, or too large
+            ones.
     """
     pair = to_pair(record, place)
     scores = known_scores(record)
@@ -47,6 +49,7 @@ def to_scored_pair(record: Any, place: str) -> Pair:
             "has no scores of chosen and rejected, which the loss needs (add the numbers "
             "score_chosen and score_rejected, or choose a loss without scores)"
         )
+    check_sizes(scores)
     return replace(pair, scores=scores)
 
 

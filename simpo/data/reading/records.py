@@ -100,9 +100,17 @@ def to_ranking(record: Any, place: str) -> Pair:
         pair = _compared(record, record["responses"], place)
         scores = tuple(record["scores"])
         pair = replace(pair, score_margin=scores[0] - scores[1])
+    check_sizes(scores)
+    return replace(pair, scores=scores)
+
+
+def check_sizes(scores: Sequence[float]) -> None:
+    """
+    Raises:
+        RecordFault: a score is too large for the numbers of a loss.
+    """
     if largest := next((score for score in scores if abs(score) > LARGEST_SCORE), None):
         raise RecordFault(f"scores: must be at most {LARGEST_SCORE:g} in size, got {largest:g}")
-    return replace(pair, scores=scores)
 
 
 def is_ranked(record: Mapping[str, Any]) -> bool:

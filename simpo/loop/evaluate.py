@@ -10,7 +10,15 @@ from simpo.config.schema import RunConfig
 from simpo.data.pairs import Pair
 from simpo.loop.console import metrics_text
 from simpo.loop.replies import greedy_replies, reply_lines, reply_metrics
-from simpo.loop.score import columns, counted, evaluate, pair_sums, present, summarise
+from simpo.loop.score import (
+    columns,
+    counted,
+    evaluate,
+    pair_sums,
+    present,
+    responses_per_pair,
+    summarise,
+)
 from simpo.loop.setup import Parts
 from simpo.loss import LossConfig
 from simpo.run.progress import bar, say
@@ -69,10 +77,13 @@ def metrics_of_sets(
         tables.setdefault(pairs[index].held_out_set, []).append(numbers)
     if len(tables) < 2:
         return {}
-    found = {
-        name: summarise(loss, pair_sums(torch.tensor(table, dtype=torch.float64)))
-        for name, table in tables.items()
-    }
+    whole = responses_per_pair(loss, list(scores.values()))
+    found = {}
+    for name, lines in tables.items():
+        table = torch.tensor(lines, dtype=torch.float64)
+        # The mean over the pairs of a set is that over its responses, as that of all pairs is.
+        table[:, 0] *= whole / responses_per_pair(loss, lines)
+        found[name] = summarise(loss, pair_sums(table))
     keys = dict.fromkeys(key for metrics in found.values() for key in metrics)
     of_key = {key: [metrics[key] for metrics in found.values() if key in metrics] for key in keys}
     means = {key: sum(values) / len(values) for key, values in of_key.items()}

@@ -113,6 +113,18 @@ def pair_sums(table: Tensor) -> Tensor:
     return torch.cat([table.where(there, 0).sum(dim=0), there.sum(dim=0).to(table)])
 
 
+def responses_per_pair(loss: LossConfig, lines: Sequence[Sequence[float]]) -> float:
+    """Over how many responses a pair the loss is a mean: 1 if it is one over pairs.
+
+    Args:
+        lines: the numbers of pairs in the order of `columns`.
+    """
+    if not loss.mean_over_responses:
+        return 1.0
+    places = [COLUMNS.index(name) for name in ("chosen_tokens", "rejected_tokens")]
+    return sum(line[place] > 0 for line in lines for place in places) / len(lines)
+
+
 def summarise(loss: LossConfig, sums: Tensor, router_aux_weight: float = 0.0) -> dict[str, float]:
     """Means over pairs, of those columns that there are; the key `loss` includes the sft term and
     the router's auxiliary loss.
@@ -240,8 +252,11 @@ def _made_up(loss: LossConfig, place: str) -> PairLogps:
     Raises:
         ConfigError: `LossConfig.token_weights` fails, or gives no weight for each token.
     """
-    sums = torch.tensor([[-5.0, -6.0], [-4.0, -9.0]], requires_grad=True)
-    tokens = torch.tensor([[3, 3], [4, 5]])
+    number = 3 if loss.needs_mismatched else 2
+    sums = torch.tensor([[-5.0, -6.0, -7.0], [-4.0, -9.0, -8.0]])[:, :number].requires_grad_()
+    tokens = torch.tensor([[3, 3, 4], [4, 5, 3]])[:, :number]
+    reference = torch.tensor([[-5.0, -6.5, -6.0], [-4.0, -8.0, -8.5]])[:, :number]
+    scores = torch.tensor([[2.0, 1.0, 1.5], [3.0, 1.0, 2.0]])[:, :number]
     weighted = weights = None
     if loss.weighs_tokens:
         lengths, logps = (3, 3, 4, 5), torch.full((15,), -1.0)
@@ -254,8 +269,8 @@ def _made_up(loss: LossConfig, place: str) -> PairLogps:
     responses = ResponseLogps(
         sums,
         tokens,
-        scores=torch.tensor([[2.0, 1.0], [3.0, 1.0]]) if loss.needs_scores or loss.ranks else None,
-        reference=torch.tensor([[-5.0, -6.5], [-4.0, -8.0]]) if loss.needs_reference else None,
+        scores=scores if loss.needs_scores or loss.ranks else None,
+        reference=reference if loss.needs_reference else None,
         weighted=weighted,
         weights=weights,
         log_squares=-2.0 * tokens if loss.needs_squares else None,

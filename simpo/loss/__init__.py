@@ -228,6 +228,8 @@ class LossConfig(ABC):
     """Whether each pair needs a response to another prompt, its third (`simpo.data.mismatched`)."""
     reads_labels: ClassVar[bool] = False
     """Whether the data may also have single responses with a label, desirable or not."""
+    mean_over_responses: ClassVar[bool] = False
+    """Whether the mean loss of pairs is that over their responses, of which some have one."""
     couples_step: ClassVar[bool] = False
     """Whether the loss of a pair depends on the other pairs of its step. `compared` then gets all
     of them, in float64, in the order of their indices."""
@@ -321,6 +323,11 @@ class LossConfig(ABC):
             self.weighs_tokens or self.needs_squares or self.needs_scores
         ):
             yield f"compare: loss={self.name} weighs pairs of two responses (leave it out)"
+        elif self.ranks and (self.weighs_tokens or self.needs_mismatched):
+            what = "weigh tokens" if self.weighs_tokens else "need a response to another prompt"
+            yield f"name: loss={self.name} compares all responses, so it cannot {what}"
+        if self.couples_step and (self.weighs_tokens or self.needs_squares):
+            yield f"name: loss={self.name} couples the pairs of a step, so it cannot weigh tokens"
         if self.needs_margins and self.compare is None:
             yield (
                 f"compare: loss={self.name} takes labels from the scores of the responses that it "

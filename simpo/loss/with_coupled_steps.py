@@ -204,7 +204,8 @@ class BetaDpoConfig(LogisticLoss):
 def nearest_the_mean(values: Tensor, drop: float) -> Tensor:
     """Indices of the values that are left without a share of those farthest from the mean; of equal
     ones the first, and at least one value."""
-    left = max(1, int(len(values) * (1 - drop)))
+    # Of 10 values and 0.8 this is 2, where 10 * (1 - 0.8) is below it.
+    left = max(1, int(round(len(values) * (1 - drop), 9)))
     return (values - values.mean()).abs().argsort(stable=True)[:left]
 
 
@@ -223,6 +224,7 @@ class KtoConfig(LossConfig):
     needs_reference: ClassVar[bool] = True
     needs_mismatched: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = True
+    mean_over_responses: ClassVar[bool] = True
     above_zero: ClassVar[tuple[str, ...]] = ("beta",)
     from_zero: ClassVar[tuple[str, ...]] = ("desirable_weight", "undesirable_weight")
 

@@ -121,6 +121,20 @@ def test_the_four_completions_of_ultrafeedback() -> None:
         ),
         # A reply whose score is null is left out, as is the repetition of a text.
         (scored(("A.", 3), ("B.", None), (" A. ", 1), ("C.", 2)), ["A.", "C."], (3.0, 2.0)),
+        # So is that of messages, which columnar files give all keys.
+        (
+            {
+                "prompt": "Why?",
+                "responses": [
+                    [{"role": "assistant", "content": " A.", "tool_calls": None}],
+                    [{"role": "assistant", "content": "A. "}],
+                    [{"role": "assistant", "content": "C."}],
+                ],
+                "scores": [1, 3, 2],
+            },
+            ["A. ", "C."],
+            (3.0, 2.0),
+        ),
         ({"prompt": "Why?", "chosen": "A.", "rejected": "B."}, ["A.", "B."], (1.0, 0.0)),
         (
             {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,9 +20,10 @@ from simpo.config.backends import SingleConfig
 from simpo.config.choices import Device, Precision
 from simpo.data.mismatched import with_mismatched
 from simpo.data.packing import pack
-from simpo.data.pairs import PackedPairs, TokenizedPair
+from simpo.data.pairs import PackedPairs, Pair, TokenizedPair
 from simpo.data.plan import rows_of_pairs
-from simpo.loop.score import evaluate, pair_sums, pair_table, summarise
+from simpo.loop.evaluate import metrics_of_sets
+from simpo.loop.score import check_loss, evaluate, pair_sums, pair_table, summarise
 from simpo.loop.step import NonFiniteError, update
 from simpo.loss import Compare, LossConfig, PairLogps, ResponseLogps
 from simpo.loss.simpo import SigmoidConfig
@@ -33,8 +34,10 @@ from simpo.loss.with_coupled_steps import (
     BetaDpoConfig,
     GammaPoConfig,
     KtoConfig,
+    nearest_the_mean,
     shared_margins,
 )
+from simpo.loss.with_ranked_responses import PlackettLuceConfig
 from simpo.model.policy import Policy
 from tests.support.tiny_models import SEGMENTS, gradients, random_pairs, tiny_model, token_set
 
@@ -206,6 +209,68 @@ def test_kto_of_responses_without_a_partner() -> None:
     }
     alone = summarise(KtoConfig(), pair_sums(table[1:2]))
     assert alone.keys() == {"loss", "rewards/chosen", "logps/chosen", "chosen_tokens"}
+    # Of a held-out set it is the mean over the set's own responses, with the z of all.
+    turn = ({"role": "user", "content": "Hi"},)
+    sets = [Pair(turn, (), None, "", held_out_set=name) for name in ("pairs", "single", "single")]
+    found = metrics_of_sets(KtoConfig(), sets, dict(enumerate(table.tolist())))
+    assert found["pairs/loss"] == pytest.approx(each[0] / 2)
+    assert found["single/loss"] == pytest.approx((each[1] + each[2]) / 2)
+    assert found["mean/loss"] == pytest.approx(sum(each) / 4)
+
+
+@dataclass(kw_only=True)
+class Weighing(BetaDpoConfig):
+    weighs_tokens: ClassVar[bool] = True
+    name: str = "weighing"
+
+
+@dataclass(kw_only=True)
+class Squares(BetaDpoConfig):
+    needs_squares: ClassVar[bool] = True
+    name: str = "squares"
+
+
+@dataclass(kw_only=True)
+class WeighingList(PlackettLuceConfig):
+    weighs_tokens: ClassVar[bool] = True
+    name: str = "weighing_list"
+
+
+@dataclass(kw_only=True)
+class MismatchedList(PlackettLuceConfig):
+    needs_mismatched: ClassVar[bool] = True
+    name: str = "mismatched_list"
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (Weighing(), "couples the pairs of a step, so it cannot weigh tokens"),
+        (Squares(), "couples the pairs of a step, so it cannot weigh tokens"),
+        (WeighingList(), "compares all responses, so it cannot weigh tokens"),
+        (
+            MismatchedList(),
+            "compares all responses, so it cannot need a response to another prompt",
+        ),
+    ],
+)
+def test_what_a_users_loss_cannot_have_together(loss: LossConfig, text: str) -> None:
+    """The weights would not count, and the response to another prompt would be ranked."""
+    assert list(loss.problems()) == [f"name: loss={loss.name} {text}"]
+
+
+@pytest.mark.parametrize("kind", [AotConfig, AmapoConfig, GammaPoConfig, BetaDpoConfig, KtoConfig])
+def test_a_loss_of_this_kind_may_be_a_users(kind: type[LossConfig]) -> None:
+    """The made-up pairs of the check have what such losses need."""
+    check_loss(kind(module="mine"))
+
+
+def test_the_number_of_pairs_that_are_left() -> None:
+    """A tenth of 20 is 2 and not the 1 of 20 * (1 - 0.9) in floating-point numbers."""
+    for percent in range(100):
+        for number in (1, 3, 10, 20, 64, 100, 128):
+            left = len(nearest_the_mean(torch.arange(number, dtype=F64), percent / 100))
+            assert left == max(1, number * (100 - percent) // 100), (percent, number)
 
 
 # Whole steps, against separate forwards in float64 with the formulas as the authors write them.

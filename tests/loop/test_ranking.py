@@ -594,8 +594,8 @@ def prompt_by_hand(model: Any, pair: TokenizedPair) -> list[Response]:
         ),
         (
             NcaConfig(alpha=1.0, margin_weights=True),
-            "margin_weights: weighs the comparisons of a prompt, and loss=nca has none: it compares "
-            "all at once (leave it out)",
+            "margin_weights: weighs the comparisons of a prompt, and loss=nca has none: it "
+            "compares all at once (leave it out)",
         ),
         (
             SoftLabelsConfig(compare=None),

@@ -138,7 +138,18 @@ def above(score: float, other: float) -> bool:
 
 
 def _said(reply: tuple[Any, float]) -> Any:
-    return reply[0].strip() if isinstance(reply[0], str) else reply[0]
+    """What a reply says: texts without white space around them, messages without null keys."""
+    text, _ = reply
+    if isinstance(text, list) and all(isinstance(turn, Mapping) for turn in text):
+        return [
+            {k: _stripped(v) if k == "content" else v for k, v in turn.items() if v is not None}
+            for turn in text
+        ]
+    return _stripped(text)
+
+
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
 
 
 def _reason(

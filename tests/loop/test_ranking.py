@@ -465,11 +465,10 @@ def test_only_differences_of_scores_matter_of_any_size(
 ) -> None:
     """Scores of which float32 cannot hold the sum of the differences: finite, and those of the
     same scores in other units where the loss takes no unit from them."""
-    logps = replace(
-        drawn(np.random.default_rng(9), [4]), scores=torch.tensor([[1.0, -1, 0.5, -0.5]])
-    )
+    scores = torch.tensor([[1.0, -1, 0.5, -0.5]])
+    logps = replace(drawn(np.random.default_rng(9), [4]), scores=scores)
     logps.sums.requires_grad_()
-    huge = replace(logps, scores=1e38 * logps.scores)
+    huge = replace(logps, scores=1e38 * scores)
     losses = pair_losses(loss, huge.pairs())
     (gradient,) = torch.autograd.grad(losses.sum(), logps.sums)
     assert losses.isfinite().all() and gradient.isfinite().all() and gradient.any()

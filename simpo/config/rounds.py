@@ -32,7 +32,8 @@ class RoundsConfig:
     """Factor of the weights of `data.sources`, whose own pairs are mixed into each round's; 0: only
     the model's own replies are trained on, and the sources give prompts alone."""
     patience: int = 0
-    """Stop after this many rounds without a better `monitor.metric`; keep the best. 0: never."""
+    """Stop after this many rounds without a better `monitor.metric` than an earlier round, of which
+    the first model is none; keep the best. 0: never."""
     max_kl: float | None = None
     """Stop once the model is further than this from the first, in nats per token of its held-out
     replies, and keep the newest model within; null: no limit."""

@@ -133,6 +133,15 @@ def test_a_sweep_over_keys_of_a_loss(here: Path, tiny_run: list[str]) -> None:
 
 EXPECTED = {
     "loss.power=3": ["loss = max(0, 0.5 - (l_w - l_l))^3,  l = mean token log-prob of a response"],
+    "loss.compare=all": [
+        "loss = max(0, 0.5 - (l_w - l_l))^2,  l = mean token log-prob of a response; mean over ",
+        "read as replies with scores, 2 records of 2 to 3 replies",
+    ],
+    "loss.module=my_lists": ["loss = -sum_i score_i*softmax_i(2*l),  l = mean token log-prob"],
+    "loss.module=my_steps": [
+        "-log sigmoid(2*(d - mean d))",
+        ",  d = l_w - l_l, l of unsure tokens",
+    ],
     "pairs=4": ["Name a colour.", "chosen: A wren.", "rejected: No."],
     "train.pairs_per_step=2": ["plan   2 steps of 2 pairs"],
 }

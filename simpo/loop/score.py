@@ -305,6 +305,8 @@ def check_loss(loss: LossConfig) -> None:
     if loss.module is None:
         return
     own = f"loss.module: {loss.module}:{type(loss).__name__}"
+    if loss.ranks and loss.weighs_tokens:
+        raise ConfigError([f"{own}: weighs_tokens is for pairs, and the loss ranks all responses"])
     logps = _made_up(loss, own)
     needs = ("needs_reference", *(() if loss.ranks else ("needs_scores", "needs_squares")))
     unasked = [name for name in needs if not getattr(loss, name)]

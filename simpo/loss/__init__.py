@@ -164,12 +164,12 @@ class PairLogps:
     @property
     def average_chosen(self) -> Tensor:
         """Mean token log-probability of the chosen responses, float32 [P]; 0 without one."""
-        return self.chosen / self.chosen_tokens.clamp(min=1)
+        return self.chosen / self.chosen_tokens.where(self.chosen_tokens > 0, 1)
 
     @property
     def average_rejected(self) -> Tensor:
         """Mean token log-probability of the rejected responses, float32 [P]; 0 without one."""
-        return self.rejected / self.rejected_tokens.clamp(min=1)
+        return self.rejected / self.rejected_tokens.where(self.rejected_tokens > 0, 1)
 
     def log_ratios(self) -> tuple[Tensor, Tensor]:
         """Log-ratios of policy to reference for chosen and rejected, summed over tokens, float32
@@ -301,12 +301,12 @@ class LossConfig(ABC):
         preference, meaning = self.terms()
         if self.compare is not None:
             which = (
-                "each two responses"
+                "each two responses to a prompt whose scores differ"
                 if self.compare is Compare.all
-                else "the best and each other response"
+                else "the best response to a prompt with each of a lower score"
             )
             weighed = ", weighted by their margin" if self.margin_weights else ""
-            meaning += f"; mean over {which} to a prompt of different scores{weighed}"
+            meaning += f"; mean over {which}{weighed}"
         nll = f"{self.sft_weight:g} * NLL per chosen token" if self.sft_weight else ""
         return f"loss = {' + '.join(filter(None, (preference, nll))) or '0'},  {meaning}"
 

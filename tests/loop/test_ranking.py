@@ -66,13 +66,13 @@ WORKED: list[tuple[LossConfig, float, str]] = [
         replace(SIMPO, compare=Compare.all, margin_weights=True),
         (2 * softplus(-1) + 2 * softplus(-3)) / 4,
         "-log sigmoid(2*(l_w - l_l) - 1),  l = mean token log-prob of a response; mean over each "
-        "two responses to a prompt of different scores, weighted by their margin",
+        "two responses to a prompt whose scores differ, weighted by their margin",
     ),
     (
         replace(SIMPO, compare=Compare.best_rest, margin_weights=True),
         (softplus(-1) + 2 * softplus(-3)) / 3,
         "-log sigmoid(2*(l_w - l_l) - 1),  l = mean token log-prob of a response; mean over the "
-        "best and each other response to a prompt of different scores, weighted by their margin",
+        "best response to a prompt with each of a lower score, weighted by their margin",
     ),
     (
         # r = -4, -8 and -6.

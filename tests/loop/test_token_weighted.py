@@ -6,8 +6,9 @@ import copy
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import simpo.model.head
 from simpo.backend import Backend, build_backend
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import Precision
+from simpo.config.errors import ConfigError
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import rows_of_pairs
@@ -43,6 +45,7 @@ from simpo.loss.token_weighted import (
     WpoConfig,
     draw,
 )
+from simpo.loss.with_ranked_responses import PlackettLuceConfig
 from simpo.loss.with_reference import DpoConfig
 from simpo.model.policy import Policy
 from tests.support.tiny_models import (
@@ -431,3 +434,28 @@ def test_processes_change_nothing(tiny_run: list[str], tmp_path: Path) -> None:
     for ours, theirs in lines:
         for key, value in theirs.items():
             assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+
+
+def test_a_mean_by_weights_that_add_up_to_less_than_one() -> None:
+    """Weights of any size give the same mean; without any weight it is 0."""
+    sums = torch.tensor([[-3.0, -0.3], [-0.5, 0.0]])
+    weights = torch.tensor([[1.5, 0.15], [0.25, 0.0]])
+    counts = torch.tensor([[3, 3], [2, 2]])
+    logps = ResponseLogps(-counts.float(), counts, weighted=sums, weights=weights).weighted_pairs()
+    assert logps.average_chosen.tolist() == [-2, -2]
+    assert logps.average_rejected.tolist() == [pytest.approx(-2), 0]
+
+
+@dataclass(kw_only=True)
+class WeighedList(PlackettLuceConfig):
+    weighs_tokens: ClassVar[bool] = True
+
+
+def test_a_list_of_weighed_tokens_is_refused() -> None:
+    """Its rewards would be of all tokens alike."""
+    with pytest.raises(ConfigError) as error:
+        check_loss(WeighedList(module="mine"))
+    assert str(error.value) == (
+        "loss.module: mine:WeighedList: weighs_tokens is for pairs, and the loss ranks all "
+        "responses"
+    )

@@ -19,9 +19,15 @@ from simpo.data.loader import load_data
 from simpo.data.mixture import Mixture, load_mixture
 from simpo.data.pairs import Pair
 from simpo.data.plan import build_plan
+from simpo.data.reading.for_loss import reader_of
 from simpo.data.reading.records import to_pair, to_ranking
 from simpo.data.store import pair_json, pairs_fingerprint
 from simpo.loop.console import data_lines
+from simpo.loss import Compare, LossConfig
+from simpo.loss.simpo import SigmoidConfig
+from simpo.loss.token_weighted import MadpoConfig
+from simpo.loss.with_coupled_steps import KtoConfig
+from simpo.loss.without_reference import SftConfig
 from simpo.model.tokenizer import load_tokenizer
 
 ULTRAFEEDBACK = {
@@ -266,6 +272,32 @@ def test_replies_of_several_turns_share_their_prompt() -> None:
 def test_faults_name_the_reply(record: dict[str, Any], fault: str) -> None:
     good = scored(("A.", 2), ("B.", 1))
     assert error(good, record) == f"a.jsonl train record 2: {fault}"
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (SigmoidConfig(), ["A.", "B."]),
+        (KtoConfig(), ["A.", "B."]),
+        (MadpoConfig(), ["A.", "B."]),
+        (SftConfig(), ["A."]),
+        (SigmoidConfig(compare=Compare.all), ["A.", "B.", "C."]),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_any_loss_reads_the_replies_that_a_function_gives(
+    loss: LossConfig, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read as the same records of a file are."""
+    Path("all_replies.py").write_text("def read(record):\n    return record['own']\n")
+    monkeypatch.syspath_prepend(".")
+    record = scored(("A.", 3), ("B.", 1), ("C.", 2))
+    write("own.jsonl", {"own": record})
+    write("plain.jsonl", record)
+    for path, form in (("own.jsonl", "all_replies:read"), ("plain.jsonl", None)):
+        source = SourceConfig(path=path, format=form)
+        (pair,) = load_mixture(config(source), reader_of(loss)).train
+        assert texts(pair) == said
 
 
 def test_reasoning_is_dropped_from_all_replies() -> None:

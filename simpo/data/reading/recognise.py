@@ -22,7 +22,6 @@ from simpo.data.reading.records import (
     RecordFault,
     to_dialogue,
     to_labelled,
-    to_pair,
     to_prompt,
     to_ranking,
 )
@@ -137,9 +136,10 @@ class SplitReader:
 
     def _all_replies(self, record: Any, number: int) -> list[Any]:
         """The records of one that a user's function gave, which may hold scored replies."""
-        if self.read_record not in (to_pair, to_ranking) or not isinstance(record, Mapping):
+        if self.read_record is to_prompt or not isinstance(record, Mapping):
             return [record]
-        whole = record.get("chosen") is None and record.get("responses") is not None
+        told = (record.get(name) for name in ("chosen", "messages", "completion"))
+        whole = all(one is None for one in told) and record.get("responses") is not None
         return self._read(_REPLIES, dict(record), number) if whole else [record]
 
     def _renamed(self, record: Mapping[str, Any]) -> Record:

@@ -471,11 +471,11 @@ def test_scores_of_any_size(
         given,
         sums=given.sums.float().requires_grad_(),
         reference=given.reference.float(),
-        scores=torch.tensor([[1, -1, 0.5, -0.5]]),
+        scores=(scores := torch.tensor([[1, -1, 0.5, -0.5]])),
     )
     if isinstance(loss, (InfoNcaConfig, NcaConfig)):
         loss = replace(loss, alpha=1e-4)
-    losses = pair_losses(loss, replace(logps, scores=2.0**126 * logps.scores).pairs())
+    losses = pair_losses(loss, replace(logps, scores=2.0**126 * scores).pairs())
     (gradient,) = torch.autograd.grad(losses.sum(), logps.sums)
     assert losses.isfinite().all() and gradient.isfinite().all() and gradient.any()
     if loss.name != "soft_labels":

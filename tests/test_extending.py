@@ -138,10 +138,8 @@ EXPECTED = {
         "read as replies with scores, 2 records of 2 to 3 replies",
     ],
     "loss.module=my_lists": ["loss = -sum_i score_i*softmax_i(2*l),  l = mean token log-prob"],
-    "loss.module=my_steps": [
-        "-log sigmoid(2*(d - mean d))",
-        ",  d = l_w - l_l, l of unsure tokens",
-    ],
+    "loss=centred": ["loss = -log sigmoid(2*(d - mean d)),  d = l_w - l_l"],
+    "loss=unsure": ["loss = -log sigmoid(2*(l_w - l_l) - 1),  l = mean token log-prob"],
     "pairs=4": ["Name a colour.", "chosen: A wren.", "rejected: No."],
     "train.pairs_per_step=2": ["plan   2 steps of 2 pairs"],
 }
@@ -273,7 +271,7 @@ def test_a_misspelt_loss_of_ones_own(here: Path, monkeypatch: pytest.MonkeyPatch
         compose_run(["loss=powr", "loss.module=my_losses"])
     (line,) = caught.value.problems
     assert line.startswith("loss: no such choice, got powr (choose from alphapo, ")
-    assert ", orpo, power, r_dpo, " in line
+    assert ", orpo, plackett_luce, power, r_dpo, " in line
 
 
 GOOD = "Preference(logps.chosen, logps.chosen, logps.rejected)"

@@ -14,6 +14,7 @@ from simpo.__main__ import main
 from simpo.config.check import GROUPS, run_yaml
 from simpo.config.compose import compose_run
 from simpo.config.json_schema import settings_schema
+from simpo.config.losses import LOSSES
 from simpo.config.paths import config_dir
 from simpo.config.schema import RunConfig
 
@@ -114,8 +115,9 @@ def test_a_whole_run_has_all_sections_and_the_keys_of_all_choices() -> None:
         key for name in GROUPS["loss"] for key in OmegaConf.structured(GROUPS["loss"][name])
     } == {*loss}
     assert loss["label_smoothing"]["description"] == (
-        "Assumed share of pairs whose labels are swapped; below 0.5. Only with loss=sigmoid or "
-        "alphapo or exo or robust or dpo or ln_dpo or r_dpo or dpo_shift or orpo or cpo."
+        "Assumed share of pairs whose labels are swapped; below 0.5. Only with loss="
+        + " or ".join(name for name, kind in LOSSES.items() if hasattr(kind, "label_smoothing"))
+        + "."
     )
     assert loss["margin"]["default"] == 0.5
     assert "default" not in loss["beta"], "it differs by loss"

@@ -140,7 +140,9 @@ def test_other_errors_pass() -> None:
             "simpo train loss=dpo loss.",
             [
                 "loss.beta=",
+                "loss.compare=",
                 "loss.label_smoothing=",
+                "loss.margin_weights=",
                 "loss.module=",
                 "loss.name=",
                 "loss.sft_weight=",

@@ -374,6 +374,6 @@ def test_a_step_waits_once(
             hollow[0].targets[0].item()
         with pytest.raises(WaitedError):
             update(policy, SGD(policy.parameters(), lr=1.0), hollow, LOSSES[1], backend)
-    # Pairs that are not finite, the norm, the columns, the number of pairs.
-    assert sums[1].shape == (1 + 1 + len(COLUMNS) + 1,)
+    # Pairs that are not finite, the norm, the columns, and how many numbers each has.
+    assert sums[1].shape == (1 + 1 + 2 * len(COLUMNS),)
     assert all(isinstance(p.grad, FakeTensor) for p in policy.parameters())

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from simpo.data.pairs import TokenizedPair, response_names
+from simpo.data.pairs import TokenizedPair, padded, response_names
 
 NOTHING = np.zeros(0, np.int32)
 
@@ -56,9 +56,8 @@ class Tokens:
             )
         scores = None
         if any(pair.scores is not None for pair in pairs):
-            lines = [pair.scores or () for pair in pairs]
-            padded = [[*line, *[np.nan] * (most - len(line))] for line in lines]
-            scores = np.array(padded, dtype=np.float32)
+            lines = [padded(pair.scores or (), most, np.nan) for pair in pairs]
+            scores = np.array(lines, dtype=np.float32)
         bounds = np.cumsum([0, *map(len, parts)], dtype=np.int64)
         ids = np.concatenate(parts) if parts else NOTHING
         return Tokens(bounds, ids, scored, None, most, scores)

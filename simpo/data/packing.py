@@ -20,7 +20,14 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from simpo.data.pairs import KeyTable, PackedPairs, Segment, TokenizedPair, segment_lengths
+from simpo.data.pairs import (
+    KeyTable,
+    PackedPairs,
+    Segment,
+    TokenizedPair,
+    padded,
+    segment_lengths,
+)
 
 
 def pack(
@@ -135,9 +142,8 @@ def _numbers(
     known = [line is not None for line in numbers]
     if not (any(known) if partly else all(known)):
         return None
-    lines = [line or () for line in numbers]
-    padded = [[*line, *[missing] * (num_responses - len(line))] for line in lines]
-    return torch.tensor(padded, dtype=torch.float32).flatten()
+    whole = [padded(line or (), num_responses, missing) for line in numbers]
+    return torch.tensor(whole, dtype=torch.float32).flatten()
 
 
 def _key_table(segments: Sequence[Segment]) -> KeyTable:

@@ -87,6 +87,11 @@ class Pair:
         return sum(self.responses, self.prompt)
 
 
+def padded(numbers: Sequence[float], length: int, missing: float) -> list[float]:
+    """Numbers of the responses of a pair, and `missing` for each of `length` that it lacks."""
+    return [*numbers, *[missing] * (length - len(numbers))]
+
+
 def response_names(number: int) -> tuple[str, ...]:
     """Names of so many responses of a pair, for messages: chosen, rejected, other 1, ..."""
     return ("chosen", "rejected", *(f"other {i}" for i in range(1, number - 1)))[:number]

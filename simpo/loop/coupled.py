@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from simpo.backend import Backend
-from simpo.data.pairs import PackedPairs
+from simpo.data.pairs import PackedPairs, padded
 from simpo.loss import LossConfig, PairLogps, ResponseLogps
 from simpo.model.head import PairLoss, no_loss
 
@@ -90,11 +90,11 @@ def all_pairs(numbers: Sequence[PairNumbers]) -> PairLogps:
     """The log-probabilities of pairs of any rows, in float64, from the `numbers_of` each."""
     most = max(len(rows[0]) for rows in numbers)
     empty = (0.0, 0.0, math.nan, 0.0)
-    padded = [
-        [[*row, *[value] * (most - len(row))] for row, value in zip(rows, empty, strict=True)]
+    whole = [
+        [padded(row, most, value) for row, value in zip(rows, empty, strict=True)]
         for rows in numbers
     ]
-    sums, tokens, scores, reference = torch.tensor(padded, dtype=torch.float64).unbind(dim=1)
+    sums, tokens, scores, reference = torch.tensor(whole, dtype=torch.float64).unbind(dim=1)
     return ResponseLogps(
         sums,
         tokens.long(),

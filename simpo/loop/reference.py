@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from simpo.backend import Backend
 from simpo.config.own_code import source_sha256
 from simpo.data.flat_tokens import Tokens
-from simpo.data.pairs import PackedPairs
+from simpo.data.pairs import PackedPairs, padded
 from simpo.data.store import TokenizedSet
 from simpo.loop.score import counted, score_pairs
 from simpo.loss import LossConfig, PairLogps
@@ -96,8 +96,7 @@ def _score(
     as the loss weighs tokens."""
     sums = score_pairs(policy, rows, no_loss, _sums, backend, weigher=loss).values()
     most = max(map(len, sums))
-    padded = [[*line, *[0.0] * (most - len(line))] for line in sums]
-    return np.array(padded, dtype=np.float32)
+    return np.array([padded(line, most, 0.0) for line in sums], dtype=np.float32)
 
 
 def _sums(logps: PairLogps) -> Tensor:

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from simpo.data.pairs import Message, Pair, response_names
 from simpo.data.reading.messages import RecordFault as RecordFault
@@ -39,9 +39,6 @@ from simpo.data.reading.messages import (
 from simpo.data.reading.responses import given_turns, last, missing, parts, text_reply
 from simpo.data.reading.scored import above
 from simpo.data.rules import rule_fault
-
-if TYPE_CHECKING:
-    pass
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
 REFERENCE_ANSWER = "reference_answer"

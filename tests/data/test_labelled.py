@@ -26,6 +26,7 @@ from simpo.model.tokenizer import load_tokenizer
 ASKED = {"role": "user", "content": "Why?"}
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("So.", "No."))
 RECORD = {"prompt": "Why?", "completion": "So.", "label": True}
+SCORES = " (decimals may be scores: write true for a good reply, false for a bad one)"
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +99,10 @@ def test_pairs_are_read_as_pairs() -> None:
     [
         ({"label": 2}, "label: must be true or false, got 2"),
         (
+            {"label": 1.0},
+            f"label: must be true or false, got 1.0{SCORES}",
+        ),
+        (
             {"label": None},
             "label: missing (the record has prompt, completion)",
         ),
@@ -118,6 +123,17 @@ def test_faults(change: dict[str, Any], fault: str) -> None:
     with pytest.raises(DataError) as error:
         mixture(RECORD, RECORD | change)
     assert str(error.value).splitlines()[0] == f"a.jsonl train record 2: {fault}"
+
+
+@pytest.mark.parametrize(("label", "remedy"), [(1.0, SCORES), ("0.0", SCORES), ("good", "")])
+def test_no_label_is_one(label: Any, remedy: str) -> None:
+    """Also where no record has a proper label, by which the shape would be known."""
+    with pytest.raises(DataError) as error:
+        mixture(RECORD | {"label": label})
+    assert str(error.value).splitlines() == [
+        f"a.jsonl train record 1: label: must be true or false, got {label}{remedy}",
+        "(no record is good: bring them into one of the forms of docs/data.md)",
+    ]
 
 
 def test_which_loss_reads_what() -> None:

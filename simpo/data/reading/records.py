@@ -165,7 +165,11 @@ def to_labelled(record: Any, place: str) -> Pair:
     _refuse(record)
     label = str(record.get("label")).lower()
     if label not in LABELS:
-        raise RecordFault(f"label: must be true or false, got {record.get('label')}")
+        # 1.0 may be a rating that happens to be the highest one.
+        remedy = " (decimals may be scores: write true for a good reply, false for a bad one)"
+        raise RecordFault(
+            f"label: must be true or false, got {record.get('label')}{remedy * ('.' in label)}"
+        )
     key = "completion"
     said = record[key]
     turns = [text_reply(said, key)] if isinstance(said, str) else read_messages(said, key)

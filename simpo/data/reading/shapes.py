@@ -14,7 +14,6 @@ from typing import Any
 
 from simpo.data.reading.messages import RecordFault
 from simpo.data.reading.printed import refuse_messages_as_text
-from simpo.data.reading.records import LABELS
 from simpo.data.reading.scored import (
     NAMED,
     REPLIES,
@@ -250,7 +249,6 @@ SHAPES = (
     Shape(
         "kto", "replies with labels", Gives.labelled,
         (("prompt",), ("completion", "response"), ("label",)), _labelled,
-        lambda record: str(record["label"]).lower() in LABELS,
         why_not="records have one reply and a label, and a pair needs two replies (loss=kto trains "
         "on them; or write one with label true and one with label false as chosen and rejected of "
         "their prompt)",

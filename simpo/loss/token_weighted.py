@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from simpo.loss import REFERENCE, LogisticLoss, PairLogps, Preference, ResponseLogps, TokenLogps
+from simpo.loss import (
+    REFERENCE,
+    LogisticLoss,
+    PairLogps,
+    Preference,
+    ResponseLogps,
+    TokenLogps,
+    log_sigmoid,
+)
 from simpo.loss.with_reference import DpoConfig
 
 if TYPE_CHECKING:
@@ -230,7 +238,8 @@ class MadpoConfig(DpoConfig):
         fall = (self.sharpness * (margins.abs() - self.tau)).exp()
         odds = (self.largest - 1) / (1 - self.smallest)
         coefficient = self.smallest + (self.largest - self.smallest) / (1 + odds * fall)
-        weights = (coefficient * margins).sigmoid() / margins.sigmoid()
+        # Of logarithms: both sigmoids are 0 in float32 below -103.
+        weights = (log_sigmoid(coefficient * margins) - log_sigmoid(margins)).exp()
         return weights.where(margins > -self.tau, 1)
 
     def terms(self) -> tuple[str, str]:

@@ -125,6 +125,18 @@ def test_madpo_is_the_authors(largest: float) -> None:
     torch.testing.assert_close(loss.pair_weights(m), theirs, rtol=1e-12, atol=0)
 
 
+def test_madpo_of_far_margins() -> None:
+    """Both sigmoids are 0 in float32. At |m| = tau / 2 = 120 c = 2, so w = exp(-120) / 1, which is
+    0; just inside -tau c = 1.0075, so w = exp(-0.0075 * 239.98)."""
+    loss = MadpoConfig(tau=240.0)
+    weights = loss.pair_weights(torch.tensor([-120.0, -239.98, -240.0, 300.0]))
+    c = 0.5 + 1.5 / (1 + 2 * math.exp(-0.02))
+    assert weights.tolist() == pytest.approx([0, math.exp((1 - c) * 239.98), 1, 1], rel=1e-3)
+    assert loss.pair_weights(torch.tensor([-120.0]).double()).item() == pytest.approx(
+        math.exp(-120), rel=1e-6
+    )
+
+
 def test_token_weights_by_hand() -> None:
     """Two pairs: of 3 and 1 tokens, and of 2 and 4."""
     logps = torch.tensor([0.5, 0.25, 0.125, 0.5, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3]).log()

@@ -339,11 +339,7 @@ def _missing_keys(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[st
 def _section_problems(section: Any, prefix: str) -> Iterator[str]:
     names = [item.name for item in fields(section)]
     values = {name: getattr(section, name) for name in names}
-    # Every comparison with nan is false, so no rule would find it.
-    endless = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
-    if endless:
-        yield from (f"{prefix}{k}: must be a finite number, got {values[k]}" for k in endless)
-    elif faults := [f"{prefix}{key}: {p}" for key, v in values.items() for p in _plain(key, v)]:
+    if faults := [f"{prefix}{key}: {p}" for key, v in values.items() for p in _plain(key, v)]:
         yield from faults
     elif hasattr(section, "problems"):
         try:
@@ -365,14 +361,16 @@ def _section_problems(section: Any, prefix: str) -> Iterator[str]:
 
 def _plain(key: str, value: Any) -> Iterator[str]:
     """Faults of a value that do not depend on which section the setting is in."""
-    if isinstance(value, dict):
-        for item in value.values():
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _plain("", item)
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, int) and abs(item) > LARGEST:
-            yield f"must be at most {LARGEST} in size, got {item}"
-        if isinstance(item, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in item):
-            yield f"must be a line of readable text, got {item[:LONGEST_SHOWN]!a}"
+    # Every comparison with nan is false, so no rule would find it.
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"must be a finite number, got {value}"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        yield f"must be at most {LARGEST} in size, got {value}"
+    if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+        yield f"must be a line of readable text, got {value[:LONGEST_SHOWN]!a}"
     # A name is, or is part of, the name of a folder.
     if key == "name" and isinstance(value, str):
         if not value or value in (".", "..") or "/" in value:

@@ -6,11 +6,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from inspect import isabstract
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from simpo.loss import Compare, LossConfig, PairLogps, Preference
 
 WEIGHT = "weight"
+
+
+def any_part(flag: str) -> Any:
+    """A property of a mix: whether one of its losses has the flag."""
+    return property(lambda mix: any(getattr(loss, flag) for _, loss in mix.losses()))
 
 
 @dataclass(kw_only=True)
@@ -24,35 +30,12 @@ class MixConfig(LossConfig):
     """Weight of each loss by its name, or its weight and settings: {sigmoid: {weight: 0.8, beta:
     2.5}, bco: 0.2}. `sft_weight` is the mix's own; those of the parts do not count."""
 
-    @property
-    def needs_rejected(self) -> bool:  # type: ignore[override]
-        """Whether one of the losses uses the rejected responses."""
-        return any(loss.needs_rejected for _, loss in self.losses())
-
-    @property
-    def needs_reference(self) -> bool:  # type: ignore[override]
-        """Whether one of the losses uses log-probs under the model before the first step."""
-        return any(loss.needs_reference for _, loss in self.losses())
-
-    @property
-    def couples_step(self) -> bool:  # type: ignore[override]
-        """Whether the loss of a pair of one of them depends on the other pairs of its step."""
-        return any(loss.couples_step for _, loss in self.losses())
-
-    @property
-    def needs_mismatched(self) -> bool:  # type: ignore[override]
-        """Whether one of the losses needs a response to another prompt."""
-        return any(loss.needs_mismatched for _, loss in self.losses())
-
-    @property
-    def needs_scores(self) -> bool:  # type: ignore[override]
-        """Whether one of the losses needs the scores of chosen and rejected."""
-        return any(loss.needs_scores for _, loss in self.losses())
-
-    @property
-    def needs_margins(self) -> bool:  # type: ignore[override]
-        """Whether one of the losses needs the scores of the responses that it compares."""
-        return any(loss.needs_margins for _, loss in self.losses())
+    needs_rejected = any_part("needs_rejected")
+    needs_reference = any_part("needs_reference")
+    couples_step = any_part("couples_step")
+    needs_mismatched = any_part("needs_mismatched")
+    needs_scores = any_part("needs_scores")
+    needs_margins = any_part("needs_margins")
 
     def losses(self) -> list[tuple[float, LossConfig]]:
         """The weight of each loss, and the loss."""
@@ -116,15 +99,26 @@ def _problems(name: str, given: Any, known: dict[str, type[LossConfig]]) -> Iter
         keys = ", ".join(sorted(own)) or "it has none"
         yield f"{key}.{unknown[0]}: no such key of {name} ({keys})"
         return
+    types = get_type_hints(kind)
+    wrong = [name for name in own & settings.keys() if not _fits(settings[name], types[name])]
+    flags = sorted(name for name in wrong if types[name] is bool)
+    yield from (f"{key}.{name}: must be true or false, got {settings[name]}" for name in flags)
+    if len(flags) < len(wrong):
+        yield f"{key}: settings must be numbers, got {given}"
+    if wrong:
+        return
     compare = Compare.all if kind.needs_margins else None
     part = kind(**{k: v for k, v in settings.items() if k != WEIGHT}, compare=compare)
     if part.ranks and not kind.needs_margins:
         why = "as it compares all responses at once (mix losses of pairs, with loss.compare)"
         yield f"{key}: cannot be mixed, {why}"
         return
-    try:
-        faults = list(part.problems())
-    except TypeError:  # a text where a number belongs
-        yield f"{key}: settings must be numbers, got {given}"
-        return
-    yield from (f"{key}.{fault}" for fault in faults)
+    yield from (f"{key}.{fault}" for fault in part.problems())
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value has the type of its setting, which OmegaConf does not check in a dict."""
+    kinds = get_args(kind) or (kind,)
+    if not {bool, int, float, NoneType}.issuperset(kinds):  # of a user's loss
+        return True
+    return type(value) in kinds or (type(value) is int and float in kinds)

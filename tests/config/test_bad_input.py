@@ -478,6 +478,10 @@ SETTINGS: list[tuple[str, list[str]]] = [
         )
         for one in ("0.0", "1.0")
     ),
+    (
+        "on_policy.temperatures=[inf,1,1,1]",
+        ["on_policy.temperatures: must be a finite number, got inf"],
+    ),
     ("on_policy.parts=0", ["on_policy.parts: must be 1 or more, got 0"]),
     (
         "on_policy.part=2",
@@ -510,6 +514,12 @@ SETTINGS: list[tuple[str, list[str]]] = [
             "0",
             "loss.parts={sigmoid:1,bco:{weight:1,beta:x}}": "parts.bco: settings must be numbers, "
             "got {'weight': 1, 'beta': 'x'}",
+            "loss.parts={sigmoid:1,alphapo:{weight:1,alpha:null}}": "parts.alphapo: settings must "
+            "be numbers, got {'weight': 1, 'alpha': None}",
+            "loss.parts={bco:1,sigmoid:{weight:1,length_normalized:no}}": "parts.sigmoid."
+            "length_normalized: must be true or false, got no",
+            "loss.parts={bco:1,sigmoid:{weight:1,beta:nan}}": "parts: must be a finite number, got "
+            "nan",
         }.items()
     ),
     (

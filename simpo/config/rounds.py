@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from simpo.config.choices import ReplyChoice, RoundPrompts, RoundStart
-from simpo.config.errors import ConfigError, first_line
+from simpo.config.errors import ConfigError
 from simpo.config.launchers import SlurmConfig
 
 REWARD = "reply_reward"
@@ -77,12 +80,14 @@ def launcher_of_replies(launcher: SlurmConfig, rounds: RoundsConfig) -> SlurmCon
     gpus = launcher.gpus_per_node and 1
     one = replace(launcher, nodes=1, tasks_per_node=1, gpus_per_node=gpus)
     try:
-        changed = replace(one, **rounds.generate_launcher)
-        problems = [f"rounds.generate_launcher.{text}" for text in changed.problems()]
-    except (TypeError, AttributeError) as error:  # a text where a number belongs
-        problems = [
-            f"rounds.generate_launcher: {first_line(error)} (see launcher in docs/config.md)"
-        ]
-    if problems:
+        merged = OmegaConf.merge(OmegaConf.structured(one), rounds.generate_launcher)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key)
+        got = f"of the wrong type, got {rounds.generate_launcher[key]}"
+        remedy = f"see launcher.{key} in docs/config.md"
+        raise ConfigError([f"rounds.generate_launcher.{key}: {got} ({remedy})"]) from error
+    changed = OmegaConf.to_object(merged)
+    assert isinstance(changed, SlurmConfig)
+    if problems := [f"rounds.generate_launcher.{text}" for text in changed.problems()]:
         raise ConfigError(problems)
     return changed

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from simpo.config.choices import Device, Offload, ReduceDtype
 from simpo.config.errors import ConfigError
+from simpo.config.ranges import at_least
 
 LONGEST_S = 7 * 24 * 3600
 
@@ -47,10 +48,7 @@ class DistributedConfig(BackendConfig):
     step. Tokenising, evaluating and saving are not limited."""
 
     def problems(self) -> Iterator[str]:
-        if self.processes is not None and self.processes < 1:
-            yield f"processes: must be 1 or more, or null, got {self.processes}"
-        if self.timeout_s < 1:
-            yield f"timeout_s: must be 1 or more, got {self.timeout_s}"
+        yield from at_least(self, 1, "processes", "timeout_s")
         if self.timeout_s > LONGEST_S:
             yield f"timeout_s: must be {LONGEST_S} (a week) or less, got {self.timeout_s}"
 
@@ -65,8 +63,7 @@ class DdpConfig(DistributedConfig, BackgroundSaveConfig):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.bucket_cap_mb < 1:
-            yield f"bucket_cap_mb: must be 1 or more, got {self.bucket_cap_mb}"
+        yield from at_least(self, 1, "bucket_cap_mb")
 
 
 @dataclass(kw_only=True)
@@ -87,8 +84,7 @@ class FsdpConfig(DistributedConfig, BackgroundSaveConfig):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.shard_processes is not None and self.shard_processes < 2:
-            yield f"shard_processes: must be 2 or more, or null, got {self.shard_processes}"
+        yield from at_least(self, 2, "shard_processes")
 
     def check_groups(self, processes: int) -> None:
         """Refuse a number of processes in all that `shard_processes` does not divide.
@@ -121,8 +117,7 @@ class ZeroConfig(DistributedConfig):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.reduce_bucket_size < 1:
-            yield f"reduce_bucket_size: must be 1 or more, got {self.reduce_bucket_size}"
+        yield from at_least(self, 1, "reduce_bucket_size")
         if importlib.util.find_spec("deepspeed") is None:
             yield "name: deepspeed is not installed (pip install 'simpo[deepspeed]')"
 
@@ -148,6 +143,6 @@ class Zero3Config(ZeroConfig):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        for key in ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"):
-            if getattr(self, key) < 0:
-                yield f"{key}: must be 0 or more, got {getattr(self, key)}"
+        yield from at_least(
+            self, 0, "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"
+        )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from simpo.config.choices import BenchmarkKind
+from simpo.config.ranges import above_zero, at_least
 
 KINDS = "endpoint, local, reward or annotations"
 PATH = "/chat/completions"
@@ -61,16 +62,11 @@ class BenchmarkConfig:
             path = getattr(self, key)
             if path and not os.path.isfile(os.path.expanduser(path)):
                 yield f"{key}: no such file, got {path}"
-        if self.temperature is not None and self.temperature < 0:
-            yield f"temperature: must be 0 (greedy) or more, or null, got {self.temperature}"
+        yield from at_least(self, 0, "temperature", zero="greedy")
         if not 0 < self.top_p <= 1:
             yield f"top_p: must be above 0 and at most 1, got {self.top_p}"
-        if self.max_new_tokens < 1:
-            yield f"max_new_tokens: must be 1 or more, got {self.max_new_tokens}"
-        if self.seed < 0:
-            yield f"seed: must be 0 or more, got {self.seed}"
-        if self.num_prompts is not None and self.num_prompts < 1:
-            yield f"num_prompts: must be 1 or more, or null, got {self.num_prompts}"
+        yield from at_least(self, 1, "max_new_tokens", "num_prompts")
+        yield from at_least(self, 0, "seed")
 
 
 @dataclass(kw_only=True)
@@ -130,21 +126,11 @@ class JudgeConfig:
             yield f"model: needs judge.endpoint, got {self.model} (judge.local is a model here)"
         if self.annotations and not os.path.exists(os.path.expanduser(self.annotations)):
             yield f"annotations: no such file, got {self.annotations}"
-        for key in ("repeated_prompts", "retries"):
-            if getattr(self, key) < 0:
-                yield f"{key}: must be 0 or more, got {getattr(self, key)}"
-        if self.concurrency < 1:
-            yield f"concurrency: must be 1 or more, got {self.concurrency}"
-        if self.max_tokens is not None and self.max_tokens < 1:
-            yield f"max_tokens: must be 1 or more, or null, got {self.max_tokens}"
-        if self.temperature is not None and self.temperature < 0:
-            yield f"temperature: must be 0 or more, or null, got {self.temperature}"
-        if self.timeout_s <= 0:
-            yield f"timeout_s: must be above 0, got {self.timeout_s}"
         prices = [f"usd_per_million_{way}_tokens" for way in ("input", "output")]
-        for key in (*prices, "limit_usd"):
-            if (value := getattr(self, key)) is not None and value < 0:
-                yield f"{key}: must be 0 or more, or null, got {value}"
+        yield from at_least(self, 0, "repeated_prompts", "retries", "temperature")
+        yield from at_least(self, 0, *prices, "limit_usd")
+        yield from at_least(self, 1, "concurrency", "max_tokens")
+        yield from above_zero(self, "timeout_s")
         if self.limit_usd is not None and None in [getattr(self, key) for key in prices]:
             yield f"limit_usd: needs the prices judge.{prices[0]} and judge.{prices[1]}"
 

@@ -20,6 +20,7 @@ from simpo.config.choices import Compat, OnBadRecord, PairChoice, PromptTruncati
 from simpo.config.data_path import FILE, names_files, path_problems
 from simpo.config.filters import FilterConfig
 from simpo.config.own_code import is_function
+from simpo.config.ranges import at_least
 
 MAX_WEIGHT = 1000
 NO_NAMES = ("mean", "rewards", "logps")
@@ -109,8 +110,7 @@ class SourceConfig:
         for ours, times in Counter(self.columns.values()).items():
             if times > 1:
                 yield f"columns: {times} are to be {ours}, got {{{columns}}} (keep one)"
-        if self.min_margin < 0:
-            yield f"min_margin: must be 0 or more, got {self.min_margin}"
+        yield from at_least(self, 0, "min_margin")
 
     def _problems_of_test_path(self) -> Iterator[str]:
         if self.test_path is None:
@@ -171,10 +171,8 @@ class DataConfig:
             yield "sources: must list at least one source (such as [{path: train.jsonl}])"
         elif all(source.train_split is None for source in self.sources):
             yield "sources: no source has a train_split"
-        if self.seed < 0:
-            yield f"seed: must be 0 or more, got {self.seed}"
-        if self.max_length_tokens < 2:
-            yield f"max_length_tokens: must be 2 or more, got {self.max_length_tokens}"
+        yield from at_least(self, 0, "seed")
+        yield from at_least(self, 2, "max_length_tokens")
         if not 1 <= self.max_prompt_tokens < self.max_length_tokens:
             yield (
                 f"max_prompt_tokens: must be from 1 to below max_length_tokens "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from simpo.config.data_path import FILE, kind
+from simpo.config.ranges import at_least
 
 BENCHMARK_FILE = FILE.replace("a ", "a .txt, ", 1)
 LOWEST_JACCARD = 0.5
@@ -38,8 +39,7 @@ class FilterConfig:
     an earlier pair that stays; null: off."""
 
     def problems(self) -> Iterator[str]:
-        if self.max_length_ratio is not None and self.max_length_ratio < 1:
-            yield f"max_length_ratio: must be 1 or more, or null, got {self.max_length_ratio}"
+        yield from at_least(self, 1, "max_length_ratio")
         if self.near_duplicates is not None and not LOWEST_JACCARD <= self.near_duplicates <= 1:
             yield (
                 f"near_duplicates: must be from {LOWEST_JACCARD} to 1, or null, "

@@ -6,6 +6,8 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from simpo.config.ranges import above_zero, at_least
+
 # Options of sbatch that the launcher sets itself, and the setting to use instead, if any.
 OWN_OPTIONS = {
     "account": "account",
@@ -57,8 +59,7 @@ class LocalConfig(LauncherConfig):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.parallel < 1:
-            yield f"parallel: must be 1 or more, got {self.parallel}"
+        yield from at_least(self, 1, "parallel")
 
 
 @dataclass(kw_only=True)
@@ -102,15 +103,9 @@ class SlurmConfig(LauncherConfig):
         yield from super().problems()
         if importlib.util.find_spec("submitit") is None:
             yield "name: submitit is not installed (pip install 'simpo[slurm]')"
-        for key in ("nodes", "time_min", "signal_before_s"):
-            if getattr(self, key) < 1:
-                yield f"{key}: must be 1 or more, got {getattr(self, key)}"
-        for key in ("gpus_per_node", "tasks_per_node", "cpus_per_task", "array_parallelism"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                yield f"{key}: must be 1 or more, or null, got {value}"
-        if self.mem_gib is not None and self.mem_gib <= 0:
-            yield f"mem_gib: must be above 0, or null, got {self.mem_gib}"
+        yield from at_least(self, 1, "nodes", "time_min", "signal_before_s", "gpus_per_node")
+        yield from at_least(self, 1, "tasks_per_node", "cpus_per_task", "array_parallelism")
+        yield from above_zero(self, "mem_gib")
         if self.signal_before_s >= self.time_min * 60:
             yield f"signal_before_s: must be below the time limit, got {self.signal_before_s}"
         for option in self.options:

@@ -17,6 +17,7 @@ from omegaconf import MISSING
 
 from simpo.config.choices import Attention, Checkpointing, Dtype, Quantization
 from simpo.config.paths import looks_local, shipped_templates, template_file
+from simpo.config.ranges import above_zero, at_least
 
 ADAPTER_FILE = "adapter_config.json"
 BUILTIN = "builtin:smollm2"
@@ -61,10 +62,8 @@ class LoraConfig:
         if self.adapter is not None:
             yield from self._problems_of_adapter(self.adapter)
             return
-        if self.rank < 0:
-            yield f"rank: must be 0 (full fine-tuning) or more, got {self.rank}"
-        if self.alpha <= 0:
-            yield f"alpha: must be above 0, got {self.alpha}"
+        yield from at_least(self, 0, "rank", zero="full fine-tuning")
+        yield from above_zero(self, "alpha")
         if not self.targets:
             yield "targets: must name at least one module (all-linear means every linear layer)"
         if "all-linear" in self.targets and len(self.targets) > 1:
@@ -140,8 +139,7 @@ class ModelConfig:
         for key, path in (("path", self.path), ("tokenizer", self.tokenizer)):
             if path and not looks_local(path) and os.path.isfile(path):
                 yield f"{key}: must be a folder or a hub id, got the file {path}"
-        if self.router_aux_weight < 0:
-            yield f"router_aux_weight: must be 0 (off) or more, got {self.router_aux_weight}"
+        yield from at_least(self, 0, "router_aux_weight", zero="off")
         if self.quantization is not Quantization.none:
             if not self.lora.used:
                 yield (

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from simpo.config.benchmarks import JudgeConfig
 from simpo.config.choices import Engine, ReplyChoice
+from simpo.config.ranges import at_least
 
 JUDGE = "judge"
 """Names the reward that is the rating of the judge of `judge.endpoint` or `judge.local`."""
@@ -83,17 +84,12 @@ class OnPolicyConfig:
             yield f"temperatures: must be above 0, got {self.temperatures}"
         if not 0 < self.top_p <= 1:
             yield f"top_p: must be above 0 and at most 1, got {self.top_p}"
-        for key in ("max_new_tokens", "batch_prompts"):
-            if getattr(self, key) < 1:
-                yield f"{key}: must be 1 or more, got {getattr(self, key)}"
+        yield from at_least(self, 1, "max_new_tokens", "batch_prompts", "num_prompts")
+        yield from at_least(self, 1, "slices", "parts")
         for one, many in (("slice", "slices"), ("part", "parts")):
             index, count = getattr(self, one), getattr(self, many)
-            if count < 1:
-                yield f"{many}: must be 1 or more, got {count}"
-            elif not 1 <= index <= count:
+            if count >= 1 and not 1 <= index <= count:
                 yield f"{one}: must be from 1 to {many}={count}, got {index}"
-        if self.num_prompts is not None and self.num_prompts < 1:
-            yield f"num_prompts: must be 1 or more, or null, got {self.num_prompts}"
         if not 0 < self.margin_quantile < 1:
             yield f"margin_quantile: must be above 0 and below 1, got {self.margin_quantile}"
         if self.engine is Engine.vllm and importlib.util.find_spec("vllm") is None:

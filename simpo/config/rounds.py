@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from simpo.config.choices import ReplyChoice, RoundPrompts, RoundStart
 from simpo.config.errors import ConfigError
 from simpo.config.launchers import SlurmConfig
+from simpo.config.ranges import above_zero, at_least
 
 REWARD = "reply_reward"
 """The metric of a round's model that `simpo rounds` monitors: its mean held-out reward."""
@@ -53,17 +54,11 @@ class RoundsConfig:
     partition: small}; they get one process, with one GPU if training has any."""
 
     def problems(self) -> Iterator[str]:
-        for key in ("number", "patience"):
-            if getattr(self, key) < 0:
-                yield f"{key}: must be 0 or more, got {getattr(self, key)}"
-        if self.static_weight < 0:
-            yield f"static_weight: must be 0 or more, got {self.static_weight}"
-        if self.max_kl is not None and self.max_kl <= 0:
-            yield f"max_kl: must be above 0, or null, got {self.max_kl}"
+        yield from at_least(self, 0, "number", "patience", "static_weight")
+        yield from above_zero(self, "max_kl")
         if self.max_length_ratio is not None and self.max_length_ratio <= 1:
             yield f"max_length_ratio: must be above 1, or null, got {self.max_length_ratio}"
-        if self.generate_jobs < 1:
-            yield f"generate_jobs: must be 1 or more, got {self.generate_jobs}"
+        yield from at_least(self, 1, "generate_jobs")
 
 
 def launcher_of_replies(launcher: SlurmConfig, rounds: RoundsConfig) -> SlurmConfig:

@@ -20,6 +20,7 @@ from simpo.config.errors import LOST, SAVED
 from simpo.config.launchers import LauncherConfig
 from simpo.config.models import ModelConfig
 from simpo.config.on_policy import OnPolicyConfig
+from simpo.config.ranges import above_zero, at_least
 from simpo.config.rounds import RoundsConfig
 from simpo.config.trackers import TrackerConfig
 from simpo.loss import LossConfig
@@ -89,40 +90,28 @@ class TrainConfig:
             self.tokens_per_row = int(self.tokens_per_row)
 
     def problems(self) -> Iterator[str]:
-        for key in ("pairs_per_step", "tokens_per_row", "epochs", "log_every", "keep_checkpoints"):
-            if isinstance(value := getattr(self, key), str):
-                if value != AUTO:
-                    yield f"{key}: must be a whole number or {AUTO}, got {value or repr(value)}"
-            elif value < 1:
-                yield f"{key}: must be 1 or more, got {value}"
-        for key in ("eval_every", "checkpoint_every"):
-            if getattr(self, key) < 0:
-                yield f"{key}: must be 0 (never in between) or more, got {getattr(self, key)}"
-        if self.patience_evals < 0:
-            yield f"patience_evals: must be 0 (never stop early) or more, got {self.patience_evals}"
+        if not isinstance(rows := self.tokens_per_row, str):
+            yield from at_least(self, 1, "tokens_per_row")
+        elif rows != AUTO:
+            yield f"tokens_per_row: must be a whole number or {AUTO}, got {rows or repr(rows)}"
+        yield from at_least(self, 1, "pairs_per_step", "epochs", "log_every", "keep_checkpoints")
+        yield from at_least(self, 0, "eval_every", "checkpoint_every", zero="never in between")
+        yield from at_least(self, 0, "patience_evals", zero="never stop early")
         for key in ("keep_best", "patience_evals"):
             if getattr(self, key) > 0 and not self.eval_every:
                 yield f"{key}: needs evaluations during training (set train.eval_every)"
-        if self.max_steps is not None and self.max_steps < 1:
-            yield f"max_steps: must be 1 or more, or null, got {self.max_steps}"
-        if self.seed < 0:
-            yield f"seed: must be 0 or more, got {self.seed}"
-        if self.learning_rate <= 0:
-            yield f"learning_rate: must be above 0, got {self.learning_rate}"
+        yield from at_least(self, 1, "max_steps")
+        yield from above_zero(self, "learning_rate", "adam_epsilon")
         if not 0 <= self.warmup_ratio < 1:
             yield f"warmup_ratio: must be from 0 to below 1, got {self.warmup_ratio}"
         for key in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, key) < 1:
                 yield f"{key}: must be from 0 to below 1, got {getattr(self, key)}"
-        for key in ("weight_decay", "max_grad_norm"):
-            if getattr(self, key) < 0:
-                yield f"{key}: must be 0 or more, got {getattr(self, key)}"
+        yield from at_least(self, 0, "seed", "weight_decay", "max_grad_norm")
         if not 0 <= self.stopped_exit_code < 256:
             yield f"stopped_exit_code: must be from 0 to 255, got {self.stopped_exit_code}"
         elif (code := self.stopped_exit_code) in (LOST, SAVED):
             yield f"stopped_exit_code: {code} is in use within a run (choose another)"
-        if self.adam_epsilon <= 0:
-            yield f"adam_epsilon: must be above 0, got {self.adam_epsilon}"
 
 
 @dataclass(kw_only=True)
@@ -135,10 +124,8 @@ class SampleConfig:
     """Longest reply."""
 
     def problems(self) -> Iterator[str]:
-        if self.num_prompts < 0:
-            yield f"num_prompts: must be 0 (none) or more, got {self.num_prompts}"
-        if self.max_new_tokens < 1:
-            yield f"max_new_tokens: must be 1 or more, got {self.max_new_tokens}"
+        yield from at_least(self, 0, "num_prompts", zero="none")
+        yield from at_least(self, 1, "max_new_tokens")
 
 
 @dataclass(kw_only=True)
@@ -174,13 +161,10 @@ class WatchConfig:
     """Logged steps averaged into one value of a train metric; the first average is its start."""
 
     def problems(self) -> Iterator[str]:
-        for key in ("chosen_drop", "repetition_rise"):
-            if getattr(self, key) < 0:
-                yield f"{key}: must be 0 (off) or more, got {getattr(self, key)}"
+        yield from at_least(self, 0, "chosen_drop", "repetition_rise", zero="off")
         if self.grad_norm_ratio and self.grad_norm_ratio <= 1:
             yield f"grad_norm_ratio: must be 0 (off) or above 1, got {self.grad_norm_ratio}"
-        if self.window < 1:
-            yield f"window: must be 1 or more, got {self.window}"
+        yield from at_least(self, 1, "window")
 
 
 @dataclass(kw_only=True)

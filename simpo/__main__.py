@@ -11,14 +11,13 @@ from simpo.run.signals import exit_on_signals
 if __name__ == "__main__":
     exit_on_signals()  # importing what follows takes a while
 
-import difflib
 import importlib
 import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from simpo.config.errors import ConfigError, exit_codes
+from simpo.config.errors import ConfigError, did_you_mean, exit_codes
 from simpo.run.progress import print_all_letters
 
 COMMANDS = {
@@ -128,8 +127,7 @@ def _overview() -> str:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, COMMANDS, 1)
-    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+    hint = did_you_mean(name, COMMANDS, f"one of {', '.join(COMMANDS)}")
     name = name or "''"
     if "=" in name:
         hint = f"settings follow a command: simpo train {name}"

@@ -6,7 +6,6 @@ A section's `problems()` yields all its faults as `key: rule, got value (remedy)
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from omegaconf import MISSING
 
 from simpo.config.choices import Compat, OnBadRecord, PairChoice, PromptTruncation, Reasoning
 from simpo.config.data_path import FILE, names_files, path_problems
+from simpo.config.errors import did_you_mean
 from simpo.config.filters import FilterConfig
 from simpo.config.own_code import is_function
 from simpo.config.ranges import at_least
@@ -100,8 +100,7 @@ class SourceConfig:
     def _problems_of_shape(self) -> Iterator[str]:
         name = self.format
         if name is not None and name not in FORMATS and not is_function(name):
-            near = difflib.get_close_matches(name, FORMATS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"shapes: {', '.join(FORMATS)}"
+            hint = did_you_mean(name, FORMATS, f"shapes: {', '.join(FORMATS)}")
             yield f"format: must be a shape or module:function, got {name or repr(name)} ({hint})"
         columns = ", ".join(f"{theirs}: {ours}" for theirs, ours in self.columns.items())
         if not all(isinstance(ours, str) for ours in self.columns.values()):

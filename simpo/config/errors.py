@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 INTERRUPTED = 130
@@ -137,6 +138,12 @@ def first_line(error: BaseException | str) -> str:
     if not lines:
         return type(error).__name__
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What to say of a name that is not known: the nearest known one, else another text."""
+    near = get_close_matches(name, list(known), 1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 @contextmanager

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 
-from simpo.config.errors import ConfigError
+from simpo.config.errors import ConfigError, did_you_mean
 
 AS_LARGE = 0.05
 """GPUs whose memory differs by this share are of the same size."""
@@ -51,8 +50,7 @@ def gpu_named(name: str) -> Gpu:
         ConfigError: there is none.
     """
     if name not in GPUS:
-        near = difflib.get_close_matches(name.upper(), GPUS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(GPUS)}"
+        hint = did_you_mean(name.upper(), GPUS, f"one of {', '.join(GPUS)}")
         raise ConfigError([f"gpu: no such GPU, got {name or repr(name)} ({hint})"])
     return GPUS[name]
 

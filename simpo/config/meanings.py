@@ -10,7 +10,6 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, fields, is_dataclass
-from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from types import ModuleType, NoneType
@@ -22,7 +21,7 @@ from simpo.config.check import GROUPS
 from simpo.config.choices import AUTO
 from simpo.config.compose import explaining
 from simpo.config.composer import Composer
-from simpo.config.errors import ConfigError
+from simpo.config.errors import ConfigError, did_you_mean
 from simpo.config.renamed import new_name, rename_overrides
 
 Setting = tuple[str, str, str]
@@ -126,8 +125,7 @@ def _section(name: str, config: DictConfig, settings: Sequence[Setting]) -> list
         return found
     schema: Any = OmegaConf.get_type(config)
     top = [item.name for item in fields(schema)]
-    near = get_close_matches(name, [*top, *(key for key, *_ in settings)], 1)
-    hint = f"did you mean {near[0]}?" if near else ", ".join(top)
+    hint = did_you_mean(name, [*top, *(key for key, *_ in settings)], ", ".join(top))
     raise ConfigError([f"{name}: no such setting ({hint})"])
 
 

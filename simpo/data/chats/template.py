@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import date, datetime, time
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from simpo.config.errors import ConfigError, first_line
+from simpo.config.errors import ConfigError, did_you_mean, first_line
 from simpo.config.models import TEMPLATE_VARIABLES
 from simpo.config.paths import template_file
 from simpo.data.pairs import Message
@@ -300,9 +299,8 @@ def _refuse_unknown(names: Iterable[str], programs: Iterable[_Program]) -> None:
     problems = []
     for name in names:
         if name not in asked:
-            near = get_close_matches(name, free, 1)
             known = f"it has {', '.join(free)}" if free else "it has none"
-            hint = f"did you mean {near[0]}?" if near else known
+            hint = did_you_mean(name, free, known)
             place = f"model.chat_template_kwargs.{name}"
             problems.append(f"{place}: the chat template has no such variable ({hint})")
     if problems:

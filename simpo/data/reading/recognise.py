@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from simpo.config.data import SourceConfig
-from simpo.config.errors import DataError, first_line
+from simpo.config.errors import DataError, did_you_mean, first_line
 from simpo.config.own_code import is_function, load
 from simpo.data.pairs import Pair
 from simpo.data.reading.hints import NEVER_TEXT, fits_no_shape, named_values
@@ -97,8 +96,7 @@ class SplitReader:
             return
         for theirs, ours in self.source.columns.items():
             if ours not in _KNOWN:
-                near = difflib.get_close_matches(ours, sorted(_KNOWN), 1)
-                hint = f"did you mean {near[0]}?" if near else "such as prompt, chosen or rejected"
+                hint = did_you_mean(ours, sorted(_KNOWN), "such as prompt, chosen or rejected")
                 raise DataError(
                     f"data.sources.columns: {theirs}: {ours} is no column that is read ({hint})"
                 )
@@ -157,10 +155,7 @@ class SplitReader:
                 if ours in _OPTIONAL:
                     continue
                 names = [name for name, _ in named_values(record)]
-                near = difflib.get_close_matches(theirs, names, 1)
-                hint = (
-                    f"did you mean {near[0]}?" if near else f"it has {', '.join(map(str, record))}"
-                )
+                hint = did_you_mean(theirs, names, f"it has {', '.join(map(str, record))}")
                 raise RecordFault(f"columns: the record has no {theirs} ({hint})") from None
         return rest | found
 

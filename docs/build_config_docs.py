@@ -15,8 +15,9 @@ from typing import Any
 
 from simpo.config.check import GROUPS
 from simpo.config.json_schema import schema_text
-from simpo.config.meanings import default, field_types, meaning, type_name
+from simpo.config.meanings import default, meaning, type_name
 from simpo.config.paths import config_dir
+from simpo.config.plain import field_types
 from simpo.config.schema import RunConfig
 
 PAGE = Path(__file__).with_name("config.md")

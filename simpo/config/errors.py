@@ -12,7 +12,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -138,6 +140,20 @@ def first_line(error: BaseException | str) -> str:
     if not lines:
         return type(error).__name__
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def shown(value: Any) -> str:
+    """The value of a setting as the command line would take it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {shown(item)}' for key, item in value.items())}}}"
+    value = value.value if isinstance(value, Enum) else value
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return str(value).replace("e-0", "e-")
+    return "null" if value is None else str(value) or "''"
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:

@@ -24,12 +24,11 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from simpo.config.check import build_run, fault_line
 from simpo.config.composer import CONF, Composer, NotComposedError
-from simpo.config.errors import ConfigError, first_line
+from simpo.config.errors import ConfigError, first_line, shown
 from simpo.config.suggest import (
     all_keys,
     choices_with,
     is_free,
-    shown,
     take_beta,
     unknown_key,
     wanted,

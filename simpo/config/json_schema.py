@@ -15,7 +15,8 @@ from omegaconf import MISSING
 
 from simpo.config.check import GROUPS
 from simpo.config.choices import AUTO
-from simpo.config.meanings import field_types, meaning
+from simpo.config.meanings import meaning
+from simpo.config.plain import field_types
 from simpo.config.schema import RunConfig
 from simpo.config.suggest import choices_with
 

@@ -21,7 +21,8 @@ from simpo.config.check import GROUPS
 from simpo.config.choices import AUTO
 from simpo.config.compose import explaining
 from simpo.config.composer import Composer
-from simpo.config.errors import ConfigError, did_you_mean
+from simpo.config.errors import ConfigError, did_you_mean, shown
+from simpo.config.plain import field_types
 from simpo.config.renamed import new_name, rename_overrides
 
 Setting = tuple[str, str, str]
@@ -38,11 +39,6 @@ def meaning(schema: type, name: str) -> str:
     if schema.__module__.startswith("simpo."):
         raise KeyError(f"{schema.__name__}.{name} has no docstring")
     return ""
-
-
-def field_types(schema: type) -> dict[str, Any]:
-    """The type of each field of a dataclass."""
-    return typing.get_type_hints(schema)
 
 
 def type_name(kind: Any) -> str:
@@ -67,18 +63,6 @@ def default(item: Field[Any]) -> str:
     """A field's default as the command line would take it; *required* if it has none."""
     value = item.default if item.default_factory is NO_DEFAULT else item.default_factory()
     return "*required*" if value == MISSING else shown(value)
-
-
-def shown(value: Any) -> str:
-    """A value as the command line would take it."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(shown, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {shown(one)}' for key, one in value.items())}}}"
-    value = value.value if isinstance(value, Enum) else value
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "null" if value is None else str(value)
 
 
 def settings_help(

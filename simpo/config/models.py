@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from simpo.config.choices import Attention, Checkpointing, Dtype, Quantization
+from simpo.config.errors import shown
 from simpo.config.paths import looks_local, shipped_templates, template_file
 from simpo.config.ranges import above_zero, at_least
 
@@ -67,7 +68,7 @@ class LoraConfig:
         if not self.targets:
             yield "targets: must name at least one module (all-linear means every linear layer)"
         if "all-linear" in self.targets and len(self.targets) > 1:
-            yield f"targets: all-linear stands alone, got [{', '.join(self.targets)}]"
+            yield f"targets: all-linear stands alone, got {shown(self.targets)}"
         for key in ("rslora", "dora"):
             if getattr(self, key) and self.rank == 0:
                 yield f"{key}: needs a rank above 0, got 0 (rank=0 fine-tunes all weights)"
@@ -84,8 +85,8 @@ class LoraConfig:
         for key, value in vars(self).items():
             default = getattr(blank, key)
             if value != default:
-                shown, remedy = _shown(value), f"leave it at {_shown(default)}"
-                yield f"{key}: comes with the adapter, got {shown} ({remedy})"
+                remedy = f"leave it at {shown(default)}"
+                yield f"{key}: comes with the adapter, got {shown(value)} ({remedy})"
 
 
 @dataclass(kw_only=True)
@@ -168,9 +169,3 @@ def _problems_of_template(name_or_path: str) -> Iterator[str]:
     else:
         if not text.strip():
             yield f"chat_template: must not be empty, got {name_or_path} (shipped: {shipped})"
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(value)}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -124,16 +124,3 @@ def wanted(node: Any) -> str:
         kinds = {BooleanNode: "true or false", IntegerNode: "a whole number", FloatNode: "a number"}
         kind = kinds.get(type(node), "text")
     return f"{kind} or null" if node._metadata.optional else kind
-
-
-def shown(value: Any) -> str:
-    """A value as typed on the command line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(shown(item) for item in value) + "]"
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    if isinstance(value, float):
-        return str(value).replace("e-0", "e-")
-    return "''" if value == "" else str(value)

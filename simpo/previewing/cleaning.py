@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config.data import DataConfig
-from simpo.config.meanings import shown
+from simpo.config.errors import shown
 from simpo.data.cleaning.filter import CHECKS, Check
 from simpo.data.mixture import Mixture
 from simpo.data.pairs import Pair

@@ -82,7 +82,15 @@ def explain(
     members = math.prod(count or 1 for count in counts.values())
     if sweeper and sweeper.kind == "basic" and members > MOST_MEMBERS:
         return [*problems, f"this sweep has {members:,} members (at most {MOST_MEMBERS:,})"]
-    faulty, good = _group_problems(composer, groups, problems)
+    faulty: set[str] = set()
+    good: list[list[str]] = []
+    for group, singles in groups.items():
+        others = [str(more[0].input_line) for name, more in groups.items() if name != group]
+        if faults := [p for one in singles if (p := _group_problem(composer, one, others))]:
+            problems += faults
+            faulty.add(group)
+        else:
+            good.append([str(one.input_line) for one in singles])
     for member in _members(good):
         problems += _member_problems(composer, member, values, faulty)
     if any(counts.values()) and not multirun and not problems:
@@ -210,23 +218,6 @@ def _check_range(key: str, text: str, sweep: RangeSweep) -> None:
     count = (ends[1] - ends[0]) / ends[2]
     if count > MOST_MEMBERS:
         raise NotComposedError(f"{key}: {text} has {count:,.0f} values (at most {MOST_MEMBERS:,})")
-
-
-def _group_problems(
-    composer: Composer, groups: dict[str, list[Override]], problems: list[str]
-) -> tuple[set[str], list[list[str]]]:
-    """Add the faults of groups to problems; return the faulty groups and the others' choices."""
-    faulty: set[str] = set()
-    good: list[list[str]] = []
-    for group, singles in groups.items():
-        others = [str(more[0].input_line) for name, more in groups.items() if name != group]
-        found = [fault for choice in singles if (fault := _group_problem(composer, choice, others))]
-        problems += found
-        if found:
-            faulty.add(group)
-        else:
-            good.append([str(choice.input_line) for choice in singles])
-    return faulty, good
 
 
 def _members(groups: list[list[str]]) -> Iterator[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -40,27 +41,20 @@ SECRET = re.compile(
 
 def trajectory(run: RunConfig) -> dict[str, Any]:
     """The settings that decide a run's numbers, flat: dotted key to value."""
-    flat: dict[str, Any] = {}
-    for section in (*RESULT_SECTIONS, *(ROUNDS_SECTIONS if run.rounds.number else ())):
-        _flatten(section, getattr(run, section), flat)
-        for key in MAY_DIFFER.get(section, ()):
-            del flat[f"{section}.{key}"]
-    return flat
+    sections = (*RESULT_SECTIONS, *(ROUNDS_SECTIONS if run.rounds.number else ()))
+    may_differ = {f"{name}.{key}" for name, keys in MAY_DIFFER.items() for key in keys}
+    flat = (pair for name in sections for pair in _flat(name, getattr(run, name)))
+    return {key: value for key, value in flat if key not in may_differ}
 
 
 def settings(run: RunConfig) -> dict[str, Any]:
     """All settings of a run, flat: dotted key to value."""
-    flat: dict[str, Any] = {}
-    for item in fields(run):
-        _flatten(item.name, getattr(run, item.name), flat)
-    return flat
+    return dict(pair for item in fields(run) for pair in _flat(item.name, getattr(run, item.name)))
 
 
 def holds_secret(section: Any) -> bool:
     """Whether a value of a section, or of a whole run, looks like a token, key or password."""
-    flat: dict[str, Any] = {}
-    _flatten("", section, flat)
-    return any(SECRET.search(str(value)) for value in flat.values())
+    return any(SECRET.search(str(value)) for _, value in _flat("", section))
 
 
 def run_id(run: RunConfig) -> str:
@@ -70,12 +64,12 @@ def run_id(run: RunConfig) -> str:
     return hashlib.sha256(repr(named).encode()).hexdigest()[:8]
 
 
-def _flatten(key: str, value: Any, into: dict[str, Any]) -> None:
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     if is_dataclass(value):
         for item in fields(value):
-            _flatten(f"{key}.{item.name}", getattr(value, item.name), into)
+            yield from _flat(f"{key}.{item.name}", getattr(value, item.name))
     elif isinstance(value, list) and value and is_dataclass(value[0]):
         for index, item in enumerate(value):
-            _flatten(f"{key}[{index}]", item, into)
+            yield from _flat(f"{key}[{index}]", item)
     else:
-        into[key] = value.value if isinstance(value, Enum) else value
+        yield key, value.value if isinstance(value, Enum) else value

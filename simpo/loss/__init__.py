@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 AVERAGE = "l = mean token log-prob of a response"
 SUM = "s = summed token log-probs of a response"
 REFERENCE = "of the policy over the model it starts from"
+LOG_RATIO = f"h = summed token log-ratios of a response, {REFERENCE}"
 
 
 class Compare(str, Enum):

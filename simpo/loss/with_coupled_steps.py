@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from simpo.loss import (
     AVERAGE,
+    LOG_RATIO,
     REFERENCE,
     SUM,
     LogisticLoss,
@@ -262,6 +263,5 @@ class KtoConfig(LossConfig):
         good, bad = (f"{weight:g}*" * (weight != 1) for weight in weights)
         desirable = f"{good}(1 - sigmoid({self.beta:g}*(h_w - z)))"
         undesirable = f"{bad}(1 - sigmoid({self.beta:g}*(z - h_l)))"
-        meaning = f"h = summed token log-ratios of a response, {REFERENCE}"
         z = "z = max(0, mean h of mismatched responses)"
-        return f"mean of {desirable} and {undesirable}", f"{z}, {meaning}"
+        return f"mean of {desirable} and {undesirable}", f"{z}, {LOG_RATIO}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from simpo.loss import (
+    LOG_RATIO,
     REFERENCE,
     Compared,
     LossConfig,
@@ -216,5 +217,4 @@ class SppoConfig(LossConfig):
 
     def terms(self) -> tuple[str, str]:
         target = f"{1 / (2 * self.beta):g}"
-        meaning = f"h = summed token log-ratios of a response, {REFERENCE}"
-        return f"(h_w - {target})^2 + (h_l + {target})^2", meaning
+        return f"(h_w - {target})^2 + (h_l + {target})^2", LOG_RATIO

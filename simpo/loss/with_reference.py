@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from simpo.loss import REFERENCE, LogisticLoss, LossConfig, PairLogps, Preference
+from simpo.loss import LOG_RATIO, REFERENCE, LogisticLoss, LossConfig, PairLogps, Preference
 
 
 @dataclass(kw_only=True)
@@ -24,8 +24,7 @@ class DpoConfig(LogisticLoss):
         return Preference(self.logistic(chosen - rejected), chosen, rejected)
 
     def terms(self) -> tuple[str, str]:
-        meaning = f"h = summed token log-ratios of a response, {REFERENCE}"
-        return self.logistic_text(f"{self.beta:g}*(h_w - h_l)"), meaning
+        return self.logistic_text(f"{self.beta:g}*(h_w - h_l)"), LOG_RATIO
 
 
 @dataclass(kw_only=True)
@@ -91,8 +90,7 @@ class DpoShiftConfig(DpoConfig):
         return Preference(self.logistic(chosen - rejected), chosen, rejected)
 
     def terms(self) -> tuple[str, str]:
-        meaning = f"h = summed token log-ratios of a response, {REFERENCE}"
-        return self.logistic_text(f"{self.beta:g}*(h_w - {self.shift:g}*h_l)"), meaning
+        return self.logistic_text(f"{self.beta:g}*(h_w - {self.shift:g}*h_l)"), LOG_RATIO
 
 
 @dataclass(kw_only=True)

@@ -32,7 +32,7 @@ def names_a_model(source: str) -> bool:
 
     outputs/typo is no hub id where there is a folder outputs: the hub would be waited for in vain.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
     is_hub_id = source.count("/") == 1 and not (looks_local(source) or path.parent.is_dir())
     return source == BUILTIN or is_hub_id or path.is_dir()
 

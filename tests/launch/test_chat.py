@@ -449,6 +449,7 @@ USED = "usage: simpo chat RUN [key=value ...]\n"
         (["here", "there"], USED),
         (["nowhere"], "RUN: no such folder, got nowhere\n"),
         (["./no/where"], "RUN: no such folder, got ./no/where\n"),
+        (["~nobody/run"], "RUN: no such folder, got ~nobody/run\n"),
         (
             ["here"],
             "RUN: must hold a run or a model, got here (no here/config.json or "

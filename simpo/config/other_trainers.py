@@ -42,14 +42,14 @@ RESUME = "not needed: the same command continues its unfinished run; run_dir nam
 TRACKER = "here the choice tracker= (write tracker=wandb)"
 HUB = "here export.push_to_hub, the repository (write export.push_to_hub=OWNER/NAME)"
 
-ANSWERS = {
+_ANSWERS = {
     # The step.
-    **dict.fromkeys(("batch_size", "train_batch_size", "per_device_train_batch_size"), BATCH),
-    **dict.fromkeys(("micro_batch_size", "micro_train_batch_size", "global_batch_size"), BATCH),
-    **dict.fromkeys(("gradient_accumulation_steps", "accumulate_grad_batches"), BATCH),
-    **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size"), PACKING),
-    **dict.fromkeys(("packing", "sample_packing", "packing_samples", "padding_free"), PACKING),
-    **dict.fromkeys(("num_train_epochs", "num_epochs", "max_epochs", "n_epochs"), "train.epochs"),
+    "batch_size train_batch_size per_device_train_batch_size global_batch_size": BATCH,
+    "micro_batch_size micro_train_batch_size": BATCH,
+    "gradient_accumulation_steps accumulate_grad_batches": BATCH,
+    "per_device_eval_batch_size eval_batch_size": PACKING,
+    "packing sample_packing packing_samples padding_free": PACKING,
+    "num_train_epochs num_epochs max_epochs n_epochs": "train.epochs",
     "max_steps": "train.max_steps",
     "seed": (
         "here train.seed, of adapters and of the order of pairs; data.seed decides which records "
@@ -57,56 +57,51 @@ ANSWERS = {
     ),
     "data_seed": "data.seed",
     # The optimizer.
-    **dict.fromkeys(("learning_rate", "lr"), "train.learning_rate"),
-    **dict.fromkeys(
-        ("lr_scheduler_type", "lr_scheduler"),
-        "here train.schedule: cosine, linear or constant, each after the warm-up",
+    "learning_rate lr": "train.learning_rate",
+    "lr_scheduler_type lr_scheduler": (
+        "here train.schedule: cosine, linear or constant, each after the warm-up"
     ),
-    **dict.fromkeys(("warmup_ratio", "lr_warmup_ratio"), "train.warmup_ratio"),
-    **dict.fromkeys(
-        ("warmup_steps", "num_warmup_steps"),
-        "here train.warmup_ratio, a share of all steps (write train.warmup_ratio=0.1)",
+    "warmup_ratio lr_warmup_ratio": "train.warmup_ratio",
+    "warmup_steps num_warmup_steps": (
+        "here train.warmup_ratio, a share of all steps (write train.warmup_ratio=0.1)"
     ),
-    **dict.fromkeys(
-        ("optim", "optimizer"),
+    "optim optimizer": (
         "always AdamW; here train.adam_beta1, train.adam_beta2, train.adam_epsilon and "
-        "train.weight_decay set it",
+        "train.weight_decay set it"
     ),
-    **dict.fromkeys(("weight_decay", "l2"), "train.weight_decay"),
+    "weight_decay l2": "train.weight_decay",
     "adam_beta1": "train.adam_beta1",
     "adam_beta2": "train.adam_beta2",
     "adam_betas": "here train.adam_beta1 and train.adam_beta2",
     "adam_epsilon": "train.adam_epsilon",
-    **dict.fromkeys(("max_grad_norm", "max_norm", "gradient_clipping"), "train.max_grad_norm"),
-    **dict.fromkeys(("bf16", "mixed_precision"), PRECISION),
+    "max_grad_norm max_norm gradient_clipping": "train.max_grad_norm",
+    "bf16 mixed_precision": PRECISION,
     "fp16": "never fp16; here train.precision: auto, fp32 or bf16 (write train.precision=bf16)",
     # The loss.
-    **dict.fromkeys(("beta", "pref_beta", "rl_beta"), "loss.beta"),
-    **dict.fromkeys(("gamma", "simpo_gamma"), GAMMA),
+    "beta pref_beta rl_beta": "loss.beta",
+    "gamma simpo_gamma": GAMMA,
     "gamma_beta_ratio": "loss.gamma_beta_ratio",
-    **dict.fromkeys(("loss_type", "pref_loss", "rl", "rlhf_type", "stage"), LOSS),
-    **dict.fromkeys(("cpo_alpha", "pref_ftx", "nll_loss_coef", "rpo_alpha"), "loss.sft_weight"),
-    **dict.fromkeys(("label_smoothing", "dpo_label_smoothing"), "loss.label_smoothing"),
-    **dict.fromkeys(("reference_free", "ref_model", "ref_model_name_or_path"), REFERENCE),
+    "loss_type pref_loss rl rlhf_type stage": LOSS,
+    "cpo_alpha pref_ftx nll_loss_coef rpo_alpha": "loss.sft_weight",
+    "label_smoothing dpo_label_smoothing": "loss.label_smoothing",
+    "reference_free ref_model ref_model_name_or_path": REFERENCE,
     # The model.
-    **dict.fromkeys(("model_name_or_path", "base_model", "pretrain", "model_path"), "model.path"),
+    "model_name_or_path base_model pretrain model_path": "model.path",
     "model_revision": "model.revision",
-    **dict.fromkeys(("tokenizer_name_or_path", "tokenizer_name"), "model.tokenizer"),
+    "tokenizer_name_or_path tokenizer_name": "model.tokenizer",
     "trust_remote_code": "model.trust_remote_code",
-    **dict.fromkeys(
-        ("template", "chat_template"),
-        "here model.chat_template, a name that is shipped or a .jinja file; null: the tokenizer's",
+    "template chat_template": (
+        "here model.chat_template, a name that is shipped or a .jinja file; null: the tokenizer's"
     ),
     "torch_dtype": "here model.dtype of the weights, and train.precision of the forward",
-    **dict.fromkeys(("attn_implementation", "flash_attention", "flash_attn"), ATTENTION),
+    "attn_implementation flash_attention flash_attn": ATTENTION,
     "gradient_checkpointing": "model.gradient_checkpointing",
-    **dict.fromkeys(("router_aux_loss_coef", "aux_loss_coef"), "model.router_aux_weight"),
-    **dict.fromkeys(("use_peft", "use_lora", "finetuning_type", "adapter"), ADAPTERS),
+    "router_aux_loss_coef aux_loss_coef": "model.router_aux_weight",
+    "use_peft use_lora finetuning_type adapter": ADAPTERS,
     "adapter_name_or_path": "model.lora.adapter",
-    **dict.fromkeys(("lora_r", "lora_rank", "r"), "model.lora.rank"),
+    "lora_r lora_rank r": "model.lora.rank",
     "lora_alpha": "model.lora.alpha",
-    **dict.fromkeys(("lora_target_modules", "target_modules", "lora_target"), TARGETS),
-    "lora_target_linear": TARGETS,
+    "lora_target_modules target_modules lora_target lora_target_linear": TARGETS,
     "lora_dropout": "no dropout here: the loss of a pair does not depend on chance (leave it out)",
     "use_rslora": "model.lora.rslora",
     "use_dora": "model.lora.dora",
@@ -114,42 +109,39 @@ ANSWERS = {
     "load_in_8bit": "here model.quantization (write model.quantization=int8)",
     "quantization_bit": "here model.quantization: nf4 (4 bits) or int8 (8 bits)",
     # The data.
-    **dict.fromkeys(("dataset", "datasets", "dataset_name", "dataset_mixer"), SOURCES),
-    **dict.fromkeys(
-        ("max_length", "max_seq_length", "cutoff_len", "sequence_len", "max_len"),
-        "data.max_length_tokens",
-    ),
+    "dataset datasets dataset_name dataset_mixer": SOURCES,
+    "max_length max_seq_length cutoff_len sequence_len max_len": "data.max_length_tokens",
     "max_prompt_length": "data.max_prompt_tokens",
     "max_completion_length": "here data.max_length_tokens, of prompt and response together",
     "truncation_mode": "data.prompt_truncation",
-    **dict.fromkeys(("val_set_size", "val_size", "eval_split"), HELD_OUT),
-    **dict.fromkeys(("dataloader_num_workers", "dataset_num_proc"), TOKENS_ONCE),
-    "preprocessing_num_workers": TOKENS_ONCE,
+    "val_set_size val_size eval_split": HELD_OUT,
+    "dataloader_num_workers dataset_num_proc preprocessing_num_workers": TOKENS_ONCE,
     # What is kept, and when.
-    **dict.fromkeys(("save_path", "save_dir"), "output_dir"),
-    **dict.fromkeys(("run_name", "wandb_run_name"), "name"),
+    "save_path save_dir": "output_dir",
+    "run_name wandb_run_name": "name",
     "logging_steps": "train.log_every",
     "eval_steps": "train.eval_every",
-    **dict.fromkeys(("eval_strategy", "evaluation_strategy", "do_eval"), EVALUATIONS),
+    "eval_strategy evaluation_strategy do_eval": EVALUATIONS,
     "save_steps": "train.checkpoint_every",
     "save_strategy": CHECKPOINTS,
-    **dict.fromkeys(("save_total_limit", "max_ckpt_num"), "train.keep_checkpoints"),
+    "save_total_limit max_ckpt_num": "train.keep_checkpoints",
     "load_best_model_at_end": "train.keep_best",
     "metric_for_best_model": (
         "here monitor.metric, without eval_ or eval/ (write monitor.metric=rewards/accuracies)"
     ),
     "greater_is_better": "here monitor.mode: max or min (write monitor.mode=max)",
     "early_stopping_patience": "train.patience_evals",
-    **dict.fromkeys(("resume_from_checkpoint", "overwrite_output_dir"), RESUME),
-    **dict.fromkeys(("report_to", "use_wandb"), TRACKER),
+    "resume_from_checkpoint overwrite_output_dir": RESUME,
+    "report_to use_wandb": TRACKER,
     "wandb_project": "here tracker.project, with tracker=wandb",
-    **dict.fromkeys(("push_to_hub", "hub_model_id"), HUB),
+    "push_to_hub hub_model_id": HUB,
     "hub_private_repo": "export.private",
     # Processes.
-    **dict.fromkeys(("deepspeed", "zero_stage", "fsdp"), ZERO),
+    "deepspeed zero_stage fsdp": ZERO,
     "ddp_timeout": "here backend.timeout_s, with backend=ddp, fsdp, zero2 or zero3",
-    **dict.fromkeys(("num_processes", "nproc_per_node"), PROCESSES),
+    "num_processes nproc_per_node": PROCESSES,
 }
+ANSWERS = {name: text for names, text in _ANSWERS.items() for name in names.split()}
 """By name: our setting, if it takes the same values, or else a sentence about ours."""
 
 

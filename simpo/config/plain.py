@@ -122,14 +122,9 @@ def plain_value(kind: Any, value: Any) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         return _with_fields(kind, value, {})  # type: ignore[arg-type]
-    if origin is UnionType and NoneType in inner and len(inner) == 2:
-        return (
-            None
-            if value is None
-            else plain_value(next(t for t in inner if t is not NoneType), value)
-        )
-    if origin is UnionType and type(value) in inner:
-        kind = type(value)
+    if origin is UnionType:
+        other = next(part for part in inner if part is not NoneType)
+        return plain_value(type(value) if type(value) in inner else other, value)
     if origin is list and type(value) is list:
         return [plain_value(inner[0], item) for item in value]
     if origin is dict and all(type(key) is str for key in value):

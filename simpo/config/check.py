@@ -17,27 +17,24 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from simpo.config.backends import (
     DdpConfig,
-    DistributedConfig,
     FsdpConfig,
     SingleConfig,
     Zero2Config,
     Zero3Config,
     ZeroConfig,
 )
-from simpo.config.benchmarks import FIGURES, BenchmarkConfig
-from simpo.config.choices import BenchmarkKind, Compat, Dtype, Precision, Quantization
+from simpo.config.benchmarks import BenchmarkConfig
+from simpo.config.choices import Dtype, Precision
 from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.launchers import LocalConfig, SlurmConfig
 from simpo.config.losses import LOSSES, is_of, losses_of, own_losses, read_only
 from simpo.config.models import ModelConfig
-from simpo.config.on_policy import rating_problems
 from simpo.config.own_code import OwnCodeError
 from simpo.config.plain import NotPlain, plain_run, plain_text, read_plain
-from simpo.config.ranking import ranking_problems
 from simpo.config.renamed import renamed_config
 from simpo.config.rounds import RoundsConfig
-from simpo.config.rounds_rules import rounds_problems
+from simpo.config.rules import cross_problems
 from simpo.config.schema import RunConfig
 from simpo.config.trackers import (
     MlflowConfig,
@@ -271,47 +268,9 @@ def check_run(run: RunConfig) -> None:
         problems.append(
             f"loss.module: {run.loss.module} defines no loss {run.loss.name} (it defines {own})"
         )
-    if run.data.compat is Compat.paper and (not run.loss.needs_rejected or run.loss.reads_labels):
-        problems.append(
-            "data.compat: paper applies to preference pairs only "
-            f"(with loss={run.loss.name} set data.compat=none)"
-        )
-    if isinstance(run.backend, FsdpConfig) and run.model.quantization is Quantization.int8:
-        problems.append(
-            "model.quantization: backend=fsdp cannot shard int8 layers, it would lose their scales "
-            "(set nf4, or backend=ddp, zero2 or zero3)"
-        )
-    problems += _judged_problems(run)
-    problems += rating_problems(run.on_policy.reward, run.judge)
-    problems += ranking_problems(run)
-    problems += rounds_problems(run) if run.rounds.number else ()
-    if isinstance(run.launcher, SlurmConfig) and run.launcher.tasks() > 1:
-        if not isinstance(run.backend, DistributedConfig):
-            problems.append(
-                f"backend: {run.backend.name} is one process, but the launcher's nodes and GPUs "
-                f"make {run.launcher.tasks()} (backend=fsdp, or launcher.tasks_per_node=1)"
-            )
-        elif run.backend.processes is not None:
-            problems.append(
-                f"backend.processes: Slurm starts the {run.launcher.tasks()} processes, got "
-                f"{run.backend.processes} (leave it out)"
-            )
+    problems += cross_problems(run)
     if problems:
         raise ConfigError(problems)
-
-
-def _judged_problems(run: RunConfig) -> Iterator[str]:
-    """Faults of a `monitor.metric` that a judge finds at the end of a run."""
-    if (metric := run.monitor.metric) not in FIGURES:
-        return
-    if run.benchmark.kind is BenchmarkKind.none:
-        yield f"monitor.metric: {metric} is of a benchmark, but none is set (benchmark=pairs)"
-    for key in ("keep_best", "patience_evals"):
-        if getattr(run.train, key):
-            yield (
-                f"train.{key}: needs a held-out metric, got monitor.metric={metric}, which is "
-                "known at the end of a run only (choose another metric)"
-            )
 
 
 @lru_cache(maxsize=32)

@@ -6,13 +6,11 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from simpo.config.benchmarks import JudgeConfig
 from simpo.config.choices import Engine, ReplyChoice
 from simpo.config.ranges import at_least
 
 JUDGE = "judge"
 """Names the reward that is the rating of the judge of `judge.endpoint` or `judge.local`."""
-RATERS = "set judge.endpoint or judge.local"
 
 
 @dataclass(kw_only=True)
@@ -94,14 +92,3 @@ class OnPolicyConfig:
             yield f"margin_quantile: must be above 0 and below 1, got {self.margin_quantile}"
         if self.engine is Engine.vllm and importlib.util.find_spec("vllm") is None:
             yield "engine: vllm is not installed (pip install 'simpo[vllm]')"
-
-
-def rating_problems(reward: str | None, judge: JudgeConfig) -> Iterator[str]:
-    """Faults of a judge that is to rate replies."""
-    if reward != JUDGE or judge.asks("endpoint") or judge.asks("local"):
-        return
-    scoring = [key for key in ("reward", "annotations") if judge.asks(key)]
-    for key in scoring:
-        yield f"judge.{key}: rates no replies for on_policy.reward=judge ({RATERS})"
-    if not scoring:
-        yield f"on_policy.reward: judge needs a judge, but none is set ({RATERS})"

@@ -1,8 +1,4 @@
-"""Settings of a run's data: the sources, and how a pair becomes tokens.
-
-A section's `problems()` yields all its faults as `key: rule, got value (remedy)`; an exception in
-`__post_init__` could report only the first.
-"""
+"""Settings of a run's data: the sources, and how a pair becomes tokens."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Settings of a run's policy.
-
-A section's `problems()` yields all its faults as `key: rule, got value (remedy)`; an exception in
-`__post_init__` could report only the first.
-"""
+"""Settings of a run's policy."""
 
 from __future__ import annotations
 

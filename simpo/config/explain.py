@@ -335,7 +335,8 @@ def _sweeper_problem(composer: Composer, key: str, groups: list[str]) -> str | N
 def _value_problems(base: DictConfig, key: str, value: Any) -> list[str]:
     """Faults of setting a key of a composed configuration to a value, item by item."""
     if is_free(base, key) and (isinstance(value, dict) or key not in all_keys(base)):
-        return []
+        named = not isinstance(value, dict) or all(isinstance(name, str) for name in value)
+        return [] if named else [f"{key}: names must be text, got {shown(value)}"]
     if key not in all_keys(base):
         return [f"{key}: {unknown_key(base, key, shown(value))}"]
     node: Any = base

@@ -36,10 +36,14 @@ def unknown_key(base: DictConfig, key: str, value: str | None = None) -> str:
     group = key.partition(".")[0]
     if choices := choices_with(key):
         return f"only with {group}={' or '.join(choices)}"
-    while section and section not in known:
+    around: DictConfig | ListConfig = base
+    while section:
+        if section in known and OmegaConf.is_config(found := OmegaConf.select(base, section)):
+            around = found
+            break
         section = section.rpartition(".")[0]
     beside = [k for k in known if k.rpartition(".")[0] == section]
-    if isinstance(OmegaConf.select(base, section) if section else base, ListConfig):
+    if isinstance(around, ListConfig):
         return f"no such item of {section} (set all of it: {section}='[{{path: ...}}, ...]')"
     if "train" in known and (found := other_trainers_answer(base, key, value)):
         return found

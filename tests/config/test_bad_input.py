@@ -479,6 +479,14 @@ SETTINGS: list[tuple[str, list[str]]] = [
         for one in ("0.0", "1.0")
     ),
     (
+        "sample.num_prompts.x=1",
+        ["sample.num_prompts.x: no such key (sample has num_prompts, max_new_tokens)"],
+    ),
+    (
+        "model.chat_template_kwargs={1:2}",
+        ["model.chat_template_kwargs: names must be text, got {1: 2}"],
+    ),
+    (
         "on_policy.temperatures=[inf,1,1,1]",
         ["on_policy.temperatures: must be a finite number, got inf"],
     ),

@@ -13,7 +13,7 @@ from omegaconf import MISSING
 
 from simpo.config.choices import Compat, OnBadRecord, PairChoice, PromptTruncation, Reasoning
 from simpo.config.data_path import FILE, names_files, path_problems
-from simpo.config.errors import did_you_mean, shown
+from simpo.config.errors import did_you_mean
 from simpo.config.filters import FilterConfig
 from simpo.config.own_code import is_function
 from simpo.config.ranges import at_least
@@ -98,13 +98,13 @@ class SourceConfig:
         if name is not None and name not in FORMATS and not is_function(name):
             hint = did_you_mean(name, FORMATS, f"shapes: {', '.join(FORMATS)}")
             yield f"format: must be a shape or module:function, got {name or repr(name)} ({hint})"
-        columns = shown(self.columns)
+        columns = ", ".join(f"{theirs}: {ours}" for theirs, ours in self.columns.items())
         if not all(isinstance(ours, str) for ours in self.columns.values()):
-            yield f"columns: must be of the form {{name: value, ...}}, got {columns}"
+            yield f"columns: must be of the form {{name: value, ...}}, got {{{columns}}}"
             return
         for ours, times in Counter(self.columns.values()).items():
             if times > 1:
-                yield f"columns: {times} are to be {ours}, got {columns} (keep one)"
+                yield f"columns: {times} are to be {ours}, got {{{columns}}} (keep one)"
         yield from at_least(self, 0, "min_margin")
 
     def _problems_of_test_path(self) -> Iterator[str]:

@@ -83,16 +83,17 @@ class Mixture:
 class _Split:
     """What is known of one split: bad records as (place, fault), and remarks for the user.
 
-    Its good pairs lie in `file` from `first` on, and belong to `held_out_set`. The keys are hashes
-    of their prompts and of all their texts, one after the other. `read_as` is the shape of the
-    records, and `not_made` counts pairs that are not made by reason. Of good records `labels`
-    counts single replies, and `replies` the ranked ones by their number of replies.
+    `index` is that of its source, and `held_out_set` is empty for a train split. Its good pairs lie
+    in the file from `first` on. The keys are hashes of their prompts and of all their texts, one
+    after the other. `read_as` is the shape of the records, and `not_made` counts pairs that are not
+    made by reason. Of good records `labels` counts single replies, and `replies` the ranked ones by
+    their number of replies.
     """
 
-    place: str
-    file: PairFile
-    first: int
+    source: SourceConfig
+    index: int
     held_out_set: str
+    first: int
     read_as: str | None = None
     records: int = 0
     prompt_keys: bytearray = field(default_factory=bytearray)
@@ -105,23 +106,24 @@ class _Split:
     replies: Counter[int] = field(default_factory=Counter)
 
     @property
+    def name(self) -> str:
+        return str(self.source.test_split if self.held_out_set else self.source.train_split)
+
+    @property
+    def place(self) -> str:
+        return f"{origin(self.source, bool(self.held_out_set))} {self.name}"
+
+    @property
     def num_pairs(self) -> int:
         return len(self.pair_keys) // KEY_BYTES
-
-    def add(self, pair: Pair) -> None:
-        self.file.add(replace(pair, held_out_set=self.held_out_set) if self.held_out_set else pair)
-        self.prompt_keys += text_key(prompt_text(pair))
-        self.pair_keys += text_key(pair_text(pair))
 
     def pairs(self) -> np.ndarray:
         """The places of its pairs in the file, int64 [pairs]."""
         return np.arange(self.first, self.first + self.num_pairs, dtype=np.int64)
 
-    def report(
-        self, source: str, split: str, taken: int, left_out: Mapping[str, int] | None = None
-    ) -> SplitReport:
+    def report(self, taken: int, left_out: Mapping[str, int]) -> SplitReport:
         bad = dict(Counter(fault for _, fault in self.faults))
-        return SplitReport(source, split, self.records, bad, taken, dict(left_out or {}))
+        return SplitReport(self.source.path, self.name, self.records, bad, taken, dict(left_out))
 
     def counts(self) -> str:
         """The numbers of records and of bad ones, with what most of them have."""
@@ -179,48 +181,43 @@ def load_mixture(
         RunError: there is no room for the texts.
     """
     file = PairFile(folder)
-    splits: list[tuple[_Split | None, _Split | None]] = []
-    for source, name in zip(config.sources, config.held_out_names(), strict=True):
+    splits: list[_Split] = []
+    for index, held_out_set in enumerate(config.held_out_names()):
+        source = config.sources[index]
         say(f"reading {source.path} ...")
-        splits.append(
-            (
-                _read_split(source, source.train_split, None, file, config, read_record),
-                _read_split(source, source.test_split, name, file, config, read_record)
-                if source.has_held_out()
-                else None,
-            )
-        )
-    given = [split for both in splits for split in both if split]
+        if source.train_split is not None:
+            splits.append(_read_split(config, index, "", file, read_record))
+        if source.has_held_out():
+            splits.append(_read_split(config, index, held_out_set, file, read_record))
     pairs = file.pairs()
-    held_out_pairs = _joined(split.pairs() for _, split in splits if split)
-    test = Picked(pairs, held_out_pairs)
+    train_splits = [split for split in splits if not split.held_out_set]
+    held_out = _joined(split.pairs() for split in splits if split.held_out_set)
+    read = Picked(pairs, _joined(split.pairs() for split in train_splits))
+    test = Picked(pairs, held_out)
+    keys = left_out(read, test, config)
+    next_keys = iter(keys)
     taken: list[np.ndarray] = []
     table: list[SplitReport] = []
     notes: list[str] = []
-    read = Picked(pairs, _joined(split.pairs() for split, _ in splits if split))
-    keys = left_out(read, test, config)
-    next_keys = iter(keys)
-    for index, (source, (wanted, held_out)) in enumerate(zip(config.sources, splits, strict=True)):
-        if wanted:
-            own = list(islice(next_keys, wanted.num_pairs))
-            kept = wanted.pairs()[np.array([key is None for key in own], dtype=bool)]
-            taken.append(_take(kept, source, np.random.default_rng([config.seed, index]), index))
-            gone = Counter(key for key in own if key)
-            table.append(wanted.report(source.path, str(source.train_split), len(taken[-1]), gone))
-            notes += wanted.notes()
-        if held_out:
-            table.append(held_out.report(source.path, str(source.test_split), held_out.num_pairs))
-            notes += held_out.notes()
+    for split in splits:
+        if split.held_out_set:
+            table.append(split.report(split.num_pairs, {}))
+        else:
+            own = list(islice(next_keys, split.num_pairs))
+            stay = split.pairs()[np.array([key is None for key in own], dtype=bool)]
+            taken.append(_take(stay, split, config.seed))
+            table.append(split.report(len(taken[-1]), Counter(filter(None, own))))
+        notes += split.notes()
     train = _joined(taken)
     notes += unscored_notes(read, config)
-    notes += _overlap_notes(train, held_out_pairs, given)
-    notes += _repeat_notes([split for split, _ in splits if split])
+    notes += _overlap_notes(train, held_out, splits)
+    notes += _repeat_notes(train_splits)
     if not len(train):
-        counts = ", ".join(split.counts() for split in given)
+        counts = ", ".join(split.counts() for split in splits)
         by_key = Counter(filter(None, keys))
         left = "".join(f"; {count} left out by data.{key}" for key, count in by_key.items())
         raise DataError(f"data.sources: no record left to train on ({counts}{left})")
-    faults = [fault for split in given for fault in split.faults]
+    faults = [fault for split in splits for fault in split.faults]
     return Mixture(Picked(pairs, train), test, table, notes, read, faults)
 
 
@@ -230,11 +227,11 @@ def load_held_out(
     """The held-out pairs of all sources alone; arguments and errors as `load_mixture`."""
     file = PairFile(folder)
     splits = [
-        _read_split(source, source.test_split, name, file, config, read_record)
-        for source, name in zip(config.sources, config.held_out_names(), strict=True)
-        if source.has_held_out()
+        _read_split(config, index, held_out_set, file, read_record)
+        for index, held_out_set in enumerate(config.held_out_names())
+        if config.sources[index].has_held_out()
     ]
-    return Picked(file.pairs(), _joined(split.pairs() for split in splits if split))
+    return Picked(file.pairs(), _joined(split.pairs() for split in splits))
 
 
 def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
@@ -243,20 +240,18 @@ def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _read_split(
-    source: SourceConfig,
-    split: str | None,
-    held_out_set: str | None,
-    file: PairFile,
     config: DataConfig,
+    index: int,
+    held_out_set: str,
+    file: PairFile,
     read_record: Callable[[Any, str], Pair],
-) -> _Split | None:
-    """Read a split into the file; `held_out_set` is None for a train split."""
-    if split is None:
-        return None
-    held_out = held_out_set is not None
-    found = _Split(f"{origin(source, held_out)} {split}", file, len(file), held_out_set or "")
+) -> _Split:
+    """Read a split of a source into the file; `held_out_set` is empty for its train split."""
+    source = config.sources[index]
+    found = _Split(source, index, held_out_set, len(file))
     reader = SplitReader(source, read_record, found.place, config.seed)
-    for where, record in raw_records(source, split, held_out, config.seed):
+    raw = raw_records(source, found.name, bool(held_out_set), config.seed)
+    for where, record in raw:
         found.records += 1
         place = f"{found.place} {where}"
         try:
@@ -270,7 +265,7 @@ def _read_split(
         else:
             for index, one in enumerate(made, start=1):
                 pair_place = f"{place} pair {index}" if len(made) > 1 else place
-                _read_pair(found, one, pair_place, read_record, config.reasoning)
+                _read_pair(found, file, one, pair_place, read_record, config.reasoning)
     if refusal := reader.refusal():
         raise DataError("\n".join(map(_printable, refusal)))
     found.read_as = None if source.path.startswith("builtin:") else reader.read_as()
@@ -281,12 +276,13 @@ def _read_split(
 
 def _read_pair(
     found: _Split,
+    file: PairFile,
     record: Any,
     place: str,
     read_record: Callable[[Any, str], Pair],
     reasoning: Reasoning,
 ) -> None:
-    """Add the pair of one record to its split, or its fault."""
+    """Add the pair of one record to the file and its split, or its fault."""
     if isinstance(record, LeftOut):
         found.not_made[record.reason] += 1
         return
@@ -299,7 +295,9 @@ def _read_pair(
     except RecursionError:
         found.faults.append((place, TOO_DEEP))
     else:
-        found.add(pair)
+        file.add(replace(pair, held_out_set=found.held_out_set))
+        found.prompt_keys += text_key(prompt_text(pair))
+        found.pair_keys += text_key(pair_text(pair))
         if pair.scores:
             found.replies[len(pair.responses)] += 1
         elif read_record is to_labelled and len(pair.responses) == 1:
@@ -371,19 +369,18 @@ def fault_lines(
     return "\n".join([*lines, remedy])
 
 
-def _take(
-    pairs: np.ndarray, source: SourceConfig, rng: np.random.Generator, index: int
-) -> np.ndarray:
+def _take(pairs: np.ndarray, split: _Split, seed: int) -> np.ndarray:
     """Shuffled copies of all pairs, as often as the weight's whole part, then a random subset for
     its fraction; with `num_pairs` a random subset of that size.
 
     Raises:
         DataError: the split has fewer pairs than `num_pairs`, or the weight selects none.
     """
+    source, rng = split.source, np.random.default_rng([seed, split.index])
     if source.num_pairs is not None:
         if source.num_pairs > len(pairs):
             raise DataError(
-                f"{source.path} {source.train_split}: num_pairs is {source.num_pairs}, but the "
+                f"{split.place}: num_pairs is {source.num_pairs}, but the "
                 f"split has {len(pairs)} good records (use weight to repeat records)"
             )
         repeats, rest = 0, source.num_pairs
@@ -392,8 +389,8 @@ def _take(
         repeats, rest = int(whole), round(share * len(pairs))
         if len(pairs) and repeats + rest == 0:
             raise DataError(
-                f"data.sources[{index}].weight: {source.weight} of {len(pairs)} records rounds to "
-                "none (raise it)"
+                f"data.sources[{split.index}].weight: {source.weight} of {len(pairs)} records "
+                "rounds to none (raise it)"
             )
     order = [rng.permutation(len(pairs)) for _ in range(repeats)]
     order.append(rng.permutation(len(pairs))[:rest])

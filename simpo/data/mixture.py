@@ -268,6 +268,7 @@ def _read_split(
                 _read_pair(found, file, one, pair_place, read_record, config.reasoning)
     if refusal := reader.refusal():
         raise DataError("\n".join(map(_printable, refusal)))
+    found.remarks.update(reader.remarks)
     found.read_as = None if source.path.startswith("builtin:") else reader.read_as()
     if found.faults and config.on_bad_record is OnBadRecord.stop:
         raise DataError(fault_lines(found.faults, all_bad=not found.num_pairs))

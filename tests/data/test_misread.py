@@ -149,7 +149,8 @@ def test_outputs_with_scores(scores):
     for outputs, numbers in ((["No.", "So."], [1, 5]), (["No.", "So.", "Hm."], [1, 5, 2])):
         loaded = mixture({"instruction": "Why?", "output": outputs, scores: numbers})
         assert replies(loaded) == [("So.", "No.")]
-        assert loaded.notes == ["note   a.jsonl train: read as replies with scores, 1 record"]
+        assert loaded.notes[0] == "note   a.jsonl train: read as replies with scores, 1 record"
+        assert len(loaded.notes) == len(outputs) - 1  # of three replies, one is not used
 
 
 def test_outputs_with_scores_in_later_records_only():

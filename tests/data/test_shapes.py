@@ -204,9 +204,17 @@ PAIRS: dict[str, tuple[Any, str, str, Any]] = {
 }
 
 
+TWO_OF_MORE = (
+    "uses two of the scored replies (pairs: all of the source makes a pair of each two, "
+    "loss.compare=all compares all of them)"
+)
+OF_THREE = ("scores beside", "ranks beside", "ultrafeedback raw")
+
+
 @pytest.mark.parametrize("looks", PAIRS)
 def test_pairs(looks):
     record, name, title, prompt = PAIRS[looks]
+    unused = f"note   a.jsonl train: 2 of 2 records: best_worst {TWO_OF_MORE}"
     for form in (None, name):
         loaded = mixture(record, {**record, "id": 3}, format=form)
         assert [(list(p.prompt), p.responses) for p in loaded.train] == [
@@ -214,12 +222,15 @@ def test_pairs(looks):
         ] * 2
         assert loaded.notes == [
             f"note   a.jsonl train: read as {title}, 2 records",
+            *([unused] if looks in OF_THREE else []),
             "note   a.jsonl train: columns not read: id",
             "note   a.jsonl train: 1 records repeat an earlier one",
         ]
     (asked,) = mixture(record, read_record=to_prompt).train
     assert (list(asked.prompt), asked.chosen, asked.rejected) == (prompt, (), None)
-    (imitated,) = mixture(record, read_record=to_dialogue).train
+    loaded = mixture(record, read_record=to_dialogue)
+    (imitated,) = loaded.train
+    assert not any(TWO_OF_MORE in note for note in loaded.notes)  # it imitates one in any case
     assert (list(imitated.prompt), imitated.chosen, imitated.rejected) == (prompt, tuple(SO), None)
 
 
@@ -403,6 +414,7 @@ def test_best_and_worst():
         "note   a.jsonl train: read as replies with scores, 3 records",
         "note   a.jsonl train: 1 pairs not made: equal scores or a tie",
         "note   a.jsonl train: 1 pairs not made: scores closer than min_margin 0.5",
+        f"note   a.jsonl train: 1 of 3 records: best_worst {TWO_OF_MORE}",
     ]
 
 
@@ -428,6 +440,8 @@ def test_the_best_and_a_random_one():
     drawn = texts(mixture(*many, **settings).train)
     assert {better for better, _ in drawn} == {"r9"}
     assert {worse for _, worse in drawn} == {"r1", "r2", "r3"}
+    unused = f"note   a.jsonl train: 40 of 40 records: best_random {TWO_OF_MORE}"
+    assert unused in mixture(*many, **settings).notes
     assert texts(mixture(*many, **settings).train) == drawn
     # Each record has a draw of its own, which records before it do not move.
     more = mixture(scored(5, 1), *many[1:], **settings).train

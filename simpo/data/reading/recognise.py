@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from simpo.config.choices import PairChoice
 from simpo.config.data import SourceConfig
 from simpo.config.errors import DataError, did_you_mean, first_line
 from simpo.config.own_code import is_function, load
@@ -65,6 +67,10 @@ _OPTIONAL = frozenset(
     ]
 ) - {"prompt", "chosen", "rejected", "messages", "completion", "label", *RANKED}
 """Columns that a record need not have."""
+_USES_TWO = (
+    "uses two of the scored replies (pairs: all of the source makes a pair of each two, "
+    "loss.compare=all compares all of them)"
+)
 
 
 @dataclass
@@ -72,7 +78,8 @@ class SplitReader:
     """Turns the raw records of one split into records for `read_record`.
 
     The first record that fits a shape decides the shape of the split; `format` of the source
-    narrows the shapes to those of its name, or is a function of the user.
+    narrows the shapes to those of its name, or is a function of the user. `remarks`
+    counts what the user should know of records that are used.
 
     Raises:
         DataError: `columns` of the source names something that no shape reads.
@@ -84,6 +91,7 @@ class SplitReader:
     place: str
     seed: int
     shape: Shape | None = None
+    remarks: Counter[str] = field(default_factory=Counter)
     _own: Callable[[Any], Any] | None = None
     _first: tuple[int, Record] | None = None
     _verdict: Verdict = field(default_factory=Verdict)
@@ -211,7 +219,11 @@ class SplitReader:
             return [one if isinstance(one, LeftOut) else rest | one]
         rng = np.random.default_rng([self.seed, number])
         pairs = scored_pairs(made, self.source.pairs, self.source.min_margin, rng)
-        return [pair if isinstance(pair, LeftOut) else rest | pair for pair in pairs]
+        records = [pair if isinstance(pair, LeftOut) else rest | pair for pair in pairs]
+        takes_two = self.source.pairs is not PairChoice.all and isinstance(records[0], dict)
+        if takes_two and len(made.replies) > 2 and self.read_record is not to_dialogue:
+            self.remarks[f"{self.source.pairs.value} {_USES_TWO}"] += 1
+        return records
 
     def refusal(self) -> list[str]:
         """Why the split cannot be read, once all its records were, as lines; empty if it can."""

@@ -23,7 +23,7 @@ class FilterConfig:
     """Files (.txt, or of any kind that a source may be) and folders of benchmark prompts: leave out
     pairs whose prompt has 13 words in a row of one, or is a shorter one."""
     max_length_ratio: float | None = None
-    """Leave out pairs with one reply more than this many times as long as the other, in
+    """Leave out pairs with one reply more than this many times as long as another, in
     characters; null: off."""
     min_score_margin: float | None = None
     """Leave out pairs whose chosen reply scores less than this above the rejected one; pairs

@@ -46,8 +46,8 @@ def test_length_ratio() -> None:
     pairs = [pair("?", "x" * n, "y" * 10) for n in (40, 41, 2, 3)]
     assert found("filter.max_length_ratio", 4.0, *pairs) == [
         None,
-        "chosen is 4.1 times as long: 41 and 10 characters",
-        "rejected is 5.0 times as long: 10 and 2 characters",
+        "chosen is 4.1 times as long as rejected: 41 and 10 characters",
+        "rejected is 5.0 times as long as chosen: 10 and 2 characters",
         None,
     ]
     turns = [{"role": "user", "content": "Go on, and on."}, {"role": "assistant", "content": "xx"}]
@@ -60,7 +60,7 @@ def test_length_ratio() -> None:
     called = to_pair({"prompt": "?", "chosen": [calls], "rejected": "x" * 44}, "")
     assert found("filter.max_length_ratio", 4.0, called) == [None]
     assert found("filter.max_length_ratio", 3.9, called) == [
-        "rejected is 4.0 times as long: 44 and 11 characters"
+        "rejected is 4.0 times as long as chosen: 44 and 11 characters"
     ]
 
 

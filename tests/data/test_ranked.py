@@ -326,7 +326,7 @@ def test_checks_look_at_all_replies() -> None:
         return found[key].find(read, setting, [])
 
     assert reasons("filter.max_length_ratio", 4, records["filter.max_length_ratio"]) == [
-        "other 2 is 9.0 times as long: 9 and 1 characters"
+        "other 2 is 9.0 times as long as chosen: 9 and 1 characters"
     ]
     assert reasons("filter.cut_off", True, records["filter.cut_off"]) == [
         "other 2 ends with: is that we never once"

@@ -62,8 +62,8 @@ def test_the_table(config: DataConfig, mixture: Mixture) -> None:
         "       3 of 4 train pairs are found by a check",
         "       train.jsonl train record 3: the prompt of test.jsonl test record 1",
         "       data.filter.benchmarks=[FILE]: no file is named",
-        "       train.jsonl train record 4: rejected is 800.0 times as long: 2,400 and 3 "
-        "characters",
+        "       train.jsonl train record 4: rejected is 800.0 times as long as chosen: 2,400 "
+        "and 3 characters",
         "       data.filter.min_score_margin=0.01: no pair has scores",
         "       train.jsonl train record 2: the same as train.jsonl train record 1",
         "       train.jsonl train record 2: Jaccard index 1.000 with train.jsonl train record 1",
@@ -85,7 +85,7 @@ def test_the_page_in_a_browser(config: DataConfig, mixture: Mixture, tmp_path: P
     assert seen.console == []
     for text in (
         "<code>data.filter.max_length_ratio=100.0</code>",
-        "Leaves out pairs with one reply more than so many times as long as the other",
+        "Leaves out pairs with one reply more than so many times as long as another",
         "<td>chosen: the response is empty</td>",
         "<li>train.jsonl train record 6: ",
         "... and 400 more characters",

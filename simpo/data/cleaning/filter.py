@@ -159,12 +159,14 @@ def _benchmarks(pairs: Sequence[Pair], paths: Any, _: Sequence[Pair]) -> list[st
 def _length_ratio(pair: Pair, most: Any) -> str | None:
     if len(pair.responses) < 2:
         return None
-    lengths = list(map(_num_characters, pair.responses))
-    longer, shorter = max(lengths), min(lengths)
-    if longer <= most * shorter:
+    sizes = dict(zip(pair.names, map(_num_characters, pair.responses), strict=True))
+    long, short = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
+    if sizes[long] <= most * sizes[short]:
         return None
-    name = pair.names[lengths.index(longer)]
-    return f"{name} is {longer / shorter:.1f} times as long: {longer:,} and {shorter:,} characters"
+    return (
+        f"{long} is {sizes[long] / sizes[short]:.1f} times as long as {short}: {sizes[long]:,} and "
+        f"{sizes[short]:,} characters"
+    )
 
 
 def _score_margin(pair: Pair, least: Any) -> str | None:
@@ -264,7 +266,7 @@ CHECKS = (
     ),
     Check(
         "filter.max_length_ratio", 4,
-        "with one reply more than so many times as long as the other, in characters",
+        "with one reply more than so many times as long as another, in characters",
         _each(_length_ratio),
     ),
     Check(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from simpo.data.pairs import TokenizedPair, padded, response_names
+from simpo.data.pairs import TokenizedPair, kind_of_pairs, padded, response_names
 
 NOTHING = np.zeros(0, np.int32)
 
@@ -90,6 +90,12 @@ class Tokens:
     def names(self) -> tuple[str, ...]:
         """The names of the responses of a pair."""
         return response_names(self.num_responses)
+
+    @property
+    def kind(self) -> str:
+        """What the pairs are, see `kind_of_pairs`."""
+        present = (self.lengths()[:, 1:] > 0).sum(axis=1)
+        return kind_of_pairs(np.unique(present).tolist())
 
     def lengths(self) -> np.ndarray:
         """Tokens of the prompt and of each response of each pair, int64 [pairs, 1 + K]."""

@@ -54,6 +54,10 @@ class MismatchedTokens(Tokens):
     def names(self) -> tuple[str, ...]:
         return (*self.given.names, "mismatched")
 
+    @property
+    def kind(self) -> str:
+        return self.given.kind
+
     def lengths(self) -> np.ndarray:
         return np.column_stack([self.given.lengths(), self.sizes])
 

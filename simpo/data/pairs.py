@@ -15,7 +15,7 @@ Letters of tensor shapes in the whole project:
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -95,6 +95,20 @@ def padded(numbers: Sequence[float], length: int, missing: float) -> list[float]
 def response_names(number: int) -> tuple[str, ...]:
     """Names of so many responses of a pair, for messages: chosen, rejected, other 1, ..."""
     return ("chosen", "rejected", *(f"other {i}" for i in range(1, number - 1)))[:number]
+
+
+def kind_of_pairs(numbers: Collection[int]) -> str:
+    """What pairs are, for messages: their prompts if some rank several responses, replies if they
+    have one each.
+
+    Args:
+        numbers: the different numbers of responses that they have.
+    """
+    if any(number > 2 for number in numbers):
+        return "prompts"
+    if 1 in numbers:
+        return "pairs and replies" if 2 in numbers else "replies"
+    return "pairs"
 
 
 @dataclass(frozen=True)

@@ -71,16 +71,15 @@ def start_lines(
 
 def data_lines(table: Sequence[SplitReport], train_set: TokenizedSet, plan: TrainPlan) -> list[str]:
     """Lines about the sources of the pairs, their tokens and steps, and the repairs and cuts."""
-    report = train_set.report
+    report, kind = train_set.report, train_set.tokens.kind
     tokens, unshared = (int(train_set.tokens.num_tokens(share).sum()) for share in (True, False))
     lines = [
         *markdown_table(mixture_lines(table)),
         "",
-        f"tokens {tokens:,} in {report.pairs} train pairs, {unshared:,} with a prompt for each "
+        f"tokens {tokens:,} in {report.pairs} train {kind}, {unshared:,} with a prompt for each "
         f"response: {unshared / tokens:.2f} times as many",
         f"plan   {plan.total_steps} step{'s' * (plan.total_steps > 1)} of {plan.pairs_per_step} "
-        f"pairs, "
-        f"{plan.total_steps / plan.steps_per_epoch:.2f} passes over the train pairs",
+        f"{kind}, {plan.total_steps / plan.steps_per_epoch:.2f} passes over the train {kind}",
     ]
     repairs = {
         "prompts joined with their response by the tokenizer": report.merged_prompts,

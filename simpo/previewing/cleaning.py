@@ -12,7 +12,7 @@ from simpo.config.data import DataConfig
 from simpo.config.errors import shown
 from simpo.data.cleaning.filter import CHECKS, Check
 from simpo.data.mixture import Mixture
-from simpo.data.pairs import Pair
+from simpo.data.pairs import Pair, kind_of_pairs
 from simpo.data.reading.messages import all_text
 from simpo.run.tables import html_page, markdown_table
 
@@ -59,6 +59,7 @@ class Cleaning:
     """What all checks find.
 
     Attributes:
+        kind: what the pairs are, see `kind_of_pairs`.
         num_pairs: good train pairs of all sources.
         num_found: those that at least one check finds.
         findings: a check each, in the order in which a run applies them.
@@ -66,6 +67,7 @@ class Cleaning:
         bad_places: the first of them, as (place, fault).
     """
 
+    kind: str
     num_pairs: int
     num_found: int
     findings: list[Finding]
@@ -86,6 +88,7 @@ class Cleaning:
             findings.append(finding)
             found.update(indices)
         return Cleaning(
+            kind_of_pairs({len(pair.responses) for pair in mixture.read}),
             len(mixture.read),
             len(found),
             findings,
@@ -99,7 +102,7 @@ class Cleaning:
             {
                 "check": finding.setting,
                 "in this run": "on" if finding.on else "off",
-                "pairs": "-" if finding.missing else finding.pairs,
+                self.kind: "-" if finding.missing else finding.pairs,
                 "share": "-" if finding.missing else f"{finding.pairs / self.num_pairs:.1%}",
                 "held out": "-" if finding.held_out is None else finding.held_out,
             }
@@ -108,7 +111,7 @@ class Cleaning:
 
     def summary(self) -> str:
         """How many pairs would go in all."""
-        return f"{self.num_found:,} of {self.num_pairs:,} train pairs are found by a check"
+        return f"{self.num_found:,} of {self.num_pairs:,} train {self.kind} are found by a check"
 
 
 def text(cleaning: Cleaning) -> list[str]:

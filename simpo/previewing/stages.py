@@ -265,6 +265,7 @@ def _row_line(data: TokenizedSet, row: Sequence[int], share_prefix: bool, room: 
     apart = sum(data.tokens[i].num_tokens(share_prefix=False) for i in row)
     size = packed.input_ids.shape[1]
     return (
-        f"row    {len(row)} pairs in {size:,} tokens of {room:,}, {len(packed.targets):,} of them "
-        f"scored; {apart / size:.2f} times as many with a prompt for each response"
+        f"row    {len(row)} {data.tokens.kind} in {size:,} tokens of {room:,}, "
+        f"{len(packed.targets):,} of them scored; {apart / size:.2f} times as many "
+        "with a prompt for each response"
     )

@@ -15,7 +15,7 @@ from simpo.config.errors import ConfigError, DataError
 from simpo.data.chats.chat import Chat
 from simpo.data.loader import load_data
 from simpo.data.mixture import Mixture, load_mixture
-from simpo.data.pairs import Pair
+from simpo.data.pairs import Pair, kind_of_pairs
 from simpo.data.reading.for_loss import reader_of
 from simpo.data.reading.records import to_dialogue, to_labelled, to_pair
 from simpo.loop.train import train
@@ -186,6 +186,7 @@ def test_tokens_of_a_run(tiny_run: list[str], tmp_path: Path) -> None:
         assert mismatched and (chosen == 0) is (rejected > 0) is text.startswith("No.")
         assert [ids.tolist() for ids in each.responses] == [ids.tolist() for ids in same.responses]
     assert train.report.pairs == 6
+    assert train.tokens.kind == "replies" and kind_of_pairs([1, 2]) == "pairs and replies"
     places = [int(place.split()[-1]) for place in train.places]
     for at, each in enumerate(train.tokens):
         following = next(

@@ -433,10 +433,15 @@ def test_settings_that_do_not_go_with_it(words: list[str], problem: str | None) 
 
 
 @pytest.mark.parametrize(
-    ("loss", "counted"),
-    [("loss.compare=all", "       1 other responses cut"), ("loss=sigmoid", None)],
+    ("loss", "counted", "kind"),
+    [
+        ("loss.compare=all", "       1 other responses cut", "prompts"),
+        ("loss=sigmoid", None, "pairs"),
+    ],
 )
-def test_cut_responses_are_counted(loss: str, counted: str | None, tiny_run: list[str]) -> None:
+def test_cut_responses_are_counted(
+    loss: str, counted: str | None, kind: str, tiny_run: list[str]
+) -> None:
     """A response between the best and the worst is cut; as a pair, they are not."""
     write("a.jsonl", scored(("Yes.", 3), ("So it is. " * 20, 2), ("No.", 1)))
     limits = ["data.max_prompt_tokens=60", "data.max_length_tokens=90"]
@@ -446,3 +451,5 @@ def test_cut_responses_are_counted(loss: str, counted: str | None, tiny_run: lis
     data = load_data(run, chat, Path(run.cache_dir))
     lines = data_lines(data.table, data.train, build_plan(1, 1, 1, None, 0))
     assert [line for line in lines if " cut" in line] == ([counted] if counted else [])
+    assert f" in 1 train {kind}, " in lines[-2 - bool(counted)]
+    assert f"plan   1 step of 1 {kind}, 1.00 passes over the train {kind}" in lines

@@ -96,6 +96,8 @@ def test_ranked_responses_with_their_scores(tiny_folder: Path, tmp_path: Path) -
         "other 1 (score 7): Hm.\nother 2 (score 2): Oh?\nprompt, " in told
     )
     assert "chosen (score 1): So.\nrejected (score 0): No.\nprompt, " in told
+    assert "tokens " in told and " in 3 train prompts, " in told and "row    3 prompts in " in told
+    assert " of 3 train prompts are found by a check\n" in told and "| prompts |" in told
     (whole,) = (shown for shown in stages.pairs if len(shown.parts) == 5)
     for name, said in zip(("chosen", "rejected", "other 1", "other 2"), replies, strict=True):
         assert "".join(token.text for token in whole.parts[name]) == f"{said}<|im_end|>"

@@ -17,7 +17,7 @@ from simpo.data.loader import load_data
 from simpo.data.mixture import Mixture, load_mixture
 from simpo.data.pairs import Pair, kind_of_pairs
 from simpo.data.reading.for_loss import reader_of
-from simpo.data.reading.records import to_dialogue, to_labelled, to_pair
+from simpo.data.reading.records import RecordFault, to_dialogue, to_labelled, to_pair
 from simpo.loop.train import train
 from simpo.loss.with_coupled_steps import AotConfig, KtoConfig
 from simpo.loss.without_reference import SftConfig
@@ -85,6 +85,13 @@ def test_messages_and_other_columns() -> None:
     assert more.notes == [
         "note   a.jsonl train: read as replies with labels, 3 records, 1 desirable, 2 undesirable"
     ]
+
+
+def test_a_converted_record_without_a_prompt() -> None:
+    """No shape has looked at what a user's function gives."""
+    with pytest.raises(RecordFault) as fault:
+        to_labelled({"completion": "So.", "label": True}, "x")
+    assert str(fault.value) == "prompt: missing (the record has completion, label)"
 
 
 def test_pairs_are_read_as_pairs() -> None:

@@ -16,6 +16,7 @@ from simpo.config.data import FORMATS, DataConfig, SourceConfig
 from simpo.config.errors import DataError
 from simpo.data.mixture import load_mixture
 from simpo.data.reading.records import (
+    RecordFault,
     to_dialogue,
     to_labelled,
     to_pair,
@@ -258,6 +259,14 @@ def test_dialogues_are_imitated_only(column):
         assert error(record, format=form) == [
             f"a.jsonl train record 1: {column} has no rejected reply (loss=sft imitates it)"
         ]
+
+
+@pytest.mark.parametrize("reader", [to_dialogue, to_prompt])
+def test_a_dialogue_keeps_its_rule(reader):
+    rule = {"name": "no_commas"}
+    assert reader({"messages": LONG + SO, "rule": rule}, "x").rule == rule
+    with pytest.raises(RecordFault, match="rule: unknown rule name 'odd'"):
+        reader({"messages": LONG + SO, "rule": {"name": "odd"}}, "x")
 
 
 @pytest.mark.parametrize(

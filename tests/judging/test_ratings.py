@@ -359,6 +359,9 @@ def test_a_record_may_have_a_reference_answer() -> None:
     pair = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
     assert to_prompt(pair | {"reference_answer": "Hey"}, "x").reference_answer == "Hey"
     assert to_prompt(pair, "x").reference_answer is None
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    asked = to_prompt({"messages": talk, "reference_answer": "Hey"}, "x")
+    assert (asked.reference_answer, list(asked.prompt), asked.chosen) == ("Hey", talk[:1], ())
     with pytest.raises(RecordFault) as caught:
         to_prompt({"prompt": "Hi", "reference_answer": 3}, "x")
     assert str(caught.value) == "reference_answer: must be text, got a number"

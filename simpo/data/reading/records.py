@@ -151,7 +151,10 @@ def to_dialogue(record: Any, place: str) -> Pair:
     if messages[first]["role"] == "assistant" and first == 0:
         raise RecordFault("messages: begins with the assistant, whose reply answers nothing")
     chosen = _response(messages[first:], "messages", first)
-    return Pair(_prompt(record, messages[:first]), chosen, None, place, tools=read_tools(record))
+    return Pair(
+        _prompt(record, messages[:first]), chosen, None, place, _rule(record),
+        tools=read_tools(record),
+    )  # fmt: skip
 
 
 def to_labelled(record: Any, place: str) -> Pair:
@@ -177,6 +180,8 @@ def to_labelled(record: Any, place: str) -> Pair:
         raise RecordFault(f"{key}: the first turn must be the assistant's, got {turns[0]['role']}")
     reply = _response(turns, key)
     chosen, rejected = (reply, None) if LABELS[label] else ((), reply)
+    if record.get("prompt") is None:
+        raise missing(record, "prompt")
     return Pair(
         _prompt(record, given_turns(record["prompt"])), chosen, rejected, place, _rule(record),
         tools=read_tools(record),
@@ -191,18 +196,17 @@ def to_prompt(record: Any, place: str) -> Pair:
     Args and Raises: as `to_pair`.
     """
     if not isinstance(record, Mapping) or record.get("chosen") is not None:
-        pair = replace(to_pair(record, place), chosen=(), rejected=None)
-        return replace(pair, reference_answer=_reference_answer(record))
-    if record.get("prompt") is None and record.get("messages") is not None:
-        return replace(to_dialogue(record, place), chosen=())
-    _refuse(record)
-    if record.get("prompt") is None:
-        raise missing(record, "prompt")
-    prompt = _prompt(record, given_turns(record["prompt"]))
-    return Pair(
-        prompt, (), None, place, _rule(record), tools=read_tools(record),
-        reference_answer=_reference_answer(record),
-    )  # fmt: skip
+        pair = to_pair(record, place)
+    elif record.get("prompt") is None and record.get("messages") is not None:
+        pair = to_dialogue(record, place)
+    else:
+        _refuse(record)
+        if record.get("prompt") is None:
+            raise missing(record, "prompt")
+        prompt = _prompt(record, given_turns(record["prompt"]))
+        pair = Pair(prompt, (), None, place, _rule(record), tools=read_tools(record))
+    answer = _reference_answer(record)
+    return replace(pair, chosen=(), rejected=None, reference_answer=answer)
 
 
 def _reference_answer(record: Mapping[str, Any]) -> str | None:

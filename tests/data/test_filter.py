@@ -41,6 +41,15 @@ def found(key: str, setting: Any, *pairs: Pair, held_out: Sequence[Pair] = ()) -
     return check.find(pairs, setting, held_out)
 
 
+def test_turns_of_another_response_are_no_repetition() -> None:
+    a, b, c = ({"role": "assistant", "content": text} for text in "abc")
+    first = to_pair({"prompt": "?", "chosen": [a, b], "rejected": [c]}, "first")
+    other = to_pair({"prompt": "?", "chosen": [a], "rejected": [b, c]}, "other")
+    assert found("filter.exact_duplicates", True, first, other, first) == [
+        None, None, "the same as first",
+    ]  # fmt: skip
+
+
 def test_length_ratio() -> None:
     """At four times as long a pair stays, with one character more it goes."""
     pairs = [pair("?", "x" * n, "y" * 10) for n in (40, 41, 2, 3)]

@@ -109,12 +109,12 @@ def prompt_text(pair: Pair) -> tuple[str, ...]:
 
 
 def pair_text(pair: Pair) -> tuple[str, ...]:
-    """Role and text of each turn of the prompt and the responses, the tools, and the label of an
-    undesirable response alone."""
+    """Role and text of each turn of the prompt and the responses, the tools, and which turns are of
+    which response."""
     return (
         json.dumps(pair.tools, sort_keys=True),
         *(text for turn in pair.turns for text in (turn["role"], all_text(turn).strip())),
-        *(["undesirable"] if pair.is_undesirable else []),
+        *(f"{name} {len(turns)}" for name, turns in zip(pair.names, pair.responses, strict=True)),
     )
 
 

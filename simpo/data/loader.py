@@ -6,7 +6,8 @@ import ctypes
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -65,25 +66,23 @@ def load_data(run: RunConfig, chat: Chat, cache_dir: Path) -> LoadedData:
     """
     kind = f"{settings_hash(chat, run.data)} {reader_of(run.loss).__name__}"
     sources = Sources(run.data, cache_dir, kind)
-    if known := sources.remembered():
-        train, test = (stored_set(known[name], cache_dir) for name in ("train", "test"))
-        if train is not None and test is not None:
-            say("the sources are as they were: taking their tokens from the cache")
-            table = [SplitReport(**line) for line in known["table"]]
-            return _loaded(run, table, known["notes"], train, test)
-    data = _read(run, chat, cache_dir, sources)
-    _return_memory()
-    return data
+    data = _remembered(sources, cache_dir)
+    if data is None:
+        data = _read(run, chat, cache_dir, sources)
+        _return_memory()
+    return replace(data, train=for_loss(run, data.train), test=for_loss(run, data.test))
 
 
-def _loaded(
-    run: RunConfig,
-    table: list[SplitReport],
-    notes: list[str],
-    train: TokenizedSet,
-    test: TokenizedSet,
-) -> LoadedData:
-    return LoadedData(table, notes, for_loss(run, train), for_loss(run, test))
+def _remembered(sources: Sources, cache_dir: Path) -> LoadedData | None:
+    """What the sources gave before; None if that is not known, or its tokens are gone."""
+    known = sources.remembered()
+    if not known:
+        return None
+    train, test = (stored_set(known[name], cache_dir) for name in ("train", "test"))
+    if train is None or test is None:
+        return None
+    say("the sources are as they were: taking their tokens from the cache")
+    return LoadedData([SplitReport(**line) for line in known["table"]], known["notes"], train, test)
 
 
 def _read(run: RunConfig, chat: Chat, cache_dir: Path, sources: Sources) -> LoadedData:
@@ -96,7 +95,7 @@ def _read(run: RunConfig, chat: Chat, cache_dir: Path, sources: Sources) -> Load
         lines = [asdict(line) for line in mixture.table]
         names = {"train": train.name, "test": test.name}
         sources.remember({"table": lines, "notes": mixture.notes, **names})
-    return _loaded(run, mixture.table, mixture.notes, train, test)
+    return LoadedData(mixture.table, mixture.notes, train, test)
 
 
 def _return_memory() -> None:
@@ -105,26 +104,27 @@ def _return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+@dataclass(frozen=True)
 class PackedSet:
     """Tokenized pairs that this process packs its share of into rows.
 
     Attributes:
         data: the pairs of all processes.
-        num_tokens: tokens computed for each pair, int64 [pairs].
+        tokens_per_row: token budget of a row.
+        share_prefix: whether the responses of a pair share its prompt.
+        rank, processes: of this process, and how many there are.
     """
 
-    def __init__(
-        self,
-        data: TokenizedSet,
-        tokens_per_row: int,
-        share_prefix: bool = True,
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
-        self.data = data
-        self.num_tokens = data.tokens.num_tokens(share_prefix)
-        self._tokens_per_row, self._share_prefix = tokens_per_row, share_prefix
-        self._rank, self._processes = rank, processes
+    data: TokenizedSet
+    tokens_per_row: int
+    share_prefix: bool = True
+    rank: int = 0
+    processes: int = 1
+
+    @cached_property
+    def num_tokens(self) -> np.ndarray:
+        """Tokens computed for each pair, int64 [pairs]."""
+        return self.data.tokens.num_tokens(self.share_prefix)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -141,17 +141,12 @@ class PackedSet:
         starts = range(0, len(self), BLOCK_PAIRS)
         blocks = [every[start : start + BLOCK_PAIRS] for start in starts]
         for block in blocks if indices is None else [indices]:
-            rows = rows_of_pairs(block, self.num_tokens, self._tokens_per_row, self._processes)
-            for row in rows[self._rank :: self._processes]:
+            rows = rows_of_pairs(block, self.num_tokens, self.tokens_per_row, self.processes)
+            for row in rows[self.rank :: self.processes]:
                 if row:
-                    yield pack([self.data.tokens[i] for i in row], row, self._share_prefix)
+                    yield pack([self.data.tokens[i] for i in row], row, self.share_prefix)
                 else:
-                    yield placeholder_row(self.data.tokens[0], self._share_prefix)
-
-    def holding(self, data: TokenizedSet) -> PackedSet:
-        """A set that packs `data` into the same rows: the same pairs, with reference log-probs."""
-        share = (self._tokens_per_row, self._share_prefix, self._rank, self._processes)
-        return PackedSet(data, *share)
+                    yield placeholder_row(self.data.tokens[0], self.share_prefix)
 
 
 def steps_ahead(

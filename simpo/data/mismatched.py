@@ -8,7 +8,7 @@ and the pass under the reference model covers it. Its tokens are those in the fi
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,11 +16,10 @@ from simpo.data.flat_tokens import Tokens
 from simpo.data.pairs import TokenizedPair
 from simpo.data.store import TokenizedSet
 
-NOBODY = Tokens(np.zeros(1, np.int64), np.zeros(0, np.int32))
 NONE = np.zeros(0, np.int64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MismatchedTokens(Tokens):
     """Tokens of pairs of which each has a mismatched response behind its two own ones.
 
@@ -30,9 +29,9 @@ class MismatchedTokens(Tokens):
         sizes: int64 [pairs], its tokens; 0 for a pair without one.
     """
 
-    given: Tokens = field(default=NOBODY)
-    sources: np.ndarray = field(default_factory=lambda: NONE)
-    sizes: np.ndarray = field(default_factory=lambda: NONE)
+    given: Tokens
+    sources: np.ndarray
+    sizes: np.ndarray
 
     def __len__(self) -> int:
         return len(self.given)
@@ -99,7 +98,13 @@ def with_mismatched(data: TokenizedSet, max_length_tokens: int) -> TokenizedSet:
     return replace(
         data,
         tokens=MismatchedTokens(
-            tokens.bounds, tokens.ids, tokens.scored, None, 3, None, tokens, sources, sizes
+            tokens.bounds,
+            tokens.ids,
+            tokens.scored,
+            num_responses=3,
+            given=tokens,
+            sources=sources,
+            sizes=sizes,
         ),
         fingerprint=hashlib.sha256(kind.encode()).hexdigest()[:16],
         notes=notes,

@@ -96,8 +96,8 @@ def _files(config: DataConfig) -> Iterator[list[Path] | None]:
     for source in config.sources:
         if source.train_split is not None:
             yield files_of_split(source, source.train_split, False)
-        if source.test_split is not None and (not source.is_file() or source.test_path):
-            yield files_of_split(source, source.test_split, True)
+        if source.has_held_out():
+            yield files_of_split(source, str(source.test_split), True)
     yield list(files_of_benchmarks(config.filter.benchmarks))
 
 

@@ -280,8 +280,9 @@ def with_references(run: RunConfig, parts: Parts) -> Parts:
     origin = parts.backend.broadcast(parts.origin)
     cache_dir = Path(run.cache_dir).expanduser()
     train, test = (
-        packed.holding(
-            with_reference(
+        replace(
+            packed,
+            data=with_reference(
                 parts.wrapped,
                 packed.data,
                 packed.rows(),
@@ -289,7 +290,7 @@ def with_references(run: RunConfig, parts: Parts) -> Parts:
                 cache_dir,
                 parts.backend,
                 run.loss,
-            )
+            ),
         )
         for packed in (parts.train, parts.test)
     )

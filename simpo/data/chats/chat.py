@@ -79,9 +79,8 @@ class Chat:
         self.template_sha256 = self.template.sha256
         self._bos_id = tokenizer.bos_token_id
         self._adds_bos = self._bos_id is not None and tokenizer("x").input_ids[0] == self._bos_id
-        question, answer = "2hv7", "8wq3"
-        written = self.template.probe(question, answer)
-        self.end_id = self._find_end_id(written[written.rindex(answer) + len(answer) :])
+        written, tail = self.template.probe()
+        self.end_id = self._find_end_id(tail)
         marks = control_tokens(tokenizer, written)
         self._end = str(tokenizer.convert_ids_to_tokens(self.end_id))
         marks.add(self._end)

@@ -175,12 +175,16 @@ class Template:
             raise RecordFault(f"the chat template fails on it: {_with_line(error)}") from error
         return Rendering("".join(parts), marked if _GENERATION.search(program.text) else None)
 
-    def probe(self, question: str, answer: str) -> str:
+    def probe(self) -> tuple[str, str]:
         """Render a question and its answer, with a system message if the template requires one.
+
+        Returns:
+            The dialogue, and what the template writes behind the answer.
 
         Raises:
             ConfigError: the template fails, or leaves out one of the two.
         """
+        question, answer = "2hv7", "8wq3"
         dialogue = [
             {"role": "system", "content": "Be kind."},
             {"role": "user", "content": question},
@@ -206,7 +210,7 @@ class Template:
                         "(mend the template, or choose another)"
                     ]
                 )
-        return text
+        return text, text[text.rindex(answer) + len(answer) :]
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> None:
@@ -218,9 +222,8 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> None:
     tokenizer.chat_template = template_file(name_or_path).read_text(encoding="utf-8")
     needed = NEEDED_TOKENS.get(name_or_path)
     if needed is None:
-        question, answer = "2hv7", "8wq3"
-        text = Template(tokenizer, date.today()).probe(question, answer)
-        ending = MARK.match(text, text.rindex(answer) + len(answer))
+        _, tail = Template(tokenizer, date.today()).probe()
+        ending = MARK.match(tail)
         needed = (ending[1],) if ending else ()
     missing = [token for token in needed if not _is_token(tokenizer, token)]
     if missing:

@@ -161,7 +161,7 @@ def _builds(rng: random.Random) -> list[_Build]:
 def _record(
     rng: random.Random, topic: Topic, build: _Build, *, chosen_longer: bool
 ) -> dict[str, Any]:
-    facts = [fact.replace("|", " ") for fact in topic.facts]
+    facts = topic.predicates()
     system, earlier = "", []
     draw = rng.random()
     rule_in_system = draw < _RULE_IN_SYSTEM_SHARE
@@ -251,7 +251,7 @@ def _json_task(keys: tuple[str, ...], rng: random.Random, topic: Topic, facts: l
     values["name"] = topic.name
     reply = {key: values[key] for key in keys}
     chosen = [json.dumps(reply), json.dumps(reply, indent=2)]
-    some = [topic.facts[_KEY_FACTS[key]].replace("|", " ") for key in keys if key != "name"]
+    some = [topic.predicates()[_KEY_FACTS[key]] for key in keys if key != "name"]
     rule = {"name": "json_keys", "keys": list(keys)}
     rejected = _opened(rng, _prose(topic, [some]))
     return _Task(_facts_text(topic, [some]), _ask(rng, topic), rule, chosen, rejected)
@@ -260,7 +260,8 @@ def _json_task(keys: tuple[str, ...], rng: random.Random, topic: Topic, facts: l
 def _yes_no_task(answer: str, rng: random.Random, topic: Topic, facts: list[str]) -> _Task:
     question, clause = topic.yes if answer == "Yes" else topic.no
     chosen, rejected = [], []
-    for fact in (topic.facts[0].replace("|", " "), topic.facts[1].replace("|", " ")):
+    first_facts = topic.predicates()[:2]
+    for fact in first_facts:
         # "They" can stand for the topic only where the answer has the topic as its subject.
         if clause.startswith(topic.name):
             more = [f". {_capital(topic.pronoun)} {fact}.", f", and {topic.pronoun} {fact}."]
@@ -268,7 +269,6 @@ def _yes_no_task(answer: str, rng: random.Random, topic: Topic, facts: list[str]
             more = [f". {_capital(topic.name)} {fact}."]
         chosen += [f"{answer}, {clause}{ending}" for ending in more]
         rejected += [f"{_capital(clause)}{ending}" for ending in more]
-    first_facts = [fact.replace("|", " ") for fact in topic.facts[:2]]
     facts_text = f"{_capital(clause)}. {_facts_text(topic, [first_facts])}"
     rule = {"name": "yes_no_first", "answer": answer}
     return _Task(facts_text, question, rule, chosen, rejected)

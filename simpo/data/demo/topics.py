@@ -22,6 +22,10 @@ class Topic(NamedTuple):
     yes: tuple[str, str]
     no: tuple[str, str]
 
+    def predicates(self) -> list[str]:
+        """The facts as they follow a name: verb and phrase."""
+        return [fact.replace("|", " ") for fact in self.facts]
+
 
 HELD_OUT = frozenset(
     {

@@ -85,9 +85,7 @@ def data_lines(table: Sequence[SplitReport], train_set: TokenizedSet, plan: Trai
         "prompts joined with their response by the tokenizer": report.merged_prompts,
         "prompts cut": report.cut_prompts,
         "chosen cut": report.cut_chosen,
-        f"{'rejected' if train_set.tokens.scores is None else 'other responses'} cut": (
-            report.cut_rejected
-        ),
+        f"{'other responses' if kind == 'prompts' else 'rejected'} cut": report.cut_rejected,
         **{f"left out: {fault}": count for fault, count in report.bad.items()},
     }
     lines += [f"       {count} {what}" for what, count in repairs.items() if count]

@@ -205,18 +205,19 @@ def _best_line(best: Step | None, reason: str) -> str:
 def _time_lines(
     step: Step, work: Workload, gpu: Gpu, processes: int, price: float
 ) -> Iterator[str]:
-    steps, pairs = work.plan.total_steps, min(work.plan.pairs_per_step, work.plan.num_pairs)
+    steps, kind = work.plan.total_steps, work.tokens.kind
+    pairs = min(work.plan.pairs_per_step, work.plan.num_pairs)
     tokens = float(work.num_tokens().mean()) * pairs
     hours = steps * step.seconds / 3600
     yield (
-        f"work   {steps} steps of {pairs} pairs: {tokens:,.0f} tokens, "
+        f"work   {steps} steps of {pairs} {kind}: {tokens:,.0f} tokens, "
         f"{step.flops / 1e15:,.2f} PFLOP, {step.bytes_moved / 1e9:,.1f} GB received by each "
         "process, a step"
     )
     yield (
         f"time   {step.seconds:.2f} s a step (compute {step.compute_s:.2f}, communication "
         f"{step.communication_s:.2f}, optimizer {step.optimizer_s:.2f}), "
-        f"{pairs / step.seconds:,.1f} pairs/s, {hours:.2f} hours"
+        f"{pairs / step.seconds:,.1f} {kind}/s, {hours:.2f} hours"
     )
     if step.communication_s > step.compute_s:
         yield (

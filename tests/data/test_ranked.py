@@ -433,17 +433,18 @@ def test_settings_that_do_not_go_with_it(words: list[str], problem: str | None) 
 
 
 @pytest.mark.parametrize(
-    ("loss", "counted", "kind"),
+    ("loss", "score", "counted", "kind"),
     [
-        ("loss.compare=all", "       1 other responses cut", "prompts"),
-        ("loss=sigmoid", None, "pairs"),
+        ("loss.compare=all", 2, "       1 other responses cut", "prompts"),
+        ("loss=sigmoid", 2, None, "pairs"),
+        ("loss=madpo", 0, "       1 rejected cut", "pairs"),
     ],
 )
 def test_cut_responses_are_counted(
-    loss: str, counted: str | None, kind: str, tiny_run: list[str]
+    loss: str, score: float, counted: str | None, kind: str, tiny_run: list[str]
 ) -> None:
-    """A response between the best and the worst is cut; as a pair, they are not."""
-    write("a.jsonl", scored(("Yes.", 3), ("So it is. " * 20, 2), ("No.", 1)))
+    """A response between the best and the worst is cut; as a pair, they are not. The worst is."""
+    write("a.jsonl", scored(("Yes.", 3), ("So it is. " * 20, score), ("No.", 1)))
     limits = ["data.max_prompt_tokens=60", "data.max_length_tokens=90"]
     source = "data.sources=[{path: a.jsonl, test_split: null}]"
     run = compose_run([*tiny_run, source, *limits, loss, "loss.sft_weight=0"])

@@ -77,7 +77,8 @@ def to_pair(record: Any, place: str) -> Pair:
         if record.get(key) is None:
             raise missing(record, key)
     pair = _compared(record, (record["chosen"], record["rejected"]), place)
-    return replace(pair, score_margin=_score_margin(record))
+    scores = known_scores(record)
+    return replace(pair, score_margin=None if scores is None else scores[0] - scores[1])
 
 
 def to_ranking(record: Any, place: str) -> Pair:
@@ -298,11 +299,6 @@ def remarks(record: Mapping[str, Any], pair: Pair) -> Iterator[str]:
 def known_scores(record: Mapping[str, Any]) -> tuple[float, float] | None:
     """Scores of chosen and rejected; None if the record has none."""
     return next(filter(None, (_scores(record, keys) for keys in SCORE_COLUMNS)), None)
-
-
-def _score_margin(record: Mapping[str, Any]) -> float | None:
-    found = known_scores(record)
-    return None if found is None else found[0] - found[1]
 
 
 def _scores(record: Mapping[str, Any], keys: tuple[str, str]) -> tuple[float, float] | None:

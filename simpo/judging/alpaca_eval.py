@@ -28,7 +28,16 @@ from simpo.judging.alpaca_files import (
 )
 from simpo.judging.difficulty import published, read_difficulty, read_gamed
 from simpo.judging.length_control import FOLDS, GamedRow, length_controlled
-from simpo.judging.shapes import Answer, Benchmark, Judgement, Query, Question, Said, orders_of
+from simpo.judging.shapes import (
+    Answer,
+    Benchmark,
+    JudgedAnswers,
+    Judgement,
+    Query,
+    Question,
+    Said,
+    orders_of,
+)
 from simpo.judging.win_rates import PERCENT, by_question, mean_figure
 from simpo.run.atomic import write_json
 from simpo.run.judged import Figure
@@ -236,24 +245,18 @@ class AlpacaEval(Benchmark):
             return difficulty, [], [f"lc_win_rate is approximate: {ESTIMATED}, {lacks}. {SHORT}"]
         return [], [], [f"lc_win_rate is approximate: {MINIMAL}"]
 
-    def write(
-        self,
-        folder: Path,
-        model: str,
-        judge: str,
-        answers: Mapping[str, Answer],
-        judgements: Sequence[Judgement],
-    ) -> None:
+    def write(self, folder: Path, judged: JudgedAnswers) -> None:
         """Write model_outputs.json and annotations.json; of both orders the mean preference."""
+        answers = judged.answers
         asked = [question for question in self.questions if question.id in answers]
         outputs = [
-            {**question.record, "output": answers[question.id].turns[0], "generator": model}
+            {**question.record, "output": answers[question.id].turns[0], "generator": judged.model}
             for question in asked
         ]
         write_json(folder / OUTPUTS, outputs)
-        values = by_question(judgements)
+        values = by_question(judged.judgements)
         said: dict[str, list[Any]] = {}
-        for judgement in judgements:
+        for judgement in judged.judgements:
             query = judgement.query
             verdict = judgement.said.first_logprobs or judgement.said.text
             told = {"order": query.order, "repeat": query.repeat, "said": verdict}
@@ -264,8 +267,8 @@ class AlpacaEval(Benchmark):
                 "output_1": self.baseline[question.id].turns[0],
                 "generator_1": self.baseline_name,
                 "output_2": answers[question.id].turns[0],
-                "generator_2": model,
-                "annotator": judge,
+                "generator_2": judged.model,
+                "annotator": judged.judge,
                 "preference": 1 + values[question.id] if question.id in values else None,
                 "raw_completion": said[question.id],
             }
@@ -274,9 +277,7 @@ class AlpacaEval(Benchmark):
         ]
         write_json(folder / ANNOTATIONS, annotations)
 
-    def read_annotations(
-        self, path: Path
-    ) -> tuple[str, str, Mapping[str, Answer], list[Judgement]]:
+    def read_annotations(self, path: Path) -> JudgedAnswers:
         """Read an annotations.json; a preference of 0 is a draw, none was not readable.
 
         Raises:
@@ -301,7 +302,7 @@ class AlpacaEval(Benchmark):
                 )
             answers[question] = Answer(question, (row["output_2"],))
             judgements.append(_judged(question, row.get("preference")))
-        return rows[0]["generator_2"], rows[0]["annotator"], answers, judgements
+        return JudgedAnswers(rows[0]["generator_2"], rows[0]["annotator"], answers, judgements)
 
 
 ESTIMATED = (

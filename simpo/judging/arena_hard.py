@@ -33,6 +33,7 @@ from simpo.judging.jsonl import write_jsonl
 from simpo.judging.shapes import (
     Answer,
     Benchmark,
+    JudgedAnswers,
     Judgement,
     Query,
     Question,
@@ -278,19 +279,13 @@ class ArenaHard(Benchmark):
         known = model.answers.keys() & self.baseline.keys()
         return replace(model, games=[game for game in model.games if game.question in known])
 
-    def write(
-        self,
-        folder: Path,
-        model: str,
-        judge: str,
-        answers: Mapping[str, Answer],
-        judgements: Sequence[Judgement],
-    ) -> None:
+    def write(self, folder: Path, judged: JudgedAnswers) -> None:
         """Write model_answer/<model>.jsonl and model_judgment/<judge>/<model>.jsonl.
 
         `tstamp` is 0: when an answer was generated is not known. A game that was not asked is null;
         repeats are left out.
         """
+        model, judge, answers, judgements = judged
         questions = [question for question in self.questions if question.id in answers]
         name = f"{file_name(model)}.jsonl"
         write_jsonl(
@@ -328,9 +323,7 @@ class ArenaHard(Benchmark):
         asked = [question.id for question in self.questions if question.id in answers]
         return model, {key: answers[key] for key in asked}
 
-    def read_annotations(
-        self, path: Path
-    ) -> tuple[str, str, Mapping[str, Answer], list[Judgement]]:
+    def read_annotations(self, path: Path) -> JudgedAnswers:
         """Read a file of model_judgment/; the answers come from model_answer/ beside it, or else of
         the benchmark's folder, and are empty if neither has any. A null game was not asked.
 
@@ -350,7 +343,7 @@ class ArenaHard(Benchmark):
         folders = (*path.absolute().parents[1:3], self.folder)
         files = [folder / "model_answer" / path.name for folder in folders]
         answers = next((read_answers(file)[1] for file in files if file.is_file()), {})
-        return found.model, found.judge, answers, found.judgements
+        return JudgedAnswers(found.model, found.judge, answers, found.judgements)
 
 
 def _same(some: Mapping[str, Answer], others: Mapping[str, Answer]) -> bool:

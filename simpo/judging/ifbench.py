@@ -20,7 +20,7 @@ from typing import Any
 from simpo.config.errors import ConfigError, DataError, first_line
 from simpo.config.schema import RunConfig
 from simpo.judging.jsonl import read_jsonl, write_jsonl
-from simpo.judging.shapes import Answer, Benchmark, Judgement, Query, Question, Said
+from simpo.judging.shapes import Answer, Benchmark, JudgedAnswers, Judgement, Query, Question, Said
 from simpo.judging.win_rates import mean_figure
 from simpo.run.judged import Figure
 
@@ -231,16 +231,9 @@ class IFBench(Benchmark):
                         found[question.id] = outputs["strict"].get(question.id, nothing)
         return outputs["strict"], outputs["loose"], list(faults.values())
 
-    def write(
-        self,
-        folder: Path,
-        model: str,
-        judge: str,
-        answers: Mapping[str, Answer],
-        judgements: Sequence[Judgement],
-    ) -> None:
+    def write(self, folder: Path, judged: JudgedAnswers) -> None:
         """Write output.jsonl, eval_results_strict.jsonl and eval_results_loose.jsonl."""
-        strict, loose, _ = self._checked(answers)
+        strict, loose, _ = self._checked(judged.answers)
         write_jsonl(
             folder / "output.jsonl",
             ({"prompt": found.prompt, "response": found.response} for found in strict.values()),
@@ -265,12 +258,10 @@ class IFBench(Benchmark):
             )
         return path.stem, answers
 
-    def read_annotations(
-        self, path: Path
-    ) -> tuple[str, str, Mapping[str, Answer], list[Judgement]]:
+    def read_annotations(self, path: Path) -> JudgedAnswers:
         """Read a file of answers. There are no judgements: programs check them."""
         name, answers = self.read_answers(path)
-        return name, PROGRAMS, answers, []
+        return JudgedAnswers(name, PROGRAMS, answers, [])
 
 
 def _check_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -23,7 +23,7 @@ from simpo.judging.hub_results import write_hub_result
 from simpo.judging.judges import open_judge
 from simpo.judging.pairs import BASE, CHOSEN
 from simpo.judging.results import judged_as, judgements_of, result_lines
-from simpo.judging.shapes import Answer, Benchmark
+from simpo.judging.shapes import Answer, Benchmark, JudgedAnswers
 from simpo.loop.console import libraries_quiet
 from simpo.model.saved import naming
 from simpo.run.atomic import make_folder
@@ -85,9 +85,10 @@ def judge(run: RunConfig, sources: Sequence[str]) -> list[Judged]:
             say(f"judging the answers of {contest.name} ...")
         judgements = judgements_of(run, benchmark, asked, answers)
         name = asked.name if asked is not None else "programs"
-        judged = judged_as(run, benchmark, contest.name, name, answers, judgements, contest.notes)
+        answered = JudgedAnswers(contest.name, name, answers, judgements)
+        judged = judged_as(run, benchmark, answered, contest.notes)
         make_folder(contest.folder)
-        benchmark.write(contest.folder, contest.name, name, answers, judgements)
+        benchmark.write(contest.folder, answered)
         judged.write(contest.folder)
         if contest.model is not None and contest.model.run is not None:
             write_hub_result(judged, Path(contest.model.saved.where))
@@ -183,15 +184,16 @@ def _draw(contest: Contest) -> None:
 def _of_annotations(run: RunConfig, path: Path, sources: Sequence[str]) -> Judged:
     """Judge by a file of judgements, without asking anybody."""
     benchmark = open_benchmark(run)
-    *names, answers, judgements = benchmark.read_annotations(path)
-    name, judge_name = map(plain_name, names)
+    read = benchmark.read_annotations(path)
+    answered = read._replace(model=plain_name(read.model), judge=plain_name(read.judge))
+    judgements = answered.judgements
     if judgements and all(judgement.value is None for judgement in judgements):
         raise DataError(
             f"{path}: none of its {len(judgements):,} verdicts can be read (give those of a judge "
             "that keeps to the format)"
         )
-    folder = contestant(run, sources[0]).folder if sources else judged_folder(run, name)
-    judged = judged_as(run, benchmark, name, judge_name, answers, judgements)
+    folder = contestant(run, sources[0]).folder if sources else judged_folder(run, answered.model)
+    judged = judged_as(run, benchmark, answered)
     make_folder(folder)
     judged.write(folder)
     say("", *result_lines([judged], [folder]))

@@ -26,7 +26,7 @@ from simpo.judging.mt_bench_files import (
     read_answers,
     read_questions,
 )
-from simpo.judging.shapes import Answer, Benchmark, Judgement, Query, Question, Said
+from simpo.judging.shapes import Answer, Benchmark, JudgedAnswers, Judgement, Query, Question, Said
 from simpo.judging.single_answer import (
     JUDGE_MAX_TOKENS,
     PROMPTS,
@@ -127,15 +127,9 @@ class MTBench(Benchmark):
         )
         return figures, [ONE_TURN.format(partly)] if partly else []
 
-    def write(
-        self,
-        folder: Path,
-        model: str,
-        judge: str,
-        answers: Mapping[str, Answer],
-        judgements: Sequence[Judgement],
-    ) -> None:
+    def write(self, folder: Path, judged: JudgedAnswers) -> None:
         """Write model_answer/MODEL.jsonl and model_judgment/JUDGE_single.jsonl, without repeats."""
+        model, judge, answers, judgements = judged
         now = time.time()
         write_jsonl(
             folder / "model_answer" / f"{_file_name(model)}.jsonl",
@@ -154,33 +148,26 @@ class MTBench(Benchmark):
         write_jsonl(
             folder / "model_judgment" / f"{_file_name(judge)}_single.jsonl",
             (
-                self._grade(model, judge, judgement, answers, now)
+                {**self._grade(judged, judgement), "tstamp": now}
                 for judgement in judgements
                 if not judgement.query.repeat
             ),
         )
 
-    def _grade(
-        self,
-        model: str,
-        judge: str,
-        judgement: Judgement,
-        answers: Mapping[str, Answer],
-        now: float,
-    ) -> dict[str, Any]:
+    def _grade(self, judged: JudgedAnswers, judgement: Judgement) -> dict[str, Any]:
+        """A line of model_judgment/, but for the time."""
         query = judgement.query
         question = self._all[query.question]
-        answer = answers.get(question.id)
+        answer = judged.answers.get(question.id)
         prompt = self._messages(question, answer, query.turn)[1]["content"] if answer else ""
         return {
             "question_id": question.record["question_id"],
-            "model": model,
-            "judge": [judge, _prompt_name(question, query.turn)],
+            "model": judged.model,
+            "judge": [judged.judge, _prompt_name(question, query.turn)],
             "user_prompt": prompt,
             "judgment": judgement.said.text,
             "score": UNREADABLE if judgement.value is None else judgement.value,
             "turn": query.turn + 1,
-            "tstamp": now,
         }
 
     def read_answers(self, path: Path) -> tuple[str, dict[str, Answer]]:
@@ -195,9 +182,7 @@ class MTBench(Benchmark):
             raise DataError(f"{path}: answers of {' and '.join(sorted(names)[:2])} ({SPLIT})")
         return next(iter(names), path.stem), answers
 
-    def read_annotations(
-        self, path: Path
-    ) -> tuple[str, str, Mapping[str, Answer], list[Judgement]]:
+    def read_annotations(self, path: Path) -> JudgedAnswers:
         """Read a JUDGE_single.jsonl with one model; its answers are cut out of its prompts.
 
         Questions after `num_prompts` are left out.
@@ -235,7 +220,7 @@ class MTBench(Benchmark):
                 "benchmark.num_prompts)"
             )
         ((model, judge),) = names
-        return model, judge, answers, list(judgements.values())
+        return JudgedAnswers(model, judge, answers, list(judgements.values()))
 
     def _graded(
         self, path: Path, line: int | None, grade: Mapping[str, Any]

@@ -22,6 +22,7 @@ from simpo.judging.jsonl import read_jsonl, write_jsonl
 from simpo.judging.shapes import (
     Answer,
     Benchmark,
+    JudgedAnswers,
     Judgement,
     Query,
     Question,
@@ -166,27 +167,20 @@ class Pairs(Benchmark):
             )
         return found, notes
 
-    def write(
-        self,
-        folder: Path,
-        model: str,
-        judge: str,
-        answers: Mapping[str, Answer],
-        judgements: Sequence[Judgement],
-    ) -> None:
+    def write(self, folder: Path, judged: JudgedAnswers) -> None:
         """Write judgements.jsonl: a line for each judgement, with both answers."""
         lines: list[dict[str, Any]] = []
-        for judgement in judgements:
+        for judgement in judged.judgements:
             query, key = judgement.query, judgement.query.question
             lines.append(
                 {
                     "question": key,
                     "prompt": list(self._by_id[key].prompt),
-                    "model": model,
-                    "answer": answers[key].turns[0],
+                    "model": judged.model,
+                    "answer": judged.answers[key].turns[0],
                     "baseline": self.baseline_name,
                     "baseline_answer": self.baseline[key].turns[0],
-                    "judge": judge,
+                    "judge": judged.judge,
                     "order": query.order,
                     "repeat": query.repeat,
                     "preference": judgement.value,
@@ -195,9 +189,7 @@ class Pairs(Benchmark):
             )
         write_jsonl(folder / JUDGEMENTS, lines)
 
-    def read_annotations(
-        self, path: Path
-    ) -> tuple[str, str, Mapping[str, Answer], list[Judgement]]:
+    def read_annotations(self, path: Path) -> JudgedAnswers:
         """Read a judgements.jsonl; its questions need not be those of the data."""
         answers: dict[str, Answer] = {}
         baseline: dict[str, Answer] = {}
@@ -222,7 +214,7 @@ class Pairs(Benchmark):
             query = Query(key, 0, line["order"], (), MAX_TOKENS, 0.0, repeat=line["repeat"])
             judgements.append(Judgement(query, Said(**line.get("said", {"text": ""})), value))
         self.questions, self.baseline = [self._by_id[key] for key in answers], baseline
-        return model, judge, answers, judgements
+        return JudgedAnswers(model, judge, answers, judgements)
 
 
 def _check_line(place: str, line: Mapping[str, Any]) -> None:

@@ -11,7 +11,17 @@ from simpo.config.choices import BenchmarkKind
 from simpo.config.schema import RunConfig
 from simpo.data.rules import obeys
 from simpo.judging import verdicts, win_rates
-from simpo.judging.shapes import Answer, Benchmark, Judge, Judgement, Query, Question, Reward, Said
+from simpo.judging.shapes import (
+    Answer,
+    Benchmark,
+    Judge,
+    JudgedAnswers,
+    Judgement,
+    Query,
+    Question,
+    Reward,
+    Said,
+)
 from simpo.on_policy.rewards import RULES
 from simpo.report.studies import by_bootstrap
 from simpo.report.win_rates import as_judged, in_words, label, official_interval
@@ -107,13 +117,11 @@ def _by_reward(
 def judged_as(
     run: RunConfig,
     benchmark: Benchmark,
-    model: str,
-    judge: str,
-    answers: Mapping[str, Answer],
-    judgements: Sequence[Judgement],
+    answered: JudgedAnswers,
     more_notes: Sequence[str] = (),
 ) -> Judged:
     """What judgements amount to."""
+    model, judge, answers, judgements = answered
     figures, notes = benchmark.figures(judgements, answers)
     values = benchmark.by_question(judgements, answers)
     notes = [*notes, *_left_out(len(benchmark.questions), len(values))]

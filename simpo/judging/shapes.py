@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from simpo.config.errors import ConfigError
 from simpo.data.pairs import Message
@@ -126,6 +126,21 @@ class Judgement:
     value: float | None
 
 
+class JudgedAnswers(NamedTuple):
+    """The answers of a model, and what a judge found about them.
+
+    Attributes:
+        model, judge: names.
+        answers: by question id.
+        judgements: empty if programs check the answers.
+    """
+
+    model: str
+    judge: str
+    answers: Mapping[str, Answer]
+    judgements: Sequence[Judgement]
+
+
 def by_question(judgements: Iterable[Judgement]) -> dict[str, float]:
     """The mean value of each question over orders, turns and repeats; unreadable ones left out.
 
@@ -219,14 +234,7 @@ class Benchmark(ABC):
         """The benchmark's figures, the first being the main one, and notes about them."""
 
     @abstractmethod
-    def write(
-        self,
-        folder: Path,
-        model: str,
-        judge: str,
-        answers: Mapping[str, Answer],
-        judgements: Sequence[Judgement],
-    ) -> None:
+    def write(self, folder: Path, judged: JudgedAnswers) -> None:
         """Write the answers and judgements as the benchmark's own scripts read them."""
 
     def read_answers(self, path: Path) -> tuple[str, dict[str, Answer]]:
@@ -242,11 +250,9 @@ class Benchmark(ABC):
         )
 
     @abstractmethod
-    def read_annotations(
-        self, path: Path
-    ) -> tuple[str, str, Mapping[str, Answer], list[Judgement]]:
-        """Read the benchmark's own file of judgements: names of model and judge, the answers in it,
-        and the judgements, whose queries have no messages.
+    def read_annotations(self, path: Path) -> JudgedAnswers:
+        """Read the benchmark's own file of judgements, whose queries have no messages, and of the
+        answers those that are known.
 
         Raises:
             DataError: the file is not of that format.

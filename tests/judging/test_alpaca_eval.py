@@ -20,7 +20,7 @@ from simpo.config.errors import ConfigError, DataError
 from simpo.judging import alpaca_eval, alpaca_files
 from simpo.judging.alpaca_eval import AlpacaEval, open_alpaca_eval, paper_temperature
 from simpo.judging.length_control import GamedRow
-from simpo.judging.shapes import Answer, Judgement, Query, Said
+from simpo.judging.shapes import Answer, JudgedAnswers, Judgement, Query, Said
 from simpo.run.judged import Figure
 
 CLONE = "git clone https://github.com/tatsu-lab/alpaca_eval"
@@ -124,7 +124,7 @@ def test_files_written_are_read(checkout: Path, tmp_path: Path) -> None:
         value = None if query.question == "5" else benchmark.value(query, said)
         judgements.append(Judgement(query, said, value))
     folder = tmp_path / "written"
-    benchmark.write(folder, "mine", "judge", own, judgements)
+    benchmark.write(folder, JudgedAnswers("mine", "judge", own, judgements))
     rows = json.loads((folder / "annotations.json").read_text())
     # Of the first question: 1/20 in order 0, and 1 - 8/20 in order 1.
     assert rows[0]["preference"] == pytest.approx(1 + (0.05 + 0.6) / 2)

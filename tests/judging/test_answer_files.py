@@ -13,7 +13,7 @@ from simpo.config.compose import compose_run
 from simpo.judging.answers import judged_folder
 from simpo.judging.arena_files import read_answers
 from simpo.judging.benchmarks import open_benchmark
-from simpo.judging.shapes import Answer
+from simpo.judging.shapes import Answer, JudgedAnswers
 from simpo.run.judged import Judged
 
 QUESTIONS = 4
@@ -136,7 +136,7 @@ def test_mt_bench(tmp_path: Path) -> None:
     """What was written is read; answers to one turn of two, and to other questions, are not."""
     benchmark = open_benchmark(compose_run(["benchmark=mt_bench", "benchmark.num_prompts=2"]))
     answers = {q.id: Answer(q.id, ("one", f"two {q.id}")) for q in benchmark.questions}
-    benchmark.write(tmp_path, "lab/model", "nobody", answers, [])
+    benchmark.write(tmp_path, JudgedAnswers("lab/model", "nobody", answers, []))
     file = tmp_path / "model_answer" / "lab--model.jsonl"
     assert benchmark.read_answers(file) == ("lab/model", answers)
     more = [
@@ -150,7 +150,7 @@ def test_mt_bench(tmp_path: Path) -> None:
 def test_ifbench(tmp_path: Path) -> None:
     benchmark = open_benchmark(compose_run(["benchmark=ifbench", "benchmark.num_prompts=3"]))
     answers = {q.id: Answer(q.id, (f"Answer {q.id}.",)) for q in benchmark.questions}
-    benchmark.write(tmp_path, "m", "programs", answers, [])
+    benchmark.write(tmp_path, JudgedAnswers("m", "programs", answers, []))
     assert benchmark.read_answers(tmp_path / "output.jsonl") == ("output", answers)
 
 

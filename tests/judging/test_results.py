@@ -12,7 +12,7 @@ from simpo.data.pairs import Pair
 from simpo.data.rules import obeys
 from simpo.judging.pairs import Pairs
 from simpo.judging.results import judged_as, result_lines
-from simpo.judging.shapes import Answer, Judgement, Query, Said
+from simpo.judging.shapes import Answer, JudgedAnswers, Judgement, Query, Said
 from simpo.run.judged import Figure, Judged
 
 RULE = {"name": "upper_case"}
@@ -38,7 +38,7 @@ def judged(
         for number, value in enumerate(values)
     ]
     run = compose_run(["benchmark=pairs"])
-    return judged_as(run, Pairs(pairs, "chosen", 0), "m", judge, answers, found)
+    return judged_as(run, Pairs(pairs, "chosen", 0), JudgedAnswers("m", judge, answers, found))
 
 
 def test_the_highest_win_rate_by_rules() -> None:

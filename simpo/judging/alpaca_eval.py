@@ -36,9 +36,10 @@ from simpo.judging.shapes import (
     Query,
     Question,
     Said,
+    by_question,
     orders_of,
 )
-from simpo.judging.win_rates import PERCENT, by_question, mean_figure
+from simpo.judging.win_rates import PERCENT, mean_figure
 from simpo.run.atomic import write_json
 from simpo.run.judged import Figure
 
@@ -67,26 +68,21 @@ def paper_temperature(name_or_path: str) -> float | None:
     return next((value for model, value in PAPER_TEMPERATURES if re.search(model, name)), None)
 
 
-def open_alpaca_eval(run: RunConfig) -> AlpacaEval:
-    """Open the questions, the baseline's answers and the judge's prompt.
-
-    Raises:
-        ConfigError: `benchmark.path` or `benchmark.baseline` names nothing, or scikit-learn is not
-            installed.
-        DataError: a file is not of its format.
-    """
-    if find_spec("sklearn") is None:
-        raise ConfigError(
-            ["benchmark: the length-controlled win rate needs scikit-learn "
-             "(pip install 'simpo[judge]')"]
-        )  # fmt: skip
-    return AlpacaEval(run)
-
-
 class AlpacaEval(Benchmark):
     """The questions, asked of a judge that names the better output by a letter."""
 
     def __init__(self, run: RunConfig) -> None:
+        """
+        Raises:
+            ConfigError: `benchmark.path` or `benchmark.baseline` names nothing, or scikit-learn is
+                not installed.
+            DataError: a file is not of its format.
+        """
+        if find_spec("sklearn") is None:
+            raise ConfigError(
+                ["benchmark: the length-controlled win rate needs scikit-learn "
+                 "(pip install 'simpo[judge]')"]
+            )  # fmt: skip
         self.run = run
         file, self.checkout = questions_file(run)
         generator, rows = read_outputs(file)

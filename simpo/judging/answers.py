@@ -85,7 +85,7 @@ def contestant(run: RunConfig, source: str) -> Contestant:
     return Contestant(place.name, judged_folder(run, own), saved, None)
 
 
-def before_training(run: RunConfig, trained: Contestant) -> Contestant:
+def before_training(trained: Contestant) -> Contestant:
     """The model that a run began with, whose answers all runs that began with it share.
 
     Raises:
@@ -129,7 +129,7 @@ def draw(
     """
     with working_in(model.folder, wait=True), naming("RUN"):
         drawing = Drawing(run, questions, model)
-        for turn in range(1 + max((len(q.follow_ups) for q in questions), default=0)):
+        for turn in range(max((q.num_turns for q in questions), default=0)):
             drawing.draw_turn(turn)
         return drawing.answers(), drawing.notes
 
@@ -187,7 +187,7 @@ class Drawing:
         Raises:
             DataError: the chat template refuses a question.
         """
-        asked = [q for q in self._questions if len(q.follow_ups) >= turn]
+        asked = [q for q in self._questions if q.num_turns > turn]
         ids = self._ids(asked, turn)
         limit = context_tokens(self._settings)
         long = [i for i, found in enumerate(ids) if limit is not None and len(found) >= limit]
@@ -298,7 +298,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _answer(question: Question, known: Mapping[tuple[str, int], Mapping[str, Any]]) -> Answer:
-    turns = [known[question.id, turn] for turn in range(1 + len(question.follow_ups))]
+    turns = [known[question.id, turn] for turn in range(question.num_turns)]
     return Answer(
         question.id,
         tuple(turn["text"] for turn in turns),

@@ -7,8 +7,8 @@ lmarena/arena-hard-auto; see `simpo.judging.arena_files`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from simpo.config.errors import DataError
 from simpo.config.schema import RunConfig
 from simpo.judging.arena_files import (
     OWN_SYSTEM,
-    Prompts,
     answer_record,
     benchmark_folder,
     file_name,
@@ -76,52 +75,6 @@ class ModelGames:
     answers: Mapping[str, Answer]
 
 
-def open_arena_hard(run: RunConfig) -> ArenaHard:
-    """Open the benchmark that `run.benchmark` names.
-
-    Questions without an answer of the baseline are left out, unless `judge.annotations` are scored,
-    which need no answers.
-
-    Raises:
-        ConfigError: `benchmark.path` or `benchmark.baseline` does not name its files.
-        DataError: a file is not as expected, or there are no answers of the baseline.
-    """
-    config = run.benchmark
-    folder = benchmark_folder(config)
-    questions = read_questions(folder / "question.jsonl")
-    categories = list(dict.fromkeys(question.category for question in questions))
-    refuse_other_version(config, folder, categories)
-    questions = questions[: config.num_prompts]
-    prompts = read_prompts(folder)
-    baselines, answers = read_baselines(config, folder, prompts, categories)
-    baseline = {
-        question.id: answers[question.category][question.id]
-        for question in questions
-        if question.id in answers[question.category]
-    }
-    official = prompts.official and set(categories) <= prompts.system.keys()
-    notes = [] if official else [OWN_PROMPTS]
-    if run.judge.annotations is None:
-        if not baseline:
-            path = folder / "model_answer" / f"{baselines[questions[0].category]}.jsonl"
-            raise DataError(
-                f"{path}: no answers of the baseline (get the file, or set benchmark.baseline)"
-            )
-        if missing := len(questions) - len(baseline):
-            notes.append(f"{missing} questions without an answer of the baseline are left out.")
-        questions = [question for question in questions if question.id in baseline]
-    names = ", ".join(dict.fromkeys(baselines.values()))
-    verdicts, judged = Verdicts(prompts.patterns), _judged(run.judge, folder)
-    known = {question.id for question in questions}
-    peers, left_out = _peers(judged, verdicts, known, set(baselines.values()))
-    if left_out:
-        notes.append(LEFT_OUT.format(left_out, judged))
-    return ArenaHard(
-        questions, names, baseline, baselines, prompts, folder, tuple(notes), config.seed,
-        verdicts, judged, peers,
-    )  # fmt: skip
-
-
 def _judged(judge: JudgeConfig, folder: Path) -> Path | None:
     """The folder with judgements of other models by the same judge."""
     if judge.annotations is not None:
@@ -150,50 +103,76 @@ def _peers(
     return found, len(files) - len(found)
 
 
-@dataclass(frozen=True)
 class ArenaHard(Benchmark):
-    """The questions of a version of Arena-Hard.
+    """The questions of a version of Arena-Hard, asked of a judge that compares two answers.
 
     Attributes:
-        baselines: names of the models to compare with, by category of questions.
-        prompts: what the judge is told.
-        folder: with the benchmark's files.
         notes: about all figures.
-        seed: of the order in which the judge sees the answers, where it sees them once.
-        verdicts: reads them.
-        judged: the folder with judgements of other models by the same judge.
-        peers: those models.
     """
 
-    # Without field() the defaults of Benchmark would be theirs.
-    questions: Sequence[Question]
-    baseline_name: str = field()
-    baseline: Mapping[str, Answer] = field()
-    baselines: Mapping[str, str]
-    prompts: Prompts
-    folder: Path
-    notes: tuple[str, ...]
-    seed: int
-    verdicts: Verdicts
-    judged: Path | None
-    peers: Sequence[ModelGames]
+    def __init__(self, run: RunConfig) -> None:
+        """Open the version that `run.benchmark` names.
+
+        Questions without an answer of the baseline are left out, unless `judge.annotations` are
+        scored, which need no answers.
+
+        Raises:
+            ConfigError: `benchmark.path` or `benchmark.baseline` does not name its files.
+            DataError: a file is not as expected, or there are no answers of the baseline.
+        """
+        config = run.benchmark
+        self._seed = config.seed
+        self._folder = benchmark_folder(config)
+        questions = read_questions(self._folder / "question.jsonl")
+        categories = list(dict.fromkeys(question.category for question in questions))
+        refuse_other_version(config, self._folder, categories)
+        self.questions = questions[: config.num_prompts]
+        self._prompts = read_prompts(self._folder)
+        self._baselines, answers = read_baselines(config, self._folder, self._prompts, categories)
+        self.baseline_name = ", ".join(dict.fromkeys(self._baselines.values()))
+        self.baseline = {
+            question.id: answers[question.category][question.id]
+            for question in self.questions
+            if question.id in answers[question.category]
+        }
+        official = self._prompts.official and set(categories) <= self._prompts.system.keys()
+        notes = [] if official else [OWN_PROMPTS]
+        if run.judge.annotations is None:
+            if not self.baseline:
+                file = f"{self._baselines[questions[0].category]}.jsonl"
+                raise DataError(
+                    f"{self._folder / 'model_answer' / file}: no answers of the baseline (get the "
+                    "file, or set benchmark.baseline)"
+                )
+            if missing := len(self.questions) - len(self.baseline):
+                notes.append(f"{missing} questions without an answer of the baseline are left out.")
+            self.questions = [one for one in self.questions if one.id in self.baseline]
+        self._verdicts = Verdicts(self._prompts.patterns)
+        self._judged = _judged(run.judge, self._folder)
+        known = {question.id for question in self.questions}
+        self._peers, left_out = _peers(
+            self._judged, self._verdicts, known, set(self._baselines.values())
+        )
+        if left_out:
+            notes.append(LEFT_OUT.format(left_out, self._judged))
+        self.notes = tuple(notes)
 
     def queries(self, answers: Mapping[str, Answer], both_orders: bool) -> list[Query]:
         """Two games of each answered question, or one in a seeded order."""
         queries = []
         for question in self.questions:
             if question.id in answers:
-                games = GAMES if both_orders else orders_of(question.id, False, self.seed)
+                games = GAMES if both_orders else orders_of(question.id, False, self._seed)
                 queries += [self._query(question, answers[question.id], order) for order in games]
         return queries
 
     def _query(self, question: Question, answer: Answer, order: int) -> Query:
         shown = [answer.turns[-1], self.baseline[question.id].turns[-1]]
         first, second = shown if order == MODEL_FIRST else reversed(shown)
-        asked = self.prompts.template.format(
+        asked = self._prompts.template.format(
             QUESTION=question.prompt[-1]["content"], ANSWER_A=first, ANSWER_B=second
         )
-        told = self.prompts.system.get(question.category, OWN_SYSTEM)
+        told = self._prompts.system.get(question.category, OWN_SYSTEM)
         return Query(
             question.id,
             turn=0,
@@ -202,19 +181,19 @@ class ArenaHard(Benchmark):
                 {"role": "system", "content": told},
                 {"role": "user", "content": asked},
             ),
-            max_tokens=self.prompts.max_tokens,
-            temperature=self.prompts.temperature,
+            max_tokens=self._prompts.max_tokens,
+            temperature=self._prompts.temperature,
         )
 
     def value(self, query: Query, said: Said) -> float | None:
         """The preference in the verdict, 0, 0.5 or 1; None without a label."""
-        return self.verdicts.value(query, said)
+        return self._verdicts.value(query, said)
 
     def by_question(
         self, judgements: Sequence[Judgement], answers: Mapping[str, Answer]
     ) -> dict[str, float]:
         """The value of each question that counts in the score."""
-        counted = {game.question for game in self.verdicts.games(judgements)}
+        counted = {game.question for game in self._verdicts.games(judgements)}
         return {key: value for key, value in by_question(judgements).items() if key in counted}
 
     def figures(
@@ -225,22 +204,23 @@ class ArenaHard(Benchmark):
 
         A question of which a verdict cannot be read counts nowhere, as in show_result.py.
         """
-        games = self.verdicts.games(judgements)
+        games = self._verdicts.games(judgements)
         model, notes = ModelGames(games, answers), [*self.notes, NARROW]
         if not games:
             return {}, notes
         figures = {"score": Games.of([games]).score()}
-        several = len(self.baselines) > 1
+        several = len(self._baselines) > 1
         if several:
             figures["score"] = replace(figures["score"], official_low=None, official_high=None)
             notes.append(ALL_CATEGORIES)
-        peers = [peer for peer in self.peers if not _same(peer.answers, answers)]
-        known = [self._with_texts(one) for one in (model, *peers)]
-        for category in self.baselines:
+        peers = [peer for peer in self._peers if not _same(peer.answers, answers)]
+        known = [_within(one.answers.keys() & self.baseline.keys(), one) for one in (model, *peers)]
+        for category in self._baselines:
             name = f"_{category}" if several else ""
-            if own := self._within(category, model).games:
+            asked = {question.id for question in self.questions if question.category == category}
+            if own := _within(asked, model).games:
                 figures[f"score{name}"] = Games.of([own]).score()
-            models = [self._within(category, one) for one in known]
+            models = [_within(asked, one) for one in known]
             if models[0].games:
                 if style := _style(models, self.baseline):
                     figures |= {f"{key}{name}": value for key, value in style.items()}
@@ -266,18 +246,8 @@ class ArenaHard(Benchmark):
                 "questions whose answers are known."
             )
         others = len(known) - 1
-        of = f"style_win_rate has {others} other models of {self.judged} in it."
+        of = f"style_win_rate has {others} other models of {self._judged} in it."
         return [*notes, of if others else ALONE]
-
-    def _within(self, category: str, model: ModelGames) -> ModelGames:
-        """Its games of a category."""
-        inside = {question.id for question in self.questions if question.category == category}
-        return replace(model, games=[game for game in model.games if game.question in inside])
-
-    def _with_texts(self, model: ModelGames) -> ModelGames:
-        """Its games of which both answers are known."""
-        known = model.answers.keys() & self.baseline.keys()
-        return replace(model, games=[game for game in model.games if game.question in known])
 
     def write(self, folder: Path, judged: JudgedAnswers) -> None:
         """Write model_answer/<model>.jsonl and model_judgment/<judge>/<model>.jsonl.
@@ -297,7 +267,7 @@ class ArenaHard(Benchmark):
             query = judgement.query
             if not query.repeat:
                 games[query.question][query.order] = {
-                    "score": self.verdicts.label_of(judgement),
+                    "score": self._verdicts.label_of(judgement),
                     "judgment": {"answer": judgement.said.text},
                     "prompt": list(query.messages),
                 }
@@ -309,7 +279,7 @@ class ArenaHard(Benchmark):
                     "category": question.category,
                     "judge": judge,
                     "model": model,
-                    "baseline": self.baselines[question.category],
+                    "baseline": self._baselines[question.category],
                     "games": [games[question.id].get(order) for order in GAMES],
                 }
                 for question in self.questions
@@ -332,18 +302,23 @@ class ArenaHard(Benchmark):
                 another baseline.
         """
         known = {question.id for question in self.questions}
-        found = self.verdicts.read(path, known)
+        found = self._verdicts.read(path, known)
         if not found.judgements:
-            raise DataError(f"{path}: judges no question of {self.folder} (set benchmark.path)")
-        if others := sorted(found.baselines - set(self.baselines.values())):
+            raise DataError(f"{path}: judges no question of {self._folder} (set benchmark.path)")
+        if others := sorted(found.baselines - set(self._baselines.values())):
             raise DataError(
                 f"{path}: compares with {others[0]}, not with {self.baseline_name} "
                 "(set benchmark.baseline)"
             )
-        folders = (*path.absolute().parents[1:3], self.folder)
+        folders = (*path.absolute().parents[1:3], self._folder)
         files = [folder / "model_answer" / path.name for folder in folders]
         answers = next((read_answers(file)[1] for file in files if file.is_file()), {})
         return JudgedAnswers(found.model, found.judge, answers, found.judgements)
+
+
+def _within(questions: Set[str], model: ModelGames) -> ModelGames:
+    """The games of a model about some questions."""
+    return replace(model, games=[game for game in model.games if game.question in questions])
 
 
 def _same(some: Mapping[str, Answer], others: Mapping[str, Answer]) -> bool:

@@ -20,21 +20,21 @@ def open_benchmark(run: RunConfig) -> Benchmark:
     # Imported here, since each of them needs its own packages.
     match run.benchmark.kind:
         case BenchmarkKind.alpaca_eval:
-            from simpo.judging.alpaca_eval import open_alpaca_eval
+            from simpo.judging.alpaca_eval import AlpacaEval
 
-            return open_alpaca_eval(run)
+            return AlpacaEval(run)
         case BenchmarkKind.arena_hard:
-            from simpo.judging.arena_hard import open_arena_hard
+            from simpo.judging.arena_hard import ArenaHard
 
-            return open_arena_hard(run)
+            return ArenaHard(run)
         case BenchmarkKind.mt_bench:
-            from simpo.judging.mt_bench import open_mt_bench
+            from simpo.judging.mt_bench import MTBench
 
-            return open_mt_bench(run)
+            return MTBench(run)
         case BenchmarkKind.ifbench:
-            from simpo.judging.ifbench import open_ifbench
+            from simpo.judging.ifbench import IFBench
 
-            return open_ifbench(run)
+            return IFBench(run)
     from simpo.judging.pairs import open_pairs
 
     return open_pairs(run)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from simpo.judging.win_rates import PERCENT
 from simpo.run.judged import Figure
 
-PERCENT = 100.0
 RESAMPLES = 1000
 AT_ONCE = 2_000_000
 """Games drawn at once, which bounds the memory of resampling to some 16 MB an array."""

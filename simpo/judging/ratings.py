@@ -18,10 +18,7 @@ from simpo.judging.single_answer import (
     JUDGE_MAX_TOKENS,
     NAMES,
     PROMPTS,
-    answer_parts,
     files_folder,
-    prompt_name,
-    question_parts,
     rating,
     rating_messages,
     read_prompts,
@@ -92,19 +89,15 @@ class Ratings:
         """What the judge is asked about a reply."""
         turns = [*_tools(prompt), *prompt.prompt]
         answered = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        reference = prompt.reference_answer
-        template = self._prompts[prompt_name(reference is not None, several_turns=bool(answered))]
+        references = [] if prompt.reference_answer is None else [prompt.reference_answer]
         if not answered:
-            references = [] if reference is None else [reference]
-            parts = question_parts([request_text(turns)], references) | answer_parts(reply)
-            return rating_messages(template, parts)
+            return rating_messages(self._prompts, 0, [request_text(turns)], references, [reply])
         # The prompt has places for two turns: all before the assistant's last one is the first.
         last = answered[-1]
         earlier, before, now = turns[:last], request_text(turns[last : last + 1]), turns[last + 1 :]
         questions = [request_text(earlier), request_text(now)]
-        references = [] if reference is None else [before, reference]
-        parts = question_parts(questions, references) | answer_parts(before, reply)
-        return rating_messages(template, parts)
+        references = [before, *references] if references else []
+        return rating_messages(self._prompts, 1, questions, references, [before, reply])
 
 
 def _tools(prompt: Prompt) -> Iterator[Message]:

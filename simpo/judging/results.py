@@ -148,9 +148,7 @@ def judged_as(
         first_share=win_rates.first_share(judgements) if compared else None,
         agreement=win_rates.agreement(judgements),
         mean_chars={
-            name: win_rates.mean_chars({key: a.turns for key, a in side.items()}, list(side))
-            for name, side in texts.items()
-            if side
+            name: win_rates.mean_chars(side.values()) for name, side in texts.items() if side
         },
         examples=list(_examples(benchmark, answers, values)),
         notes=[*notes, *more_notes],

@@ -47,6 +47,10 @@ class Question:
     record: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[Mapping[str, Any], ...] | None = None
 
+    @property
+    def num_turns(self) -> int:
+        return 1 + len(self.follow_ups)
+
 
 @dataclass(frozen=True)
 class Answer:

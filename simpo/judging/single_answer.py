@@ -97,13 +97,25 @@ def question_parts(questions: Sequence[str], references: Sequence[str]) -> dict[
     return parts | {f"ref_answer_{n}": text for n, text in enumerate(references, start=1)}
 
 
-def answer_parts(first: str, second: str = "") -> dict[str, str]:
-    """What a prompt shows of the answers to one or two questions, by its place."""
-    return {"answer": first, "answer_1": first, "answer_2": second}
+def rating_messages(
+    prompts: Mapping[str, RatingPrompt],
+    turn: int,
+    questions: Sequence[str],
+    references: Sequence[str],
+    answers: Sequence[str],
+) -> tuple[Message, Message]:
+    """What a judge is asked about one of the answers.
 
-
-def rating_messages(prompt: RatingPrompt, parts: Mapping[str, str]) -> tuple[Message, Message]:
-    """What a judge is asked."""
+    Args:
+        prompts: of `read_prompts`.
+        turn: whose answer is rated, 0 or 1.
+        questions, answers: of one turn or two.
+        references: a reference answer to each question; empty without.
+    """
+    prompt = prompts[prompt_name(bool(references), several_turns=turn > 0)]
+    first, second = (*answers, "")[:2]
+    shown = {"answer": first, "answer_1": first, "answer_2": second}
+    parts = question_parts(questions, references) | shown
     return (
         {"role": "system", "content": prompt["system_prompt"]},
         {"role": "user", "content": prompt["prompt_template"].format(**parts)},

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from simpo.judging.games import OFFICIAL, PERCENT, Games, interval
+from simpo.judging.games import OFFICIAL, Games, interval
 from simpo.judging.shapes import Answer
+from simpo.judging.win_rates import PERCENT
 from simpo.run.judged import Figure
 
 CHARS_PER_TOKEN = 4

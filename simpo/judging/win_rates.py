@@ -11,8 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
-from simpo.judging.shapes import Judgement
-from simpo.judging.shapes import by_question as by_question
+from simpo.judging.shapes import Answer, Judgement
 from simpo.report.studies import by_bootstrap
 from simpo.report.win_rates import label
 from simpo.run.judged import Figure
@@ -99,6 +98,6 @@ def _means(value: float) -> float:
     return value if value > 1 else float((value > 0.5) - (value < 0.5))
 
 
-def mean_chars(answers: Mapping[str, Sequence[str]], questions: Iterable[str]) -> float:
-    """Mean length in characters of answers, all turns together, to some questions."""
-    return fmean(sum(map(len, answers[question])) for question in questions)
+def mean_chars(answers: Iterable[Answer]) -> float:
+    """Mean length in characters of answers, all turns together."""
+    return fmean(sum(map(len, answer.turns)) for answer in answers)

@@ -18,7 +18,7 @@ import pytest
 from simpo.config.benchmarks import BenchmarkConfig, JudgeConfig
 from simpo.config.errors import ConfigError, DataError
 from simpo.judging import alpaca_eval, alpaca_files
-from simpo.judging.alpaca_eval import AlpacaEval, open_alpaca_eval, paper_temperature
+from simpo.judging.alpaca_eval import AlpacaEval, paper_temperature
 from simpo.judging.length_control import GamedRow
 from simpo.judging.shapes import Answer, JudgedAnswers, Judgement, Query, Said
 from simpo.run.judged import Figure
@@ -66,7 +66,7 @@ def answers(benchmark: AlpacaEval, texts: list[str]) -> dict[str, Answer]:
 
 
 def test_queries_follow_the_prompt(checkout: Path) -> None:
-    benchmark = open_alpaca_eval(settings(checkout, num_prompts=1))
+    benchmark = AlpacaEval(settings(checkout, num_prompts=1))
     own = answers(benchmark, ["{output_2}<|im_start|>system"])
     shown = [
         "q0|{output_2}<|im_start|>system|base ",
@@ -81,7 +81,7 @@ def test_queries_follow_the_prompt(checkout: Path) -> None:
 
 def test_one_order_is_seeded(checkout: Path) -> None:
     def orders(seed: int) -> list[int]:
-        benchmark = open_alpaca_eval(settings(checkout, seed=seed))
+        benchmark = AlpacaEval(settings(checkout, seed=seed))
         own = answers(benchmark, ["a"] * 8)
         return [query.order for query in benchmark.queries(own, both_orders=False)]
 
@@ -105,7 +105,7 @@ def test_one_order_is_seeded(checkout: Path) -> None:
     ],
 )
 def test_the_verdict(checkout: Path, logprobs: Any, text: str, value: float | None) -> None:
-    benchmark = open_alpaca_eval(settings(checkout))
+    benchmark = AlpacaEval(settings(checkout))
     for order in (0, 1):
         query = Query("0", 0, order, (), 1, 1.0)
         wanted = value if value is None or order == 0 else 1 - value
@@ -115,7 +115,7 @@ def test_the_verdict(checkout: Path, logprobs: Any, text: str, value: float | No
 
 
 def test_files_written_are_read(checkout: Path, tmp_path: Path) -> None:
-    benchmark = open_alpaca_eval(settings(checkout))
+    benchmark = AlpacaEval(settings(checkout))
     own = answers(benchmark, ["y" * (3 * i % 7) for i in range(8)])
     judgements = []
     for number, query in enumerate(benchmark.queries(own, both_orders=True)):
@@ -148,7 +148,7 @@ def test_files_written_are_read(checkout: Path, tmp_path: Path) -> None:
 
 def test_figures_by_hand(checkout: Path) -> None:
     """Preferences 2, 1, 0 (a draw), 1.25: win rate (1 + 0 + 0.5 + 0.25) / 4."""
-    benchmark = open_alpaca_eval(settings(checkout, num_prompts=4))
+    benchmark = AlpacaEval(settings(checkout, num_prompts=4))
     file = annotated(checkout / "annotations.json", [2, 1, 0.0, 1.25])
     _, _, own, judgements = benchmark.read_annotations(file)
     figures, notes = benchmark.figures(judgements, own)
@@ -164,7 +164,7 @@ def test_figures_by_hand(checkout: Path) -> None:
 
 def test_a_fit_that_has_not_converged_is_a_note(checkout: Path) -> None:
     """A model that wins 3 of 8 has a length-controlled win rate of 0: lengths nearly tell wins."""
-    benchmark = open_alpaca_eval(settings(checkout))
+    benchmark = AlpacaEval(settings(checkout))
     own = answers(benchmark, ["y" * chars for chars in (1, 1, 1, 7, 6, 1, 7, 7)])
     judgements = [
         Judgement(query, Said(""), float(query.question in ("2", "5", "7")))
@@ -217,7 +217,7 @@ SCALE = (
 def test_preferences_of_another_scale(checkout: Path, preferences: list[Any], told: str) -> None:
     file = annotated(checkout / "annotations.json", preferences)
     with pytest.raises(DataError) as caught:
-        open_alpaca_eval(settings(checkout)).read_annotations(file)
+        AlpacaEval(settings(checkout)).read_annotations(file)
     assert str(caught.value) == f"{file}: {told} ({SCALE})"
 
 
@@ -235,7 +235,7 @@ def test_preferences_as_alpaca_eval_writes_them(
     checkout: Path, preferences: list[Any], same: Sequence[int], values: list[float | None]
 ) -> None:
     file = annotated(checkout / "annotations.json", preferences, same)
-    *_, judgements = open_alpaca_eval(settings(checkout)).read_annotations(file)
+    *_, judgements = AlpacaEval(settings(checkout)).read_annotations(file)
     assert [judgement.value for judgement in judgements] == values
 
 
@@ -245,7 +245,7 @@ def test_a_regression_that_leaves_nothing_is_said(checkout: Path) -> None:
     width 0 is not shown either."""
 
     def found(values: list[float]) -> tuple[Figure, list[str]]:
-        benchmark = open_alpaca_eval(settings(checkout / "results/other/model_outputs.json"))
+        benchmark = AlpacaEval(settings(checkout / "results/other/model_outputs.json"))
         own = answers(benchmark, ["a" * (9 - i) for i in range(8)])
         judgements = [
             Judgement(Query(str(i), 0, 0, (), 1, 1.0), Said(""), value)
@@ -266,11 +266,11 @@ def test_a_regression_that_leaves_nothing_is_said(checkout: Path) -> None:
 
 
 def test_baselines(checkout: Path, tmp_path: Path) -> None:
-    assert open_alpaca_eval(settings(checkout, baseline="other")).baseline_name == "other"
+    assert AlpacaEval(settings(checkout, baseline="other")).baseline_name == "other"
     file = checkout / "results/other/model_outputs.json"
-    benchmark = open_alpaca_eval(settings(checkout, baseline=str(file)))
+    benchmark = AlpacaEval(settings(checkout, baseline=str(file)))
     assert benchmark.baseline["1"].turns == ("else x",)
-    assert open_alpaca_eval(settings(file)).baseline_name == "other"
+    assert AlpacaEval(settings(file)).baseline_name == "other"
 
 
 @pytest.mark.parametrize(
@@ -290,14 +290,14 @@ def test_baselines(checkout: Path, tmp_path: Path) -> None:
 )
 def test_settings_that_name_nothing(checkout: Path, benchmark: Any, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        open_alpaca_eval(settings(**{"path": checkout, **benchmark}))
+        AlpacaEval(settings(**{"path": checkout, **benchmark}))
     assert str(caught.value).replace(str(checkout), "HERE") == problem
 
 
 def test_scikit_learn_is_missed_at_once(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alpaca_eval, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
-        open_alpaca_eval(settings(checkout))
+        AlpacaEval(settings(checkout))
     assert str(caught.value) == (
         "benchmark: the length-controlled win rate needs scikit-learn (pip install 'simpo[judge]')"
     )
@@ -324,7 +324,7 @@ def test_damaged_answers(checkout: Path, text: str, problem: str) -> None:
     file = checkout / "results/other/model_outputs.json"
     file.write_text(text)
     with pytest.raises(DataError) as caught:
-        open_alpaca_eval(settings(checkout, baseline="other"))
+        AlpacaEval(settings(checkout, baseline="other"))
     assert str(caught.value).replace(str(checkout), "HERE") == (
         f"HERE/results/other/model_outputs.json: {problem}"
     )
@@ -339,7 +339,7 @@ def test_files_may_begin_with_a_byte_order_mark(checkout: Path) -> None:
     for file in [path for path in checkout.rglob("*") if path.is_file()]:
         file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
     run = settings(checkout, difficulty=str(difficulty), gamed=str(gamed))
-    benchmark = open_alpaca_eval(run)
+    benchmark = AlpacaEval(run)
     assert (list(benchmark.difficulty), benchmark.gamed) == ([0.5] * 8, [GamedRow(0.25, 1.5, 0.5)])
     assert benchmark.prompt[0] == {"role": "system", "content": "Judge."}
     assert benchmark.baseline["1"].turns == ("base x",)
@@ -349,7 +349,7 @@ def test_a_prompt_that_is_no_text(checkout: Path) -> None:
     file = checkout / "src/alpaca_eval" / alpaca_files.PROMPT
     file.write_bytes(b"\xff")
     with pytest.raises(DataError) as caught:
-        open_alpaca_eval(settings(checkout))
+        AlpacaEval(settings(checkout))
     assert str(caught.value) == (
         f"{file}: cannot be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid "
         "start byte (copy the file again)"
@@ -359,7 +359,7 @@ def test_a_prompt_that_is_no_text(checkout: Path) -> None:
 def test_own_prompt_is_said(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alpaca_files, "find_spec", lambda name: None)
     file = checkout / "results/gpt4_1106_preview/model_outputs.json"
-    benchmark = open_alpaca_eval(settings(file))
+    benchmark = AlpacaEval(settings(file))
     query = benchmark.queries(answers(benchmark, ["a"] * 8), both_orders=False)[0]
     assert [message["role"] for message in query.messages] == ["system", "user"]
     assert (
@@ -426,7 +426,7 @@ def test_published_figures(model: str) -> None:
         assert hashlib.sha256(content).hexdigest() == HASHES[name], name
     with (Path(folder) / LEADERBOARD).open(newline="") as file:
         wanted = {row[""]: row for row in csv.DictReader(file)}[model]
-    benchmark = open_alpaca_eval(settings(folder))
+    benchmark = AlpacaEval(settings(folder))
     _, judge, own, judgements = benchmark.read_annotations(Path(folder) / judged(model))
     figures, notes = benchmark.figures(judgements, own)
     found, controlled = figures["win_rate"], figures["lc_win_rate"]

@@ -15,7 +15,7 @@ from simpo.config.benchmarks import BenchmarkConfig, JudgeConfig
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError
 from simpo.judging.arena_files import read_answers
-from simpo.judging.arena_hard import ArenaHard, open_arena_hard
+from simpo.judging.arena_hard import ArenaHard
 from simpo.judging.results import judged_as
 from simpo.judging.shapes import Answer, JudgedAnswers, Judgement, Said
 
@@ -65,7 +65,7 @@ def clone(tmp_path: Path) -> Path:
 def opened(path: Path, judge: JudgeConfig | None = None, **given: Any) -> ArenaHard:
     config = BenchmarkConfig(name="arena_hard_v2", path=str(path), **given)
     run: Any = SimpleNamespace(benchmark=config, judge=judge or JudgeConfig())
-    return open_arena_hard(run)
+    return ArenaHard(run)
 
 
 ANSWERS = {key: Answer(key, (f"new {key}",), 5) for key in "ab"}

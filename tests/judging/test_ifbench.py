@@ -14,7 +14,7 @@ import pytest
 
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError
-from simpo.judging.ifbench import RESOURCES, IFBench, open_ifbench
+from simpo.judging.ifbench import RESOURCES, IFBench
 from simpo.judging.shapes import Answer, JudgedAnswers
 from simpo.run.judged import Figure
 
@@ -56,9 +56,7 @@ def with_data_of_nltk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opened(*settings: str) -> IFBench:
-    found = open_ifbench(compose_run(["benchmark=ifbench", *settings]))
-    assert isinstance(found, IFBench)
-    return found
+    return IFBench(compose_run(["benchmark=ifbench", *settings]))
 
 
 def records() -> list[dict[str, Any]]:

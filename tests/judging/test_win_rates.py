@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from simpo.judging.results import result_lines
-from simpo.judging.shapes import Judgement, Query, Said
+from simpo.judging.shapes import Answer, Judgement, Query, Said, by_question
 from simpo.judging.win_rates import (
     agreement,
-    by_question,
     first_share,
     mean_chars,
     mean_figure,
@@ -58,7 +57,7 @@ def test_by_hand() -> None:
     first = [(0.9 + 0.8) / 2, (0.6 + 0.2) / 2, (0.5 + 0.9) / 2]
     assert first_share(JUDGEMENTS) == pytest.approx(sum(first) / 3)
     assert agreement(JUDGEMENTS) == 0.5
-    assert mean_chars({"a": ("12", "345"), "b": ("1",), "c": ("",)}, ["a", "b"]) == 3
+    assert mean_chars([Answer("a", ("12", "345")), Answer("b", ("1",))]) == 3
 
 
 def test_turns_and_points() -> None:

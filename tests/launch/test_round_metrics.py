@@ -140,7 +140,7 @@ def test_models_of_all_rounds_are_judged_on_the_same(
     judged = replace(own, data=asked.run.data, loss=asked.run.loss)
     questions = [question.prompt[0]["content"] for question in open_benchmark(judged).questions]
     assert questions == ["b 0", "b 1", "b 2", "b 3"]
-    assert before_training(run, asked).saved.model.path == run.model.path
+    assert before_training(asked).saved.model.path == run.model.path
     assert str(asked.folder).startswith(own.run_dir)
 
 

@@ -126,7 +126,7 @@ def read_prompts(folder: Path) -> Prompts:
     Raises:
         DataError: the clone's files are not as expected.
     """
-    clone = folder.parents[1]
+    clone = folder.parent.parent
     config, settings = clone / "config" / f"{folder.name}.yaml", clone / "utils" / "judge_utils.py"
     if not (config.is_file() and settings.is_file()):
         return OWN

@@ -12,7 +12,7 @@ import pytest
 from simpo.__main__ import main
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError
-from simpo.judging.arena_files import read_answers, read_questions
+from simpo.judging.arena_files import OWN, read_answers, read_prompts, read_questions
 from simpo.judging.benchmarks import open_benchmark
 from simpo.judging.judge import judge
 from simpo.run.judged import Judged
@@ -254,3 +254,7 @@ def test_a_pattern_that_is_no_pattern(folder: Folder) -> None:
         f"{config}: lacks a setting, or {settings} has no JUDGE_SETTINGS as expected (restore both "
         "files: git checkout)"
     )
+
+
+def test_a_folder_in_the_root_has_no_clone_around_it() -> None:
+    assert read_prompts(Path("/arena")) == OWN

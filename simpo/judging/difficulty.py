@@ -83,6 +83,9 @@ def published(checkout: Path, instructions: Sequence[str]) -> tuple[list[float],
     """The difficulty of each question estimated from a checkout, and what it has of the gamed rows.
 
     Both are empty if it has no weights or less than ten models' judgements of all the questions.
+
+    Raises:
+        DataError: the file of weights is damaged.
     """
     weights = _published_weights(checkout / WEIGHTS)
     available = [model for model in sorted(weights) if _file(checkout, model).is_file()]
@@ -111,11 +114,18 @@ def _file(checkout: Path, model: str) -> Path:
 
 
 def _published_weights(path: Path) -> dict[str, tuple[float, float, float]]:
-    """Weights of length, difficulty and the constant, by model; only where difficulty counts."""
+    """Weights of length, difficulty and the constant, by model; only where difficulty counts.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     if not path.is_file():
         return {}
-    lines = list(csv.reader(StringIO(read_text(path))))[1:]
-    numbers = {line[0]: tuple(map(float, line[1:4])) for line in lines if len(line) == 4}
+    try:
+        lines = list(csv.reader(StringIO(read_text(path))))[1:]
+        numbers = {line[0]: tuple(map(float, line[1:4])) for line in lines if len(line) == 4}
+    except (csv.Error, ValueError) as error:
+        raise DataError(f"{path}: a weight is no number (restore it: git checkout)") from error
     return {model: (own[0], own[1], own[2]) for model, own in numbers.items() if own[1]}
 
 

@@ -19,6 +19,7 @@ from simpo.config.benchmarks import BenchmarkConfig, JudgeConfig
 from simpo.config.errors import ConfigError, DataError
 from simpo.judging import alpaca_eval, alpaca_files
 from simpo.judging.alpaca_eval import AlpacaEval, paper_temperature
+from simpo.judging.difficulty import WEIGHTS, published
 from simpo.judging.length_control import GamedRow
 from simpo.judging.shapes import Answer, JudgedAnswers, Judgement, Query, Said
 from simpo.run.judged import Figure
@@ -56,6 +57,15 @@ def checkout(tmp_path: Path) -> Path:
     prompt.parent.mkdir(parents=True)
     prompt.write_text(PROMPT)
     return tmp_path
+
+
+def test_damaged_weights_of_published_models(tmp_path: Path) -> None:
+    path = tmp_path / WEIGHTS
+    path.parent.mkdir(parents=True)
+    path.write_text("model,length,difficulty,constant\na,0.5,many,0.1\n")
+    with pytest.raises(DataError) as caught:
+        published(tmp_path, ["q0"])
+    assert str(caught.value) == f"{path}: a weight is no number (restore it: git checkout)"
 
 
 def answers(benchmark: AlpacaEval, texts: list[str]) -> dict[str, Answer]:

@@ -20,7 +20,16 @@ from typing import Any
 from simpo.config.errors import ConfigError, DataError, first_line
 from simpo.config.schema import RunConfig
 from simpo.judging.jsonl import read_jsonl, write_jsonl
-from simpo.judging.shapes import Answer, Benchmark, JudgedAnswers, Judgement, Query, Question, Said
+from simpo.judging.shapes import (
+    PROGRAMS,
+    Answer,
+    Benchmark,
+    JudgedAnswers,
+    Judgement,
+    Query,
+    Question,
+    Said,
+)
 from simpo.judging.win_rates import mean_figure
 from simpo.run.judged import Figure
 
@@ -34,8 +43,6 @@ RESOURCES = {
     "format:title_case": ("tokenizers/punkt_tab",),
 }
 """The data of nltk that a check reads. All others read none."""
-PROGRAMS = "IFBench's programs"
-"""What stands for the name of a judge."""
 
 _Checked = tuple[dict[str, Any], dict[str, Any], list[str]]
 

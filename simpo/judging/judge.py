@@ -23,7 +23,7 @@ from simpo.judging.hub_results import write_hub_result
 from simpo.judging.judges import open_judge
 from simpo.judging.pairs import BASE, CHOSEN
 from simpo.judging.results import judged_as, judgements_of, result_lines
-from simpo.judging.shapes import Answer, Benchmark, JudgedAnswers
+from simpo.judging.shapes import PROGRAMS, Answer, Benchmark, JudgedAnswers
 from simpo.loop.console import libraries_quiet
 from simpo.model.saved import naming
 from simpo.run.atomic import make_folder
@@ -83,7 +83,7 @@ def judge(run: RunConfig, sources: Sequence[str]) -> list[Judged]:
         if len(contests) > 1:
             say(f"judging the answers of {contest.name} ...")
         judgements = judgements_of(run, benchmark, asked, answers)
-        name = asked.name if asked is not None else "programs"
+        name = asked.name if asked is not None else PROGRAMS
         answered = JudgedAnswers(contest.name, name, answers, judgements)
         judged = judged_as(run, benchmark, answered, contest.notes)
         make_folder(contest.folder)

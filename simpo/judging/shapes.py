@@ -20,6 +20,9 @@ from simpo.data.pairs import Message
 from simpo.data.reading.messages import all_text
 from simpo.run.judged import Figure
 
+PROGRAMS = "programs"
+"""What stands for the name of a judge where programs check the answers."""
+
 
 @dataclass(frozen=True)
 class Question:

@@ -130,7 +130,7 @@ def test_sample_of_the_package_as_its_own_functions_count() -> None:
     benchmark = opened()
     library = benchmark._library
     model, judge, answers, judgements = benchmark.read_annotations(DATA / "sample_output.jsonl")
-    assert (model, judge, judgements) == ("sample_output", "IFBench's programs", [])
+    assert (model, judge, judgements) == ("sample_output", "programs", [])
     figures, _ = benchmark.figures(judgements, answers)
 
     nltk.download = lambda *args, **kwargs: True  # its checks call it; the fixture sets it back

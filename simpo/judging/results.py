@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from simpo.config.choices import BenchmarkKind
 from simpo.config.schema import RunConfig
 from simpo.data.rules import obeys
 from simpo.judging import verdicts, win_rates
@@ -249,7 +248,7 @@ def _table(found: Sequence[Judged], names: Sequence[str]) -> list[dict[str, str]
     official = {
         key for one in found for key, f in one.figures.items() if f.official_low is not None
     }
-    head = f"{found[0].benchmark}, {'points' if _has_points(found) else 'percent'}"
+    head = f"{found[0].benchmark}, {'points' if found[0].has_points else 'percent'}"
     by_model: dict[str, dict[str, str]] = {}
     for index, (name, judged) in enumerate(zip(names, found, strict=True)):
         line = by_model[name] = {}
@@ -269,7 +268,7 @@ def _table(found: Sequence[Judged], names: Sequence[str]) -> list[dict[str, str]
 
 def _how_to_read(found: Sequence[Judged], names: Sequence[str]) -> str:
     """The unit of the figures, and what their intervals and differences are, if there are some."""
-    parts = ["points from 1 to 10" if _has_points(found) else "percent"]
+    parts = ["points from 1 to 10" if found[0].has_points else "percent"]
     if found[0].baseline:
         parts[0] += ", a win rate of 50 is as good as the baseline"
     figures = [figure for judged in found for figure in judged.figures.values()]
@@ -280,10 +279,6 @@ def _how_to_read(found: Sequence[Judged], names: Sequence[str]) -> str:
     if len(found) > 1:
         parts.append(f"minus {names[0]}: {as_judged(found[0])}")
     return f"read   {'; '.join(parts)}"
-
-
-def _has_points(found: Sequence[Judged]) -> bool:
-    return found[0].kind == BenchmarkKind.mt_bench.value
 
 
 def _note(note: str) -> str:
@@ -303,7 +298,7 @@ def _difference(first: Judged, judged: Judged) -> str:
     common = [key for key in first.by_question if key in judged.by_question]
     if not common:
         return "no common question"
-    scale = 1.0 if judged.kind == BenchmarkKind.mt_bench.value else win_rates.PERCENT
+    scale = 1.0 if judged.has_points else win_rates.PERCENT
     behind = [scale * (judged.by_question[key] - first.by_question[key]) for key in common]
     (found,) = by_bootstrap([behind])
     text = f"{found.mean:+.1f}"

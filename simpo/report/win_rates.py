@@ -125,7 +125,7 @@ class WinRates:
         """The unit of the figures, and what their intervals are, if they have some."""
         ones = list(self.judged.values())
         figures = [figure for one in ones for figure in one.figures.values()]
-        parts = ["points from 1 to 10" if _has_points(ones[0]) else "percent"]
+        parts = ["points from 1 to 10" if ones[0].has_points else "percent"]
         if any(one.baseline for one in ones):
             parts[0] += ", a win rate of 50 is as good as the baseline"
         shown: list[Figure | Difference] = [*figures, *self.behind.values()]
@@ -184,7 +184,7 @@ def _main(one: Judged) -> float:
 def _behind(
     judged: Mapping[int, Judged], best: int, others: Sequence[int]
 ) -> dict[int, Difference]:
-    scale = 1.0 if _has_points(judged[best]) else 100.0
+    scale = 1.0 if judged[best].has_points else 100.0
     values = {
         index: {key: scale * x for key, x in judged[index].by_question.items() if math.isfinite(x)}
         for index in (best, *others)
@@ -200,10 +200,6 @@ def _behind(
         differences = [[values[best][q] - values[index][q] for q in questions] for index in same]
         found |= zip(same, by_bootstrap(differences), strict=True)
     return dict(zip(found, holm(list(found.values())), strict=True))
-
-
-def _has_points(one: Judged) -> bool:
-    return one.kind == BenchmarkKind.mt_bench.value
 
 
 def as_judged(one: Judged) -> str:
@@ -233,7 +229,7 @@ def _bounds(low: float | None, high: float | None, digits: int) -> str:
 
 
 def _digits(one: Judged) -> int:
-    return 2 if _has_points(one) else 1
+    return 2 if one.has_points else 1
 
 
 def _figure(one: Judged, key: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from simpo.config.choices import BenchmarkKind
 from simpo.config.errors import DamagedError
 from simpo.run.atomic import write_json
 from simpo.run.files import is_there, read_json
@@ -84,6 +85,11 @@ class Judged:
     input_tokens: int = 0
     output_tokens: int = 0
     cost_usd: float | None = None
+
+    @property
+    def has_points(self) -> bool:
+        """Whether its values are points from 1 to 10; else they are shares, and figures percent."""
+        return self.kind == BenchmarkKind.mt_bench.value
 
     def write(self, folder: Path) -> None:
         """Write judged.json into the folder of the benchmark."""

@@ -23,7 +23,7 @@ from simpo.judging.shapes import (
 )
 from simpo.on_policy.rewards import RULES
 from simpo.report.studies import by_bootstrap
-from simpo.report.win_rates import as_judged, in_words, label, official_interval
+from simpo.report.win_rates import as_judged, digits, in_words, label, official_interval
 from simpo.run.judged import Judged
 from simpo.run.tables import markdown_table
 
@@ -254,7 +254,7 @@ def _table(found: Sequence[Judged], names: Sequence[str]) -> list[dict[str, str]
         line = by_model[name] = {}
         for key in keys:
             figure = judged.figures.get(key)
-            line[label(key)] = in_words(figure) if figure else "-"
+            line[label(key)] = in_words(figure, digits(judged)) if figure else "-"
             if key in official:
                 line[f"{label(key)}, official"] = official_interval(figure) if figure else ""
         if len(found) > 1:
@@ -301,9 +301,10 @@ def _difference(first: Judged, judged: Judged) -> str:
     scale = 1.0 if judged.has_points else win_rates.PERCENT
     behind = [scale * (judged.by_question[key] - first.by_question[key]) for key in common]
     (found,) = by_bootstrap([behind])
-    text = f"{found.mean:+.1f}"
+    form = f"+.{digits(judged)}f"
+    text = format(found.mean, form)
     if found.low is not None and found.high is not None:
-        text += f" ({found.low:+.1f} to {found.high:+.1f})"
+        text += f" ({found.low:{form}} to {found.high:{form}})"
     return text if len(common) == judged.questions else f"{text}, {len(common)} questions"
 
 

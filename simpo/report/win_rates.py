@@ -88,7 +88,7 @@ class WinRates:
         words = [self._place(index)]
         if index in self.behind:
             found = self.behind[index]
-            words += [in_words(found, _digits(self.judged[index])), f"p {found.p:.2g}"]
+            words += [in_words(found, digits(self.judged[index])), f"p {found.p:.2g}"]
         return ", ".join(filter(None, words))
 
     def _place(self, index: int) -> str:
@@ -228,16 +228,17 @@ def _bounds(low: float | None, high: float | None, digits: int) -> str:
     return f"({low:.{digits}f} to {high:.{digits}f})"
 
 
-def _digits(one: Judged) -> int:
+def digits(one: Judged) -> int:
+    """Of figures behind the point."""
     return 2 if one.has_points else 1
 
 
 def _figure(one: Judged, key: str) -> str:
-    return in_words(one.figures[key], _digits(one)) if key in one.figures else ""
+    return in_words(one.figures[key], digits(one)) if key in one.figures else ""
 
 
 def _official(one: Judged, key: str) -> str:
-    return official_interval(one.figures[key], _digits(one)) if key in one.figures else ""
+    return official_interval(one.figures[key], digits(one)) if key in one.figures else ""
 
 
 def official_interval(figure: Figure, digits: int = 1) -> str:

@@ -137,3 +137,18 @@ def test_several_models() -> None:
         " LC win rate ",
     ]
     assert len(many[2:8]) == 6 and many[7].startswith("| f  ")
+
+
+def test_points_have_two_digits() -> None:
+    """As in a report: models differ by tenths of a point."""
+    found = [
+        Judged("mt_bench", "mt_bench", name, "", "j", {"score": figure}, values, 2, 2)
+        for name, figure, values in (
+            ("a", Figure(7.5, 7.0, 8.0), {"1": 7.0, "2": 8.0}),
+            ("b", Figure(7.53, 7.04, 8.02), {"1": 7.04, "2": 8.02}),
+        )
+    ]
+    assert result_lines(found, [Path("x"), Path("y")])[2:4] == [
+        "| score            | 7.50 (7.00 to 8.00) | 7.53 (7.04 to 8.02)    |",
+        "| minus a          |                     | +0.03 (+0.02 to +0.04) |",
+    ]

@@ -131,6 +131,10 @@ def judged_as(
     texts = {"model": answers, "baseline": benchmark.baseline}
     said = [judgement.said for judgement in judgements]
     tokens = [sum(getattr(one, key) for one in said) for key in ("input_tokens", "output_tokens")]
+    cost_usd = verdicts.cost_usd(run.judge, *tokens)
+    if cost_usd is not None and any(one.text and not one.input_tokens for one in said):
+        cost_usd = None
+        notes.append("The cost is not known: the server did not count the tokens of all verdicts.")
     compared = bool(benchmark.baseline)
     return Judged(
         run.benchmark.name,
@@ -153,7 +157,7 @@ def judged_as(
         notes=[*notes, *more_notes],
         input_tokens=tokens[0],
         output_tokens=tokens[1],
-        cost_usd=verdicts.cost_usd(run.judge, *tokens),
+        cost_usd=cost_usd,
     )
 
 

@@ -63,7 +63,7 @@ class Judged:
         examples: questions clearly won and lost: `question`, `model`, `baseline`, `preference`.
         notes: what a reader must know, such as an approximation; a sentence each.
         input_tokens, output_tokens, cost_usd: of all verdicts, also of those paid earlier; the
-            cost is None if no price is known.
+            cost is None if no price is known, or not the tokens of all.
     """
 
     benchmark: str

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from simpo.config.compose import compose_run
 from simpo.data.pairs import Pair
 from simpo.data.rules import obeys
@@ -152,3 +154,25 @@ def test_points_have_two_digits() -> None:
         "| score            | 7.50 (7.00 to 8.00) | 7.53 (7.04 to 8.02)    |",
         "| minus a          |                     | +0.03 (+0.02 to +0.04) |",
     ]
+
+
+@pytest.mark.parametrize(("tokens", "cost_usd"), [((5, 5), 20e-6), ((5, 0), None), ((0, 0), None)])
+def test_a_cost_is_known_if_all_tokens_are(tokens: tuple[int, int], cost_usd: float | None) -> None:
+    pair = Pair(
+        ({"role": "user", "content": "?"},), ({"role": "assistant", "content": "no"},), None, ""
+    )
+    judgements = [
+        Judgement(Query("q", 0, order, (), 9, 0.0), Said("[[A]]", input_tokens=count), 1.0)
+        for order, count in enumerate(tokens)
+    ]
+    run = compose_run(
+        [
+            *("benchmark=pairs", "judge.endpoint=http://localhost/v1", "judge.model=j"),
+            *("judge.usd_per_million_input_tokens=2", "judge.usd_per_million_output_tokens=8"),
+        ]
+    )
+    answered = JudgedAnswers("m", "j", {"q": Answer("q", ("x",))}, judgements)
+    found = judged_as(run, Pairs({"q": pair}, "chosen", 0), answered)
+    assert found.cost_usd == cost_usd
+    told = "The cost is not known: the server did not count the tokens of all verdicts."
+    assert (told in found.notes) == (cost_usd is None)

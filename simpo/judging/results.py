@@ -30,6 +30,10 @@ from simpo.run.tables import markdown_table
 EXAMPLES = 3
 """Questions shown that were won, and as many that were lost."""
 SHOWN_CHARS = 1200
+ONE_ORDER = (
+    "{:,} questions have a verdict that can be read in one order alone. It counts, and with it the "
+    "judge's bias for a position."
+)
 MOST_CHANCE = 75.0
 """A highest possible win rate in percent up to which a note says what it is."""
 
@@ -124,6 +128,9 @@ def judged_as(
     figures, notes = benchmark.figures(judgements, answers)
     values = benchmark.by_question(judgements, answers)
     notes = [*notes, *_left_out(len(benchmark.questions), len(values))]
+    counted = [judgement for judgement in judgements if judgement.query.question in values]
+    if alone := win_rates.in_one_order(counted):
+        notes.append(ONE_ORDER.format(alone))
     notes += win_rates.notes_on_intervals(figures, len(values))
     notes += _same_answers(benchmark, answers)
     if judge == RULES:

@@ -80,6 +80,15 @@ def first_share(judgements: Sequence[Judgement]) -> float | None:
     return fmean((a + 1 - b) / 2 for a, b in both) if both else None
 
 
+def in_one_order(judgements: Iterable[Judgement]) -> int:
+    """How many questions were asked in both orders and have a verdict to read in one alone."""
+    readable: dict[str, dict[int, bool]] = defaultdict(lambda: defaultdict(bool))
+    for judgement in judgements:
+        query = judgement.query
+        readable[query.question][query.order] |= judgement.value is not None
+    return sum(len(orders) == 2 and sum(orders.values()) == 1 for orders in readable.values())
+
+
 def agreement(judgements: Sequence[Judgement]) -> float | None:
     """Share of queries asked twice whose answers mean the same: who wins, or equal points.
 

@@ -176,3 +176,27 @@ def test_a_cost_is_known_if_all_tokens_are(tokens: tuple[int, int], cost_usd: fl
     assert found.cost_usd == cost_usd
     told = "The cost is not known: the server did not count the tokens of all verdicts."
     assert (told in found.notes) == (cost_usd is None)
+
+
+def test_verdicts_of_one_order_alone_are_a_note() -> None:
+    """q1's other verdict cannot be read; q2 was asked in one order."""
+    prompt, said = ({"role": "user", "content": "?"},), ({"role": "assistant", "content": "no"},)
+    pairs = {key: Pair(prompt, said, None, "") for key in ("q0", "q1", "q2")}
+    judgements = [
+        Judgement(Query(key, 0, order, (), 9, 0.0), Said(""), value)
+        for key, order, value in (
+            *(("q0", 0, 1.0), ("q0", 1, 0.0), ("q1", 0, 1.0), ("q1", 1, None)),
+            ("q2", 0, 1.0),
+        )
+    ]
+    answers = {key: Answer(key, ("x",)) for key in pairs}
+    found = judged_as(
+        compose_run(["benchmark=pairs"]),
+        Pairs(pairs, "chosen", 0),
+        JudgedAnswers("m", "j", answers, judgements),
+    )
+    assert found.by_question == {"q0": 0.5, "q1": 1.0, "q2": 1.0}
+    assert found.notes[0] == (
+        "1 questions have a verdict that can be read in one order alone. It counts, and with it "
+        "the judge's bias for a position."
+    )

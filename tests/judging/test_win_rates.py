@@ -12,6 +12,7 @@ from simpo.judging.shapes import Answer, Judgement, Query, Said, by_question
 from simpo.judging.win_rates import (
     agreement,
     first_share,
+    in_one_order,
     mean_chars,
     mean_figure,
     position_bias,
@@ -57,6 +58,7 @@ def test_by_hand() -> None:
     first = [(0.9 + 0.8) / 2, (0.6 + 0.2) / 2, (0.5 + 0.9) / 2]
     assert first_share(JUDGEMENTS) == pytest.approx(sum(first) / 3)
     assert agreement(JUDGEMENTS) == 0.5
+    assert in_one_order(JUDGEMENTS) == 1
     assert mean_chars([Answer("a", ("12", "345")), Answer("b", ("1",))]) == 3
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from simpo.data.pairs import Pair
 from simpo.data.reading.for_loss import reader_of
 from simpo.data.reading.records import to_prompt
 from simpo.data.rules import obeys
-from simpo.judging.jsonl import read_jsonl, write_jsonl
+from simpo.judging.jsonl import ONE_LINE, read_jsonl, write_jsonl
 from simpo.judging.shapes import (
     Answer,
     Benchmark,
@@ -40,7 +40,8 @@ CHOSEN, BASE = "chosen", "base"
 JUDGEMENTS = "judgements.jsonl"
 MAX_TOKENS = 1024
 LABEL = re.compile(r"\[\[([ABC])\]\]")
-KEYS_OF_SAID = {one.name for one in fields(Said)}
+SAID = {"text": str, "first_logprobs": dict, "input_tokens": int, "output_tokens": int}
+"""Types of what a judge said in a line of judgements.jsonl; all but the text may lack."""
 VALUES = {"A": 1.0, "B": 0.0, "C": 0.5}
 """Preference for the answer shown first."""
 SYSTEM = """You compare two answers to the same request. Decide which of them serves the person \
@@ -194,6 +195,7 @@ class Pairs(Benchmark):
         answers: dict[str, Answer] = {}
         baseline: dict[str, Answer] = {}
         judgements = []
+        seen = set()
         model = judge = ""
         keys = ("question", "model", "answer", "baseline", "baseline_answer", "judge", "preference")
         for number, line in enumerate(read_jsonl(path, (*keys, "order", "repeat", "prompt")), 1):
@@ -207,8 +209,15 @@ class Pairs(Benchmark):
                     f"{path}:{number}: another model, judge or baseline than above (one a file)"
                 )
             model, judge, self.baseline_name = names
-            answers[key] = Answer(key, (line["answer"],))
-            baseline[key] = Answer(key, (line["baseline_answer"],))
+            asked = key, line["order"], line["repeat"]
+            own, other = Answer(key, (line["answer"],)), Answer(key, (line["baseline_answer"],))
+            same_answers = (answers.setdefault(key, own), baseline.setdefault(key, other))
+            if asked in seen or same_answers != (own, other):
+                raise DataError(
+                    f"{path}:{number}: question {key} is judged twice, or other answers to it "
+                    f"({ONE_LINE})"
+                )
+            seen.add(asked)
             if key not in self._by_id:
                 self._by_id[key] = Question(key, tuple(line["prompt"]))
             query = Query(key, 0, line["order"], (), MAX_TOKENS, 0.0, repeat=line["repeat"])
@@ -236,5 +245,9 @@ def _check_line(place: str, line: Mapping[str, Any]) -> None:
         and all(isinstance(turn, dict) and turn.keys() >= {"role", "content"} for turn in turns)
     ):
         raise DataError(f"{place}: prompt must be a list of messages (restore the file)")
-    if not isinstance(said, dict) or not {"text"} <= said.keys() <= KEYS_OF_SAID:
+    if not (
+        isinstance(said, dict)
+        and {"text"} <= said.keys() <= SAID.keys()
+        and all(isinstance(value, SAID[key]) for key, value in said.items())
+    ):
         raise DataError(f"{place}: said must be an object with text (restore the file)")

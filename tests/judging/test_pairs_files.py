@@ -37,6 +37,9 @@ LINE = {
         ({"prompt": None}, "prompt must be a list of messages"),
         ({"said": "A"}, "said must be an object with text"),
         ({"said": {"text": "", "more": 1}}, "said must be an object with text"),
+        ({"said": {"text": "", "input_tokens": "1"}}, "said must be an object with text"),
+        ({}, "question 1 is judged twice, or other answers to it .keep one of both lines."),
+        ({"order": 1, "answer": "That."}, "question 1 is judged twice, or other answers to it"),
     ],
 )
 def test_lines_that_cannot_be_used(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -137,12 +137,12 @@ def judged_as(
         notes += _ceiling(benchmark)
     texts = {"model": answers, "baseline": benchmark.baseline}
     said = [judgement.said for judgement in judgements]
-    tokens = [sum(getattr(one, key) for one in said) for key in ("input_tokens", "output_tokens")]
-    cost_usd = verdicts.cost_usd(run.judge, *tokens)
+    input_tokens = sum(one.input_tokens for one in said)
+    output_tokens = sum(one.output_tokens for one in said)
+    cost_usd = verdicts.cost_usd(run.judge, input_tokens, output_tokens)
     if cost_usd is not None and any(one.text and not one.input_tokens for one in said):
         cost_usd = None
         notes.append("The cost is not known: the server did not count the tokens of all verdicts.")
-    compared = bool(benchmark.baseline)
     return Judged(
         run.benchmark.name,
         run.benchmark.kind.value,
@@ -154,16 +154,16 @@ def judged_as(
         questions=len(values),
         asked=len(judgements),
         malformed=sum(judgement.value is None for judgement in judgements),
-        position_bias=win_rates.position_bias(judgements) if compared else None,
-        first_share=win_rates.first_share(judgements) if compared else None,
+        position_bias=win_rates.position_bias(judgements),
+        first_share=win_rates.first_share(judgements),
         agreement=win_rates.agreement(judgements),
         mean_chars={
             name: win_rates.mean_chars(side.values()) for name, side in texts.items() if side
         },
         examples=list(_examples(benchmark, answers, values)),
         notes=[*notes, *more_notes],
-        input_tokens=tokens[0],
-        output_tokens=tokens[1],
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
         cost_usd=cost_usd,
     )
 

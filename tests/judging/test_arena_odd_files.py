@@ -258,3 +258,10 @@ def test_a_pattern_that_is_no_pattern(folder: Folder) -> None:
 
 def test_a_folder_in_the_root_has_no_clone_around_it() -> None:
     assert read_prompts(Path("/arena")) == OWN
+
+
+def test_biases_need_no_answers_of_the_baseline(folder: Folder) -> None:
+    """Of the first question the answer shown first wins both games, of the second the model."""
+    (folder.path / "model_answer" / f"{BASELINE}.jsonl").unlink()
+    found = folder.judged(folder.verdicts("m", [("A>B", "A>B"), ("A>B", "B>A")]))
+    assert (found.position_bias, found.first_share) == (0.5, 0.75)

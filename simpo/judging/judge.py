@@ -73,7 +73,7 @@ def judge(run: RunConfig, sources: Sequence[str]) -> list[Judged]:
     same = None if run.benchmark.kind is BenchmarkKind.pairs else open_benchmark(run)
     contests = [_contest(run, source, same) for source in sources]
     _refuse_one_folder(sources, contests)
-    asked = open_judge(run, contests[0].benchmark)
+    asked = open_judge(run, *dict.fromkeys(contest.benchmark for contest in contests))
     # All answers before the first judgement: the judge may be a model that needs the memory.
     for contest in contests:
         _draw(run, contest)

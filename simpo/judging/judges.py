@@ -24,8 +24,11 @@ def asked_judge(run: RunConfig) -> Judge | None:
     return None if run.judge.local is None else LocalJudge(run, run.judge.local)
 
 
-def open_judge(run: RunConfig, benchmark: Benchmark) -> Judge | Reward | None:
+def open_judge(run: RunConfig, *benchmarks: Benchmark) -> Judge | Reward | None:
     """The judge of a benchmark, or the reward that scores its answers.
+
+    Args:
+        benchmarks: more than one where runs are asked the held-out prompts of their own data.
 
     Returns:
         None if nothing is asked: there are judgements already, or programs check the answers.
@@ -38,24 +41,24 @@ def open_judge(run: RunConfig, benchmark: Benchmark) -> Judge | Reward | None:
         return None
     if (judge := asked_judge(run)) is not None:
         return judge
+    questions = [question for benchmark in benchmarks for question in benchmark.questions]
     if config.reward is not None:
-        if not benchmark.baseline_name:
+        if not all(benchmark.baseline_name for benchmark in benchmarks):
             raise ConfigError(
                 [
                     f"judge.reward: benchmark={run.benchmark.name} has no baseline that a score "
                     "could be compared with (leave it out, or set judge.endpoint or judge.local)"
                 ]
             )
-        bare = sum(question.rule is None for question in benchmark.questions)
+        bare = sum(question.rule is None for question in questions)
         if config.reward == RULES and bare:
             raise ConfigError(
                 [
                     f"judge.reward: rules judges prompts that have a rule, but {bare:,} of "
-                    f"{len(benchmark.questions):,} have none (choose another judge)"
+                    f"{len(questions):,} have none (choose another judge)"
                 ]
             )
         return ScoringReward(run, config.reward)
-    questions = benchmark.questions
     if questions and all(question.rule is not None for question in questions):
         return ScoringReward(run, RULES)
     if run.benchmark.kind is BenchmarkKind.ifbench:

@@ -356,6 +356,23 @@ def test_models_in_folders_of_one_name(folder: Path, tmp_path: Path) -> None:
     assert found["a"][0] != found["b"][0]
 
 
+def test_prompts_without_rules_of_a_later_run(folder: Path, tmp_path: Path) -> None:
+    """Each run has its own data; all are looked at before an answer is drawn."""
+    bare = shutil.copytree(folder / "b", tmp_path / "bare")
+    records = [{**record, "rule": None} for record in lines(folder / "test.jsonl")]
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = (bare / "run.yaml").read_text().replace(f"{folder}/test.jsonl", str(held_out))
+    (bare / "run.yaml").write_text(settings.replace(f"{folder}/b", str(bare)))
+    for word, told in (
+        ("judge.reward=rules", "judge.reward: rules judges prompts that have a rule, but 16 of 32"),
+        ("benchmark.num_prompts=8", "judge: benchmark=pairs needs a judge, but none is set"),
+    ):
+        run = compose_run([*SHORT, f"output_dir={tmp_path}", word])
+        with pytest.raises(ConfigError, match=told):
+            judging.judge(run, [f"{folder}/a", str(bare)])
+
+
 def test_the_usage_names_every_benchmark() -> None:
     assert all(name in USAGE for name in CONF.choices("benchmark") if name != "none")
 

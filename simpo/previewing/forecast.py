@@ -44,6 +44,10 @@ from simpo.run.tables import markdown_table
 
 PROMPT_SHARE = 0.24
 """Share of a pair's tokens in its prompt, where pairs are assumed (UltraFeedback's)."""
+TWO_ASSUMED = (
+    "note   pairs=N assumes two responses to a prompt, and the loss compares all (leave it out to "
+    "read the data, or count the tokens of all in tokens_per_pair)"
+)
 
 
 @console.libraries_quiet()
@@ -102,6 +106,7 @@ def forecast(
         f"note   assumed: {EFFICIENCY:.0%} of {gpu.bf16_tflops:g} TFLOP/s, {LINK_EFFICIENCY:.0%} "
         f"of {gpu.link_gb_s:g} GB/s within {GPUS_PER_NODE} GPUs and of {NODE_GB_S:g} GB/s between "
         "machines; nothing here was measured on a GPU",
+        *([TWO_ASSUMED] if pairs is not None and run.loss.ranks else []),
     ]
 
 

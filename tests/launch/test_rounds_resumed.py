@@ -19,7 +19,14 @@ from simpo.config.errors import ConfigError, DamagedError, DataError, RunError, 
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds import driver, process
 from simpo.launch.rounds.phases import Phase, replies_folder, settings_of
-from simpo.launch.rounds.record import done_file, measured, measured_rounds, next_phases
+from simpo.launch.rounds.preflight import content_of_static
+from simpo.launch.rounds.record import (
+    check_model,
+    done_file,
+    measured,
+    measured_rounds,
+    next_phases,
+)
 from simpo.on_policy.measures import win_rate
 from simpo.run.rounds import ENDED_FILE, Kind, run_folder
 
@@ -159,6 +166,9 @@ def test_replies_of_a_part_that_is_no_more_are_not_lost(
     # Two replies to each of 12 train prompts and 16 held-out ones.
     scores = (replies_folder(tmp_path, 1) / "reply_scores.jsonl").read_text().splitlines()
     assert len({(line["id"], line["seed"]) for line in map(json.loads, scores)}) == 56
+    # What later rounds must find the same.
+    done = json.loads((tmp_path / "rounds/1/annotate.json").read_text())
+    assert {json.loads(line)["reward"] for line in scores} == {done["reward"]}
     # Who is killed when all is written does it again.
     measures = (replies_folder(tmp_path, 1) / "measures.json").read_bytes()
     process.run_phase(run, tmp_path, Phase(1, Kind.annotate))
@@ -208,6 +218,103 @@ def test_replies_of_a_part_that_is_no_more_are_not_lost(
         "data.sources: the prompts changed under these rounds (restore them, or start anew with "
         "run_dir=NEW)"
     )
+
+
+def trained(root: Path, number: int) -> None:
+    """What the training of a round leaves."""
+    folder = run_folder(root, number)
+    (folder / "model").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (folder / "model" / name).write_text(f"{name}\n")
+    results = {"eval_after": {}, "train": {"steps": 3, "model_step": 3}}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+@pytest.mark.parametrize("fault", ["is not as it was written", "is missing"])
+def test_a_model_that_is_damaged_between_rounds(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = composed(f"run_dir={tmp_path}")
+    replies_folder(tmp_path, 1).mkdir(parents=True)
+    (replies_folder(tmp_path, 1) / "train.jsonl").touch()
+    monkeypatch.setattr(process, "start", lambda *_, **__: trained(tmp_path, 1))
+    process.run_phase(run, tmp_path, Phase(1, Kind.train))
+    model, done = tmp_path / "rounds/1/run/model", tmp_path / "rounds/1/train.json"
+    (model / "README.md").write_text("A card that its user has edited.\n")
+    check_model(tmp_path, 1)
+    if fault == "is missing":
+        (model / "model.safetensors").unlink()
+    else:
+        (model / "model.safetensors").write_text("model.safetensort\n")
+    for kind in (Kind.generate, Kind.train):
+        with pytest.raises(DamagedError) as told:
+            process.run_phase(run, tmp_path, Phase(2, kind))
+        assert str(told.value) == (
+            f"{model}/model.safetensors: {fault} (remove {tmp_path}/rounds/1/run and {done}: the "
+            "same command trains it anew)"
+        )
+
+
+def test_of_processes_that_train_together_one_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks of a job would write the same files at the same moment."""
+    (tmp_path / "command.txt").write_text("python -m simpo.train rounds.number=2\n")
+    replies_folder(tmp_path, 1).mkdir(parents=True)
+    (replies_folder(tmp_path, 1) / "train.jsonl").touch()
+    monkeypatch.setattr(process, "start", lambda *_, **__: trained(tmp_path, 1))
+    process.run_phase(composed(), tmp_path, Phase(1, Kind.train), is_main=False)
+    assert not (tmp_path / "rounds/1/train.json").exists()
+    assert not (tmp_path / "rounds/1/run/command.txt").exists()
+    monkeypatch.setattr(process, "start", lambda *_, **__: None)
+    process.run_phase(composed(), tmp_path, Phase(1, Kind.train))
+    assert (tmp_path / "rounds/1/train.json").is_file()
+    assert (tmp_path / "rounds/1/run/command.txt").is_file()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_static_pairs_that_change_between_rounds(
+    split: str, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their prompts stay the same."""
+    words = [*tiny_run, "rounds.number=2", "on_policy.reward=rules", "rounds.static_weight=0.5"]
+    run = compose_run([*words, f"run_dir={tmp_path}"])
+    (tmp_path / "rounds/1/replies").mkdir(parents=True)
+    (tmp_path / "rounds/1/replies/train.jsonl").touch()
+    checked = {"static pairs": content_of_static(run)}
+    (tmp_path / "rounds/1/check.json").write_text(json.dumps(checked))
+    monkeypatch.setattr(process, "start", lambda *_, **__: trained(tmp_path, 1))
+    process.run_phase(run, tmp_path, Phase(1, Kind.train))
+    *others, last = map(json.loads, (tmp_path / f"{split}.jsonl").read_text().splitlines())
+    last["rejected"] = [{"role": "assistant", "content": "other"}]
+    lines = [json.dumps(record) + "\n" for record in (*others, last)]
+    (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    with pytest.raises(DataError) as told:
+        process.run_phase(run, tmp_path, Phase(1, Kind.train))
+    assert str(told.value) == (
+        "data.sources: the pairs changed under these rounds (restore them, or start anew with "
+        "run_dir=NEW)"
+    )
+
+
+@pytest.mark.parametrize("other", [1, 3])
+def test_a_reward_that_changes_between_rounds(
+    other: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before a reply is scored; also where the replies of an earlier round are again."""
+    (tmp_path / "rewards_of_rounds.py").write_text("def length(p, replies, r):\n    return []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    plant(tmp_path, 2)
+    done = {"seconds": 1.0, "reward": "0123456789abcdef"}
+    (tmp_path / f"rounds/{other}/annotate.json").write_text(json.dumps(done))
+    monkeypatch.setattr(process, "lacks_replies", lambda _: False)
+    run = composed("on_policy.reward=rewards_of_rounds:length", "model.lora.rank=0")
+    with pytest.raises(ConfigError) as told:
+        process.run_phase(run, tmp_path, Phase(2, Kind.annotate))
+    assert told.value.problems == [
+        "on_policy.reward: rewards_of_rounds:length changed since the replies of round "
+        f"{other} were scored (restore it, or start anew with run_dir=NEW)"
+    ]
 
 
 def test_an_error_that_cannot_be_noted_is_printed(

@@ -186,6 +186,19 @@ def test_only_whole_copies_of_the_weights(
     )
 
 
+def test_pairs_assumed_for_a_loss_that_compares_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = (
+        "note   pairs=N assumes two responses to a prompt, and the loss compares all (leave it out "
+        "to read the data, or count the tokens of all in tokens_per_pair)\n"
+    )
+    planned(tmp_path, LlamaConfig(**SIZES))
+    assert note not in capsys.readouterr().out
+    planned(tmp_path, LlamaConfig(**SIZES), "loss.compare=all")
+    assert capsys.readouterr().out.endswith(note)
+
+
 def test_a_model_that_cannot_be_drawn(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         planned(tmp_path, GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2))

@@ -80,7 +80,7 @@ def _run_link(root: Path, phase: Phase) -> None:
     is_main = os.environ.get("SLURM_PROCID", "0") == "0"
     try:
         if not is_done(root, phase):
-            run_phase(run, root, phase)
+            run_phase(run, root, phase, is_main)
         if is_main and phase.kind is Kind.annotate:
             folder = RunFolder(run)
             with folder.recording_failure():

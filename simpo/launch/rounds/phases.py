@@ -73,14 +73,25 @@ def settings_of(run: RunConfig, root: Path, phase: Phase, best: int = 0) -> RunC
     root = root.resolve()
     alone = replace(run, rounds=RoundsConfig(), launcher=LocalConfig(), run_dir=None)
     if phase.kind is Kind.train:
-        start = {RoundStart.last: phase.round - 1, RoundStart.first: 0, RoundStart.best: best}
-        return _training(alone, run, root, phase.round, start[run.rounds.start])
+        return _training(alone, run, root, phase.round, begins_with(run, phase, best))
     return replace(
         alone,
-        model=model_after(run, root, phase.round - 1),
+        model=model_after(run, root, begins_with(run, phase)),
         backend=SingleConfig(name="single", device=run.backend.device),
         on_policy=_replies(run, root, phase),
     )
+
+
+def begins_with(run: RunConfig, phase: Phase, best: int = 0) -> int:
+    """The round whose model a phase loads; 0: the first model.
+
+    Args:
+        best: as of `settings_of`.
+    """
+    newest = phase.round - 1
+    if phase.kind is not Kind.train:
+        return newest
+    return {RoundStart.last: newest, RoundStart.first: 0, RoundStart.best: best}[run.rounds.start]
 
 
 def model_after(run: RunConfig, root: Path, number: int) -> ModelConfig:

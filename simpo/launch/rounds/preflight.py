@@ -6,6 +6,7 @@ import math
 import shutil
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from simpo.config.schema import RunConfig
 from simpo.data.loader import read_mixture
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
+from simpo.data.store import pairs_fingerprint
 from simpo.judging import judge
 from simpo.judging.ratings import open_ratings
 from simpo.launch.rounds.phases import static_sources
@@ -49,7 +51,7 @@ IN_TRAINING = ("loss", "aux_loss", "reply_tokens", "reply_repetition", "rule_pas
 
 
 @libraries_quiet()
-def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, str]:
+def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, str, str]:
     """Check that rounds have a reward, prompts, memory and disk until their end.
 
     Args:
@@ -57,8 +59,8 @@ def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, str]:
         first: those of the first phase.
 
     Returns:
-        The numbers of prompts, in words, and the content of all, which later rounds must find the
-        same.
+        The numbers of prompts, in words; and what later rounds must find the same: the content of
+        all prompts, and of the static pairs, empty if there are to be none.
 
     Raises:
         ConfigError: with what a phase would miss.
@@ -69,7 +71,9 @@ def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, str]:
     _, found = prompts_of(first)
     prompts = [prompt for prompt, _ in found]
     problems = [*_prompt_problems(run, prompts), *_monitor_problems(run)]
-    if (name := run.on_policy.reward or "") == JUDGE:
+    name = run.on_policy.reward
+    assert name is not None
+    if name == JUDGE:
         open_ratings(first)
     elif name != RULES:
         reward_content(first, KEY, name)
@@ -80,8 +84,7 @@ def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, str]:
         )
     if problems:
         raise ConfigError(problems)
-    if static := static_sources(run):
-        read_mixture(replace(run, data=replace(run.data, sources=static)))
+    static = content_of_static(run) if static_sources(run) else ""
     if run.benchmark.kind is not BenchmarkKind.none:
         judge.check(run)
     settings = load_settings(run.model, Path(run.cache_dir).expanduser())
@@ -99,7 +102,18 @@ def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, str]:
     number = Counter(prompt.split for prompt in prompts)
     dealt = f"in {slices} slices" if (slices := _slices(run)) > 1 else "in each round"
     told = f"{number['train']} prompts to train on {dealt}, {number['test']} held out"
-    return told, content_of_prompts(found)
+    return told, content_of_prompts(found), static
+
+
+def content_of_static(run: RunConfig) -> str:
+    """Hash of the pairs that are mixed into those of each round: of all of which a round takes its
+    share, and of the held-out ones.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    mixture = read_mixture(replace(run, data=replace(run.data, sources=static_sources(run))))
+    return pairs_fingerprint(chain(mixture.read, mixture.test))
 
 
 def _slices(run: RunConfig) -> int:

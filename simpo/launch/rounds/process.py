@@ -22,29 +22,39 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config.check import check_run, load_run
-from simpo.config.errors import INTERRUPTED, ConfigError, SimpoError
+from simpo.config.errors import INTERRUPTED, ConfigError, DataError, SimpoError
 from simpo.config.flat import holds_secret
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds import outcome
 from simpo.launch.rounds.by_hand import commands_of
-from simpo.launch.rounds.phases import Phase, replies_folder, settings_of
+from simpo.launch.rounds.phases import (
+    Phase,
+    begins_with,
+    replies_folder,
+    settings_of,
+    static_sources,
+)
 from simpo.launch.rounds.record import (
+    CONTENT,
     MEASURES,
-    PAIRS,
+    REWARD_CONTENT,
     check_model,
     check_pairs,
+    check_reward,
+    content_of_model,
     content_of_pairs,
     done_file,
     kept_round,
     measured,
     measured_rounds,
     needs_best,
+    noted,
     nothing_to_learn,
     pairs_of,
 )
 from simpo.launch.start import start
 from simpo.run.atomic import make_folder, write_json, write_text
-from simpo.run.files import read_json, read_status
+from simpo.run.files import read_status
 from simpo.run.processes import end_process
 from simpo.run.progress import print_all_letters, say
 from simpo.run.rounds import run_folder
@@ -53,44 +63,80 @@ from simpo.run.unused import hide_unused
 
 OWN_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
 """Names of folders that runs make themselves."""
-PROMPTS = "prompts"
-"""Key of check.json: the content of all prompts."""
+CHECK = Phase(1, Kind.check)
+PROMPTS, STATIC = "prompts", "static pairs"
+"""Keys of check.json: hashes of all prompts, and of the pairs of `rounds.static_weight`."""
 
 
-def run_phase(run: RunConfig, root: Path, phase: Phase) -> None:
+def run_phase(run: RunConfig, root: Path, phase: Phase, is_main: bool = True) -> None:
     """Run one phase, or continue it, in this process, and note that it is done.
+
+    Args:
+        is_main: of several processes that train together, the one that checks and notes.
 
     Raises:
         SimpoError: as its own command does.
     """
     begin = time.perf_counter()
-    if phase.round > 1:
-        check_model(root, phase.round - 1)
-    if phase.kind is Kind.train:
-        check_pairs(root, phase.round)
-    own = settings_of(run, root, phase, _best(run, root) if phase.kind is Kind.train else 0)
+    best = _best(run, root) if phase.kind is Kind.train else 0
+    if is_main:
+        _check_inputs(run, root, phase, begins_with(run, phase, best))
+    own = settings_of(run, root, phase, best)
     check_run(own)
     hide_unused(own)
     set_stopped_exit_code(run.train.stopped_exit_code)
-    if phase.kind is not Kind.check and (commands := commands_of(root, own, phase)):
-        place = run_folder if phase.kind is Kind.train else replies_folder
-        make_folder(place(root, phase.round))
-        write_text(place(root, phase.round) / "command.txt", commands, holds_secret(run))
+    if is_main and phase.kind is not Kind.check:
+        _write_commands(run, own, root, phase)
     if own.train != run.train:
         say("note   no held-out pair in this round: the last model is saved, not the best")
     if phase.kind is Kind.train:
         folder = run_folder(root, phase.round)
         if read_status(folder).get("state") != "finished":
             start(own, own_process=True)
+        if not is_main:
+            return
         # The next round begins with the model, and three rounds of them would fill the disk.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        done: dict[str, Any] = {"text": outcome.of_training(folder)}
+        text, content = outcome.of_training(folder), content_of_model(root, phase.round)
+        done: dict[str, Any] = {"text": text, CONTENT: content}
     else:
         with stopping_at_once(f"stopped in {phase.text()}", run.train.stopped_exit_code):
             done = _reply(run, own, root, phase)
     make_folder(done_file(root, phase).parent)
     took_s = round(time.perf_counter() - begin, 3)
     write_json(done_file(root, phase), {"seconds": took_s, **done})
+
+
+def _check_inputs(run: RunConfig, root: Path, phase: Phase, model: int) -> None:
+    """Check that what a phase takes from others, or from the user, is as it was.
+
+    Args:
+        model: the round whose model the phase begins with; 0: the first.
+
+    Raises:
+        DataError: it is not.
+    """
+    if model:
+        check_model(root, model)
+    if phase.kind is Kind.train:
+        check_pairs(root, phase.round)
+        checked = noted(root, CHECK).get(STATIC)
+        if checked and static_sources(run):
+            from simpo.launch.rounds.preflight import content_of_static
+
+            if content_of_static(run) != checked:
+                raise DataError(
+                    "data.sources: the pairs changed under these rounds (restore them, or start "
+                    "anew with run_dir=NEW)"
+                )
+
+
+def _write_commands(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:
+    """Write command.txt into the folder of a phase, if words can say its settings `own`."""
+    if commands := commands_of(root, own, phase):
+        place = run_folder if phase.kind is Kind.train else replies_folder
+        make_folder(place(root, phase.round))
+        write_text(place(root, phase.round) / "command.txt", commands, holds_secret(run))
 
 
 def _best(run: RunConfig, root: Path) -> int:
@@ -110,37 +156,49 @@ def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> dict[str
     if phase.kind is Kind.check:
         from simpo.launch.rounds.preflight import check_rounds
 
-        text, content = check_rounds(run, own)
-        return {"text": text, PROMPTS: content}
+        text, prompts, static = check_rounds(run, own)
+        return {"text": text, PROMPTS: prompts, STATIC: static}
     from simpo.on_policy.generate import generate
 
     folder = replies_folder(root, phase.round)
-    remedy = "remove it: the same command writes it anew"
-    checked = read_json(done_file(root, Phase(1, Kind.check)), remedy).get(PROMPTS)
+    checked = noted(root, CHECK).get(PROMPTS)
     if phase.kind is Kind.generate:
         generate(own, _alike(root) if phase.round == 1 else (), checked)
         return {"text": outcome.of_generating(folder, own)}
     if lacks_replies(folder):  # of a part that another number of rounds.generate_jobs had
         whole = replace(own, on_policy=replace(own.on_policy, parts=1, part=1))
         generate(whole, wanted=checked)
-    _annotate(run, own, root, phase)
-    return {"text": outcome.of_annotating(folder), PAIRS: content_of_pairs(root, phase.round)}
+    reward = _annotate(run, own, root, phase)
+    return {
+        "text": outcome.of_annotating(folder),
+        CONTENT: content_of_pairs(root, phase.round),
+        REWARD_CONTENT: reward,
+    }
 
 
-def _annotate(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:
+def _annotate(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> str:
     """Score the replies of a round and measure them.
 
+    Returns:
+        The hash of the reward.
+
     Raises:
-        ConfigError: the first round has too few pairs: there is no model to end with.
+        ConfigError: the reward is not that of other rounds; or the first round has too few pairs:
+            there is no model to end with.
     """
     from simpo.judging.ratings import open_ratings
-    from simpo.on_policy.annotate import annotate
+    from simpo.on_policy.annotate import KEY, annotate
     from simpo.on_policy.drift import measure_drift
     from simpo.on_policy.measures import read_measures, win_rate, write_measures
+    from simpo.on_policy.rewards import reward_content
 
-    folder = replies_folder(root, phase.round)
+    folder, name = replies_folder(root, phase.round), own.on_policy.reward
+    assert name is not None
+    rater = open_ratings(own)
+    content = reward_content(own, KEY, name) if rater is None else rater.content
+    check_reward(run, root, phase.round, content)
     # With a model of theirs, rounds that can learn nothing more have come to their end.
-    annotate(own, open_ratings(own), demanding=phase.round == 1)
+    annotate(own, rater, demanding=phase.round == 1)
     measure_drift(own, run.model)
     measures = read_measures(folder)
     measures["test"]["win_rate"] = win_rate(folder, replies_folder(root, 1))
@@ -151,6 +209,7 @@ def _annotate(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:
     pairs = pairs_of(root, phase.round)
     if phase.round == 1 and (reason := nothing_to_learn(run, pairs, 1)):
         raise ConfigError([reason])
+    return content
 
 
 def _alike(root: Path) -> list[Path]:

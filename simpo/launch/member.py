@@ -141,7 +141,7 @@ def _note_start(folder: Path) -> None:
         with suppress(DamagedError):  # shown by `simpo report`; the run goes on
             job = last_job(folder)
             if "id" in job:
-                note_job(folder, folder / job["log"], id=job["id"], restarts=restarts)
+                note_job(folder, **job | {"log": folder / job["log"], "restarts": restarts})
 
 
 def requeue_before_limit() -> None:

@@ -26,6 +26,8 @@ BENCHMARKS = {
 """Keys of benchmarks.json, in the order of published.yaml, with their usual names."""
 PRUNING = "pruning.json"
 """What a search compares a run with, to prune it; see `simpo.run.pruning`."""
+JOB: dict[str, str | int] = {"log": "", "id": "", "chain": "", "pid": 0, "restarts": 0}
+"""Keys of a line of jobs.jsonl, with values of their types."""
 NEW_RUN = "restore it, or start anew with run_dir=NEW"
 
 
@@ -294,10 +296,7 @@ def last_job(folder: Path) -> dict[str, Any]:
     known = (
         isinstance(job, dict)
         and "log" in job
-        and all(
-            isinstance(job.get(key, default), type(default))
-            for key, default in (("log", ""), ("id", ""), ("pid", 0), ("restarts", 0))
-        )
+        and all(isinstance(job.get(key, default), type(default)) for key, default in JOB.items())
         and re.fullmatch(r"(\d+(_\d+)?)?", job.get("id", ""), re.ASCII)
         and job.get("pid", 0) >= 0
     )

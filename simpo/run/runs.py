@@ -1,7 +1,8 @@
 """Reads runs from their folders and finds out their states, at any time. Imports no torch.
 
 The folder of a launched run has jobs.jsonl, a line for each submission or start: `id` of the Slurm
-job, or `pid` of the process on this machine; `log`; `restarts` of the job.
+job, or `pid` of the process on this machine; `log`; `restarts` of the job; `chain`, the ids of the
+jobs of a chain up to this one, with blanks between them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -288,22 +290,22 @@ def read_progress(folders: Sequence[Path]) -> list[Progress]:
 
     The note of a damaged run names the file, what is wrong with it and what to do.
     """
-    jobs: list[dict[str, Any] | DamagedError] = []
+    found: dict[Path, Progress] = {}
+    jobs: dict[Path, dict[str, Any]] = {}
     for folder in folders:
         try:
-            jobs.append(last_job(folder))
+            jobs[folder] = last_job(folder)
         except DamagedError as error:
-            jobs.append(error)
-    known = slurm.jobs(job["id"] for job in jobs if isinstance(job, dict) and job.get("id"))
-    found = []
-    for folder, job in zip(folders, jobs, strict=True):
+            found[folder] = Progress(State.damaged, note=str(error))
+    ids = {folder: job.get("chain", job.get("id", "")).split() for folder, job in jobs.items()}
+    known = slurm.jobs(chain.from_iterable(ids.values()))
+    for folder, job in jobs.items():
+        own = [known[name] for name in ids[folder] if name in known]
         try:
-            if isinstance(job, DamagedError):
-                raise job
-            found.append(_progress(folder, job, known.get(job.get("id", ""))))
+            found[folder] = _progress(folder, job, slurm.telling(own))
         except DamagedError as error:
-            found.append(Progress(State.damaged, note=str(error)))
-    return found
+            found[folder] = Progress(State.damaged, note=str(error))
+    return [found[folder] for folder in folders]
 
 
 def note_job(folder: Path, log: Path, **job: Any) -> None:

@@ -91,6 +91,20 @@ def jobs(ids: Iterable[str]) -> dict[str, Job]:
     return {name: job for name, job in found.items() if name in wanted}
 
 
+def telling(jobs: Sequence[Job]) -> Job | None:
+    """The job that tells the state of a chain of jobs: one that runs, has failed, or waits, in this
+    order; those after one that has failed are cancelled. None of none."""
+
+    def order(job: Job) -> int:
+        if job.state in ACTIVE_STATES:
+            return 0
+        if job.state in PENDING_STATES:
+            return 2
+        return {"CANCELLED": 3, "COMPLETED": 4}.get(job.state, 1)
+
+    return min(jobs, key=order, default=None)
+
+
 def _with_remedy(reason: str) -> str:
     """Slurm's reason; with its meaning and what to do if it is a limit of a QoS or account."""
     found = LIMIT.fullmatch(reason)

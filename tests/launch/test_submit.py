@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 from simpo.config.compose import compose_run
 from simpo.config.errors import RunError
 from simpo.config.launchers import SlurmConfig
+from simpo.launch.rounds.chain import submit_chain
 from simpo.launch.submit import array_ids, submit
 from simpo.launch.sweep import Member, _follow
 from simpo.run import slurm
 from simpo.run.runs import State, note_job, read_progress
 
+AFTER = re.compile(r"--dependency=afterok:([\d:]+)")
 SBATCH = """
 echo "$@" >> calls
 grep -h -e '--array' "$1" >> arrays
@@ -88,6 +91,53 @@ def test_a_refused_array_takes_the_others_along(
 def test_the_size_that_scontrol_tells(here: Path, answer: str, size: int | None) -> None:
     (here / "bin" / "scontrol").write_text(f"#!/bin/sh\necho '{answer}'\n")
     assert slurm.max_array_size() == size
+
+
+def chained(here: Path) -> Path:
+    """The folder of rounds as a chain: 41 checks, 42 to 44 generate, 45 scores, and so on."""
+    root = here / "rounds-in-a-chain"
+    root.mkdir()
+    words = ["rounds.number=1", "rounds.generate_jobs=7", "launcher=slurm", "rounds.chain=true"]
+    run = compose_run([*words, "monitor.metric=reply_reward", f"run_dir={root}"])
+    assert isinstance(run.launcher, SlurmConfig)
+    ids = submit_chain(run.launcher, run, root)
+    assert ids == [str(number) for number in range(41, 51)]
+    return root
+
+
+def test_a_link_waits_for_all_arrays_of_the_one_before(here: Path) -> None:
+    root = chained(here)
+    scripts = [one.read_text() for one in (root / "slurm").glob("[0-9]*.sh")]
+    waits = [found[1].split(":") for text in scripts if (found := AFTER.search(text))]
+    assert sorted(waits) == [
+        *([["41"]] * 3),
+        ["42", "43", "44"],
+        ["45"],
+        *([["46"]] * 3),
+        ["47", "48", "49"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "told", "note"),
+    [
+        (["41|PENDING|0|0|Priority|", "45|PENDING|0|0|Dependency|"], "pending", "Priority"),
+        (["41|COMPLETED|0|0|None|", "42_1|RUNNING|2|0|None|", "45|PENDING|0|0|Dependency|"],
+         "running, round 0 of 1, requeued 2 times", ""),
+        (["41|COMPLETED|0|0|None|", "45|FAILED|0|512|None|", "50|CANCELLED|0|0|Dependency|"],
+         "failed, round 0 of 1", "exit code 2: ConfigError: round 1, annotate: no reward"),
+        (["45|CANCELLED|0|0|None|", "50|CANCELLED|0|0|None|"], "cancelled, round 0 of 1", ""),
+    ],
+)  # fmt: skip
+def test_the_state_of_a_chain(here: Path, lines: list[str], told: str, note: str) -> None:
+    root = chained(here)
+    (root / "rounds").mkdir()
+    status = {"state": "failed", "step": 0, "total_steps": 1}
+    status["error"] = "ConfigError: round 1, annotate: no reward"
+    (root / "status.json").write_text(json.dumps(status))
+    queue(here, "\n".join(lines))
+    (progress,) = read_progress([root])
+    assert (progress.text(), progress.note) == (told, note)
 
 
 WAITS = "it starts when other jobs have ended; another launcher."

@@ -53,6 +53,8 @@ def submit_chain(config: SlurmConfig, run: RunConfig, root: Path) -> list[str]:
     others = launcher_of_replies(config, run.rounds)
     todo = [phase for phase in phases(run) if not is_done(root, phase)]
     ids: list[str] = []
+    links: list[str] = []
+    before: list[str] = []
     try:
         for (number, kind), group in groupby(todo, key=lambda phase: (phase.round, phase.kind)):
             jobs = submit(
@@ -61,11 +63,13 @@ def submit_chain(config: SlurmConfig, run: RunConfig, root: Path) -> list[str]:
                 root / "slurm",
                 SlurmLink(str(root), number, kind),
                 [phase.part for phase in group],
-                after=ids[-1:],
+                after=before,
             )
-            ids += array_ids(job_id for job_id, _ in jobs)
+            before = array_ids(job_id for job_id, _ in jobs)
+            ids += before
             for job_id, log in jobs:
-                note_job(root, log, id=job_id, chain=ids[0])
+                links.append(job_id)
+                note_job(root, log, id=job_id, chain=" ".join(links))
     except BaseException:
         slurm.cancel(*ids)
         raise

@@ -136,6 +136,24 @@ def test_a_process_that_ends_before_its_phase_does(
     )
 
 
+def test_parts_that_are_left_share_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second and the last of four; a part without a GPU would generate on the CPU."""
+    seen: list[str] = []
+
+    def started(root: Path, phase: Phase, share: dict[str, str]) -> Ended:
+        seen.append(share["CUDA_VISIBLE_DEVICES"])
+        note_done(root, phase.round, phase.kind, phase.part)
+        return Ended()
+
+    monkeypatch.setattr(driver, "_start", started)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    group = [Phase(1, Kind.generate, part) for part in (2, 4)]
+    driver.run_phases(composed("rounds.generate_jobs=4"), tmp_path, group)
+    assert seen == ["0", "1"]
+
+
 def test_phases_get_the_settings_of_the_newest_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,8 +258,9 @@ def run_phases(
     with forwarding_signals(pass_on):
         try:
             with signals_blocked():
-                for phase in () if signals else group:
-                    processes.append(_start(root, phase, len(group)))
+                for place, phase in enumerate(() if signals else group):
+                    share = share_of_machine(place, len(group))
+                    processes.append(_start(root, phase, share))
             while processes and not failed:
                 codes = [process.poll() for process in processes]
                 # Those that end later were ended here: the first to fail has the cause.
@@ -298,12 +299,12 @@ def _check_done(run: RunConfig, root: Path, group: Sequence[Phase], signals: Seq
         raise RunError(f"{undone.text()}: its process ended with exit code 0 before its end")
 
 
-def _start(root: Path, phase: Phase, places: int) -> subprocess.Popen[bytes]:
+def _start(root: Path, phase: Phase, share: Mapping[str, str]) -> subprocess.Popen[bytes]:
     words = [str(root), str(phase.round), phase.kind.value, str(phase.part)]
     with log_file(root, phase).open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "simpo.launch.rounds.process", *words],
-            env=os.environ | parent_variable() | share_of_machine(phase.part - 1, places),
+            env={**os.environ, **parent_variable(), **share},
             stdout=output,  # bars go to stderr
             # Else a Ctrl-C would reach it twice: from the terminal, and passed on.
             start_new_session=True,

@@ -8,11 +8,9 @@ have finished or are running.
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,7 +28,7 @@ from simpo.launch.share import share_of_machine
 from simpo.launch.submit import array_ids, submit
 from simpo.report.compare import compare
 from simpo.run import progress, slurm
-from simpo.run.parent import parent_variable
+from simpo.run.parent import start_child
 from simpo.run.pruning import Pruning
 from simpo.run.runs import (
     IN_PROGRESS,
@@ -222,16 +220,10 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
 
 
 def _start(member: Member, place: int, places: int) -> subprocess.Popen[bytes]:
-    log = member.path / "log.txt"
+    log, share = member.path / "log.txt", share_of_machine(place, places)
+    words = "simpo.launch.member", str(member.path)
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "simpo.launch.member", str(member.path)],
-            env=os.environ | parent_variable() | share_of_machine(place, places),
-            stdout=output,
-            stderr=output,
-            # Else a Ctrl-C would reach members twice: from the terminal, and passed on.
-            start_new_session=True,
-        )
+        process = start_child(*words, environment=share, stdout=output, stderr=output)
     note_job(member.path, log, pid=process.pid)
     return process
 

@@ -54,7 +54,7 @@ def held_out_metrics(run: RunConfig, parts: Parts, step: int) -> dict[str, float
                 parts.policy, parts.chat, sampled, run.sample.max_new_tokens, backend.device
             )
         metrics |= reply_metrics(replies)
-        folder.write_replies(step, reply_lines(replies))
+        folder.write_json(f"samples/step-{step:06d}.json", reply_lines(replies))
     if metrics:
         say(f"held out after step {step}: {metrics_text(metrics)}")
     return metrics

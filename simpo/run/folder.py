@@ -40,7 +40,7 @@ from simpo.config.errors import (
 from simpo.config.flat import holds_secret, run_id, trajectory
 from simpo.config.renamed import first_value
 from simpo.config.schema import RunConfig
-from simpo.run.atomic import write_bytes, write_text
+from simpo.run.atomic import write_bytes, write_json, write_text
 from simpo.run.command import train_command
 from simpo.run.files import NEW_RUN, PRUNING, read_json, read_status, status_or_none
 
@@ -166,10 +166,6 @@ class RunFolder:
             raise DamagedError(self.path / "data.json", "tokens_per_row is no number", NEW_RUN)
         return written
 
-    def write_replies(self, step: int, replies: Sequence[Mapping[str, Any]]) -> None:
-        """Write samples/step-<step>.json, a list of replies."""
-        self.write_json(f"samples/step-{step:06d}.json", list(replies))
-
     def write_scores(
         self, step: int, columns: Sequence[str], scores: Iterable[tuple[str, Sequence[float | str]]]
     ) -> None:
@@ -183,7 +179,8 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a file of the folder whole or not at all."""
-        self.write_text(name, json.dumps(value, indent=2) + "\n")
+        if self._writes:
+            write_json(self.path / name, value)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the folder: a reader sees the old text or the new, never a part."""

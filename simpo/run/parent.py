@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 VARIABLE = "SIMPO_PARENT_PID"
 """Variable with the id of the process that started this one."""
@@ -15,6 +18,24 @@ PR_SET_PDEATHSIG = 1
 def parent_variable() -> dict[str, str]:
     """The environment by which a process that this one starts knows its parent."""
     return {VARIABLE: str(os.getpid())}
+
+
+def start_child(
+    module: str, *words: str, environment: Mapping[str, str], **streams: Any
+) -> subprocess.Popen[bytes]:
+    """Start one of our modules, which calls `die_with_parent`, in a process of its own.
+
+    Args:
+        environment: variables beside those of this process.
+        streams: as of `subprocess.Popen`.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *words],
+        env={**os.environ, **parent_variable(), **environment},
+        # Else a Ctrl-C would reach it twice: from the terminal, and passed on.
+        start_new_session=True,
+        **streams,
+    )
 
 
 def die_with_parent(parent: int | None = None) -> None:

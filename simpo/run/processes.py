@@ -35,8 +35,8 @@ from simpo.config.errors import (
     first_line,
 )
 from simpo.config.schema import RunConfig
-from simpo.run.parent import parent_variable
-from simpo.run.signals import forwarding_signals, signals_blocked, stopped_by
+from simpo.run.parent import start_child
+from simpo.run.signals import forwarding_signals, signal_name, signals_blocked, stopped_by
 
 GRACE_S = 20.0
 """Time that the other ranks get to end by themselves, once one has failed."""
@@ -205,17 +205,14 @@ def run_in_processes(count: int, run: RunConfig) -> Path:
 def _start(folder: Path, rank: int, count: int, listener: socket.socket) -> subprocess.Popen[bytes]:
     with ExitStack() as stack:
         log = None if rank == 0 else stack.enter_context(log_file(folder, rank).open("wb"))
-        return subprocess.Popen(
-            [sys.executable, "-m", "simpo.launch.rank", str(folder), *sys.argv],
-            env=os.environ
-            | parent_variable()
-            | _environment(rank, count, listener)
-            | {FOLDER_VARIABLE: str(folder)},
+        return start_child(
+            "simpo.launch.rank",
+            str(folder),
+            *sys.argv,
+            environment=_environment(rank, count, listener) | {FOLDER_VARIABLE: str(folder)},
             stdout=log,
             stderr=log,
             pass_fds=[listener.fileno()] if rank == 0 else [],
-            # Else a Ctrl-C would reach ranks twice: from the terminal, and passed on.
-            start_new_session=True,
         )
 
 
@@ -305,7 +302,7 @@ def _failure(failed: dict[int, int], folder: Path, stopped_code: int) -> BaseExc
         return _printed(Stopped, folder, INTERRUPTED)
     if code < 0:
         names = ", ".join(
-            f"rank {rank} was killed by {_signal_name(-code)}" for rank, code in failed.items()
+            f"rank {rank} was killed by {signal_name(-code)}" for rank, code in failed.items()
         )
         return RunError(
             f"{names}; the others were ended (the same command continues from the last checkpoint)"
@@ -329,10 +326,6 @@ def _printed(kind: type[RunError], folder: Path, exit_code: int) -> RunError:
     error = kind(file.read_text() if file.is_file() else "", exit_code)
     error.printed = True
     return error
-
-
-def _signal_name(number: int) -> str:
-    return {s.value: s.name for s in signal.Signals}.get(number, f"signal {number}")
 
 
 def _environment(rank: int, count: int, listener: socket.socket) -> dict[str, str]:

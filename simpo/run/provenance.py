@@ -7,11 +7,7 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # for a launcher, which does without torch
-    pass
-
+from typing import Any
 
 PACKAGES = (
     "simpo",

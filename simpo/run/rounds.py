@@ -5,7 +5,7 @@ All of it: `simpo.launch.rounds.phases`.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -27,6 +27,19 @@ class Kind(str, Enum):
     generate = "generate"
     annotate = "annotate"
     train = "train"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One piece of work of a round; `part` of those that generate at the same time."""
+
+    round: int
+    kind: Kind
+    part: int = 1
+
+    def text(self) -> str:
+        """What the phase is called in messages."""
+        return f"round {self.round}, {self.kind.value}" + f", part {self.part}" * (self.part > 1)
 
 
 def round_folder(root: Path, number: int) -> Path:
@@ -63,9 +76,10 @@ def error_file(root: Path, number: int) -> Path:
     return round_folder(root, number) / "error.txt"
 
 
-def done_file(root: Path, number: int, kind: Kind, part: int = 1) -> Path:
-    """The file that says that a phase of a round is done: its seconds, and what it did."""
-    return round_folder(root, number) / f"{kind.value}{f'-{part}' * (part > 1)}.json"
+def done_file(root: Path, phase: Phase) -> Path:
+    """The file that says that a phase is done, with its seconds and what it did."""
+    part = f"-{phase.part}" * (phase.part > 1)
+    return round_folder(root, phase.round) / f"{phase.kind.value}{part}.json"
 
 
 def ended_early(root: Path) -> str:
@@ -85,7 +99,7 @@ def seconds_of(root: Path, number: int) -> dict[Kind, float]:
     """
     found: dict[Kind, float] = {}
     for kind in Kind:
-        first = done_file(root, number, kind)
+        first = done_file(root, Phase(number, kind))
         for file in (first, *sorted(first.parent.glob(f"{kind.value}-*.json"))):
             took = read_json(file, NEW_RUN).get("seconds", 0.0) if file.is_file() else None
             if type(took) not in (int, float, type(None)):

@@ -26,6 +26,11 @@ AGAIN_S = 1.0
 WHILE_STARTING = "stopped while starting (the same command continues)"
 
 
+def signal_name(number: int) -> str:
+    """The name of a signal; its number if it has none, such as most real-time signals."""
+    return {one.value: one.name for one in signal.Signals}.get(number, f"signal {number}")
+
+
 def tell(line: str) -> None:
     """Write a line to stderr in the handler of a signal; on a terminal below the bar and its ^C."""
     os.write(2, b"\n" * os.isatty(2) + line.encode() + b"\n")

@@ -13,9 +13,8 @@ from simpo.config.data import SourceConfig
 from simpo.config.errors import SimpoError
 from simpo.config.flat import settings
 from simpo.config.schema import RunConfig
-from simpo.launch.rounds.phases import Phase
 from simpo.run.command import quoted
-from simpo.run.rounds import Kind
+from simpo.run.rounds import Kind, Phase
 
 OF_ROUNDS = ("rounds.", "monitor.", "run_dir=", "launcher")
 WITHOUT = {

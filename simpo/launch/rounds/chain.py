@@ -12,7 +12,7 @@ from simpo.config.rounds import launcher_of_replies
 from simpo.config.schema import RunConfig
 from simpo.launch.member import queued_again, reporting, work_in_job
 from simpo.launch.rounds.driver import settle
-from simpo.launch.rounds.phases import Phase, phases
+from simpo.launch.rounds.phases import phases
 from simpo.launch.rounds.process import load, run_phase
 from simpo.launch.rounds.record import is_done
 from simpo.launch.submit import array_ids, submit
@@ -20,7 +20,7 @@ from simpo.run import slurm
 from simpo.run.atomic import write_json
 from simpo.run.files import status_or_none
 from simpo.run.folder import RunFolder
-from simpo.run.rounds import Kind, ended_early
+from simpo.run.rounds import Kind, Phase, ended_early
 from simpo.run.runs import note_job
 
 

@@ -10,7 +10,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ from simpo.config.errors import (
 )
 from simpo.config.flat import holds_secret, trajectory
 from simpo.config.schema import RunConfig
-from simpo.launch.rounds.phases import Phase, replies_folder
+from simpo.launch.rounds.phases import replies_folder
 from simpo.launch.rounds.record import (
     is_done,
     kept_round,
@@ -50,11 +49,12 @@ from simpo.loop.watch import CollapseWatch
 from simpo.run.atomic import write_text
 from simpo.run.files import status_or_none
 from simpo.run.folder import RunFolder, new_folder, unfinished_folders
-from simpo.run.parent import parent_variable
+from simpo.run.parent import start_child
 from simpo.run.progress import say
-from simpo.run.rounds import ENDED_FILE, Kind, ended_early, error_file, run_folder
+from simpo.run.rounds import ENDED_FILE, Kind, Phase, ended_early, error_file, run_folder
 from simpo.run.signals import (
     forwarding_signals,
+    signal_name,
     signals_blocked,
     stopped_by,
     stopping_at_once,
@@ -301,14 +301,8 @@ def _check_done(run: RunConfig, root: Path, group: Sequence[Phase], signals: Seq
 
 def _start(root: Path, phase: Phase, share: Mapping[str, str]) -> subprocess.Popen[bytes]:
     words = [str(root), str(phase.round), phase.kind.value, str(phase.part)]
-    with log_file(root, phase).open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "simpo.launch.rounds.process", *words],
-            env={**os.environ, **parent_variable(), **share},
-            stdout=output,  # bars go to stderr
-            # Else a Ctrl-C would reach it twice: from the terminal, and passed on.
-            start_new_session=True,
-        )
+    with log_file(root, phase).open("ab") as output:  # bars go to stderr
+        return start_child("simpo.launch.rounds.process", *words, environment=share, stdout=output)
 
 
 def _failure(
@@ -326,7 +320,7 @@ def _failure(
         return Stopped(message, INTERRUPTED if interrupted else stopped)
     if code < 0:
         return RunError(
-            f"{phase.text()}: killed by {signal.Signals(-code).name} (the same command continues)"
+            f"{phase.text()}: killed by {signal_name(-code)} (the same command continues)"
         )
     if code == 2 and text:
         return ConfigError([f"{phase.text()}: {line}" for line in text.splitlines()])

@@ -17,7 +17,7 @@ Each is an ordinary folder, whose command.txt has the commands that do the same 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from simpo.config.backends import SingleConfig
@@ -28,23 +28,10 @@ from simpo.config.models import ModelConfig
 from simpo.config.on_policy import OnPolicyConfig
 from simpo.config.rounds import RoundsConfig
 from simpo.config.schema import MonitorConfig, RunConfig
-from simpo.run.rounds import Kind, round_folder, run_folder
+from simpo.run.rounds import Kind, Phase, round_folder, run_folder
 
 OWN_SET = "on_policy"
 """Name of the held-out set of a round's own pairs, beside those of static data."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One piece of work of a round; `part` of those that generate at the same time."""
-
-    round: int
-    kind: Kind
-    part: int = 1
-
-    def text(self) -> str:
-        """What the phase is called in messages."""
-        return f"round {self.round}, {self.kind.value}" + f", part {self.part}" * (self.part > 1)
 
 
 def phases(run: RunConfig) -> Iterator[Phase]:
@@ -105,10 +92,15 @@ def model_after(run: RunConfig, root: Path, number: int) -> ModelConfig:
     return replace(model, path=saved, revision=None, tokenizer=None, chat_template=None)
 
 
+def slices_of(run: RunConfig) -> int:
+    """The number of slices that the train prompts are dealt into."""
+    return run.rounds.number if run.rounds.prompts is RoundPrompts.slices else 1
+
+
 def _replies(run: RunConfig, root: Path, phase: Phase) -> OnPolicyConfig:
     rounds, own = run.rounds, run.on_policy
     last = phase.round > rounds.number
-    slices = rounds.number if rounds.prompts is RoundPrompts.slices and not last else 1
+    slices = 1 if last else slices_of(run)
     return replace(
         own,
         folder=str(replies_folder(root, phase.round)),

@@ -17,7 +17,7 @@ from simpo.backend import build_backend
 from simpo.config.backends import DistributedConfig
 from simpo.config.benchmarks import FIGURES
 from simpo.config.check import check_training
-from simpo.config.choices import BenchmarkKind, Engine, ReplyChoice, RoundPrompts
+from simpo.config.choices import BenchmarkKind, Engine, ReplyChoice
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.launchers import SlurmConfig
 from simpo.config.on_policy import JUDGE
@@ -28,7 +28,7 @@ from simpo.data.pairs import TokenizedPair
 from simpo.data.store import pairs_fingerprint
 from simpo.judging import judge
 from simpo.judging.ratings import open_ratings
-from simpo.launch.rounds.phases import static_sources
+from simpo.launch.rounds.phases import slices_of, static_sources
 from simpo.launch.rounds.record import AT_ZERO, MEASURES, plan_of
 from simpo.loop.console import libraries_quiet
 from simpo.loop.rates import changes_weights
@@ -100,7 +100,7 @@ def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, str, str]:
     else:
         _check_disk(run, estimate)
     number = Counter(prompt.split for prompt in prompts)
-    dealt = f"in {slices} slices" if (slices := _slices(run)) > 1 else "in each round"
+    dealt = f"in {slices} slices" if (slices := slices_of(run)) > 1 else "in each round"
     told = f"{number['train']} prompts to train on {dealt}, {number['test']} held out"
     return told, content_of_prompts(found), static
 
@@ -116,15 +116,10 @@ def content_of_static(run: RunConfig) -> str:
     return pairs_fingerprint(chain(mixture.read, mixture.test))
 
 
-def _slices(run: RunConfig) -> int:
-    """The number of slices that the train prompts are dealt into."""
-    return run.rounds.number if run.rounds.prompts is RoundPrompts.slices else 1
-
-
 def _prompt_problems(run: RunConfig, prompts: list[Prompt]) -> list[str]:
     """Faults of the number of prompts."""
     number = Counter(prompt.split for prompt in prompts)
-    slices = _slices(run)
+    slices = slices_of(run)
     found = []
     if number["train"] < slices:
         found.append(
@@ -203,7 +198,8 @@ def _check_memory(
     count = max(1, row_tokens // pair_tokens) if isinstance(row_tokens, int) else 1
     row = pack([pair] * count, range(count), run.train.share_prefix)
     here = 1 if device.type == "cuda" else _processes(run)
-    memory.check_memory(max(estimate.step(row), estimate.load(), key=_total), run, device, here)
+    largest = max(estimate.step(row), estimate.load(), key=lambda needed: needed.total)
+    memory.check_memory(largest, run, device, here)
     if engine_of(run.on_policy.engine) is Engine.vllm:
         return  # it divides the device's memory itself
     needed = estimate.model.whole.bytes_in(bf16=False)
@@ -217,10 +213,6 @@ def _check_memory(
                 "(lower it; train.check_memory=false tries all the same)"
             ]
         )
-
-
-def _total(one: memory.Memory) -> float:
-    return one.total
 
 
 def _cache_bytes(settings: PreTrainedConfig) -> int:

@@ -27,13 +27,7 @@ from simpo.config.flat import holds_secret
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds import outcome
 from simpo.launch.rounds.by_hand import commands_of
-from simpo.launch.rounds.phases import (
-    Phase,
-    begins_with,
-    replies_folder,
-    settings_of,
-    static_sources,
-)
+from simpo.launch.rounds.phases import begins_with, replies_folder, settings_of, static_sources
 from simpo.launch.rounds.record import (
     CONTENT,
     MEASURES,
@@ -43,7 +37,6 @@ from simpo.launch.rounds.record import (
     check_reward,
     content_of_model,
     content_of_pairs,
-    done_file,
     kept_round,
     measured,
     measured_rounds,
@@ -57,7 +50,7 @@ from simpo.run.atomic import make_folder, write_json, write_text
 from simpo.run.files import read_status
 from simpo.run.processes import end_process
 from simpo.run.progress import print_all_letters, say
-from simpo.run.rounds import run_folder
+from simpo.run.rounds import Phase, done_file, run_folder
 from simpo.run.signals import set_stopped_exit_code, stopping_at_once
 from simpo.run.unused import hide_unused
 

@@ -12,13 +12,12 @@ from simpo.config.models import ADAPTER_FILE
 from simpo.config.rounds import REWARD
 from simpo.config.schema import RunConfig
 from simpo.data.plan import TrainPlan, build_plan
-from simpo.launch.rounds.phases import Phase, phases, replies_folder
+from simpo.launch.rounds.phases import phases, replies_folder
 from simpo.loop.rates import changes_weights
-from simpo.run import rounds
 from simpo.run.best import Evaluations, best_step, evaluations_without_gain
 from simpo.run.cache import files_in, sha256
 from simpo.run.files import read_json, read_results, read_text
-from simpo.run.rounds import Kind, run_folder
+from simpo.run.rounds import Kind, Phase, done_file, ended_early, run_folder
 
 MEASURES = {
     "reward": "reply_reward",
@@ -60,11 +59,6 @@ AGAINST_FIRST = ("reply_win_rate", "reply_kl")
 """Those that compare a model with the first."""
 
 
-def done_file(root: Path, phase: Phase) -> Path:
-    """The file that says that a phase is done."""
-    return rounds.done_file(root, phase.round, phase.kind, phase.part)
-
-
 def is_done(root: Path, phase: Phase) -> bool:
     """Whether a phase is done."""
     return done_file(root, phase).is_file()
@@ -89,7 +83,7 @@ def next_phases(run: RunConfig, root: Path) -> list[Phase]:
         DamagedError: ended.txt cannot be read.
     """
     every = [*phases(run)]
-    if rounds.ended_early(root):
+    if ended_early(root):
         # What was done before may have to be done again: a user removes what is damaged.
         last = max((phase.round for phase in every if is_done(root, phase)), default=0)
         every = [p for p in every if p.round < last + (p.kind is not Kind.train)]

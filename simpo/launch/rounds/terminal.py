@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from simpo.config.schema import RunConfig
-from simpo.launch.rounds.phases import Phase
-from simpo.launch.rounds.record import done_file
 from simpo.run.files import NEW_RUN, read_json
 from simpo.run.progress import on_terminal, say
-from simpo.run.rounds import ROUNDS
+from simpo.run.rounds import ROUNDS, Phase, done_file
 
 PASSED_ON = re.compile(r"(note|watch|wait|judge|waiting|fetching)\b")
 """Lines of a phase that the terminal shows: what a user may have to act on, and what costs."""

@@ -71,9 +71,9 @@ def as_begun(run: RunConfig) -> RunConfig:
     return replace(load_run(root / "run.yaml", check=False), run_dir=run.run_dir)
 
 
-def error_file(root: Path, number: int) -> Path:
-    """The file with the reason why the newest phase of a round failed."""
-    return round_folder(root, number) / "error.txt"
+def error_file(root: Path, phase: Phase) -> Path:
+    """The file with the reason why the newest phase of a round failed; of each part its own."""
+    return round_folder(root, phase.round) / f"error{f'-{phase.part}' * (phase.part > 1)}.txt"
 
 
 def done_file(root: Path, phase: Phase) -> Path:

@@ -154,6 +154,36 @@ def test_parts_that_are_left_share_the_machine(
     assert seen == ["0", "1"]
 
 
+def test_the_reason_of_the_part_that_failed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part that is ended for it tells a reason of its own, and later."""
+    reasons = {1: Stopped("SIGTERM: stopped in round 1, generate"), 2: ConfigError(["no memory"])}
+
+    def run_phase(run: RunConfig, root: Path, phase: Phase) -> None:
+        raise reasons[phase.part]
+
+    class Part(Ended):
+        def __init__(self, part: int) -> None:
+            self.part, self.code = part, None if part == 1 else self.main(part)
+
+        def main(self, part: int) -> int:
+            return process.main([str(tmp_path), "1", "generate", str(part)])
+
+        def poll(self) -> int | None:  # type: ignore[override]
+            return self.code
+
+        def terminate(self) -> None:
+            self.code = self.code or self.main(self.part)
+
+    monkeypatch.setattr(process, "load", lambda _: composed())
+    monkeypatch.setattr(process, "run_phase", run_phase)
+    monkeypatch.setattr(driver, "_start", lambda root, phase, share: Part(phase.part))
+    with pytest.raises(ConfigError) as told:
+        driver.run_phases(composed(), tmp_path, [Phase(1, Kind.generate, n) for n in (1, 2)])
+    assert told.value.problems == ["round 1, generate, part 2: no memory"]
+
+
 def test_phases_get_the_settings_of_the_newest_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,9 +242,10 @@ def run_phases(
     """
     processes: list[subprocess.Popen[bytes]] = []
     signals: list[int] = []
-    reason = error_file(root, group[0].round)
-    reason.parent.mkdir(parents=True, exist_ok=True)
-    reason.unlink(missing_ok=True)
+    for phase in group:
+        reason = error_file(root, phase)
+        reason.parent.mkdir(parents=True, exist_ok=True)
+        reason.unlink(missing_ok=True)
     failed: list[tuple[Phase, int]] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
@@ -280,7 +281,7 @@ def run_phases(
                 process.wait()
             follow()
     if failed:
-        raise _failure(run, *failed[0], reason, signals)
+        raise _failure(run, root, *failed[0], signals)
     _check_done(run, root, group, signals)
 
 
@@ -306,12 +307,12 @@ def _start(root: Path, phase: Phase, share: Mapping[str, str]) -> subprocess.Pop
 
 
 def _failure(
-    run: RunConfig, phase: Phase, code: int, reason: Path, signals: Sequence[int]
+    run: RunConfig, root: Path, phase: Phase, code: int, signals: Sequence[int]
 ) -> Exception:
     """The error after a phase ended with an exit code that is not 0."""
     text = ""
     with suppress(OSError):
-        text = reason.read_text(errors="replace").strip()
+        text = error_file(root, phase).read_text(errors="replace").strip()
     stopped = run.train.stopped_exit_code
     if signals or code in (INTERRUPTED, stopped):
         interrupted = signal.SIGINT in signals or code == INTERRUPTED

@@ -240,7 +240,7 @@ def main(words: list[str]) -> int:
         run_phase(load(root), root, phase)
     except SimpoError as error:
         try:
-            error_file(root, phase.round).write_text(f"{error}\n", errors="backslashreplace")
+            error_file(root, phase).write_text(f"{error}\n", errors="backslashreplace")
         except OSError:  # the disk may be full, which the error may be about
             print(error, file=sys.stderr)
         return error.exit_code

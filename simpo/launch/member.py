@@ -69,7 +69,7 @@ def work_in_job(folder: Path, work: Callable[[], tuple[int, bool]]) -> NoReturn:
         folder: of the run.
         work: returns the exit code, and whether a signal stopped it, so that the job is requeued.
     """
-    is_main = os.environ.get("SLURM_PROCID", "0") == "0"
+    is_main = slurm.is_first_task()
     # Until the run handles signals, submitit requeues the job on SIGUSR2; here on SIGUSR1 too.
     signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR2))
     if is_main:
@@ -129,6 +129,8 @@ def reporting(folder: Path, work: Callable[[], object]) -> tuple[int, bool]:
 
 def _note_refusal(folder: Path, error: Exception) -> None:
     """Write an error before the first step into status.json, which the run itself has not done."""
+    if not slurm.is_first_task():  # several would write the file at the same moment
+        return
     status = status_or_none(folder)
     # A state "running" is that of another process, which is why this one was refused.
     if status.get("state", "failed") in ("failed", "stopped") and not isinstance(error, Stopped):

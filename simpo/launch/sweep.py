@@ -122,9 +122,13 @@ def _to_start(every: Sequence[Member], ended: Sequence[State]) -> list[Member]:
     now = read_progress([member.path for member in every])
     if unreadable := [p.note for p in now if p.state is State.damaged]:
         raise ConfigError(unreadable)
-    states = {member.path: p.state for member, p in zip(every, now, strict=True)}
-    todo = [m for m in every if states[m.path] not in (*_states_to_skip(m), *ended)]
-    alone = Counter(states[member.path].value for member in every if member not in todo)
+    todo: list[Member] = []
+    alone: Counter[str] = Counter()
+    for member, found in zip(every, now, strict=True):
+        if found.state in (*_states_to_skip(member), *ended):
+            alone[found.state.value] += 1
+        else:
+            todo.append(member)
     for name, count in alone.items():
         print(f"{count} of {len(every)} members {name} already")
     return todo
@@ -145,19 +149,25 @@ def _queue(
     config: SlurmConfig, todo: Sequence[Member], every: Sequence[Member], folder: Path
 ) -> None:
     """Submit members to Slurm, print how to follow them, and wait with `launcher.wait`."""
-    if todo and todo[0].run.rounds.chain:
-        arrays = [job for member in todo for job in submit_chain(config, member.run, member.path)]
+    chained = bool(todo) and todo[0].run.rounds.chain
+    arrays: list[str] = []
+    try:
+        if chained:
+            for member in todo:
+                arrays += submit_chain(config, member.run, member.path)
+        elif todo:
+            paths = [member.path for member in todo]
+            jobs = submit(config, folder.name, folder / "slurm", SlurmMember(), paths)
+            arrays += array_ids(job_id for job_id, _ in jobs)
+            for path, (job_id, log) in zip(paths, jobs, strict=True):
+                note_job(path, log, id=job_id)
+    except BaseException:
+        slurm.cancel(*arrays)  # without a line in jobs.jsonl they could not be found again
+        raise
+    if chained:
         chains = "a chain" if len(todo) == 1 else f"{len(todo)} chains"
         print(f"jobs   {' '.join(arrays)}: {chains} with a job for each phase")
     elif todo:
-        jobs = submit(config, folder.name, folder / "slurm", SlurmMember(), [m.path for m in todo])
-        arrays = array_ids(job_id for job_id, _ in jobs)
-        try:
-            for member, (job_id, log) in zip(todo, jobs, strict=True):
-                note_job(member.path, log, id=job_id)
-        except BaseException:
-            slurm.cancel(*arrays)  # without a line in jobs.jsonl they could not be found again
-            raise
         print(f"job    {' '.join(arrays)}: {len(todo)} {'member' if len(todo) == 1 else 'members'}")
     print(f"folder {folder}")
     print(f"status python -m simpo.report {_shown(folder)}")
@@ -184,8 +194,7 @@ def _run_here(config: LocalConfig, todo: Sequence[Member], folder: Path) -> None
             if not again:
                 tell(SAVING)
         for _, process in at_work.values():
-            if process.poll() is None:
-                process.send_signal(number)
+            process.send_signal(number)
         if again:
             raise KeyboardInterrupt
 

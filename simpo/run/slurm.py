@@ -148,6 +148,11 @@ def cancel(*job_ids: str) -> None:
     subprocess.run(["scancel", *job_ids], check=False, capture_output=True)
 
 
+def is_first_task() -> bool:
+    """Whether this process is the first of those of its job, or in no job."""
+    return os.environ.get("SLURM_PROCID", "0") == "0"
+
+
 def own_job() -> str:
     """Id of the job that this process is in."""
     return os.environ["SLURM_JOB_ID"]

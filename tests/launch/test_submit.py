@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from simpo.config.compose import compose_run
-from simpo.config.errors import RunError
+from simpo.config.errors import ConfigError, RunError
 from simpo.config.launchers import SlurmConfig
+from simpo.launch.member import reporting
 from simpo.launch.rounds.chain import submit_chain
 from simpo.launch.submit import array_ids, submit
-from simpo.launch.sweep import Member, _follow
+from simpo.launch.sweep import Member, _follow, launch
 from simpo.run import slurm
 from simpo.run.runs import State, note_job, read_progress
 
@@ -32,7 +33,7 @@ echo "Submitted batch job $((number + 40))"
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a Slurm whose arrays have 3 jobs at most."""
     scontrol = 'test "$*" = "show config" && echo "MaxArraySize            = 3"'
-    programs = {"sbatch": SBATCH, "srun": "", "scontrol": scontrol, "scancel": 'echo "$@" > gone'}
+    programs = {"sbatch": SBATCH, "srun": "", "scontrol": scontrol, "scancel": 'echo "$@" >> gone'}
     for name, text in programs.items():
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -105,6 +106,20 @@ def chained(here: Path) -> Path:
     return root
 
 
+@pytest.mark.parametrize("task", ["0", "1"])
+def test_of_the_tasks_of_a_job_one_notes_an_error(
+    task: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All have it at the same moment, and would write the same file."""
+
+    def refused() -> None:
+        raise ConfigError(["loss.beta: must be above 0, got 0"])
+
+    monkeypatch.setenv("SLURM_PROCID", task)
+    assert reporting(here, refused) == (2, False)
+    assert (here / "status.json").exists() == (task == "0")
+
+
 def test_a_link_waits_for_all_arrays_of_the_one_before(here: Path) -> None:
     root = chained(here)
     scripts = [one.read_text() for one in (root / "slurm").glob("[0-9]*.sh")]
@@ -116,6 +131,22 @@ def test_a_link_waits_for_all_arrays_of_the_one_before(here: Path) -> None:
         *([["46"]] * 3),
         ["47", "48", "49"],
     ]
+
+
+def test_a_refused_chain_takes_those_of_other_members_along(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has five jobs."""
+    monkeypatch.setenv("REFUSED", "7")
+    words = ["rounds.number=1", "monitor.metric=reply_reward", "rounds.chain=true"]
+    members = [
+        Member(compose_run([*words, "launcher=slurm", f"loss.beta={beta}"]), (), (f"b={beta}",))
+        for beta in (2, 3)
+    ]
+    with pytest.raises(RunError) as error:
+        launch(members, "sweep")
+    assert str(error.value) == "launcher: Slurm did not take the jobs: no more"
+    assert (here / "gone").read_text() == "46\n41 42 43 44 45\n"
 
 
 @pytest.mark.parametrize(

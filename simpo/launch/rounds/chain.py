@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import groupby
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def _run_link(root: Path, phase: Phase) -> None:
     if ended_early(root):
         return
     run = load(root)
-    is_main = os.environ.get("SLURM_PROCID", "0") == "0"
+    is_main = slurm.is_first_task()
     try:
         if not is_done(root, phase):
             run_phase(run, root, phase, is_main)

@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 
@@ -42,11 +43,7 @@ NEVER_ASKED = (
 
 
 class MetricSweeper(Sweeper):
-    """Launches members and returns their metrics, for both sweepers.
-
-    Attributes:
-        _folders: those of the members that were launched last, where the launcher tells them.
-    """
+    """Launches members, for both sweepers."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         from simpo.config.errors import ConfigError
@@ -66,22 +63,26 @@ class MetricSweeper(Sweeper):
         parsed = OverridesParser.create(config_loader=self._loader).parse_overrides([*arguments])
         return {override.get_key_element(): override for override in parsed}
 
-    def _metric_values(
+    def _run(
         self, fixed: Sequence[str], members: Sequence[Mapping[str, str]]
-    ) -> list[float]:
-        """Run members with the fixed settings and their own; return `monitor.metric` of each."""
+    ) -> Sequence[JobReturn]:
+        """Run members with the fixed settings and their own; what each returns is its
+        `monitor.metric`.
+
+        Raises:
+            ConfigError: one has none.
+        """
         from simpo.config.errors import ConfigError
 
         overrides = [[*fixed, *(f"{k}={v}" for k, v in own.items())] for own in members]
+        results: Sequence[JobReturn]
         results = self._launcher.launch(overrides, initial_job_idx=self._launched)
         self._launched += len(members)
-        values = [result.return_value for result in results]
-        if None in values:
+        if None in [result.return_value for result in results]:
             raise ConfigError(
                 [f"monitor.metric: a member has no such held-out metric, got {self._metric}"]
             )
-        self._folders = [result.working_dir for result in results]
-        return values
+        return results
 
     def _print_best(self, settings: Mapping[str, str], value: float) -> None:
         words = " ".join(f"{key}={text}" for key, text in settings.items())
@@ -130,7 +131,7 @@ class StagedSweeper(MetricSweeper):
             print(f"stage  {number} of {len(stages)}: {', '.join(stage)}", flush=True)
             grid = itertools.product(*(_values(override) for override in stage.values()))
             tried = [best | dict(zip(stage, values, strict=True)) for values in grid]
-            found = self._metric_values(fixed, tried)
+            found = [result.return_value for result in self._run(fixed, tried)]
             value = max(found, key=lambda value: self._sign * value)
             # A stage may lack the best settings of the stage before.
             if best_value is None or self._sign * value > self._sign * best_value:
@@ -259,10 +260,10 @@ class OptunaSweeper(MetricSweeper):
         from simpo.run.pruning import Ended
         from simpo.run.runs import read_runs
 
-        values = self._metric_values(fixed, members)
-        paths = [Path(folder) for folder in self._folders if folder is not None]
-        if len(paths) < len(values):  # another launcher's
-            return [Ended({}, value) for value in values]
+        results = self._run(fixed, members)
+        paths = [Path(one.working_dir) for one in results if one.working_dir is not None]
+        if len(paths) < len(results):  # another launcher's
+            return [Ended({}, one.return_value) for one in results]
         runs = {run.folder: run for run in read_runs(paths)[0]}
         return [Ended.of(runs[path]) for path in paths]
 

@@ -18,7 +18,7 @@ from simpo.config.schema import RunConfig
 from simpo.run.atomic import write_text
 from simpo.run.command import train_command
 from simpo.run.files import PRUNING
-from simpo.run.folder import new_folder, refuse_other_settings, unfinished_folders
+from simpo.run.folder import new_folder, own_folders, refuse_other_settings
 from simpo.run.pruning import Pruning
 
 LONGEST_NAME = 120
@@ -52,9 +52,7 @@ class Member:
 
 def single_folder(run: RunConfig) -> Path:
     """The folder of a run without a sweep."""
-    if run.run_dir is not None:
-        return Path(run.run_dir).expanduser().absolute()
-    return next(iter(unfinished_folders(run)), None) or new_folder(run)
+    return next(iter(own_folders(run)), None) or new_folder(run)
 
 
 def sweep_folder(member: Member, name: str) -> Path:

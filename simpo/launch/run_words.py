@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 
@@ -22,20 +22,15 @@ def split_run_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return runs, given
 
 
-def split_settings(
-    words: Sequence[str], options: Mapping[str, str]
-) -> tuple[list[str], dict[str, str]]:
-    """Split `SETTINGS... key=value ...` into the settings of a run, and the values of keys.
-
-    Args:
-        options: the command's own keys with their defaults.
-    """
-    settings: list[str] = []
-    given = dict(options)
+def split_settings(words: Sequence[str], keys: Container[str]) -> tuple[list[str], dict[str, str]]:
+    """Split `WORD... key=value ...` into words that are none of a command's own keys, such as the
+    settings of a run, and the values of those keys."""
+    others: list[str] = []
+    given: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if equals and key in options:
+        if equals and key in keys:
             given[key] = value
         else:
-            settings.append(word)
-    return settings, given
+            others.append(word)
+    return others, given

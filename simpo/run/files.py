@@ -239,7 +239,7 @@ def read_replies(path: Path) -> list[dict[str, Any]]:
             isinstance(reply.get(key), kind)
             for key, kind in (("prompt", str), ("reply", str), ("obeys", bool | None))
         )
-        if not known or not _is_number(reply.get("tokens", 0)):
+        if not known or not is_number(reply.get("tokens", 0)):
             raise DamagedError(path, f"holds {repr(reply)[:40]}, not a reply", remedy)
     return replies
 
@@ -306,10 +306,11 @@ def last_job(folder: Path) -> dict[str, Any]:
 
 
 def _are_numbers(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
+    return isinstance(value, dict) and all(map(is_number, value.values()))
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON file is a number that can be computed with."""
     try:
         # Whole numbers of JSON may be larger than any that can be computed with.
         return type(value) in (int, float) and float(value) is not None  # type: ignore[arg-type]

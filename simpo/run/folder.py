@@ -265,8 +265,7 @@ def template_date(run: RunConfig) -> date:
     Raises:
         DamagedError: the folder's data.json cannot be read.
     """
-    own = [] if run.run_dir is None else [Path(run.run_dir).expanduser()]
-    for folder in own or unfinished_folders(run):
+    for folder in own_folders(run):
         if written := _read_data(folder).get("template_date"):
             try:
                 return date.fromisoformat(written)
@@ -309,6 +308,13 @@ def refuse_unwritable(run: RunConfig) -> None:
         raise ConfigError([f"{key}: this user may not write in {above} (choose another)"])
 
 
+def own_folders(run: RunConfig) -> list[Path]:
+    """`run_dir`, or the folders of unfinished runs with the same settings, the newest first."""
+    if run.run_dir is not None:
+        return [Path(run.run_dir).expanduser().absolute()]
+    return unfinished_folders(run)
+
+
 def unfinished_folders(run: RunConfig) -> list[Path]:
     """Folders of unfinished runs with the same settings, the newest first."""
     found = sorted(_parent(run).glob(f"*-{run_id(run)}"), reverse=True)
@@ -317,8 +323,7 @@ def unfinished_folders(run: RunConfig) -> list[Path]:
 
 def trained_folder(run: RunConfig) -> Path | None:
     """The folder of a run with these settings whose model is saved and has yet to be judged."""
-    own = [] if run.run_dir is None else [Path(run.run_dir).expanduser().absolute()]
-    for folder in own or unfinished_folders(run):
+    for folder in own_folders(run):
         if status_or_none(folder).get("judging") and (folder / "results.json").is_file():
             return folder
     return None

@@ -11,16 +11,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from simpo.config.choices import BenchmarkKind
 from simpo.config.errors import DamagedError
 from simpo.run.atomic import write_json
-from simpo.run.files import is_there, read_json
+from simpo.run.files import is_number, is_there, read_json
 
 FOLDER = "benchmarks"
 FILE = "judged.json"
 REMEDY = "remove it: simpo judge writes it anew"
+EXAMPLE = {"question": str, "model": str, "baseline": str, "preference": float}
+"""What an example of a judgement holds."""
 NEWER = "if a newer simpo wrote it, use that one; else judge again"
 
 
@@ -113,7 +116,7 @@ class Judged:
             figures = {key: Figure(**values) for key, values in raw.pop("figures").items()}
             found = Judged(figures=figures, **raw)
             _check(found)
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise DamagedError(path, "holds no judgement", REMEDY) from error
         return found
 
@@ -122,35 +125,32 @@ def _check(found: Judged) -> None:
     """Check the types of what a file holds, which is any JSON.
 
     Raises:
-        TypeError, KeyError, AttributeError: one is wrong.
-        OverflowError: a number is larger than any that can be computed with.
+        TypeError, KeyError: one is wrong.
     """
-    texts = [found.benchmark, found.kind, found.model, found.baseline, found.judge, *found.notes]
-    counts = [found.questions, found.asked, found.malformed, found.input_tokens]
-    figures = [asdict(figure) for figure in found.figures.values()]
-    numbers = [
-        *(figure.pop("value") for figure in figures),
-        *(
-            number
-            for numbers in (found.by_question, found.mean_chars)
-            for number in numbers.values()
-        ),
-        *(example["preference"] for example in found.examples),
+    values = [
+        (getattr(one, name), kind)
+        for one in (found, *found.figures.values())
+        for name, kind in get_type_hints(type(one)).items()
     ]
-    shares = [found.position_bias, found.first_share, found.agreement, found.cost_usd]
-    known = [number for number in shares if number is not None]
-    known += [bound for figure in figures for bound in figure.values() if bound is not None]
-    texts += [one[key] for one in found.examples for key in ("question", "model", "baseline")]
-    for values, kinds in (
-        ([found.notes, found.examples], (list,)),
-        (texts, (str,)),
-        ([*counts, found.output_tokens], (int,)),
-        ([*numbers, *known], (int, float)),
-    ):
-        if not all(type(value) in kinds for value in values):
-            raise TypeError
-    for number in (*numbers, *known):
-        float(number)
+    values += [(one[key], kind) for one in found.examples for key, kind in EXAMPLE.items()]
+    if not all(_is_of(value, kind) for value, kind in values):
+        raise TypeError
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is as a type hint says; a number of a float's may be whole."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if kind is float:
+        return is_number(value)
+    if origin is dict:
+        return type(value) is dict and all(_is_of(one, inner[1]) for one in value.values())
+    if origin is list:
+        return type(value) is list and all(_is_of(one, inner[0]) for one in value)
+    if origin is UnionType:
+        return any(_is_of(value, one) for one in inner)
+    return type(value) is kind
 
 
 def read_judged(run_dir: Path) -> Mapping[str, Judged]:

@@ -174,8 +174,7 @@ def run_in_processes(count: int, run: RunConfig) -> Path:
             os.write(2, b"\n" * os.isatty(2))  # rank 0 cannot end the line of its bar
             raise KeyboardInterrupt  # not passed on: a rank that waits for others would not hear it
         for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(number)
+            rank.send_signal(number)
 
     with ExitStack() as stack:
         stack.enter_context(forwarding_signals(pass_on))

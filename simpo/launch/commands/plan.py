@@ -44,7 +44,8 @@ def main(words: Sequence[str]) -> None:
     Raises:
         ConfigError: the settings cannot be used.
     """
-    settings, options = split_settings(words, DEFAULTS)
+    settings, given = split_settings(words, DEFAULTS)
+    options = DEFAULTS | given
     run, gpu = run_of_words(settings), gpu_named(options["gpu"])
     pairs = _whole("pairs", options["pairs"]) if options["pairs"] else None
     tokens_per_pair = _whole("tokens_per_pair", options["tokens_per_pair"])

@@ -42,7 +42,8 @@ def main(words: Sequence[str]) -> None:
     Raises:
         ConfigError: the settings cannot be used.
     """
-    settings, options = split_settings(words, DEFAULTS)
+    settings, given = split_settings(words, DEFAULTS)
+    options = DEFAULTS | given
     run = run_of_words(settings)
     number = options["pairs"]
     if not number.isdecimal() or int(number) < 1:

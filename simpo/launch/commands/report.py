@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config.errors import ConfigError, unwritable
+from simpo.launch.run_words import split_settings
 from simpo.report.compare import averages, compare
 from simpo.report.text import averages_text, damaged_lines, text
 from simpo.run.signals import ALL
@@ -111,16 +112,8 @@ def _serve(folders: Sequence[Path], options: Mapping[str, str]) -> None:
 
 def _arguments(words: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     """Folders and settings of a command line; a folder's name may hold an = itself."""
-    options: dict[str, str] = {}
-    folders: list[Path] = []
-    for word in words:
-        if word == SERVE:
-            continue
-        key, equals, value = word.partition("=")
-        if equals and key in KEYS:
-            options[key] = value
-        else:
-            folders.append(Path(word).expanduser())
+    others, options = split_settings([word for word in words if word != SERVE], KEYS)
+    folders = [Path(word).expanduser() for word in others]
     problems = [
         f"{path.name.partition('=')[0]}: no such key (report has {', '.join(KEYS)})"
         if "=" in path.name and len(path.parts) == 1

@@ -19,7 +19,7 @@ from simpo.config.errors import ConfigError, DamagedError, DataError, RunError, 
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds import driver, process
 from simpo.launch.rounds.phases import Phase, replies_folder, settings_of
-from simpo.launch.rounds.preflight import content_of_static
+from simpo.launch.rounds.preflight import content_of_first, content_of_static
 from simpo.launch.rounds.record import (
     check_model,
     done_file,
@@ -343,6 +343,31 @@ def test_static_pairs_that_change_between_rounds(
         "data.sources: the pairs changed under these rounds (restore them, or start anew with "
         "run_dir=NEW)"
     )
+
+
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [(Phase(1, Kind.generate), []), (Phase(2, Kind.annotate), []),
+     (Phase(2, Kind.train), ["rounds.start=first"])],
+)  # fmt: skip
+def test_a_first_model_that_changes_between_rounds(
+    phase: Phase, words: list[str], tmp_path: Path
+) -> None:
+    """Replies are compared with its own, and training may begin with it."""
+    plant(tmp_path, 2)
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "config.json").write_text("{}")
+    run = composed(f"model.path={first}", "model.lora.rank=0", *words)
+    begun = {"first model": content_of_first(run)}
+    (tmp_path / "rounds/1/check.json").write_text(json.dumps(begun))
+    (first / "model.safetensors").touch()
+    with pytest.raises(ConfigError) as told:
+        process.run_phase(run, tmp_path, phase)
+    assert told.value.problems == [
+        f"model.path: {first} changed under these rounds (restore it, or start anew with "
+        "run_dir=NEW)"
+    ]
 
 
 @pytest.mark.parametrize("other", [1, 3])

@@ -253,8 +253,7 @@ def run_phases(
         if signals.count(signal.SIGINT) > 2:
             number = signal.SIGKILL  # a library may keep Python from hearing the others
         for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
+            process.send_signal(number)
 
     with forwarding_signals(pass_on):
         try:

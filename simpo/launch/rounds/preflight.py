@@ -20,6 +20,7 @@ from simpo.config.check import check_training
 from simpo.config.choices import BenchmarkKind, Engine, ReplyChoice
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.launchers import SlurmConfig
+from simpo.config.models import ADAPTER_FILE
 from simpo.config.on_policy import JUDGE
 from simpo.config.schema import RunConfig
 from simpo.data.loader import read_mixture
@@ -29,7 +30,7 @@ from simpo.data.store import pairs_fingerprint
 from simpo.judging import judge
 from simpo.judging.ratings import open_ratings
 from simpo.launch.rounds.phases import slices_of, static_sources
-from simpo.launch.rounds.record import AT_ZERO, MEASURES, plan_of
+from simpo.launch.rounds.record import AT_ZERO, FIRST, MEASURES, PROMPTS, STATIC, plan_of
 from simpo.loop.console import libraries_quiet
 from simpo.loop.rates import changes_weights
 from simpo.loop.score import columns
@@ -37,10 +38,10 @@ from simpo.loop.sinks import check_login
 from simpo.model import memory
 from simpo.model.available import available_bytes
 from simpo.model.head import largest_logits_bytes
-from simpo.model.pretrained import load_settings
+from simpo.model.pretrained import load_settings, model_source
 from simpo.on_policy.annotate import KEY
 from simpo.on_policy.engines import engine_of
-from simpo.on_policy.files import Prompt
+from simpo.on_policy.files import Prompt, content_hash, model_content
 from simpo.on_policy.generate import content_of_prompts, prompts_of
 from simpo.on_policy.rewards import RULES, reward_content
 from simpo.run.best import check_monitor
@@ -51,7 +52,7 @@ IN_TRAINING = ("loss", "aux_loss", "reply_tokens", "reply_repetition", "rule_pas
 
 
 @libraries_quiet()
-def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, str, str]:
+def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, dict[str, str]]:
     """Check that rounds have a reward, prompts, memory and disk until their end.
 
     Args:
@@ -59,8 +60,8 @@ def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, str, str]:
         first: those of the first phase.
 
     Returns:
-        The numbers of prompts, in words; and what later rounds must find the same: the content of
-        all prompts, and of the static pairs, empty if there are to be none.
+        The numbers of prompts, in words; and hashes of what later rounds must find the same, as
+        check.json has them.
 
     Raises:
         ConfigError: with what a phase would miss.
@@ -84,7 +85,9 @@ def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, str, str]:
         )
     if problems:
         raise ConfigError(problems)
-    static = content_of_static(run) if static_sources(run) else ""
+    content = {PROMPTS: content_of_prompts(found), FIRST: content_of_first(run)}
+    if static_sources(run):
+        content[STATIC] = content_of_static(run)
     if run.benchmark.kind is not BenchmarkKind.none:
         judge.check(run)
     settings = load_settings(run.model, Path(run.cache_dir).expanduser())
@@ -102,7 +105,21 @@ def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, str, str]:
     number = Counter(prompt.split for prompt in prompts)
     dealt = f"in {slices} slices" if (slices := slices_of(run)) > 1 else "in each round"
     told = f"{number['train']} prompts to train on {dealt}, {number['test']} held out"
-    return told, content_of_prompts(found), static
+    return told, content
+
+
+def content_of_first(run: RunConfig) -> str:
+    """Hash of the files of the first model, or of its commit on the hub.
+
+    Raises:
+        ConfigError: it can be loaded neither from disk nor from the hub.
+    """
+    model, adapter = run.model, run.model.lora.adapter
+    source = model_source(model, Path(run.cache_dir).expanduser())
+    content = [model_content("model.path", source, model.revision)]
+    if adapter:
+        content.append(model_content("model.lora.adapter", adapter, None, ADAPTER_FILE))
+    return content_hash(content)
 
 
 def content_of_static(run: RunConfig) -> str:

@@ -27,11 +27,14 @@ from simpo.config.flat import holds_secret
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds import outcome
 from simpo.launch.rounds.by_hand import commands_of
-from simpo.launch.rounds.phases import begins_with, replies_folder, settings_of, static_sources
+from simpo.launch.rounds.phases import begins_with, replies_folder, settings_of
 from simpo.launch.rounds.record import (
     CONTENT,
+    FIRST,
     MEASURES,
+    PROMPTS,
     REWARD_CONTENT,
+    STATIC,
     check_model,
     check_pairs,
     check_reward,
@@ -57,8 +60,6 @@ from simpo.run.unused import hide_unused
 OWN_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
 """Names of folders that runs make themselves."""
 CHECK = Phase(1, Kind.check)
-PROMPTS, STATIC = "prompts", "static pairs"
-"""Keys of check.json: hashes of all prompts, and of the pairs of `rounds.static_weight`."""
 
 
 def run_phase(run: RunConfig, root: Path, phase: Phase, is_main: bool = True) -> None:
@@ -107,21 +108,25 @@ def _check_inputs(run: RunConfig, root: Path, phase: Phase, model: int) -> None:
         model: the round whose model the phase begins with; 0: the first.
 
     Raises:
-        DataError: it is not.
+        ConfigError, DataError: it is not.
     """
+    begun = noted(root, CHECK)
+    restore = "changed under these rounds (restore {}, or start anew with run_dir=NEW)"
     if model:
         check_model(root, model)
+    # Replies are compared with those of the first model, and its log-probs with theirs.
+    if FIRST in begun and (phase.kind is Kind.annotate or not model):
+        from simpo.launch.rounds.preflight import content_of_first
+
+        if content_of_first(run) != begun[FIRST]:
+            raise ConfigError([f"model.path: {run.model.path} {restore.format('it')}"])
     if phase.kind is Kind.train:
         check_pairs(root, phase.round)
-        checked = noted(root, CHECK).get(STATIC)
-        if checked and static_sources(run):
+        if begun.get(STATIC):
             from simpo.launch.rounds.preflight import content_of_static
 
-            if content_of_static(run) != checked:
-                raise DataError(
-                    "data.sources: the pairs changed under these rounds (restore them, or start "
-                    "anew with run_dir=NEW)"
-                )
+            if content_of_static(run) != begun[STATIC]:
+                raise DataError(f"data.sources: the pairs {restore.format('them')}")
 
 
 def _write_commands(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:
@@ -149,8 +154,8 @@ def _reply(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> dict[str
     if phase.kind is Kind.check:
         from simpo.launch.rounds.preflight import check_rounds
 
-        text, prompts, static = check_rounds(run, own)
-        return {"text": text, PROMPTS: prompts, STATIC: static}
+        text, content = check_rounds(run, own)
+        return {"text": text, **content}
     from simpo.on_policy.generate import generate
 
     folder = replies_folder(root, phase.round)

@@ -53,6 +53,9 @@ AT_ZERO = (
 CONTENT, REWARD_CONTENT = "sha256", "reward"
 """Keys of annotate.json and train.json: hashes of the files that a later phase reads, by name; and
 of the reward that gave the scores."""
+PROMPTS, STATIC, FIRST = "prompts", "static pairs", "first model"
+"""Keys of check.json: hashes of all prompts, of the pairs of `rounds.static_weight`, and of the
+first model."""
 CARD = "README.md"
 """A file of a model that others may write."""
 AGAINST_FIRST = ("reply_win_rate", "reply_kl")

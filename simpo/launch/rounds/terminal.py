@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from simpo.config.schema import RunConfig
-from simpo.run.files import NEW_RUN, read_json
+from simpo.launch.rounds.record import noted
 from simpo.run.progress import on_terminal, say
 from simpo.run.rounds import ROUNDS, Phase, done_file
 
@@ -49,7 +49,7 @@ class Terminal:
 
     def end(self, group: Sequence[Phase]) -> None:
         """Say what phases that are done have done, and how long they took."""
-        done = [read_json(done_file(self._root, phase), NEW_RUN) for phase in group]
+        done = [noted(self._root, phase) for phase in group]
         took_s = max((one.get("seconds") or 0.0 for one in done), default=0.0)
         say(f"{self._name(group[0])}: {done[0].get('text') or 'done'} ({_minutes(took_s)})")
 

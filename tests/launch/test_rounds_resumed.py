@@ -19,14 +19,8 @@ from simpo.config.errors import ConfigError, DamagedError, DataError, RunError, 
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds import driver, process
 from simpo.launch.rounds.phases import Phase, replies_folder, settings_of
-from simpo.launch.rounds.preflight import content_of_first, content_of_static
-from simpo.launch.rounds.record import (
-    check_model,
-    done_file,
-    measured,
-    measured_rounds,
-    next_phases,
-)
+from simpo.launch.rounds.record import done_file, measured, measured_rounds, next_phases
+from simpo.launch.rounds.unchanged import check_model, content_of_first, content_of_static
 from simpo.on_policy.measures import win_rate
 from simpo.run.rounds import ENDED_FILE, Kind, run_folder
 

@@ -136,8 +136,8 @@ def test_a_link_waits_for_all_arrays_of_the_one_before(here: Path) -> None:
 def test_a_refused_chain_takes_those_of_other_members_along(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has five jobs."""
-    monkeypatch.setenv("REFUSED", "7")
+    """Each has six jobs."""
+    monkeypatch.setenv("REFUSED", "8")
     words = ["rounds.number=1", "monitor.metric=reply_reward", "rounds.chain=true"]
     members = [
         Member(compose_run([*words, "launcher=slurm", f"loss.beta={beta}"]), (), (f"b={beta}",))
@@ -146,7 +146,7 @@ def test_a_refused_chain_takes_those_of_other_members_along(
     with pytest.raises(RunError) as error:
         launch(members, "sweep")
     assert str(error.value) == "launcher: Slurm did not take the jobs: no more"
-    assert (here / "gone").read_text() == "46\n41 42 43 44 45\n"
+    assert (here / "gone").read_text() == "47\n41 42 43 44 45 46\n"
 
 
 @pytest.mark.parametrize(

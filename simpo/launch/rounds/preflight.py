@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +18,21 @@ from simpo.config.check import check_training
 from simpo.config.choices import BenchmarkKind, Engine, ReplyChoice
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.launchers import SlurmConfig
-from simpo.config.models import ADAPTER_FILE
 from simpo.config.on_policy import JUDGE
 from simpo.config.schema import RunConfig
-from simpo.data.loader import read_mixture
 from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
-from simpo.data.store import pairs_fingerprint
 from simpo.judging import judge
 from simpo.judging.ratings import open_ratings
 from simpo.launch.rounds.phases import slices_of, static_sources
-from simpo.launch.rounds.record import AT_ZERO, FIRST, MEASURES, PROMPTS, STATIC, plan_of
+from simpo.launch.rounds.record import AT_ZERO, MEASURES, plan_of
+from simpo.launch.rounds.unchanged import (
+    FIRST,
+    PROMPTS,
+    STATIC,
+    content_of_first,
+    content_of_static,
+)
 from simpo.loop.console import libraries_quiet
 from simpo.loop.rates import changes_weights
 from simpo.loop.score import columns
@@ -38,10 +40,10 @@ from simpo.loop.sinks import check_login
 from simpo.model import memory
 from simpo.model.available import available_bytes
 from simpo.model.head import largest_logits_bytes
-from simpo.model.pretrained import load_settings, model_source
+from simpo.model.pretrained import load_settings
 from simpo.on_policy.annotate import KEY
 from simpo.on_policy.engines import engine_of
-from simpo.on_policy.files import Prompt, content_hash, model_content
+from simpo.on_policy.files import Prompt
 from simpo.on_policy.generate import content_of_prompts, prompts_of
 from simpo.on_policy.rewards import RULES, reward_content
 from simpo.run.best import check_monitor
@@ -106,31 +108,6 @@ def check_rounds(run: RunConfig, first: RunConfig) -> tuple[str, dict[str, str]]
     dealt = f"in {slices} slices" if (slices := slices_of(run)) > 1 else "in each round"
     told = f"{number['train']} prompts to train on {dealt}, {number['test']} held out"
     return told, content
-
-
-def content_of_first(run: RunConfig) -> str:
-    """Hash of the files of the first model, or of its commit on the hub.
-
-    Raises:
-        ConfigError: it can be loaded neither from disk nor from the hub.
-    """
-    model, adapter = run.model, run.model.lora.adapter
-    source = model_source(model, Path(run.cache_dir).expanduser())
-    content = [model_content("model.path", source, model.revision)]
-    if adapter:
-        content.append(model_content("model.lora.adapter", adapter, None, ADAPTER_FILE))
-    return content_hash(content)
-
-
-def content_of_static(run: RunConfig) -> str:
-    """Hash of the pairs that are mixed into those of each round: of all of which a round takes its
-    share, and of the held-out ones.
-
-    Raises:
-        DataError: they cannot be read.
-    """
-    mixture = read_mixture(replace(run, data=replace(run.data, sources=static_sources(run))))
-    return pairs_fingerprint(chain(mixture.read, mixture.test))
 
 
 def _prompt_problems(run: RunConfig, prompts: list[Prompt]) -> list[str]:

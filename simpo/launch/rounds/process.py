@@ -22,24 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config.check import check_run, load_run
-from simpo.config.errors import INTERRUPTED, ConfigError, DataError, SimpoError
+from simpo.config.errors import INTERRUPTED, ConfigError, SimpoError
 from simpo.config.flat import holds_secret
 from simpo.config.schema import RunConfig
 from simpo.launch.rounds import outcome
 from simpo.launch.rounds.by_hand import commands_of
 from simpo.launch.rounds.phases import begins_with, replies_folder, settings_of
 from simpo.launch.rounds.record import (
-    CONTENT,
-    FIRST,
     MEASURES,
-    PROMPTS,
-    REWARD_CONTENT,
-    STATIC,
-    check_model,
-    check_pairs,
-    check_reward,
-    content_of_model,
-    content_of_pairs,
     kept_round,
     measured,
     measured_rounds,
@@ -47,6 +37,16 @@ from simpo.launch.rounds.record import (
     noted,
     nothing_to_learn,
     pairs_of,
+)
+from simpo.launch.rounds.unchanged import (
+    CHECK,
+    CONTENT,
+    PROMPTS,
+    REWARD_CONTENT,
+    check_inputs,
+    check_reward,
+    content_of_model,
+    content_of_pairs,
 )
 from simpo.launch.start import start
 from simpo.run.atomic import make_folder, write_json, write_text
@@ -59,7 +59,6 @@ from simpo.run.unused import hide_unused
 
 OWN_NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
 """Names of folders that runs make themselves."""
-CHECK = Phase(1, Kind.check)
 
 
 def run_phase(run: RunConfig, root: Path, phase: Phase, is_main: bool = True) -> None:
@@ -73,11 +72,11 @@ def run_phase(run: RunConfig, root: Path, phase: Phase, is_main: bool = True) ->
     """
     begin = time.perf_counter()
     best = _best(run, root) if phase.kind is Kind.train else 0
-    if is_main:
-        _check_inputs(run, root, phase, begins_with(run, phase, best))
     own = settings_of(run, root, phase, best)
-    check_run(own)
     hide_unused(own)
+    if is_main:
+        check_inputs(run, root, phase, begins_with(run, phase, best))
+    check_run(own)
     set_stopped_exit_code(run.train.stopped_exit_code)
     if is_main and phase.kind is not Kind.check:
         _write_commands(run, own, root, phase)
@@ -99,34 +98,6 @@ def run_phase(run: RunConfig, root: Path, phase: Phase, is_main: bool = True) ->
     make_folder(done_file(root, phase).parent)
     took_s = round(time.perf_counter() - begin, 3)
     write_json(done_file(root, phase), {"seconds": took_s, **done})
-
-
-def _check_inputs(run: RunConfig, root: Path, phase: Phase, model: int) -> None:
-    """Check that what a phase takes from others, or from the user, is as it was.
-
-    Args:
-        model: the round whose model the phase begins with; 0: the first.
-
-    Raises:
-        ConfigError, DataError: it is not.
-    """
-    begun = noted(root, CHECK)
-    restore = "changed under these rounds (restore {}, or start anew with run_dir=NEW)"
-    if model:
-        check_model(root, model)
-    # Replies are compared with those of the first model, and its log-probs with theirs.
-    if FIRST in begun and (phase.kind is Kind.annotate or not model):
-        from simpo.launch.rounds.preflight import content_of_first
-
-        if content_of_first(run) != begun[FIRST]:
-            raise ConfigError([f"model.path: {run.model.path} {restore.format('it')}"])
-    if phase.kind is Kind.train:
-        check_pairs(root, phase.round)
-        if begun.get(STATIC):
-            from simpo.launch.rounds.preflight import content_of_static
-
-            if content_of_static(run) != begun[STATIC]:
-                raise DataError(f"data.sources: the pairs {restore.format('them')}")
 
 
 def _write_commands(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:

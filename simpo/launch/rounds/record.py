@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from simpo.config.choices import RoundStart
-from simpo.config.errors import ConfigError, DamagedError
-from simpo.config.models import ADAPTER_FILE
+from simpo.config.errors import DamagedError
 from simpo.config.rounds import REWARD
 from simpo.config.schema import RunConfig
 from simpo.data.plan import TrainPlan, build_plan
 from simpo.launch.rounds.phases import phases, replies_folder
 from simpo.loop.rates import changes_weights
 from simpo.run.best import Evaluations, best_step, evaluations_without_gain
-from simpo.run.cache import files_in, sha256
 from simpo.run.files import read_json, read_results, read_text
 from simpo.run.rounds import Kind, Phase, done_file, ended_early, run_folder
 
@@ -34,8 +32,6 @@ MEASURES = {
     "without_pair": "reply_without_pair",
 }
 """Metrics of a model's replies: key in measures.json, and in metrics.jsonl."""
-PAIRS = ("train.jsonl", "test.jsonl")
-"""The files of a round's pairs."""
 SHOWN = {
     "reward": "reply_reward",
     "pass rate": "reply_pass_rate",
@@ -50,14 +46,6 @@ AT_ZERO = (
     "rounds.prompts=all, or train.warmup_ratio=0)"
 )
 """Why too few pairs teach nothing, and what helps."""
-CONTENT, REWARD_CONTENT = "sha256", "reward"
-"""Keys of annotate.json and train.json: hashes of the files that a later phase reads, by name; and
-of the reward that gave the scores."""
-PROMPTS, STATIC, FIRST = "prompts", "static pairs", "first model"
-"""Keys of check.json: hashes of all prompts, of the pairs of `rounds.static_weight`, and of the
-first model."""
-CARD = "README.md"
-"""A file of a model that others may write."""
 AGAINST_FIRST = ("reply_win_rate", "reply_kl")
 """Those that compare a model with the first."""
 
@@ -142,10 +130,10 @@ def _results(root: Path, number: int) -> dict[str, Any]:
         found = read_results(run_folder(root, number))
     except DamagedError as error:
         path, fault, _ = error.args
-        raise DamagedError(path, fault, _anew(root, number)) from error
+        raise DamagedError(path, fault, anew(root, number)) from error
     if not found:
         path = run_folder(root, number) / "results.json"
-        raise DamagedError(path, "is missing", _anew(root, number))
+        raise DamagedError(path, "is missing", anew(root, number))
     return found
 
 
@@ -171,75 +159,7 @@ def _measures(root: Path, number: int) -> dict[str, dict[str, float | None]]:
     return measures
 
 
-def content_of_pairs(root: Path, number: int) -> dict[str, str]:
-    """Hashes of the files of pairs of a round, by name."""
-    folder = replies_folder(root, number)
-    return _content(folder, [name for name in PAIRS if (folder / name).is_file()])
-
-
-def content_of_model(root: Path, number: int) -> dict[str, str]:
-    """Hashes of the files of the model of a round, by name."""
-    folder = run_folder(root, number) / "model"
-    return _content(folder, [name for name in files_in(folder) if name != CARD])
-
-
-def _content(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    return {name: sha256(folder / name) for name in names}
-
-
-def check_pairs(root: Path, number: int) -> None:
-    """Check that the pairs of a round are as they were written.
-
-    Raises:
-        DamagedError: they are not.
-    """
-    phase = Phase(number, Kind.annotate)
-    remedy = f"remove {done_file(root, phase)}: the same command writes both anew"
-    _check_content(root, phase, replies_folder(root, number), remedy)
-
-
-def check_model(root: Path, number: int) -> None:
-    """Check that the model of a round is as the run that trained it saved it.
-
-    Raises:
-        DamagedError: it is not.
-    """
-    model, remedy = run_folder(root, number) / "model", _anew(root, number)
-    if not any((model / name).is_file() for name in ("config.json", ADAPTER_FILE)):
-        raise DamagedError(model, "holds no model", remedy)
-    _check_content(root, Phase(number, Kind.train), model, remedy)
-
-
-def _check_content(root: Path, phase: Phase, folder: Path, remedy: str) -> None:
-    """Check that the files that a phase left in a folder are those whose hashes it noted."""
-    for name, content in noted(root, phase).get(CONTENT, {}).items():
-        if not (folder / name).is_file():
-            raise DamagedError(folder / name, "is missing", remedy)
-        if sha256(folder / name) != content:
-            raise DamagedError(folder / name, "is not as it was written", remedy)
-
-
-def check_reward(run: RunConfig, root: Path, number: int, content: str) -> None:
-    """Check that the replies of other rounds were scored by the reward of this one.
-
-    Args:
-        content: hash of the reward.
-
-    Raises:
-        ConfigError: they were scored by another.
-    """
-    for other in range(1, run.rounds.number + 2):
-        before = noted(root, Phase(other, Kind.annotate)).get(REWARD_CONTENT, content)
-        if other != number and before != content:
-            raise ConfigError(
-                [
-                    f"on_policy.reward: {run.on_policy.reward} changed since the replies of round "
-                    f"{other} were scored (restore it, or start anew with run_dir=NEW)"
-                ]
-            )
-
-
-def _anew(root: Path, number: int) -> str:
+def anew(root: Path, number: int) -> str:
     """What to do if what training left is damaged: checkpoints are gone."""
     done = done_file(root, Phase(number, Kind.train))
     return f"remove {run_folder(root, number)} and {done}: the same command trains it anew"

@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,20 @@ BLOCK_QUERIES = 2048
 
 # transformers would treat a name that contains "sdpa" or "flash" as one of its own kernels.
 NAMES = {"sdpa": "simpo", "varlen": "simpo_varlen", "flash": "simpo_fa"}
+
+
+class Form(NamedTuple):
+    """The form of a layer's attention.
+
+    Attributes:
+        scaling: factor on the scores; None is 1 / sqrt(head size).
+        window: a query sees only keys less than this many positions before it; None: all of them.
+        softcap: scores s become softcap * tanh(s / softcap) (Gemma-2).
+    """
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
 
 
 def register() -> None:
@@ -94,14 +108,13 @@ def attend(
         query: [B, heads, T, head size].
         key, value: [B, key heads, T, head size].
         attention_mask: for generation only (no segments): bool, True for visible keys.
-        scaling: factor on the scores; None is 1 / sqrt(head size).
-        sliding_window: a query sees only keys less than this many positions before it.
-        softcap: scores s become softcap * tanh(s / softcap) (Gemma-2).
+        scaling, sliding_window, softcap: see `Form`.
         segments, keys: positions of the pairs in the row; B must be 1.
 
     Returns:
         ([B, T, heads, head size], None).
     """
+    form = Form(scaling, sliding_window, softcap)
     if segments is None or keys is None:
         if softcap is None:
             return sdpa_attention_forward(
@@ -110,44 +123,36 @@ def attend(
         if attention_mask is None:
             position = torch.arange(key.shape[2], device=key.device)
             attention_mask = position <= position[-query.shape[2] :, None]
-        return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
+        return _attend(query, key, value, attention_mask, form).transpose(1, 2), None
     if kernel == "sdpa":
-        output = _by_segment(query, key, value, segments, keys, scaling, sliding_window, softcap)
+        output = _by_segment(query, key, value, segments, keys, form)
         return output.transpose(1, 2), None
     # Rotary embeddings may have left float32 under autocast; the kernels take bf16 only.
     query, key, value = (x[0].transpose(0, 1).to(torch.bfloat16) for x in (query, key, value))
     key, value = key.index_select(0, keys.index), value.index_select(0, keys.index)
-    output = _variable_length(kernel, query, key, value, keys, scaling, sliding_window, softcap)
-    return output[None], None
+    return _variable_length(kernel, query, key, value, keys, form)[None], None
 
 
 def _variable_length(
-    kernel: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    table: KeyTable,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, table: KeyTable, form: Form
 ) -> Tensor:
     """All segments in one call: queries [T, heads, head size], keys and values [K, ...]."""
     ends = table.query_ends, table.key_ends, table.longest_queries, table.longest_keys
     # Visible keys left and right of a query, -1 for all. The last query is at the last key.
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    window = (-1 if form.window is None else form.window - 1, 0)
     if kernel == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        assert softcap is None, "this kernel has no soft-cap"
+        assert form.softcap is None, "this kernel has no soft-cap"
         output: Any = varlen_attn(
-            query, key, value, *ends, scale=scaling, window_size=window, **_gqa_option()
+            query, key, value, *ends, scale=form.scaling, window_size=window, **_gqa_option()
         )
         return output
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
         query, key, value, *ends,
-        softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0,
+        softmax_scale=form.scaling, causal=True, window_size=window, softcap=form.softcap or 0.0,
     )  # fmt: skip
 
 
@@ -166,16 +171,13 @@ def _by_segment(
     value: Tensor,
     segments: tuple[Segment, ...],
     table: KeyTable,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
+    form: Form,
 ) -> Tensor:
     if value.device.type == "cpu" and value.dtype is torch.bfloat16:
         # On short segments the CPU's backward kernel is three times slower in bf16.
         with torch.autocast("cpu", enabled=False):
             q, k, v = query.float(), key.float(), value.float()
-            output = _by_segment(q, k, v, segments, table, scaling, sliding_window, softcap)
-        return output.to(value.dtype)
+            return _by_segment(q, k, v, segments, table, form).to(value.dtype)
     # Split once: the backward pass of each slice would allocate a zero gradient of the whole row.
     lengths = segment_lengths(segments)
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
@@ -188,78 +190,60 @@ def _by_segment(
             if index > first:
                 key = torch.cat([shared_key, key], dim=2)
                 value = torch.cat([shared_value, value], dim=2)
-            outputs.append(
-                _causal_attend(queries[index], key, value, table, scaling, sliding_window, softcap)
-            )
+            outputs.append(_causal_attend(queries[index], key, value, table, form))
         first += len(ends)
     return torch.cat(outputs, dim=2)
 
 
 def _causal_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    table: KeyTable,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, table: KeyTable, form: Form
 ) -> Tensor:
     """Causal attention whose queries are the *last* positions of its keys."""
     num_queries, num_keys = query.shape[2], key.shape[2]
-    windowed = sliding_window is not None and num_keys > sliding_window
-    if softcap is None and not windowed and num_queries == num_keys:
+    window = None if form.window is None or num_keys <= form.window else form.window
+    if form.softcap is None and window is None and num_queries == num_keys:
         return scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+            query, key, value, is_causal=True, scale=form.scaling, enable_gqa=True
         )
     # is_causal aligns unequal lengths top-left, which would hide keys from the queries.
-    mask = _mask_of_row(table, query, sliding_window if windowed else None)
-    outputs: list[Tensor] = []
+    mask = _mask_of_row(table, query, window)
+    end, outputs = num_keys - num_queries, []
     for block in query.split(BLOCK_QUERIES, dim=2):
         size = block.shape[2]
-        end = num_keys - num_queries + sum(x.shape[2] for x in outputs) + size
-        outputs.append(
-            _attend(
-                block, key[:, :, :end], value[:, :, :end], mask[-size:, -end:], scaling, softcap
-            )
-        )
+        end += size
+        seen = key[:, :, :end], value[:, :, :end]
+        outputs.append(_attend(block, *seen, mask[-size:, -end:], form))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _mask_of_row(table: KeyTable, query: Tensor, sliding_window: int | None) -> Tensor:
+def _mask_of_row(table: KeyTable, query: Tensor, window: int | None) -> Tensor:
     """What a row's layers add to scores, 0 or -inf, for the last queries of its longest segment.
 
     Whether a query sees a key depends on their distance alone, so the last q rows and k columns are
     the mask of the last q queries of any segment with k keys.
     """
-    name = sliding_window, query.dtype
+    name = window, query.dtype
     if name not in table.masks:
         position = torch.arange(table.longest_keys, device=query.device)
         own = position[-min(table.longest_queries, BLOCK_QUERIES) :, None]
         hidden = position > own
-        if sliding_window is not None:
-            hidden |= position <= own - sliding_window
+        if window is not None:
+            hidden |= position <= own - window
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
         table.masks[name] = mask.masked_fill_(hidden, float("-inf"))
     return table.masks[name]
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, form: Form) -> Tensor:
     """Attention under a mask: bool, True for visible keys, or what is added to the scores."""
-    if softcap is None:
+    if form.softcap is None:
         return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+            query, key, value, attn_mask=mask, scale=form.scaling, enable_gqa=True
         )
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = softcap * torch.tanh((query @ key.transpose(2, 3)) * scale / softcap)
+    scale = query.shape[-1] ** -0.5 if form.scaling is None else form.scaling
+    scores = form.softcap * torch.tanh((query @ key.transpose(2, 3)) * scale / form.softcap)
     # Padding sees no key: of nothing but -inf the softmax would be NaN, also in layers above.
     least = torch.finfo(scores.dtype).min
     is_bool = mask.dtype is torch.bool

@@ -174,7 +174,11 @@ def test_masks_are_shared_where_inputs_are_cast() -> None:
 
 def test_variable_length_kernel_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes and types on the way to a kernel and back; bf16, as on a GPU."""
-    monkeypatch.setattr(attention, "_variable_length", lambda _, *inputs: kernel_by_hand(*inputs))
+    monkeypatch.setattr(
+        attention,
+        "_variable_length",
+        lambda _, *inputs: kernel_by_hand(*inputs[:-1], *inputs[-1]),
+    )
     row = pack(random_pairs(np.random.default_rng(2), 2, longest=6), range(2))
     torch.manual_seed(0)
     length = row.input_ids.shape[1]

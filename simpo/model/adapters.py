@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.models import LoraConfig
 from simpo.data import hub
+from simpo.model.pretrained import check_finite
 
 KINDS = {"attention": "Attention", "mlp": "MLP"}
 """Targets that name a kind of layer, with the ending of transformers' class names for it."""
@@ -99,7 +100,8 @@ def load_adapter(key: str, model: PreTrainedModel, adapter: str) -> PeftModel:
         adapter: folder or hub id.
 
     Raises:
-        ConfigError: the adapter cannot be loaded, is not LoRA, or does not fit the model.
+        ConfigError: the adapter cannot be loaded, is not LoRA, does not fit the model, or holds
+            NaN or infinite weights.
     """
     name, adapter = type(model).__name__, str(Path(adapter).expanduser())
     settings = adapter_settings(key, adapter)
@@ -128,6 +130,7 @@ def load_adapter(key: str, model: PreTrainedModel, adapter: str) -> PeftModel:
                 f"two, such as {odd[0]}"
             ]
         )
+    check_finite(key, adapter, ((n, p) for n, p in adapted.named_parameters() if p.requires_grad))
     _refuse_tied(key, adapted)
     return adapted
 

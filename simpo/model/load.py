@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 
 from simpo.config.choices import Attention, Dtype, Quantization
@@ -23,7 +22,7 @@ from simpo.config.errors import ConfigError
 from simpo.config.models import ModelConfig
 from simpo.model import attention, checkpointing
 from simpo.model.policy import Policy
-from simpo.model.pretrained import check_finite, load_settings, load_weights, model_source
+from simpo.model.pretrained import load_settings, load_weights, model_source
 from simpo.model.shards import empty_model, probe_settings
 
 # Attributes of modules: noise on the input of a router in training (Mixtral, PhiMoE, DBRX).
@@ -88,7 +87,9 @@ def load_policy(
         _patch_nf4_on_cpu(model, device)
     checkpointing.enable(model, config.gradient_checkpointing)
     if config.lora.used:
-        model = _with_adapters(model, config)
+        from simpo.model.adapters import add_adapters
+
+        model = add_adapters(model, config.lora, config.revision)
     switch_noise_off(model)
     policy = Policy(model, share_prefix, unread)
     return policy if unread else policy.to(device)
@@ -112,16 +113,6 @@ def with_attention(
             name = type(settings).__name__
             raise cannot_share(name, "its attention cannot be replaced") from error
         return build(attn_implementation=None)
-
-
-def _with_adapters(model: PreTrainedModel, config: ModelConfig) -> nn.Module:
-    from simpo.model.adapters import add_adapters
-
-    adapted = add_adapters(model, config.lora, config.revision)
-    if config.lora.adapter is not None:
-        trained = ((n, p) for n, p in adapted.named_parameters() if p.requires_grad)
-        check_finite("model.lora.adapter", config.lora.adapter, trained)
-    return adapted
 
 
 def load_probe(

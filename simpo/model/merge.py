@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
@@ -30,10 +31,9 @@ def merge(run_dir: Path, output: Path, dtype: Dtype, base: str | None) -> list[s
         Lines to print.
 
     Raises:
-        ConfigError: there is no adapter, adapter or base cannot be loaded, they do not fit, or
-            `output` exists.
+        ConfigError: there is no adapter, adapter or base cannot be loaded, they do not fit, a
+            merged weight is NaN or infinite, or `output` exists.
     """
-
     folder = model_folder(run_dir)
     if not (folder / ADAPTER_FILE).is_file():
         raise ConfigError(
@@ -42,7 +42,7 @@ def merge(run_dir: Path, output: Path, dtype: Dtype, base: str | None) -> list[s
     if output.exists():
         raise ConfigError([f"output: must not exist, got {output} (choose another)"])
     settings = adapter_settings("RUN", str(folder))
-    source = base or settings.base_model_name_or_path
+    source = os.path.expanduser(base or settings.base_model_name_or_path or "")
     if not source:
         raise ConfigError(["base: the adapter does not name it (base=FOLDER_OR_HUB_ID)"])
     revision = None if base else settings.revision
@@ -54,5 +54,15 @@ def merge(run_dir: Path, output: Path, dtype: Dtype, base: str | None) -> list[s
         "base", source, AutoModelForCausalLM, revision=revision, dtype=wanted or dtype.value
     )
     fetch_terms(model)
-    merged = load_adapter("RUN", model, str(folder)).merge_and_unload(safe_merge=True)
+    adapted = load_adapter("RUN", model, str(folder))
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # peft found a merged weight that is not finite
+        raise ConfigError(
+            [
+                f"RUN: {folder} merged into {source} gives NaN or infinite weights in "
+                f"{str(model.dtype).removeprefix('torch.')} (dtype=float32, or an adapter with "
+                "smaller weights)"
+            ]
+        ) from error
     return [*save_model(Policy(merged), None, chat, output), f"model  {output}"]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from simpo.__main__ import main
 from simpo.config.choices import Dtype
 from simpo.config.compose import compose_run
-from simpo.config.errors import RunError
+from simpo.config.errors import ConfigError, RunError
 from simpo.config.models import LoraConfig, ModelConfig
 from simpo.data.chats.chat import Chat
 from simpo.loop.train import train
@@ -31,7 +31,7 @@ from simpo.model.merge import merge
 from simpo.model.policy import Policy
 from simpo.model.pretrained import files_dtype
 from simpo.model.tokenizer import load_tokenizer
-from tests.support.tiny_models import EXPERTS, FAMILIES, WIDE, tiny_model
+from tests.support.tiny_models import EXPERTS, FAMILIES, WIDE, tiny_adapter, tiny_model
 from tests.support.whole_runs import state_of
 
 CPU = torch.device("cpu")
@@ -208,6 +208,44 @@ def test_adapters(choice: Dtype, tiny_run: list[str], tiny_folder: Path, tmp_pat
         assert set(headers(tmp_path / name).values()) == {name}
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert settings_of(tmp_path / name)["dtype"] == str(model.dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        (float("nan"), "holds NaN or infinite weights in {name} (mend the files)"),
+        (
+            1e36,
+            "merged into {base} gives NaN or infinite weights in float32 (dtype=float32, or an "
+            "adapter with smaller weights)",
+        ),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged(
+    value: float, fault: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    adapter = tiny_adapter(tiny_folder, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    weights[name].fill_(value)
+    weights[name.replace("lora_B", "lora_A")].fill_(value)
+    save_file(weights, file)
+    with pytest.raises(ConfigError) as error:
+        merge(adapter, tmp_path / "merged", Dtype.auto, None)
+    names = [f"{name[:-8]}{part}.default.weight" for part in "AB"]
+    expected = fault.format(base=tiny_folder, name=", ".join(names))
+    assert str(error.value) == f"RUN: {adapter} {expected}"
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_below_the_home_folder(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tiny_adapter(tiny_folder, tmp_path / "adapter")
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    merge(adapter, tmp_path / "merged", Dtype.auto, f"~/{tiny_folder.name}")
+    assert set(headers(tmp_path / "merged").values()) == {"F32"}
 
 
 # Files.

@@ -11,7 +11,7 @@ import torch
 from simpo.data.chats.chat import Chat
 from simpo.data.pairs import Pair
 from simpo.data.rules import in_words, obeys
-from simpo.model.generate import BATCH_PROMPTS, batches, generate_replies
+from simpo.model.generate import BATCH_PROMPTS, Sampling, batches, generate_replies
 from simpo.model.policy import Policy
 from simpo.run.progress import bar
 
@@ -42,12 +42,11 @@ def greedy_replies(
     training, or after `max_new_tokens`.
     """
     prompts = chat.encode([chat.prompt_text(pair.prompt, pair.tools) for pair in pairs])
+    greedy = Sampling(0.0, 1.0, max_new_tokens, seed=0)
     replies: dict[int, HeldOutReply] = {}
     with bar("held-out replies", len(pairs)) as shown:
         for batch in batches([len(ids) for ids in prompts], BATCH_PROMPTS):
-            generated = generate_replies(
-                policy, chat, [prompts[i] for i in batch], max_new_tokens, device
-            )
+            generated = generate_replies(policy, chat, [prompts[i] for i in batch], greedy, device)
             for i, reply in zip(batch, generated, strict=True):
                 rule = pairs[i].rule
                 replies[i] = HeldOutReply(

@@ -24,7 +24,9 @@ class Sampling:
     Attributes:
         temperature: 0 is greedy.
         top_p: mass of nucleus sampling.
-        top_logprobs: how many likeliest first tokens are wanted with their log-probs.
+        seed: for who generates with it; `generate_replies` draws with torch's state as it is.
+        top_logprobs: how many likeliest first tokens are wanted with their log-probs. Logits of all
+            tokens are held meanwhile, so it is for short replies.
     """
 
     temperature: float
@@ -71,22 +73,15 @@ def generate_replies(
     policy: Policy,
     chat: Chat,
     prompts: Sequence[list[int]],
-    max_new_tokens: int,
+    sampling: Sampling,
     device: torch.device,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
     streamer: BaseStreamer | None = None,
-    top_logprobs: int = 0,
 ) -> list[Reply]:
     """Generate a reply to each prompt, in one left-padded batch.
 
     Args:
         prompts: token ids of each prompt.
-        temperature: sampling temperature; 0 is greedy decoding.
-        top_p: probability mass of nucleus sampling.
         streamer: gets each token of a single prompt's reply as soon as it is generated.
-        top_logprobs: how many likeliest first tokens are wanted with their log-probs. Logits of all
-            tokens are held meanwhile, so it is for short replies.
     """
     policy.eval()
     base: Any = policy.base
@@ -95,17 +90,17 @@ def generate_replies(
     pad_id = chat.end_id if pad_id is None else int(pad_id)
     padded = [[pad_id] * (width - len(ids)) + ids for ids in prompts]
     mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-    sampled = temperature > 0
+    sampled, wants_logits = sampling.temperature > 0, sampling.top_logprobs > 0
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=sampling.max_new_tokens,
         do_sample=sampled,
-        temperature=temperature if sampled else None,
-        top_p=top_p if sampled else None,
+        temperature=sampling.temperature if sampled else None,
+        top_p=sampling.top_p if sampled else None,
         top_k=0 if sampled else None,
         eos_token_id=chat.end_id,
         pad_token_id=pad_id,
-        return_dict_in_generate=top_logprobs > 0,
-        output_logits=top_logprobs > 0,
+        return_dict_in_generate=wants_logits,
+        output_logits=wants_logits,
     )
     # transformers would take unset options, such as a penalty, from the model's generation config.
     own, base.generation_config = base.generation_config, GenerationConfig()
@@ -118,9 +113,9 @@ def generate_replies(
         )
     finally:
         base.generation_config = own
-    if not top_logprobs:
+    if not wants_logits:
         return [decode_reply(chat, ids) for ids in output[:, width:].tolist()]
-    likeliest = output.logits[0].float().log_softmax(-1).topk(top_logprobs)
+    likeliest = output.logits[0].float().log_softmax(-1).topk(sampling.top_logprobs)
     found = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
     return [
         decode_reply(chat, ids, list(zip(*first, strict=True)))

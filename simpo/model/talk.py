@@ -115,10 +115,8 @@ class TalkingModel:
                     policy,
                     self.chat,
                     [ids],
-                    room,
+                    replace(sampling, max_new_tokens=room),
                     self.device,
-                    sampling.temperature,
-                    sampling.top_p,
                     stream,
                 )
         except KeyboardInterrupt:

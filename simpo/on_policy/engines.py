@@ -78,16 +78,7 @@ def with_policy(policy: Policy, chat: Chat, device: torch.device) -> Generate:
 
     def generate_batch(prompts: Sequence[list[int]], sampling: Sampling) -> list[Reply]:
         torch.manual_seed(int(content_hash([sampling.seed, *prompts]), 16) % 2**63)
-        return generate_replies(
-            policy,
-            chat,
-            prompts,
-            sampling.max_new_tokens,
-            device,
-            sampling.temperature,
-            sampling.top_p,
-            top_logprobs=sampling.top_logprobs,
-        )
+        return generate_replies(policy, chat, prompts, sampling, device)
 
     return generate_batch
 

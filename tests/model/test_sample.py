@@ -15,7 +15,7 @@ from simpo.config.compose import compose_run
 from simpo.data.chats.chat import Chat
 from simpo.data.mixture import load_mixture
 from simpo.loop.replies import HeldOutReply, greedy_replies, repetition, reply_metrics
-from simpo.model.generate import batches, generate_replies
+from simpo.model.generate import Sampling, batches, generate_replies
 from simpo.model.load import load_policy
 from simpo.model.tokenizer import load_tokenizer
 from tests.support.tiny_models import FAMILIES, tiny_model
@@ -97,7 +97,8 @@ def test_drawn_replies_go_by_our_settings_only(tiny_run: list[str], tmp_path: Pa
         policy.base.generation_config = own = GenerationConfig(**settings)
         torch.manual_seed(0)
         prompts = chat.encode(["Hi", "Owls are birds"])
-        drawn.append(generate_replies(policy, chat, prompts, 12, torch.device("cpu"), 1.0, 0.9))
+        sampling = Sampling(1.0, 0.9, 12, seed=0)
+        drawn.append(generate_replies(policy, chat, prompts, sampling, torch.device("cpu")))
         assert policy.base.generation_config is own, "which is what is exported"
     assert drawn == [drawn[0]] * len(OWN_SETTINGS)
     assert all(0 < reply.tokens <= 12 for reply in drawn[0])

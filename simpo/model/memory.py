@@ -300,6 +300,11 @@ def shards_of(backend: BackendConfig, processes: int) -> int:
     return min(within or processes, processes)
 
 
+def num_bytes(dtype: ReduceDtype) -> int:
+    """Bytes of a gradient in the sum over processes."""
+    return 4 if dtype is ReduceDtype.float32 else 2
+
+
 class _Buffers(NamedTuple):
     """Bytes of gathered weights, whole gradients and buffers at three moments of a step."""
 
@@ -309,13 +314,11 @@ class _Buffers(NamedTuple):
 
 
 def _communication(backend: BackendConfig, place: Place, model: Model) -> _Buffers:
-    summed = 4
     if isinstance(backend, FsdpConfig):
-        summed = 4 if backend.reduce_dtype is ReduceDtype.float32 else 2
-        return _fsdp(model, backend.reshard_after_forward, place.bf16, summed)
+        return _fsdp(backend, model, place.bf16)
     if not isinstance(backend, ZeroConfig):
         return _Buffers()
-    summed = 4 if backend.communication_data_type is ReduceDtype.float32 else 2
+    summed = num_bytes(backend.communication_data_type)
     computed = 2 if place.bf16 else 4
     whole, on_gpu = model.whole, place.device.type == "cuda"
     bucket = min(backend.reduce_bucket_size, whole.trained)
@@ -332,15 +335,13 @@ def _communication(backend: BackendConfig, place: Place, model: Model) -> _Buffe
     return _Buffers(0, reduced, reduced)
 
 
-def _fsdp(model: Model, reshards: bool, bf16: bool, summed: int) -> _Buffers:
+def _fsdp(backend: FsdpConfig, model: Model, bf16: bool) -> _Buffers:
     """Buffers of FSDP2, which gathers a layer while it computes the one before.
 
     The root (embeddings, last norm and head) stays gathered, and its gradient whole to the end.
-
-    Args:
-        summed: bytes of a gradient in the sum over processes.
     """
-    computed = 2 if bf16 else 4
+    computed, summed = 2 if bf16 else 4, num_bytes(backend.reduce_dtype)
+    reshards = backend.reshard_after_forward
     layer, root = model.layers[0], model.root.bytes_in(bf16)
     every = sum(group.bytes_in(bf16) for group in model.layers)
     gathered = min(2 * layer.bytes_in(bf16), every) if reshards else every

@@ -5,13 +5,13 @@ No figure of this module has been measured on a GPU. What is assumed are its con
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from simpo.config.backends import BackendConfig, FsdpConfig, Zero3Config, ZeroConfig
-from simpo.config.choices import Checkpointing, ReduceDtype
+from simpo.config.choices import Checkpointing
 from simpo.config.gpus import Gpu
 from simpo.config.schema import RunConfig
 from simpo.data.flat_tokens import Tokens
@@ -19,7 +19,7 @@ from simpo.data.packing import pack
 from simpo.data.pairs import PackedPairs
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
 from simpo.model import cost
-from simpo.model.memory import GIB, Estimate, Memory, Model, shards_of
+from simpo.model.memory import GIB, Estimate, Memory, Model, num_bytes, shards_of
 
 EFFICIENCY = 0.45
 """Share of the bf16 peak that a long row reaches."""
@@ -34,6 +34,8 @@ RESERVED_GIB = 1.5
 """Memory of a GPU that CUDA's context and NCCL's buffers take."""
 FRAGMENTED = 0.05
 """Share of a GPU's memory that torch's allocator cannot use."""
+NUMBERS_OF_GPUS = tuple(2**power for power in range(11))
+"""Numbers of processes to try."""
 ROW_LENGTHS_TOKENS = tuple(2**power for power in range(10, 17))
 """Lengths of rows to choose from."""
 AS_GOOD = 0.02
@@ -153,8 +155,9 @@ def predict(
     own = estimate.on(processes)
     memory = own.step(largest)
     forwards = 2 if work.couples_step else 1
-    moved = _bytes_moved(backend, estimate.model, processes, rounds / len(steps), forwards)
-    within, between = moved
+    within, between = _bytes_moved(
+        backend, estimate.model, processes, rounds / len(steps), forwards
+    )
     moved_s = within / _link_bytes_s(gpu, shards_of(backend, processes))
     moved_s += between / _link_bytes_s(gpu, processes)
     # AdamW reads weights, gradients and two means, and writes all but the gradients.
@@ -187,7 +190,7 @@ def _link_bytes_s(gpu: Gpu, processes: int) -> float:
 
 
 def _bytes_moved(
-    backend: BackendConfig, model: Model, processes: int, rows: float, forwards: int = 1
+    backend: BackendConfig, model: Model, processes: int, rows: float, forwards: int
 ) -> tuple[float, float]:
     """Bytes that a process receives in a step of `rows` rows, with ring collectives in bf16.
 
@@ -200,7 +203,7 @@ def _bytes_moved(
     """
     whole, others = model.whole, (processes - 1) / processes
     if isinstance(backend, FsdpConfig):
-        summed = 4 if backend.reduce_dtype is ReduceDtype.float32 else 2
+        summed = num_bytes(backend.reduce_dtype)
         gathers = 1 + forwards if backend.reshard_after_forward else 1
         shards = shards_of(backend, processes)
         copies = processes / shards
@@ -209,7 +212,7 @@ def _bytes_moved(
         between = 2 * (copies - 1) / copies * summed * whole.trained / shards
         return rows * within * (shards - 1) / shards, rows * between
     if isinstance(backend, ZeroConfig):
-        summed = 4 if backend.communication_data_type is ReduceDtype.float32 else 2
+        summed = num_bytes(backend.communication_data_type)
         if isinstance(backend, Zero3Config):
             gathered = (1 + forwards) * whole.bytes_in(bf16=True)
             return others * rows * (gathered + summed * whole.trained), 0.0
@@ -236,8 +239,3 @@ def why(best: Step | None, steps: Sequence[Step], gpu: Gpu) -> str:
     if not fits(longer, gpu):
         return f"{longer.tokens_per_row} do not fit the memory of a {gpu.name}"
     return f"longer rows save less than {AS_GOOD:.0%} of a step"
-
-
-def numbers_of_gpus() -> Iterator[int]:
-    """Numbers of processes to try: powers of two up to a thousand."""
-    yield from (2**power for power in range(11))

@@ -140,10 +140,10 @@ def _adapted(where: str, run: RunConfig | None, base: str | None) -> ModelConfig
         model = ModelConfig(name="base", path=path, revision=named.revision)
     if base:
         model = replace(model, path=base, revision=None)
+    if _holds(where, "tokenizer_config.json"):
+        model = replace(model, tokenizer=where, chat_template=None)
     model = replace(
         model,
-        tokenizer=where if _holds(where, "tokenizer_config.json") else model.tokenizer,
-        chat_template=None if _holds(where, "tokenizer_config.json") else model.chat_template,
         gradient_checkpointing=Checkpointing.none,
         lora=LoraConfig(adapter=where),
     )

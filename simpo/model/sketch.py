@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,43 +147,22 @@ def follow(drawn: Sketch, row: PackedPairs, bf16: bool, logits_bytes: int) -> Pe
     """
     policy = drawn.policy
     decoder: Any = policy.base.get_decoder()
-    layers, depth = decoder.layers, len(decoder.layers)
+    layers = decoder.layers
     policy.train()
     # The last ones, as some models begin with layers of another kind.
     decoder.layers = layers[-2:]
     try:
         with drawn.mode:
-            few = _few_layers(policy, row, bf16)
-            head = _head(policy, row, bf16, logits_bytes)
+            return Peaks(
+                **_layers(policy, row, bf16, more=max(0, len(layers) - 2)),
+                head=_head(policy, row, bf16, logits_bytes),
+            )
     finally:
         decoder.layers = layers
-    more = max(0, depth - 2)
-    return Peaks(
-        kept=few.kept + more * few.layer_kept,
-        forward=few.forward + more * few.layer_kept,
-        head=head,
-        backward=few.backward + more * few.layer_left,
-    )
 
 
-class _Few(NamedTuple):
-    """Bytes of a model of two layers without its head.
-
-    Attributes:
-        kept, layer_kept: alive after the forward, in all and of the first layer.
-        forward, backward: most in the forward and in the backward.
-        layer_left: what of the first layer is alive before the backward pass, when autocast has
-            dropped its copies of weights.
-    """
-
-    kept: int
-    layer_kept: int
-    forward: int
-    layer_left: int
-    backward: int
-
-
-def _few_layers(policy: Policy, row: PackedPairs, bf16: bool) -> _Few:
+def _layers(policy: Policy, row: PackedPairs, bf16: bool, more: int) -> dict[str, int]:
+    """`Peaks` without the head, of the policy's two layers and `more` like the first of them."""
     # Capped scores are a table of queries and keys, which would be larger in longer pairs.
     capped = getattr(policy.base.config, "attn_logit_softcapping", None) is not None
     short = row if capped else _merged(row, policy.share_prefix)
@@ -201,14 +180,16 @@ def _few_layers(policy: Policy, row: PackedPairs, bf16: bool) -> _Few:
             hidden = policy.hidden(short)
             for mask in short.keys.masks.values():
                 live.unmark(mask)  # all layers have the same
-            kept, layer_kept, forward = live.bytes, live.marked_bytes(), live.peak
+            further = more * live.marked_bytes()
+            kept, forward = live.bytes + further, live.peak + further
         for hook in hooks:
             hook.remove()
-        layer_left, live.peak = live.marked_bytes(), live.bytes
+        # Autocast has dropped its copies of weights.
+        further, live.peak = more * live.marked_bytes(), live.bytes
         total = hidden.sum()
         del hidden  # the head keeps none of it
         total.backward()
-        return _Few(kept, layer_kept, forward, layer_left, live.peak)
+        return {"kept": kept, "forward": forward, "backward": live.peak + further}
 
 
 def _merged(row: PackedPairs, share_prefix: bool) -> PackedPairs:

@@ -28,12 +28,12 @@ from simpo.model.roofline import (
     GPUS_PER_NODE,
     LINK_EFFICIENCY,
     NODE_GB_S,
+    NUMBERS_OF_GPUS,
     RESERVED_GIB,
     Step,
     Workload,
     best_step,
     fits,
-    numbers_of_gpus,
     predict,
     row_lengths,
     why,
@@ -133,7 +133,7 @@ def _numbers(backend: BackendConfig) -> list[int]:
     if not isinstance(backend, DistributedConfig):
         return [1]
     copy = (backend.shard_processes or 1) if isinstance(backend, FsdpConfig) else 1
-    return [copy * copies for copies in numbers_of_gpus() if copy * copies <= 1024] or [copy]
+    return [copy * copies for copies in NUMBERS_OF_GPUS if copy * copies <= 1024] or [copy]
 
 
 def _workload(run: RunConfig, cache_dir: Path, pairs: int | None, tokens_per_pair: int) -> Workload:

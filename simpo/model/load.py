@@ -60,13 +60,12 @@ def load_policy(
     source = model_source(config, cache_dir)
     settings = settings or load_settings(config, cache_dir)
     _refuse_quantised(source, settings)
-    packed = _quantization(config, bf16)
     dtype = weights_dtype(config, device)
     kernel = _kernel(config, settings, device, bf16)
     model: Any = None
     unread = None
     # DoRA begins with the norms of the weights.
-    if sharded and packed is None and not config.lora.dora:
+    if sharded and config.quantization is Quantization.none and not config.lora.dora:
         model, unread = empty_model(source, config.revision, settings, dtype, kernel)
     _seed(seed)
     if model is None:
@@ -79,7 +78,7 @@ def load_policy(
             trust_remote_code=config.trust_remote_code,
             config=settings,
             dtype=dtype,
-            quantization_config=packed,
+            quantization_config=_quantization(config, bf16),
             device_map={"": device},
         )
         model = with_attention(load, settings, kernel, share_prefix)

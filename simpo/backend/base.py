@@ -88,8 +88,9 @@ class Backend:
             raise ConfigError([f"backend: single runs in 1 process, got {started} (backend=ddp)"])
         # accelerate's state is global, and the next run of a sweep may use another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
-        many = isinstance(config, DistributedConfig) and "RANK" in os.environ
-        self._store = self._join(config) if many else None
+        self._store: dist.Store | None = None
+        if isinstance(config, DistributedConfig) and "RANK" in os.environ:
+            self._store = self._join(config)
         self._calls = 0
         self._notice_after_s = min(NOTICE_AFTER_S, getattr(config, "timeout_s", NOTICE_AFTER_S))
         self._accelerator = self._start(config)
@@ -109,7 +110,7 @@ class Backend:
         self.device: torch.device = self._accelerator.device
         self._group: dist.ProcessGroup | None = None
 
-    def _join(self, config: BackendConfig) -> dist.Store:
+    def _join(self, config: DistributedConfig) -> dist.Store:
         """Connect to the store of rank 0 or torchrun, and initialise the process group."""
         patience = timedelta(seconds=JOIN_S)
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -121,7 +122,6 @@ class Backend:
             )
         else:
             store, _, _ = next(dist.rendezvous("env://", timeout=patience))
-        assert isinstance(config, DistributedConfig)
         timeout = timedelta(seconds=config.timeout_s)
         store.set_timeout(timeout)
         dist.init_process_group(

@@ -45,6 +45,9 @@ class FsdpBackend(Backend):
         started = int(os.environ.get("WORLD_SIZE", "1"))
         config.check_groups(started)
         shards = config.shard_processes or started
+        copies = None
+        if shards < started:
+            copies = ParallelismConfig(dp_replicate_size=started // shards, dp_shard_size=shards)
         # accelerate's own policy would round the loss to bf16.
         bf16 = MixedPrecisionPolicy(torch.bfloat16, getattr(torch, config.reduce_dtype.value))
         self._plugin = FullyShardedDataParallelPlugin(
@@ -64,7 +67,7 @@ class FsdpBackend(Backend):
         return Accelerator(
             mixed_precision=self._precision(),
             fsdp_plugin=self._plugin,
-            parallelism_config=_groups(started // shards, shards),
+            parallelism_config=copies,
             kwargs_handlers=[group] if self.on_gpu else [],
         )
 
@@ -121,13 +124,6 @@ class FsdpBackend(Backend):
     def _state(self, wrapped: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         _reshard(wrapped)
         return super()._state(wrapped, optimizer)
-
-
-def _groups(copies: int, shards: int) -> ParallelismConfig | None:
-    """So many copies of the weights, each sharded over so many processes; None for one copy."""
-    if copies == 1:
-        return None
-    return ParallelismConfig(dp_replicate_size=copies, dp_shard_size=shards)
 
 
 def _reshard(wrapped: nn.Module) -> None:

@@ -165,11 +165,11 @@ def _target_modules(model: PreTrainedModel, targets: list[str]) -> str | list[st
     for target in targets:
         found = _layers_in(modules, KINDS[target]) if target in KINDS else [target]
         if not any(f".{module}".endswith(f".{name}") for name in found for module in modules):
-            linear = sorted({n.rpartition(".")[2] for n in modules if _is_linear(modules[n])})
+            linear = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)}
             raise ConfigError(
                 [
                     f"model.lora.targets: {type(model).__name__} has no {target} "
-                    f"(its linear layers: {', '.join(linear)})"
+                    f"(its linear layers: {', '.join(sorted(linear))})"
                 ]
             )
         names += found
@@ -183,13 +183,9 @@ def _layers_in(modules: dict[str, nn.Module], ending: str) -> list[str]:
         for name, module in modules.items()
         if type(module).__name__.endswith(ending)
         for inner, layer in module.named_modules()
-        if _is_linear(layer)
+        if isinstance(layer, nn.Linear)
     }
     return sorted(found)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
 
 
 def _refuse_untrainable(key: str, adapted: PeftModel) -> None:

@@ -28,8 +28,11 @@ from simpo.model.policy import Policy
 from simpo.model.router import aux_loss, experts_per_token, routing
 from simpo.run.progress import say
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+TOLERANCE, BF16_TOLERANCE = 1e-3, 0.05
 """Largest relative difference (of norms) of hidden states or logits that is taken for rounding."""
+
+NOT_COMPUTED = (TypeError, ValueError, AttributeError, RuntimeError)
+"""What a model raises that cannot compute what it is asked for."""
 
 WINDOWS = ("sliding_window", "attention_chunk_size")
 """Names of settings that limit how far back a token attends."""
@@ -119,25 +122,23 @@ def _compare(policy: Policy, bf16: bool) -> None:
         return rng.integers(0, size, length).astype(np.int32)
 
     pairs = [TokenizedPair.of(ids(5), ids(4), ids(3)), TokenizedPair.of(ids(4), ids(3), ids(6))]
-    device = next(policy.parameters()).device
+    name, device = type(policy.base).__name__, next(policy.parameters()).device
     row = pack(pairs, range(len(pairs)), policy.share_prefix).to(device)
     training = policy.training
     policy.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         try:
             expected = torch.cat([_separate_hidden(policy, pair) for pair in pairs])
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-            name = type(policy.base).__name__
+        except NOT_COMPUTED as error:
             fault = f"its hidden states cannot be computed: {first_line(error)}"
             raise ConfigError([f"model.path: {name}: {fault}"]) from error
         if not torch.isfinite(expected).all() or not expected.any():
-            name = type(policy.base).__name__
             fault = f"gives hidden states that are {'NaN or infinite' if expected.any() else '0'}"
             remedy = "mend its weights, or train.precision=fp32"
             raise ConfigError([f"model.path: {name} {fault} ({remedy})"])
         try:
             got = policy.hidden(row)[row.predictors]
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except NOT_COMPUTED as error:
             raise _refusal(policy, first_line(error)) from error
         own, theirs = _logits(policy, row.input_ids[:, :9])
     policy.train(training)
@@ -145,11 +146,10 @@ def _compare(policy: Policy, bf16: bool) -> None:
     rounded = (
         bf16 or got.dtype is torch.bfloat16 or getattr(policy.base, "is_loaded_in_8bit", False)
     )
-    dtype = torch.bfloat16 if rounded else torch.float32
-    if not (gap := _difference(got, expected)) < TOLERANCE[dtype]:
+    tolerance = BF16_TOLERANCE if rounded else TOLERANCE
+    if not (gap := _difference(got, expected)) < tolerance:
         raise _refusal(policy, f"hidden states differ by {gap:.2g} of their norm")
-    if not (gap := _difference(own, theirs)) < TOLERANCE[dtype]:
-        name = type(policy.base).__name__
+    if not (gap := _difference(own, theirs)) < tolerance:
         raise ConfigError(
             [
                 f"model.path: {name} changes its logits after the output layer, which is not "
@@ -191,13 +191,13 @@ def check_router(policy: Policy, bf16: bool, weight: float) -> None:
             logits = policy.base.get_decoder()(**options).router_logits
             random = not torch.equal(before, _random_state(device))
             own = float(aux_loss(*routing(logits, chosen)))
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except NOT_COMPUTED as error:
         fault = f"gives no router logits: {first_line(error)}"
         raise ConfigError([f"{place} {fault} {remedy}"]) from error
     finally:
         policy.train(training)
     rounded = bf16 or logits[0].dtype is torch.bfloat16
-    tolerance = TOLERANCE[torch.bfloat16 if rounded else torch.float32]
+    tolerance = BF16_TOLERANCE if rounded else TOLERANCE
     if not isinstance(theirs, Tensor):
         fault = (
             "has no auxiliary loss in transformers; models like DeepSeek-V3 balance their experts "

@@ -65,14 +65,14 @@ def save_model(
             os.rename(folder, old)
         os.rename(part, folder)
     except RunError:
-        shutil.rmtree(part, ignore_errors=True)
         raise
     except Exception as error:  # several libraries write, each with its own errors
-        shutil.rmtree(part, ignore_errors=True)
         raise RunError(
             f"{folder}: the model could not be written: {first_line(error)} (solve this and run "
             "the same command again)"
         ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     if not left_out or policy.model is not policy.base:
         return []

@@ -107,10 +107,16 @@ class TalkingModel:
         if self.context_tokens is not None:
             room = min(room, self.context_tokens - len(ids))
         stream = _Stream(self.chat, show)
-        policy = self.base if of_base and self.base is not None else self.policy
+        policy: Policy = self.policy
+        adapter: AbstractContextManager[None] = nullcontext()
+        if of_base and self.base is not None:
+            policy = self.base
+        elif of_base:
+            adapted: Any = policy.model
+            adapter = adapted.disable_adapter()
         torch.manual_seed(sampling.seed)
         try:
-            with self._adapter_off(of_base):
+            with adapter:
                 (reply,) = generate_replies(
                     policy,
                     self.chat,
@@ -127,13 +133,6 @@ class TalkingModel:
         if room < sampling.max_new_tokens:
             return reply, "the context is full: /clear begins a new dialogue"
         return reply, f"cut after max_new_tokens={room}"
-
-    def _adapter_off(self, of_base: bool) -> AbstractContextManager[None]:
-        if not of_base or self.base is not None:
-            return nullcontext()
-        model: Any = self.policy.model
-        off: AbstractContextManager[None] = model.disable_adapter()
-        return off
 
 
 class _Stream(TextStreamer):

@@ -170,12 +170,13 @@ def _seed(seed: int) -> None:
 
 
 def switch_noise_off(model: nn.Module) -> None:
-    """Remove dropout, and the noise that some mixtures of experts put on the router's input."""
+    """Remove all dropout, and the noise that some mixtures of experts put on the router's input."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in JITTER:
-            if getattr(module, name, None):
+        # Many models hold rates of dropout as numbers, such as OPT's `dropout` and `layerdrop`.
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or name in JITTER):
                 setattr(module, name, 0.0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -24,13 +24,14 @@ from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError
 from simpo.config.models import ModelConfig
 from simpo.data.flat_tokens import Tokens
+from simpo.data.packing import pack
 from simpo.data.pairs import TokenizedPair
 from simpo.loop.train import train
 from simpo.model import attention
 from simpo.model.check import check_packing
 from simpo.model.load import load_probe
 from simpo.model.policy import Policy
-from tests.support.tiny_models import FAMILIES, SEGMENTS, SIZES, tiny_model
+from tests.support.tiny_models import FAMILIES, SEGMENTS, SIZES, random_pairs, tiny_model
 from tests.support.versions import transformers_before
 
 # The same sizes by the names that GPT-2 and its kin give them.
@@ -120,7 +121,7 @@ def test_a_kernel_that_mixes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 # On a small copy, where the weights are unread.
 
 
-def small_copy(kind: str, share_prefix: bool, layers: int = 8, **more: int) -> Policy | None:
+def small_copy(kind: str, share_prefix: bool, layers: int = 8, **more: Any) -> Policy | None:
     """What is checked of a model of a kind, with as many layers, before its weights are read."""
     schema = CONFIG_MAPPING[kind]
     sizes = SPELLINGS | {"n_layer": layers, "num_hidden_layers": layers} | more
@@ -154,6 +155,29 @@ def test_a_small_copy_is_refused_as_the_whole(kind: str, share_prefix: bool) -> 
             check_packing(checked, bf16=False)
         told.append(str(error.value).partition(" differ by ")[0])
     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "share_prefix", "settings"),
+    [
+        ("opt", True, {"word_embed_proj_dim": 32, "ffn_dim": 48, "layerdrop": 0.5}),
+        ("biogpt", True, {"attention_probs_dropout_prob": 0.5}),
+        # Its attention is transformers' own.
+        ("stablelm", False, {"attention_dropout": 0.5}),
+    ],
+)
+def test_nothing_is_random_in_training(
+    kind: str, share_prefix: bool, settings: dict[str, Any]
+) -> None:
+    """Rates of dropout that are numbers of a layer, in its config.json or by default."""
+    policy = small_copy(kind, share_prefix, **settings)
+    assert policy is not None
+    check_packing(policy, bf16=False)
+    row = pack(random_pairs(np.random.default_rng(0), 2), range(2), share_prefix)
+    evaluated = policy.eval().hidden(row)
+    before = torch.get_rng_state()
+    assert torch.equal(policy.train().hidden(row), evaluated)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_kernel_that_forgets_windows_is_found_on_a_small_copy(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simpo.data.pairs import PackedPairs
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
@@ -65,6 +66,31 @@ def num_weights(parameter: Tensor) -> int:
     return math.prod(packed.shape) if packed is not None else parameter.numel()
 
 
+class Heads(NamedTuple):
+    """Numbers of query heads and key heads of a layer, and the size of each."""
+
+    queries: int
+    keys: int
+    size: int
+
+
+def heads_of_layers(config: Any) -> list[Heads]:
+    """The heads of each layer; in some models, such as Gemma 4, layers differ.
+
+    Args:
+        config: settings of a text model.
+    """
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    return [
+        Heads(
+            own.num_attention_heads,
+            getattr(own, "num_key_value_heads", None) or own.num_attention_heads,
+            getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads,
+        )
+        for own in layers
+    ]
+
+
 class Flops:
     """Counts the floating-point operations of a step.
 
@@ -77,10 +103,11 @@ class Flops:
 
     def __init__(self, policy: Policy) -> None:
         head = policy.base.get_output_embeddings().weight
-        tables = {id(head), id(policy.base.get_input_embeddings().weight)}
+        tables = {id(m.weight) for m in policy.modules() if isinstance(m, nn.Embedding)} | {
+            id(head)
+        }
         config = policy.base.config.get_text_config()
         chosen, experts = experts_per_token(config)
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._per_token = 0
         for name, p in policy.named_parameters():
             # Experts may be stacked into one 3-D weight, and their biases into one 2-D tensor.
@@ -91,7 +118,7 @@ class Flops:
                 self._per_token += operations * chosen // experts if of_expert else operations
         self._per_target = 2 * head.numel() * (2 + head.requires_grad)
         # Scores and their product with the values in the forward pass; twice that in the backward.
-        self._per_score = 3 * 4 * config.num_attention_heads * size * config.num_hidden_layers
+        self._per_score = 3 * 4 * sum(own.queries * own.size for own in heads_of_layers(config))
 
     def of_row(self, row: PackedPairs) -> int:
         """Operations of the forward and backward pass of a row."""

@@ -196,7 +196,7 @@ def _kernel(config: ModelConfig, settings: Any, device: torch.device, bf16: bool
     Raises:
         ConfigError: the kernel in the settings cannot be used.
     """
-    softcap = getattr(settings, "attn_logit_softcapping", None) is not None
+    softcap = getattr(settings.get_text_config(), "attn_logit_softcapping", None) is not None
     wanted = config.attention.value
     if config.attention is Attention.auto:
         wanted = attention.best(device, bf16, softcap)

@@ -107,7 +107,8 @@ class Policy(nn.Module):
         weight = layer.weight
         for name in getattr(head, "active_adapters", ()):
             weight = weight + head.get_delta_weight(name)
-        return weight, layer.bias, getattr(self.base.config, "final_logit_softcapping", None)
+        config = self.base.config.get_text_config()
+        return weight, layer.bias, getattr(config, "final_logit_softcapping", None)
 
     def hidden(self, row: PackedPairs) -> Tensor:
         """Last hidden states of a row after the final norm, [T, D]."""

@@ -164,7 +164,8 @@ def follow(drawn: Sketch, row: PackedPairs, bf16: bool, logits_bytes: int) -> Pe
 def _layers(policy: Policy, row: PackedPairs, bf16: bool, more: int) -> dict[str, int]:
     """`Peaks` without the head, of the policy's two layers and `more` like the first of them."""
     # Capped scores are a table of queries and keys, which would be larger in longer pairs.
-    capped = getattr(policy.base.config, "attn_logit_softcapping", None) is not None
+    config = policy.base.config.get_text_config()
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
     short = row if capped else _merged(row, policy.share_prefix)
     first, *others = policy.base.get_decoder().layers
     with _following(policy) as live:

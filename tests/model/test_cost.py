@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    CONFIG_MAPPING,
     JetMoeConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -17,11 +18,21 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from simpo.data.packing import pack
+from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import TrainPlan, pairs_of_step, rows_of_pairs
 from simpo.data.store import Tokens
-from simpo.model import cost
+from simpo.model import attention, cost
 from simpo.model.policy import Policy
-from tests.support.tiny_models import EXPERTS, SIZES, VOCAB, random_pairs, ranked_pairs, tiny_model
+from tests.support.tiny_models import (
+    EXPERTS,
+    SEGMENTS,
+    SIZES,
+    VOCAB,
+    random_pairs,
+    ranked_pairs,
+    tiny_model,
+)
+from tests.support.versions import transformers_before
 
 
 def test_layout() -> None:
@@ -61,9 +72,19 @@ def test_flops(family: str, share_prefix: bool) -> None:
         model.set_experts_implementation("eager")  # it misses products of groups as well
     if not share_prefix:
         model.set_attn_implementation("sdpa")
-    policy = Policy(model, share_prefix)
     pairs = (ranked_pairs if ranked else random_pairs)(np.random.default_rng(0), 4, longest=30)
-    row = pack(pairs, range(4), share_prefix)
+    assert_counted(Policy(model, share_prefix), pairs, share_prefix, widths=32 + 32)
+
+
+def assert_counted(
+    policy: Policy, pairs: list[TokenizedPair], share_prefix: bool, widths: int
+) -> None:
+    """Compare with torch's counter and what it misses.
+
+    Args:
+        widths: sum over layers of query heads times the size of a head.
+    """
+    row = pack(pairs, range(len(pairs)), share_prefix)
     with FlopCounterMode(display=False) as counter:
         loss, _ = policy(row, lambda logps: logps.chosen)
         loss.backward()
@@ -73,9 +94,28 @@ def test_flops(family: str, share_prefix: bool) -> None:
         scores += sum(sum(range(1, prompt + response + 1)) for response in responses)
         scores -= (len(responses) - 1) * sum(range(1, prompt + 1)) if share_prefix else 0
     # Two products (scores, values), two operations each, once forward and twice backward.
-    missed = scores * 2 * 2 * 3 * 32 * 2 + len(row.targets) * 2 * VOCAB * 32
+    missed = scores * 2 * 2 * 3 * widths + len(row.targets) * 2 * VOCAB * 32
     expected = counter.get_total_flops() + missed
     assert cost.Flops(policy).of_row(row) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.skipif(transformers_before("5.23"), reason="has no settings for each layer")
+def test_flops_where_layers_differ() -> None:
+    """Gemma 4: another head size in full attention, and a second table of embeddings."""
+    config = CONFIG_MAPPING["gemma4_text"](
+        **SIZES,
+        head_dim=8,
+        global_head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
+        num_kv_shared_layers=0,
+    )
+    assert cost.heads_of_layers(config) == [(4, 2, 8), (4, 2, 16)]
+    attention.register()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=SEGMENTS)
+    pairs = random_pairs(np.random.default_rng(0), 4, longest=30)
+    assert_counted(Policy(model), pairs, share_prefix=True, widths=4 * 8 + 4 * 16)
 
 
 def test_flops_of_frozen_weights() -> None:

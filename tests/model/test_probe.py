@@ -102,6 +102,24 @@ def test_logits_that_are_scaled_after_the_head() -> None:
         check_packing(other_model("cohere", True), bf16=False)
 
 
+@pytest.mark.skipif(transformers_before("5.23"), reason="its settings are others")
+def test_a_soft_cap_in_the_settings_of_the_text() -> None:
+    """Gemma 4 as it is published, with settings for images; transformers caps its logits."""
+    text = SIZES | {
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": SIZES["vocab_size"],
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "final_logit_softcapping": 1.0,
+        "initializer_range": 0.2,
+    }
+    config = CONFIG_MAPPING["gemma4"](text_config=text, vision_config=None, audio_config=None)
+    attention.register()
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(config, attn_implementation=SEGMENTS))
+    check_packing(policy, bf16=False)
+
+
 def test_a_kernel_that_mixes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any kernel that lets a pair see the one before, here plain causal attention of the row."""
     whole_row = attention._by_segment

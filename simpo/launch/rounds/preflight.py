@@ -39,6 +39,7 @@ from simpo.loop.score import columns
 from simpo.loop.sinks import check_login
 from simpo.model import memory
 from simpo.model.available import available_bytes
+from simpo.model.cost import heads_of_layers
 from simpo.model.head import largest_logits_bytes
 from simpo.model.pretrained import load_settings
 from simpo.on_policy.annotate import KEY
@@ -211,10 +212,7 @@ def _check_memory(
 
 def _cache_bytes(settings: PreTrainedConfig) -> int:
     """Bytes of keys and values of one token, in fp32."""
-    text = settings.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * 4 * text.num_hidden_layers * heads * size
+    return 2 * 4 * sum(own.keys * own.size for own in heads_of_layers(settings.get_text_config()))
 
 
 def _check_disk(run: RunConfig, estimate: memory.Estimate) -> None:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from simpo.config.own_code import is_function
 from simpo.data.cleaning.benchmarks import files_of_benchmarks
 from simpo.data.reading.sources import files_of_split
 from simpo.run.cache import find_entry, keep_entry, sha256
+from simpo.run.provenance import package_versions
 
 SETTLED_S = 3.0
 """Time since the last change of a file after which another change has another time stamp: the
@@ -47,7 +47,7 @@ class Sources:
         self._config = config
         self._began_s = time.time()
         self._states = _states(config)
-        versions = [sys.version, *map(_version, LIBRARIES)]
+        versions = [sys.version, package_versions(LIBRARIES)]
         code = [sha256(file) for file in _code()]
         what = json.dumps([settings, asdict(config), versions, code, self._states], default=str)
         name = hashlib.sha256(what.encode()).hexdigest()[:32]
@@ -105,13 +105,6 @@ def _state(file: Path) -> FileState:
     found = file.stat()
     times = found.st_mtime_ns, found.st_ctime_ns
     return str(file.absolute()), found.st_ino, found.st_size, *times
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return ""
 
 
 def _code() -> list[Path]:

@@ -1,17 +1,21 @@
 """Computes log-probabilities of pairs under the reference model, for losses that need them.
 
 The reference is the policy before its first step, so one pass then suffices and no second model is
-loaded. Results are cached under a hash of the weights, the tokens, which of them are scored, how
-the loss weighs them, and the dtype.
+loaded. Results are cached under a hash of all they depend on: weights and settings of the model,
+code, the dtype, the tokens, which of them are scored, and how the loss weighs them. Only the layout
+of the rows and the number of processes, which change no more than rounding, are not in it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,18 +29,59 @@ from simpo.data.store import TokenizedSet
 from simpo.loop.score import counted, score_pairs
 from simpo.loss import LossConfig, PairLogps
 from simpo.model.head import no_loss
-from simpo.run.cache import find_entry, keep_entry
+from simpo.model.policy import Policy
+from simpo.run.cache import find_entry, keep_entry, sha256
 from simpo.run.progress import bar
+from simpo.run.provenance import package_versions
+
+CODE = ("data", "loss", "model")
+"""Folders of simpo whose code decides the log-probs of tokens."""
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "flash-attn")
+NOT_HASHED = ("_name_or_path", "base_model_name_or_path")
+"""Settings that name the folder of a model: a copy elsewhere is the same model."""
 
 
-def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash of a model's whole weights, given by name and sorted by it: 16 hex digits."""
-    digest = hashlib.blake2b(digest_size=8)
+def model_fingerprint(policy: Policy, weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of a model with the code that computes it, 16 hex digits.
+
+    Weights alone do not decide what a model computes: its settings hold the base of its rotary
+    embeddings, those of an adapter its scale.
+
+    Args:
+        weights: its whole weights, by name and sorted by it.
+    """
+    digest = hashlib.blake2b(json.dumps(_computation(policy)).encode(), digest_size=8)
     for name, value in weights:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _computation(policy: Policy) -> list[Any]:
+    """What besides weights and tokens decides log-probs: settings, code and versions."""
+    simpo = Path(__file__).parent.parent
+    files = [file for folder in CODE for file in sorted((simpo / folder).glob("*.py"))]
+    # What model.trust_remote_code has loaded.
+    remote = (m for name, m in sorted(sys.modules.items()) if name.startswith("transformers_mod"))
+    files += [Path(module.__file__) for module in remote if module.__file__]
+    adapters = getattr(policy.model, "peft_config", {})
+    return [
+        package_versions(LIBRARIES),
+        [sha256(file) for file in files],
+        policy.base.config._attn_implementation,
+        *(_settings_text(config) for config in (policy.base.config, *adapters.values())),
+    ]
+
+
+def _settings_text(config: Any) -> str:
+    """The settings of a model or an adapter as JSON."""
+    settings = {key: value for key, value in config.to_dict().items() if key not in NOT_HASHED}
+    return json.dumps(
+        settings,
+        sort_keys=True,
+        default=lambda value: sorted(value) if isinstance(value, set) else str(value),
+    )
 
 
 def with_reference(
@@ -57,13 +102,14 @@ def with_reference(
         policy: as `Backend.prepare` wrapped it, before its first step.
         rows: this process's share of the rows with all pairs of `data`; not read if the cache has
             the result.
-        origin: `weights_fingerprint` of the policy.
+        origin: `model_fingerprint` of the policy.
         cache_dir: folder of the cache.
         loss: the loss, whose weights of tokens count here too.
     """
     if not len(data):
         return data
-    settings = f"{origin} {data.fingerprint} {backend.bf16} {backend.device.type}"
+    computed = f"{type(backend).__name__} {backend.bf16} {backend.device.type}"
+    settings = f"{origin} {data.fingerprint} {computed}"
     settings += _weighing(loss, data.tokens)
     name = hashlib.sha256(settings.encode()).hexdigest()[:32]
     folder = cache_dir / "reference" / name

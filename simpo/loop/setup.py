@@ -37,7 +37,7 @@ from simpo.loop.optim import (
     sampled_weights,
 )
 from simpo.loop.publish import check_end
-from simpo.loop.reference import weights_fingerprint, with_reference
+from simpo.loop.reference import model_fingerprint, with_reference
 from simpo.loop.rows import choose_rows
 from simpo.loop.score import check_loss, metric_names
 from simpo.model import cost, memory
@@ -63,7 +63,7 @@ class Parts:
         policy: the model inside `wrapped`, for its names, settings and replies.
         wrapped: the module to call instead of the policy (see `Backend.prepare`).
         sampled_before: some weights of each trained tensor before the first step.
-        origin: hash of all weights before the first step, if the loss needs a reference.
+        origin: hash of the model before the first step, if the loss needs a reference.
         start_lines: lines to print before the first step.
     """
 
@@ -172,7 +172,7 @@ def _start(
     if not run.loss.needs_reference:
         return Start(sampled)
     weights = iter(whole(dict(sorted(policy.state_dict(keep_vars=True).items()))))
-    origin = weights_fingerprint(weights) if backend.is_main else ""
+    origin = model_fingerprint(policy, weights) if backend.is_main else ""
     deque(weights, maxlen=0)  # gathers on the other processes
     return Start(sampled, origin)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,24 @@ PACKAGES = (
 
 def environment(device: str) -> dict[str, Any]:
     """Versions and machine of this process, for the run's records."""
-    packages = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
     return {
         "python": platform.python_version(),
-        "packages": packages,
+        "packages": package_versions(PACKAGES),
         "device": device,
         "cpus": os.cpu_count(),
         "git_commit": _git("rev-parse", "HEAD").decode().strip() if _in_git() else "",
     }
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """The versions of packages by name, `not installed` of those that are not."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
 
 
 def git_diff() -> bytes:

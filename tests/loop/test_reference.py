@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import importlib
+import json
 import math
 import shutil
 import sys
@@ -15,12 +16,12 @@ from textwrap import dedent
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from simpo.backend import build_backend
 from simpo.config.backends import SingleConfig
 from simpo.config.choices import Precision
 from simpo.config.compose import compose_run
+from simpo.config.models import ADAPTER_FILE, LoraConfig, ModelConfig
 from simpo.data import loader
 from simpo.data.loader import PackedSet
 from simpo.data.packing import pack
@@ -28,15 +29,22 @@ from simpo.data.pairs import TokenizedPair
 from simpo.loop import reference
 from simpo.loop.train import train
 from simpo.loss.with_reference import DpoConfig
+from simpo.model.load import load_policy
 from simpo.model.policy import Policy
-from tests.support.tiny_models import padded_logps, random_pairs, tiny_model, token_set
+from tests.support.tiny_models import (
+    padded_logps,
+    random_pairs,
+    tiny_adapter,
+    tiny_model,
+    token_set,
+)
 from tests.support.whole_runs import assert_same_run, logged, metrics_of, run, start, wait_for
 
 DPO = ["loss=dpo", "loss.beta=0.5"]
 
 
-def fingerprint(model: nn.Module) -> str:
-    return reference.weights_fingerprint(sorted(model.state_dict().items()))
+def fingerprint(policy: Policy) -> str:
+    return reference.model_fingerprint(policy, sorted(policy.state_dict().items()))
 
 
 def test_scores_are_those_of_padded_sequences(
@@ -154,7 +162,7 @@ def test_scores_of_a_set_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_fingerprint_is_of_every_weight() -> None:
-    model = tiny_model("llama")
+    model = Policy(tiny_model("llama"))
     same = fingerprint(copy.deepcopy(model))
     assert fingerprint(model) == same
     for parameter in model.parameters():
@@ -162,6 +170,65 @@ def test_the_fingerprint_is_of_every_weight() -> None:
         parameter.data.view(-1)[-1] = old + 1e-3
         assert fingerprint(model) != same
         parameter.data.view(-1)[-1] = old
+
+
+def test_the_fingerprint_is_of_all_that_a_model_computes(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of equal weights: settings of model and adapter, kernel, libraries and code count, the place
+    of the files does not."""
+
+    def loaded(base: Path, adapter: Path | None = None) -> Policy:
+        lora = LoraConfig(adapter=adapter and str(adapter))
+        config = ModelConfig(name="tiny", path=str(base), lora=lora)
+        return load_policy(config, tmp_path, torch.device("cpu"), 0)
+
+    def found(base: Path, adapter: Path | None = None) -> str:
+        return fingerprint(loaded(base, adapter))
+
+    def copied(folder: Path, name: str, **settings: object) -> Path:
+        new = shutil.copytree(folder, tmp_path / name)
+        file = new / ("config.json" if (new / "config.json").is_file() else ADAPTER_FILE)
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+        return new
+
+    policy = loaded(tiny_folder)
+    same = fingerprint(policy)
+    assert found(copied(tiny_folder, "copy")) == same
+    rope = {"rope_theta": 500.0, "rope_type": "default"}
+    assert found(copied(tiny_folder, "rope", rope_parameters=rope)) != same
+    assert found(copied(tiny_folder, "eps", rms_norm_eps=1e-3)) != same
+
+    adapter = tiny_adapter(tiny_folder, tmp_path / "adapter", lora_alpha=8)
+    adapted = found(tiny_folder, adapter)
+    assert found(tmp_path / "copy", copied(adapter, "adapter_copy")) == adapted
+    assert found(tiny_folder, copied(adapter, "alpha", lora_alpha=16)) != adapted
+
+    with monkeypatch.context() as other:
+        other.setattr(reference, "package_versions", lambda _: {"transformers": "0.1"})
+        assert fingerprint(policy) != same
+    with monkeypatch.context() as other:
+        other.setattr(reference, "sha256", lambda file: file.name)
+        assert fingerprint(policy) != same
+    assert fingerprint(policy) == same
+    policy.base.set_attn_implementation("eager")
+    assert fingerprint(policy) != same
+
+
+def test_other_settings_of_the_model_are_another_reference(
+    tiny_folder: Path, tiny_run: list[str], tmp_path: Path
+) -> None:
+    """The same weights with another rope_theta, and the same cache: log-ratios begin at 0."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    words = [*tiny_run, *DPO, f"model.path={folder}", "train.max_steps=1", "sample.num_prompts=0"]
+    for theta in (10_000.0, 50.0):
+        settings["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
+        (folder / "config.json").write_text(json.dumps(settings))
+        train(compose_run([*words, "train.warmup_ratio=0", f"run_dir={tmp_path / str(theta)}"]))
+        first = metrics_of(tmp_path / str(theta))[0]
+        assert first["eval/loss"] == pytest.approx(math.log(2), rel=1e-6)
+        assert abs(first["eval/rewards/chosen"]) < 1e-4
 
 
 def test_a_run_starts_at_its_reference(tiny_run: list[str], tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from simpo.model.pretrained import model_files
 from simpo.run.atomic import write_text
 from simpo.run.files import read_metrics, series
 from simpo.run.rounds import as_begun
-from simpo.run.tables import SHOWN, markdown_table, result_lines
+from simpo.run.tables import markdown_table, result_lines, shown_metrics
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -302,15 +302,18 @@ def is_local(text: str) -> bool:
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Draw loss, reward accuracy and margin over steps, train and held out, as a PNG."""
+    """Draw the first three of the metrics that tables show over steps, train and held out, as a
+    PNG: of pairs loss, accuracy and margin."""
     from matplotlib.figure import Figure
 
     lines = read_metrics(metrics)
     # Fixed margins: to find the best ones, Matplotlib draws everything several times.
     figure = Figure(figsize=(12, 3.4))
     figure.subplots_adjust(left=0.06, right=0.99, bottom=0.14, top=0.91, wspace=0.2)
-    axes = figure.subplots(1, 3)
-    for axis, (key, name) in zip(axes, SHOWN[:3], strict=True):
+    known = {key.partition("/")[2] for line in lines for key in line}
+    shown = list(shown_metrics(known).items())[:3]
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, (key, name) in zip(axes, shown, strict=True):
         for split, style in (("train", "-"), ("eval", "o--")):
             if points := series(lines, f"{split}/{key}"):
                 label = "held out" if split == "eval" else split

@@ -22,7 +22,7 @@ from simpo.model.cost import Layout, num_weights
 from simpo.model.policy import Policy
 from simpo.run.files import read_replies
 from simpo.run.progress import on_terminal
-from simpo.run.tables import markdown_table, result_lines
+from simpo.run.tables import markdown_table, result_lines, shown_metrics
 
 
 @dataclass(frozen=True)
@@ -190,14 +190,18 @@ def _one_line(text: str) -> str:
 
 
 def metrics_text(metrics: Mapping[str, float]) -> str:
-    """Loss, accuracy and margin, and the share of replies that obey, as far as they are there."""
-    shown = {
+    """Loss, accuracy and margin (of single replies their rewards), and the share of replies that
+    obey, as far as they are there."""
+    texts = {
         "loss": "loss {:.3f}",
         "rewards/accuracies": "accuracy {:.2f}",
         "rewards/margins": "margin {:+.2f}",
+        "rewards/chosen": "desirable {:+.2f}",
+        "rewards/rejected": "undesirable {:+.2f}",
         "rule_pass_rate": "{:.0%} of the replies obey",
     }
-    return ", ".join(text.format(metrics[key]) for key, text in shown.items() if key in metrics)
+    shown = shown_metrics(metrics)
+    return ", ".join(text.format(metrics[key]) for key, text in texts.items() if key in shown)
 
 
 @contextmanager

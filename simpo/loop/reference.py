@@ -2,8 +2,8 @@
 
 The reference is the policy before its first step, so one pass then suffices and no second model is
 loaded. Results are cached under a hash of all they depend on: weights and settings of the model,
-code, the dtype, the tokens, which of them are scored, and how the loss weighs them. Only the layout
-of the rows and the number of processes, which change no more than rounding, are not in it.
+code, dtype, tokens, which of them are scored, and how the loss weighs them. Only the layout of the
+rows and the number of processes, which change no more than rounding, are not in it.
 """
 
 from __future__ import annotations

@@ -290,7 +290,8 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
     """Read all runs in and below folders.
 
     Args:
-        metric: held-out metric to compare by; higher is better except for loss and repetition.
+        metric: held-out metric to compare by; higher is better except for loss,
+            repetition and the reward of rejected responses.
             None: `monitor.metric` of the first run.
 
     Raises:

@@ -11,7 +11,7 @@ from simpo.report.hub_results import CAPTION, others_figures
 from simpo.report.published import judged_note, published_tables
 from simpo.report.rounds import MEANINGS, SPARE, by_round
 from simpo.run.runs import Progress, State
-from simpo.run.tables import SHOWN, markdown_table
+from simpo.run.tables import markdown_table, shown_metrics
 
 ROWS_SHOWN = 40
 """Lines of a table, and notes below it, that a terminal shows; a file gets all."""
@@ -160,9 +160,9 @@ def averages_text(report: Comparison, key: str, width: int | None = None) -> str
             None cuts nothing.
     """
     found = averages(report, key)
-    names = dict(SHOWN)
-    wanted = dict.fromkeys([report.metric, *names])
-    shown = [metric for metric in wanted if any(metric in group for group in found)]
+    known = {key for group in found for key in group}
+    names = shown_metrics(known)
+    shown = [metric for metric in dict.fromkeys([report.metric, *names]) if metric in known]
     lines = [
         {
             "runs": group["runs"],

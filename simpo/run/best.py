@@ -9,7 +9,8 @@ from simpo.config.choices import Mode
 from simpo.config.errors import ConfigError
 from simpo.config.schema import MonitorConfig
 
-LESS_IS_BETTER = ("loss", "reply_repetition")
+LESS_IS_BETTER = ("loss", "reply_repetition", "rewards/rejected")
+"""Ends of the names of metrics; of several held-out sets they follow that of the set."""
 
 Evaluations = Mapping[int, Mapping[str, float]]
 """Held-out metrics by the number of updates done before them."""
@@ -44,7 +45,7 @@ def mode_of(metric: str, monitor: MonitorConfig) -> Mode:
     """Whether a higher or a lower value of a held-out metric is better."""
     if metric == monitor.metric:
         return monitor.mode
-    return Mode.min if metric.rpartition("/")[2] in LESS_IS_BETTER else Mode.max
+    return Mode.min if metric.endswith(LESS_IS_BETTER) else Mode.max
 
 
 def evaluations_without_gain(config: MonitorConfig, evaluations: Evaluations) -> int:

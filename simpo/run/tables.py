@@ -11,6 +11,8 @@ SHOWN = (
     ("loss", "loss"),
     ("rewards/accuracies", "accuracy"),
     ("rewards/margins", "margin"),
+    ("rewards/chosen", "reward of desirable"),
+    ("rewards/rejected", "reward of undesirable"),
     ("rewards/rank_correlation", "rank correlation"),
     ("rewards/best_accuracies", "best response first"),
     ("reply_reward", "reward of replies"),
@@ -19,7 +21,16 @@ SHOWN = (
     ("rule_pass_rate", "rule pass rate"),
     ("reply_repetition", "repetition in replies"),
 )
-"""Held-out metrics that tables show, with their labels."""
+"""Held-out metrics that tables show, with their labels; see `shown_metrics`."""
+REWARDS = ("rewards/chosen", "rewards/rejected")
+"""Shown of single replies; of pairs their accuracy and margin tell more."""
+
+
+def shown_metrics(known: Iterable[str]) -> dict[str, str]:
+    """Those of `SHOWN` that are known, with their labels; no `REWARDS` where pairs are compared."""
+    known = set(known)
+    left_out = REWARDS if "rewards/accuracies" in known else ()
+    return {key: label for key, label in SHOWN if key in known and key not in left_out}
 
 
 def metric_labels(known: Iterable[str]) -> dict[str, str]:
@@ -28,7 +39,7 @@ def metric_labels(known: Iterable[str]) -> dict[str, str]:
     Several held-out sets add the accuracy of each (its loss if no reply is rejected) and the mean.
     """
     known = list(known)
-    labels = {key: label for key, label in SHOWN if key in known}
+    labels = shown_metrics(known)
     of_sets = "rewards/accuracies" if "rewards/accuracies" in known else "loss"
     for key in known:
         name, _, metric = key.partition("/")

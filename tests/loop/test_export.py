@@ -31,7 +31,7 @@ from simpo.config.errors import ConfigError, RunError, SimpoError
 from simpo.config.models import ModelConfig
 from simpo.data.chats.chat import Chat
 from simpo.launch.commands.export import USAGE
-from simpo.loop.card import write_card, write_merged_card
+from simpo.loop.card import draw_curves, write_card, write_merged_card
 from simpo.loop.console import Results, end_lines
 from simpo.loop.train import train
 from simpo.model.export import save_model
@@ -656,6 +656,32 @@ def test_without_a_network_an_upload_is_refused_first(
         f"export.push_to_hub: nothing can be uploaded to me/model: {constants.ENDPOINT} does not "
         f"answer, or HF_HUB_OFFLINE is set{OFFER}"
     )
+
+
+def test_single_replies_show_their_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without pairs there is no accuracy; with them the rewards are not shown."""
+    before = {"loss": 0.5, "rewards/chosen": 0.0, "rewards/rejected": 0.0, "logps/chosen": -1.0}
+    after = before | {"loss": 0.25, "rewards/chosen": 0.4, "rewards/rejected": -0.6}
+    lines = [
+        {"held out": "loss", "before": "0.500", "after": "0.250"},
+        {"held out": "reward of desirable", "before": "0.000", "after": "0.400"},
+        {"held out": "reward of undesirable", "before": "0.000", "after": "-0.600"},
+    ]
+    assert result_lines(before, after) == lines
+    pairs = {"rewards/accuracies": 1.0, "rewards/margins": 1.0}
+    labels = [line["held out"] for line in result_lines(before | pairs, after | pairs)]
+    assert labels == ["loss", "accuracy", "margin"]
+
+    titles: list[list[str]] = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda figure, *_, **__: titles.append([axis.get_title() for axis in figure.axes]),
+    )
+    for more in ({}, pairs):
+        logged = {"step": 2, **{f"eval/{key}": value for key, value in (after | more).items()}}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(logged) + "\n")
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert titles == [[line["held out"] for line in lines], labels]
 
 
 def test_other_replies_than_the_run_was_begun_with(tmp_path: Path) -> None:

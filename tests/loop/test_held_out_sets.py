@@ -117,3 +117,5 @@ def test_less_is_better_in_a_set_too() -> None:
     monitor = MonitorConfig()
     assert mode_of("easy/loss", monitor).value == "min"
     assert mode_of("easy/rewards/margins", monitor).value == "max"
+    assert mode_of("easy/rewards/chosen", monitor).value == "max"
+    assert mode_of("easy/rewards/rejected", monitor).value == "min"

@@ -101,6 +101,9 @@ def terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal
 def test_metrics_in_words() -> None:
     assert metrics_text(METRICS) == "loss 0.961, accuracy 0.75, margin +1.81"
     assert metrics_text({"loss": 2.0, "logps/chosen": -0.5}) == "loss 2.000"
+    singles = {"loss": 0.5, "rewards/chosen": 0.1, "rewards/rejected": -0.234}
+    assert metrics_text(singles) == "loss 0.500, desirable +0.10, undesirable -0.23"
+    assert metrics_text(METRICS | singles) == "loss 0.500, accuracy 0.75, margin +1.81"
     assert metrics_text({"rule_pass_rate": 0.5}) == "50% of the replies obey"
     assert metrics_text({}) == ""
 

@@ -73,11 +73,12 @@ class CheckpointStore:
         """The newest checkpoint with at most `until_step` updates."""
         return max((p for p in self._all() if p <= self._path(until_step)), default=None)
 
-    def resume(self, wrapped: nn.Module, optimizer: Optimizer) -> tuple[Manifest | None, list[str]]:
+    def resume(self, wrapped: nn.Module, optimizer: Optimizer) -> tuple[int, int, list[str]]:
         """Load the newest checkpoint that is whole; damaged ones are renamed to `damaged-*`.
 
         Returns:
-            Its manifest, None if there is no checkpoint; and a line for each damaged one.
+            The updates done before it and the length of metrics.jsonl then, 0 without a
+            checkpoint; and a line for each damaged one.
 
         Raises:
             ConfigError: it was written by a backend whose checkpoints this one cannot read.
@@ -85,22 +86,23 @@ class CheckpointStore:
         """
         messages: list[str] = []
         for path in sorted(self._all(), reverse=True):
-            manifest, fault = self._check(path)
-            if manifest is not None and fault is None:
-                self._check_metrics(manifest)
-                self._load(path, manifest, wrapped, optimizer)
-                return manifest, messages
-            messages.append(f"{path} is damaged and left out: {fault}")
+            found = self._check(path)
+            if isinstance(found, Manifest):
+                self._check_metrics(found)
+                self._load(path, found, wrapped, optimizer)
+                return found.step, found.metrics_bytes, messages
+            messages.append(f"{path} is damaged and left out: {found}")
             self._quarantine(path)
-        return None, messages
+        return 0, 0, messages
 
     def load(self, step: int, wrapped: nn.Module, optimizer: Optimizer) -> str | None:
         """Load the checkpoint after `step` updates; if it is damaged, return what is wrong."""
         path = self._path(step)
-        manifest, fault = self._check(path)
-        if manifest is not None and fault is None:
-            self._load(path, manifest, wrapped, optimizer)
-        return fault
+        found = self._check(path)
+        if isinstance(found, str):
+            return found
+        self._load(path, found, wrapped, optimizer)
+        return None
 
     def save(self, step: int, wrapped: nn.Module, optimizer: Optimizer, metrics_bytes: int) -> None:
         """Write the state after `step` updates, then delete the oldest beyond those kept.
@@ -185,18 +187,19 @@ class CheckpointStore:
                 shutil.rmtree(old)
         backend.wait()
 
-    def _check(self, path: Path) -> tuple[Manifest | None, str | None]:
-        """The manifest of a checkpoint and its fault; each process checks a share of the files."""
+    def _check(self, path: Path) -> Manifest | str:
+        """The manifest of a checkpoint, or what is wrong with it; each process checks a share of
+        the files."""
         try:
             manifest = read_manifest(path)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            return None, f"seal.json cannot be read ({type(error).__name__})"
+            return f"seal.json cannot be read ({type(error).__name__})"
         if manifest.step != int(path.name.removeprefix("step-")):
-            return None, f"seal.json is of step {manifest.step}"
+            return f"seal.json is of step {manifest.step}"
         mine = self._my_share(sorted(manifest.files))
         found = [file_fault(path, name, *manifest.files[name]) for name in mine]
         faults = self._backend.gather([fault for fault in found if fault is not None])
-        return manifest, faults[0] if faults else None
+        return faults[0] if faults else manifest
 
     def _check_metrics(self, manifest: Manifest) -> None:
         """Raise, in all processes, the fault that rank 0 finds in metrics.jsonl."""

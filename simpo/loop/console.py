@@ -56,17 +56,13 @@ def start_lines(
     total = sum(num_weights(p) for p in parameters) / 1e6
     trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
     weight = run.model.router_aux_weight
-    return [
+    lines = [
         f"model  {run.model.path}: {total:.1f}M weights, {trained:.1f}M trained, {machine}",
         run.loss.formula(),
-        *(
-            [f"       + {weight:g} * aux_loss of the router, over all tokens of a step"]
-            if weight
-            else []
-        ),
-        "",
-        *data_lines(table, train_set, plan),
     ]
+    if weight:
+        lines.append(f"       + {weight:g} * aux_loss of the router, over all tokens of a step")
+    return [*lines, "", *data_lines(table, train_set, plan)]
 
 
 def data_lines(table: Sequence[SplitReport], train_set: TokenizedSet, plan: TrainPlan) -> list[str]:

@@ -6,9 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -189,13 +188,12 @@ def publish(run: RunConfig, run_dir: Path, results: console.Results) -> list[str
         RunError: the upload failed.
     """
     model_dir, messages = run_dir / "model", []
-    parts: tuple[tuple[str, Callable[..., None], Any], ...] = (
-        ("curves", draw_curves, (run_dir / "metrics.jsonl", model_dir / "curves.png")),
-        ("card", write_card, (run, run_dir, results, model_dir)),
-    )
-    for name, make, arguments in parts:
+    for name, make in (
+        ("curves", partial(draw_curves, run_dir / "metrics.jsonl", model_dir / "curves.png")),
+        ("card", partial(write_card, run, run_dir, results, model_dir)),
+    ):
         try:
-            make(*arguments)
+            make()
         except Exception as error:  # from any library involved
             messages.append(f"note   the model has no {name}: {first_line(error)}")
     if run.export.push_to_hub is not None:

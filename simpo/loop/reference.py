@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +61,12 @@ def _computation(policy: Policy) -> list[Any]:
     """What besides weights and tokens decides log-probs: settings, code and versions."""
     simpo = Path(__file__).parent.parent
     files = [file for folder in CODE for file in sorted((simpo / folder).glob("*.py"))]
-    # What model.trust_remote_code has loaded.
-    remote = (m for name, m in sorted(sys.modules.items()) if name.startswith("transformers_mod"))
-    files += [Path(module.__file__) for module in remote if module.__file__]
+    # Of model.trust_remote_code.
+    remote = [name for name in sorted(sys.modules) if name.startswith("transformers_modules.")]
     adapters = getattr(policy.model, "peft_config", {})
     return [
         package_versions(LIBRARIES),
-        [sha256(file) for file in files],
+        [*map(sha256, files), *map(source_sha256, remote)],
         policy.base.config._attn_implementation,
         *(_settings_text(config) for config in (policy.base.config, *adapters.values())),
     ]
@@ -119,7 +117,7 @@ def with_reference(
         with bar("reference log-probs of pairs", len(data)) as shown:
             scores = _score(policy, counted(rows, shown, backend.processes), backend, loss)
         if backend.is_main:
-            notes += keep_entry(folder, partial(_write, scores=scores))
+            notes += keep_entry(folder, lambda part: np.save(part / "scores.npy", scores))
     tokens = replace(data.tokens, reference_logps=scores)
     return replace(data, tokens=tokens, notes=(*data.notes, *notes))
 
@@ -149,7 +147,3 @@ def _sums(logps: PairLogps) -> Tensor:
     responses = logps.responses
     assert responses is not None
     return responses.sums if responses.weighted is None else responses.weighted
-
-
-def _write(folder: Path, scores: np.ndarray) -> None:
-    np.save(folder / "scores.npy", scores)

@@ -234,8 +234,8 @@ def evaluate(
         lines = pair_table(loss, all_pairs(list(known.values()))).tolist()
         numbers = dict(zip(known, lines, strict=True))
     else:
-        each = partial(pair_losses, loss), partial(pair_table, loss)
-        numbers = score_pairs(policy, rows, *each, backend, routing, loss)
+        pair_loss, table = partial(pair_losses, loss), partial(pair_table, loss)
+        numbers = score_pairs(policy, rows, pair_loss, table, backend, routing, loss)
     sums = pair_sums(torch.tensor(list(numbers.values()), dtype=torch.float64))
     if routing is not None:
         sums = torch.cat([sums, routing.aux_loss(backend)])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,8 @@ def set_up(run: RunConfig, backend: Backend) -> Parts:
         policy.leave_attention_to_transformers()
     check_router(probe, backend.bf16, run.model.router_aux_weight)
     unread = policy.unread is not None
-    start = Start() if unread else _start(run, backend, policy, Mapping.items)
+    if not unread:
+        sampled, origin = _look_at_weights(run, backend, policy, Mapping.items)
     start_lines = (
         *console.start_lines(run, policy, str(backend), data.table, data.train, plan),
         *costs,
@@ -131,7 +132,8 @@ def set_up(run: RunConfig, backend: Backend) -> Parts:
     del probe  # frees it
     wrapped, optimizer = backend.prepare(policy, build_optimizer(policy, cfg))
     if unread:
-        start = _start(run, backend, policy, partial(backend.whole, wrapped))
+        whole = partial(backend.whole, wrapped)
+        sampled, origin = _look_at_weights(run, backend, policy, whole)
     store = CheckpointStore(
         folder.path / "checkpoints",
         cfg.keep_checkpoints,
@@ -140,25 +142,17 @@ def set_up(run: RunConfig, backend: Backend) -> Parts:
     )
     return Parts(
         backend, chat, train, test, plan, folder, policy, wrapped, optimizer, store, flops,
-        start.sampled, start.origin, start_lines,
+        sampled, origin, start_lines,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Start:
-    """What is kept of the weights before the first step; see `Parts`."""
-
-    sampled: dict[str, Tensor] = field(default_factory=dict)
-    origin: str = ""
-
-
-def _start(
+def _look_at_weights(
     run: RunConfig,
     backend: Backend,
     policy: Policy,
     whole: Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]],
-) -> Start:
-    """Look at the weights; all processes call it.
+) -> tuple[dict[str, Tensor], str]:
+    """`sampled_before` and `origin` of `Parts`; all processes call it before the first step.
 
     Args:
         whole: gives whole weights by name, gathered where they are sharded.
@@ -170,11 +164,11 @@ def _start(
     sampled = sampled_weights(whole(trained))
     check_updates(run.train, sampled)
     if not run.loss.needs_reference:
-        return Start(sampled)
+        return sampled, ""
     weights = iter(whole(dict(sorted(policy.state_dict(keep_vars=True).items()))))
     origin = model_fingerprint(policy, weights) if backend.is_main else ""
     deque(weights, maxlen=0)  # gathers on the other processes
-    return Start(sampled, origin)
+    return sampled, origin
 
 
 def _load_policy(

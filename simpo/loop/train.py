@@ -65,9 +65,8 @@ def train(run: RunConfig) -> Path:
     ):
         if run.loss.needs_reference:
             parts = with_references(run, parts)
-        manifest, damaged = store.resume(parts.wrapped, parts.optimizer)
-        step = manifest.step if manifest else 0
-        tracker.begin(manifest.metrics_bytes if manifest else 0)
+        step, metrics_bytes, damaged = store.resume(parts.wrapped, parts.optimizer)
+        tracker.begin(metrics_bytes)
         history = History(run, backend.broadcast(tracker.history()), tracker, store)
         progress.say(
             *parts.start_lines,
@@ -83,7 +82,8 @@ def train(run: RunConfig) -> Path:
         packed = steps_ahead(plan, parts.train, step, in_thread=backend.on_gpu)
         while step < plan.total_steps and not history.out_of_patience:
             step_begin = time.perf_counter()
-            set_learning_rate(parts.optimizer, rate := learning_rate(cfg, step, plan.total_steps))
+            rate = learning_rate(cfg, step, plan.total_steps)
+            set_learning_rate(parts.optimizer, rate)
             indices, rows = next(packed)
             sums, grad_norm = finite_update(run, parts, rows, step)
             step += 1

@@ -15,9 +15,8 @@ A watch depends only on the lines it has read, so a continued run reads the earl
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from simpo.config.schema import WatchConfig
 
@@ -93,7 +92,8 @@ class CollapseWatch:
                 _ratio,
             ),
         ]
-        self._series = [_Series(signal, unit) for signal in signals if signal.limit]
+        self._signals = [signal for signal in signals if signal.limit]
+        self._unit = unit
 
     def read(self, line: Mapping[str, float]) -> list[Finding]:
         """Read the next line of metrics.jsonl.
@@ -102,17 +102,20 @@ class CollapseWatch:
             The findings that are new with this line. A value of nan exceeds every limit.
         """
         found = []
-        for series in self._series:
-            if series.signal.key in line:
-                finding = series.add(int(line["step"]), line[series.signal.key])
+        for signal in self._signals:
+            if signal.key in line:
+                finding = signal.read(int(line["step"]), line[signal.key], self._unit)
                 found += [] if finding is None else [finding]
         self.findings += found
         return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Signal:
-    """A metric, bad if `harm(start, now)` exceeds `limit`; both are means over `window` lines."""
+    """A metric, bad if `harm(start, now)` exceeds `limit`; both are means over `window` lines.
+
+    `recent` holds the last values, each with the updates done before it was measured.
+    """
 
     key: str
     what: str
@@ -120,40 +123,32 @@ class _Signal:
     limit: float
     window: int
     harm: Callable[[float, float], float]
+    recent: list[tuple[int, float]] = field(default_factory=list)
+    start: float | None = None
+    good_step: int = 0
+    found: bool = False
 
-
-class _Series:
-    """The recent values of one signal, and its value at the start."""
-
-    def __init__(self, signal: _Signal, unit: str) -> None:
-        self.signal, self._unit = signal, unit
-        self._recent: deque[tuple[int, float]] = deque(maxlen=signal.window)
-        self._start: float | None = None
-        self._good_step = 0
-        self._found = False
-
-    def add(self, step: int, value: float) -> Finding | None:
-        signal = self.signal
+    def read(self, step: int, value: float, unit: str) -> Finding | None:
         # Train metrics are computed before the step's update, held-out ones after it.
-        updates = step - 1 if signal.key.startswith("train/") else step
-        self._recent.append((updates, value))
-        if self._found or len(self._recent) < signal.window:
+        updates = step - 1 if self.key.startswith("train/") else step
+        self.recent = [*self.recent, (updates, value)][-self.window :]
+        if self.found or len(self.recent) < self.window:
             return None
-        now = sum(value for _, value in self._recent) / signal.window
-        if self._start is None:
-            self._start = now
-        harm = signal.harm(self._start, now)
-        if harm <= signal.limit / 2:
+        now = sum(value for _, value in self.recent) / self.window
+        if self.start is None:
+            self.start = now
+        harm = self.harm(self.start, now)
+        if harm <= self.limit / 2:
             # The oldest step of the window: the newest may be bad, hidden in the mean.
-            self._good_step = self._recent[0][0]
+            self.good_step = self.recent[0][0]
         # Not `harm > limit`: that is False for nan.
-        if harm <= signal.limit:
+        if harm <= self.limit:
             return None
-        self._found = True
-        what = signal.what.format(start=self._start, now=now, limit=signal.limit)
-        remedy, unit = signal.remedy.format(step=step, following=step + 1), self._unit
-        text = f"{unit} {step}: {what}; last good {unit} {self._good_step} ({remedy})"
-        return Finding(step, self._good_step, text)
+        self.found = True
+        what = self.what.format(start=self.start, now=now, limit=self.limit)
+        remedy = self.remedy.format(step=step, following=step + 1)
+        text = f"{unit} {step}: {what}; last good {unit} {self.good_step} ({remedy})"
+        return Finding(step, self.good_step, text)
 
 
 def _drop(start: float, now: float) -> float:

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -209,6 +210,11 @@ def test_the_fingerprint_is_of_all_that_a_model_computes(
         assert fingerprint(policy) != same
     with monkeypatch.context() as other:
         other.setattr(reference, "sha256", lambda file: file.name)
+        assert fingerprint(policy) != same
+    with monkeypatch.context() as other:
+        remote = ModuleType("transformers_modules.own")
+        remote.__file__ = __file__
+        other.setitem(sys.modules, remote.__name__, remote)
         assert fingerprint(policy) != same
     assert fingerprint(policy) == same
     policy.base.set_attn_implementation("eager")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +27,14 @@ from torch.optim import Optimizer
 from simpo.backend import Backend, not_written
 from simpo.config.errors import ConfigError, DamagedError, RunError, first_line, unwritable
 from simpo.run.cache import file_fault, files_in, flush_and_hash
-from simpo.run.files import Manifest, check_metrics, metrics_sha256, read_manifest
+from simpo.run.files import (
+    Manifest,
+    check_metrics,
+    checkpoint_step,
+    checkpoints_in,
+    metrics_sha256,
+    read_manifest,
+)
 
 Hashes = list[tuple[str, tuple[int, str]]]
 """Name, size in bytes and sha256 of files."""
@@ -71,7 +77,8 @@ class CheckpointStore:
 
     def newest(self, until_step: int) -> Path | None:
         """The newest checkpoint with at most `until_step` updates."""
-        return max((p for p in self._all() if p <= self._path(until_step)), default=None)
+        found = [p for p in checkpoints_in(self.folder) if checkpoint_step(p) <= until_step]
+        return found[-1] if found else None
 
     def resume(self, wrapped: nn.Module, optimizer: Optimizer) -> tuple[int, int, list[str]]:
         """Load the newest checkpoint that is whole; damaged ones are renamed to `damaged-*`.
@@ -85,7 +92,7 @@ class CheckpointStore:
             DamagedError: metrics.jsonl does not begin as it was when the checkpoint was saved.
         """
         messages: list[str] = []
-        for path in sorted(self._all(), reverse=True):
+        for path in reversed(checkpoints_in(self.folder)):
             found = self._check(path)
             if isinstance(found, Manifest):
                 self._check_metrics(found)
@@ -180,11 +187,9 @@ class CheckpointStore:
                 _sync_folder(folder)
             os.rename(part, self._path(step))
             _sync_folder(self.folder)
-            kept = set(sorted(self._all())[-self._keep :])
-            if self.best is not None:
-                kept.add(self._path(self.best))
-            for old in set(self._all()) - kept:
-                shutil.rmtree(old)
+            for old in checkpoints_in(self.folder)[: -self._keep]:
+                if checkpoint_step(old) != self.best:
+                    shutil.rmtree(old)
         backend.wait()
 
     def _check(self, path: Path) -> Manifest | str:
@@ -194,7 +199,7 @@ class CheckpointStore:
             manifest = read_manifest(path)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             return f"seal.json cannot be read ({type(error).__name__})"
-        if manifest.step != int(path.name.removeprefix("step-")):
+        if manifest.step != checkpoint_step(path):
             return f"seal.json is of step {manifest.step}"
         mine = self._my_share(sorted(manifest.files))
         found = [file_fault(path, name, *manifest.files[name]) for name in mine]
@@ -237,8 +242,8 @@ class CheckpointStore:
         reason = first_line(error)
         if not_written(error):
             reason = "a file could not be written whole, the disk may be full"
-        newest = max((p.name for p in self._all()), default=None)
-        stays = f"{newest} stays" if newest else "there is none before it"
+        earlier = checkpoints_in(self.folder)
+        stays = f"{earlier[-1].name} stays" if earlier else "there is none before it"
         return RunError(
             f"step {step}: the checkpoint could not be written: {reason} ({stays}; make room, and "
             "the same command continues)"
@@ -259,9 +264,6 @@ class CheckpointStore:
 
     def _part(self, step: int) -> Path:
         return self.folder / f".step-{step:06d}"
-
-    def _all(self) -> list[Path]:
-        return [p for p in self.folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name)]
 
 
 def _random_states() -> dict[str, Any]:

@@ -56,6 +56,20 @@ class Manifest:
         return json.dumps({**asdict(self), "sha256": _hash_of(asdict(self))}, indent=1)
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, the oldest first.
+
+    By number: in the order of names, step-1000000 would come before step-999999.
+    """
+    found = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name))
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The updates done before a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def read_manifest(checkpoint: Path) -> Manifest:
     """Read the manifest of a checkpoint.
 

@@ -28,6 +28,7 @@ from simpo.run.best import evaluations_in
 from simpo.run.files import (
     NEW_RUN,
     check_metrics,
+    checkpoints_in,
     last_job,
     read_benchmarks,
     read_json,
@@ -275,7 +276,7 @@ def _check_manifest(folder: Path) -> None:
     Raises:
         DamagedError: it is not the file that the manifest describes.
     """
-    for checkpoint in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
+    for checkpoint in reversed(checkpoints_in(folder / "checkpoints")):
         try:
             manifest = read_manifest(checkpoint)
         # Damaged, which training handles, or deleted meanwhile.

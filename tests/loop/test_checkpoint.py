@@ -57,3 +57,26 @@ def test_hashes_are_made_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
     assert len(files) == 3 and store.load(7, module, optimizer) is None
     assert torch.equal(module.weight, saved)
+
+
+def test_steps_beyond_six_digits_are_in_order(tmp_path: Path) -> None:
+    """By their names, step-1000000 would be the oldest: deleted first, and not continued from."""
+    backend = build_backend(SingleConfig(device=Device.cpu), Precision.fp32)
+    module = nn.Linear(4, 3)
+    optimizer = AdamW(module.parameters())
+    (tmp_path / "metrics.jsonl").write_text("")
+    store = CheckpointStore(tmp_path / "checkpoints", 2, backend)
+    store.best = 999_997
+    for step in (999_997, 999_998, 999_999, 1_000_000):
+        with torch.no_grad():
+            module.weight.fill_(step - 999_990)
+        store.save(step, module, optimizer, 0)
+    kept = {path.name for path in store.folder.iterdir()}
+    assert kept == {"step-999997", "step-999999", "step-1000000"}
+    for until, newest in ((2_000_000, "step-1000000"), (999_999, "step-999999")):
+        assert store.newest(until) == store.folder / newest
+    assert store.newest(999_996) is None
+    with torch.no_grad():
+        module.weight.zero_()
+    assert store.resume(module, optimizer) == (1_000_000, 0, [])
+    assert module.weight.unique().item() == 10

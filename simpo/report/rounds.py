@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpo.config.benchmarks import FIGURES
+from simpo.config.choices import BenchmarkKind
 from simpo.config.errors import DamagedError
 from simpo.report.compare import Comparison
 from simpo.run.rounds import Kind, ended_early, seconds_of
@@ -36,8 +37,9 @@ SPARE = (
 PHASES = (Kind.generate, Kind.annotate, Kind.train)
 MEANINGS = (
     "Of replies to held-out prompts. beats: share of prompts and seeds with a higher reward than "
-    "the first model's reply, or the last round's (ties half). entropy, KL from the first model: "
-    "nats per token. no pair: share of prompts whose replies give none."
+    "the first model's reply, or the last round's (ties half). judged: on the benchmark's "
+    "questions, as a share (MT-Bench: points). entropy, KL from the first model: nats per token. "
+    "no pair: share of prompts whose replies give none."
 )
 """How to read the tables."""
 
@@ -70,6 +72,7 @@ def by_round(report: Comparison, most: int | None = None) -> list[ByRound]:
 def _told(name: str, run: Run) -> ByRound:
     known = {key for metrics in run.evaluations.values() for key in metrics}
     columns = [(key, label) for key, label in COLUMNS if key in known]
+    in_points = run.config.benchmark.kind is BenchmarkKind.mt_bench
     kept = run.results["train"]["model_step"] if run.results else None
     faults: list[str] = []
     table = []
@@ -78,7 +81,7 @@ def _told(name: str, run: Run) -> ByRound:
             {
                 "round": str(number),
                 "": "kept" if number == kept else "",
-                **{label: _number(metrics, key) for key, label in columns},
+                **{label: _number(metrics, key, in_points) for key, label in columns},
                 **_minutes(run.folder, number, faults),
             }
         )
@@ -97,10 +100,12 @@ def _told(name: str, run: Run) -> ByRound:
     return ByRound(name, table, [*notes, *dict.fromkeys(faults)])
 
 
-def _number(metrics: Mapping[str, float], key: str) -> str:
+def _number(metrics: Mapping[str, float], key: str, in_points: bool) -> str:
     if key not in metrics:
         return ""
-    return f"{metrics[key]:.1f}" if key in ("reply_tokens", *FIGURES) else f"{metrics[key]:.3f}"
+    if key == "reply_tokens" or (key in FIGURES and in_points):
+        return f"{metrics[key]:.1f}"
+    return f"{metrics[key] / 100 if key in FIGURES else metrics[key]:.3f}"
 
 
 def _minutes(folder: Path, number: int, faults: list[str]) -> dict[str, str]:

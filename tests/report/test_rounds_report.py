@@ -87,6 +87,28 @@ def test_a_run_by_round(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("benchmark", "shown"),
+    [
+        ("pairs", {"judged win rate": "0.523", "judged score": "0.074"}),
+        ("mt_bench", {"judged win rate": "52.3", "judged score": "7.4"}),
+    ],
+)
+def test_judged_figures_are_shares_like_the_other_columns(
+    benchmark: str, shown: dict[str, str], tmp_path: Path
+) -> None:
+    """metrics.jsonl has them in percent, or in points from 1 to 10."""
+    root = make_rounds(tmp_path / "run", kept=None)
+    settings = (root / "run.yaml").read_text()
+    kind = re.sub(r"(\nbenchmark:\n.*?\n  kind: )none", rf"\g<1>{benchmark}", settings, flags=re.S)
+    (root / "run.yaml").write_text(kind)
+    figures = {"eval/reply_pass_rate": 0.5, "eval/win_rate": 52.34, "eval/score": 7.38}
+    (root / "metrics.jsonl").write_text(json.dumps({"step": 0, **figures}) + "\n")
+    ((line,), *_) = (one.table for one in by_round(compare([root])))
+    assert {key: value for key, value in line.items() if key in shown} == shown
+    assert line["pass rate"] == "0.500"
+
+
 def test_of_many_runs_a_terminal_tells_the_best_by_round(tmp_path: Path) -> None:
     for number in range(6):
         make_rounds(tmp_path / f"sweep/run{number}", (0.25, 0.5 + number / 100, 0.375))

@@ -13,6 +13,8 @@ CURVES = (
     ("loss", "loss"),
     ("rewards/accuracies", "accuracy"),
     ("rewards/margins", "reward margin"),
+    ("rewards/chosen", "reward of chosen responses"),
+    ("rewards/rejected", "reward of rejected responses"),
     ("rewards/rank_correlation", "rank correlation of rewards and scores"),
     ("rewards/best_accuracies", "best response has the highest reward"),
     ("logps/chosen", "log-prob of a chosen token"),

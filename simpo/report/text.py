@@ -11,7 +11,7 @@ from simpo.report.hub_results import CAPTION, others_figures
 from simpo.report.published import judged_note, published_tables
 from simpo.report.rounds import MEANINGS, SPARE, by_round
 from simpo.run.runs import Progress, State
-from simpo.run.tables import markdown_table, shown_metrics
+from simpo.run.tables import markdown_table
 
 ROWS_SHOWN = 40
 """Lines of a table, and notes below it, that a terminal shows; a file gets all."""
@@ -160,18 +160,14 @@ def averages_text(report: Comparison, key: str, width: int | None = None) -> str
             None cuts nothing.
     """
     found = averages(report, key)
-    known = {key for group in found for key in group}
-    names = shown_metrics(known)
-    shown = [metric for metric in dict.fromkeys([report.metric, *names]) if metric in known]
     lines = [
         {
             "runs": group["runs"],
             "number": group["number"],
             **{
-                names.get(metric, metric): (
-                    _mean(group[metric], group[f"{metric} +-"]) if metric in group else ""
-                )
-                for metric in shown
+                label: _mean(group[metric], group[f"{metric} +-"]) if metric in group else ""
+                for metric, label in report.columns().items()
+                if any(metric in other for other in found)
             },
         }
         for group in found

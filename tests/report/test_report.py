@@ -24,11 +24,13 @@ from simpo.config.errors import ConfigError
 from simpo.launch.commands.report import main
 from simpo.loss.simpo import SigmoidConfig
 from simpo.report.compare import Comparison, averages, compare
+from simpo.report.curves import panels
 from simpo.report.figures import held_out, sweep_map
 from simpo.report.page import render
 from simpo.report.serve import Source
 from simpo.report.text import averages_text, damaged_lines, shorten, text
 from simpo.run.runs import State, note_job, read_progress
+from simpo.run.tables import metric_labels
 from tests.support.browser import look_at
 from tests.support.made_runs import make
 from tests.support.whole_runs import run_command
@@ -160,6 +162,38 @@ def test_a_run_on_single_replies(tmp_path: Path) -> None:
     margins, lengths = drawn["views"]["run"]
     assert [sum(trace["y"]) for trace in margins["data"]] == [6, 6]
     assert [sum(trace["y"]) for trace in lengths["data"][:2]] == [7, 7]
+
+
+def test_a_run_on_single_replies_shows_the_rewards_of_both_labels(tmp_path: Path) -> None:
+    """It has neither accuracy nor margin; a run on pairs shows those two instead."""
+    rewards = {"rewards/chosen": 0.25, "rewards/rejected": -0.5}
+    for seed in (1, 2):
+        overrides = ("loss=kto", "monitor.metric=loss", "monitor.mode=min")
+        folder = make(tmp_path / f"kto/{seed}", seed=seed, held_out=False, overrides=overrides)
+        lines = [{"step": step, "eval/loss": 0.5, "train/rewards/chosen": 0.125} for step in (0, 2)]
+        lines[1] |= {f"eval/{key}": value for key, value in rewards.items()}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        results = {"eval_before": {}, "eval_after": {"loss": 0.5, **rewards}}
+        (folder / "results.json").write_text(json.dumps(results | {"train": {"model_step": 2}}))
+    report = compare([tmp_path / "kto"])
+    assert list(report.columns().values()) == [
+        "loss",
+        "reward of desirable",
+        "reward of undesirable",
+    ]
+    assert "| 0.5000 | 0.2500              | -0.5000               |" in text(report)
+    assert "| loss   | reward of desirable | reward of undesirable |" in averages_text(
+        report, "train.seed"
+    )
+    chosen, rejected = panels(report)[1:]
+    assert chosen["title"] == "reward of chosen responses"
+    assert [line[1:] for line in chosen["lines"]][:2] == [
+        ["train", (0, 2), [0.125, 0.125]],
+        ["eval", (2,), [0.25]],
+    ]
+    assert rejected["title"] == "reward of rejected responses"
+    paired = {**rewards, "loss": 0.5, "rewards/accuracies": 1.0, "rewards/margins": 0.75}
+    assert list(metric_labels(paired)) == ["loss", "rewards/accuracies", "rewards/margins"]
 
 
 def test_another_metric(sweep: Path) -> None:

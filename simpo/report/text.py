@@ -189,6 +189,8 @@ def _narrowed(
         least: number of columns, the first, that stay.
         spare: columns that go first, in this order; then the last ones go.
     """
+    if not lines:
+        return [], []
     shown, keys = list(lines), list(lines[0])
     while width is not None and len(shown[0]) > least and _width(shown) > width:
         last = next((key for key in spare if key in shown[0]), list(shown[0])[-1])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from simpo.launch.commands.report import main
 from simpo.launch.sweep import _print_end
 from simpo.report.compare import averages, compare
 from simpo.report.figures import sweep_map
@@ -36,6 +37,31 @@ def diverge(run: Path) -> None:
 def end(run: Path, state: str) -> None:
     rewrite(run / "status.json", state=state)
     (run / "results.json").unlink()
+
+
+def test_means_of_runs_of_which_none_has_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (1, 2):
+        make(tmp_path / f"run{seed}", seed=seed, state="stopped")
+    note = "2 runs have not finished and count in no mean (2 stopped)\n"
+    assert averages_text(compare([tmp_path]), "train.seed", 80) == f"(none)\n{note}"
+    main([str(tmp_path), "over=train.seed", "format=json"])
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_json_of_a_study_with_a_damaged_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (make(tmp_path / "a") / "status.json").write_text("{")
+    make(tmp_path / "b", seed=2)
+    main([str(tmp_path), "format=json"])
+    told = json.loads(capsys.readouterr().out)
+    assert [(line["run"], line["state"]) for line in told] == [("b", "finished"), ("a", "damaged")]
+    assert told[1]["note"].endswith(
+        "status.json: is not JSON (remove it: the run's own command writes it anew)"
+    )
+    assert told[1].keys() == told[0].keys()
 
 
 def test_runs_that_tie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

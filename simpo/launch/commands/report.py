@@ -64,7 +64,8 @@ def main(words: Sequence[str]) -> None:
     if form == "json":
         # JSON has no NaN, which a diverged run may have.
         valid = [{key: _finite(value) for key, value in line.items()} for line in lines]
-        for line, run in zip(valid, report.runs if key is None else (), strict=key is None):
+        # Lines of damaged runs come last.
+        for line, run in zip(valid, report.runs if key is None else (), strict=False):
             if run.config.rounds.number:
                 line["rounds"] = [
                     {"round": number, **{key: _finite(value) for key, value in metrics.items()}}

@@ -59,14 +59,18 @@ class ByRound:
     notes: list[str]
 
 
-def by_round(report: Comparison, most: int | None = None) -> list[ByRound]:
-    """The runs with rounds, in the order of the table of runs; at most so many."""
-    told = [
+def with_rounds(report: Comparison) -> list[int]:
+    """Indices of the runs with rounds, in the order of the table of runs."""
+    return [
         index
         for index in report.order
         if report.runs[index].config.rounds.number and report.runs[index].evaluations
     ]
-    return [_told(report.names[index], report.runs[index]) for index in told[:most]]
+
+
+def by_round(report: Comparison, most: int | None = None) -> list[ByRound]:
+    """The runs with rounds, in the order of the table of runs; at most so many."""
+    return [_told(report.names[index], report.runs[index]) for index in with_rounds(report)[:most]]
 
 
 def _told(name: str, run: Run) -> ByRound:
@@ -86,7 +90,8 @@ def _told(name: str, run: Run) -> ByRound:
             }
         )
     last = max(run.evaluations)
-    replies_s = sum(_seconds(run.folder, last + 1, faults).values())
+    took = _seconds(run.folder, last + 1, faults)
+    replies_s = sum(took.get(kind, 0.0) for kind in (Kind.generate, Kind.annotate))
     notes = []
     if replies_s:
         minutes = f"{replies_s / 60:.1f} minutes"

@@ -9,7 +9,7 @@ from simpo.report.compare import Comparison, averages
 from simpo.report.findings import between_groups, findings, pruned_note, unfinished_note
 from simpo.report.hub_results import CAPTION, others_figures
 from simpo.report.published import judged_note, published_tables
-from simpo.report.rounds import MEANINGS, SPARE, by_round
+from simpo.report.rounds import MEANINGS, SPARE, by_round, with_rounds
 from simpo.run.runs import Progress, State
 from simpo.run.tables import markdown_table
 
@@ -206,7 +206,7 @@ def _rounds(report: Comparison, width: int | None) -> list[str]:
         table, hidden = _narrowed(one.table, width, 2, SPARE)
         lines += ["", f"{one.name} by round", *markdown_table(table), *_too_wide(hidden)]
         lines += one.notes
-    if width and (left := len(by_round(report)) - len(told)):
+    if left := len(with_rounds(report)) - len(told):
         lines += ["", f"{left} more runs have rounds: format=json tells them"]
     return [*lines, MEANINGS] if told else []
 

@@ -109,6 +109,15 @@ def test_judged_figures_are_shares_like_the_other_columns(
     assert line["pass rate"] == "0.500"
 
 
+def test_minutes_for_replies_while_the_next_round_goes_on(tmp_path: Path) -> None:
+    """96 s and 6 s are for the replies; the check before them and the training after are not."""
+    root = make_rounds(tmp_path / "run", REWARDS[:1], kept=None)
+    for kind in ("check", "train"):
+        (root / "rounds/1" / f"{kind}.json").write_text(json.dumps({"seconds": 600.0}))
+    (told,) = by_round(compare([root]))
+    assert told.notes == ["1.7 minutes for the replies after round 0, by which it is measured"]
+
+
 def test_of_many_runs_a_terminal_tells_the_best_by_round(tmp_path: Path) -> None:
     for number in range(6):
         make_rounds(tmp_path / f"sweep/run{number}", (0.25, 0.5 + number / 100, 0.375))

@@ -334,4 +334,5 @@ def _temperature(run: RunConfig, question: Question, model: Contestant) -> float
 def _content(key: str, saved: SavedModel) -> list[Any]:
     """What identifies the weights of a model and how they are loaded."""
     model = saved.model
-    return [*weights_content(key, saved), model.dtype.value, model.quantization.value]
+    weights = weights_content(key, model, saved.cache_dir)
+    return [*weights, model.dtype.value, model.quantization.value]

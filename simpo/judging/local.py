@@ -45,7 +45,7 @@ class LocalJudge:
     def _identity(self) -> str:
         return content_hash(
             [
-                *weights_content(KEY, self._saved),
+                *weights_content(KEY, self._saved.model, self._saved.cache_dir),
                 self._saved.model.quantization.value,
                 self._chat.template_sha256,
                 self._chat.template.kwargs,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -27,6 +26,7 @@ from simpo.on_policy.files import (
     read_stored_replies,
     responses_files,
     working_in,
+    write_lines,
 )
 from simpo.on_policy.measures import (
     LEFT_OUT,
@@ -39,7 +39,6 @@ from simpo.on_policy.measures import (
 )
 from simpo.on_policy.pairing import best_first, margin, pairs_of_replies, with_wide_margins
 from simpo.on_policy.rewards import RULES, Rater, Reward, open_reward, reward_content, scores_of
-from simpo.run.atomic import write_text
 from simpo.run.progress import bar
 from simpo.run.tables import markdown_table
 
@@ -48,6 +47,11 @@ KEY = "on_policy.reward"
 TIES, FEWER, NARROW = "ties", "fewer than two different replies", "below margin_quantile"
 UNRATED = "fewer than two readable ratings"
 """Why a prompt gives no pair."""
+
+Texts = Mapping[str, Mapping[str, str]]
+"""The different replies to each prompt: by prompt id, then by text without blanks around it."""
+Scores = Mapping[str, Mapping[str, float]]
+"""The score of each of them; those whose verdict the rater cannot read are not there."""
 
 
 @libraries_quiet()
@@ -89,25 +93,24 @@ def _annotate(
 ) -> None:
     prompts = read_prompts(folder)
     stored = read_stored_replies(folder)
-    replies, cut = _replies(folder, prompts, stored, run.on_policy.keep_cut)
-    if demanding and not any(replies.values()):
+    texts, cut = _texts(folder, prompts, stored, run.on_policy.keep_cut)
+    if demanding and not any(texts.values()):
         why = f": all {cut} are cut off (on_policy.keep_cut=true takes them)" if cut else ""
         raise ConfigError(
             [f"on_policy.folder: no replies in {folder}{why or ' (run simpo.generate)'}"]
         )
-    print(*_missing_note(folder, prompts, stored), sep="", end="")
-    asked = {key: len(own) for key, own in replies.items()}
+    _note_missing(folder, prompts, stored)
     if rater is None:
         reward = reward_content(run, KEY, name)
-        scored = _score_all(run, folder, name, reward, prompts, replies)
+        scored = _score_all(run, folder, name, reward, prompts, texts)
     else:
         reward = rater.content
-        replies, scored = _rate_all(rater, prompts, replies)
-    unread = sum(asked.values()) - sum(map(len, replies.values()))
-    written, counts = _pairs(run.on_policy, prompts, asked, replies, scored)
+        scored = _rate_all(rater, prompts, texts)
+    unread = sum(map(len, texts.values())) - sum(map(len, scored.values()))
+    written, counts = _pairs(run.on_policy, prompts, texts, scored)
     for split, lines in written.items():
-        write_text(folder / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    scores = _by_reply(stored, replies, scored, run.on_policy.keep_cut)
+        write_lines(folder / f"{split}.jsonl", lines)
+    scores = _by_reply(stored, scored, run.on_policy.keep_cut)
     write_reply_scores(
         folder, stored, {prompt.id: prompt.split for prompt in prompts}, scores, reward
     )
@@ -138,27 +141,19 @@ def _annotate(
 
 
 def _pairs(
-    config: OnPolicyConfig,
-    prompts: list[Prompt],
-    asked: Mapping[str, int],
-    replies: Mapping[str, Mapping[str, StoredReply]],
-    scored: Mapping[str, list[float]],
+    config: OnPolicyConfig, prompts: list[Prompt], texts: Texts, scored: Scores
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Counter[str]]]:
-    """The lines of train.jsonl and test.jsonl, and what is told of each split.
-
-    Args:
-        asked: number of different replies to each prompt, of which `replies` are those with a
-            score.
-    """
+    """The lines of train.jsonl and test.jsonl, and what is told of each split."""
     written: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     for prompt in prompts:
-        texts = [reply.text for reply in replies[prompt.id].values()]
+        own, scores = texts[prompt.id], scored[prompt.id]
         counts[prompt.split]["prompts"] += 1
-        if len(texts) < 2:
-            counts[prompt.split][FEWER if asked[prompt.id] < 2 else UNRATED] += 1
+        if len(scores) < 2:
+            counts[prompt.split][FEWER if len(own) < 2 else UNRATED] += 1
             continue
-        records = _records(config.choice, prompt, texts, scored[prompt.id])
+        replies = [own[key] for key in scores]
+        records = _records(config.choice, prompt, replies, list(scores.values()))
         counts[prompt.split][TIES] += not records
         written[prompt.split] += records
     for split, lines in written.items():
@@ -195,21 +190,17 @@ def _records(
 
 
 def _by_reply(
-    stored: list[StoredReply],
-    replies: Mapping[str, Mapping[str, StoredReply]],
-    scored: Mapping[str, list[float]],
-    keep_cut: bool,
+    stored: list[StoredReply], scored: Scores, keep_cut: bool
 ) -> dict[tuple[str, int], float]:
     """The score of every reply by (prompt id, seed), of equal ones the same; of some none, since
     the judge's verdict cannot be read."""
-    by_text = {key: dict(zip(replies[key], scores, strict=True)) for key, scores in scored.items()}
     found: dict[tuple[str, int], float] = {}
     for one in stored:
         text = one.text.strip()
-        if not is_kept(one, keep_cut):
+        if not _is_kept(one, keep_cut):
             found[one.id, one.seed] = LEFT_OUT
-        elif text in by_text[one.id]:
-            found[one.id, one.seed] = by_text[one.id][text]
+        elif text in scored[one.id]:
+            found[one.id, one.seed] = scored[one.id][text]
     return found
 
 
@@ -241,25 +232,24 @@ def _measures(
     }
 
 
-def _missing_note(folder: Path, prompts: list[Prompt], stored: list[StoredReply]) -> list[str]:
-    """A note if some prompts lack replies to seeds that others have, or that were asked for."""
+def _note_missing(folder: Path, prompts: list[Prompt], stored: list[StoredReply]) -> None:
+    """Tell if some prompts lack replies to seeds that others have, or that were asked for."""
     lacking, seeds = lacking_replies(folder, prompts, stored)
-    if not lacking:
-        return []
-    return [
-        f"note   {lacking} of {len(prompts)} prompts lack replies with some of the "
-        f"on_policy.seeds {seeds}: simpo.generate was stopped (its command continues it)\n"
-    ]
+    if lacking:
+        print(
+            f"note   {lacking} of {len(prompts)} prompts lack replies with some of the "
+            f"on_policy.seeds {seeds}: simpo.generate was stopped (its command continues it)"
+        )
 
 
-def _replies(
+def _texts(
     folder: Path, prompts: list[Prompt], stored: list[StoredReply], keep_cut: bool
-) -> tuple[dict[str, dict[str, StoredReply]], int]:
-    """The different replies to each prompt by text, and the number of cut-off ones left out."""
-    replies: dict[str, dict[str, StoredReply]] = {prompt.id: {} for prompt in prompts}
+) -> tuple[Texts, int]:
+    """The different replies to each prompt, and the number of cut-off ones left out."""
+    texts: dict[str, dict[str, str]] = {prompt.id: {} for prompt in prompts}
     cut = 0
     for reply in stored:
-        if reply.id not in replies:
+        if reply.id not in texts:
             raise ConfigError(
                 [
                     f"on_policy.folder: {folder} has a reply to {reply.id}, which is not in its "
@@ -267,12 +257,12 @@ def _replies(
                 ]
             )
         cut += not reply.ended and not keep_cut
-        if is_kept(reply, keep_cut):
-            replies[reply.id].setdefault(reply.text.strip(), reply)
-    return replies, cut
+        if _is_kept(reply, keep_cut):
+            texts[reply.id].setdefault(reply.text.strip(), reply.text)
+    return texts, cut
 
 
-def is_kept(reply: StoredReply, keep_cut: bool) -> bool:
+def _is_kept(reply: StoredReply, keep_cut: bool) -> bool:
     """Whether a reply is scored: it has text and, without `keep_cut`, was not cut off."""
     return (reply.ended or keep_cut) and bool(reply.text.strip())
 
@@ -283,9 +273,9 @@ def _score_all(
     name: str,
     content: str,
     prompts: list[Prompt],
-    replies: Mapping[str, Mapping[str, StoredReply]],
-) -> dict[str, list[float]]:
-    """Scores of the different replies to each prompt that has any; known scores are reused.
+    texts: Texts,
+) -> Scores:
+    """Scores of the different replies to each prompt; known scores are reused.
 
     Args:
         content: hash of the reward.
@@ -301,40 +291,34 @@ def _score_all(
     if lines and not known:
         print(f"note   {name} has changed since {file.name}: all replies are scored anew")
     reward: Reward | None = None
-    scored: dict[str, list[float]] = {}
-    answered = [prompt for prompt in prompts if replies[prompt.id]]
+    scored: dict[str, Mapping[str, float]] = {prompt.id: {} for prompt in prompts}
+    answered = [prompt for prompt in prompts if texts[prompt.id]]
     with bar("scoring replies to prompts", len(answered)) as shown:
         for prompt in answered:
-            texts = [reply.text for reply in replies[prompt.id].values()]
+            own = list(texts[prompt.id].values())
             # A reward may read the rule, which is no part of a prompt's id.
-            wanted = content_hash([texts, prompt.rule] if prompt.rule else texts)
+            wanted = content_hash([own, prompt.rule] if prompt.rule else own)
             line = known.get(prompt.id)
-            if line is None or line.get("responses") != wanted or not _are_scores(line, len(texts)):
+            if line is None or line.get("responses") != wanted or not _are_scores(line, len(own)):
                 reward = reward or open_reward(run, KEY, name)
                 place = f"prompt {prompt.id}"
-                scores = scores_of(
-                    reward, f"{KEY}: {name}", place, prompt.prompt, texts, prompt.rule
-                )
+                scores = scores_of(reward, f"{KEY}: {name}", place, prompt.prompt, own, prompt.rule)
                 line = {"id": prompt.id, "responses": wanted, "reward": content, "scores": scores}
                 append_lines(file, [line])
-            scored[prompt.id] = line["scores"]
+            scored[prompt.id] = dict(zip(texts[prompt.id], line["scores"], strict=True))
             shown.advance()
     return scored
 
 
-def _rate_all(
-    rater: Rater, prompts: list[Prompt], replies: Mapping[str, Mapping[str, StoredReply]]
-) -> tuple[dict[str, dict[str, StoredReply]], dict[str, list[float]]]:
-    """The different replies to each prompt that a judge's verdict rates, and their ratings."""
-    items = [(prompt, text) for prompt in prompts for text in replies[prompt.id]]
-    ratings = rater.rate([(prompt, replies[prompt.id][text].text) for prompt, text in items])
-    rated: dict[str, dict[str, StoredReply]] = {prompt.id: {} for prompt in prompts}
-    scored: dict[str, list[float]] = {prompt.id: [] for prompt in prompts}
-    for (prompt, text), score in zip(items, ratings, strict=True):
-        if score is not None:
-            rated[prompt.id][text] = replies[prompt.id][text]
-            scored[prompt.id].append(score)
-    return rated, scored
+def _rate_all(rater: Rater, prompts: list[Prompt], texts: Texts) -> Scores:
+    """A judge's ratings of the different replies to each prompt."""
+    items = [(prompt, key) for prompt in prompts for key in texts[prompt.id]]
+    ratings = rater.rate([(prompt, texts[prompt.id][key]) for prompt, key in items])
+    scored: dict[str, dict[str, float]] = {prompt.id: {} for prompt in prompts}
+    for (prompt, key), rating in zip(items, ratings, strict=True):
+        if rating is not None:
+            scored[prompt.id][key] = rating
+    return scored
 
 
 def _are_scores(line: Mapping[str, Any], count: int) -> bool:

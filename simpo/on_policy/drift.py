@@ -18,7 +18,7 @@ import torch
 from simpo.backend import Backend, build_backend
 from simpo.config.choices import Checkpointing, Dtype
 from simpo.config.errors import ConfigError
-from simpo.config.models import ADAPTER_FILE, ModelConfig
+from simpo.config.models import ModelConfig
 from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
 from simpo.data.chats.checks import refuse_unknown_ids
@@ -29,22 +29,24 @@ from simpo.loop.console import libraries_quiet
 from simpo.model.check import check_packing
 from simpo.model.load import load_policy, weights_dtype
 from simpo.model.policy import Policy
-from simpo.model.pretrained import load_settings, model_source, num_embeddings
+from simpo.model.pretrained import load_settings, num_embeddings
 from simpo.model.saved import naming
 from simpo.on_policy.files import (
+    ADAPTER,
     append_lines,
     content_hash,
     damaged_line,
-    model_content,
     on_policy_folder,
     read_lines,
     read_prompts,
+    read_settings,
     read_stored_replies,
+    refuse_other_settings,
+    weights_content,
     working_in,
 )
 from simpo.on_policy.generate import folder_chat, model_settings
 from simpo.on_policy.measures import read_measures, write_measures
-from simpo.run.folder import refuse_changed
 from simpo.run.progress import bar, say
 
 ROW_TOKENS = 4096
@@ -116,11 +118,7 @@ def measure_drift(run: RunConfig, base: ModelConfig) -> None:
         other = _content("base", base, cache_dir, backend)
         sums = _sums(run.model, own, chat, replies, folder, cache_dir, backend)
         with naming("base"):
-            base_sums = (
-                sums
-                if other == own
-                else _sums(base, other, chat, replies, folder, cache_dir, backend)
-            )
+            base_sums = _sums(base, other, chat, replies, folder, cache_dir, backend)
         tokens = sum(one.tokens for one in sums)
         kl = sum(one.logp - two.logp for one, two in zip(sums, base_sums, strict=True))
         drift = {
@@ -143,10 +141,7 @@ def _held_out_replies(run: RunConfig, chat: Chat, folder: Path) -> list[Drawn]:
         raise ConfigError(
             [f"on_policy.folder: no replies to held-out prompts in {folder} (run simpo.generate)"]
         )
-    before = next(iter(read_lines(folder / "settings.json")), {})
-    now = model_settings(run, chat)
-    begun = f"the replies in {folder} were generated with"
-    refuse_changed({key: before.get(key) for key in now}, now, begun, "another on_policy.folder")
+    refuse_other_settings(folder, read_settings(folder), model_settings(run, chat))
     texts = [chat.prompt_text(prompt.prompt, prompt.tools) for prompt in prompts.values()]
     ids = dict(zip(prompts, chat.encode(texts), strict=True))
     drawn = []
@@ -170,11 +165,9 @@ def _content(key: str, model: ModelConfig, cache_dir: Path, backend: Backend) ->
     Args:
         key: the setting that names it, for messages.
     """
-    adapter = model.lora.adapter
     return content_hash(
         [
-            model_content(key, model_source(model, cache_dir), model.revision),
-            adapter and model_content("model.lora.adapter", adapter, None, ADAPTER_FILE),
+            *weights_content(key, model, cache_dir, ADAPTER),
             model.quantization.value,
             str(weights_dtype(model, backend.device)),
             backend.bf16,

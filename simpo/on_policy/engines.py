@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from simpo.backend import build_backend
 from simpo.config.choices import Dtype, Engine, Quantization
@@ -24,7 +25,7 @@ from simpo.model.policy import Policy
 from simpo.model.pretrained import model_source
 from simpo.model.saved import SavedModel
 from simpo.model.talk import load_for_talk
-from simpo.on_policy.files import content_hash
+from simpo.on_policy.files import ADAPTER, content_hash
 from simpo.run.progress import say
 
 SHOWN_CHARS = 300
@@ -163,26 +164,28 @@ def _adapter_options(adapter: str) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be loaded, or has what vLLM refuses or silently leaves out.
     """
-    settings = adapter_settings("model.lora.adapter", adapter)
+    settings = adapter_settings(ADAPTER, adapter)
     kind = getattr(settings.peft_type, "value", "none")
-    faults = {
-        f"adapters of type {kind}": kind != "LORA",
-        "DoRA": getattr(settings, "use_dora", False),
-        "whole modules beside an adapter": getattr(settings, "modules_to_save", None),
-        "single tokens beside an adapter": getattr(settings, "trainable_token_indices", None),
-        "biases": getattr(settings, "bias", "none") != "none"
-        or getattr(settings, "lora_bias", False),
-        "ranks or alphas of single layers": getattr(settings, "rank_pattern", None)
-        or getattr(settings, "alpha_pattern", None),
-        f"ranks above {VLLM_RANKS[-1]}": getattr(settings, "r", 0) > VLLM_RANKS[-1],
-    }
-    if found := [fault for fault, there in faults.items() if there]:
+    if fault := f"adapters of type {kind}" if kind != "LORA" else _lora_fault(settings):
         remedy = "merge it with simpo export, or set on_policy.engine=transformers"
         raise ConfigError(
-            [f"model.lora.adapter: vllm does not take {found[0]}, which {adapter} has ({remedy})"]
+            [f"{ADAPTER}: vllm does not take {fault}, which {adapter} has ({remedy})"]
         )
     rank = next(rank for rank in VLLM_RANKS if rank >= settings.r)
     return {"enable_lora": True, "max_lora_rank": rank}
+
+
+def _lora_fault(settings: LoraConfig) -> str:
+    """What a LoRA adapter has that vLLM does not compute; empty if there is nothing."""
+    faults = {
+        "DoRA": settings.use_dora,
+        "whole modules beside an adapter": settings.modules_to_save,
+        "single tokens beside an adapter": settings.trainable_token_indices,
+        "biases": settings.bias != "none" or settings.lora_bias,
+        "ranks or alphas of single layers": settings.rank_pattern or settings.alpha_pattern,
+        f"ranks above {VLLM_RANKS[-1]}": settings.r > VLLM_RANKS[-1],
+    }
+    return next((fault for fault, there in faults.items() if there), "")
 
 
 def _in_a_line(error: Exception) -> str:

@@ -28,19 +28,21 @@ from typing import Any
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from simpo.config.errors import DISK, ConfigError, DamagedError, unwritable
-from simpo.config.models import ADAPTER_FILE
+from simpo.config.models import ADAPTER_FILE, ModelConfig
 from simpo.config.schema import RunConfig
 from simpo.data import hub
 from simpo.data.pairs import Message, Pair
 from simpo.model.pretrained import model_source
-from simpo.model.saved import SavedModel
+from simpo.run.atomic import write_text
 from simpo.run.cache import sha256
-from simpo.run.folder import is_free
+from simpo.run.folder import is_free, refuse_changed
 from simpo.run.progress import say
 
 MODEL_FILES = (".safetensors", ".bin", ".pt", ".py", "config.json", "tokenizer.json", ".model")
 """Suffixes of the files that decide what a model generates."""
 
+ADAPTER = "model.lora.adapter"
+"""The setting that names an adapter."""
 SEEDS = "on_policy.seeds"
 """Key of settings.json: the seeds of the last command, which may differ from earlier ones."""
 
@@ -102,17 +104,19 @@ def on_policy_folder(run: RunConfig) -> Path:
     return (Path(run.output_dir).expanduser() / "on_policy" / name).absolute()
 
 
-def weights_content(key: str, saved: SavedModel) -> list[str | None]:
+def weights_content(
+    key: str, model: ModelConfig, cache_dir: Path, adapter_key: str | None = None
+) -> list[str | None]:
     """Hashes of a model's files and of its adapter's, None without one.
 
     Args:
         key: the setting that names the model, for messages.
+        adapter_key: the setting that names its adapter, if that is another.
     """
-    model = saved.model
     adapter = model.lora.adapter
     return [
-        model_content(key, model_source(model, saved.cache_dir), model.revision),
-        adapter and model_content(key, adapter, None, ADAPTER_FILE),
+        model_content(key, model_source(model, cache_dir), model.revision),
+        adapter and model_content(adapter_key or key, adapter, None, ADAPTER_FILE),
     ]
 
 
@@ -217,6 +221,31 @@ def model_content(key: str, source: str, revision: str | None, file: str = "conf
         raise ConfigError([f"{key}: {source} cannot be loaded: {fault}"]) from error
 
 
+def read_settings(folder: Path, mend: bool = True) -> dict[str, Any]:
+    """What settings.json holds; empty if there is none.
+
+    Args:
+        mend: as of `read_lines`.
+
+    Raises:
+        DamagedError: it is not a JSON object.
+    """
+    return next(iter(read_lines(folder / "settings.json", mend)), {})
+
+
+def refuse_other_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that the replies of a folder were generated with the settings of now.
+
+    Args:
+        before: its `read_settings`, which may hold more.
+
+    Raises:
+        ConfigError: some differ; a line for each.
+    """
+    begun = f"the replies in {folder} were generated with"
+    refuse_changed({key: before.get(key) for key in now}, now, begun, "another on_policy.folder")
+
+
 def read_prompts(folder: Path) -> list[Prompt]:
     """Read prompts.jsonl.
 
@@ -274,8 +303,7 @@ def lacking_replies(
 ) -> tuple[int, list[int]]:
     """How many prompts lack replies to seeds that others have, or that were asked for; and the
     seeds."""
-    settings = next(iter(read_lines(folder / "settings.json")), {})
-    asked = settings.get(SEEDS)  # an earlier version did not write them
+    asked = read_settings(folder).get(SEEDS)  # an earlier version did not write them
     seeds = sorted({reply.seed for reply in stored} | set(asked if isinstance(asked, list) else []))
     there = Counter(key for key, _ in {(reply.id, reply.seed) for reply in stored})
     return sum(there[prompt.id] < len(seeds) for prompt in prompts), seeds
@@ -339,6 +367,15 @@ def read_lines(path: Path, mend: bool = True) -> list[dict[str, Any]]:
 
 def damaged_line(path: Path, number: int, fault: str) -> DamagedError:
     return DamagedError(path, f"line {number} is {fault}", "remove that line")
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON lines file whole or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -5,7 +5,6 @@ The on-policy data of https://arxiv.org/abs/2405.14734, section 3.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -16,7 +15,6 @@ from typing import Any
 
 from simpo.config.choices import Compat, Engine, OnBadRecord
 from simpo.config.errors import ConfigError, DataError, SimpoError
-from simpo.config.models import ADAPTER_FILE
 from simpo.config.on_policy import OnPolicyConfig
 from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
@@ -26,26 +24,28 @@ from simpo.data.reading.records import RecordFault, to_prompt
 from simpo.loop.console import libraries_quiet
 from simpo.loop.replies import repetition
 from simpo.model.generate import Reply, Sampling, batches
-from simpo.model.pretrained import load_settings, model_source, num_embeddings
+from simpo.model.pretrained import load_settings, num_embeddings
 from simpo.model.tokenizer import load_tokenizer
 from simpo.on_policy.engines import engine_of, with_transformers, with_vllm
 from simpo.on_policy.files import (
+    ADAPTER,
     SEEDS,
     Prompt,
     StoredReply,
     append_lines,
     content_hash,
-    model_content,
     on_policy_folder,
     one_part_at_a_time,
     prompt_id,
-    read_lines,
+    read_settings,
     read_stored_replies,
+    refuse_other_settings,
     responses_files,
+    weights_content,
     working_in,
+    write_lines,
 )
-from simpo.run.atomic import write_bytes, write_text
-from simpo.run.folder import refuse_changed
+from simpo.run.atomic import write_bytes
 from simpo.run.progress import bar
 
 
@@ -89,11 +89,10 @@ def generate(run: RunConfig, others: Iterable[Path] = (), wanted: str | None = N
     with working_in(folder, part=part):
         with one_part_at_a_time(folder) if part else nullcontext():
             now = _settings(run, chat, prompts, ids)
-            _refuse_other_settings(folder, now, config.seeds)
+            _begin_with(folder, now, config.seeds)
             if not part and not responses_files(folder):
                 _take_replies(folder, others, now | {SEEDS: config.seeds})
-            lines = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts)
-            write_text(folder / "prompts.jsonl", lines)
+            write_lines(folder / "prompts.jsonl", map(asdict, prompts))
         asked += f", {len(config.seeds)} replies each"
         asked += f", part {part} of {config.parts}" if part else ""
         print(f"folder {folder}\n{len(prompts)} prompts{asked}")
@@ -166,7 +165,7 @@ def _take_replies(folder: Path, others: Iterable[Path], now: dict[str, Any]) -> 
     """Copy the replies of the first of other folders with the same settings and seeds."""
     for other in others:
         try:
-            if next(iter(read_lines(other / "settings.json", mend=False)), None) != now:
+            if read_settings(other, mend=False) != now:
                 continue
             # Another process may be writing there.
             read_stored_replies(other, own=folder)
@@ -198,17 +197,17 @@ def folder_chat(run: RunConfig, folder: Path) -> Chat:
 def model_settings(run: RunConfig, chat: Chat) -> dict[str, Any]:
     """What settings.json holds of the model and its chat template; weights by their content."""
     model = run.model
-    adapter = model.lora.adapter
-    source = model_source(model, Path(run.cache_dir).expanduser())
+    weights, adapter = weights_content(
+        "model.path", model, Path(run.cache_dir).expanduser(), ADAPTER
+    )
     return {
         "model.path": model.path,
         "model.revision": model.revision,
-        "content of model.path": model_content("model.path", source, model.revision),
+        "content of model.path": weights,
         "model.dtype": model.dtype.value,
         "model.quantization": model.quantization.value,
-        "model.lora.adapter": adapter,
-        "content of model.lora.adapter": adapter
-        and model_content("model.lora.adapter", adapter, None, ADAPTER_FILE),
+        ADAPTER: model.lora.adapter,
+        f"content of {ADAPTER}": adapter,
         "chat_template": chat.template_sha256[:16],
         **({"chat_template_kwargs": kwargs} if (kwargs := chat.template.kwargs) else {}),
         **({"template_date": str(chat.template.date)} if chat.template.date else {}),
@@ -311,25 +310,26 @@ def _asked(
 
 def _template_date(folder: Path) -> date:
     """The date that the chat template takes for today: the day of the first reply."""
-    settings = next(iter(read_lines(folder / "settings.json")), {})
     try:
-        return date.fromisoformat(settings["template_date"])
+        return date.fromisoformat(read_settings(folder)["template_date"])
     except (KeyError, TypeError, ValueError):  # none, or damaged, which is refused later
         return date.today()
 
 
-def _refuse_other_settings(folder: Path, now: dict[str, Any], seeds: list[int]) -> None:
-    file = folder / "settings.json"
-    before = next(iter(read_lines(file)), None)
-    if not before and any(path.stat().st_size for path in responses_files(folder)):
+def _begin_with(folder: Path, now: dict[str, Any], seeds: list[int]) -> None:
+    """Write settings.json, if the replies in the folder were generated with the same.
+
+    Raises:
+        ConfigError: they were not, or that is not known.
+    """
+    before = read_settings(folder)
+    if before:
+        refuse_other_settings(folder, before, now)
+    elif any(path.stat().st_size for path in responses_files(folder)):
         raise ConfigError(
             [
                 f"on_policy.folder: the settings.json of the replies in {folder} is missing or "
                 "empty (choose another on_policy.folder)"
             ]
         )
-    if before:
-        begun = f"the replies in {folder} were generated with"
-        earlier = {key: before.get(key) for key in now}
-        refuse_changed(earlier, now, begun, "another on_policy.folder")
-    write_text(file, json.dumps(now | {SEEDS: seeds}) + "\n")
+    write_lines(folder / "settings.json", [now | {SEEDS: seeds}])

@@ -8,15 +8,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 
 from simpo.config.errors import ConfigError, DamagedError
-from simpo.on_policy.files import StoredReply, damaged_line, read_lines
-from simpo.run.atomic import write_json, write_text
+from simpo.on_policy.files import StoredReply, damaged_line, read_lines, write_lines
+from simpo.run.atomic import write_json
 from simpo.run.files import read_json
 
 SPLITS = ("train", "test")
@@ -157,8 +156,7 @@ def write_reply_scores(
         for reply in replies
         if (reply.id, reply.seed) in scores
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_text(folder / "reply_scores.jsonl", text)
+    write_lines(folder / "reply_scores.jsonl", lines)
 
 
 def reply_scores(folder: Path, split: str = "test") -> dict[tuple[str, int], float]:

@@ -48,12 +48,12 @@ def main(words: Sequence[str]) -> None:
 
 def _training_command(folder: Path, choice: ReplyChoice) -> str:
     """The command that trains on the records of a folder, as they were made."""
-    from simpo.on_policy.files import read_lines
+    from simpo.on_policy.files import read_settings
 
     train, test = (folder / f"{split}.jsonl" for split in ("train", "test"))
     held_out = f", test_path: {quoted(test)}" if test.stat().st_size else ""
     words = ["data=jsonl", shlex.quote(f"data.sources=[{{path: {quoted(train)}{held_out}}}]")]
-    replied = next(iter(read_lines(folder / "settings.json")), {}).get("model.path", BUILTIN)
+    replied = read_settings(folder).get("model.path", BUILTIN)
     if replied != BUILTIN:
         words.insert(0, "model=...")  # a path alone would not name its template and adapters
     if choice is ReplyChoice.ranked:

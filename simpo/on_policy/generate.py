@@ -324,7 +324,8 @@ def _begin_with(folder: Path, now: dict[str, Any], seeds: list[int]) -> None:
     """
     before = read_settings(folder)
     if before:
-        refuse_other_settings(folder, before, now)
+        left_out = dict.fromkeys(before.keys() - {SEEDS})  # such as on_policy.temperatures
+        refuse_other_settings(folder, before, left_out | now)
     elif any(path.stat().st_size for path in responses_files(folder)):
         raise ConfigError(
             [

@@ -206,6 +206,17 @@ def test_other_settings_are_refused(drawing: list[str], tmp_path: Path) -> None:
     )
 
 
+def test_temperatures_that_are_left_out_are_refused(drawing: list[str], tmp_path: Path) -> None:
+    few = ["on_policy.num_prompts=2", "on_policy.max_new_tokens=1"]
+    generate(drawing, *few, "on_policy.temperatures=[0.5,1.5]")
+    with pytest.raises(ConfigError) as caught:
+        generate(drawing, *few, "on_policy.seeds=[1,2,3]")
+    assert str(caught.value) == (
+        f"on_policy.temperatures: the replies in {tmp_path}/own were generated with [[1, 0.5], "
+        "[2, 1.5]], got None (restore it, or choose another on_policy.folder)"
+    )
+
+
 def test_other_weights_under_the_same_path_are_refused(
     drawing: list[str], tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from simpo.backend import build_backend
 from simpo.config.errors import ConfigError, RunError, first_line
 from simpo.config.own_code import is_function, load
+from simpo.config.paths import looks_local
 from simpo.config.schema import RunConfig
 from simpo.data import rules
 from simpo.data.pairs import Message
@@ -83,11 +84,12 @@ def reward_content(run: RunConfig, key: str, name: str) -> str:
         with suppress(TypeError):  # a callable that is not a function
             files.add(inspect.getsourcefile(reward))
         return content_hash([name, sorted(sha256(Path(file)) for file in files if file)])
-    if name.endswith(".py") or Path(name).is_file():
+    folder = Path(name).expanduser()
+    if name.endswith(".py") or folder.is_file():
         raise ConfigError(
             [f"{key}: must not be a file, got {name} (a function is module:function)"]
         )
-    if name.startswith((".", "~", os.sep)) and not Path(name).is_dir():
+    if looks_local(name) and not folder.is_dir():
         raise ConfigError([f"{key}: no such folder, got {name}"])
     trust, precision = run.model.trust_remote_code, run.train.precision.value
     return content_hash([name, model_content(key, name, None), trust, precision])
@@ -142,7 +144,8 @@ def _model(run: RunConfig, key: str, name: str) -> Reward:
     """A reward from a sequence classifier with one score, which reads its own chat template."""
     backend = build_backend(run.backend, run.train.precision)
     trust = run.model.trust_remote_code
-    named: dict[str, Any] = {"key": key, "source": name, "trust_remote_code": trust}
+    source = os.path.expanduser(name)
+    named: dict[str, Any] = {"key": key, "source": source, "trust_remote_code": trust}
     tokenizer = load_pretrained(loader=AutoTokenizer, **named)
     dtype = torch.bfloat16 if backend.bf16 else torch.float32
     model = load_weights(loader=AutoModelForSequenceClassification, dtype=dtype, **named)

@@ -535,7 +535,9 @@ def test_a_function_that_was_edited_scores_anew(
         assert told + "all replies are scored anew\n" in capsys.readouterr().out
 
 
-def test_a_reward_model(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_reward_model(
+    folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A classifier with one score, against its own forward on the rendered dialogue."""
     judge = tiny_reward_model(tiny_folder, tmp_path / "judge")
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
@@ -548,6 +550,10 @@ def test_a_reward_model(folder: Path, tiny_folder: Path, tmp_path: Path) -> None
         expected.append(judge(ids).logits.item())
     assert row["scores"] == pytest.approx(expected, rel=1e-5)
     assert row["chosen"] == ["- Owls.", "Owls.", "Mice."][expected.index(max(expected))]
+    # Below the home of the user.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    annotate(folder, '"~/judge"', "train.precision=fp32")
+    assert lines(folder / "train.jsonl")[0]["scores"] == row["scores"]
     # Other weights under its name.
     torch.nn.init.normal_(judge.score.weight)
     judge.save_pretrained(tmp_path / "judge")
@@ -568,6 +574,7 @@ def test_a_reward_model(folder: Path, tiny_folder: Path, tmp_path: Path) -> None
         ("json:nothing", "on_policy.reward: json:nothing cannot be imported: module 'json' has no"),
         ("", "on_policy.reward: required, but not given"),
         ("./nothing", "on_policy.reward: no such folder, got ./nothing"),
+        ("one/of/mine", "on_policy.reward: no such folder, got one/of/mine"),
         (
             "nobody/nothing",
             "on_policy.reward: nobody/nothing cannot be loaded: it is not in the cache, and ",

@@ -18,7 +18,7 @@ from simpo.config.errors import ConfigError
 from simpo.config.flat import settings, trajectory
 from simpo.config.schema import MonitorConfig, RunConfig
 from simpo.report.studies import Difference, by_bootstrap, half_width, holm
-from simpo.report.win_rates import BEST, NAMED, TIED, WinRates, win_rates
+from simpo.report.win_rates import BEST, TIED, WinRates, first_names, win_rates
 from simpo.run.best import mode_of
 from simpo.run.runs import DamagedRun, Run, State, find_runs, read_runs
 from simpo.run.tables import metric_labels
@@ -95,10 +95,7 @@ class Comparison:
     def best_in_words(self) -> str:
         """The names of `leaders`, of which there is one at least."""
         names = [self.names[index] for index in self.leaders]
-        if len(names) == 1:
-            return names[0]
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        return f"{'; '.join(names[:NAMED])}{more} ({TIED})"
+        return names[0] if len(names) == 1 else f"{first_names(names)} ({TIED})"
 
     @cached_property
     def behind_best(self) -> dict[int, Difference]:

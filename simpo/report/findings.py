@@ -8,14 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
-from simpo.report.compare import NAMED, Comparison, groups
-from simpo.report.studies import (
-    Difference,
-    by_t,
-    holm,
-    seeds_needed,
-    shares,
-)
+from simpo.report.compare import Comparison, groups
+from simpo.report.studies import Difference, by_t, holm, seeds_needed, shares
+from simpo.report.win_rates import first_names
 from simpo.run.runs import State
 from simpo.run.tables import SHOWN
 
@@ -57,18 +52,21 @@ def _ties(report: Comparison) -> list[str]:
     how = f"{_label(report)} on the same {pairs} held-out pairs, bootstrap, p < 0.05 after Holm"
     ties = [report.names[i] for i in report.order if i in behind and not behind[i].clear]
     left = len(report.known) - 1 - len(behind)
-    others = f"{left} finished run{'s were' if left > 1 else ' was'}"
-    lines = [f"{others} not compared: of other held-out pairs, or without numbers of each"]
-    if not ties:
+    if ties:
+        names = first_names([name.removeprefix(report.prefix) for name in ties])
+        found = (
+            f"{len(ties)} of {len(behind)} others are not worse than the best by more than chance "
+            f"({how}): {names}"
+        )
+    else:
         every = "each run that was compared" if left else "each other finished run"
         found = f"the best is better than {every} by more than chance ({how})"
-        return [found, *lines[: bool(left)]]
-    names = "; ".join(name.removeprefix(report.prefix) for name in ties[:NAMED])
-    more = f" and {len(ties) - NAMED} more" if len(ties) > NAMED else ""
+    if not left:
+        return [found]
+    others = f"{left} finished run{'s were' if left > 1 else ' was'}"
     return [
-        f"{len(ties)} of {len(behind)} others are not worse than the best by more than chance "
-        f"({how}): {names}{more}",
-        *lines[: bool(left)],
+        found,
+        f"{others} not compared: of other held-out pairs, or without numbers of each",
     ]
 
 
@@ -112,10 +110,9 @@ def between_groups(report: Comparison, key: str) -> list[str]:
         for (name, differences), difference in zip(behind, compared, strict=True)
     ]
     if few:
-        more = f" and {len(few) - NAMED} more" if len(few) > NAMED else ""
         lines.append(
             f"not compared with {best_name}, the best in {_label(report)}, for want of two values "
-            f"of {key} that both have: {'; '.join(few[:NAMED])}{more}"
+            f"of {key} that both have: {first_names(few)}"
         )
     return lines
 

@@ -17,7 +17,7 @@ from simpo.run.judged import Figure, Judged
 from simpo.run.runs import Run
 
 NAMED = 5
-"""Runs that a note names at most."""
+"""Runs that a sentence names at most."""
 BEST, TIED = "best", "tied for best"
 """What a table calls a run that no other is ahead of."""
 VARYING = {"questions": "{} questions", "baseline": "against {}", "judge": "judged by {}"}
@@ -116,8 +116,7 @@ class WinRates:
             for note in one.notes:
                 by_note.setdefault(note, []).append(names[index])
         for note, of in by_note.items():
-            more = f" and {len(of) - NAMED} more" if len(of) > NAMED else ""
-            whose_note = "" if len(of) == len(self.judged) else f"{', '.join(of[:NAMED])}{more}: "
+            whose_note = "" if len(of) == len(self.judged) else f"{first_names(of, ', ')}: "
             found.append(whose_note + note)
         return found
 
@@ -209,6 +208,12 @@ def as_judged(one: Judged) -> str:
         BenchmarkKind.arena_hard.value: " (no control of style, and >> counts as >)",
     }
     return f"mean difference on the same questions, as judged{told.get(one.kind, '')}"
+
+
+def first_names(names: Sequence[str], between: str = "; ") -> str:
+    """The first `NAMED` names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return between.join(names[:NAMED]) + more
 
 
 def label(key: str) -> str:

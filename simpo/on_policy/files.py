@@ -255,18 +255,18 @@ def read_prompts(folder: Path) -> list[Prompt]:
     path = folder / "prompts.jsonl"
     prompts = []
     for number, line in enumerate(read_lines(path), start=1):
-        match line:
+        # Earlier versions did not write these two.
+        match {"tools": None, "reference_answer": None} | line:
             case {
                 "id": str(key),
                 "split": "train" | "test" as split,
                 "prompt": [{}, *_] as turns,
                 "rule": {} | None as rule,
+                "tools": [*_] | None as tools,
+                "reference_answer": str() | None as reference,
             }:
-                tools = line.get("tools") and tuple(line["tools"])
-                reference = line.get("reference_answer")
-                if not isinstance(reference, str | None):
-                    raise damaged_line(path, number, "not a prompt")
-                prompts.append(Prompt(key, split, tuple(turns), rule, tools, reference))
+                own = None if tools is None else tuple(tools)
+                prompts.append(Prompt(key, split, tuple(turns), rule, own, reference))
             case _:
                 raise damaged_line(path, number, "not a prompt")
     return prompts
@@ -309,28 +309,23 @@ def lacking_replies(
     return sum(there[prompt.id] < len(seeds) for prompt in prompts), seeds
 
 
-def _stored_reply(line: Mapping[str, Any]) -> StoredReply | None:
+def _stored_reply(line: dict[str, Any]) -> StoredReply | None:
     """The reply in a line; None if it is not as `StoredReply.line` writes it."""
-    match line:
+    # Earlier versions did not write the last two.
+    match {"repetition": None, "ids": None} | line:
         case {
             "id": str(key),
             "seed": int(seed),
             "response": str(text),
             "tokens": int(tokens),
             "ended": bool(ended),
+            "repetition": float() | None as repetition,
+            "ids": [*_] | None as ids,
             **more,
-        }:
-            pass
-        case _:
-            return None
-    repetition, ids = more.pop("repetition", None), more.pop("ids", None)
-    if more or not isinstance(repetition, float | None) or not isinstance(ids, list | None):
-        return None
-    if ids is not None and not all(type(token) is int for token in ids):
-        return None
-    return StoredReply(
-        key, seed, text, tokens, ended, repetition, None if ids is None else tuple(ids)
-    )
+        } if not more and all(type(token) is int for token in ids or ()):
+            own = None if ids is None else tuple(ids)
+            return StoredReply(key, seed, text, tokens, ended, repetition, own)
+    return None
 
 
 def read_lines(path: Path, mend: bool = True) -> list[dict[str, Any]]:

@@ -327,6 +327,11 @@ def test_a_full_disk_and_a_folder_that_cannot_be(
         ("prompts", '{"id": "a", "split": "test", "prompt": "b", "rule": null}', "not a prompt"),
         (
             "prompts",
+            '{"id": "a", "split": "test", "prompt": [{}], "rule": null, "tools": 5}',
+            "not a prompt",
+        ),
+        (
+            "prompts",
             '{"id": "a", "split": "test", "prompt": [{}], "rule": null, "reference_answer": 3}',
             "not a prompt",
         ),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 
 from simpo.backend import build_backend
 from simpo.config.choices import Dtype, Engine, Quantization
@@ -175,8 +174,12 @@ def _adapter_options(adapter: str) -> dict[str, Any]:
     return {"enable_lora": True, "max_lora_rank": rank}
 
 
-def _lora_fault(settings: LoraConfig) -> str:
-    """What a LoRA adapter has that vLLM does not compute; empty if there is nothing."""
+def _lora_fault(settings: Any) -> str:
+    """What a LoRA adapter has that vLLM does not compute; empty if there is nothing.
+
+    Args:
+        settings: its peft configuration.
+    """
     faults = {
         "DoRA": settings.use_dora,
         "whole modules beside an adapter": settings.modules_to_save,

@@ -73,15 +73,16 @@ def launcher_of_replies(launcher: SlurmConfig, rounds: RoundsConfig) -> SlurmCon
             [f"rounds.generate_launcher: launcher=slurm has no {unknown[0]} (remove it)"]
         )
     gpus = launcher.gpus_per_node and 1
-    one = replace(launcher, nodes=1, tasks_per_node=1, gpus_per_node=gpus)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(one), rounds.generate_launcher)
-    except OmegaConfBaseException as error:
-        key = str(error.full_key)
-        got = f"of the wrong type, got {rounds.generate_launcher[key]}"
-        remedy = f"see launcher.{key} in docs/config.md"
-        raise ConfigError([f"rounds.generate_launcher.{key}: {got} ({remedy})"]) from error
-    changed = OmegaConf.to_object(merged)
+    one = OmegaConf.structured(replace(launcher, nodes=1, tasks_per_node=1, gpus_per_node=gpus))
+    for key, value in rounds.generate_launcher.items():
+        try:
+            one[key] = value
+        except OmegaConfBaseException as error:
+            remedy = f"see launcher.{key} in docs/config.md"
+            raise ConfigError(
+                [f"rounds.generate_launcher.{key}: of the wrong type, got {value} ({remedy})"]
+            ) from error
+    changed = OmegaConf.to_object(one)
     assert isinstance(changed, SlurmConfig)
     if problems := [f"rounds.generate_launcher.{text}" for text in changed.problems()]:
         raise ConfigError(problems)

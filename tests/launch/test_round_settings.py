@@ -388,6 +388,11 @@ def test_the_command_of_a_round_s_training(words: str, tmp_path: Path) -> None:
             "docs/config.md)",
         ),
         (
+            ["launcher=slurm", "rounds.chain=true", "rounds.generate_launcher={setup: [[a]]}"],
+            "rounds.generate_launcher.setup: of the wrong type, got [['a']] (see launcher.setup in "
+            "docs/config.md)",
+        ),
+        (
             ["launcher=slurm", "rounds.chain=true", "rounds.generate_launcher={time_min: x}"],
             "rounds.generate_launcher.time_min: of the wrong type, got x (see launcher.time_min in "
             "docs/config.md)",

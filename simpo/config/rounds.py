@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, get_args, get_origin, get_type_hints
 
 from simpo.config.choices import ReplyChoice, RoundPrompts, RoundStart
 from simpo.config.errors import ConfigError
@@ -73,17 +70,22 @@ def launcher_of_replies(launcher: SlurmConfig, rounds: RoundsConfig) -> SlurmCon
             [f"rounds.generate_launcher: launcher=slurm has no {unknown[0]} (remove it)"]
         )
     gpus = launcher.gpus_per_node and 1
-    one = OmegaConf.structured(replace(launcher, nodes=1, tasks_per_node=1, gpus_per_node=gpus))
+    one = replace(launcher, nodes=1, tasks_per_node=1, gpus_per_node=gpus)
+    types = get_type_hints(SlurmConfig)
     for key, value in rounds.generate_launcher.items():
-        try:
-            one[key] = value
-        except OmegaConfBaseException as error:
+        if not _fits(value, types[key]):
             remedy = f"see launcher.{key} in docs/config.md"
             raise ConfigError(
-                [f"rounds.generate_launcher.{key}: of the wrong type, got {value} ({remedy})"]
-            ) from error
-    changed = OmegaConf.to_object(one)
-    assert isinstance(changed, SlurmConfig)
+                [f"rounds.generate_launcher.{key}: of the wrong type, got {value!r} ({remedy})"]
+            )
+    changed = replace(one, **rounds.generate_launcher)
     if problems := [f"rounds.generate_launcher.{text}" for text in changed.problems()]:
         raise ConfigError(problems)
     return changed
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value has the type of its setting, which OmegaConf does not check in a dict."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return type(value) in (*(get_args(kind) or [kind]), int)  # a partition may be a number

@@ -384,7 +384,7 @@ def test_the_command_of_a_round_s_training(words: str, tmp_path: Path) -> None:
         ),
         (
             ["launcher=slurm", "rounds.chain=true", "rounds.generate_launcher={setup: module}"],
-            "rounds.generate_launcher.setup: of the wrong type, got module (see launcher.setup in "
+            "rounds.generate_launcher.setup: of the wrong type, got 'module' (see launcher.setup in "
             "docs/config.md)",
         ),
         (
@@ -394,7 +394,7 @@ def test_the_command_of_a_round_s_training(words: str, tmp_path: Path) -> None:
         ),
         (
             ["launcher=slurm", "rounds.chain=true", "rounds.generate_launcher={time_min: x}"],
-            "rounds.generate_launcher.time_min: of the wrong type, got x (see launcher.time_min in "
+            "rounds.generate_launcher.time_min: of the wrong type, got 'x' (see launcher.time_min in "
             "docs/config.md)",
         ),
     ],

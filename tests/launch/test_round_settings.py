@@ -384,18 +384,18 @@ def test_the_command_of_a_round_s_training(words: str, tmp_path: Path) -> None:
         ),
         (
             ["launcher=slurm", "rounds.chain=true", "rounds.generate_launcher={setup: module}"],
-            "rounds.generate_launcher.setup: of the wrong type, got 'module' (see launcher.setup in "
-            "docs/config.md)",
+            "rounds.generate_launcher.setup: of the wrong type, got 'module' (see launcher.setup "
+            "in docs/config.md)",
         ),
         (
             ["launcher=slurm", "rounds.chain=true", "rounds.generate_launcher={setup: [[a]]}"],
-            "rounds.generate_launcher.setup: of the wrong type, got [['a']] (see launcher.setup in "
-            "docs/config.md)",
+            "rounds.generate_launcher.setup: of the wrong type, got [['a']] (see launcher.setup "
+            "in docs/config.md)",
         ),
         (
             ["launcher=slurm", "rounds.chain=true", "rounds.generate_launcher={time_min: x}"],
-            "rounds.generate_launcher.time_min: of the wrong type, got 'x' (see launcher.time_min in "
-            "docs/config.md)",
+            "rounds.generate_launcher.time_min: of the wrong type, got 'x' (see launcher.time_min "
+            "in docs/config.md)",
         ),
     ],
 )

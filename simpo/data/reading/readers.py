@@ -44,6 +44,7 @@ NOT_TEXT = {
     b"PK\x03\x04": "it is a zip archive or an Excel workbook (unpack it, or save it as CSV)",
 }
 """First bytes of files that are not UTF-8 text, with the message for each."""
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 MAX_CELL_LETTERS = 2**27
 """A longer cell of a table is taken for a quote that is not closed."""
 ROWS_AT_ONCE = 1024
@@ -80,9 +81,8 @@ def read_file(path: Path, suffixes: str | None = None) -> Iterator[tuple[Line, A
 def _text_file(path: Path, suffixes: str) -> Iterator[tuple[Line, Any]]:
     compression = next((suffix for suffix in COMPRESSED if suffixes.endswith(suffix)), "")
     plain = path.stem if compression else path.name
-    read = {".json": _json, ".csv": _commas, ".tsv": _tabs}.get(
-        suffixes.removesuffix(compression), _json_lines
-    )
+    content = suffixes.removesuffix(compression)
+    separator = SEPARATORS.get(content)
     with path.open("rb") as file:
         begin = file.read(8)
     for suffix, first_bytes in COMPRESSED.items():
@@ -97,11 +97,15 @@ def _text_file(path: Path, suffixes: str) -> Iterator[tuple[Line, Any]]:
             _refuse_not_text(binary.peek(8))
             # utf-8-sig skips a byte order mark. Bytes that are not UTF-8 are kept as surrogates, so
             # that only their record is refused. A CSV reader wants the line ends as they are.
-            newline = "" if read in (_commas, _tabs) else None
+            newline = "" if separator else None
             text = io.TextIOWrapper(
                 binary, encoding="utf-8-sig", errors="surrogateescape", newline=newline
             )
-            for record in read(text):
+            if separator:
+                records = _table(text, separator)
+            else:
+                records = _json(text) if content == ".json" else _json_lines(text)
+            for record in records:
                 yield record
                 count += 1
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
@@ -234,14 +238,6 @@ def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _commas(text: TextIO) -> Iterator[tuple[Line, Any]]:
-    return _table(text, ",")
-
-
-def _tabs(text: TextIO) -> Iterator[tuple[Line, Any]]:
-    return _table(text, "\t")
 
 
 def _table(text: TextIO, separator: str) -> Iterator[tuple[Line, Any]]:

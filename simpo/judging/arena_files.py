@@ -76,13 +76,17 @@ Answer of assistant A:
 Answer of assistant B:
 {ANSWER_B}"""
 BASELINES = {
-    "arena-hard-v0.1": "gpt-4-0314",
-    "hard_prompt": "o3-mini-2025-01-31",
-    "creative_writing": "gemini-2.0-flash-001",
+    "arena_hard_v0.1": {"arena-hard-v0.1": "gpt-4-0314"},
+    "arena_hard_v2": {
+        "hard_prompt": "o3-mini-2025-01-31",
+        "creative_writing": "gemini-2.0-flash-001",
+    },
 }
+"""Names of the models to compare with, by `benchmark.name` and category of questions."""
+_BY_CATEGORY = BASELINES["arena_hard_v0.1"] | BASELINES["arena_hard_v2"]
 OWN = Prompts(
-    system=dict.fromkeys(BASELINES, OWN_SYSTEM),
-    baselines=BASELINES,
+    system=dict.fromkeys(_BY_CATEGORY, OWN_SYSTEM),
+    baselines=_BY_CATEGORY,
     template=OWN_TEMPLATE,
     patterns=(r"\[\[([AB<>=]+)\]\]", r"\[([AB<>=]+)\]"),
     temperature=0.0,
@@ -97,10 +101,9 @@ def refuse_other_version(config: BenchmarkConfig, folder: Path, categories: Sequ
     Raises:
         ConfigError: the questions are those of another version of the benchmark.
     """
-    for name, version in FOLDERS.items():
-        of_version = {version} if version in BASELINES else BASELINES.keys() - FOLDERS.values()
-        if name != config.name and config.name in FOLDERS and of_version & set(categories):
-            what = f"{folder} holds the questions of {version}"
+    for name, baselines in BASELINES.items():
+        if name != config.name and config.name in BASELINES and baselines.keys() & set(categories):
+            what = f"{folder} holds the questions of {FOLDERS[name]}"
             raise ConfigError([f"benchmark.path: {what} (set benchmark={name})"])
 
 

@@ -96,9 +96,9 @@ def _peers(
     for path in files:
         answers = path.parents[2] / "model_answer" / path.name
         if answers.is_file():
-            one = verdicts.read(path, known)
-            if one.baselines <= baselines:
-                games = verdicts.games(one.judgements)
+            judged_answers, compared = verdicts.read(path, known)
+            if compared <= baselines:
+                games = verdicts.games(judged_answers.judgements)
                 found.append(ModelGames(games, read_answers(answers)[1]))
     return found, len(files) - len(found)
 
@@ -302,10 +302,10 @@ class ArenaHard(Benchmark):
                 another baseline.
         """
         known = {question.id for question in self.questions}
-        found = self._verdicts.read(path, known)
+        found, baselines = self._verdicts.read(path, known)
         if not found.judgements:
             raise DataError(f"{path}: judges no question of {self._folder} (set benchmark.path)")
-        if others := sorted(found.baselines - set(self._baselines.values())):
+        if others := sorted(baselines - set(self._baselines.values())):
             raise DataError(
                 f"{path}: compares with {others[0]}, not with {self.baseline_name} "
                 "(set benchmark.baseline)"
@@ -313,7 +313,7 @@ class ArenaHard(Benchmark):
         folders = (*path.absolute().parents[1:3], self._folder)
         files = [folder / "model_answer" / path.name for folder in folders]
         answers = next((read_answers(file)[1] for file in files if file.is_file()), {})
-        return JudgedAnswers(found.model, found.judge, answers, found.judgements)
+        return found._replace(answers=answers)
 
 
 def _within(questions: Set[str], model: ModelGames) -> ModelGames:

@@ -12,7 +12,7 @@ from typing import Any
 from simpo.judging.arena_files import NAMES, read_judged
 from simpo.judging.games import Game
 from simpo.judging.jsonl import ONE_LINE, SPLIT, fault
-from simpo.judging.shapes import Judgement, Query, Said
+from simpo.judging.shapes import JudgedAnswers, Judgement, Query, Said
 
 BASELINE_FIRST, MODEL_FIRST = 1, 0
 """Orders of a query; the answer shown first is A."""
@@ -90,11 +90,14 @@ class Verdicts:
         label = self.label(judgement.said.text)
         return COPIES if label in LABELS and (">>" in label or "<<" in label) else 1
 
-    def read(self, path: Path, known: Collection[str]) -> JudgedFile:
+    def read(self, path: Path, known: Collection[str]) -> tuple[JudgedAnswers, set[str]]:
         """Read a file of model_judgment/. A null game was not asked.
 
         Args:
             known: ids of the questions; others are left out.
+
+        Returns:
+            Judgements of answers that are not in the file, and names of the baselines.
 
         Raises:
             DataError: it is not of that format, holds several models or judges, or a question of
@@ -122,12 +125,9 @@ class Verdicts:
                     if said is None:
                         raise fault(path, line, "has a game without score or judgment")
                     judgements.append(Judgement(query, said, self.value(query, said)))
-        return JudgedFile(
-            next(iter(names["model"]), path.stem),
-            next(iter(names["judge"]), path.absolute().parent.name),
-            names["baseline"],
-            judgements,
-        )
+        model = next(iter(names["model"]), path.stem)
+        judge = next(iter(names["judge"]), path.absolute().parent.name)
+        return JudgedAnswers(model, judge, {}, judgements), names["baseline"]
 
     def _said(self, game: Mapping[str, Any]) -> Said | None:
         """What was said in a game of a file; its score is what counts."""
@@ -136,13 +136,3 @@ class Verdicts:
                 same = self.label(text) == (score or "")
                 return Said(text if same else f"[[{score}]]" if score else "")
         return None
-
-
-@dataclass(frozen=True)
-class JudgedFile:
-    """A file of model_judgment/: names, and judgements, whose queries have no messages."""
-
-    model: str
-    judge: str
-    baselines: set[str]
-    judgements: list[Judgement]

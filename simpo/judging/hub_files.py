@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from simpo.config.benchmarks import BenchmarkConfig
 from simpo.config.choices import BenchmarkKind
 from simpo.config.data_path import is_hub_id
 from simpo.config.errors import ConfigError
@@ -36,7 +37,7 @@ def with_hub_files(run: RunConfig) -> RunConfig:
         wanted = list(ALPACA_FILES)
     elif config.kind is BenchmarkKind.arena_hard:
         version = FOLDERS[config.name]
-        names = _baselines(version, config.baseline)
+        names = _baselines(config)
         answers = [f"data/{version}/model_answer/{name}.jsonl" for name in names]
         wanted = [f"data/{version}/question.jsonl", *answers]
     else:
@@ -58,10 +59,9 @@ def with_hub_files(run: RunConfig) -> RunConfig:
     return replace(run, benchmark=here)
 
 
-def _baselines(version: str, given: str | None) -> list[str]:
+def _baselines(config: BenchmarkConfig) -> list[str]:
     """The models that a version of Arena-Hard compares with whose answers are on the hub."""
-    if given is not None:  # may be a file or a run here
-        return [] if Path(given).expanduser().exists() else [given]
-    if version in BASELINES:  # the only category is the version
-        return [BASELINES[version]]
-    return [name for key, name in BASELINES.items() if key not in FOLDERS.values()]
+    if config.baseline is None:
+        return list(BASELINES[config.name].values())
+    is_here = Path(config.baseline).expanduser().exists()  # a file, or a run
+    return [] if is_here else [config.baseline]

@@ -33,25 +33,22 @@ class LocalJudge:
         """
         folder = Path(source).expanduser()
         self.name = folder.resolve().name if folder.is_dir() else source
-        self._engine = engine_of(run.on_policy.engine)
         self._run = run
         with naming(KEY):
             self._saved = saved_model(source)
             self._chat = self._saved.chat()
             self._settings = load_settings(self._saved.model, self._saved.cache_dir)
-            self.identity = self._identity()
-        self._generate: Generate | None = None
-
-    def _identity(self) -> str:
-        return content_hash(
+            weights = weights_content(KEY, self._saved.model, self._saved.cache_dir)
+        self.identity = content_hash(
             [
-                *weights_content(KEY, self._saved.model, self._saved.cache_dir),
+                *weights,
                 self._saved.model.quantization.value,
                 self._chat.template_sha256,
                 self._chat.template.kwargs,
-                self._engine.value,
+                engine_of(run.on_policy.engine).value,
             ]
         )
+        self._generate: Generate | None = None
 
     def answers(self, queries: Sequence[Query]) -> Iterator[tuple[Query, Said | Unanswered]]:
         """Yield (query, said) batch by batch; last those that the model cannot read, because they

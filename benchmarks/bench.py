@@ -81,15 +81,13 @@ def measure(
                 allocated[runner.name] = allocated_bytes(partial(step, runner, largest))
             else:
                 times[runner.name].append(sum(step(runner, batch)[0] for batch in batches))
-    spread = max(losses.values()) - min(losses.values())
-    assert spread < 1e-4, f"the contenders do not compute the same loss: {losses}"
+    gap = max(losses.values()) - min(losses.values())
+    assert gap < 1e-4, f"the contenders do not compute the same loss: {losses}"
     pairs = sum(len(batch) for batch in batches)
     return [
         {
             "contender": runner.name,
-            "median_s": statistics.median(times[runner.name]),
-            "fastest_s": min(times[runner.name]),
-            "slowest_s": max(times[runner.name]),
+            **spread(times[runner.name]),
             "pairs_per_s": pairs / statistics.median(times[runner.name]),
             "tokens": sum(runner.num_tokens(batch) for batch in batches),
             "peak_mib": peaks[runner.name] / MIB,
@@ -97,6 +95,15 @@ def measure(
         }
         for runner in runners
     ]
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """The median and the range of some times."""
+    return {
+        "median_s": statistics.median(seconds),
+        "fastest_s": min(seconds),
+        "slowest_s": max(seconds),
+    }
 
 
 def step(runner: Any, pairs: list[TokenizedPair]) -> tuple[float, float]:
@@ -137,16 +144,9 @@ def table(results: list[dict[str, Any]]) -> list[str]:
         "| allocated MiB | allocated |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    padded = {(x["shape"], x["profile"]): x for x in results if x["contender"] == "padded"}
     for line in results:
-        base = next(
-            (
-                other
-                for other in results
-                if other["contender"] == "padded"
-                and (other["shape"], other["profile"]) == (line["shape"], line["profile"])
-            ),
-            line,
-        )
+        base = padded.get((line["shape"], line["profile"]), line)
         lines.append(
             f"| {line['shape']} | {line['profile']} | {line['contender']} | {line['tokens']:,} "
             f"| {line['median_s']:.2f} ({line['fastest_s']:.2f}-{line['slowest_s']:.2f}) "

@@ -20,7 +20,6 @@ Times are medians with their range over the rounds, alternately, in reverse orde
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import RESULTS, save
+from bench import RESULTS, save, spread
 from transformers import AutoModelForCausalLM
 from workloads import model_config
 
@@ -141,18 +140,16 @@ def measure(policy: Policy, work: Work, rounds: int) -> list[dict[str, Any]]:
             begin = time.perf_counter()
             steps[name]()
             times[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    base = next(iter(medians.values()))
+    spreads = {name: spread(seconds) for name, seconds in times.items()}
+    base = next(iter(spreads.values()))["median_s"]
     return [
         {
             "loss": name,
-            "median_s": medians[name],
-            "fastest_s": min(times[name]),
-            "slowest_s": max(times[name]),
-            "ratio": medians[name] / base,
+            **found,
+            "ratio": found["median_s"] / base,
             "tokens": sum(row.input_ids.numel() for row in work[name][1]),
         }
-        for name in steps
+        for name, found in spreads.items()
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -102,7 +104,8 @@ def assert_counted(
 @pytest.mark.skipif(transformers_before("5.23"), reason="has no settings for each layer")
 def test_flops_where_layers_differ() -> None:
     """Gemma 4: another head size in full attention, and a second table of embeddings."""
-    config = CONFIG_MAPPING["gemma4_text"](
+    schema: Any = CONFIG_MAPPING["gemma4_text"]
+    config = schema(
         **SIZES,
         head_dim=8,
         global_head_dim=16,

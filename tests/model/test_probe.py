@@ -113,7 +113,8 @@ def test_a_soft_cap_in_the_settings_of_the_text() -> None:
         "final_logit_softcapping": 1.0,
         "initializer_range": 0.2,
     }
-    config = CONFIG_MAPPING["gemma4"](text_config=text, vision_config=None, audio_config=None)
+    schema: Any = CONFIG_MAPPING["gemma4"]
+    config = schema(text_config=text, vision_config=None, audio_config=None)
     attention.register()
     torch.manual_seed(0)
     policy = Policy(AutoModelForCausalLM.from_config(config, attn_implementation=SEGMENTS))
@@ -206,8 +207,8 @@ def test_a_kernel_that_forgets_windows_is_found_on_a_small_copy(
     check_packing(policy, False, 1001, 0)
     whole = attention._by_segment
 
-    def forgetting(query, key, value, segments, table, scaling, window, softcap):
-        return whole(query, key, value, segments, table, scaling, None, softcap)
+    def forgetting(query, key, value, segments, table, form):
+        return whole(query, key, value, segments, table, form._replace(window=None))
 
     monkeypatch.setattr(attention, "_by_segment", forgetting)
     with pytest.raises(ConfigError, match=r"ForCausalLM cannot share prompts in packed rows: hidd"):
@@ -304,8 +305,8 @@ def test_windows_of_any_size_are_outgrown(family: str, monkeypatch: pytest.Monke
     check_packing(policy, False, longest_of(1001), 0)
     whole = attention._by_segment
 
-    def forgetting(query, key, value, segments, table, scaling, window, softcap):
-        return whole(query, key, value, segments, table, scaling, None, softcap)
+    def forgetting(query, key, value, segments, table, form):
+        return whole(query, key, value, segments, table, form._replace(window=None))
 
     monkeypatch.setattr(attention, "_by_segment", forgetting)
     check_packing(policy, False, longest_of(1000), 4096)

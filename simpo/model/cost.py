@@ -103,9 +103,8 @@ class Flops:
 
     def __init__(self, policy: Policy) -> None:
         head = policy.base.get_output_embeddings().weight
-        tables = {id(m.weight) for m in policy.modules() if isinstance(m, nn.Embedding)} | {
-            id(head)
-        }
+        lookups = [module for module in policy.modules() if isinstance(module, nn.Embedding)]
+        tables = {id(head), *(id(module.weight) for module in lookups)}
         config = policy.base.config.get_text_config()
         chosen, experts = experts_per_token(config)
         self._per_token = 0

@@ -100,7 +100,7 @@ def with_reference(
         policy: as `Backend.prepare` wrapped it, before its first step.
         rows: this process's share of the rows with all pairs of `data`; not read if the cache has
             the result.
-        origin: `model_fingerprint` of the policy.
+        origin: `model_fingerprint` of the policy; only that of rank 0 counts.
         cache_dir: folder of the cache.
         loss: the loss, whose weights of tokens count here too.
     """

@@ -63,7 +63,7 @@ class Parts:
         policy: the model inside `wrapped`, for its names, settings and replies.
         wrapped: the module to call instead of the policy (see `Backend.prepare`).
         sampled_before: some weights of each trained tensor before the first step.
-        origin: hash of the model before the first step, if the loss needs a reference.
+        origin: hash of the model before the first step, if the loss needs a reference; on rank 0.
         start_lines: lines to print before the first step.
     """
 
@@ -271,21 +271,13 @@ def _plan_costs(
 
 def with_references(run: RunConfig, parts: Parts) -> Parts:
     """Score all pairs under the reference: the policy before a checkpoint is loaded."""
-    origin = parts.backend.broadcast(parts.origin)
     cache_dir = Path(run.cache_dir).expanduser()
-    train, test = (
-        replace(
-            packed,
-            data=with_reference(
-                parts.wrapped,
-                packed.data,
-                packed.rows(),
-                origin,
-                cache_dir,
-                parts.backend,
-                run.loss,
-            ),
+
+    def scored(packed: PackedSet) -> PackedSet:
+        data, rows = packed.data, packed.rows()
+        known = with_reference(
+            parts.wrapped, data, rows, parts.origin, cache_dir, parts.backend, run.loss
         )
-        for packed in (parts.train, parts.test)
-    )
-    return replace(parts, train=train, test=test)
+        return replace(packed, data=known)
+
+    return replace(parts, train=scored(parts.train), test=scored(parts.test))

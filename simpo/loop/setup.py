@@ -6,9 +6,8 @@ Cheap parts come first: the data before the run's folder, the folder before the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,7 @@ def set_up(run: RunConfig, backend: Backend) -> Parts:
     check_router(probe, backend.bf16, run.model.router_aux_weight)
     unread = policy.unread is not None
     if not unread:
-        sampled, origin = _look_at_weights(run, backend, policy, Mapping.items)
+        sampled, origin = _look_at_weights(run, backend, policy)
     start_lines = (
         *console.start_lines(run, policy, str(backend), data.table, data.train, plan),
         *costs,
@@ -132,8 +131,7 @@ def set_up(run: RunConfig, backend: Backend) -> Parts:
     del probe  # frees it
     wrapped, optimizer = backend.prepare(policy, build_optimizer(policy, cfg))
     if unread:
-        whole = partial(backend.whole, wrapped)
-        sampled, origin = _look_at_weights(run, backend, policy, whole)
+        sampled, origin = _look_at_weights(run, backend, policy, wrapped)
     store = CheckpointStore(
         folder.path / "checkpoints",
         cfg.keep_checkpoints,
@@ -147,19 +145,21 @@ def set_up(run: RunConfig, backend: Backend) -> Parts:
 
 
 def _look_at_weights(
-    run: RunConfig,
-    backend: Backend,
-    policy: Policy,
-    whole: Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor]]],
+    run: RunConfig, backend: Backend, policy: Policy, wrapped: nn.Module | None = None
 ) -> tuple[dict[str, Tensor], str]:
     """`sampled_before` and `origin` of `Parts`; all processes call it before the first step.
 
     Args:
-        whole: gives whole weights by name, gathered where they are sharded.
+        wrapped: the module that `Backend.prepare` has made of the policy, which gathers sharded
+            weights; None before that, when every process holds them whole.
 
     Raises:
         ConfigError: as `check_updates`.
     """
+
+    def whole(weights: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+        return weights.items() if wrapped is None else backend.whole(wrapped, weights)
+
     trained = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     sampled = sampled_weights(whole(trained))
     check_updates(run.train, sampled)

@@ -180,7 +180,7 @@ def test_the_fingerprint_is_of_all_that_a_model_computes(
     of the files does not."""
 
     def loaded(base: Path, adapter: Path | None = None) -> Policy:
-        lora = LoraConfig(adapter=adapter and str(adapter))
+        lora = LoraConfig(adapter=str(adapter) if adapter else None)
         config = ModelConfig(name="tiny", path=str(base), lora=lora)
         return load_policy(config, tmp_path, torch.device("cpu"), 0)
 

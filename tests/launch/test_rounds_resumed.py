@@ -266,7 +266,7 @@ def trained(root: Path, number: int) -> None:
     """What the training of a round leaves."""
     folder = run_folder(root, number)
     (folder / "model").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "README.md"):
+    for name in ("config.json", "model.safetensors", "README.md", "curves.png"):
         (folder / "model" / name).write_text(f"{name}\n")
     results = {"eval_after": {}, "train": {"steps": 3, "model_step": 3}}
     (folder / "results.json").write_text(json.dumps(results))
@@ -282,7 +282,8 @@ def test_a_model_that_is_damaged_between_rounds(
     monkeypatch.setattr(process, "start", lambda *_, **__: trained(tmp_path, 1))
     process.run_phase(run, tmp_path, Phase(1, Kind.train))
     model, done = tmp_path / "rounds/1/run/model", tmp_path / "rounds/1/train.json"
-    (model / "README.md").write_text("A card that its user has edited.\n")
+    for name in ("README.md", "curves.png"):
+        (model / name).write_text("A card that was written again.\n")
     check_model(tmp_path, 1)
     if fault == "is missing":
         (model / "model.safetensors").unlink()

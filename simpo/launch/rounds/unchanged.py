@@ -23,8 +23,8 @@ of the reward that gave the scores."""
 PROMPTS, STATIC, FIRST = "prompts", "static pairs", "first model"
 """Keys of check.json: hashes of all prompts, of the pairs of `rounds.static_weight`, and of the
 first model."""
-CARD = "README.md"
-"""A file of a model that others may write."""
+CARD = ("README.md", "curves.png")
+"""Files of a model that decide nothing, and that judging and users write anew."""
 PAIRS = ("train.jsonl", "test.jsonl")
 """The files of a round's pairs."""
 
@@ -69,7 +69,7 @@ def content_of_pairs(root: Path, number: int) -> dict[str, str]:
 def content_of_model(root: Path, number: int) -> dict[str, str]:
     """Hashes of the files of the model of a round, by name."""
     folder = run_folder(root, number) / "model"
-    return _content(folder, [name for name in files_in(folder) if name != CARD])
+    return _content(folder, [name for name in files_in(folder) if name not in CARD])
 
 
 def _content(folder: Path, names: Iterable[str]) -> dict[str, str]:

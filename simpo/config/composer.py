@@ -24,7 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from yaml import MarkedYAMLError
@@ -218,6 +218,12 @@ def _fault(error: Exception) -> str:
     """One line; a key in a file that is no setting is answered as one on the command line is."""
     if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark):
         return f"{mark.name}: line {mark.line + 1}: {error.problem}"
+    if isinstance(error, MissingConfigException) and (missing := error.missing_cfg_file):
+        group, _, name = missing.rpartition("/")
+        if error.options:
+            return no_such_choice(group, name, error.options)
+        own = " (a loss of your own needs loss.module=MODULE)" if group.endswith("loss") else ""
+        return f"its defaults name {missing}, which does not exist{own}"
     found = re.match(r"(In '.*'): (\w+) raised .*\n(.*)\n\s*full_key: (\S+)", str(error))
     if found is None:
         return first_line(error)
@@ -232,6 +238,12 @@ def _fault(error: Exception) -> str:
         nested = f"{section.replace('.', ': {')}: {{{name}: ...{'}' * len(section.split('.'))}"
         return f"{place}: {key}: dots are for the command line (write {nested})"
     return f"{place}: {key}: {unknown_key(base, key)}"
+
+
+def no_such_choice(group: str, name: str, choices: Sequence[str]) -> str:
+    """The message for a choice that a group lacks."""
+    known = f"choose from {', '.join(choices)}" if choices else f"{group}/ has none"
+    return f"{group}: no such choice, got {name} ({known})"
 
 
 def set_in_files(words: Sequence[str], keys: Sequence[str], composer: Composer) -> set[str]:

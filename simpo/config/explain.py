@@ -23,7 +23,7 @@ from omegaconf import (
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from simpo.config.check import build_run, fault_line
-from simpo.config.composer import CONF, Composer, NotComposedError
+from simpo.config.composer import CONF, Composer, NotComposedError, no_such_choice
 from simpo.config.errors import ConfigError, first_line, shown
 from simpo.config.suggest import (
     all_keys,
@@ -281,8 +281,7 @@ def _group_problem(composer: Composer, override: Override, others: list[str]) ->
         choices = composer.choices(group)
         asked = {shown(item) for item in (value if isinstance(value, list) else [value])}
         if not asked <= set(choices):
-            known = f"choose from {', '.join(choices)}" if choices else f"{group}/ has none"
-            return f"{group}: no such choice, got {shown(value)} ({known})"
+            return no_such_choice(group, shown(value), choices)
         if override.is_add():
             return f"{group}: set already (leave out the +)"
         return f"{line}: {error}"

@@ -744,8 +744,33 @@ def test_sweeps(line, problems):
 @pytest.fixture
 def own_composer(tmp_path):
     (tmp_path / "loss").mkdir()
+    (tmp_path / "experiments").mkdir()
     (tmp_path / "loss/mine.yaml").write_text("defaults: [sigmoid, _self_]\nbeta: 7\n")
     return Composer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "fault"),
+    [
+        (
+            "experiments=odd",
+            "# @package _global_\ndefaults: [override /model: tinny]",
+            f"model: no such choice, got tinny (choose from {MODELS})",
+        ),
+        (
+            "loss=odd",
+            "defaults: [power, _self_]",
+            "its defaults name loss/power, which does not exist "
+            "(a loss of your own needs loss.module=MODULE)",
+        ),
+    ],
+)
+def test_a_file_that_names_no_choice(line, text, fault, own_composer):
+    group = line.partition("=")[0]
+    Path(f"{own_composer.config_dir}/{group}/odd.yaml").write_text(f"{text}\n")
+    with pytest.raises(ConfigError) as caught:
+        compose_run([line], own_composer)
+    assert caught.value.problems == [f"{line}: {fault}"]
 
 
 def test_a_folder_of_further_choices(own_composer):

@@ -21,7 +21,7 @@ from simpo.config.compose import compose_run
 from simpo.config.data import FORMATS
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.flat import settings
-from simpo.config.losses import LOSSES
+from simpo.config.losses import LOSSES, own_losses
 from simpo.data.loader import read_mixture
 from simpo.data.mixture import Mixture
 from simpo.loop.score import check_loss
@@ -208,14 +208,36 @@ LOSS = """
 from dataclasses import dataclass
 from simpo.loss import LossConfig
 """
+METHODS = """
+class Methods:
+    def preference(self, logps):
+        return Preference(logps.chosen, logps.chosen, logps.rejected)
+    def terms(self):
+        return "s", "s = sum"
+
+"""
+NAMED = (
+    "from dataclasses import dataclass\nfrom simpo.loss.simpo import HingeConfig\n"
+    "@dataclass(kw_only=True)\nclass Mine(HingeConfig):\n    name"
+)
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("", " defines no loss (a dataclass derived from simpo.loss.LossConfig)"),
-        ("raise SystemExit", " cannot be imported: it ends the process"),
-        ("1/0", " cannot be imported: division by zero"),
+        ("raise SystemExit", " cannot be imported: it ends the process (faulty.py, line 1)"),
+        ("\n1/0", " cannot be imported: division by zero (faulty.py, line 2)"),
+        (
+            "import nothing_x",
+            " cannot be imported: No module named 'nothing_x' (faulty.py, line 1)",
+        ),
+        ("1 +", " cannot be imported: invalid syntax (faulty.py, line 1)"),
+        (
+            f"{LOSS}\n@dataclass\nclass Mine(LossConfig):\n    name: str = 'm'\n    x: float\n",
+            " cannot be imported: non-default argument 'x' follows default argument (faulty.py, "
+            "line 5)",
+        ),
         (
             f"{LOSS}\nclass Mine(LossConfig):\n    name = 'mine'",
             ":Mine is not a dataclass (put @dataclass(kw_only=True) above it)",
@@ -227,7 +249,22 @@ from simpo.loss import LossConfig
         (
             "from dataclasses import dataclass\nfrom simpo.loss.simpo import HingeConfig\n"
             "@dataclass(kw_only=True)\nclass Mine(HingeConfig):\n    pass",
-            ":Mine must have a name of its own, got hinge",
+            ":Mine must have a name of its own, got hinge, which simpo has (write "
+            'name: str = "..." in it)',
+        ),
+        (
+            f"{NAMED}: str = 'simpo'",
+            ":Mine must have a name of its own, got simpo, which simpo has (write "
+            'name: str = "..." in it)',
+        ),
+        (
+            f"{NAMED}: str = 'one'\n@dataclass(kw_only=True)\nclass Other(Mine):\n    pass",
+            ":Other must have a name of its own, got one, which Mine has (write "
+            'name: str = "..." in it)',
+        ),
+        (
+            f"{LOSS}{METHODS}@dataclass(kw_only=True)\nclass Mine(Methods, LossConfig):\n    pass",
+            ':Mine has no name (write name: str = "..." in it)',
         ),
         (
             "from dataclasses import dataclass\nfrom simpo.loss.simpo import HingeConfig\n"
@@ -245,6 +282,16 @@ def test_modules_without_a_loss(
     with pytest.raises(ConfigError) as caught:
         compose_run(["loss=mine", "loss.module=faulty"])
     assert str(caught.value) == f"loss.module: faulty{message}"
+
+
+def test_losses_may_share_a_base(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = f"{LOSS}{METHODS}@dataclass(kw_only=True)\nclass Base(Methods, LossConfig):\n    pass\n"
+    (here / "family.py").write_text(
+        f"{base}@dataclass(kw_only=True)\nclass Mine(Base):\n    name: str = 'mine'\n"
+    )
+    forget(monkeypatch, "family")
+    monkeypatch.delitem(GROUPS["loss"], "mine", raising=False)
+    assert list(own_losses("family")) == ["mine"]
 
 
 @pytest.mark.parametrize(
@@ -274,6 +321,38 @@ def test_a_misspelt_loss_of_ones_own(here: Path, monkeypatch: pytest.MonkeyPatch
     assert ", orpo, plackett_luce, power, r_dpo, " in line
 
 
+@pytest.mark.parametrize(
+    ("methods", "fault"),
+    [
+        ("    def terms(self):\n        return 's'\n", "terms must return two texts, {}, got 's'"),
+        (
+            "    def terms(self):\n        return self.bta, 's'\n",
+            "terms fails: AttributeError: 'Mine' object has no attribute 'bta' (says.py, line 9)",
+        ),
+        (
+            "    def problems(self):\n        return None\n",
+            "problems fails: TypeError: 'NoneType' object is not iterable",
+        ),
+        (
+            "    def problems(self):\n        yield 1 / 0\n",
+            "problems fails: ZeroDivisionError: division by zero (says.py, line 9)",
+        ),
+    ],
+)
+def test_what_a_loss_says_is_checked(
+    methods: str, fault: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "says.py").write_text(
+        "from dataclasses import dataclass\nfrom simpo.loss.simpo import HingeConfig\n\n\n"
+        f"@dataclass(kw_only=True)\nclass Mine(HingeConfig):\n    name: str = 'mine'\n{methods}"
+    )
+    forget(monkeypatch, "says")
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["loss=mine", "loss.module=says"])
+    found = fault.format("formula and legend")
+    assert str(caught.value) == f"loss.module: says:Mine.{found}"
+
+
 GOOD = "Preference(logps.chosen, logps.chosen, logps.rejected)"
 
 
@@ -281,25 +360,54 @@ GOOD = "Preference(logps.chosen, logps.chosen, logps.rejected)"
     ("body", "fault"),
     [
         (f"return {GOOD}", ""),
-        ("raise ValueError('bad')", "fails: ValueError: bad"),
+        ("raise ValueError('bad')", "fails: ValueError: bad (computes.py, line 10)"),
         (
             "return Preference(logps.log_ratios()[0], logps.chosen, logps.rejected)",
-            "fails: AssertionError: scored without a reference; needs_reference, needs_scores, "
-            "needs_squares are False",
+            "fails: AssertionError: scored without a reference (computes.py, line 10); "
+            "needs_reference, needs_scores, needs_squares are False",
         ),
         (
             "return Preference(logps.chosen * logps.margins, logps.chosen, logps.rejected)",
-            "fails: TypeError: unsupported operand type(s) for *: 'Tensor' and 'NoneType'; "
-            "needs_reference, needs_scores, needs_squares are False",
+            "fails: TypeError: unsupported operand type(s) for *: 'Tensor' and 'NoneType' "
+            "(computes.py, line 10); needs_reference, needs_scores, needs_squares are False",
         ),
         *(
-            (f"return {found}", "must return a Preference of three differentiable tensors [pairs]")
-            for found in (
-                "None",
-                "logps.chosen",
-                "Preference(logps.chosen.sum(), logps.chosen, logps.rejected)",
-                "Preference(logps.chosen.detach(), logps.chosen, logps.rejected)",
-                "Preference(logps.chosen[:, None], logps.chosen, logps.rejected)",
+            (
+                f"return {found}",
+                "must return a Preference of three differentiable tensors [pairs], got " + got,
+            )
+            for found, got in (
+                ("None", "None"),
+                ("logps.chosen", "Tensor"),
+                (
+                    "Preference(logps.chosen.sum(), logps.chosen, logps.rejected)",
+                    "losses of shape [] instead of [2]",
+                ),
+                (
+                    "Preference(logps.chosen.detach(), logps.chosen, logps.rejected)",
+                    "losses without a gradient",
+                ),
+                (
+                    "Preference(logps.chosen[:, None], logps.chosen, logps.rejected)",
+                    "losses of shape [2, 1] instead of [2]",
+                ),
+                ("Preference(logps.chosen, 0.0, logps.rejected)", "chosen of type float"),
+                (
+                    "Preference(logps.chosen, logps.chosen, logps.rejected_tokens)",
+                    "rejected of torch.int64",
+                ),
+            )
+        ),
+        *(
+            (
+                f"return Preference({losses}, logps.chosen, logps.rejected)",
+                ": what it returns for a pair depends on the other pairs (set couples_step: "
+                "ClassVar[bool] = True in the class)",
+            )
+            for losses in (
+                "logps.chosen - logps.chosen.mean()",
+                "logps.chosen * logps.chosen_tokens.float().mean()",
+                "logps.chosen - logps.chosen.detach().max()",
             )
         ),
     ],
@@ -320,7 +428,8 @@ def test_what_a_loss_computes_is_checked(
         return
     with pytest.raises(ConfigError) as caught:
         check_loss(loss)
-    assert str(caught.value) == f"loss.module: computes:Mine.preference {fault}"
+    fault = fault if fault.startswith(":") else f" {fault}"
+    assert str(caught.value) == f"loss.module: computes:Mine.preference{fault}"
 
 
 @pytest.mark.parametrize(
@@ -330,9 +439,16 @@ def test_what_a_loss_computes_is_checked(
         (
             "compare: Compare | None = Compare.all",
             "logps.log_ratios()[0]",
-            "preference fails: AssertionError: scored without a reference; "
+            "preference fails: AssertionError: scored without a reference (checked.py, line 12); "
             "needs_reference is False",
         ),
+        (
+            "compare: Compare | None = Compare.all",
+            "logps.chosen - logps.chosen.mean()",
+            "preference: what it returns for a pair depends on the other pairs (set couples_step: "
+            "ClassVar[bool] = True in the class)",
+        ),
+        ("couples_step = True", "logps.chosen - logps.chosen.mean()", ""),
         ("weighs_tokens = True\n    weights = 'ones_like(tokens.logps)'", "-logps.chosen", ""),
         (
             "weighs_tokens = True\n    weights = 'ones(3)'",
@@ -342,7 +458,7 @@ def test_what_a_loss_computes_is_checked(
         (
             "weighs_tokens = True\n    weights = 'wrong'",
             "-logps.chosen",
-            "token_weights fails: NameError: name 'wrong' is not defined",
+            "token_weights fails: NameError: name 'wrong' is not defined (checked.py, line 15)",
         ),
     ],
 )
@@ -396,7 +512,7 @@ def test_records_of_ones_own_format(here: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(DataError) as caught:
         read_with("my_readers:qa")
     assert str(caught.value).splitlines() == [
-        "qa.jsonl train record 5: my_readers:qa: KeyError: 'answers'",
+        "qa.jsonl train record 5: my_readers:qa: KeyError: 'answers' (my_readers.py, line 3)",
         "qa.jsonl train record 6: chosen and rejected are the same",
         "(mend the records, or leave them out with data.on_bad_record=drop)",
     ]

@@ -28,7 +28,15 @@ from simpo.config.choices import Dtype, Precision
 from simpo.config.data import DataConfig
 from simpo.config.errors import ConfigError, first_line
 from simpo.config.launchers import LocalConfig, SlurmConfig
-from simpo.config.losses import LOSSES, is_of, losses_of, own_losses, read_only
+from simpo.config.losses import (
+    LOSSES,
+    is_of,
+    losses_of,
+    own_losses,
+    problems_of,
+    read_only,
+    terms_problems,
+)
 from simpo.config.models import ModelConfig
 from simpo.config.own_code import OwnCodeError
 from simpo.config.plain import NotPlain, plain_run, plain_text, read_plain
@@ -43,6 +51,7 @@ from simpo.config.trackers import (
     TrackioConfig,
     WandbConfig,
 )
+from simpo.loss import LossConfig
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"base": ModelConfig},
@@ -269,6 +278,8 @@ def check_run(run: RunConfig) -> None:
             f"loss.module: {run.loss.module} defines no loss {run.loss.name} (it defines {own})"
         )
     problems += cross_problems(run)
+    if not problems and run.loss.module is not None:
+        problems += terms_problems(run.loss)
     if problems:
         raise ConfigError(problems)
 
@@ -302,7 +313,9 @@ def _section_problems(section: Any, prefix: str) -> Iterator[str]:
         yield from faults
     elif hasattr(section, "problems"):
         try:
-            yield from [f"{prefix}{problem}" for problem in section.problems()]
+            own = isinstance(section, LossConfig)
+            found = problems_of(section) if own else section.problems()
+            yield from [f"{prefix}{problem}" for problem in found]
         except (OSError, RuntimeError) as error:  # a path too long, or ~ of an unknown user
             yield f"{prefix.rstrip('.') or 'settings'}: {first_line(error)}"
     # Hydra's `+key=value` adds keys that nothing would ever read.

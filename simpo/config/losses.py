@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, make_dataclass
 from importlib import import_module
 from inspect import isabstract
 from typing import Any
 
 from simpo import loss
-from simpo.config.own_code import OwnCodeError, load
+from simpo.config.errors import first_line
+from simpo.config.own_code import OwnCodeError, load, raised_at
+from simpo.config.paths import config_dir
 from simpo.loss import LossConfig
 
 
 def losses_of(module: str) -> dict[str, type[LossConfig]]:
     """The losses that an imported module defines, by name, in its order."""
-    return {kind.name: kind for kind in _kinds(module) if not isabstract(kind)}
+    kinds = _kinds(module)
+    return {kind.name: kind for kind in kinds if not (isabstract(kind) or _is_base(kind, kinds))}
 
 
 def is_of(kind: type[LossConfig], module: str) -> bool:
@@ -29,6 +32,11 @@ def _kinds(module: str) -> list[type[LossConfig]]:
     values = vars(import_module(module)).values()
     kinds = (x for x in values if isinstance(x, type) and issubclass(x, LossConfig))
     return [kind for kind in kinds if is_of(kind, module)]
+
+
+def _is_base(kind: type[LossConfig], kinds: list[type[LossConfig]]) -> bool:
+    """Whether it has no name, and others of the module derive from it."""
+    return kind.name == LossConfig.name and any(kind in other.__mro__[1:] for other in kinds)
 
 
 LOSSES: dict[str, type[LossConfig]] = {
@@ -59,14 +67,59 @@ def _problems(module: str) -> Iterator[str]:
     kinds = _kinds(module)
     if not kinds:
         yield " defines no loss (a dataclass derived from simpo.loss.LossConfig)"
+    files = (file.stem for file in (config_dir("conf") / "loss").glob("*.yaml"))
+    owners = dict.fromkeys((*LOSSES, *files), "simpo")
     for kind in kinds:
         place = f":{kind.__name__}"
         if "__dataclass_fields__" not in vars(kind):
             yield f"{place} is not a dataclass (put @dataclass(kw_only=True) above it)"
         elif isabstract(kind) and not any(kind in other.__mro__[1:] for other in kinds):
             yield f"{place} lacks {', '.join(sorted(kind.__abstractmethods__))}"
-        elif not isabstract(kind) and kind.name in (*LOSSES, LossConfig.name):
-            yield f"{place} must have a name of its own, got {kind.name}"
+        elif isabstract(kind) or _is_base(kind, kinds):
+            continue
+        elif kind.name == LossConfig.name:
+            yield f'{place} has no name (write name: str = "..." in it)'
+        elif owner := owners.get(kind.name):
+            yield (
+                f"{place} must have a name of its own, got {kind.name}, which {owner} has (write "
+                'name: str = "..." in it)'
+            )
+        else:
+            owners[kind.name] = kind.__name__
+
+
+def problems_of(loss: LossConfig) -> list[str]:
+    """What a loss says of its settings.
+
+    Raises:
+        OwnCodeError: the method is a user's, and fails.
+    """
+    return list(loss.problems()) if loss.module is None else _asked(loss, "problems", list)
+
+
+def terms_problems(loss: LossConfig) -> Iterator[str]:
+    """What is wrong with the formula of a user's loss.
+
+    Raises:
+        OwnCodeError: its method fails.
+    """
+    terms = _asked(loss, "terms", lambda found: found)
+    two = isinstance(terms, tuple) and len(terms) == 2
+    if not two or not all(isinstance(text, str) for text in terms):
+        yield (
+            f"loss.module: {loss.module}:{type(loss).__name__}.terms must return two texts, "
+            f"formula and legend, got {terms!r}"
+        )
+
+
+def _asked(loss: LossConfig, method: str, taken: Callable[[Any], Any]) -> Any:
+    try:
+        return taken(getattr(loss, method)())
+    except Exception as error:  # whatever the user's code does
+        fault = f"{type(error).__name__}: {first_line(error)}"
+        place = f"loss.module: {loss.module}:{type(loss).__name__}.{method}"
+        at = raised_at(error, type(loss).__module__)
+        raise OwnCodeError([f"{place} fails: {fault}{at}"]) from error
 
 
 def read_only(values: Mapping[str, Any]) -> type[LossConfig]:

@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,19 @@ class OwnCodeError(ConfigError):
 def is_function(name: str) -> bool:
     """Whether a setting is of the form `module:function`."""
     return re.fullmatch(r"[\w.]+:\w+", name) is not None
+
+
+def raised_at(error: BaseException, name: str) -> str:
+    """The line at which the module of `name`, or what it called, raised: " (my_losses.py, line 3)".
+
+    Empty if it did not run.
+    """
+    module, place = name.partition(":")[0], ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file, names = frame.f_code.co_filename, frame.f_globals
+        if names.get("__name__") == module and names.get("__file__") == file:
+            place = f" ({Path(file).name}, line {line})"
+    return place
 
 
 def load(key: str, name: str) -> Any:
@@ -43,6 +57,7 @@ def load(key: str, name: str) -> Any:
             reason = "it ends the process"
         elif isinstance(error, ModuleNotFoundError) and error.name == module:
             reason += " (start in its folder, or add that to PYTHONPATH)"
+        reason += raised_at(error, name)
         raise OwnCodeError([f"{key}: {name} cannot be imported: {reason}"]) from error
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from simpo.backend import Backend
 from simpo.config.errors import ConfigError, first_line
+from simpo.config.own_code import raised_at
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs
 from simpo.data.store import TokenizedSet
@@ -242,18 +243,19 @@ def evaluate(
     return summarise(loss, sums, router_aux_weight), numbers
 
 
-def _made_up(loss: LossConfig, place: str) -> PairLogps:
+def _made_up(loss: LossConfig, place: str, taken: slice = slice(None)) -> PairLogps:
     """Two pairs with all that the loss needs; as it gets them, each two responses of both if it
     compares those of a prompt.
 
     Args:
         place: the user's class, for messages.
+        taken: which of the two pairs.
 
     Raises:
         ConfigError: `LossConfig.token_weights` fails, or gives no weight for each token.
     """
     number = 3 if loss.needs_mismatched else 2
-    sums = torch.tensor([[-5.0, -6.0, -7.0], [-4.0, -9.0, -8.0]])[:, :number].requires_grad_()
+    sums = torch.tensor([[-5.0, -6.0, -7.0], [-4.0, -9.25, -8.0]])[:, :number].requires_grad_()
     tokens = torch.tensor([[3, 3, 4], [4, 5, 3]])[:, :number]
     reference = torch.tensor([[-5.0, -6.5, -6.0], [-4.0, -8.0, -8.5]])[:, :number]
     scores = torch.tensor([[2.0, 1.0, 1.5], [3.0, 1.0, 2.0]])[:, :number]
@@ -267,18 +269,18 @@ def _made_up(loss: LossConfig, place: str) -> PairLogps:
         weights = torch.stack([own.sum() for own in each.split(lengths)]).view(2, 2)
         weighted = (-weights).requires_grad_()
     responses = ResponseLogps(
-        sums,
-        tokens,
-        scores=scores if loss.needs_scores or loss.ranks else None,
-        reference=reference if loss.needs_reference else None,
-        weighted=weighted,
-        weights=weights,
-        log_squares=-2.0 * tokens if loss.needs_squares else None,
+        sums[taken],
+        tokens[taken],
+        scores=scores[taken] if loss.needs_scores or loss.ranks else None,
+        reference=reference[taken] if loss.needs_reference else None,
+        weighted=None if weighted is None else weighted[taken],
+        weights=None if weights is None else weights[taken],
+        log_squares=-2.0 * tokens[taken] if loss.needs_squares else None,
     )
     return responses.each_two() if loss.compare is not None else responses.weighted_pairs()
 
 
-def _called(place: str, method: Callable[[], object], unasked: Sequence[str] = ()) -> object:
+def _called(place: str, method: partial[object], unasked: Sequence[str] = ()) -> object:
     """What a user's method returns.
 
     Args:
@@ -290,7 +292,9 @@ def _called(place: str, method: Callable[[], object], unasked: Sequence[str] = (
     try:
         return method()
     except Exception as error:  # whatever the user's code does
+        module = method.func.__module__
         fault = f"{place} fails: {type(error).__name__}: {first_line(error)}"
+        fault += raised_at(error, module)
         if unasked and (isinstance(error, AssertionError) or "None" in str(error)):
             fault += f"; {', '.join(unasked)} {'is' if len(unasked) == 1 else 'are'} False"
         raise ConfigError([fault]) from error
@@ -311,12 +315,32 @@ def check_loss(loss: LossConfig) -> None:
     needs = ("needs_reference", *(() if loss.ranks else ("needs_scores", "needs_squares")))
     unasked = [name for name in needs if not getattr(loss, name)]
     found = _called(f"{own}.preference", partial(loss.preference, logps), unasked)
-    shape = logps.chosen.shape
-    if not (
-        isinstance(found, Preference)
-        and all(isinstance(p, Tensor) and p.shape == shape and p.is_floating_point() for p in found)
-        and found.losses.requires_grad
-    ):
-        raise ConfigError(
-            [f"{own}.preference must return a Preference of three differentiable tensors [pairs]"]
-        )
+    if fault := _wrong(found, logps.chosen.shape):
+        wanted = "must return a Preference of three differentiable tensors [pairs]"
+        raise ConfigError([f"{own}.preference {wanted}, got {fault}"])
+    if loss.couples_step:
+        return
+    for taken in slice(0, 1), slice(1, 2):
+        alone = _called(f"{own}.preference", partial(loss.preference, _made_up(loss, own, taken)))
+        both = torch.stack(found).view(3, 2, -1)[:, taken].flatten(1)
+        if not torch.allclose(torch.stack(alone), both, equal_nan=True):
+            raise ConfigError(
+                [
+                    f"{own}.preference: what it returns for a pair depends on the other pairs (set "
+                    "couples_step: ClassVar[bool] = True in the class)"
+                ]
+            )
+
+
+def _wrong(found: object, shape: torch.Size) -> str | None:
+    """What of a returned value is no part of a `Preference` of so many pairs."""
+    if not isinstance(found, Preference):
+        return "None" if found is None else type(found).__name__
+    for name, value in zip(found._fields, found, strict=True):
+        if not isinstance(value, Tensor):
+            return f"{name} of type {type(value).__name__}"
+        if value.shape != shape:
+            return f"{name} of shape {list(value.shape)} instead of {list(shape)}"
+        if not value.is_floating_point():
+            return f"{name} of {value.dtype}"
+    return None if found.losses.requires_grad else "losses without a gradient"

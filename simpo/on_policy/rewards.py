@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from simpo.backend import build_backend
 from simpo.config.errors import ConfigError, RunError, first_line
-from simpo.config.own_code import is_function, load
+from simpo.config.own_code import is_function, load, raised_at
 from simpo.config.paths import looks_local
 from simpo.config.schema import RunConfig
 from simpo.data import rules
@@ -121,6 +121,7 @@ def scores_of(
             check_stopped()
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
+        reason += raised_at(error, named.rpartition(" ")[2])
         raise RunError(f"{named} failed on {place}: {reason}") from error
     if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
         raise RunError(f"{named} must give {len(texts)} finite scores for {place}, gave {scores}")

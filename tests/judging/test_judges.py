@@ -105,7 +105,8 @@ def test_a_reward_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RunError) as caught:
         ScoringReward(run_of(), "judge_rewards:leaves").score(question, ["a"])
     assert str(caught.value) == (
-        "judge.reward: judge_rewards:leaves failed on question q7: SystemExit: 3"
+        "judge.reward: judge_rewards:leaves failed on question q7: SystemExit: 3 "
+        "(judge_rewards.py, line 5)"
     )
     ruled = replace(question, rule=dict(BULLETS))
     assert ScoringReward(run_of(), "judge_rewards:changes").score(ruled, ["a", "b"]) == [1, 1]

@@ -499,7 +499,8 @@ def test_a_function_scores_what_is_not_scored_yet(
     with pytest.raises(RunError) as caught:
         annotate(folder, "my_rewards:length")
     assert str(caught.value) == (
-        "on_policy.reward: my_rewards:length failed on prompt b: KeyError: 'gone'"
+        "on_policy.reward: my_rewards:length failed on prompt b: KeyError: 'gone' "
+        "(my_rewards.py, line 5)"
     )
     assert not (folder / "train.jsonl").exists()
     annotate(folder, "my_rewards:length")

@@ -14,7 +14,7 @@ import numpy as np
 from simpo.config.choices import PairChoice
 from simpo.config.data import SourceConfig
 from simpo.config.errors import DataError, did_you_mean, first_line
-from simpo.config.own_code import is_function, load
+from simpo.config.own_code import is_function, load, raised_at
 from simpo.data.pairs import Pair
 from simpo.data.reading.hints import NEVER_TEXT, fits_no_shape, named_values
 from simpo.data.reading.records import (
@@ -272,7 +272,8 @@ def _own_form(name: str) -> Callable[[Any], Any]:
         try:
             return function(record)
         except Exception as error:
-            raise RecordFault(f"{name}: {type(error).__name__}: {first_line(error)}") from error
+            fault = f"{type(error).__name__}: {first_line(error)}{raised_at(error, name)}"
+            raise RecordFault(f"{name}: {fault}") from error
 
     return form
 

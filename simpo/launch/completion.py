@@ -15,7 +15,7 @@ from importlib import import_module
 from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 from omegaconf import BooleanNode, DictConfig, EnumNode, OmegaConf, UnionNode
 
-from simpo.config.check import GROUPS
+from simpo.config.check import GROUPS, register_own_losses
 from simpo.config.choices import AUTO
 from simpo.config.compose import split_words
 from simpo.config.composer import CONF, Composer, NotComposedError
@@ -126,6 +126,8 @@ def _values(command: str, before: Sequence[str], key: str) -> Sequence[str]:
         return own[key]
     if command not in WITH_SETTINGS:
         return []
+    with suppress(ConfigError):
+        register_own_losses(before)
     if choices := _composer(before).choices(key):
         return choices
     section, _, name = key.rpartition(".")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 
 from simpo.__main__ import COMMANDS, PRINTERS, main
+from simpo.config.check import GROUPS
 from simpo.config.composer import CONF
 from simpo.config.errors import exit_codes
 from simpo.config.schema import RunConfig, TrainConfig
@@ -206,6 +208,22 @@ def test_completion_of_a_folder_of_choices(tmp_path: Path) -> None:
     words = f"simpo train --config-dir {tmp_path} loss="
     assert candidates(f"{words}min", [*COMMANDS]) == ["loss=mine "]
     assert candidates(f"{words}mine loss.b", [*COMMANDS]) == ["loss.beta="]
+
+
+def test_completion_of_own_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "typed_losses.py").write_text(
+        "from dataclasses import dataclass\nfrom simpo.loss.simpo import HingeConfig\n"
+        "@dataclass(kw_only=True)\nclass Typed(HingeConfig):\n    name: str = 'typed'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = "simpo train loss.module=typed_losses loss=typ"
+    try:
+        assert candidates(words, list(COMMANDS)) == ["loss=typed "]
+    finally:
+        del GROUPS["loss"]["typed"]
+        stored = ConfigStore.instance().repo
+        del stored["loss"]["typed.yaml"], stored["schema"]["loss"]["typed.yaml"]
 
 
 @pytest.mark.parametrize("program", ["python -m simpo.train", "python -m simpo train"])

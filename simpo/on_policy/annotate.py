@@ -132,11 +132,12 @@ def _annotate(
         *([f"{unread} replies left out: the judge's verdict cannot be read"] if unread else []),
         sep="\n",
     )
+    longer = "or take those cut off with on_policy.keep_cut=true, " if cut else ""
     wanted = demanding and counts["train"]["prompts"] and not run.on_policy.held_out_only
     if wanted and not written["train"]:
         raise RunError(
             f"{folder}: no train prompt has replies with different scores (generate with more "
-            "on_policy.seeds, or continue simpo.generate if it was stopped)"
+            f"on_policy.seeds, {longer}or continue simpo.generate if it was stopped)"
         )
 
 

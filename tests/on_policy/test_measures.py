@@ -136,6 +136,18 @@ def test_nothing_of_prompts_without_replies(tmp_path: Path) -> None:
     }
 
 
+def test_no_pair_since_replies_were_cut_off(tmp_path: Path) -> None:
+    name, seed = CUT
+    folder = write(tmp_path, train={name: [(f"- {n}", 5, 0.0) for n in range(seed + 1)]})
+    with pytest.raises(RunError) as caught:
+        annotated(folder)
+    assert str(caught.value) == (
+        f"{folder}: no train prompt has replies with different scores (generate with more "
+        "on_policy.seeds, or take those cut off with on_policy.keep_cut=true, or continue "
+        "simpo.generate if it was stopped)"
+    )
+
+
 def test_no_pair_is_no_error_of_held_out_prompts_alone(tmp_path: Path) -> None:
     held_out = write(tmp_path / "one", test={"c": [("- E", 5, 0.0), ("- F", 5, 0.0)]})
     assert annotated(held_out).keys() == {"test"}

@@ -598,6 +598,14 @@ def test_rewards_that_cannot_be(folder: Path, reward: str, message: str) -> None
     assert str(caught.value).startswith(message)
 
 
+def test_a_dot_for_the_colon_of_a_function(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "dotted.py").write_text("def score(prompt, texts, rule):\n    return [1.0]\n")
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError) as caught:
+        annotate(folder, "dotted.score")
+    assert str(caught.value) == "on_policy.reward: must be dotted:score, got dotted.score"
+
+
 def test_replies_that_are_missing_are_counted(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

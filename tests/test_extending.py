@@ -393,6 +393,10 @@ GOOD = "Preference(logps.chosen, logps.chosen, logps.rejected)"
                 ),
                 ("Preference(logps.chosen, 0.0, logps.rejected)", "chosen of type float"),
                 (
+                    "Preference(logps.chosen.squeeze(), logps.chosen, logps.rejected)",
+                    "of a single prompt losses of shape [] instead of [1]",
+                ),
+                (
                     "Preference(logps.chosen, logps.chosen, logps.rejected_tokens)",
                     "rejected of torch.int64",
                 ),
@@ -453,7 +457,8 @@ def test_what_a_loss_computes_is_checked(
         (
             "weighs_tokens = True\n    weights = 'ones(3)'",
             "-logps.chosen",
-            "token_weights must return a weight for each token, [n]",
+            "token_weights must return a weight for each token, float32 [15] for 15 of them, "
+            "got torch.float32 [3]",
         ),
         (
             "weighs_tokens = True\n    weights = 'wrong'",

@@ -265,7 +265,13 @@ def _made_up(loss: LossConfig, place: str, taken: slice = slice(None)) -> PairLo
         own = TokenLogps(logps, torch.arange(15), lengths, 2)
         each: object = _called(f"{place}.token_weights", partial(loss.token_weights, own))
         if not (isinstance(each, Tensor) and each.shape == (15,) and each.is_floating_point()):
-            raise ConfigError([f"{place}.token_weights must return a weight for each token, [n]"])
+            got = (
+                f"{each.dtype} {list(each.shape)}"
+                if isinstance(each, Tensor)
+                else type(each).__name__
+            )
+            wanted = "must return a weight for each token, float32 [15] for 15 of them"
+            raise ConfigError([f"{place}.token_weights {wanted}, got {got}"])
         weights = torch.stack([own.sum() for own in each.split(lengths)]).view(2, 2)
         weighted = (-weights).requires_grad_()
     responses = ResponseLogps(
@@ -280,7 +286,7 @@ def _made_up(loss: LossConfig, place: str, taken: slice = slice(None)) -> PairLo
     return responses.each_two() if loss.compare is not None else responses.weighted_pairs()
 
 
-def _called(place: str, method: partial[object], unasked: Sequence[str] = ()) -> object:
+def _called(place: str, method: partial[Any], unasked: Sequence[str] = ()) -> Any:
     """What a user's method returns.
 
     Args:
@@ -315,14 +321,16 @@ def check_loss(loss: LossConfig) -> None:
     needs = ("needs_reference", *(() if loss.ranks else ("needs_scores", "needs_squares")))
     unasked = [name for name in needs if not getattr(loss, name)]
     found = _called(f"{own}.preference", partial(loss.preference, logps), unasked)
+    wanted = f"{own}.preference must return a Preference of three differentiable tensors [pairs]"
     if fault := _wrong(found, logps.chosen.shape):
-        wanted = "must return a Preference of three differentiable tensors [pairs]"
-        raise ConfigError([f"{own}.preference {wanted}, got {fault}"])
+        raise ConfigError([f"{wanted}, got {fault}"])
     if loss.couples_step:
         return
     for taken in slice(0, 1), slice(1, 2):
         alone = _called(f"{own}.preference", partial(loss.preference, _made_up(loss, own, taken)))
         both = torch.stack(found).view(3, 2, -1)[:, taken].flatten(1)
+        if fault := _wrong(alone, both[0].shape):
+            raise ConfigError([f"{wanted}, got of a single prompt {fault}"])
         if not torch.allclose(torch.stack(alone), both, equal_nan=True):
             raise ConfigError(
                 [

@@ -84,9 +84,9 @@ def reward_content(run: RunConfig, key: str, name: str) -> str:
         with suppress(TypeError):  # a callable that is not a function
             files.add(inspect.getsourcefile(reward))
         return content_hash([name, sorted(sha256(Path(file)) for file in files if file)])
-    module, dot, function = name.rpartition(".")
-    if dot and Path(f"{module.replace('.', os.sep)}.py").is_file():
-        raise ConfigError([f"{key}: must be {module}:{function}, got {name}"])
+    start, dot, last = name.rpartition(".")
+    if dot and Path(f"{start.replace('.', os.sep)}.py").is_file():
+        raise ConfigError([f"{key}: must be {start}:{last}, got {name}"])
     folder = Path(name).expanduser()
     if name.endswith(".py") or folder.is_file():
         raise ConfigError(

@@ -496,6 +496,20 @@ def read_with(form: str, **settings: str) -> Mixture:
     return read_mixture(compose_run(["data=jsonl", source, *more]))
 
 
+def test_a_format_that_returns_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "no_readers.py").write_text(
+        "def qa(record):\n    if 'bird' not in record['question']:\n"
+        "        return {'prompt': record['question'], 'chosen': 'a', 'rejected': 'b'}\n"
+    )
+    forget(monkeypatch, "no_readers")
+    with pytest.raises(DataError) as caught:
+        read_with("no_readers:qa")
+    assert str(caught.value).splitlines() == [
+        "qa.jsonl train record 2: no_readers:qa: must return a record or a list of them, got None",
+        "(mend the records, or leave them out with data.on_bad_record=drop)",
+    ]
+
+
 def test_records_of_ones_own_format(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the function raises is the record's fault; what it returns is checked as any record."""
     forget(monkeypatch, "my_readers")

@@ -270,10 +270,13 @@ def _own_form(name: str) -> Callable[[Any], Any]:
 
     def form(record: Any) -> Any:
         try:
-            return function(record)
+            found = function(record)
         except Exception as error:
             fault = f"{type(error).__name__}: {first_line(error)}{raised_at(error, name)}"
             raise RecordFault(f"{name}: {fault}") from error
+        if found is None:
+            raise RecordFault(f"{name}: must return a record or a list of them, got None")
+        return found
 
     return form
 

@@ -218,7 +218,8 @@ def _fault(error: Exception) -> str:
     """One line; a key in a file that is no setting is answered as one on the command line is."""
     if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark):
         return f"{mark.name}: line {mark.line + 1}: {error.problem}"
-    if isinstance(error, MissingConfigException) and (missing := error.missing_cfg_file):
+    if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
+        missing = str(error.missing_cfg_file)  # without a folder it is the primary config
         group, _, name = missing.rpartition("/")
         if error.options:
             return no_such_choice(group, name, error.options)

@@ -414,6 +414,7 @@ GOOD = "Preference(logps.chosen, logps.chosen, logps.rejected)"
                 "logps.chosen - logps.chosen.detach().max()",
             )
         ),
+        ("import torch; s = torch.rand(2) * logps.chosen; return Preference(s, s, s)", ""),
     ],
 )
 def test_what_a_loss_computes_is_checked(

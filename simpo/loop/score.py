@@ -326,6 +326,10 @@ def check_loss(loss: LossConfig) -> None:
         raise ConfigError([f"{wanted}, got {fault}"])
     if loss.couples_step:
         return
+    again = _called(f"{own}.preference", partial(loss.preference, _made_up(loss, own)))
+    # A loss that draws random numbers differs without other pairs, too.
+    if not torch.equal(torch.stack(again), torch.stack(found)):
+        return
     for taken in slice(0, 1), slice(1, 2):
         alone = _called(f"{own}.preference", partial(loss.preference, _made_up(loss, own, taken)))
         both = torch.stack(found).view(3, 2, -1)[:, taken].flatten(1)

@@ -199,12 +199,11 @@ def _become(
         name = f"rank-{env['RANK']}" if "RANK" in env else "run"
         ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
         assert words[0] == "-m", words
-        import simpo.launch.rounds.driver
-        import simpo.launch.sweep
-        import simpo.run.processes
+        import simpo.run.parent
 
-        for module in (simpo.run.processes, simpo.launch.sweep, simpo.launch.rounds.driver):
-            vars(module)["subprocess"] = _ForkingSubprocess
+        names = vars(simpo.run.parent)
+        assert "subprocess" in names, "processes are started elsewhere"
+        names["subprocess"] = _ForkingSubprocess
         sys.argv = [words[1], *words[2:]]
         warnings.filterwarnings("ignore", message=".* found in sys.modules after import")
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
@@ -222,8 +221,9 @@ def _become(
 
 
 class _ForkingSubprocess:
+    """The module `subprocess`, to `start_child`."""
+
     Popen = ForkedPopen
-    TimeoutExpired = subprocess.TimeoutExpired
 
 
 def _use_once() -> None:

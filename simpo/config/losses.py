@@ -11,8 +11,7 @@ from inspect import isabstract
 from typing import Any
 
 from simpo import loss
-from simpo.config.errors import first_line
-from simpo.config.own_code import OwnCodeError, load, raised_at
+from simpo.config.own_code import OwnCodeError, fault_of, load
 from simpo.config.paths import config_dir
 from simpo.loss import LossConfig
 
@@ -116,10 +115,9 @@ def _asked(loss: LossConfig, method: str, taken: Callable[[Any], Any]) -> Any:
     try:
         return taken(getattr(loss, method)())
     except Exception as error:  # whatever the user's code does
-        fault = f"{type(error).__name__}: {first_line(error)}"
         place = f"loss.module: {loss.module}:{type(loss).__name__}.{method}"
-        at = raised_at(error, type(loss).__module__)
-        raise OwnCodeError([f"{place} fails: {fault}{at}"]) from error
+        fault = fault_of(error, type(loss).__module__)
+        raise OwnCodeError([f"{place} fails: {fault}"]) from error
 
 
 def read_only(values: Mapping[str, Any]) -> type[LossConfig]:

@@ -23,11 +23,17 @@ def is_function(name: str) -> bool:
     return re.fullmatch(r"[\w.]+:\w+", name) is not None
 
 
-def raised_at(error: BaseException, name: str) -> str:
-    """The line at which the module of `name`, or what it called, raised: " (my_losses.py, line 3)".
+def fault_of(error: BaseException, name: str) -> str:
+    """What a user's code raised, and where: "KeyError: 'text' (my_readers.py, line 3)".
 
-    Empty if it did not run.
+    Args:
+        name: the module, or `module:function`, that was called.
     """
+    return f"{type(error).__name__}: {first_line(error)}{_raised_at(error, name)}"
+
+
+def _raised_at(error: BaseException, name: str) -> str:
+    """The line of the module of `name` that raised, or called what did; empty if it did not run."""
     module, place = name.partition(":")[0], ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         file, names = frame.f_code.co_filename, frame.f_globals
@@ -57,7 +63,7 @@ def load(key: str, name: str) -> Any:
             reason = "it ends the process"
         elif isinstance(error, ModuleNotFoundError) and error.name == module:
             reason += " (start in its folder, or add that to PYTHONPATH)"
-        reason += raised_at(error, name)
+        reason += _raised_at(error, name)
         raise OwnCodeError([f"{key}: {name} cannot be imported: {reason}"]) from error
 
 

@@ -37,5 +37,5 @@ class ScoringReward:
         self._reward = self._reward or rewards.open_reward(self._run, KEY, self.name)
         place = f"question {question.id}"
         return rewards.scores_of(
-            self._reward, f"{KEY}: {self.name}", place, question.prompt, texts, question.rule
+            self._reward, KEY, self.name, place, question.prompt, texts, question.rule
         )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from simpo.backend import Backend
-from simpo.config.errors import ConfigError, first_line
-from simpo.config.own_code import raised_at
+from simpo.config.errors import ConfigError
+from simpo.config.own_code import fault_of
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs
 from simpo.data.store import TokenizedSet
@@ -298,9 +298,7 @@ def _called(place: str, method: partial[Any], unasked: Sequence[str] = ()) -> An
     try:
         return method()
     except Exception as error:  # whatever the user's code does
-        module = method.func.__module__
-        fault = f"{place} fails: {type(error).__name__}: {first_line(error)}"
-        fault += raised_at(error, module)
+        fault = f"{place} fails: {fault_of(error, method.func.__module__)}"
         if unasked and (isinstance(error, AssertionError) or "None" in str(error)):
             fault += f"; {', '.join(unasked)} {'is' if len(unasked) == 1 else 'are'} False"
         raise ConfigError([fault]) from error

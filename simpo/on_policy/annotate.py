@@ -303,7 +303,7 @@ def _score_all(
             if line is None or line.get("responses") != wanted or not _are_scores(line, len(own)):
                 reward = reward or open_reward(run, KEY, name)
                 place = f"prompt {prompt.id}"
-                scores = scores_of(reward, f"{KEY}: {name}", place, prompt.prompt, own, prompt.rule)
+                scores = scores_of(reward, KEY, name, place, prompt.prompt, own, prompt.rule)
                 line = {"id": prompt.id, "responses": wanted, "reward": content, "scores": scores}
                 append_lines(file, [line])
             scored[prompt.id] = dict(zip(texts[prompt.id], line["scores"], strict=True))

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from simpo.backend import build_backend
-from simpo.config.errors import ConfigError, RunError, first_line
-from simpo.config.own_code import is_function, load, raised_at
+from simpo.config.errors import ConfigError, RunError
+from simpo.config.own_code import fault_of, is_function, load
 from simpo.config.paths import looks_local
 from simpo.config.schema import RunConfig
 from simpo.data import rules
@@ -100,7 +100,8 @@ def reward_content(run: RunConfig, key: str, name: str) -> str:
 
 def scores_of(
     reward: Reward,
-    named: str,
+    key: str,
+    name: str,
     place: str,
     prompt: Sequence[Message],
     texts: Sequence[str],
@@ -109,12 +110,13 @@ def scores_of(
     """A score of each reply to a prompt.
 
     Args:
-        named: the setting and the reward's name, for messages.
+        key: the setting that names the reward, for messages.
         place: of the prompt, for messages.
 
     Raises:
         RunError: the reward failed, or gave something else than a finite score for each.
     """
+    named = f"{key}: {name}"
     try:
         # Copies: a function of a user's may change what it is given.
         given = deepcopy((list(prompt), list(texts), rule))
@@ -123,9 +125,7 @@ def scores_of(
         finally:
             check_stopped()
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        reason += raised_at(error, named.rpartition(" ")[2])
-        raise RunError(f"{named} failed on {place}: {reason}") from error
+        raise RunError(f"{named} failed on {place}: {fault_of(error, name)}") from error
     if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
         raise RunError(f"{named} must give {len(texts)} finite scores for {place}, gave {scores}")
     return scores

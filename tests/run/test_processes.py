@@ -288,7 +288,7 @@ def test_a_signal_that_code_of_a_user_caught_still_stops() -> None:
 
     with pytest.raises(Stopped) as caught, stopping_at_once("not scored", 75):
         scored.append(
-            scores_of(reward, "on_policy.reward: own:reward", "a prompt", [], ["a"], None)
+            scores_of(reward, "on_policy.reward", "own:reward", "a prompt", [], ["a"], None)
         )
     assert str(caught.value) == "SIGTERM: not scored (the same command continues)"
     assert begun and not scored

@@ -13,8 +13,8 @@ import numpy as np
 
 from simpo.config.choices import PairChoice
 from simpo.config.data import SourceConfig
-from simpo.config.errors import DataError, did_you_mean, first_line
-from simpo.config.own_code import is_function, load, raised_at
+from simpo.config.errors import DataError, did_you_mean
+from simpo.config.own_code import fault_of, is_function, load
 from simpo.data.pairs import Pair
 from simpo.data.reading.hints import NEVER_TEXT, fits_no_shape, named_values
 from simpo.data.reading.records import (
@@ -272,8 +272,7 @@ def _own_form(name: str) -> Callable[[Any], Any]:
         try:
             found = function(record)
         except Exception as error:
-            fault = f"{type(error).__name__}: {first_line(error)}{raised_at(error, name)}"
-            raise RecordFault(f"{name}: {fault}") from error
+            raise RecordFault(f"{name}: {fault_of(error, name)}") from error
         if found is None:
             raise RecordFault(f"{name}: must return a record or a list of them, got None")
         return found

@@ -206,10 +206,15 @@ def _kernel(config: ModelConfig, settings: Any, device: torch.device, bf16: bool
 
 
 def weights_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    if config.dtype is Dtype.auto:
-        frozen_on_gpu = config.lora.used and device.type == "cuda"
-        return torch.bfloat16 if frozen_on_gpu else torch.float32
-    return torch.float32 if config.dtype is Dtype.float32 else torch.bfloat16
+    return torch.float32 if decided_dtype(config, device) is Dtype.float32 else torch.bfloat16
+
+
+def decided_dtype(config: ModelConfig, device: torch.device) -> Dtype:
+    """`model.dtype`, with auto decided."""
+    if config.dtype is not Dtype.auto:
+        return config.dtype
+    frozen_on_gpu = config.lora.used and device.type == "cuda"
+    return Dtype.bfloat16 if frozen_on_gpu else Dtype.float32
 
 
 def _quantization(config: ModelConfig, bf16: bool) -> BitsAndBytesConfig | None:

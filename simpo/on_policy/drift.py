@@ -27,7 +27,7 @@ from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import rows_of_pairs
 from simpo.loop.console import libraries_quiet
 from simpo.model.check import check_packing
-from simpo.model.load import load_policy, weights_dtype
+from simpo.model.load import decided_dtype, load_policy, weights_dtype
 from simpo.model.policy import Policy
 from simpo.model.pretrained import load_settings, num_embeddings
 from simpo.model.saved import naming
@@ -112,8 +112,7 @@ def measure_drift(run: RunConfig, base: ModelConfig) -> None:
         replies = _held_out_replies(run, chat, folder)
         backend = build_backend(run.backend, run.train.precision)
         if base.dtype is Dtype.auto:  # else rounding would count as drift
-            narrow = weights_dtype(run.model, backend.device) is torch.bfloat16
-            base = replace(base, dtype=Dtype.bfloat16 if narrow else Dtype.float32)
+            base = replace(base, dtype=decided_dtype(run.model, backend.device))
         own = _content("model.path", run.model, cache_dir, backend)
         other = _content("base", base, cache_dir, backend)
         sums = _sums(run.model, own, chat, replies, folder, cache_dir, backend)

@@ -16,13 +16,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from simpo.config.choices import Dtype
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DamagedError, DataError, RunError
+from simpo.config.models import ModelConfig
+from simpo.data.chats.chat import Chat
 from simpo.data.demo.records import demo_records
 from simpo.data.mixture import load_mixture
 from simpo.data.reading.records import to_pair, to_prompt
 from simpo.data.rules import obeys
+from simpo.model.generate import Sampling
+from simpo.model.load import load_policy
+from simpo.model.policy import Policy
+from simpo.model.tokenizer import load_tokenizer
 from simpo.on_policy import annotate as annotating
+from simpo.on_policy import engines
 from simpo.on_policy import generate as generating
 from simpo.on_policy.files import content_hash, model_content, working_in
 from simpo.run import folder as run_folder
@@ -623,6 +631,40 @@ def test_replies_that_are_missing_are_counted(
     assert "scored anew" not in capsys.readouterr().out
 
 
+class OnGpu:
+    """A backend, to who only loads a model."""
+
+    device = torch.device("cuda")
+    bf16 = True
+
+
+def test_adapters_that_training_adds_are_not_generated_with(
+    tiny_run: list[str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replies are those of a policy with its new adapters, and the weights as wide."""
+    run = compose_run([*tiny_run, "model.lora.rank=4"])
+    chat = Chat(load_tokenizer(run.model, tmp_path))
+    prompts, sampling = chat.encode(["Hi", "Owls are birds"]), Sampling(1.0, 1.0, 12, seed=7)
+    device = torch.device("cpu")
+    adapted = load_policy(run.model, tmp_path, device, seed=0)
+    assert any("lora" in name for name, _ in adapted.named_parameters())
+    loaded = []
+
+    def load(model: ModelConfig, *rest: Any, **more: Any) -> Policy:
+        loaded.append(model)
+        return load_policy(model, *rest, **more)
+
+    monkeypatch.setattr(engines, "load_policy", load)
+    got = engines.with_transformers(run, chat)(prompts, sampling)
+    assert got == engines.with_policy(adapted, chat, device)(prompts, sampling)
+    assert (loaded[0].lora.used, loaded[0].dtype) == (False, Dtype.float32)
+    # On a GPU weights that adapters leave as they are need half as many bytes.
+    monkeypatch.setattr(engines, "build_backend", lambda *_: OnGpu())
+    monkeypatch.setattr(engines, "load_policy", lambda model, *_, **__: loaded.append(model))
+    engines.with_transformers(run, chat)
+    assert (loaded[1].lora.used, loaded[1].dtype) == (False, Dtype.bfloat16)
+
+
 def test_nothing_to_score(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         annotate(tmp_path, "rules")
@@ -665,7 +707,7 @@ def test_replies_to_report_on_the_real_model(smollm2: Path, tmp_path: Path) -> N
 
     drawn = command(
         "simpo.generate", "data=jsonl", sources, folder, "on_policy.seeds=[1,2,3,4]",
-        "on_policy.max_new_tokens=16",
+        "on_policy.max_new_tokens=16", "model.dtype=bfloat16",
     )  # fmt: skip
     assert "12 prompts, 4 replies each" in drawn
     judged = [folder, "on_policy.reward=rules", "on_policy.keep_cut=true"]

@@ -9,12 +9,15 @@ the same way. They are real processes with their own ids, signals and exit codes
 from __future__ import annotations
 
 import array
-import atexit
+import contextlib
 import ctypes
+import fcntl
 import gc
 import json
 import os
 import runpy
+import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -58,8 +61,7 @@ class Forked(_Signalled):
     ) -> None:
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
-        self._link = socket.socket(socket.AF_UNIX)
-        self._link.connect(str(_parent()))
+        self._link = _connect()
         env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
         there = str(cwd or os.getcwd())
         request = json.dumps({"words": words, "env": dict(env), "cwd": there}).encode()
@@ -89,8 +91,9 @@ class Forked(_Signalled):
             self._texts[index] = stream.read()
 
     def _reap(self) -> None:
-        line = self._answers.readline()
-        self.returncode = int(line) if line else -signal.SIGKILL
+        code, cpu_s = (self._answers.readline() or f"{-signal.SIGKILL} 0").split()
+        _children_cpu_s.append(float(cpu_s))
+        self.returncode = int(code)
         self._ended.set()
 
     def poll(self) -> int | None:
@@ -109,37 +112,49 @@ class Forked(_Signalled):
         return self._texts[0], self._texts[1]
 
 
-_socket: Path | None = None
-_parent_pid = 0
-_imports_cpu_s = 0.0
+_lease: socket.socket | None = None
+_children_cpu_s: list[float] = []
 
 
 def cpu_s() -> float:
-    """CPU seconds of what was forked, as far as that has ended."""
-    return _parent_cpu_s() - _imports_cpu_s if _parent_pid else 0.0
+    """CPU seconds of what this process has had forked, as far as that has ended."""
+    return sum(_children_cpu_s)
 
 
-def _parent_cpu_s() -> float:
-    fields = Path(f"/proc/{_parent_pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+def _folder() -> Path:
+    """Where the test processes of one session find their parent."""
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    return Path(tempfile.gettempdir()) / f"simpo-forks-{session}"
 
 
-def _parent() -> Path:
-    """The socket of the parent, which is started on first use and ends with this process."""
-    global _socket, _parent_pid, _imports_cpu_s
-    if _socket is None:
-        path = Path(tempfile.mkdtemp(prefix="simpo-forks-")) / "socket"
-        process = subprocess.Popen(
-            [sys.executable, __file__, str(path)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
-        atexit.register(process.kill)
-        while not path.exists():
-            assert process.poll() is None, "the parent of forked runs died"
-            time.sleep(0.01)
-        _socket, _parent_pid = path, process.pid
-        _imports_cpu_s = _parent_cpu_s()
-    return _socket
+def _connect() -> socket.socket:
+    """A link to the parent, which the first test process starts; it ends after the last of them."""
+    global _lease
+    folder = _folder()
+    if _lease is None:
+        folder.mkdir(exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "socket").exists():
+                _start_parent(folder / "socket")
+            _lease = _link_to(folder / "socket")
+    return _link_to(folder / "socket")
+
+
+def _start_parent(path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
+    while not path.exists():
+        assert process.poll() is None, "the parent of forked runs died"
+        time.sleep(0.01)
+
+
+def _link_to(path: Path) -> socket.socket:
+    link = socket.socket(socket.AF_UNIX)
+    link.connect(str(path))
+    return link
 
 
 # What follows runs in the parent and in what it forks.
@@ -275,48 +290,66 @@ def _serve(path: str) -> None:
     import simpo.on_policy.annotate
     import simpo.on_policy.generate
     import simpo.previewing.stages  # noqa: F401
-    from simpo.run.parent import die_with_parent
 
     # Marks for a profiler of NVIDIA's around each of a step's thousands of calls.
     deepspeed.utils.nvtx.enable_nvtx = False
-    die_with_parent()
     _use_once()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.part")
     listener.listen(64)
     os.rename(f"{path}.part", path)
-    children: dict[int, socket.socket] = {}
-    listener.settimeout(0.005)
+    watched = selectors.DefaultSelector()
+    watched.register(listener, selectors.EVENT_READ)
+    children: dict[int, tuple[int, socket.socket]] = {}  # by what tells that one has ended
     while True:
-        while children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                break
-            link = children.pop(pid)
-            link.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-            link.close()
-        try:
-            link, _ = listener.accept()
-        except TimeoutError:
-            continue
-        link.setblocking(True)
-        data, ancillary, _, _ = link.recvmsg(65536, socket.CMSG_SPACE(8))
-        fds = array.array("i", ancillary[0][2]).tolist()
-        size = int.from_bytes(data[:4], "big")
-        while len(data) < 4 + size:
-            data += link.recv(65536)
-        request: dict[str, Any] = json.loads(data[4:])
-        pid = os.fork()
-        if pid == 0:
-            listener.close()
-            link.close()
-            for other in children.values():
-                other.close()
-            _become(request["words"], request["env"], request["cwd"], fds)
-        for fd in fds:
-            os.close(fd)
-        link.sendall(f"{pid}\n".encode())
-        children[pid] = link
+        for key, _ in watched.select():
+            if key.fileobj is listener:
+                watched.register(listener.accept()[0], selectors.EVENT_READ)
+                continue
+            watched.unregister(key.fileobj)
+            if key.fd in children:
+                os.close(key.fd)
+                _tell_the_end(*children.pop(key.fd))
+                continue
+            link: Any = key.fileobj
+            request, fds = _receive(link)
+            if request is None:
+                link.close()
+                if len(watched.get_map()) == len(children) + 1:  # no test process is left
+                    shutil.rmtree(os.path.dirname(path))
+                    return
+                continue
+            pid = os.fork()
+            if pid == 0:
+                for other in [link, *(link for _, link in children.values())]:
+                    other.close()
+                for registered in watched.get_map().values():
+                    os.close(registered.fd)
+                _become(request["words"], request["env"], request["cwd"], fds)
+            for fd in fds:
+                os.close(fd)
+            link.sendall(f"{pid}\n".encode())
+            ended = os.pidfd_open(pid)
+            watched.register(ended, selectors.EVENT_READ)
+            children[ended] = pid, link
+
+
+def _receive(link: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """A request and its two streams; None where the other side has closed its link."""
+    data, ancillary, _, _ = link.recvmsg(65536, socket.CMSG_SPACE(8))
+    if not data:
+        return None, []
+    size = int.from_bytes(data[:4], "big")
+    while len(data) < 4 + size:
+        data += link.recv(65536)
+    return json.loads(data[4:]), array.array("i", ancillary[0][2]).tolist()
+
+
+def _tell_the_end(pid: int, link: socket.socket) -> None:
+    _, status, used = os.wait4(pid, 0)
+    answer = f"{os.waitstatus_to_exitcode(status)} {used.ru_utime + used.ru_stime}\n"
+    with link, contextlib.suppress(BrokenPipeError):  # its test process was killed
+        link.sendall(answer.encode())
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ from simpo.config.renamed import renamed_config
 from simpo.config.schema import RunConfig
 from simpo.config.suggest import all_keys, unknown_key
 
+OWN_LOSS = "a loss of your own needs loss.module=MODULE"
+
 # Where Hydra finds the group `experiments`; conf/train.yaml reads it.
 os.environ["SIMPO_MENUS"] = str(config_dir("experiments").parent)
 register_schemas()
@@ -223,7 +225,7 @@ def _fault(error: Exception) -> str:
         group, _, name = missing.rpartition("/")
         if error.options:
             return no_such_choice(group, name, error.options)
-        own = " (a loss of your own needs loss.module=MODULE)" if group.endswith("loss") else ""
+        own = f" ({OWN_LOSS})" if group.endswith("loss") else ""
         return f"its defaults name {missing}, which does not exist{own}"
     found = re.match(r"(In '.*'): (\w+) raised .*\n(.*)\n\s*full_key: (\S+)", str(error))
     if found is None:
@@ -244,6 +246,7 @@ def _fault(error: Exception) -> str:
 def no_such_choice(group: str, name: str, choices: Sequence[str]) -> str:
     """The message for a choice that a group lacks."""
     known = f"choose from {', '.join(choices)}" if choices else f"{group}/ has none"
+    known += f"; {OWN_LOSS}" if group == "loss" else ""
     return f"{group}: no such choice, got {name} ({known})"
 
 

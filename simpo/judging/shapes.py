@@ -210,11 +210,13 @@ class Benchmark(ABC):
         questions: all that are asked, in the benchmark's order.
         baseline_name: what the answers are compared with; empty if they are rated alone.
         baseline: its answers by question id; empty likewise.
+        even: the value of a question that is neither won nor lost; None for the mean of all.
     """
 
     questions: Sequence[Question]
     baseline_name: str = ""
     baseline: Mapping[str, Answer] = {}
+    even: float | None = 0.5
 
     @abstractmethod
     def queries(self, answers: Mapping[str, Answer], both_orders: bool) -> list[Query]:

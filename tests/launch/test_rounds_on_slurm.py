@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.matrix, pytest.mark.usefixtures("slurm")]
 @pytest.fixture
 def long_round(rounds: list[str]) -> list[str]:
     """Overrides of one round whose training has time to be disturbed."""
-    return [*rounds, "rounds=1", "train.epochs=60", "train.checkpoint_every=20"]
+    return [*rounds, "rounds=1", "train.epochs=25", "train.checkpoint_every=10"]
 
 
 def test_a_chain_with_a_preempted_link(long_round: list[str], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.usefixtures("slurm"),
 ]
 
-STEPS = 200
+STEPS = 100
 # What users set for their own reading of Slurm's answers.
 OWN_TASTE = [
     ("SLURM_TIME_FORMAT", "%d %b %H:%M"),
@@ -56,7 +56,7 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 300) -> N
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, what
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def hurry(folder: Path) -> State:
@@ -105,7 +105,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def halt(folders: Sequence[Path], step: int = 40) -> list[psutil.Process]:
+def halt(folders: Sequence[Path], step: int = 20) -> list[psutil.Process]:
     """Put runs to sleep once they have logged a step, so that none ends before it is disturbed.
 
     Slurm wakes a process to tell it something.
@@ -129,9 +129,9 @@ def long_run(tiny_run: list[str]) -> list[str]:
     return [
         *tiny_run,
         f"train.max_steps={STEPS}",
-        "train.epochs=200",
-        "train.eval_every=100",
-        "train.checkpoint_every=25",
+        "train.epochs=100",
+        "train.eval_every=50",
+        "train.checkpoint_every=10",
     ]
 
 
@@ -171,7 +171,7 @@ def test_disturbed_jobs_end_as_undisturbed_ones(long_run: list[str], tmp_path: P
 
     until(second_life, "the preempted run's second life")
     step = read_progress([preempted])[0].step
-    halt([preempted], step + 40)
+    halt([preempted], step + 20)
     slurm_command("scontrol", "update", "NodeName=n2", "State=down", "Reason=test")
     until(lambda: read_progress([preempted])[0].requeued == 2, "the loss of its node")
     # Back before the job's remains are gone, the node would be drained for a duplicate of it.
@@ -319,7 +319,7 @@ def test_models_are_judged_at_the_end(
     words = ["-m", "train.seed=1,2", *tiny_run, "train.max_steps=2", "train.eval_every=0"]
     words += ["launcher=slurm", "launcher.wait=true", "launcher.poll_s=0.5", "backend=ddp"]
     words += ["launcher.gpus_per_node=2", "launcher.cpus_per_task=1", f"launcher.sweep_dir={sweep}"]
-    words += ["benchmark=pairs", "benchmark.max_new_tokens=400", "on_policy.batch_prompts=1"]
+    words += ["benchmark=pairs", "benchmark.max_new_tokens=200", "on_policy.batch_prompts=1"]
     words += [f"judge.reward={tmp_path}/reward", "monitor.metric=win_rate"]
     process = start(words)
     told, calm = (sweep / f"train.seed={seed}" for seed in (1, 2))

@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 ARGS ?=
 # Test processes; each takes a core and up to 8 GiB.
 WORKERS ?= 2
+# Hundreds of processes import the code: without its bytecode each would compile it again.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --durations=20
 TORCH := torch==2.13.0
 PIP := python -m pip install --quiet --disable-pip-version-check --no-compile

@@ -497,7 +497,7 @@ def test_stopped_while_judging_and_a_sweep(judged: list[str], tmp_path: Path) ->
     sweep += [word for word in judged if not word.startswith(("backend=", "judge."))]
     sweep += ["benchmark.max_new_tokens=8", "monitor.metric=win_rate"]
     env = {"PYTHONPATH": str(tmp_path)}
-    shown = finish(start([*sweep, f"launcher.sweep_dir={tmp_path}/sweep"], env=env, fresh=True))
+    shown = finish(start([*sweep, f"launcher.sweep_dir={tmp_path}/sweep"], env=env))
     rates = {
         seed: read_judged(tmp_path / "sweep" / f"train.seed={seed}")["pairs"].figures["win_rate"]
         for seed in (1, 2)

@@ -40,7 +40,8 @@ CGROUPS = {
     Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes",
 }
 """Where control groups are made, and the file of a group's limit: version 2 and version 1."""
-ENOUGH_BYTES = 1700 * 2**20
+ENOUGH_BYTES = 1250 * 2**20
+"""Two forked ranks, which share what they import, take up to 1050 MiB in parts, 1530 if whole."""
 TOO_FEW_BYTES = 400 * 2**20
 FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 """The C library would keep most of what a step has freed, and the limit counts that."""
@@ -215,7 +216,6 @@ def settings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 WAYS = {
-    "full": [],
     "bf16": ["train.precision=bf16"],
     "lora": ["model.lora.rank=3", "train.precision=bf16", "model.dtype=bfloat16"],
     "reference": ["loss=dpo"],
@@ -351,11 +351,10 @@ def test_a_run_in_too_little_memory_for_the_whole_model(
     assert_killed(start(command), group)
     twice(base)  # so that it is loaded whole
     limit(group, ENOUGH_BYTES)
-    # Fresh ranks, as forked ones share the memory of what they import.
-    assert_killed(start(command, fresh=True, env=FREED_AT_ONCE), group)
+    assert_killed(start(command, env=FREED_AT_ONCE), group)
     assert not list(folder.glob("checkpoints/*")) and not (folder / "status.json").exists()
     (base / "other.safetensors").unlink()
-    process = start(command, fresh=True, env=FREED_AT_ONCE)
+    process = start(command, env=FREED_AT_ONCE)
     put_ranks(process, group)
     finish(process)
     assert (folder / "model" / "adapter_model.safetensors").is_file()

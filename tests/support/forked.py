@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PR_SET_NAME = 15
+M_MMAP_THRESHOLD = -3
 
 
 class _Signalled:
@@ -212,7 +213,10 @@ def _become(
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         name = f"rank-{env['RANK']}" if "RANK" in env else "run"
-        ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
+        library = ctypes.CDLL(None)
+        library.prctl(PR_SET_NAME, name.encode())
+        if size := env.get("MALLOC_MMAP_THRESHOLD_"):  # read where a program begins
+            library.mallopt(M_MMAP_THRESHOLD, int(size))
         assert words[0] == "-m", words
         import simpo.run.parent
 

@@ -199,7 +199,7 @@ def test_a_checkpoint_that_is_quantised_already(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("settings", ["nf4", "int8", "nf4 dora", "int8 checkpointing", "none dora"])
+@pytest.mark.parametrize("settings", ["nf4", "nf4 dora", "int8 checkpointing"])
 def test_a_whole_run(settings: str, tiny_run: list[str], wide_folder: Path, tmp_path: Path) -> None:
     """Trains, leaves the adapter alone, goes on bit-exactly after a crash, can be trained on."""
     quantization, *rest = settings.split()

@@ -461,7 +461,7 @@ def judged(tiny_run: list[str], tiny_folder: Path, tmp_path: Path) -> list[str]:
     """Overrides of a run in several processes that a reward model judges, in time to disturb it."""
     tiny_reward_model(tiny_folder, tmp_path / "reward")
     words = [*tiny_run, *TWO_STEPS, *SHORT, f"judge.reward={tmp_path}/reward", "backend=ddp"]
-    return [*words, "benchmark.max_new_tokens=400", "on_policy.batch_prompts=1"]
+    return [*words, "benchmark.max_new_tokens=150", "on_policy.batch_prompts=1"]
 
 
 def stopped_while_judging(process: Process, run: Path, code: int) -> str:

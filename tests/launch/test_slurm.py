@@ -52,11 +52,11 @@ def slurm_command(*words: str) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 300) -> None:
-    deadline = time.monotonic() + timeout_s
+def until(condition: Callable[[], bool], what: str, every_s: float = 0.5) -> None:
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, what
-        time.sleep(0.2)
+        time.sleep(every_s)
 
 
 def hurry(folder: Path) -> State:
@@ -119,7 +119,8 @@ def halt(folders: Sequence[Path], step: int = 20) -> list[psutil.Process]:
                 halted[folder].suspend()
         return len(halted) == len(folders)
 
-    until(all_halted, f"step {step} of {', '.join(folder.name for folder in folders)}")
+    names = ", ".join(folder.name for folder in folders)
+    until(all_halted, f"step {step} of {names}", every_s=0.1)
     return [halted[folder] for folder in folders]
 
 

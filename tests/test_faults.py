@@ -57,7 +57,7 @@ def settings(tiny_run: list[str]) -> list[str]:
 def undisturbed(
     tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[str], Path]:
-    """Half as many steps, and their run in two processes that nothing disturbs."""
+    """The same settings for half as many steps, and their run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed")
     settings = [*tiny_overrides(tiny_folder, folder), *STEPS, "train.epochs=2"]
     run([*settings, *TWO, f"run_dir={folder / 'run'}"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import (
 
 from simpo.config.choices import Attention, Dtype, Quantization
 from simpo.config.errors import ConfigError
-from simpo.config.models import ModelConfig
+from simpo.config.models import LoraConfig, ModelConfig
 from simpo.model import attention, checkpointing
 from simpo.model.policy import Policy
 from simpo.model.pretrained import load_settings, load_weights, model_source
@@ -215,6 +216,16 @@ def decided_dtype(config: ModelConfig, device: torch.device) -> Dtype:
         return config.dtype
     frozen_on_gpu = config.lora.used and device.type == "cuda"
     return Dtype.bfloat16 if frozen_on_gpu else Dtype.float32
+
+
+def without_new_adapters(config: ModelConfig, device: torch.device) -> ModelConfig:
+    """The model in the dtype of `config`, to compute with and not to train.
+
+    Adapters that training would add are left out: new ones change no output, and take time.
+    """
+    if config.lora.adapter is not None:
+        return config
+    return replace(config, lora=LoraConfig(), dtype=decided_dtype(config, device))
 
 
 def _quantization(config: ModelConfig, bf16: bool) -> BitsAndBytesConfig | None:

@@ -27,7 +27,7 @@ from simpo.data.pairs import TokenizedPair
 from simpo.data.plan import rows_of_pairs
 from simpo.loop.console import libraries_quiet
 from simpo.model.check import check_packing
-from simpo.model.load import decided_dtype, load_policy, weights_dtype
+from simpo.model.load import decided_dtype, load_policy, weights_dtype, without_new_adapters
 from simpo.model.policy import Policy
 from simpo.model.pretrained import load_settings, num_embeddings
 from simpo.model.saved import naming
@@ -213,8 +213,9 @@ def _compute(
     named = (("a held-out reply", reply.prompt_ids + reply.reply_ids) for reply in replies)
     refuse_unknown_ids(chat, named, num_embeddings(load_settings(model, cache_dir)))
     say(f"loading the weights of {model.path} ...")
+    as_it_is = without_new_adapters(model, backend.device)
     policy = load_policy(
-        replace(model, gradient_checkpointing=Checkpointing.none),
+        replace(as_it_is, gradient_checkpointing=Checkpointing.none),
         cache_dir,
         backend.device,
         seed=0,

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import torch
 from simpo.backend import build_backend
 from simpo.config.choices import Dtype, Engine, Quantization
 from simpo.config.errors import ConfigError, RunError
-from simpo.config.models import LoraConfig, ModelConfig
+from simpo.config.models import ModelConfig
 from simpo.config.schema import RunConfig
 from simpo.data.chats.chat import Chat
 from simpo.model.adapters import adapter_settings
 from simpo.model.generate import Reply, Sampling, decode_reply, generate_replies
-from simpo.model.load import decided_dtype, load_policy
+from simpo.model.load import load_policy, without_new_adapters
 from simpo.model.policy import Policy
 from simpo.model.pretrained import model_source
 from simpo.model.saved import SavedModel
@@ -46,16 +45,11 @@ def engine_of(wanted: Engine) -> Engine:
 
 
 def with_transformers(run: RunConfig, chat: Chat) -> Generate:
-    """Generates with transformers, with the model of the run loaded as training begins with it.
-
-    Without the adapters that training would add: new ones change no output, and take time.
-    """
+    """Generates with transformers, with the model that the run's training begins with."""
     backend = build_backend(run.backend, run.train.precision)
     cache_dir = Path(run.cache_dir).expanduser()
     say(f"loading the weights of {run.model.path} ...")
-    model = run.model
-    if model.lora.adapter is None:
-        model = replace(model, lora=LoraConfig(), dtype=decided_dtype(model, backend.device))
+    model = without_new_adapters(run.model, backend.device)
     policy = load_policy(model, cache_dir, backend.device, seed=0, bf16=backend.bf16)
     generate = with_policy(policy, chat, backend.device)
 

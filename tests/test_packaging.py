@@ -177,16 +177,20 @@ def test_lock_has_hashes_and_names_no_host() -> None:
 
 
 def test_lock_is_whole() -> None:
-    """What a locked package needs is locked too: pip refuses an unhashed one."""
-    names = set(locked())
+    """What a locked package needs is locked too, in a version that it admits: pip is told to
+    install the lock alone, without a look at what it needs.
+    """
+    versions = {name: version for name, (version, _) in locked().items()}
+    versions["torch"] = distribution("torch").version
     lacking = set()
-    for name in names:
+    for name in versions:
         for text in distribution(name).requires or []:
             needed = Requirement(text)
             wanted = needed.marker is None or needed.marker.evaluate({"extra": ""})
             plain = re.sub(r"[-_.]+", "-", needed.name).lower()
-            if wanted and plain not in names and plain != "torch":
-                lacking.add(f"{name} needs {plain}")
+            there = versions.get(plain)
+            if wanted and (there is None or not needed.specifier.contains(there, prereleases=True)):
+                lacking.add(f"{name} needs {needed}, not {there}")
     assert lacking == set()
 
 

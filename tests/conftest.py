@@ -30,7 +30,7 @@ from tests.support.programs import skip_without
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LONGEST_FIRST = (
-    *("test_slurm.py", "test_faults.py", "test_watch.py", "test_launcher.py", "test_train.py"),
+    *("test_slurm.py", "test_watch.py", "test_launcher.py", "test_train.py", "test_faults.py"),
     *("test_backends.py", "test_shards.py", "test_quantised.py", "test_on_policy.py"),
     *("test_packaging.py", "test_api.py", "test_notebook.py", "test_sinks.py", "test_export.py"),
     *("test_bad_input.py", "test_shipped.py", "test_plan.py", "test_memory.py", "test_moe.py"),

@@ -341,10 +341,9 @@ def _progress(folder: Path, job: dict[str, Any], known: slurm.Job | None) -> Pro
         note = "or killed: the file system has no locks, which would show it"
     elif state is State.running:
         state, note = State.killed, last_line(log)
-    elif state is State.pending and job:
-        # It ended before its first step.
+    elif state is State.pending and (job or (folder / "lock").exists()):
         gone = f"Slurm knows no job {job['id']}, or does not answer" if "id" in job else ""
-        state, note = State.killed, last_line(log) or gone
+        state, note = State.killed, last_line(log) or gone or "it ended before its first step"
     return Progress(
         state,
         max(int(status.get("step", 0)), _last_step(folder)),

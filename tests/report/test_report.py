@@ -241,10 +241,12 @@ def test_states_without_slurm(tmp_path: Path) -> None:
         make_run(tmp_path / "refused", []),
         make_run(tmp_path / "pending", []),
         make_run(tmp_path / "forgotten", []),
+        make_run(tmp_path / "begun", []),
     ]
-    refused, pending, forgotten = folders[5:]
+    refused, pending, forgotten, begun = folders[5:]
     note_job(forgotten, forgotten / "log.txt", id="1_1")
-    for folder in (refused, pending, forgotten):
+    (begun / "lock").touch()  # by a process that is no more
+    for folder in (refused, pending, forgotten, begun):
         for name in ("status.json", "results.json", "metrics.jsonl"):
             (folder / name).unlink()
     (refused / "log.txt").write_text(
@@ -271,6 +273,7 @@ def test_states_without_slurm(tmp_path: Path) -> None:
         (State.killed, "data.sources: must list one"),
         (State.pending, ""),
         (State.killed, "Slurm knows no job 1_1, or does not answer"),
+        (State.killed, "it ended before its first step"),
     ]
     # Steps of metrics.jsonl count, which is written more often.
     assert progress[3].text() == "killed, step 2 of 2"

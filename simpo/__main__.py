@@ -70,7 +70,7 @@ def main(words: list[str] | None = None) -> None:
         name, rest = (words[0], words[1:]) if words else ("--help", [])
         if name in ("-h", "--help", "help"):
             print(_overview())
-        elif name == "--version":
+        elif "--version" in (name, *rest):
             print(f"simpo {version('simpo')}")
         elif name in PRINTERS and {"-h", "--help"} & set(rest):
             print(PRINTERS[name].strip())

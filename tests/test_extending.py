@@ -272,6 +272,18 @@ NAMED = (
             "    knob: object = None",
             ":Mine cannot be settings: Unexpected type annotation: object",
         ),
+        (
+            f"{NAMED}: str = 'mine'\n    folder: 'Path' = None",
+            ":Mine cannot be settings: name 'Path' is not defined",
+        ),
+        *(
+            (
+                f"{NAMED}: str = {name!r}",
+                f":Mine must have a name of letters, digits and _, got {name!r} (write "
+                'name: str = "..." in it)',
+            )
+            for name in (None, 7, "", "a/b", "null", "123")
+        ),
     ],
 )
 def test_modules_without_a_loss(
@@ -300,7 +312,7 @@ def test_losses_may_share_a_base(here: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("loss=power loss.powr=3", ["loss.powr: no such key (did you mean loss.power?)"]),
         ("loss=power loss.power=x", ["loss.power: must be a whole number, got x"]),
         ("loss=power loss.power=0", ["loss.power: must be 1 or more, got 0"]),
-        ("loss=hinge", ["loss.module: my_losses defines no loss hinge (it defines power)"]),
+        ("loss=hinge", ["loss.module: my_losses defines no loss hinge (write loss=power)"]),
     ],
 )
 def test_mistakes_in_settings_of_a_loss(
@@ -337,6 +349,26 @@ def test_a_misspelt_loss_of_ones_own(here: Path, monkeypatch: pytest.MonkeyPatch
             "    def problems(self):\n        yield 1 / 0\n",
             "problems fails: ZeroDivisionError: division by zero (says.py, line 9)",
         ),
+        (
+            "    def problems(self):\n        exit(3)\n",
+            "problems fails: SystemExit: 3 (says.py, line 9)",
+        ),
+        (
+            "    def problems(self):\n        return [None]\n",
+            'problems must return a list of texts such as "alpha: must be above 0", got [None]',
+        ),
+        ("    def problems(self):\n        return 'beta: bad'\n", "loss.beta: bad"),
+        *(
+            (
+                f"    def __post_init__(self):\n        {refuse}\n",
+                f"loss.module: says:Mine fails: {text} (says.py, line 9)",
+            )
+            for refuse, text in (
+                ("raise ValueError('beta is bad')", "ValueError: beta is bad"),
+                ("self.beta.x()", "AttributeError: 'float' object has no attribute 'x'"),
+                ("exit(4)", "SystemExit: 4"),
+            )
+        ),
     ],
 )
 def test_what_a_loss_says_is_checked(
@@ -349,8 +381,8 @@ def test_what_a_loss_says_is_checked(
     forget(monkeypatch, "says")
     with pytest.raises(ConfigError) as caught:
         compose_run(["loss=mine", "loss.module=says"])
-    found = fault.format("formula and legend")
-    assert str(caught.value) == f"loss.module: says:Mine.{found}"
+    place = "" if fault.startswith("loss.") else "loss.module: says:Mine."
+    assert str(caught.value) == place + fault.format("formula and legend")
 
 
 GOOD = "Preference(logps.chosen, logps.chosen, logps.rejected)"
@@ -374,7 +406,8 @@ GOOD = "Preference(logps.chosen, logps.chosen, logps.rejected)"
         *(
             (
                 f"return {found}",
-                "must return a Preference of three differentiable tensors [pairs], got " + got,
+                "must return a Preference of three differentiable float32 tensors [pairs], got "
+                + got,
             )
             for found, got in (
                 ("None", "None"),
@@ -399,6 +432,10 @@ GOOD = "Preference(logps.chosen, logps.chosen, logps.rejected)"
                 (
                     "Preference(logps.chosen, logps.chosen, logps.rejected_tokens)",
                     "rejected of torch.int64",
+                ),
+                (
+                    "Preference(logps.chosen.half(), logps.chosen, logps.rejected)",
+                    "losses of torch.float16",
                 ),
             )
         ),
@@ -557,13 +594,22 @@ def test_records_of_ones_own_format(here: Path, monkeypatch: pytest.MonkeyPatch)
             "mean hh_rlhf?)",
         ),
         (
+            "my_readers:__name__",
+            "data.sources[0].format: my_readers:__name__ must be a function, got 'my_readers'",
+        ),
+        (
+            "json:loads",
+            "data.sources[0].format: json is hidden by another module of that name (rename "
+            "json.py)",
+        ),
+        (
             "my_readers:qq",
-            "data.sources.format: my_readers:qq cannot be imported: module 'my_readers' has no "
+            "data.sources[0].format: my_readers:qq cannot be imported: module 'my_readers' has no "
             "attribute 'qq'",
         ),
         (
             "readers:qa",
-            "data.sources.format: readers:qa cannot be imported: No module named 'readers' "
+            "data.sources[0].format: readers:qa cannot be imported: No module named 'readers' "
             "(start in its folder, or add that to PYTHONPATH)",
         ),
     ],
@@ -572,6 +618,7 @@ def test_formats_that_cannot_be(
     form: str, message: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forget(monkeypatch, "my_readers")
+    (here / "json.py").touch()
     with pytest.raises(ConfigError) as caught:
         read_with(form)
     assert str(caught.value) == message

@@ -32,13 +32,14 @@ from simpo.config.losses import (
     LOSSES,
     is_of,
     losses_of,
+    made_of,
     own_losses,
     problems_of,
     read_only,
     terms_problems,
 )
 from simpo.config.models import ModelConfig
-from simpo.config.own_code import OwnCodeError
+from simpo.config.own_code import OwnCodeError, is_function, load_function
 from simpo.config.plain import NotPlain, plain_run, plain_text, read_plain
 from simpo.config.renamed import renamed_config
 from simpo.config.rounds import RoundsConfig
@@ -120,7 +121,8 @@ def _register(module: str) -> None:
         try:
             for group in ("loss", "schema/loss"):
                 store.store(group=group, name=name, node=kind)
-        except OmegaConfBaseException as error:
+        # Also NameError, for a type that is not imported.
+        except Exception as error:
             place = f"loss.module: {module}:{kind.__name__}"
             raise OwnCodeError([f"{place} cannot be settings: {first_line(error)}"]) from error
         GROUPS["loss"][name] = kind
@@ -137,11 +139,12 @@ def build_run(cfg: DictConfig) -> RunConfig:
     _refuse_missing(cfg)
     kinds: dict[str, Any] = {group: OmegaConf.get_type(cfg, group) for group in GROUPS}
     raw: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    try:
-        run = plain_run(raw, {group: {"base": kind} for group, kind in kinds.items()})
-    except (NotPlain, KeyError, TypeError, AttributeError):
-        merged: Any = OmegaConf.to_object(_resolved(cfg, kinds))
-        run = merged
+    with made_of(kinds["loss"]):
+        try:
+            run = plain_run(raw, {group: {"base": kind} for group, kind in kinds.items()})
+        except (NotPlain, KeyError, TypeError, AttributeError):
+            merged: Any = OmegaConf.to_object(_resolved(cfg, kinds))
+            run = merged
     check_run(run)
     return run
 
@@ -273,15 +276,26 @@ def check_run(run: RunConfig) -> None:
                 f"({group}= takes {', '.join(schemas)})"
             )
     if run.loss.module is not None and not is_of(type(run.loss), run.loss.module):
-        own = ", ".join(losses_of(run.loss.module))
+        own = " or ".join(f"loss={name}" for name in losses_of(run.loss.module))
         problems.append(
-            f"loss.module: {run.loss.module} defines no loss {run.loss.name} (it defines {own})"
+            f"loss.module: {run.loss.module} defines no loss {run.loss.name} (write {own})"
         )
     problems += cross_problems(run)
     if not problems and run.loss.module is not None:
         problems += terms_problems(run.loss)
+    if not problems:
+        problems += _format_problems(run.data)
     if problems:
         raise ConfigError(problems)
+
+
+def _format_problems(data: DataConfig) -> Iterator[str]:
+    for index, source in enumerate(data.sources):
+        if source.format is not None and is_function(source.format):
+            try:
+                load_function(f"data.sources[{index}].format", source.format)
+            except OwnCodeError as error:
+                yield str(error)
 
 
 @lru_cache(maxsize=32)

@@ -87,7 +87,7 @@ class Composer:
         searchpath: the override of hydra.searchpath; empty: experiments/ is searched.
 
     Raises:
-        ConfigError: `config_dir` is not a folder.
+        ConfigError: `config_dir` is not a folder, or has files that Hydra would not read.
     """
 
     config_dir: str | None = None
@@ -95,8 +95,15 @@ class Composer:
     searchpath: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.config_dir is not None and not os.path.isdir(self.config_dir):
-            raise ConfigError([f"--config-dir: no such folder, got {self.config_dir}"])
+        if self.config_dir is None:
+            return
+        folder, ours = Path(self.config_dir), config_dir("conf")
+        if not folder.is_dir():
+            raise ConfigError([f"--config-dir: no such folder, got {folder}"])
+        both = ((folder / file.relative_to(ours), file) for file in sorted(ours.rglob("*.yaml")))
+        if hidden := [own for own, file in both if own.is_file() and not own.samefile(file)]:
+            fault = "has the name of a file of simpo, which is read instead (rename it)"
+            raise ConfigError([f"--config-dir: {own} {fault}" for own in hidden])
 
     def compose(self, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
         """Compose overrides as the command line does.
@@ -218,6 +225,10 @@ def _state_of_files() -> tuple[object, ...]:
 
 def _fault(error: Exception) -> str:
     """One line; a key in a file that is no setting is answered as one on the command line is."""
+    if isinstance(error, RecursionError):
+        return "a file has itself in its defaults"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file is not UTF-8: {error}"
     if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark):
         return f"{mark.name}: line {mark.line + 1}: {error.problem}"
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):

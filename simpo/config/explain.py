@@ -177,6 +177,8 @@ def _unreadable(text: str, error: Exception | None = None) -> str:
     if "[" in key:
         dotted = key.replace("[", ".").replace("]", "")
         return f"{key}: items of a list are named with a dot (write {dotted})"
+    if not re.fullmatch(r"[+~]*[\w./@:]+", key):
+        return f"{text}: {key!r} is no key (letters, digits, _ and dots, without blanks)"
     return f"{text}: special characters need quotes within quotes ('{key}=\"{value}\"')"
 
 

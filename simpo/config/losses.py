@@ -5,13 +5,14 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, make_dataclass
 from importlib import import_module
 from inspect import isabstract
 from typing import Any
 
 from simpo import loss
-from simpo.config.own_code import OwnCodeError, fault_of, load
+from simpo.config.own_code import RAISED, OwnCodeError, fault_of, load, raised_at
 from simpo.config.paths import config_dir
 from simpo.loss import LossConfig
 
@@ -78,6 +79,11 @@ def _problems(module: str) -> Iterator[str]:
             continue
         elif kind.name == LossConfig.name:
             yield f'{place} has no name (write name: str = "..." in it)'
+        elif not _is_plain(kind.name):
+            yield (
+                f"{place} must have a name of letters, digits and _, got {kind.name!r} (write "
+                'name: str = "..." in it)'
+            )
         elif owner := owners.get(kind.name):
             yield (
                 f"{place} must have a name of its own, got {kind.name}, which {owner} has (write "
@@ -87,13 +93,27 @@ def _problems(module: str) -> Iterator[str]:
             owners[kind.name] = kind.__name__
 
 
+def _is_plain(name: object) -> bool:
+    """Whether `loss=NAME` means the name."""
+    plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w-]*", name)
+    return bool(plain) and name not in ("null", "true", "false")
+
+
 def problems_of(loss: LossConfig) -> list[str]:
     """What a loss says of its settings.
 
     Raises:
         OwnCodeError: the method is a user's, and fails.
     """
-    return list(loss.problems()) if loss.module is None else _asked(loss, "problems", list)
+    if loss.module is None:
+        return list(loss.problems())
+    found = _asked(
+        loss, "problems", lambda found: [found] if isinstance(found, str) else list(found)
+    )
+    if not all(isinstance(text, str) and ": " in text for text in found):
+        rule = 'must return a list of texts such as "alpha: must be above 0"'
+        raise OwnCodeError([f"{_place(loss, 'problems')} {rule}, got {found}"])
+    return found
 
 
 def terms_problems(loss: LossConfig) -> Iterator[str]:
@@ -105,19 +125,35 @@ def terms_problems(loss: LossConfig) -> Iterator[str]:
     terms = _asked(loss, "terms", lambda found: found)
     two = isinstance(terms, tuple) and len(terms) == 2
     if not two or not all(isinstance(text, str) for text in terms):
-        yield (
-            f"loss.module: {loss.module}:{type(loss).__name__}.terms must return two texts, "
-            f"formula and legend, got {terms!r}"
-        )
+        yield (f"{_place(loss, 'terms')} must return two texts, formula and legend, got {terms!r}")
+
+
+def _place(loss: LossConfig, method: str) -> str:
+    return f"loss.module: {loss.module}:{type(loss).__name__}.{method}"
 
 
 def _asked(loss: LossConfig, method: str, taken: Callable[[Any], Any]) -> Any:
+    place = _place(loss, method)
     try:
         return taken(getattr(loss, method)())
-    except Exception as error:  # whatever the user's code does
-        place = f"loss.module: {loss.module}:{type(loss).__name__}.{method}"
-        fault = fault_of(error, type(loss).__module__)
-        raise OwnCodeError([f"{place} fails: {fault}"]) from error
+    except RAISED as error:
+        raise OwnCodeError([f"{place} fails: {fault_of(error, type(loss).__module__)}"]) from error
+
+
+@contextmanager
+def made_of(kind: type[LossConfig]) -> Iterator[None]:
+    """Entered where settings are made into a loss, which a user's class may refuse.
+
+    Raises:
+        OwnCodeError: it does, or fails.
+    """
+    try:
+        yield
+    except RAISED as error:
+        if not raised_at(error, kind.__module__):
+            raise
+        place = f"loss.module: {kind.__module__}:{kind.__name__}"
+        raise OwnCodeError([f"{place} fails: {fault_of(error, kind.__module__)}"]) from error
 
 
 def read_only(values: Mapping[str, Any]) -> type[LossConfig]:

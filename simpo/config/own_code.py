@@ -8,10 +8,14 @@ import os
 import re
 import sys
 import traceback
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from simpo.config.errors import ConfigError, first_line
+
+RAISED = (Exception, SystemExit)
+"""What a user's code may raise. A signal that ends the process raises nothing."""
 
 
 class OwnCodeError(ConfigError):
@@ -29,10 +33,10 @@ def fault_of(error: BaseException, name: str) -> str:
     Args:
         name: the module, or `module:function`, that was called.
     """
-    return f"{type(error).__name__}: {first_line(error)}{_raised_at(error, name)}"
+    return f"{type(error).__name__}: {first_line(error)}{raised_at(error, name)}"
 
 
-def _raised_at(error: BaseException, name: str) -> str:
+def raised_at(error: BaseException, name: str) -> str:
     """The line of the module of `name` that raised, or called what did; empty if it did not run."""
     module, place = name.partition(":")[0], ""
     for frame, line in traceback.walk_tb(error.__traceback__):
@@ -42,8 +46,22 @@ def _raised_at(error: BaseException, name: str) -> str:
     return place
 
 
+def load_function(key: str, name: str) -> Any:
+    """Import the function that a setting names as `module:function`; see `load`.
+
+    Raises:
+        OwnCodeError: it cannot be imported, or is no function.
+    """
+    found = load(key, name)
+    if not callable(found):
+        raise OwnCodeError([f"{key}: {name} must be a function, got {found!r}"])
+    return found
+
+
 def load(key: str, name: str) -> Any:
-    """Import a module, or a function of it, from the working directory or the Python path.
+    """Import a module, or a name in it, from the working directory or the Python path.
+
+    What it prints goes to stderr, as our stdout may be read by a program.
 
     Args:
         key: the setting that names it, for messages.
@@ -55,16 +73,30 @@ def load(key: str, name: str) -> Any:
         sys.path.append(os.getcwd())  # last: its files must not hide Python's own
     module, _, attribute = name.partition(":")
     try:
-        found = importlib.import_module(module)
+        with redirect_stdout(sys.stderr):
+            found = importlib.import_module(module)
+        if own := _hidden(module, getattr(found, "__file__", None)):
+            fault = f"is hidden by another module of that name (rename {own})"
+            raise OwnCodeError([f"{key}: {module} {fault}"])
         return getattr(found, attribute) if attribute else found
-    except (Exception, SystemExit) as error:  # whatever the module does
+    except OwnCodeError:
+        raise
+    except RAISED as error:
         reason = first_line(error)
         if isinstance(error, SystemExit):
             reason = "it ends the process"
         elif isinstance(error, ModuleNotFoundError) and error.name == module:
             reason += " (start in its folder, or add that to PYTHONPATH)"
-        reason += _raised_at(error, name)
+        reason += raised_at(error, name)
         raise OwnCodeError([f"{key}: {name} cannot be imported: {reason}"]) from error
+
+
+def _hidden(module: str, imported: str | None) -> Path | None:
+    """The file of a module in the working directory, if another was imported in its place."""
+    own = Path(f"{module.replace('.', os.sep)}.py")
+    if own.is_file() and not (imported and os.path.exists(imported) and own.samefile(imported)):
+        return own
+    return None
 
 
 def source_sha256(module: str) -> str:

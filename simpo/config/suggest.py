@@ -18,7 +18,7 @@ from omegaconf import (
     OmegaConf,
     UnionNode,
 )
-from omegaconf.errors import ConfigTypeError
+from omegaconf.errors import ConfigTypeError, OmegaConfBaseException
 
 from simpo.config.check import GROUPS
 from simpo.config.choices import AUTO
@@ -61,8 +61,15 @@ def unknown_key(base: DictConfig, key: str, value: str | None = None) -> str:
 
 def other_trainers_answer(base: DictConfig, key: str, value: str | None) -> str:
     """What a key of another trainer is here; empty for a name that none has."""
-    beta = OmegaConf.select(base, "loss.beta")
-    return answer(key, value, beta if isinstance(beta, float) else None)
+    return answer(key, value, _beta(base))
+
+
+def _beta(base: DictConfig) -> float | None:
+    """`loss.beta` of a composed configuration; None if the loss has none, or it cannot be read."""
+    with suppress(OmegaConfBaseException):
+        beta = OmegaConf.select(base, "loss.beta")
+        return beta if isinstance(beta, float) else None
+    return None
 
 
 def take_beta(base: DictConfig, settings: Iterable[tuple[str, Any]]) -> None:
@@ -72,7 +79,7 @@ def take_beta(base: DictConfig, settings: Iterable[tuple[str, Any]]) -> None:
         settings: keys and values; those that are no numbers do not count.
     """
     names = [name for name, ours in ANSWERS.items() if ours == "loss.beta"]
-    has_beta = OmegaConf.select(base, "loss.beta") is not None
+    has_beta = _beta(base) is not None
     for key, value in settings:
         if has_beta and key.rpartition(".")[2] in names:
             with suppress(TypeError, ValueError):
@@ -115,7 +122,8 @@ def wanted(node: Any) -> str:
         kind = f"one of {', '.join(node.enum_type.__members__)}"
     elif isinstance(node, ListConfig):
         schema = node._metadata.element_type
-        kind = f"a list such as [{wanted(schema) if is_dataclass(schema) else 'a, b'}]"
+        items = {int: "1, 2", float: "0.5, 2", bool: "true, false"}.get(schema, "a, b")
+        kind = f"a list such as [{wanted(schema) if is_dataclass(schema) else items}]"
     elif isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict:
         kind = "of the form {name: value, ...}"
     elif isinstance(node, DictConfig) or is_dataclass(node):

@@ -22,18 +22,22 @@ from simpo.config.composer import CONF, Composer, NotComposedError
 from simpo.config.errors import ConfigError
 from simpo.config.renamed import new_name, rename_overrides
 from simpo.config.schema import RunConfig
+from simpo.config.suggest import all_keys
 
 WITH_SETTINGS = ("train", "preview", "plan", "generate", "annotate", "rounds", "judge")
 OPTIONS = {
     "train": ("--cfg", "--config-dir", "--config-name", "--help", "--info", "--multirun"),
     **dict.fromkeys(WITH_SETTINGS[1:], ("--config-dir", "--help")),
     "rounds": ("--cfg", "--config-dir", "--help", "--multirun"),
+    "report": ("--help", "--serve"),
 }
 OPTION_VALUES = {
     "--cfg": ("job", "hydra", "all"),
     "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
     "--help": tuple(item.name for item in fields(RunConfig)),
 }
+PRINTERS = {"completion": ("bash ", "zsh "), "schema": ("loss.module=",)}
+"""Commands that print a text for other programs, and what may follow them."""
 BASH = r"""
 _simpo_complete() {
   local line="${COMP_LINE:0:$COMP_POINT}" program="${COMP_WORDS[0]}" word strip=""
@@ -77,15 +81,19 @@ def candidates(line: str, commands: Sequence[str]) -> list[str]:
     Returns:
         The words, without a quote that is open, and with a blank behind those that are complete.
     """
-    found = re.search(r"(?:^|[\s/])simpo(?:\s+|[.-])(\w*)(\s?)(.*)$", line)
+    found = re.search(r"(?:^|[\s/])simpo(\s+|[.-])(\w*)(\s?)(.*)$", line)
     if found is None:
         return []
-    command, space, text = found.groups()
+    joint, command, space, text = found.groups()
+    if not space and joint == ".":  # python -m simpo.train
+        return [f"simpo.{name} " for name in commands if name.startswith(command)]
     if not space:
-        return [f"{name} " for name in commands if name.startswith(command)]
+        return [f"{name} " for name in (*commands, *PRINTERS) if name.startswith(command)]
+    (*before, last), quote = _words(text)
+    if command in PRINTERS:
+        return [word for word in PRINTERS[command] if word.startswith(last)]
     if command not in commands:
         return []
-    (*before, last), quote = _words(text)
     key, equals, typed = last.partition("=")
     if equals:
         # The items of a list, or the values of a sweep, that are typed already.
@@ -130,12 +138,14 @@ def _values(command: str, before: Sequence[str], key: str) -> Sequence[str]:
         register_own_losses(before)
     if choices := _composer(before).choices(key):
         return choices
-    section, _, name = key.rpartition(".")
     config = _composed(before)
-    parent = OmegaConf.select(config, section) if section and config is not None else config
+    if config is None or key not in all_keys(config):
+        return []
+    section, _, name = key.rpartition(".")
+    parent = OmegaConf.select(config, section) if section else config
     node = parent._get_node(name) if isinstance(parent, DictConfig) else None
     if isinstance(node, EnumNode):
-        return [str(choice.value) for choice in node.enum_type]
+        return list(node.enum_type.__members__)
     if isinstance(node, UnionNode):
         return [AUTO]
     return ["true", "false"] if isinstance(node, BooleanNode) else []

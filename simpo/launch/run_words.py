@@ -22,6 +22,19 @@ def split_run_words(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return runs, given
 
 
+def no_folder(key: str, word: str | Path) -> str:
+    """The message about a word that should name a folder.
+
+    Args:
+        key: what the usage calls it.
+    """
+    if str(word).startswith("-"):
+        return f"{word}: no such option (settings are key=value; see --help)"
+    if Path(word).is_file():
+        return f"{key}: must be a folder, got the file {word}"
+    return f"{key}: no such folder, got {word}"
+
+
 def split_settings(words: Sequence[str], keys: Container[str]) -> tuple[list[str], dict[str, str]]:
     """Split `WORD... key=value ...` into words that are none of a command's own keys, such as the
     settings of a run, and the values of those keys."""

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR, LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,10 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
     return ", ".join(text.format(metrics[key]) for key, text in texts.items() if key in shown)
 
 
+def _is_no_advice(record: LogRecord) -> bool:
+    return record.levelno >= ERROR
+
+
 @contextmanager
 def libraries_quiet() -> Iterator[None]:
     """Silence the advice of the libraries while entered, and their progress bars but for those of
@@ -209,6 +214,9 @@ def libraries_quiet() -> Iterator[None]:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    # DeepSpeed, which transformers imports to save a model, warns where there is no GPU.
+    deepspeed = getLogger("DeepSpeed")
+    deepspeed.addFilter(_is_no_advice)
     before = hub_logging.get_verbosity(), logging.get_verbosity()
     showed_bars = logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
@@ -224,6 +232,7 @@ def libraries_quiet() -> Iterator[None]:
         try:
             yield
         finally:
+            deepspeed.removeFilter(_is_no_advice)
             hub_logging.set_verbosity(before[0])
             logging.set_verbosity(before[1])
             if showed_bars:

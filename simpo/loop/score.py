@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from simpo.backend import Backend
 from simpo.config.errors import ConfigError
-from simpo.config.own_code import fault_of
+from simpo.config.own_code import RAISED, fault_of
 from simpo.config.schema import RunConfig
 from simpo.data.pairs import PackedPairs
 from simpo.data.store import TokenizedSet
@@ -297,7 +297,7 @@ def _called(place: str, method: partial[Any], unasked: Sequence[str] = ()) -> An
     """
     try:
         return method()
-    except Exception as error:  # whatever the user's code does
+    except RAISED as error:
         fault = f"{place} fails: {fault_of(error, method.func.__module__)}"
         if unasked and (isinstance(error, AssertionError) or "None" in str(error)):
             fault += f"; {', '.join(unasked)} {'is' if len(unasked) == 1 else 'are'} False"
@@ -319,7 +319,9 @@ def check_loss(loss: LossConfig) -> None:
     needs = ("needs_reference", *(() if loss.ranks else ("needs_scores", "needs_squares")))
     unasked = [name for name in needs if not getattr(loss, name)]
     found = _called(f"{own}.preference", partial(loss.preference, logps), unasked)
-    wanted = f"{own}.preference must return a Preference of three differentiable tensors [pairs]"
+    wanted = (
+        f"{own}.preference must return a Preference of three differentiable float32 tensors [pairs]"
+    )
     if fault := _wrong(found, logps.chosen.shape):
         raise ConfigError([f"{wanted}, got {fault}"])
     if loss.couples_step:
@@ -351,6 +353,6 @@ def _wrong(found: object, shape: torch.Size) -> str | None:
             return f"{name} of type {type(value).__name__}"
         if value.shape != shape:
             return f"{name} of shape {list(value.shape)} instead of {list(shape)}"
-        if not value.is_floating_point():
+        if value.dtype != torch.float32:
             return f"{name} of {value.dtype}"
     return None if found.losses.requires_grad else "losses without a gradient"

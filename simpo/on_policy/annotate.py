@@ -91,6 +91,7 @@ def annotate(run: RunConfig, rater: Rater | None = None, demanding: bool = True)
 def _annotate(
     run: RunConfig, folder: Path, name: str, rater: Rater | None, demanding: bool
 ) -> None:
+    reward = reward_content(run, KEY, name) if rater is None else rater.content
     prompts = read_prompts(folder)
     stored = read_stored_replies(folder)
     texts, cut = _texts(folder, prompts, stored, run.on_policy.keep_cut)
@@ -101,10 +102,8 @@ def _annotate(
         )
     _note_missing(folder, prompts, stored)
     if rater is None:
-        reward = reward_content(run, KEY, name)
         scored = _score_all(run, folder, name, reward, prompts, texts)
     else:
-        reward = rater.content
         scored = _rate_all(rater, prompts, texts)
     unread = sum(map(len, texts.values())) - sum(map(len, scored.values()))
     written, counts = _pairs(run.on_policy, prompts, texts, scored)

@@ -97,6 +97,12 @@ def generate(run: RunConfig, others: Iterable[Path] = (), wanted: str | None = N
         asked += f", part {part} of {config.parts}" if part else ""
         print(f"folder {folder}\n{len(prompts)} prompts{asked}")
         _generate_missing(run, chat, folder, prompts, ids)
+    replies = read_stored_replies(folder, _own_file(config, folder))
+    if not config.keep_cut and (cut := sum(not reply.ended for reply in replies)):
+        print(
+            f"note   {cut} of {len(replies)} replies are cut off by on_policy.max_new_tokens: "
+            "simpo annotate leaves them out, unless on_policy.keep_cut=true"
+        )
     return folder
 
 
@@ -116,14 +122,17 @@ def content_of_prompts(found: Iterable[tuple[Prompt, str]]) -> str:
     return content_hash([asdict(prompt) for prompt, _ in found])
 
 
+def _own_file(config: OnPolicyConfig, folder: Path) -> Path | None:
+    """The file of this part's replies; None if it is the only part."""
+    return None if config.parts == 1 else folder / f"responses-{config.part}.jsonl"
+
+
 def _generate_missing(
     run: RunConfig, chat: Chat, folder: Path, prompts: list[Prompt], ids: list[list[int]]
 ) -> None:
     """Generate the part's replies that the folder lacks, and append them batch by batch."""
     config = run.on_policy
-    name = "responses.jsonl" if config.parts == 1 else f"responses-{config.part}.jsonl"
-    file = folder / name
-    own = None if config.parts == 1 else file
+    own = _own_file(config, folder)
     done = {(stored.id, stored.seed) for stored in read_stored_replies(folder, own)}
     every = [
         (seed, batch)
@@ -151,7 +160,7 @@ def _generate_missing(
             )
             replies = generate_batch([ids[i] for i in batch], sampling)
             append_lines(
-                file,
+                own or folder / "responses.jsonl",
                 (
                     _stored(prompts[i], seed, reply).line()
                     for i, reply in zip(batch, replies, strict=True)

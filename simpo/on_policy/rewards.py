@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from simpo.backend import build_backend
 from simpo.config.errors import ConfigError, RunError
-from simpo.config.own_code import fault_of, is_function, load
+from simpo.config.own_code import RAISED, fault_of, is_function, load_function
 from simpo.config.paths import looks_local
 from simpo.config.schema import RunConfig
 from simpo.data import rules
@@ -61,7 +61,7 @@ def open_reward(run: RunConfig, key: str, name: str) -> Reward:
     if name == RULES:
         return by_rule
     if is_function(name):
-        function: Reward = load(key, name)
+        function: Reward = load_function(key, name)
         return function
     return _model(run, key, name)
 
@@ -121,13 +121,15 @@ def scores_of(
         # Copies: a function of a user's may change what it is given.
         given = deepcopy((list(prompt), list(texts), rule))
         try:
-            scores = [float(score) for score in reward(*given)]
+            found: object = reward(*given)
+            scores = [float(score) for score in found] if isinstance(found, Iterable) else None
         finally:
             check_stopped()
-    except (Exception, SystemExit) as error:
+    except RAISED as error:
         raise RunError(f"{named} failed on {place}: {fault_of(error, name)}") from error
-    if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
-        raise RunError(f"{named} must give {len(texts)} finite scores for {place}, gave {scores}")
+    if scores is None or len(scores) != len(texts) or not all(map(math.isfinite, scores)):
+        gave = found if scores is None else scores
+        raise RunError(f"{named} must give {len(texts)} finite scores for {place}, gave {gave}")
     return scores
 
 

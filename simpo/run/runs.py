@@ -386,5 +386,5 @@ def _last_step(folder: Path) -> int:
         whole = file.read().rpartition(b"\n")[0].rpartition(b"\n")[2]
     try:
         return int(json.loads(whole)["step"]) if whole else 0
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DamagedError(path, "its last line is not a line of metrics", NEW_RUN) from error

@@ -22,6 +22,7 @@ from simpo.config.errors import ConfigError, DataError
 from simpo.config.explain import explain
 from simpo.config.flat import settings
 from simpo.config.losses import LOSSES
+from simpo.config.paths import config_dir
 from simpo.data.mixture import load_mixture
 from simpo.data.reading import readers
 from simpo.data.reading.records import RecordFault, to_dialogue, to_pair, to_prompt, to_ranking
@@ -188,6 +189,13 @@ SETTINGS: list[tuple[str, list[str]]] = [
     # Not a setting at all.
     ("loss.beta", ["loss.beta: not of the form key=value"]),
     ("=3", ["=3: not of the form key=value"]),
+    *(
+        (line, [f"{line}: {key!r} is no key (letters, digits, _ and dots, without blanks)"])
+        for line, key in (
+            ('"loss.beta"=3', '"loss.beta"'),
+            ("data.sources.-1.path=x", "data.sources.-1.path"),
+        )
+    ),
     (
         "model.path=~/mine",
         [
@@ -764,6 +772,7 @@ def own_composer(tmp_path):
             "defaults: [power, _self_]",
             f"its defaults name loss/power, which does not exist ({OWN_LOSS})",
         ),
+        ("loss=odd", "defaults: [odd, _self_]", "a file has itself in its defaults"),
     ],
 )
 def test_a_file_that_names_no_choice(line, text, fault, own_composer):
@@ -787,6 +796,29 @@ def test_a_folder_of_further_choices(own_composer):
     assert caught.value.problems == [
         f"--config-dir: no such folder, got {own_composer.config_dir}/nowhere"
     ]
+
+
+def test_a_file_with_the_name_of_a_choice(own_composer):
+    """Hydra reads conf/ first, but experiments/ last."""
+    own = Path(own_composer.config_dir)
+    (own / "experiments/demo_full.yaml").write_text("train:\n  max_steps: 77\n")
+    assert compose_run(["experiments=demo_full"], own_composer).train.max_steps == 77
+    (own / "loss/dpo.yaml").write_text("defaults: [sigmoid, _self_]\n")
+    with pytest.raises(ConfigError) as caught:
+        Composer(str(own))
+    assert caught.value.problems == [
+        f"--config-dir: {own}/loss/dpo.yaml has the name of a file of simpo, which is read instead "
+        "(rename it)"
+    ]
+    Composer(str(config_dir("conf")))
+
+
+def test_a_file_with_an_interpolation_of_itself(own_composer):
+    own = Path(own_composer.config_dir) / "loss/round.yaml"
+    own.write_text("defaults: [sigmoid, _self_]\nbeta: ${loss.beta}\n")
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["loss=round"], own_composer)
+    assert caught.value.problems == ["loss.beta: Recursive interpolation detected"]
 
 
 @pytest.mark.parametrize("command", ["preview", "generate", "annotate"])
@@ -832,6 +864,15 @@ def test_words_of_the_other_commands(command, own_composer, capsys):
             "data.sources[0].shards: no such key (an item has path, subset, revision, train_split, "
             "test_split, test_path, format, columns, pairs, min_margin, weight, num_pairs, "
             "held_out_name)",
+        ),
+        (["loss.beta=${nope}"], "loss.beta: Interpolation key 'nope' not found"),
+        *(
+            (
+                [*words, f"{key}=x"],
+                f"{key}: simpo names the folders itself (set output_dir, or run_dir for the folder "
+                "of one run)",
+            )
+            for words, key in (([], "hydra.run.dir"), (["-m"], "hydra.sweep.subdir"))
         ),
         (
             ["-m", "loss.beta=interval(1,2)"],

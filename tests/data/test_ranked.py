@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,7 @@ def test_any_loss_reads_the_replies_that_a_function_gives(
     """They are read as the same records of a file are."""
     Path("all_replies.py").write_text("def read(record):\n    return record['own']\n")
     monkeypatch.syspath_prepend(".")
+    monkeypatch.delitem(sys.modules, "all_replies", raising=False)
     record = scored(("A.", 3), ("B.", 1), ("C.", 2))
     write("own.jsonl", {"own": record})
     write("plain.jsonl", record)

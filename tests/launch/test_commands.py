@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,12 @@ def test_a_crash_is_not_taken_for_a_mistake_in_the_settings(
     assert capsys.readouterr().err.endswith("\nValueError: after 2 steps\n")
 
 
+@pytest.mark.parametrize("words", [["--version"], ["train", "--version"]])
+def test_version(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(words)
+    assert capsys.readouterr().out == f"simpo {version('simpo')}\n"
+
+
 def test_other_errors_pass() -> None:
     with pytest.raises(ZeroDivisionError), exit_codes():
         raise ZeroDivisionError
@@ -135,7 +142,12 @@ def test_other_errors_pass() -> None:
     [
         ("simpo tr", ["train "]),
         ("python -m simpo re", ["report "]),
-        ("python3 -m simpo.pre", ["preview "]),
+        ("python3 -m simpo.pre", ["simpo.preview "]),
+        ("simpo sc", ["schema "]),
+        ("simpo completion b", ["bash "]),
+        # Keys that do not exist.
+        *((f"simpo train {key}=", []) for key in ("lsos", "", ".", "loss.", "[0]", "loss@x", "ö")),
+        ("simpo train data.sources[0].=", []),
         ("simpo train lo", ["loss.", "loss="]),
         ("simpo-train trac", ["tracker.", "tracker="]),
         (
@@ -187,7 +199,7 @@ def test_other_errors_pass() -> None:
         ("simpo train --cfg ", ["job ", "hydra ", "all "]),
         ("simpo train --help mon", ["monitor "]),
         ("simpo preview --", ["--config-dir ", "--help "]),
-        ("simpo report --", ["--help "]),
+        ("simpo report --", ["--help ", "--serve "]),
         # Keys of commands without settings, and those beside settings.
         ("simpo report DIR o", ["over="]),
         ("simpo report DIR format=c", ["format=csv "]),
@@ -226,19 +238,28 @@ def test_completion_of_own_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         del stored["loss"]["typed.yaml"], stored["schema"]["loss"]["typed.yaml"]
 
 
-@pytest.mark.parametrize("program", ["python -m simpo.train", "python -m simpo train"])
-def test_completion_in_bash(program: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        *(
+            (f"{program} loss=si", "<sigmoid ><simper ><simpo ><simpo_hinge >")
+            for program in ("python -m simpo.train", "python -m simpo train")
+        ),
+        ("python -m simpo.tr", "<simpo.train >"),
+    ],
+)
+def test_completion_in_bash(line: str, found: str) -> None:
     script = f"""
     export PATH={Path(sys.executable).parent}:$PATH
     eval "$(python -m simpo completion bash)"
-    COMP_LINE="{program} loss=si"; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=($COMP_LINE)
+    COMP_LINE="{line}"; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=($COMP_LINE)
     _simpo_complete
     printf '<%s>' "${{COMPREPLY[@]}}"
     """
     done = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert done.stdout == "<sigmoid ><simper ><simpo ><simpo_hinge >"
+    assert done.stdout == found
 
 
 def test_settings_may_stand_before_and_after_options() -> None:

@@ -211,6 +211,7 @@ USED = "usage: simpo export RUN (merge=true | push_to_hub=OWNER/NAME) [key=value
         (["here", "merge=true", "mrege=1"], "mrege: no such key (export has merge, output, "),
         (["here", "merge=true", "dtype=fp8"], "dtype: must be one of auto, float32, bfloat16, got"),
         (["nowhere", "merge=true"], "RUN: no such folder, got nowhere\n"),
+        (["--merge", "merge=true"], "--merge: no such option (settings are key=value; see --help)"),
         (["sweep/loss.beta=2", "merge=true"], "RUN: no such folder, got sweep/loss.beta=2\n"),
         (["loss=ipo", "merge=true"], "RUN: must hold an adapter, got loss=ipo (no loss=ipo/adapt"),
         (["loss.beta=2", "merge=true"], "RUN: must hold an adapter, got loss.beta=2 (no loss.be"),

@@ -409,6 +409,8 @@ def test_a_prompt_that_the_template_refuses(
         f"note   {file} train: read as prompts, 3 records",
         "note   1 records left out: the chat template refuses it: no owls",
         "note   1 records left out: prompt: the last turn is empty",
+        "note   2 of 2 replies are cut off by on_policy.max_new_tokens: simpo annotate leaves them "
+        "out, unless on_policy.keep_cut=true",
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in [{"prompt": "An owl?"}]))
     with pytest.raises(DataError) as caught:
@@ -499,6 +501,7 @@ def test_a_function_scores_what_is_not_scored_yet(
         "    if len(asked) == 2:\n"
         "        raise KeyError('gone')\n"
         "    return [len(text) for text in responses]\n"
+        "def number(prompt, responses, rule):\n    return 1.5\n"
         "def short(prompt, responses, rule):\n"
         "    return [1.0]\n"
     )
@@ -520,6 +523,8 @@ def test_a_function_scores_what_is_not_scored_yet(
     assert len(asked[0][1]) == 3 and asked[0][0] == "Hi"
     with pytest.raises(RunError, match="must give 3 finite scores for prompt a, gave"):
         annotate(folder, "my_rewards:short")
+    with pytest.raises(RunError, match=r"must give 3 finite scores for prompt a, gave 1\.5"):
+        annotate(folder, "my_rewards:number")
 
 
 def test_a_function_that_was_edited_scores_anew(
@@ -586,6 +591,7 @@ def test_a_reward_model(
             "No module named 'no_such_module'",
         ),
         ("json:nothing", "on_policy.reward: json:nothing cannot be imported: module 'json' has no"),
+        ("json:__doc__", "on_policy.reward: json:__doc__ must be a function, got "),
         ("", "on_policy.reward: required, but not given"),
         ("./nothing", "on_policy.reward: no such folder, got ./nothing"),
         ("one/of/mine", "on_policy.reward: no such folder, got one/of/mine"),

@@ -212,6 +212,10 @@ def test_another_metric(sweep: Path) -> None:
 
 def test_nothing_to_report(tmp_path: Path) -> None:
     assert cli(str(tmp_path), code=2) == f"DIR: no run in {tmp_path} (no run.yaml below)\n"
+    (tmp_path / "file").touch()
+    assert (
+        cli(f"{tmp_path}/file", code=2) == f"DIR: must be a folder, got the file {tmp_path}/file\n"
+    )
     assert cli(f"{tmp_path}/x", "format=xml", code=2) == (
         f"DIR: no such folder, got {tmp_path}/x\nformat: must be one of text, csv, json, got xml\n"
     )

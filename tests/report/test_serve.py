@@ -100,8 +100,9 @@ def test_runs_come_go_on_and_vanish(tmp_path: Path, at_once: None) -> None:
         assert names(content) == ["b", "a"]
         assert '<td class="number" data-sort="0.99">0.9900</td>' in content
         assert ", step 39 of 40" in content
-        (going / "metrics.jsonl").write_text("{broken\n")
-        assert "its last line is not a line of metrics" in ask(server)[1]
+        for broken in ("{broken", '{"step": 1e400}'):
+            (going / "metrics.jsonl").write_text(f"{broken}\n")
+            assert "its last line is not a line of metrics" in ask(server)[1]
         shutil.rmtree(going)
         assert names(ask(server)[1]) == ["a"]
         shutil.rmtree(tmp_path / "a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import logging
 import os
 import pty
 import re
@@ -318,6 +319,24 @@ def test_output_that_nobody_reads(
         with pytest.raises(SystemExit) as ended:
             main(["train", *tiny_run])
     assert (ended.value.code, capsys.readouterr().err) == (141, "")
+
+
+def test_deepspeed_gives_no_advice(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a model is saved without a GPU, it warns."""
+    logger = logging.getLogger("DeepSpeed")
+    monkeypatch.setattr(logger, "propagate", False)  # as DeepSpeed sets it
+    logger.addHandler(caplog.handler)
+    try:
+        for level in (logging.WARNING, logging.ERROR):
+            with libraries_quiet():
+                logger.log(level, "Setting accelerator to CPU.")
+        assert [record.levelno for record in caplog.records] == [logging.ERROR]
+        logger.warning("again")
+        assert len(caplog.records) == 2
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_downloads_are_seen_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from simpo.config.choices import PairChoice
 from simpo.config.data import SourceConfig
 from simpo.config.errors import DataError, did_you_mean
-from simpo.config.own_code import fault_of, is_function, load
+from simpo.config.own_code import RAISED, fault_of, is_function, load_function
 from simpo.data.pairs import Pair
 from simpo.data.reading.hints import NEVER_TEXT, fits_no_shape, named_values
 from simpo.data.reading.records import (
@@ -266,12 +266,12 @@ def _why_not(shape: Shape) -> str:
 
 def _own_form(name: str) -> Callable[[Any], Any]:
     """The user's function that converts a record; its exceptions become faults of the record."""
-    function = load("data.sources.format", name)
+    function = load_function("data.sources.format", name)
 
     def form(record: Any) -> Any:
         try:
             found = function(record)
-        except Exception as error:
+        except RAISED as error:
             raise RecordFault(f"{name}: {fault_of(error, name)}") from error
         if found is None:
             raise RecordFault(f"{name}: must return a record or a list of them, got None")

@@ -10,6 +10,7 @@ from pathlib import Path
 from simpo.config.choices import ReplyChoice
 from simpo.config.compose import run_of_words
 from simpo.config.models import BUILTIN
+from simpo.config.own_code import is_function, load_function
 from simpo.run.command import quoted
 from simpo.run.progress import say
 
@@ -36,6 +37,8 @@ Settings are those of `simpo train`; on_policy.* and judge.* are for this comman
 
 def main(words: Sequence[str]) -> None:
     run = run_of_words(words)
+    if is_function(name := run.on_policy.reward or ""):
+        load_function("on_policy.reward", name)
     say("loading torch and transformers ...")
     # Imported here, so that a fault in the settings is answered before torch is loaded.
     from simpo.judging.ratings import open_ratings

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from simpo.config.choices import Device, Dtype
 from simpo.config.errors import ConfigError, DataError
 from simpo.config.models import names_a_model
-from simpo.launch.run_words import split_run_words
+from simpo.launch.run_words import no_folder, split_run_words
 from simpo.run.signals import exit_on_signals
 
 NUMBERS: dict[str, tuple[Callable[[str], float], Callable[[float], bool], str]] = {
@@ -142,7 +142,7 @@ def _problems(source: str, given: Mapping[str, str]) -> Iterator[str]:
         if key in given and given[key] not in choices:
             yield f"{key}: must be one of {', '.join(choices)}, got {given[key]}"
     if not names_a_model(source):
-        yield f"RUN: no such folder, got {source}"
+        yield no_folder("RUN", source)
 
 
 if __name__ == "__main__":

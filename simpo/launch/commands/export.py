@@ -9,7 +9,7 @@ from pathlib import Path
 from simpo.config.choices import Dtype
 from simpo.config.errors import ConfigError
 from simpo.config.schema import ExportConfig
-from simpo.launch.run_words import split_run_words
+from simpo.launch.run_words import no_folder, split_run_words
 
 KEYS: dict[str, tuple[str, ...]] = {
     "merge": ("true",),
@@ -87,7 +87,7 @@ def _arguments(words: Sequence[str]) -> tuple[Path, dict[str, str]]:
     problems += ExportConfig(push_to_hub=options.get("push_to_hub")).problems()
     run_dir = Path(folders[0]).expanduser()
     if not run_dir.is_dir():
-        problems += [f"RUN: no such folder, got {run_dir}"]
+        problems.append(no_folder("RUN", run_dir))
     if problems:
         raise ConfigError(problems)
     return run_dir, options

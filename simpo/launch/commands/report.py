@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.config.errors import ConfigError, unwritable
-from simpo.launch.run_words import split_settings
+from simpo.launch.run_words import no_folder, split_settings
 from simpo.report.compare import averages, compare
 from simpo.report.text import averages_text, damaged_lines, text
 from simpo.run.signals import ALL
@@ -118,7 +118,7 @@ def _arguments(words: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     problems = [
         f"{path.name.partition('=')[0]}: no such key (report has {', '.join(KEYS)})"
         if "=" in path.name and len(path.parts) == 1
-        else f"DIR: no such folder, got {path}"
+        else no_folder("DIR", path)
         for path in folders
         if not path.is_dir()
     ]

@@ -74,6 +74,7 @@ def main(words: Sequence[str], defaults: Defaults = lambda *_: ()) -> None:
     sys.argv = [TRAIN, *_options_first(parser, rename_overrides(words))]
     arguments = parser.parse_args()
     _check_options(arguments)
+    _refuse_folders(arguments.overrides)
     register_own_losses(arguments.overrides)
     composer = Composer(arguments.config_dir, arguments.config_name or "train")
     own, first = defaults(arguments.overrides, composer), len(sys.argv) - len(arguments.overrides)
@@ -87,11 +88,17 @@ def main(words: Sequence[str], defaults: Defaults = lambda *_: ()) -> None:
     except SimpoError:
         raise
     # Hydra raises any type, such as TypeError for a group set to a list of numbers.
-    except Exception as error:
+    except (Exception, _NotBuilt) as raised:
+        error = raised.__cause__ if isinstance(raised, _NotBuilt) else raised
+        assert error is not None
         problems = explain(arguments.overrides, arguments.multirun, composer)
         if not problems and not isinstance(error, (HydraException, OmegaConfBaseException)):
             raise
         raise ConfigError(problems or [first_line(error)]) from error
+
+
+class _NotBuilt(BaseException):
+    """The settings are composed, but no run; its cause says why. Hydra lets it pass in silence."""
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name="train")
@@ -105,6 +112,10 @@ def run_composed(cfg: DictConfig) -> float | None:
             raise
         with exit_codes():
             raise
+    except OmegaConfBaseException as error:
+        if several:
+            raise
+        raise _NotBuilt from error
     # Hydra prints a heading above an exception, but not above an exit. Of several runs it goes on
     # with the others, and raises at the end.
     try:
@@ -142,6 +153,18 @@ def _refuse_options(message: str) -> NoReturn:
     raise ConfigError(
         [f"{message} (settings are key=value, such as train.learning_rate=1e-6; see --help)"]
     )
+
+
+def _refuse_folders(overrides: Sequence[str]) -> None:
+    """Refuse Hydra's own folders, of which it would make an empty one beside the run's.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    keys = [word.lstrip("+~").partition("=")[0] for word in overrides]
+    if found := [key for key in keys if key.startswith(("hydra.run.", "hydra.sweep."))]:
+        remedy = "set output_dir, or run_dir for the folder of one run"
+        raise ConfigError([f"{key}: simpo names the folders itself ({remedy})" for key in found])
 
 
 def _check_options(arguments: Namespace) -> None:

@@ -270,7 +270,12 @@ NAMED = (
             "from dataclasses import dataclass\nfrom simpo.loss.simpo import HingeConfig\n"
             "@dataclass(kw_only=True)\nclass Mine(HingeConfig):\n    name: str = 'mine'\n"
             "    knob: object = None",
-            ":Mine cannot be settings: Unexpected type annotation: object",
+            ":Mine.knob cannot be settings: Unexpected type annotation: object",
+        ),
+        (
+            f"{NAMED}: str = 'mine'\n    alphas: list = 0.8",
+            ":Mine.alphas cannot be settings: Invalid value assigned: float is not a ListConfig, "
+            "list or tuple.",
         ),
         (
             f"{NAMED}: str = 'mine'\n    folder: 'Path' = None",
@@ -322,6 +327,16 @@ def test_mistakes_in_settings_of_a_loss(
     with pytest.raises(ConfigError) as caught:
         compose_run(["loss.module=my_losses", *overrides.split()])
     assert caught.value.problems == lines
+
+
+def test_an_attribute_without_a_type(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "untyped.py").write_text(f"{NAMED}: str = 'untyped'\n    alpha = 0.8\n")
+    forget(monkeypatch, "untyped")
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["loss=untyped", "loss.module=untyped", "loss.alpha=2"])
+    assert caught.value.problems == [
+        "loss.alpha: no setting, as it has no type in Mine (write alpha: float = 0.8)"
+    ]
 
 
 def test_a_misspelt_loss_of_ones_own(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,8 @@ def _register(module: str) -> None:
         # Also NameError, for a type that is not imported.
         except Exception as error:
             place = f"loss.module: {module}:{kind.__name__}"
+            if key := getattr(error, "full_key", None):
+                place += f".{key}"
             raise OwnCodeError([f"{place} cannot be settings: {first_line(error)}"]) from error
         GROUPS["loss"][name] = kind
 

@@ -125,7 +125,7 @@ def terms_problems(loss: LossConfig) -> Iterator[str]:
     terms = _asked(loss, "terms", lambda found: found)
     two = isinstance(terms, tuple) and len(terms) == 2
     if not two or not all(isinstance(text, str) for text in terms):
-        yield (f"{_place(loss, 'terms')} must return two texts, formula and legend, got {terms!r}")
+        yield f"{_place(loss, 'terms')} must return two texts, formula and legend, got {terms!r}"
 
 
 def _place(loss: LossConfig, method: str) -> str:

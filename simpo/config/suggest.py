@@ -23,6 +23,7 @@ from omegaconf.errors import ConfigTypeError, OmegaConfBaseException
 from simpo.config.check import GROUPS
 from simpo.config.choices import AUTO
 from simpo.config.other_trainers import ANSWERS, answer
+from simpo.loss import LossConfig
 
 
 def unknown_key(base: DictConfig, key: str, value: str | None = None) -> str:
@@ -34,6 +35,11 @@ def unknown_key(base: DictConfig, key: str, value: str | None = None) -> str:
     known = all_keys(base)
     section, _, leaf = key.rpartition(".")
     group = key.partition(".")[0]
+    if key == f"loss.{leaf}" and not hasattr(LossConfig, leaf):
+        kind: Any = OmegaConf.get_type(base, group)
+        if isinstance(default := getattr(kind, leaf, None), bool | int | float | str):
+            typed = f"{leaf}: {type(default).__name__} = {default!r}"
+            return f"no setting, as it has no type in {kind.__name__} (write {typed})"
     if choices := choices_with(key):
         return f"only with {group}={' or '.join(choices)}"
     around: DictConfig | ListConfig = base

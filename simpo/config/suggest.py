@@ -37,7 +37,8 @@ def unknown_key(base: DictConfig, key: str, value: str | None = None) -> str:
     group = key.partition(".")[0]
     if key == f"loss.{leaf}" and not hasattr(LossConfig, leaf):
         kind: Any = OmegaConf.get_type(base, group)
-        if isinstance(default := getattr(kind, leaf, None), bool | int | float | str):
+        untyped = leaf not in (item.name for item in fields(kind))
+        if untyped and isinstance(default := getattr(kind, leaf, None), bool | int | float | str):
             typed = f"{leaf}: {type(default).__name__} = {default!r}"
             return f"no setting, as it has no type in {kind.__name__} (write {typed})"
     if choices := choices_with(key):

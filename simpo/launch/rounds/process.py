@@ -101,7 +101,12 @@ def run_phase(run: RunConfig, root: Path, phase: Phase, is_main: bool = True) ->
 
 
 def _write_commands(run: RunConfig, own: RunConfig, root: Path, phase: Phase) -> None:
-    """Write command.txt into the folder of a phase, if words can say its settings `own`."""
+    """Write command.txt into the folder of a phase, if words can say its settings `own`.
+
+    Of parts that generate at the same time the first writes it.
+    """
+    if phase.part > 1:
+        return
     if commands := commands_of(root, own, phase):
         place = run_folder if phase.kind is Kind.train else replies_folder
         make_folder(place(root, phase.round))

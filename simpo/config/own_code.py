@@ -74,13 +74,10 @@ def load(key: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         with redirect_stdout(sys.stderr):
-            found = importlib.import_module(module)
-        if own := _hidden(module, getattr(found, "__file__", None)):
-            fault = f"is hidden by another module of that name (rename {own})"
-            raise OwnCodeError([f"{key}: {module} {fault}"])
-        return getattr(found, attribute) if attribute else found
-    except OwnCodeError:
-        raise
+            found: Any = importlib.import_module(module)
+        own = _hidden(module, getattr(found, "__file__", None))
+        if attribute and own is None:
+            found = getattr(found, attribute)
     except RAISED as error:
         reason = first_line(error)
         if isinstance(error, SystemExit):
@@ -89,6 +86,10 @@ def load(key: str, name: str) -> Any:
             reason += " (start in its folder, or add that to PYTHONPATH)"
         reason += raised_at(error, name)
         raise OwnCodeError([f"{key}: {name} cannot be imported: {reason}"]) from error
+    if own is not None:
+        fault = f"is hidden by another module of that name (rename {own})"
+        raise OwnCodeError([f"{key}: {module} {fault}"])
+    return found
 
 
 def _hidden(module: str, imported: str | None) -> Path | None:

@@ -96,11 +96,10 @@ def generate(run: RunConfig, others: Iterable[Path] = (), wanted: str | None = N
         asked += f", {len(config.seeds)} replies each"
         asked += f", part {part} of {config.parts}" if part else ""
         print(f"folder {folder}\n{len(prompts)} prompts{asked}")
-        _generate_missing(run, chat, folder, prompts, ids)
-    replies = read_stored_replies(folder, _own_file(config, folder))
-    if not config.keep_cut and (cut := sum(not reply.ended for reply in replies)):
+        ended = _generate_missing(run, chat, folder, prompts, ids)
+    if not config.keep_cut and (cut := ended.count(False)):
         print(
-            f"note   {cut} of {len(replies)} replies are cut off by on_policy.max_new_tokens: "
+            f"note   {cut} of {len(ended)} replies are cut off by on_policy.max_new_tokens: "
             "simpo annotate leaves them out, unless on_policy.keep_cut=true"
         )
     return folder
@@ -122,18 +121,20 @@ def content_of_prompts(found: Iterable[tuple[Prompt, str]]) -> str:
     return content_hash([asdict(prompt) for prompt, _ in found])
 
 
-def _own_file(config: OnPolicyConfig, folder: Path) -> Path | None:
-    """The file of this part's replies; None if it is the only part."""
-    return None if config.parts == 1 else folder / f"responses-{config.part}.jsonl"
-
-
 def _generate_missing(
     run: RunConfig, chat: Chat, folder: Path, prompts: list[Prompt], ids: list[list[int]]
-) -> None:
-    """Generate the part's replies that the folder lacks, and append them batch by batch."""
+) -> list[bool]:
+    """Generate the part's replies that the folder lacks, and append them batch by batch.
+
+    Returns:
+        Of each reply in the folder, whether it ended before it was cut off.
+    """
     config = run.on_policy
-    own = _own_file(config, folder)
-    done = {(stored.id, stored.seed) for stored in read_stored_replies(folder, own)}
+    name = "responses.jsonl" if config.parts == 1 else f"responses-{config.part}.jsonl"
+    file = folder / name
+    stored = read_stored_replies(folder, None if config.parts == 1 else file)
+    ended = [reply.ended for reply in stored]
+    done = {(reply.id, reply.seed) for reply in stored}
     every = [
         (seed, batch)
         for seed in config.seeds
@@ -145,7 +146,7 @@ def _generate_missing(
         if any((prompts[i].id, seed) not in done for i in batch)
     ]
     if not todo:
-        return
+        return ended
     engine = engine_of(config.engine)
     if engine is Engine.vllm:
         generate_batch = with_vllm(run.model, Path(run.cache_dir).expanduser(), chat)
@@ -159,15 +160,15 @@ def _generate_missing(
                 config.temperature_of(seed), config.top_p, config.max_new_tokens, seed
             )
             replies = generate_batch([ids[i] for i in batch], sampling)
-            append_lines(
-                own or folder / "responses.jsonl",
-                (
-                    _stored(prompts[i], seed, reply).line()
-                    for i, reply in zip(batch, replies, strict=True)
-                    if (prompts[i].id, seed) not in done
-                ),
-            )
+            new = [
+                _stored(prompts[i], seed, reply)
+                for i, reply in zip(batch, replies, strict=True)
+                if (prompts[i].id, seed) not in done
+            ]
+            append_lines(file, (reply.line() for reply in new))
+            ended += [reply.ended for reply in new]
             shown.advance(len(batch))
+    return ended
 
 
 def _take_replies(folder: Path, others: Iterable[Path], now: dict[str, Any]) -> None:

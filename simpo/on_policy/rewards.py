@@ -122,14 +122,17 @@ def scores_of(
         given = deepcopy((list(prompt), list(texts), rule))
         try:
             found: object = reward(*given)
-            scores = [float(score) for score in found] if isinstance(found, Iterable) else None
+            scores = [float(score) for score in found] if isinstance(found, Iterable) else found
         finally:
             check_stopped()
     except RAISED as error:
         raise RunError(f"{named} failed on {place}: {fault_of(error, name)}") from error
-    if scores is None or len(scores) != len(texts) or not all(map(math.isfinite, scores)):
-        gave = found if scores is None else scores
-        raise RunError(f"{named} must give {len(texts)} finite scores for {place}, gave {gave}")
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(texts)
+        or not all(map(math.isfinite, scores))
+    ):
+        raise RunError(f"{named} must give {len(texts)} finite scores for {place}, gave {scores}")
     return scores
 
 

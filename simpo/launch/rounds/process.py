@@ -105,9 +105,7 @@ def _write_commands(run: RunConfig, own: RunConfig, root: Path, phase: Phase) ->
 
     Of parts that generate at the same time the first writes it.
     """
-    if phase.part > 1:
-        return
-    if commands := commands_of(root, own, phase):
+    if phase.part == 1 and (commands := commands_of(root, own, phase)):
         place = run_folder if phase.kind is Kind.train else replies_folder
         make_folder(place(root, phase.round))
         write_text(place(root, phase.round) / "command.txt", commands, holds_secret(run))
